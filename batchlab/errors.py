@@ -1,0 +1,109 @@
+"""Every error batchlab raises on purpose; an adapter translates at its edge and chains the cause.
+
+BatchlabError
+├── UsageError              exit 2: the command or the job file is wrong
+│   └── JobFileError        names file, line and remedy
+├── BackendError            exit 3: a port could not do its work
+│   ├── Unreachable         the service behind the port does not answer
+│   ├── Throttled           try again later (S3 503, SQS throttling)
+│   ├── NotFound            no such object, queue or row
+│   ├── AlreadyExists       a conditional create lost (HTTP 412)
+│   ├── LeaseLost           the receipt handle is no longer ours
+│   └── TooLarge            over a limit of the service
+├── JobFailed               exit 1: the job ended FAILED or CANCELLED
+│   └── TaskFailed          one task's failure, with the remote traceback
+└── Refused                 exit 2: the manager declines (state, duplicate token, unknown id)
+"""
+
+from __future__ import annotations
+
+
+class BatchlabError(Exception):
+    """Base of every error batchlab raises on purpose; its text is one sentence for a person."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}".strip()
+
+
+class UsageError(BatchlabError):
+    """The command line or an argument is wrong."""
+
+    exit_code = 2
+
+
+class JobFileError(UsageError):
+    """The job file is wrong: `file` and `line` say where, `remedy` what to write instead."""
+
+    def __init__(
+        self, message: str, *, file: str = "", line: int | None = None, remedy: str = ""
+    ) -> None:
+        super().__init__(message, remedy=remedy)
+        self.file = file
+        self.line = line
+
+    def __str__(self) -> str:
+        where = (
+            f"{self.file}:{self.line}: " if self.line else (f"{self.file}: " if self.file else "")
+        )
+        return where + super().__str__()
+
+
+class Refused(BatchlabError):
+    """The manager declines a request that is well formed (wrong state, unknown id)."""
+
+    exit_code = 2
+
+
+class BackendError(BatchlabError):
+    """A port could not do its work."""
+
+    exit_code = 3
+
+
+class Unreachable(BackendError):
+    """The service behind a port does not answer."""
+
+
+class Throttled(BackendError):
+    """The service asks to come back later."""
+
+
+class NotFound(BackendError):
+    """No such object, queue or row."""
+
+
+class AlreadyExists(BackendError):
+    """A conditional create found the object there (HTTP 412)."""
+
+
+class LeaseLost(BackendError):
+    """The receipt handle is no longer ours: the message went to somebody else."""
+
+
+class TooLarge(BackendError):
+    """Over a hard limit of the service."""
+
+
+class JobFailed(BatchlabError):
+    """The job ended FAILED or CANCELLED."""
+
+    exit_code = 1
+
+
+class TaskFailed(JobFailed):
+    """One task failed; `traceback` is the remote one, `reason` the sentence for a person."""
+
+    def __init__(self, message: str, *, task: int = -1, traceback: str = "") -> None:
+        super().__init__(message)
+        self.task = task
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f"{self.message}\n\n{self.traceback}" if self.traceback else self.message

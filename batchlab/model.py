@@ -1,0 +1,512 @@
+"""The nouns of the grid as frozen values, and the one table of moves a job's state may make.
+
+Nothing here does input or output, and everything here means the same on every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import pairwise
+from typing import Any, NewType
+
+JobId = NewType("JobId", str)
+StageName = NewType("StageName", str)
+BundleId = NewType("BundleId", str)
+
+Json = Any
+"""A JSON value: None, bool, int, float, str, list or dict of the same."""
+
+
+class JobState(StrEnum):
+    """States a user sees; AWS Batch's words where they fit."""
+
+    SCHEDULED = "SCHEDULED"
+    SUBMITTED = "SUBMITTED"
+    PENDING = "PENDING"
+    RUNNABLE = "RUNNABLE"
+    STARTING = "STARTING"
+    RUNNING = "RUNNING"
+    PAUSED = "PAUSED"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def ended(self) -> bool:
+        return self in ENDED
+
+
+ENDED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+_ACTIVE = frozenset(
+    {JobState.PENDING, JobState.RUNNABLE, JobState.STARTING, JobState.RUNNING, JobState.PAUSED}
+)
+
+MOVES: dict[JobState, frozenset[JobState]] = {
+    JobState.SCHEDULED: frozenset({JobState.SUBMITTED, JobState.CANCELLED}),
+    JobState.SUBMITTED: _ACTIVE | ENDED,
+    **{state: (_ACTIVE | ENDED) - {state} for state in _ACTIVE},
+    # A retry re-opens what did not succeed; a job that succeeded has nothing to re-open.
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset({JobState.PENDING}),
+    JobState.CANCELLED: frozenset({JobState.PENDING}),
+}
+
+
+def may_move(before: JobState, after: JobState) -> bool:
+    """Whether the table of moves has an arrow from `before` to `after`."""
+    return after in MOVES[before]
+
+
+class TaskState(StrEnum):
+    """The terminal states of a task: I1 says that each task gets exactly one."""
+
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+
+class Control(StrEnum):
+    """What a job's control object asks of the workers."""
+
+    RUN = "run"
+    PAUSE = "pause"
+    CANCEL = "cancel"
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSet:
+    """A sorted set of task indices as disjoint half-open ranges: 10⁷ tasks may cost one pair."""
+
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        last = -1
+        for start, stop in self.ranges:
+            if start <= last or stop <= start:
+                raise ValueError(f"ranges must be sorted, disjoint and not touch: {self.ranges}")
+            last = stop
+
+    @classmethod
+    def span(cls, start: int, stop: int) -> TaskSet:
+        """All indices from `start` up to but not including `stop`."""
+        return cls(((start, stop),)) if stop > start else cls()
+
+    @classmethod
+    def of(cls, indices: Iterable[int]) -> TaskSet:
+        """The set of these indices, in any order, repeats allowed."""
+        ordered = sorted(set(indices))
+        if not ordered:
+            return cls()
+        cuts = [i for i, (a, b) in enumerate(pairwise(ordered), start=1) if b != a + 1]
+        edges = [0, *cuts, len(ordered)]
+        return cls(tuple((ordered[a], ordered[b - 1] + 1) for a, b in pairwise(edges)))
+
+    @classmethod
+    def union(cls, sets: Iterable[TaskSet]) -> TaskSet:
+        """Every index that is in any of `sets`."""
+        merged: list[tuple[int, int]] = []
+        for start, stop in sorted(pair for one in sets for pair in one.ranges):
+            if merged and start <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+            else:
+                merged.append((start, stop))
+        return cls(tuple(merged))
+
+    def __len__(self) -> int:
+        return sum(stop - start for start, stop in self.ranges)
+
+    def __bool__(self) -> bool:
+        return bool(self.ranges)
+
+    def __iter__(self) -> Iterator[int]:
+        for start, stop in self.ranges:
+            yield from range(start, stop)
+
+    def __contains__(self, index: object) -> bool:
+        return (
+            any(start <= index < stop for start, stop in self.ranges)
+            if isinstance(index, int)
+            else False
+        )
+
+    def __sub__(self, other: TaskSet) -> TaskSet:
+        left: list[tuple[int, int]] = []
+        holes = iter(other.ranges)
+        hole = next(holes, None)
+        for start, stop in self.ranges:
+            while hole and hole[1] <= start:
+                hole = next(holes, None)
+            while hole and hole[0] < stop:
+                if hole[0] > start:
+                    left.append((start, hole[0]))
+                start = hole[1]
+                if hole[1] >= stop:
+                    break
+                hole = next(holes, None)
+            if start < stop:
+                left.append((start, stop))
+        return TaskSet(tuple(left))
+
+    def __and__(self, other: TaskSet) -> TaskSet:
+        return self - (self - other)
+
+    @property
+    def first(self) -> int:
+        return self.ranges[0][0]
+
+    @property
+    def last(self) -> int:
+        return self.ranges[-1][1] - 1
+
+    def take(self, count: int) -> tuple[TaskSet, TaskSet]:
+        """The first `count` indices, and the rest."""
+        head: list[tuple[int, int]] = []
+        for i, (start, stop) in enumerate(self.ranges):
+            if count <= 0:
+                return TaskSet(tuple(head)), TaskSet(self.ranges[i:])
+            if stop - start <= count:
+                head.append((start, stop))
+                count -= stop - start
+            else:
+                head.append((start, start + count))
+                return TaskSet(tuple(head)), TaskSet(((start + count, stop), *self.ranges[i + 1 :]))
+        return self, TaskSet()
+
+    def halves(self) -> tuple[TaskSet, TaskSet]:
+        """Two parts of nearly equal size; the first is the larger."""
+        return self.take((len(self) + 1) // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A set of tasks of one stage that travels as one message.
+
+    `round` counts the user's own `job retry` calls; `attempt` the automatic retries within one
+    round, from 1. `losses` counts deliveries that ended without an outcome and without an
+    explanation. `source` is the upstream bundle whose outcome holds the inputs, None where the
+    plan holds them.
+    """
+
+    job: JobId
+    stage: StageName
+    tasks: TaskSet
+    attempt: int = 1
+    round: int = 0
+    losses: int = 0
+    source: BundleId | None = None
+
+    @property
+    def id(self) -> BundleId:
+        """Derived, hence the same whoever computes it.
+
+        Two bundles of a stage never share it: of the sets that hold a task at one (round,
+        attempt), each is a proper prefix or suffix of the one before, so first or last differ.
+        """
+        t = self.tasks
+        return BundleId(f"{t.first:08d}-{t.last:08d}.{self.round}.{self.attempt}")
+
+
+class FailureKind(StrEnum):
+    """Why an attempt of a task failed; retry rules name these."""
+
+    EXCEPTION = "exception"
+    EXIT = "exit"
+    TIMEOUT = "timeout"
+    MEMORY = "memory"
+    CRASH = "crash"
+    INPUT = "input"
+    RESULT = "result"
+    IMPORT = "import"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One failed attempt of one task.
+
+    `final` says that no retry follows. `reason` is one sentence for a person; `error` the
+    exception's class name or the like, which groups failures; `exit_code` is negative for a signal.
+    """
+
+    task: int
+    kind: FailureKind
+    reason: str
+    error: str = ""
+    traceback: str = ""
+    exit_code: int | None = None
+    run_s: float = 0.0
+    final: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Follow:
+    """A bundle that follows from an outcome, and how long it waits before it may start.
+
+    `watchdog` marks a hand-over: the work still runs elsewhere, and is done again only if the
+    running marker goes stale.
+    """
+
+    bundle: Bundle
+    delay_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one execution of a bundle came to: the content of the one conditional PUT.
+
+    `values` has one encoded result per index of `succeeded`, in order; `run_s` likewise the
+    seconds each took. Tasks of the bundle in neither `succeeded`, `failed` nor `cancelled` are in
+    one of `follows`. `execution` names the attempt's own key space for files and logs.
+    `gone` are tasks of later stages that can no longer happen, as (stage, tasks).
+    """
+
+    bundle: Bundle
+    execution: str
+    worker: str
+    started_s: float
+    ended_s: float
+    succeeded: TaskSet = TaskSet()
+    values: tuple[Json, ...] = ()
+    run_s: tuple[float, ...] = ()
+    failed: tuple[Failure, ...] = ()
+    cancelled: TaskSet = TaskSet()
+    follows: tuple[Follow, ...] = ()
+    log: str = ""
+    log_spans: tuple[tuple[int, int, int], ...] = ()
+    """(task, first byte, last byte + 1) within the log object, for tasks that printed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An outcome without its values: what the events queue carries and the ledger folds."""
+
+    bundle: Bundle
+    worker: str
+    started_s: float
+    ended_s: float
+    succeeded: TaskSet
+    failed: TaskSet
+    cancelled: TaskSet
+    run_s: float
+    follows: tuple[Follow, ...] = ()
+    retried: int = 0
+    """Attempts in this outcome that failed and are followed by a retry."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageCounts:
+    """One stage's row in the ledger; `planned` is None until the stage's plan is committed."""
+
+    stage: StageName
+    planned: int | None = None
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    retried: int = 0
+    run_s: float = 0.0
+    """Seconds of task run time, summed over succeeded tasks."""
+    first_start_s: float | None = None
+    last_end_s: float | None = None
+
+    @property
+    def terminal(self) -> int:
+        return self.succeeded + self.failed + self.cancelled
+
+    @property
+    def ended(self) -> bool:
+        return self.planned is not None and self.terminal >= self.planned
+
+    @property
+    def mean_s(self) -> float | None:
+        """Mean run time of a task, seconds; None before the first success."""
+        return self.run_s / self.succeeded if self.succeeded else None
+
+
+class LifecycleState(StrEnum):
+    """An instance's state, in the words of EC2 Auto Scaling."""
+
+    PENDING = "Pending"
+    IN_SERVICE = "InService"
+    TERMINATING = "Terminating"
+    TERMINATED = "Terminated"
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One member of an Auto Scaling group."""
+
+    id: str
+    pool: str
+    state: LifecycleState
+    launched_s: float
+    healthy: bool = True
+    protected: bool = False
+    """Scale-in protection: the group does not choose it when desired capacity falls."""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """One scaling activity with its cause, newest first where they are listed."""
+
+    id: int
+    pool: str
+    at_s: float
+    description: str
+    cause: str
+    status: str = "Successful"
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """A named Auto Scaling group of workers that are alike."""
+
+    name: str
+    min_size: int = 0
+    max_size: int = 2
+    slots: int = 1
+    """Task slots per instance."""
+    boot_s: float = 0.0
+    """Expected seconds from launch to InService; a forecast, not a delay that is imposed."""
+    env: tuple[tuple[str, str], ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class GroupView:
+    """What describing an Auto Scaling group returns."""
+
+    pool: Pool
+    desired: int
+    instances: tuple[Instance, ...]
+
+
+# --- The job as the grid runs it: what `jobs/<job>/spec.json` says ------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RetryRule:
+    """When and how often a failed task is tried again.
+
+    `attempts` counts the first try. The wait before attempt n+1 is
+    `backoff_s · factor^(n-1)`, at most `max_backoff_s`, times a jitter within ±`jitter`.
+    Empty `kinds` means every kind but IMPORT and RESULT, which no second try can mend. Non-empty
+    `exit_codes` or `exceptions` narrow EXIT and EXCEPTION to those named.
+    """
+
+    attempts: int = 3
+    backoff_s: float = 1.0
+    factor: float = 2.0
+    max_backoff_s: float = 900.0
+    jitter: float = 0.25
+    kinds: tuple[FailureKind, ...] = ()
+    exit_codes: tuple[int, ...] = ()
+    exceptions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StageDef:
+    """One step of the job's list.
+
+    Without `after` it is a root and its items come from the job's input. `gather` None means
+    chain (item by item); "*" means all upstream results make one task; any other text names the
+    field of the upstream results (or of their elements, where a result is a list) to group by.
+    Exactly one of `handler` ("module:function", or "pickle:<object key>") and `command` is set.
+    `bundle` None means sizes follow the measured task time.
+    """
+
+    name: StageName
+    after: tuple[StageName, ...] = ()
+    gather: str | None = None
+    handler: str | None = None
+    command: tuple[str, ...] = ()
+    stdout: str | None = None
+    """Name of the output file that a command's standard output goes to; None: to the log."""
+    timeout_s: float | None = None
+    retry: RetryRule = RetryRule()
+    slots: int = 1
+    memory_bytes: int | None = None
+    bundle: int | None = None
+    pool: str = "default"
+
+    @property
+    def chained(self) -> bool:
+        """Fed item by item by the workers of one upstream stage, without the manager."""
+        return self.gather is None and len(self.after) == 1
+
+
+class SplitBy(StrEnum):
+    """How raw data becomes tasks."""
+
+    FILE = "file"
+    LINES = "lines"
+    BYTES = "bytes"
+    ITEMS = "items"
+
+
+@dataclass(frozen=True, slots=True)
+class InputDef:
+    """Where the root stages' items come from.
+
+    `keys` are objects of the bucket (uploaded raw data) in order. `size` is lines per task for
+    LINES, bytes for BYTES, items for ITEMS (1: the item itself; more: a list of them).
+    `header` repeats the first line of each file in every part (LINES and BYTES).
+    """
+
+    keys: tuple[str, ...] = ()
+    split: SplitBy = SplitBy.FILE
+    size: int = 1
+    header: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class JobDef:
+    """A job ready to run, independent of the machine that submitted it.
+
+    `max_failures` is a number of tasks, or with `max_failures_percent` a percentage of the tasks
+    planned in a stage; beyond it the job is FAILED, and with `fail_fast` stopped at once.
+    `items` is the input of a job that came with its items (Python API) instead of `input`.
+    """
+
+    id: JobId
+    name: str
+    stages: tuple[StageDef, ...]
+    submitted_s: float
+    input: InputDef | None = None
+    items: int | None = None
+    code: str | None = None
+    """Key of the code zip, `code/<sha256>.zip`."""
+    params: tuple[tuple[str, Json], ...] = ()
+    max_failures: float = 0
+    max_failures_percent: bool = False
+    fail_fast: bool = False
+    priority: int = 0
+    tags: tuple[tuple[str, str], ...] = ()
+    token: str = ""
+    """Client token: a second submission with it is the same job."""
+    start_at_s: float | None = None
+
+    def stage(self, name: str) -> StageDef:
+        """The stage of that name; KeyError where there is none."""
+        for one in self.stages:
+            if one.name == name:
+                return one
+        raise KeyError(name)
+
+    def roots(self) -> tuple[StageDef, ...]:
+        return tuple(s for s in self.stages if not s.after)
+
+    def chained_after(self, name: str) -> tuple[StageDef, ...]:
+        """Stages fed item by item from `name` by its own workers."""
+        return tuple(s for s in self.stages if s.chained and s.after == (name,))
+
+    def downstream(self, name: str) -> tuple[StageDef, ...]:
+        """Every stage that comes after `name`, directly or not, in the order of the list."""
+        reached = {name}
+        found: list[StageDef] = []
+        for one in self.stages:
+            if reached.intersection(one.after):
+                reached.add(one.name)
+                found.append(one)
+        return tuple(found)

@@ -1,0 +1,86 @@
+"""The seam between the worker's protocol and the place where user code runs.
+
+The worker loop decides what runs, commits and forwards; a Runner only runs it. The same loop
+drives warm child processes, real handlers inside the simulator, and simulated durations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from batchlab.model import Bundle, Failure, JobDef, Json, StageDef
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One execution of a bundle, ready to run: `items` has one input per index of `bundle.tasks`.
+
+    Items are encoded values (`protocol.values`): inline JSON, or references to objects that the
+    runner fetches. `budget_s` asks to start no further task once that long has passed (the first
+    task always starts); None runs them all.
+    """
+
+    job: JobDef
+    stage: StageDef
+    bundle: Bundle
+    execution: str
+    items: Sequence[Json]
+    budget_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """One task has ended: `failure` None means success with `value`, encoded and already safe in
+    the object store where it is large or a file."""
+
+    task: int
+    run_s: float
+    value: Json = None
+    failure: Failure | None = None
+
+
+@dataclass(slots=True)
+class Handle:
+    """Steering of one `Runner.run` from outside, shared by both sides.
+
+    `stop` asks to start no further task; `kill` to end the running one at once too (it then
+    yields no `Ran`). `running` is the task that runs now, None between tasks. `log` and
+    `log_spans` are filled when the run has ended (see Outcome).
+    """
+
+    stop: bool = False
+    kill: bool = False
+    running: int | None = None
+    log: str = ""
+    log_spans: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+class Runner(Protocol):
+    """Where tasks run."""
+
+    def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
+        """Run the tasks in order, one at a time, yielding each soon after it ends.
+
+        Ends early after `handle.stop`, `handle.kill`, or when the budget is used up; tasks never
+        yielded were not run to an end. Never raises for what user code does: that is a Failure.
+        Port errors (BackendError) do propagate; the worker then gives the bundle back.
+        """
+
+    async def close(self) -> None:
+        """End every child process and remove scratch files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Folders of one instance: unpacked code by hash, and one folder per execution."""
+
+    root: Path
+
+    def code(self, digest: str) -> Path:
+        return self.root / "code" / digest
+
+    def execution(self, name: str) -> Path:
+        return self.root / "run" / name

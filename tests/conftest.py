@@ -1,0 +1,21 @@
+"""Fixtures every suite may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real traces and claims; absent on a laptop, promised in CI."""
+    folder = Path(os.environ.get("BATCHLAB_SHARED", _ROOT.parent / "shared")) / "data"
+    if not folder.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"CI promises the reference data, but {folder} is not there")
+        pytest.skip("the reference data is not on this machine")
+    return folder
