@@ -184,9 +184,9 @@ class Bundle:
     """A set of tasks of one stage that travels as one message.
 
     `round` counts the user's own `job retry` calls; `attempt` the automatic retries within one
-    round, from 1. `losses` counts deliveries that ended without an outcome and without an
-    explanation. `source` is the upstream bundle whose outcome holds the inputs, None where the
-    plan holds them.
+    round, from 1. `losses` counts earlier deliveries that ended without an outcome; it makes the
+    next worker careful (see worker.suspects) and is no part of the identity. `source` is the
+    upstream bundle whose outcome holds the inputs, None where the plan holds them.
     """
 
     job: JobId
@@ -241,12 +241,19 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Follow:
-    """A bundle that follows from an outcome, and how long it waits before it may start.
+class Ran:
+    """One task has ended: `failure` None means success with `value`, encoded and already safe in
+    the object store where it is large or a file."""
 
-    `watchdog` marks a hand-over: the work still runs elsewhere, and is done again only if the
-    running marker goes stale.
-    """
+    task: int
+    run_s: float
+    value: Json = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Follow:
+    """A bundle that follows from an outcome, and how long it waits before it may start."""
 
     bundle: Bundle
     delay_s: float = 0.0
@@ -259,7 +266,6 @@ class Outcome:
     `values` has one encoded result per index of `succeeded`, in order; `run_s` likewise the
     seconds each took. Tasks of the bundle in neither `succeeded`, `failed` nor `cancelled` are in
     one of `follows`. `execution` names the attempt's own key space for files and logs.
-    `gone` are tasks of later stages that can no longer happen, as (stage, tasks).
     """
 
     bundle: Bundle
@@ -449,7 +455,8 @@ class SplitBy(StrEnum):
 class InputDef:
     """Where the root stages' items come from.
 
-    `keys` are objects of the bucket (uploaded raw data) in order. `size` is lines per task for
+    `keys` are objects of the bucket (uploaded raw data) in order; one that ends in "/" stands for
+    every object under it. `size` is lines per task for
     LINES, bytes for BYTES, items for ITEMS (1: the item itself; more: a list of them).
     `header` repeats the first line of each file in every part (LINES and BYTES).
     """
@@ -501,12 +508,12 @@ class JobDef:
         """Stages fed item by item from `name` by its own workers."""
         return tuple(s for s in self.stages if s.chained and s.after == (name,))
 
-    def downstream(self, name: str) -> tuple[StageDef, ...]:
-        """Every stage that comes after `name`, directly or not, in the order of the list."""
-        reached = {name}
+    def fed_by(self, name: str) -> tuple[StageDef, ...]:
+        """Stages whose tasks are those of `name`, item by item, directly or not."""
+        fed = {name}
         found: list[StageDef] = []
         for one in self.stages:
-            if reached.intersection(one.after):
-                reached.add(one.name)
+            if one.chained and one.after[0] in fed:
+                fed.add(one.name)
                 found.append(one)
         return tuple(found)

@@ -12,7 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from batchlab.model import Activity, GroupView, Instance, Pool
+from batchlab.model import (
+    Activity,
+    Bundle,
+    Completion,
+    Control,
+    GroupView,
+    Instance,
+    JobDef,
+    JobId,
+    JobState,
+    Pool,
+    StageCounts,
+    StageName,
+    TaskSet,
+)
 
 MAX_MESSAGE_BYTES = 256 * 1024
 MAX_BATCH = 10
@@ -198,6 +212,9 @@ class Fleet(Protocol):
     async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None:
         """Set scale-in protection."""
 
+    async def ready(self, instance: str) -> None:
+        """The instance's worker has given its first sign of life: Pending becomes InService."""
+
     async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None:
         """Report an instance's health; an unhealthy one is replaced."""
 
@@ -225,21 +242,165 @@ class Launcher(Protocol):
         """Every instance known: None while it lives, else how it ended ("exit -9")."""
 
 
-__all__ = [
-    "MAX_BATCH",
-    "MAX_DELAY_S",
-    "MAX_MESSAGE_BYTES",
-    "MAX_VISIBILITY_S",
-    "MAX_WAIT_S",
-    "Clock",
-    "Depth",
-    "Fleet",
-    "Ids",
-    "Launcher",
-    "Message",
-    "ObjectInfo",
-    "Objects",
-    "Outgoing",
-    "Queue",
-    "QueueSpec",
-]
+# --- Ledger (analytics store) --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A job's row. `round` counts the user's retries."""
+
+    job: JobDef
+    state: JobState
+    reason: str = ""
+    control: Control = Control.RUN
+    round: int = 0
+    started_s: float | None = None
+    ended_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """A stage's row: its counters, and how far its plan has been cut into bundles.
+
+    `plan_round` is the round whose plan its tasks come from; `cut_seq` numbers the cuts of that
+    round, -1 before the first; `left` are the tasks not yet cut.
+    """
+
+    counts: StageCounts
+    plan_round: int = 0
+    cut_seq: int = -1
+    left: TaskSet = TaskSet()
+
+
+@dataclass(frozen=True, slots=True)
+class BundleRecord:
+    """A bundle's row: planned while `completion` is None. `seq` orders completions as folded."""
+
+    bundle: Bundle
+    completion: Completion | None = None
+    seq: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Bundles that a planner committed to, the content of one plan/cuts object."""
+
+    job: JobId
+    stage: StageName
+    round: int
+    seq: int
+    bundles: tuple[Bundle, ...]
+    left: TaskSet
+    planned: int | None = None
+    """Set in a round's first cut: the number of tasks of the stage, and which of them are
+    cancelled because something upstream did not succeed."""
+    cancelled: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reopening:
+    """What one `job retry` takes back from a stage's counters before it runs again.
+
+    `replan` says that the stage's plan itself is void (a gather), so `planned` is unknown again.
+    """
+
+    stage: StageName
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    replan: bool = False
+
+
+class Ledger(Protocol):
+    """The projection of the bucket that people and the planner read.
+
+    Every method is one transaction and may be repeated: what is already there is left alone.
+    Readers see whole transactions. Facts about single tasks are not here but in the outcomes.
+    """
+
+    async def add_job(self, job: JobDef, *, state: JobState) -> JobRecord:
+        """Insert the job with its stages; an existing id or token returns the existing row."""
+
+    async def job(self, job: JobId) -> JobRecord:
+        """One job; NotFound."""
+
+    async def jobs(
+        self, *, active: bool = False, limit: int = 100, before: str | None = None
+    ) -> Sequence[JobRecord]:
+        """Newest first by (submitted_s, id); `active` leaves out jobs that have ended; `before`
+        is the id of the last row of the previous page."""
+
+    async def move_job(
+        self, job: JobId, state: JobState, *, reason: str = "", at_s: float | None = None
+    ) -> bool:
+        """Change state by the table of moves; False where it has no such arrow (or no change).
+
+        The first move to RUNNING sets `started_s` to `at_s`.
+        """
+
+    async def set_control(self, job: JobId, control: Control) -> None:
+        """Record what the control object says."""
+
+    async def stages(self, job: JobId) -> Sequence[StageRecord]:
+        """The job's stages in order."""
+
+    async def add_cut(self, cut: Cut) -> bool:
+        """Record a cut and its bundles as planned; False where this cut is already known.
+
+        A stage whose `plan_round` is older than the cut's takes the cut's round.
+        """
+
+    async def set_planned(self, job: JobId, stage: StageName, planned: int) -> None:
+        """Set a stage's number of planned tasks where it is not known yet (chained stages)."""
+
+    async def fold(
+        self, completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]
+    ) -> Sequence[bool]:
+        """Fold outcomes, each exactly once however often it comes; answers which were new.
+
+        Counters of the bundle's stage grow by what it says, those named in the completion's
+        `casualties` grow in `cancelled`, and its `follows` become planned bundles (a follow that
+        has been folded already stays done).
+        """
+
+    async def bundles(
+        self,
+        job: JobId,
+        *,
+        stage: StageName | None = None,
+        done: bool | None = None,
+        after_seq: int | None = None,
+        failed: bool = False,
+        limit: int | None = None,
+    ) -> Sequence[BundleRecord]:
+        """Bundles in the order (seq, stage, id); planned ones last. `done` True or False filters;
+        `after_seq` gives completions folded after that one; `failed` only those with failed
+        tasks."""
+
+    async def reopen(self, job: JobId, round: int, stages: Sequence[Reopening]) -> bool:
+        """Begin round `round` of a job that has ended; False where that round has begun before."""
+
+    async def finish(
+        self,
+        job: JobId,
+        state: JobState,
+        *,
+        round: int,
+        reason: str,
+        ended_s: float,
+        closed: Mapping[StageName, int],
+    ) -> bool:
+        """End the job: `closed` tasks of each stage never came to be and count as cancelled (a
+        stage without a plan gets planned = closed). False where it has ended before."""
+
+    async def lease(self, name: str, owner: str, *, now_s: float, ttl_s: float) -> bool:
+        """Take or renew the lease; False while somebody else's has not run out."""
+
+    async def release(self, name: str, owner: str) -> None:
+        """Give the lease back if it is ours."""
+
+    async def clear(self) -> None:
+        """Forget every job (before a rebuild); leases stay."""
+
+    async def close(self) -> None:
+        """Release connections."""

@@ -1,0 +1,1 @@
+"""The Job Manager: accepts, plans, collects, repairs, scales and completes; the only leader."""

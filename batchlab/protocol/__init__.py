@@ -1,0 +1,1 @@
+"""The protocol as pure functions: names, wire format, sizes, and what follows from an outcome."""

@@ -6,12 +6,13 @@ drives warm child processes, real handlers inside the simulator, and simulated d
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from batchlab.model import Bundle, Failure, JobDef, Json, StageDef
+from batchlab.model import Bundle, JobDef, Json, Ran, StageDef
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,29 +32,20 @@ class Work:
     budget_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """One task has ended: `failure` None means success with `value`, encoded and already safe in
-    the object store where it is large or a file."""
-
-    task: int
-    run_s: float
-    value: Json = None
-    failure: Failure | None = None
-
-
 @dataclass(slots=True)
 class Handle:
     """Steering of one `Runner.run` from outside, shared by both sides.
 
-    `stop` asks to start no further task; `kill` to end the running one at once too (it then
-    yields no `Ran`). `running` is the task that runs now, None between tasks. `log` and
-    `log_spans` are filled when the run has ended (see Outcome).
+    `until_s` (monotonic) is how long it may go on starting tasks without a fresh look at the job's
+    control object; the worker keeps moving it. `stop` asks to start no further task; `kill` to
+    end the running one at once too (it then yields no `Ran`). `running` is the task that runs
+    now, None between tasks. `log` and `log_spans` are filled when the run has ended (see Outcome).
     """
 
     stop: bool = False
     kill: bool = False
     running: int | None = None
+    until_s: float = math.inf
     log: str = ""
     log_spans: list[tuple[int, int, int]] = field(default_factory=list)
 
@@ -84,3 +76,6 @@ class Scratch:
 
     def execution(self, name: str) -> Path:
         return self.root / "run" / name
+
+
+__all__ = ["Handle", "Ran", "Runner", "Scratch", "Work"]

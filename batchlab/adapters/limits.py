@@ -1,0 +1,92 @@
+"""What every adapter refuses before it asks its service: bad keys, and calls over SQS's limits.
+
+Invariant: a call that one backend refuses here is refused by all, with the same error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from batchlab.errors import TooLarge
+from batchlab.ports import (
+    MAX_BATCH,
+    MAX_DELAY_S,
+    MAX_MESSAGE_BYTES,
+    MAX_VISIBILITY_S,
+    MAX_WAIT_S,
+    Outgoing,
+)
+
+MAX_IN_FLIGHT = 120_000
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+# What the local store names a file that is still being written.
+_STAGED = re.compile(r"#\d+$")
+_QUEUE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
+
+
+def check_key(key: str) -> None:
+    """ValueError for a key that some backend cannot hold."""
+    if _CONTROL.search(key):
+        raise ValueError(f"object key {key!r} holds a control character")
+    for segment in key.split("/"):
+        if segment in ("", ".", ".."):
+            raise ValueError(f"object key {key!r} has an empty, '.' or '..' segment")
+    if _STAGED.search(key):
+        raise ValueError(f"object key {key!r} ends like a file that is still being written")
+
+
+def check_prefix(prefix: str) -> None:
+    """ValueError for a prefix that no key can have."""
+    check_key(f"{prefix}x")
+
+
+def check_queue_name(name: str) -> None:
+    """ValueError for a name that SQS would refuse."""
+    if not _QUEUE_NAME.fullmatch(name):
+        raise ValueError(f"queue name {name!r} must be 1 to 80 letters, digits, '-' or '_'")
+
+
+def check_batch(entries: Sequence[object]) -> None:
+    """TooLarge for more than 10 entries in a call."""
+    if len(entries) > MAX_BATCH:
+        raise TooLarge(f"{len(entries)} entries in one call; a queue takes {MAX_BATCH}")
+
+
+def check_send(messages: Sequence[Outgoing]) -> None:
+    """TooLarge for more than 10 messages or 256 KiB a call, ValueError for a bad delay."""
+    check_batch(messages)
+    size = sum(body_bytes(message.body) for message in messages)
+    if size > MAX_MESSAGE_BYTES:
+        raise TooLarge(f"{size} bytes in one call; a queue takes {MAX_MESSAGE_BYTES}")
+    for message in messages:
+        if not 0 <= message.delay_s <= MAX_DELAY_S:
+            raise ValueError(f"a delay is 0 to {MAX_DELAY_S:.0f} s, not {message.delay_s}")
+
+
+def check_receive(max_messages: int, wait_s: float, visibility_s: float | None) -> None:
+    """ValueError for a receive that SQS would refuse."""
+    if not 1 <= max_messages <= MAX_BATCH:
+        raise ValueError(f"a receive asks for 1 to {MAX_BATCH} messages, not {max_messages}")
+    if not 0 <= wait_s <= MAX_WAIT_S:
+        raise ValueError(f"a receive waits 0 to {MAX_WAIT_S:.0f} s, not {wait_s}")
+    if visibility_s is not None and not 0 <= visibility_s <= MAX_VISIBILITY_S:
+        raise ValueError(f"a visibility timeout is 0 to {MAX_VISIBILITY_S:.0f} s")
+
+
+def check_changes(changes: Sequence[tuple[str, float]]) -> None:
+    """TooLarge for more than 10 changes, ValueError for a negative timeout.
+
+    A timeout over 12 hours is no error here: like one that would pass 12 hours since the receive,
+    it is answered as refused.
+    """
+    check_batch(changes)
+    for _, visibility_s in changes:
+        if visibility_s < 0:
+            raise ValueError(f"a visibility timeout is not negative: {visibility_s}")
+
+
+def body_bytes(body: str) -> int:
+    """Size of a message body as SQS counts it."""
+    return len(body) if body.isascii() else len(body.encode())

@@ -1,0 +1,300 @@
+"""Instances that are processes of this machine (Linux), each in a session of its own.
+
+Invariant: what is signalled is what was launched. A pid counts only together with the kernel's
+start time and boot id from the instance's record, so a recycled number is never mistaken for it.
+
+`<root>/instances/<id>.json` is an instance's record, `<root>/logs/<id>.log` what it printed. The
+records outlive the manager: a new launcher over the same root adopts what still runs. An instance
+takes its process group with it when it ends, as a machine would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from batchlab.errors import AlreadyExists, BackendError
+from batchlab.model import Pool
+from batchlab.ports import Clock
+
+INSTANCE_VARIABLE = "BATCHLAB_INSTANCE"
+"""Environment variable that holds an instance's id, in it and in what it starts."""
+
+KEEP_ENDED_S = 600.0
+"""How long the end of an instance stays known; a fleet looks every few seconds."""
+
+_AWAY = "exited while the manager was away"
+_ADOPTED = "exited; its code is unknown, because an earlier manager had started it"
+
+
+@dataclass(slots=True)
+class _Record:
+    """What the file says. `pid` 0: it was about to be started."""
+
+    instance: str
+    pool: str
+    launched_s: float
+    boot: str
+    pid: int = 0
+    start_ticks: int = 0
+    ended: str | None = None
+
+
+@dataclass(slots=True)
+class _Process:
+    record: _Record
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    pidfd: int = -1
+    ended_s: float = 0.0
+    """Monotonic."""
+    asked: bool = False
+    kill: asyncio.TimerHandle | None = None
+
+
+class ProcessLauncher:
+    """The Launcher port over local processes; one at a time per `root`.
+
+    `argv` gives the command line for a pool's instance, `env` its environment, to which the
+    pool's own is added. `changed` is set as soon as any instance ends; whoever waits clears it.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        argv: Callable[[Pool, str], Sequence[str]],
+        clock: Clock,
+        env: Mapping[str, str],
+    ) -> None:
+        self.changed = asyncio.Event()
+        self._records = root / "instances"
+        self._logs = root / "logs"
+        self._argv = argv
+        self._clock = clock
+        self._env = env
+        self._processes: dict[str, _Process] | None = None
+
+    async def launch(self, pool: Pool, instance: str) -> None:
+        """As the port says; BackendError where the program cannot be started, AlreadyExists where
+        the id was used in the last minutes."""
+        processes = self._adopted()
+        if instance in processes:
+            raise AlreadyExists(f"instance {instance} exists already")
+        record = _Record(instance, pool.name, self._clock.now_s(), _boot_id())
+        process = _Process(record)
+        argv = list(self._argv(pool, instance))
+        try:
+            # Written before the start as well: a manager that dies in between leaves a record
+            # without pid, and the instance is then found by its environment.
+            self._write(record)
+            record.pid = self._spawn(argv, pool, instance)
+            record.start_ticks = _start_ticks(record.pid) or 0
+            self._write(record)
+            self._watch(process)
+        except OSError as error:
+            self._undo(record)
+            raise BackendError(f"{argv[0]!r} cannot be started: {error}") from error
+        processes[instance] = process
+
+    async def terminate(self, instance: str, *, grace_s: float) -> None:
+        """As the port says. Asked again, the earlier of the two deadlines holds; an instance that
+        is unknown or has ended is left alone."""
+        process = self._adopted().get(instance)
+        if process is None or process.record.ended is not None:
+            return
+        if not process.asked:
+            process.asked = True
+            # It may have exited without our having heard of it yet.
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(process.pidfd, signal.SIGTERM)
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + grace_s
+        if process.kill is None or due_s < process.kill.when():
+            if process.kill is not None:
+                process.kill.cancel()
+            process.kill = loop.call_at(due_s, _kill_group, process.record)
+
+    async def running(self) -> Mapping[str, str | None]:
+        """As the port says; the end of an instance is remembered for ten minutes."""
+        processes = self._adopted()
+        now_s = self._clock.monotonic_s()
+        for name, process in list(processes.items()):
+            if process.record.ended is not None and now_s - process.ended_s > KEEP_ENDED_S:
+                del processes[name]
+                self._path(name).unlink(missing_ok=True)
+        return {name: process.record.ended for name, process in processes.items()}
+
+    async def close(self, *, kill: bool) -> None:
+        """Let go of every instance; with `kill` end all at once and wait until they have."""
+        living = [p for p in self._adopted().values() if p.record.ended is None]
+        if kill:
+            for process in living:
+                _kill_group(process.record)
+            await asyncio.gather(*(process.gone.wait() for process in living))
+        for process in living:
+            self._let_go(process)
+
+    def _undo(self, record: _Record) -> None:
+        if record.pid:
+            os.killpg(record.pid, signal.SIGKILL)
+            os.waitpid(record.pid, 0)
+        self._path(record.instance).unlink(missing_ok=True)
+
+    def _spawn(self, argv: list[str], pool: Pool, instance: str) -> int:
+        self._logs.mkdir(parents=True, exist_ok=True)
+        append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        # Not subprocess: its objects complain when they are dropped while their process lives,
+        # which is what a manager that restarts does.
+        return os.posix_spawnp(
+            argv[0],
+            argv,
+            {**self._env, **dict(pool.env), INSTANCE_VARIABLE: instance},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, self._logs / f"{instance}.log", append, 0o644),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+            setsid=True,
+            setsigmask=[],
+            # Python ignores these; the child must not inherit that.
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
+        )
+
+    def _watch(self, process: _Process) -> None:
+        process.pidfd = os.pidfd_open(process.record.pid)
+        asyncio.get_running_loop().add_reader(process.pidfd, self._exited, process)
+
+    def _exited(self, process: _Process) -> None:
+        # While our child is a zombie its number is not reused, so the group goes first.
+        _kill_group(process.record)
+        try:
+            _, status = os.waitpid(process.record.pid, 0)
+            how = f"exit {os.waitstatus_to_exitcode(status)}"
+        except ChildProcessError:
+            how = _ADOPTED
+        self._let_go(process)
+        self._ended(process, how)
+
+    def _ended(self, process: _Process, how: str) -> None:
+        process.record.ended = how
+        process.ended_s = self._clock.monotonic_s()
+        process.gone.set()
+        self.changed.set()
+        self._write(process.record)
+
+    def _let_go(self, process: _Process) -> None:
+        if process.kill is not None:
+            process.kill.cancel()
+        if process.pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(process.pidfd)
+            os.close(process.pidfd)
+            process.pidfd = -1
+
+    def _adopted(self) -> dict[str, _Process]:
+        """The instances; the first call takes over those of earlier managers."""
+        if self._processes is None:
+            self._processes = {}
+            for path in sorted(self._records.glob("*.json")):
+                process = _Process(self._read(path))
+                self._processes[process.record.instance] = process
+                self._adopt(process)
+        return self._processes
+
+    def _adopt(self, process: _Process) -> None:
+        record = process.record
+        if record.ended is not None:
+            self._ended(process, record.ended)
+        elif record.boot != _boot_id():
+            self._ended(process, "ended with a restart of the machine")
+        else:
+            if not record.pid:
+                record.pid = _leader_of(record.instance)
+                record.start_ticks = _start_ticks(record.pid) or 0
+            if not record.pid or _start_ticks(record.pid) != record.start_ticks:
+                self._lost(process)
+                return
+            try:
+                self._watch(process)
+            except ProcessLookupError:
+                self._lost(process)
+                return
+            # Between the look and the opening it may have ended and its number been reused.
+            if _start_ticks(record.pid) != record.start_ticks:
+                self._let_go(process)
+                self._lost(process)
+            else:
+                self._write(record)
+
+    def _lost(self, process: _Process) -> None:
+        if process.record.pid:
+            _kill_group(process.record)
+        self._ended(process, _AWAY)
+
+    def _path(self, instance: str) -> Path:
+        return self._records / f"{instance}.json"
+
+    def _write(self, record: _Record) -> None:
+        self._records.mkdir(parents=True, exist_ok=True)
+        fresh = self._records / f"{record.instance}.new"
+        fresh.write_text(json.dumps(asdict(record)))
+        fresh.replace(self._path(record.instance))
+
+    def _read(self, path: Path) -> _Record:
+        try:
+            return _Record(**json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            # Cut short by a power failure, or of another version: look for it by its environment.
+            return _Record(path.stem, "", 0.0, _boot_id())
+
+
+def _boot_id() -> str:
+    """Start times count from the boot of the kernel, so they identify a process within one only."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _stat(pid: int) -> list[bytes]:
+    """The fields of a process's stat from the third on, empty where there is no such process."""
+    try:
+        content = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    # The second field is the name in parentheses, and may hold parentheses and blanks.
+    return content.rpartition(b")")[2].split()
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process started, field 22: clock ticks since boot. None unless it lives."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
+
+
+def _leader_of(instance: str) -> int:
+    """The process that was started as `instance`, by its environment; 0 where there is none."""
+    wanted = f"{INSTANCE_VARIABLE}={instance}".encode()
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdecimal():
+            continue
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except (PermissionError, FileNotFoundError, ProcessLookupError):
+            # Another user's, or one that ended during the look: neither is ours.
+            continue
+        fields = _stat(int(folder.name))
+        # What an instance starts inherits its environment; field 6, the session, is its own pid.
+        if wanted in environment and fields and fields[3] == folder.name.encode():
+            return int(folder.name)
+    return 0
+
+
+def _kill_group(record: _Record) -> None:
+    """SIGKILL to the instance's process group, unless its number belongs to another by now."""
+    # A leader that is gone is no proof that the group is empty; its members keep the number taken.
+    # A stranger could get it only between these two lines, after the kernel went through all others.
+    if _start_ticks(record.pid) in (None, record.start_ticks):
+        with suppress(ProcessLookupError):
+            os.killpg(record.pid, signal.SIGKILL)

@@ -1,0 +1,119 @@
+"""The commit point and the forwarding after it: steps 2 and 3 of a bundle's life.
+
+Invariant: an outcome is written once, by one conditional PUT. Whoever finds it there throws its
+own work away and goes on from what was committed, so everything after may be repeated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from batchlab.errors import AlreadyExists, NotFound
+from batchlab.model import Bundle, Follow, JobDef, Json, Outcome
+from batchlab.patience import Patience
+from batchlab.ports import MAX_BATCH, MAX_DELAY_S, MAX_MESSAGE_BYTES, Objects, Outgoing, Queue
+from batchlab.protocol import naming, wire
+
+INLINE_BYTES = 60_000
+"""Inputs up to this travel in the message; larger ones are fetched by the worker. SQS bills in
+steps of 64 KB, so one message then costs one request."""
+
+
+async def commit(objects: Objects, outcome: Outcome, patience: Patience) -> Outcome:
+    """Commit `outcome`; returns the one that counts, which is another's where that came first."""
+    key = naming.outcome(outcome.bundle)
+    data = wire.to_bytes(wire.outcome_to_json(outcome))
+    try:
+        await patience(lambda: objects.put(key, data, if_absent=True))
+    except AlreadyExists:
+        # Somebody else's, or our own first try whose answer was lost: either way this counts.
+        return wire.outcome_from_json(wire.loads(await patience(lambda: objects.get(key))))
+    return outcome
+
+
+async def committed(objects: Objects, bundle: Bundle, patience: Patience) -> Outcome | None:
+    """The committed outcome of `bundle`, None while there is none."""
+    try:
+        data = await patience(lambda: objects.get(naming.outcome(bundle)))
+    except NotFound:
+        return None
+    return wire.outcome_from_json(wire.loads(data))
+
+
+@dataclass(frozen=True, slots=True)
+class Addressed:
+    """A message and the queue it goes to."""
+
+    queue: str
+    message: Outgoing
+
+
+def address(
+    job: JobDef,
+    bundle: Bundle,
+    *,
+    items: Sequence[Json] | None = None,
+    delay_s: float = 0.0,
+    now_s: float,
+    watchdog: bool = False,
+) -> Addressed:
+    """The message for `bundle`; a delay beyond SQS's longest goes on by `not_before_s`."""
+    if items is not None and len(json.dumps(items)) > INLINE_BYTES:
+        items = None
+    body = wire.task_message(
+        wire.TaskMessage(
+            bundle,
+            items,
+            now_s + delay_s if delay_s > MAX_DELAY_S else None,
+            watchdog,
+        )
+    )
+    pool = job.stage(bundle.stage).pool
+    return Addressed(naming.tasks_queue(pool), Outgoing(body, min(delay_s, MAX_DELAY_S)))
+
+
+def follow_ups(
+    job: JobDef, outcome: Outcome, *, now_s: float, items: Mapping[int, Json] | None = None
+) -> list[Addressed]:
+    """The messages that `outcome` calls for. `items` are the bundle's own inputs by task, where
+    they are at hand, so that retries and splits need not fetch them again."""
+    values = dict(zip(outcome.succeeded, outcome.values, strict=True))
+
+    def inputs(follow: Follow) -> Sequence[Json] | None:
+        chained = follow.bundle.stage != outcome.bundle.stage
+        known: Mapping[int, Json] = values if chained else (items or {})
+        if any(task not in known for task in follow.bundle.tasks):
+            return None
+        return [known[task] for task in follow.bundle.tasks]
+
+    return [
+        address(job, f.bundle, items=inputs(f), delay_s=f.delay_s, now_s=now_s)
+        for f in outcome.follows
+    ]
+
+
+def batches(messages: Sequence[Outgoing]) -> list[list[Outgoing]]:
+    """`messages` in calls of at most 10 and 256 KiB."""
+    calls: list[list[Outgoing]] = []
+    size = 0
+    for message in messages:
+        length = len(message.body.encode())
+        if not calls or len(calls[-1]) == MAX_BATCH or size + length > MAX_MESSAGE_BYTES:
+            calls.append([])
+            size = 0
+        calls[-1].append(message)
+        size += length
+    return calls
+
+
+async def send_all(queue: Queue, messages: Sequence[Addressed], patience: Patience) -> None:
+    """Send every message, in as few calls as the limits allow."""
+    by_queue: dict[str, list[Outgoing]] = {}
+    for one in messages:
+        by_queue.setdefault(one.queue, []).append(one.message)
+    for name, outgoing in by_queue.items():
+        for call in batches(outgoing):
+            await patience(partial(queue.send, name, call))

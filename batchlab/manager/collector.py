@@ -1,0 +1,97 @@
+"""Receives events: completions go to the ledger, beats to the registry of workers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from batchlab.errors import BackendError, NotFound
+from batchlab.manager.folding import Folder
+from batchlab.manager.live import LiveJob, ManagerSettings, Ports
+from batchlab.manager.registry import Registry
+from batchlab.model import Completion, JobId
+from batchlab.ports import MAX_BATCH, Message
+from batchlab.protocol import naming, settle, wire
+
+log = logging.getLogger(__name__)
+
+
+class Collector:
+    """The events queue's only consumer."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        settings: ManagerSettings,
+        lives: Mapping[JobId, LiveJob],
+        folder: Folder,
+        registry: Registry,
+    ) -> None:
+        self._ports = ports
+        self._settings = settings
+        self._lives = lives
+        self._folder = folder
+        self._registry = registry
+
+    async def collect(self) -> None:
+        """Receive, fold, delete, for ever. Deleted only once folded: a crash repeats the fold,
+        which counts nothing twice."""
+        while True:
+            try:
+                await self._collect_once()
+            except BackendError as error:
+                # What was received comes again when its visibility runs out.
+                log.warning("events wait for the backend: %s", error)
+                await asyncio.sleep(self._settings.tick_s)
+
+    async def _collect_once(self) -> None:
+        queue, patience = self._ports.queue, self._ports.patience
+        messages = await patience(
+            partial(
+                queue.receive,
+                naming.EVENTS,
+                max_messages=MAX_BATCH,
+                wait_s=self._settings.wait_s,
+                visibility_s=self._settings.visibility_s,
+            )
+        )
+        if messages:
+            await self._take(messages)
+            receipts = [m.receipt for m in messages]
+            await patience(partial(queue.delete, naming.EVENTS, receipts))
+
+    async def _take(self, messages: Sequence[Message]) -> None:
+        completions: list[Completion] = []
+        for message in messages:
+            try:
+                events = wire.read_events_message(message.body)
+            except (BackendError, ValueError, KeyError, TypeError) as error:
+                log.error("dropped an event that cannot be read (%s): %.200s", error, message.body)
+                continue
+            completions += events.completions
+            for key in events.committed:
+                completions += await self._fetched(key)
+            for beat in events.beats:
+                await self._registry.hear(beat)
+                self._named(beat)
+        await self._folder.fold(completions)
+
+    async def _fetched(self, key: str) -> list[Completion]:
+        get = partial(self._ports.objects.get, key)
+        try:
+            data = await self._ports.patience(get)
+        except NotFound:
+            return []  # its job has been removed meanwhile
+        return [settle.completion(wire.outcome_from_json(wire.loads(data)))]
+
+    def _named(self, beat: wire.Beat) -> None:
+        """What a worker holds is not silent."""
+        now_s = self._ports.clock.monotonic_s()
+        for held in beat.held:
+            live = self._lives.get(held.job)
+            waiting = live.outstanding.get(held.stage, {}) if live else {}
+            one = waiting.get(held.bundle)
+            if one:
+                one.heard_s = max(one.heard_s, now_s)

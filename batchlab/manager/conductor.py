@@ -1,0 +1,314 @@
+"""Moves a job on: plans its stages, cuts them into bundles, sends those, and ends the job.
+
+Invariants: a decision is committed by a conditional PUT before it is acted on (plan, cut, final),
+so it is taken once whoever takes it; a gather is planned only when the ledger shows every task
+upstream terminal (never by counting messages); a job always ends (I7).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from batchlab.commit import Addressed, address, commit, committed, send_all
+from batchlab.errors import AlreadyExists, UsageError
+from batchlab.manager.folding import Folder
+from batchlab.manager.live import LiveJob, ManagerSettings, Ports, in_pool
+from batchlab.manager.plans import Plans
+from batchlab.model import (
+    Bundle,
+    Control,
+    JobId,
+    JobState,
+    Json,
+    StageDef,
+    StageName,
+    TaskSet,
+)
+from batchlab.ports import Cut, StageRecord
+from batchlab.protocol import naming, settle, sizing, wire
+from batchlab.protocol.policy import Verdict, judge
+from batchlab.worker.inputs import Inputs
+
+log = logging.getLogger(__name__)
+
+WINDOW = 3
+"""Bundles per slot kept outstanding: one runs, one is prefetched, one covers the manager's own
+latency. A shallow queue lets sizes follow measurements and priorities take effect."""
+
+SEALED_AT_ONCE = 16
+
+
+class Conductor:
+    """The steps of one job's life after its submission."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        settings: ManagerSettings,
+        lives: Mapping[JobId, LiveJob],
+        folder: Folder,
+        slots_of: Mapping[str, int],
+    ) -> None:
+        """`slots_of` gives the slots that a pool has or can soon have."""
+        self._ports = ports
+        self._settings = settings
+        self._lives = lives
+        self._folder = folder
+        self._slots_of = slots_of
+        self.plans = Plans(ports)
+        self._inputs = Inputs(ports.objects, ports.patience)
+
+    async def conduct(self, live: LiveJob) -> None:
+        """Advance the job whenever it is poked, until it has ended."""
+        while not live.ended.is_set():
+            live.poke.clear()
+            await self.advance(live)
+            if not live.ended.is_set():
+                await live.poke.wait()
+
+    async def advance(self, live: LiveJob) -> None:
+        """Do everything that can be done for the job now."""
+        if live.record.control is Control.PAUSE or live.record.state is JobState.SCHEDULED:
+            return
+        if live.record.control is Control.RUN:
+            try:
+                for stage in live.job.stages:
+                    await self._plan(live, stage)
+                    await self._cut(live, stage)
+            except UsageError as error:
+                await self.stop(live, JobState.FAILED, str(error))
+                return
+        verdict = judge(live.job, [s.counts for s in live.stages.values()])
+        if live.record.control is Control.CANCEL:
+            state = JobState.FAILED if verdict.stop else JobState.CANCELLED
+            await self.stop(live, state, verdict.reason or "cancelled by its user")
+        elif verdict.stop:
+            await self.stop(live, JobState.FAILED, verdict.reason)
+        elif all(s.counts.ended for s in live.stages.values()):
+            state = JobState.FAILED if verdict.failed else JobState.SUCCEEDED
+            await self._finish(live, state, await self._explained(live, verdict), {})
+
+    # --- Planning --------------------------------------------------------------------------------
+
+    async def _plan(self, live: LiveJob, stage: StageDef) -> None:
+        record = live.stages[stage.name]
+        if record.counts.planned is not None or stage.chained:
+            return
+        round_ = live.record.round
+        if any(not live.stages[u].counts.ended for u in stage.after):
+            return
+        if stage.gather is not None and self._doomed(live):
+            # Totals over a part of the input would look like totals over all of it.
+            await self._first_cut(live, stage, TaskSet())
+            return
+        manifest = await self.plans.existing(live.job, stage.name, round_)
+        if manifest is None and not stage.after and live.job.input is not None:
+            await self._move(live, JobState.PENDING)
+            manifest = await self.plans.of_input(live.job, stage)
+        elif manifest is None and stage.after:
+            planned = {u: live.stages[u].counts.planned or 0 for u in stage.after}
+            manifest = await self.plans.of_stages(live.job, stage, round_, planned)
+        if manifest is None:
+            raise UsageError(
+                f"Job {live.id} says it brings its own items, but they are not there.",
+                remedy="Submit it through the Python API, or give it an input.",
+            )
+        tasks = TaskSet.span(0, manifest.count) - manifest.skipped
+        await self._first_cut(live, stage, tasks)
+
+    async def _first_cut(self, live: LiveJob, stage: StageDef, tasks: TaskSet) -> None:
+        cut = Cut(live.id, stage.name, live.record.round, 0, (), tasks, len(tasks))
+        cut = await self._commit_cut(live, cut)
+        planned = cut.planned or 0
+        for fed in live.job.fed_by(stage.name):
+            await self._ports.ledger.set_planned(live.id, fed.name, planned)
+        await self._folder.refresh(live)
+        if live.record.state in (JobState.SUBMITTED, JobState.PENDING):
+            await self._move(live, JobState.RUNNABLE)
+
+    def _doomed(self, live: LiveJob) -> bool:
+        return judge(live.job, [s.counts for s in live.stages.values()]).failed
+
+    # --- Cutting ---------------------------------------------------------------------------------
+
+    async def _cut(self, live: LiveJob, stage: StageDef) -> None:
+        """Commit and send bundles while there is room for them in the pool's queue."""
+        while live.record.control is Control.RUN:
+            record = live.stages[stage.name]
+            room = self._room(live, stage)
+            sizes = sizing.wave(
+                len(record.left),
+                max(1, self._slots_of.get(stage.pool, 1) // stage.slots),
+                record.counts.mean_s,
+                stage.bundle,
+                room,
+            )
+            if not sizes:
+                return
+            left = record.left
+            bundles: list[Bundle] = []
+            for size in sizes:
+                tasks, left = left.take(size)
+                bundles.append(Bundle(live.id, stage.name, tasks, round=record.plan_round))
+            cut = Cut(
+                live.id, stage.name, record.plan_round, record.cut_seq + 1, tuple(bundles), left
+            )
+            cut = await self._commit_cut(live, cut)
+            await self._folder.refresh(live)
+            await self.send(live, cut.bundles)
+
+    def _room(self, live: LiveJob, stage: StageDef) -> int:
+        """Bundles of this stage that may be sent now.
+
+        Jobs of the highest priority with something to cut share the window evenly; others wait.
+        """
+        pool = stage.pool
+        rivals = [one for one in self._lives.values() if one.left(pool) and _runs(one)]
+        top = max((one.job.priority for one in rivals), default=live.job.priority)
+        if live.job.priority < top:
+            return 0
+        peers = sum(one.job.priority == top for one in rivals) or 1
+        window = WINDOW * self._slots_of.get(pool, 1) + 1
+        share = max(1, window // peers) - in_pool({live.id: live}, pool)
+        return min(share, window - in_pool(self._lives, pool)) if peers == 1 else share
+
+    async def _commit_cut(self, live: LiveJob, cut: Cut) -> Cut:
+        """Commit a cut; returns the one that counts, which a manager before us may have made."""
+        key = naming.cut(cut.job, cut.stage, cut.round, cut.seq)
+        objects, patience = self._ports.objects, self._ports.patience
+        try:
+            await patience(
+                lambda: objects.put(key, wire.to_bytes(wire.cut_to_json(cut)), if_absent=True)
+            )
+        except AlreadyExists:
+            cut = wire.cut_from_json(wire.loads(await patience(lambda: objects.get(key))))
+        await self._ports.ledger.add_cut(cut)
+        now_s = self._ports.clock.monotonic_s()
+        live.expect((bundle, now_s) for bundle in cut.bundles)
+        return cut
+
+    async def send(self, live: LiveJob, bundles: Sequence[Bundle]) -> None:
+        """Put bundles on their pool's queue, with their inputs where these are small."""
+        messages: list[Addressed] = []
+        now_s = self._ports.clock.now_s()
+        for bundle in bundles:
+            items: Sequence[Json] | None = None
+            if bundle.source is None and live.job.stage(bundle.stage).gather != "*":
+                items = await self._inputs.resolve(live.job, bundle)
+            messages.append(address(live.job, bundle, items=items, now_s=now_s))
+        await send_all(self._ports.queue, messages, self._ports.patience)
+
+    # --- Ending ----------------------------------------------------------------------------------
+
+    async def stop(self, live: LiveJob, state: JobState, reason: str) -> None:
+        """End the job before its time: no task starts any more, what is outstanding is sealed.
+
+        Returns when the job has ended. The first half is the cancellation's acknowledgement.
+        """
+        await self.forbid(live)
+        closed = await self._seal(live)
+        await self._finish(live, state, reason, closed)
+
+    async def forbid(self, live: LiveJob) -> None:
+        """Write "cancel" where the workers look, and wait until none can start a task (I4)."""
+        if live.forbidden:
+            return
+        objects, patience = self._ports.objects, self._ports.patience
+        data = wire.control_to_bytes(Control.CANCEL)
+        await patience(lambda: objects.put(naming.control(live.id), data))
+        await self._ports.ledger.set_control(live.id, Control.CANCEL)
+        live.record = replace(live.record, control=Control.CANCEL)
+        await asyncio.sleep(self._settings.control_lease_s * 1.1)
+        live.forbidden = True
+
+    async def _seal(self, live: LiveJob) -> Mapping[StageName, int]:
+        """Commit CANCELLED for every outstanding bundle; whoever committed before us counts.
+
+        Answers how many tasks of each stage never came into a bundle.
+        """
+        for stage in live.job.stages:
+            record = live.stages[stage.name]
+            if not stage.chained and (record.left or record.counts.planned is None):
+                await self._close_cuts(live, stage.name, record)
+        await self._folder.refresh(live)
+        who = f"manager-{live.record.round}"
+        while outstanding := live.all_outstanding()[:SEALED_AT_ONCE]:
+            now_s = self._ports.clock.now_s()
+            drafts = [
+                settle.sealed(one.bundle, execution=who, worker=who, now_s=now_s)
+                for one in outstanding
+            ]
+            outcomes = await asyncio.gather(
+                *(commit(self._ports.objects, draft, self._ports.patience) for draft in drafts)
+            )
+            await self._folder.fold([settle.completion(outcome) for outcome in outcomes])
+        return {
+            name: (record.counts.planned or 0) - record.counts.terminal
+            for name, record in live.stages.items()
+        }
+
+    async def _close_cuts(self, live: LiveJob, stage: StageName, record: StageRecord) -> None:
+        """Take the place of the next cut, so that a manager that was leader before us and has
+        not noticed cannot cut any more; if it has just done so, its bundles are ours to seal."""
+        round_ = live.record.round
+        seq = record.cut_seq + 1 if record.plan_round == round_ else 0
+        while True:
+            planned = 0 if record.counts.planned is None and seq == 0 else None
+            empty = Cut(live.id, stage, round_, seq, (), TaskSet(), planned)
+            if await self._commit_cut(live, empty) == empty:
+                return
+            seq += 1
+
+    async def _finish(
+        self, live: LiveJob, state: JobState, reason: str, closed: Mapping[StageName, int]
+    ) -> None:
+        round_ = live.record.round
+        doc: dict[str, Json] = {
+            "v": wire.VERSION,
+            "state": state.value,
+            "reason": reason,
+            "ended_s": self._ports.clock.now_s(),
+            "closed": {k: v for k, v in closed.items() if v},
+        }
+        key = naming.final(live.id, round_)
+        objects, patience = self._ports.objects, self._ports.patience
+        try:
+            await patience(lambda: objects.put(key, wire.to_bytes(doc), if_absent=True))
+        except AlreadyExists:
+            doc = wire.loads(await patience(lambda: objects.get(key)))
+        await self._ports.ledger.finish(
+            live.id,
+            JobState(doc["state"]),
+            round=round_,
+            reason=doc["reason"],
+            ended_s=doc["ended_s"],
+            closed=doc["closed"],
+        )
+        await self._folder.refresh(live)
+        live.ended.set()
+        live.poke.set()
+
+    async def _explained(self, live: LiveJob, verdict: Verdict) -> str:
+        """The verdict's reason with the first failure's own words, for a person."""
+        if not verdict.reason:
+            return ""
+        records = await self._ports.ledger.bundles(live.id, failed=True, limit=1)
+        for record in records:
+            outcome = await committed(self._ports.objects, record.bundle, self._ports.patience)
+            for failure in outcome.failed if outcome else ():
+                if failure.final:
+                    where = f"task {failure.task} of stage {record.bundle.stage}"
+                    return f"{verdict.reason}; {where}: {failure.reason}"
+        return verdict.reason
+
+    async def _move(self, live: LiveJob, state: JobState) -> None:
+        if await self._ports.ledger.move_job(live.id, state):
+            live.record = replace(live.record, state=state)
+            live.version += 1
+
+
+def _runs(live: LiveJob) -> bool:
+    return live.record.control is Control.RUN and live.record.state is not JobState.SCHEDULED

@@ -1,0 +1,74 @@
+"""Folds completions into the ledger and brings the live jobs up to date with it.
+
+Invariant: the ledger decides which completions are new, once, in one transaction; memory only
+follows it. Events may come twice, late, in any order, or not at all (see the reconciler).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from batchlab.errors import NotFound
+from batchlab.manager.live import LiveJob, Ports
+from batchlab.model import Completion, JobDef, JobId, JobState
+from batchlab.protocol import settle
+
+
+class Folder:
+    """Completions in, ledger and live jobs out."""
+
+    def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob]) -> None:
+        self._ports = ports
+        self._lives = lives
+
+    async def fold(self, completions: Sequence[Completion]) -> None:
+        """Fold these; the jobs they belong to are poked."""
+        known: list[tuple[Completion, JobDef]] = []
+        for one in completions:
+            job = await self._job(one.bundle.job)
+            if job is not None:
+                known.append((one, job))
+        if not known:
+            return
+        new = await self._ports.ledger.fold(
+            [one for one, _ in known], [settle.casualties(job, one) for one, job in known]
+        )
+        now_s = self._ports.clock.monotonic_s()
+        touched: dict[JobId, LiveJob] = {}
+        for (one, _), is_new in zip(known, new, strict=True):
+            live = self._lives.get(one.bundle.job)
+            if live is not None:
+                touched[live.id] = live
+                if is_new:
+                    live.expect((f.bundle, now_s + f.delay_s) for f in one.follows)
+        # In a second pass: a follow's own completion may have come in the same batch. One that
+        # came in an earlier batch stays expected until the reconciler finds its outcome.
+        for one, _ in known:
+            if live := self._lives.get(one.bundle.job):
+                live.settled(one.bundle)
+        for live in touched.values():
+            await self._started(live, [one for one, _ in known if one.bundle.job == live.id])
+            await self.refresh(live)
+            live.poke.set()
+
+    async def refresh(self, live: LiveJob) -> None:
+        """Read the job and its stages from the ledger again."""
+        live.record = await self._ports.ledger.job(live.id)
+        live.stages = {s.counts.stage: s for s in await self._ports.ledger.stages(live.id)}
+        live.version += 1
+
+    async def _started(self, live: LiveJob, completions: Sequence[Completion]) -> None:
+        if live.record.state in (JobState.RUNNABLE, JobState.STARTING, JobState.PENDING):
+            at_s = min(one.started_s for one in completions)
+            await self._ports.ledger.move_job(live.id, JobState.RUNNING, at_s=at_s)
+            live.record = replace(live.record, state=JobState.RUNNING)
+
+    async def _job(self, job: JobId) -> JobDef | None:
+        live = self._lives.get(job)
+        if live:
+            return live.job
+        try:
+            return (await self._ports.ledger.job(job)).job
+        except NotFound:
+            return None  # of a job that was removed: nobody is waiting for it

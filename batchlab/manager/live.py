@@ -1,0 +1,126 @@
+"""What the manager keeps in memory: its ports and settings, and each job that has not ended.
+
+Invariant: everything here can be thrown away at any moment; a new leader reads it from the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from batchlab.model import Bundle, BundleId, JobDef, JobId, StageName
+from batchlab.patience import Patience
+from batchlab.ports import (
+    Clock,
+    Fleet,
+    Ids,
+    JobRecord,
+    Ledger,
+    Objects,
+    Queue,
+    StageRecord,
+)
+from batchlab.protocol import wire
+
+
+@dataclass(frozen=True, slots=True)
+class ManagerSettings:
+    """Seconds throughout.
+
+    `control_lease_s` is the workers' (see WorkerSettings). A bundle that is planned, uncommitted
+    and silent for `silence_s` is looked for and sent again. `lease_ttl_s` is the leader's.
+    `tick_s` paces the autoscaler, the reconciler and the fleet. `drain_target_s`, `cooldown_in_s`
+    and `idle_s` belong to the scaling policy (see autoscaler).
+    """
+
+    control_lease_s: float = 1.0
+    visibility_s: float = 30.0
+    silence_s: float = 90.0
+    lease_ttl_s: float = 10.0
+    tick_s: float = 1.0
+    wait_s: float = 20.0
+    drain_target_s: float = 2.0
+    cooldown_in_s: float = 10.0
+    idle_s: float = 5.0
+    max_receives: int = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Everything the manager may touch outside itself."""
+
+    objects: Objects
+    queue: Queue
+    fleet: Fleet
+    ledger: Ledger
+    clock: Clock
+    ids: Ids
+    patience: Patience
+
+
+@dataclass(slots=True)
+class Outstanding:
+    """A planned bundle without an outcome. `heard_s` (monotonic) is when it was last sent or
+    named in a beat, or will be due where it was sent with a delay."""
+
+    bundle: Bundle
+    heard_s: float
+
+
+@dataclass(slots=True)
+class LiveJob:
+    """A job that has not ended."""
+
+    record: JobRecord
+    stages: dict[StageName, StageRecord]
+    outstanding: dict[StageName, dict[BundleId, Outstanding]] = field(default_factory=dict)
+    poke: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    forbidden: bool = False
+    """The cancellation is acknowledged: no worker can start a task of it any more."""
+    version: int = 0
+    """Grows with everything a watcher could see."""
+
+    @property
+    def job(self) -> JobDef:
+        return self.record.job
+
+    @property
+    def id(self) -> JobId:
+        return self.record.job.id
+
+    def expect(self, bundles: Iterable[tuple[Bundle, float]]) -> None:
+        """Note (bundle, monotonic time it is due) as outstanding."""
+        for bundle, heard_s in bundles:
+            waiting = self.outstanding.setdefault(bundle.stage, {})
+            waiting[bundle.id] = Outstanding(bundle, heard_s)
+
+    def settled(self, bundle: Bundle) -> None:
+        self.outstanding.get(bundle.stage, {}).pop(bundle.id, None)
+
+    def all_outstanding(self) -> list[Outstanding]:
+        return [one for stage in self.outstanding.values() for one in stage.values()]
+
+    def left(self, pool: str) -> int:
+        """Tasks of stages in `pool` that are planned but not yet cut into bundles."""
+        return sum(len(self.stages[s.name].left) for s in self.job.stages if s.pool == pool)
+
+
+def in_pool(lives: Mapping[JobId, LiveJob], pool: str) -> int:
+    """Outstanding bundles of all jobs in one pool."""
+    return sum(
+        len(live.outstanding.get(stage.name, {}))
+        for live in lives.values()
+        for stage in live.job.stages
+        if stage.pool == pool
+    )
+
+
+@dataclass(slots=True)
+class Seen:
+    """A worker as its last beat told it."""
+
+    beat: wire.Beat
+    heard_s: float
+    """Monotonic."""

@@ -1,0 +1,223 @@
+"""The heart of the manager process: takes the lease, adopts live jobs, runs the loops.
+
+Invariant: only the holder of the lease collects, plans and scales; and even two at once would do
+no harm, since every decision is a conditional PUT and every fold counts once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from batchlab.errors import BackendError
+from batchlab.manager.autoscaler import Autoscaler
+from batchlab.manager.collector import Collector
+from batchlab.manager.conductor import Conductor
+from batchlab.manager.folding import Folder
+from batchlab.manager.live import LiveJob, ManagerSettings, Ports
+from batchlab.manager.rebuild import rebuild
+from batchlab.manager.reconciler import Reconciler
+from batchlab.manager.registry import Registry
+from batchlab.manager.requests import Requests
+from batchlab.model import GroupView, JobId, JobState, LifecycleState, Pool
+from batchlab.ports import Depth, JobRecord, QueueSpec
+from batchlab.protocol import naming
+
+log = logging.getLogger(__name__)
+
+LEASE = "leader"
+SOON = 8
+"""Instances a pool is expected to have soon when it has none: sizes the first wave."""
+
+
+class Manager:
+    """One manager. `run` ends when it is cancelled or loses its lease."""
+
+    def __init__(
+        self, ports: Ports, settings: ManagerSettings, pools: Sequence[Pool], owner: str
+    ) -> None:
+        self.ports = ports
+        self.settings = settings
+        self.pools = {pool.name: pool for pool in pools}
+        self.owner = owner
+        self.lives: dict[JobId, LiveJob] = {}
+        self.depths: dict[str, Depth] = {}
+        self.groups: dict[str, GroupView] = {}
+        self.is_leader = asyncio.Event()
+        self._slots: dict[str, int] = {p.name: _soon(p) for p in pools}
+        self._fleet_changed = asyncio.Event()
+        folder = Folder(ports, self.lives)
+        self.registry = Registry(ports, self.lives)
+        self.conductor = Conductor(ports, settings, self.lives, folder, self._slots)
+        self.requests = Requests(ports, self.conductor, self.lives, self._adopt)
+        self.autoscaler = Autoscaler(ports, settings, self.lives, self.registry)
+        self._collector = Collector(ports, settings, self.lives, folder, self.registry)
+        self._reconciler = Reconciler(ports, settings, self.lives, folder, self.conductor)
+        self._group: asyncio.TaskGroup | None = None
+
+    async def run(self) -> None:
+        """Lead until cancelled; returns when the lease is lost. Waits for it first."""
+        while True:
+            if await self._lease():
+                break
+            await asyncio.sleep(self.settings.lease_ttl_s / 3)
+        try:
+            await self._prepare()
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                for record in await self.ports.ledger.jobs(active=True, limit=10_000):
+                    await self._adopt(record)
+                group.create_task(self._collector.collect(), name="collect")
+                group.create_task(self._tick_for_ever(), name="tick")
+                self.is_leader.set()
+                await self._keep_lease()
+                raise _LeaseLostError
+        except* _LeaseLostError:
+            log.warning("%s is no longer the leader", self.owner)
+        finally:
+            self.is_leader.clear()
+            self._group = None
+            with suppress(BackendError):  # it runs out by itself
+                await self.ports.ledger.release(LEASE, self.owner)
+
+    async def _prepare(self) -> None:
+        queue = self.ports.queue
+        spec = QueueSpec(naming.EVENTS, visibility_s=self.settings.visibility_s)
+        await self.ports.patience(lambda: queue.ensure(spec))
+        for pool in self.pools.values():
+            dead = QueueSpec(naming.dead_letters(pool.name))
+            await self._ensure(dead)
+            await self._ensure(
+                QueueSpec(
+                    naming.tasks_queue(pool.name),
+                    visibility_s=self.settings.visibility_s,
+                    dead_letters=dead.name,
+                    max_receives=self.settings.max_receives,
+                )
+            )
+            await self.ports.fleet.ensure(pool)
+
+    async def _ensure(self, spec: QueueSpec) -> None:
+        await self.ports.patience(lambda: self.ports.queue.ensure(spec))
+
+    async def _lease(self) -> bool:
+        now_s = self.ports.clock.now_s()
+        ttl_s = self.settings.lease_ttl_s
+        return await self.ports.ledger.lease(LEASE, self.owner, now_s=now_s, ttl_s=ttl_s)
+
+    async def _keep_lease(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.lease_ttl_s / 3)
+            if not await self._lease():
+                return
+
+    async def _adopt(self, record: JobRecord) -> LiveJob:
+        """Conduct a job: new, taken over from the leader before us, or re-opened."""
+        ledger = self.ports.ledger
+        job = record.job
+        stages = {s.counts.stage: s for s in await ledger.stages(job.id)}
+        live = LiveJob(record, stages)
+        # What a crashed leader planned but did not send is looked for well before `silence_s`.
+        heard_s = self.ports.clock.monotonic_s() - 0.75 * self.settings.silence_s
+        planned = await ledger.bundles(job.id, done=False)
+        live.expect((r.bundle, heard_s) for r in planned)
+        self.lives[job.id] = live
+        if self._group is not None:
+            self._group.create_task(self._conduct(live), name=f"job {job.id}")
+        return live
+
+    async def _conduct(self, live: LiveJob) -> None:
+        while not live.ended.is_set():
+            try:
+                await self.conductor.conduct(live)
+            except BackendError as error:
+                # Patience ran out. The job is not lost, only late: its state is in the bucket.
+                log.warning("job %s waits for the backend: %s", live.id, error)
+                await asyncio.sleep(self.settings.tick_s)
+        if self.lives.get(live.id) is live:
+            del self.lives[live.id]
+
+    # --- The tick --------------------------------------------------------------------------------
+
+    async def _tick_for_ever(self) -> None:
+        while True:
+            try:
+                await self.tick()
+            except BackendError as error:
+                log.warning("this tick is skipped: %s", error)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._fleet_changed.wait(), self.settings.tick_s)
+            self._fleet_changed.clear()
+
+    def fleet_changed(self) -> None:
+        """An instance has died or come up: do not wait for the next tick."""
+        self._fleet_changed.set()
+
+    async def tick(self) -> None:
+        """One round of everything periodic."""
+        await self.registry.bury(await self.ports.fleet.tick())
+        await self._start_scheduled()
+        self.groups = {view.pool.name: view for view in await self.ports.fleet.describe()}
+        for name, view in self.groups.items():
+            if name not in self.pools:
+                continue
+            self._slots[name] = self._capacity(view)
+            await self.autoscaler.scale(view)
+            queue = naming.tasks_queue(name)
+            self.depths[queue] = await self.ports.queue.depth(queue)
+            await self._reconciler.drain_dead_letters(name)
+        await self._reconciler.look_for_the_silent(
+            {name: self._visible(name) for name in self.pools}
+        )
+        for live in list(self.lives.values()):
+            await self._show_start(live)
+            live.poke.set()
+
+    def _visible(self, pool: str) -> int:
+        depth = self.depths.get(naming.tasks_queue(pool))
+        return depth.visible if depth else 0
+
+    def _capacity(self, view: GroupView) -> int:
+        alive = sum(i.state is LifecycleState.IN_SERVICE for i in view.instances)
+        return max(alive * view.pool.slots, 0) or _soon(view.pool)
+
+    async def _start_scheduled(self) -> None:
+        now_s = self.ports.clock.now_s()
+        for live in list(self.lives.values()):
+            if live.record.state is JobState.SCHEDULED and (live.job.start_at_s or 0) <= now_s:
+                await self._move(live, JobState.SUBMITTED)
+                live.poke.set()
+
+    async def _show_start(self, live: LiveJob) -> None:
+        """RUNNABLE waits for capacity, STARTING sees it come: what AWS Batch's words mean."""
+        if live.record.state is not JobState.RUNNABLE:
+            return
+        pools = {stage.pool for stage in live.job.stages}
+        if any(self.groups[p].instances for p in sorted(pools) if p in self.groups):
+            await self._move(live, JobState.STARTING)
+
+    async def _move(self, live: LiveJob, state: JobState) -> None:
+        if await self.ports.ledger.move_job(live.id, state):
+            live.record = replace(live.record, state=state)
+            live.version += 1
+
+    # --- Repairs ---------------------------------------------------------------------------------
+
+    async def rebuild_ledger(self) -> int:
+        """Make the ledger anew from the bucket; answers how many jobs it found."""
+        count = await rebuild(self.ports)
+        for record in await self.ports.ledger.jobs(active=True, limit=10_000):
+            if record.job.id not in self.lives:
+                await self._adopt(record)
+        return count
+
+
+class _LeaseLostError(Exception):
+    """Ends the leader's task group."""
+
+
+def _soon(pool: Pool) -> int:
+    return max(1, min(pool.max_size, SOON)) * pool.slots

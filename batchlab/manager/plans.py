@@ -1,0 +1,196 @@
+"""A stage's plan: its inputs written in parts, committed by one conditional PUT of the manifest.
+
+Invariant: a plan is a function of what is committed upstream, so two managers that plan the same
+stage write the same parts, and the first manifest counts for both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterable, Mapping
+from functools import partial
+
+from batchlab.errors import AlreadyExists, NotFound, UsageError
+from batchlab.manager import split
+from batchlab.manager.live import Ports
+from batchlab.model import Bundle, JobDef, Json, Outcome, StageDef, StageName, TaskSet
+from batchlab.ports import BundleRecord
+from batchlab.protocol import naming, wire
+from batchlab.worker.inputs import Manifest
+
+PART_ITEMS = 4096
+PART_BYTES = 1_000_000
+GROUP_BYTES = 100_000
+"""A gathered group larger than this is an object of its own, so that a part stays small."""
+
+
+class Plans:
+    """Makes plans, and reads those that are there."""
+
+    def __init__(self, ports: Ports) -> None:
+        self._ports = ports
+
+    async def existing(self, job: JobDef, stage: StageName, round: int) -> Manifest | None:
+        """The committed plan of that round, None while there is none."""
+        key = naming.manifest(job.id, stage, round)
+        try:
+            data = await self._ports.patience(partial(self._ports.objects.get, key))
+        except NotFound:
+            return None
+        return Manifest.from_bytes(data)
+
+    async def of_input(self, job: JobDef, stage: StageDef) -> Manifest:
+        """Plan a root stage from the job's raw input; UsageError where that is malformed."""
+        assert job.input is not None
+        return await self._write(job, stage.name, 0, split.items(self._ports.objects, job.input))
+
+    async def of_stages(
+        self, job: JobDef, stage: StageDef, round: int, planned: Mapping[StageName, int]
+    ) -> Manifest:
+        """Plan a stage that waits for all of `stage.after`, which have ended."""
+        if stage.gather == "*":
+            items: AsyncIterator[Json] = self._gather_all(job, stage)
+        elif stage.gather is not None:
+            items = self._gather_by(job, stage, round, stage.gather)
+        else:
+            return await self._join(job, stage, round, planned)
+        return await self._write(job, stage.name, round, items)
+
+    async def _gather_all(self, job: JobDef, stage: StageDef) -> AsyncIterator[Json]:
+        bundles = {
+            upstream: [
+                [r.bundle.id, wire.tasks_to_json(r.completion.succeeded)]
+                for r in await self._successes(job, upstream)
+                if r.completion
+            ]
+            for upstream in stage.after
+        }
+        yield {"$gather": bundles}
+
+    async def _gather_by(
+        self, job: JobDef, stage: StageDef, round: int, field: str
+    ) -> AsyncIterator[Json]:
+        groups: dict[str, list[Json]] = {}
+        for upstream in stage.after:
+            async for task, value in self._values(job, upstream):
+                for element in value if isinstance(value, list) else [value]:
+                    if not isinstance(element, dict) or field not in element:
+                        raise UsageError(
+                            f"Stage {stage.name} gathers by {field!r}, but the result of task "
+                            f"{task} of stage {upstream} has no such field.",
+                            remedy=f"Return objects with {field!r}, or lists of them.",
+                        )
+                    groups.setdefault(str(element[field]), []).append(element)
+        for number, key in enumerate(sorted(groups)):
+            group = groups[key]
+            if len(wire.dumps(group)) <= GROUP_BYTES:
+                yield group
+                continue
+            name = naming.part(job.id, stage.name, round, number).replace("part-", "group-")
+            data = wire.to_bytes(group)
+            await self._ports.patience(partial(self._ports.objects.put, name, data))
+            yield {"$value": name}
+
+    async def _join(
+        self, job: JobDef, stage: StageDef, round: int, planned: Mapping[StageName, int]
+    ) -> Manifest:
+        counts = {planned[u] for u in stage.after}
+        if len(counts) > 1:
+            told = ", ".join(f"{u} has {planned[u]}" for u in stage.after)
+            raise UsageError(
+                f"Stage {stage.name} follows several stages item by item, but they differ in "
+                f"their number of tasks: {told}.",
+                remedy="Gather them, or let them have one common input.",
+            )
+        count = counts.pop()
+        rows: list[dict[str, Json]] = [{} for _ in range(count)]
+        for upstream in stage.after:
+            async for task, value in self._values(job, upstream):
+                rows[task][upstream] = value
+        skipped = TaskSet.of(i for i, row in enumerate(rows) if len(row) < len(stage.after))
+        return await self._write(job, stage.name, round, _each(rows), skipped=skipped)
+
+    async def _successes(self, job: JobDef, stage: StageName) -> list[BundleRecord]:
+        records = await self._ports.ledger.bundles(job.id, stage=stage, done=True)
+        found = [r for r in records if r.completion and r.completion.succeeded]
+        # By task, not by arrival: the plan must not depend on who was faster.
+        return sorted(found, key=lambda r: r.completion.succeeded.first if r.completion else 0)
+
+    async def _values(self, job: JobDef, stage: StageName) -> AsyncIterator[tuple[int, Json]]:
+        """(task, encoded result) of every success of a stage, large results fetched."""
+        for record in await self._successes(job, stage):
+            outcome = await self._outcome(record.bundle)
+            for task, value in zip(outcome.succeeded, outcome.values, strict=True):
+                if isinstance(value, dict) and set(value) == {"$value"}:
+                    get = partial(self._ports.objects.get, value["$value"])
+                    yield task, json.loads(await self._ports.patience(get))
+                else:
+                    yield task, value
+
+    async def _outcome(self, bundle: Bundle) -> Outcome:
+        get = partial(self._ports.objects.get, naming.outcome(bundle))
+        return wire.outcome_from_json(wire.loads(await self._ports.patience(get)))
+
+    async def _write(
+        self,
+        job: JobDef,
+        stage: StageName,
+        round: int,
+        items: AsyncIterator[Json],
+        *,
+        skipped: TaskSet | None = None,
+    ) -> Manifest:
+        writer = PartWriter(self._ports, job, stage, round)
+        async for item in items:
+            await writer.add(item)
+        return await writer.commit(skipped or TaskSet())
+
+
+class PartWriter:
+    """Writes a plan's parts as items come, in constant memory, and its manifest at the end."""
+
+    def __init__(self, ports: Ports, job: JobDef, stage: StageName, round: int) -> None:
+        self._ports = ports
+        self._job = job
+        self._stage = stage
+        self._round = round
+        self._starts: list[int] = []
+        self._count = 0
+        self._items: list[Json] = []
+        self._bytes = 0
+
+    async def add(self, item: Json) -> None:
+        """Append the next task's input."""
+        if not self._items:
+            self._starts.append(self._count)
+        self._items.append(item)
+        self._count += 1
+        self._bytes += len(wire.dumps(item))
+        if len(self._items) >= PART_ITEMS or self._bytes >= PART_BYTES:
+            await self._flush()
+
+    async def commit(self, skipped: TaskSet) -> Manifest:
+        """The plan that counts: this one, or the one that was committed before it."""
+        await self._flush()
+        made = Manifest(self._count, tuple(self._starts), skipped, self._round)
+        key = naming.manifest(self._job.id, self._stage, self._round)
+        objects, patience = self._ports.objects, self._ports.patience
+        try:
+            await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
+        except AlreadyExists:
+            return Manifest.from_bytes(await patience(lambda: objects.get(key)))
+        return made
+
+    async def _flush(self) -> None:
+        if not self._items:
+            return
+        number = len(self._starts) - 1
+        key = naming.part(self._job.id, self._stage, self._round, number)
+        data = wire.to_bytes({"v": wire.VERSION, "items": self._items})
+        await self._ports.patience(partial(self._ports.objects.put, key, data))
+        self._items, self._bytes = [], 0
+
+
+async def _each(rows: Iterable[Json]) -> AsyncIterator[Json]:
+    for row in rows:
+        yield row

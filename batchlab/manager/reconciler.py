@@ -1,0 +1,118 @@
+"""Finds what was lost: bundles planned, uncommitted and silent, and messages among the dead.
+
+Invariant: a lost message, a purged queue or an event that never came costs `silence_s`, not a
+task. Sending again is always safe, since ids are derived and the commit is conditional.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+
+from batchlab.commit import commit, committed, follow_ups, send_all
+from batchlab.errors import BackendError, NotFound
+from batchlab.manager.conductor import Conductor
+from batchlab.manager.folding import Folder
+from batchlab.manager.live import LiveJob, ManagerSettings, Outstanding, Ports
+from batchlab.model import Bundle, Control, JobDef, JobId, Outcome
+from batchlab.ports import MAX_BATCH, Message
+from batchlab.protocol import naming, settle, wire
+
+log = logging.getLogger(__name__)
+
+PATIENCE_WITH_A_FULL_QUEUE = 10
+"""While the pool's queue still has visible messages, a silent bundle most likely waits in it."""
+
+LOOKED_FOR_AT_ONCE = 50
+
+
+class Reconciler:
+    """Runs at every tick; does nothing while nothing is silent."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        settings: ManagerSettings,
+        lives: Mapping[JobId, LiveJob],
+        folder: Folder,
+        conductor: Conductor,
+    ) -> None:
+        self._ports = ports
+        self._settings = settings
+        self._lives = lives
+        self._folder = folder
+        self._conductor = conductor
+
+    async def look_for_the_silent(self, visible: Mapping[str, int]) -> None:
+        """`visible` gives each pool's visible messages."""
+        for live in list(self._lives.values()):
+            if live.record.control is not Control.RUN:
+                continue
+            silent = [one for one in live.all_outstanding() if self._is_silent(live, one, visible)]
+            if silent:
+                await self._recover(live, silent[:LOOKED_FOR_AT_ONCE])
+
+    def _is_silent(self, live: LiveJob, one: Outstanding, visible: Mapping[str, int]) -> bool:
+        limit_s = self._settings.silence_s
+        if visible.get(live.job.stage(one.bundle.stage).pool, 0):
+            limit_s *= PATIENCE_WITH_A_FULL_QUEUE
+        return self._ports.clock.monotonic_s() - one.heard_s > limit_s
+
+    async def _recover(self, live: LiveJob, silent: list[Outstanding]) -> None:
+        again: list[Bundle] = []
+        for one in silent:
+            outcome = await committed(self._ports.objects, one.bundle, self._ports.patience)
+            if outcome:
+                await self.forward(live.job, outcome)
+            else:
+                again.append(one.bundle)
+                one.heard_s = self._ports.clock.monotonic_s()
+        if again:
+            log.warning("%s: %d silent bundles are sent again", live.id, len(again))
+            await self._conductor.send(live, again)
+
+    async def forward(self, job: JobDef, outcome: Outcome) -> None:
+        """Repeat steps 3 and 4 for an outcome whose worker may have died before them."""
+        messages = follow_ups(job, outcome, now_s=self._ports.clock.now_s())
+        await send_all(self._ports.queue, messages, self._ports.patience)
+        await self._folder.fold([settle.completion(outcome)])
+
+    # --- Dead letters ----------------------------------------------------------------------------
+
+    async def drain_dead_letters(self, pool: str) -> None:
+        """Turn what the queue gave up on into outcomes; nothing rots there."""
+        name = naming.dead_letters(pool)
+        queue, patience = self._ports.queue, self._ports.patience
+        while messages := await patience(
+            partial(queue.receive, name, max_messages=MAX_BATCH, wait_s=0)
+        ):
+            for message in messages:
+                await self._judge(message)
+            await patience(partial(queue.delete, name, [m.receipt for m in messages]))
+
+    async def _judge(self, message: Message) -> None:
+        try:
+            bundle = wire.read_task_message(message.body).bundle
+            job = (await self._ports.ledger.job(bundle.job)).job
+        except (BackendError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, BackendError) and not isinstance(error, NotFound):
+                raise
+            log.error("dropped a dead letter that is no bundle of ours (%s)", error)
+            return
+        outcome = await committed(self._ports.objects, bundle, self._ports.patience)
+        if outcome is None:
+            now_s = self._ports.clock.now_s()
+            execution = f"dead-{message.id}"
+            if len(bundle.tasks) > 1:
+                outcome = settle.bisect(bundle, execution=execution, worker="manager", now_s=now_s)
+            else:
+                reason = (
+                    f"was delivered {message.receive_count - 1} times between "
+                    f"{message.sent_s:.0f} and {now_s:.0f} and never came to an outcome"
+                )
+                outcome = settle.poisoned(
+                    bundle, reason, execution=execution, worker="manager", now_s=now_s
+                )
+            outcome = await commit(self._ports.objects, outcome, self._ports.patience)
+        await self.forward(job, outcome)

@@ -1,0 +1,98 @@
+"""Workers as their beats tell of them, and what becomes of the messages of those that died."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from batchlab.commit import address, send_all
+from batchlab.errors import BackendError
+from batchlab.manager.live import LiveJob, Ports, Seen
+from batchlab.model import Instance, JobId
+from batchlab.ports import MAX_BATCH
+from batchlab.protocol import wire
+
+log = logging.getLogger(__name__)
+
+
+class Registry:
+    """Invariant (I6): a dead instance's messages are given back as soon as the fleet sees it die.
+
+    Where the fleet ended it, its bundles go out as fresh messages and nobody is blamed; where it
+    died by itself, its messages are made visible again, which counts a receive.
+    """
+
+    def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob]) -> None:
+        self._ports = ports
+        self._lives = lives
+        self.workers: dict[str, Seen] = {}
+        """By instance."""
+
+    async def hear(self, beat: wire.Beat) -> None:
+        """Take a beat; the first of an instance makes it InService, the last one removes it."""
+        known = self.workers.get(beat.instance)
+        if known and known.beat.worker == beat.worker and known.beat.at_s > beat.at_s:
+            return  # the queue may deliver an older beat after a newer one
+        if beat.gone:
+            self.workers.pop(beat.instance, None)
+            return
+        self.workers[beat.instance] = Seen(beat, self._ports.clock.monotonic_s())
+        if known is None:
+            await self._ports.fleet.ready(beat.instance)
+
+    def idle(self, pool: str) -> list[str]:
+        """Instances of the pool that hold nothing, longest silent first."""
+        found = [
+            seen.beat
+            for seen in self.workers.values()
+            if seen.beat.pool == pool and not seen.beat.held and not seen.beat.busy
+        ]
+        return [beat.instance for beat in sorted(found, key=lambda b: (b.at_s, b.instance))]
+
+    def busy(self, pool: str) -> list[str]:
+        """Instances of the pool that hold something."""
+        return sorted(
+            seen.beat.instance
+            for seen in self.workers.values()
+            if seen.beat.pool == pool and (seen.beat.held or seen.beat.busy)
+        )
+
+    async def bury(self, dead: Sequence[Instance]) -> None:
+        """Give back what these instances held."""
+        for instance in dead:
+            seen = self.workers.pop(instance.id, None)
+            if seen is None or not seen.beat.held:
+                continue
+            explained = instance.note.startswith("terminated")
+            log.info("%s died (%s): its messages are given back", instance.id, instance.note)
+            try:
+                await self._give_back(seen.beat.held, explained=explained)
+            except BackendError as error:
+                log.warning("they return when their visibility runs out: %s", error)
+
+    async def _give_back(self, held: Sequence[wire.Held], *, explained: bool) -> None:
+        queue, patience = self._ports.queue, self._ports.patience
+        by_queue: dict[str, list[wire.Held]] = {}
+        for one in held:
+            by_queue.setdefault(one.queue, []).append(one)
+        for name, ones in by_queue.items():
+            if explained:
+                await self._send_copies(ones)
+            for i in range(0, len(ones), MAX_BATCH):
+                receipts = [one.receipt for one in ones[i : i + MAX_BATCH]]
+                if explained:
+                    await patience(partial(queue.delete, name, receipts))
+                else:
+                    now = [(receipt, 0.0) for receipt in receipts]
+                    await patience(partial(queue.change_visibility, name, now))
+
+    async def _send_copies(self, held: Sequence[wire.Held]) -> None:
+        messages = []
+        for one in held:
+            live = self._lives.get(one.job)
+            waiting = live.outstanding.get(one.stage, {}).get(one.bundle) if live else None
+            if live and waiting:
+                now_s = self._ports.clock.now_s()
+                messages.append(address(live.job, waiting.bundle, now_s=now_s))
+        await send_all(self._ports.queue, messages, self._ports.patience)

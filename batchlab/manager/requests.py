@@ -1,0 +1,241 @@
+"""What a user may ask of a job: submit, cancel, pause, resume, retry.
+
+Invariant: each is committed in the bucket first (spec, control object, retry object) and is in the
+ledger second, so that a rebuild knows of it; each may be repeated.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from batchlab.errors import AlreadyExists, Refused
+from batchlab.manager.conductor import Conductor
+from batchlab.manager.live import LiveJob, Ports
+from batchlab.model import (
+    Bundle,
+    Control,
+    JobDef,
+    JobId,
+    JobState,
+    StageDef,
+    StageName,
+    TaskSet,
+)
+from batchlab.ports import Cut, JobRecord, Reopening, StageRecord
+from batchlab.protocol import naming, wire
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """The content of a retry object: what is taken back, and what runs again."""
+
+    reopened: tuple[Reopening, ...]
+    cuts: tuple[Cut, ...]
+
+    def to_bytes(self) -> bytes:
+        return wire.to_bytes(
+            {
+                "v": wire.VERSION,
+                "reopened": [wire.reopening_to_json(r) for r in self.reopened],
+                "cuts": [wire.cut_to_json(c) for c in self.cuts],
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Retry:
+        doc = wire.loads(data)
+        return cls(
+            tuple(wire.reopening_from_json(r) for r in doc["reopened"]),
+            tuple(wire.cut_from_json(c) for c in doc["cuts"]),
+        )
+
+
+class Requests:
+    """The user's verbs. `adopt` makes the manager conduct a job that has (re)started."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        conductor: Conductor,
+        lives: dict[JobId, LiveJob],
+        adopt: Callable[[JobRecord], Awaitable[LiveJob]],
+    ) -> None:
+        self._ports = ports
+        self._conductor = conductor
+        self._lives = lives
+        self._adopt = adopt
+
+    async def submit(self, job: JobDef) -> JobRecord:
+        """Accept a job; the same client token again answers with the job it made."""
+        objects, patience = self._ports.objects, self._ports.patience
+        try:
+            data = wire.to_bytes(wire.job_to_json(job))
+            await patience(lambda: objects.put(naming.spec(job.id), data, if_absent=True))
+        except AlreadyExists:
+            job = wire.job_from_json(
+                wire.loads(await patience(lambda: objects.get(naming.spec(job.id))))
+            )
+        now_s = self._ports.clock.now_s()
+        later = job.start_at_s is not None and job.start_at_s > now_s
+        state = JobState.SCHEDULED if later else JobState.SUBMITTED
+        run = wire.control_to_bytes(Control.RUN)
+        try:
+            # Absent only: a repeated submission must not undo a cancellation.
+            await patience(lambda: objects.put(naming.control(job.id), run, if_absent=True))
+        except AlreadyExists:
+            log.info("job %s is already known", job.id)
+        record = await self._ports.ledger.add_job(job, state=state)
+        if not record.state.ended and job.id not in self._lives:
+            await self._adopt(record)
+        return record
+
+    async def cancel(self, job: JobId) -> None:
+        """Returns once no task of the job can start any more (I4); Refused where it has ended."""
+        live = self._live(job, "cancelled")
+        await self._conductor.forbid(live)
+        live.poke.set()
+
+    async def pause(self, job: JobId) -> None:
+        """Running tasks end, no further one starts, until `resume`."""
+        live = self._live(job, "paused")
+        await self._control(live, Control.PAUSE)
+        await self._move(live, JobState.PAUSED)
+
+    async def resume(self, job: JobId) -> None:
+        """Go on. Workers dropped the messages of a paused job, so all outstanding are sent."""
+        live = self._live(job, "resumed")
+        if live.record.control is Control.CANCEL:
+            raise Refused(f"Job {job} is being cancelled.")
+        await self._control(live, Control.RUN)
+        await self._move(live, JobState.RUNNABLE)
+        await self._conductor.send(live, [one.bundle for one in live.all_outstanding()])
+        live.poke.set()
+
+    async def retry(self, job: JobId) -> JobRecord:
+        """Run again what did not succeed, in a new round; Refused while the job runs, or where
+        all of it succeeded."""
+        record = await self._ports.ledger.job(job)
+        if not record.state.ended:
+            raise Refused(f"Job {job} is still {record.state}.", remedy="Wait, or cancel it first.")
+        if record.state is JobState.SUCCEEDED:
+            raise Refused(f"Job {job} SUCCEEDED: there is nothing to run again.")
+        round_ = record.round + 1
+        made = await self._plan_retry(record, round_)
+        objects, patience = self._ports.objects, self._ports.patience
+        key = naming.retry(job, round_)
+        try:
+            await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
+        except AlreadyExists:
+            made = Retry.from_bytes(await patience(lambda: objects.get(key)))
+        run = wire.control_to_bytes(Control.RUN)
+        await patience(lambda: objects.put(naming.control(job), run))
+        await self._ports.ledger.reopen(job, round_, made.reopened)
+        for cut in made.cuts:
+            await self._ports.ledger.add_cut(cut)
+        live = await self._adopt(await self._ports.ledger.job(job))
+        await self._conductor.send(live, [b for cut in made.cuts for b in cut.bundles])
+        return live.record
+
+    async def _plan_retry(self, record: JobRecord, round_: int) -> Retry:
+        """What round `round_` takes back and runs, stage by stage in the order of the list."""
+        stages = {s.counts.stage: s for s in await self._ports.ledger.stages(record.job.id)}
+        void: set[StageName] = set()
+        redone: set[StageName] = set()
+        reopened: list[Reopening] = []
+        cuts: list[Cut] = []
+        for stage in record.job.stages:
+            before = stages[stage.name]
+            if self._is_void(stage, before, redone, void):
+                void.add(stage.name)
+                reopened.append(_voided(before))
+                continue
+            counts = before.counts
+            if counts.succeeded == counts.planned:
+                continue
+            redone.add(stage.name)
+            reopened.append(Reopening(stage.name, failed=counts.failed, cancelled=counts.cancelled))
+            cut = await self._redo(record, stage, before, round_)
+            if cut:
+                cuts.append(cut)
+        return Retry(tuple(reopened), tuple(cuts))
+
+    def _is_void(
+        self,
+        stage: StageDef,
+        before: StageRecord,
+        redone: set[StageName],
+        void: set[StageName],
+    ) -> bool:
+        """Whether the stage's plan stands on results that change: then it is planned anew."""
+        changed = bool(void.intersection(stage.after))
+        if stage.gather is not None or len(stage.after) > 1:
+            changed = changed or bool(redone.intersection(stage.after))
+        if not stage.chained:
+            changed = changed or not before.counts.planned
+        return changed
+
+    async def _redo(
+        self, record: JobRecord, stage: StageDef, before: StageRecord, round_: int
+    ) -> Cut | None:
+        job = record.job
+        mine = await self._succeeded(job.id, stage.name)
+        if not stage.chained:
+            planned = await self._planned_tasks(job, stage, before, round_)
+            return Cut(job.id, stage.name, round_, 0, (), planned - mine)
+        # Tasks whose input is there but whose own result is not; the others come by the chain.
+        bundles = []
+        for row in await self._ports.ledger.bundles(job.id, stage=stage.after[0], done=True):
+            tasks = (row.completion.succeeded if row.completion else TaskSet()) - mine
+            if tasks:
+                source = row.bundle.id
+                bundles.append(Bundle(job.id, stage.name, tasks, round=round_, source=source))
+        if not bundles:
+            return None
+        return Cut(job.id, stage.name, round_, 0, tuple(bundles), TaskSet())
+
+    async def _planned_tasks(
+        self, job: JobDef, stage: StageDef, before: StageRecord, round_: int
+    ) -> TaskSet:
+        plans = self._conductor.plans
+        for earlier in range(round_ - 1, -1, -1):
+            manifest = await plans.existing(job, stage.name, earlier)
+            if manifest:
+                return TaskSet.span(0, manifest.count) - manifest.skipped
+        return TaskSet.span(0, before.counts.planned or 0)
+
+    async def _succeeded(self, job: JobId, stage: StageName) -> TaskSet:
+        rows = await self._ports.ledger.bundles(job, stage=stage, done=True)
+        return TaskSet.union(r.completion.succeeded for r in rows if r.completion)
+
+    def _live(self, job: JobId, verb: str) -> LiveJob:
+        live = self._lives.get(job)
+        if live is None or live.ended.is_set():
+            raise Refused(
+                f"Job {job} is not running, so it cannot be {verb}.",
+                remedy="`batchlab job list` shows the jobs there are.",
+            )
+        return live
+
+    async def _control(self, live: LiveJob, control: Control) -> None:
+        if live.record.control is Control.CANCEL:
+            raise Refused(f"Job {live.id} is being cancelled.")
+        objects = self._ports.objects
+        put = partial(objects.put, naming.control(live.id), wire.control_to_bytes(control))
+        await self._ports.patience(put)
+        await self._ports.ledger.set_control(live.id, control)
+        live.record = replace(live.record, control=control)
+
+    async def _move(self, live: LiveJob, state: JobState) -> None:
+        if await self._ports.ledger.move_job(live.id, state):
+            live.record = replace(live.record, state=state)
+        live.version += 1
+
+
+def _voided(before: StageRecord) -> Reopening:
+    counts = before.counts
+    return Reopening(counts.stage, counts.succeeded, counts.failed, counts.cancelled, replan=True)

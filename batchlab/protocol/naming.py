@@ -1,0 +1,104 @@
+"""Every object key and queue name, in one place.
+
+Invariant: a name is a function of what it names, so a second writer writes the same name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from batchlab.model import Bundle, BundleId, JobId, StageName
+
+EVENTS = "events"
+
+
+def tasks_queue(pool: str) -> str:
+    """The input queue that a pool's workers pick bundles from."""
+    return f"tasks-{pool}"
+
+
+def dead_letters(pool: str) -> str:
+    """Where a pool's messages go after too many receives."""
+    return f"tasks-{pool}-dead"
+
+
+def job_id(name: str, token: str) -> JobId:
+    """The job that this client token stands for, however often it is submitted."""
+    return JobId(f"{name}-{hashlib.sha256(f'{name}/{token}'.encode()).hexdigest()[:10]}")
+
+
+def _spread(name: str) -> str:
+    # S3 partitions by key prefix; without this a stage's outcomes would all grow one prefix.
+    return hashlib.sha256(name.encode()).hexdigest()[:2]
+
+
+def spec(job: JobId) -> str:
+    return f"jobs/{job}/spec.json"
+
+
+def control(job: JobId) -> str:
+    return f"jobs/{job}/control.json"
+
+
+def raw(job: JobId) -> str:
+    """Prefix of a job's uploaded raw data."""
+    return f"raw/{job}/"
+
+
+def retry(job: JobId, round: int) -> str:
+    """The commit of the user's `round`-th retry."""
+    return f"jobs/{job}/retries/{round:04d}.json"
+
+
+def final(job: JobId, round: int) -> str:
+    """The commit of the job's end in that round."""
+    return f"jobs/{job}/final/{round:04d}.json"
+
+
+def manifest(job: JobId, stage: StageName, round: int) -> str:
+    """The commit of a stage's plan: how many tasks, and where their inputs are."""
+    return f"jobs/{job}/{stage}/plan/{round:04d}/manifest.json"
+
+
+def part(job: JobId, stage: StageName, round: int, number: int) -> str:
+    """One part of the inputs that a manifest points to."""
+    return f"jobs/{job}/{stage}/plan/{round:04d}/part-{number:06d}.json"
+
+
+def cut(job: JobId, stage: StageName, round: int, seq: int) -> str:
+    """The commit of one decision on which tasks travel together."""
+    return f"jobs/{job}/{stage}/plan/{round:04d}/cuts/{seq:08d}.json"
+
+
+def outcomes(job: JobId, stage: StageName) -> str:
+    """Prefix of a stage's outcomes."""
+    return f"jobs/{job}/{stage}/outcomes/"
+
+
+def outcome_of(job: JobId, stage: StageName, bundle: BundleId) -> str:
+    return f"{outcomes(job, stage)}{_spread(bundle)}/{bundle}.json"
+
+
+def outcome(bundle: Bundle) -> str:
+    """The key whose conditional PUT commits this bundle."""
+    return outcome_of(bundle.job, bundle.stage, bundle.id)
+
+
+def files(bundle: Bundle, execution: str) -> str:
+    """Prefix of the files of one execution; no other execution writes under it."""
+    return f"jobs/{bundle.job}/{bundle.stage}/files/{_spread(bundle.id)}/{bundle.id}/{execution}/"
+
+
+def log(bundle: Bundle, execution: str) -> str:
+    """What the tasks of one execution printed."""
+    return f"jobs/{bundle.job}/{bundle.stage}/logs/{_spread(bundle.id)}/{bundle.id}/{execution}.log"
+
+
+def starts(bundle: Bundle) -> str:
+    """Prefix of a suspect's start markers, one for each time a worker began it."""
+    return f"jobs/{bundle.job}/{bundle.stage}/starts/{bundle.id}/"
+
+
+def running(bundle: Bundle) -> str:
+    """The marker that a handed-over bundle still runs, refreshed by its worker."""
+    return f"jobs/{bundle.job}/{bundle.stage}/running/{bundle.id}.json"

@@ -1,0 +1,173 @@
+"""What an execution of a bundle comes to, and what follows from it: pure functions.
+
+Invariant (I1, I2): every task of the bundle is in exactly one of the outcome's succeeded, final
+failed, cancelled, or one follow of the same stage; every succeeded task is in one follow of each
+chained stage. Everything is decided here once, before the commit, and read back by whoever
+repeats the forwarding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+from batchlab.model import (
+    Bundle,
+    Completion,
+    Failure,
+    FailureKind,
+    Follow,
+    JobDef,
+    Outcome,
+    Ran,
+    RetryRule,
+    StageName,
+    TaskSet,
+)
+
+LOSS_LIMIT = 3
+"""Starts of a task alone that ended without an outcome before it is FAILED as poison."""
+
+_HOPELESS = frozenset({FailureKind.IMPORT, FailureKind.RESULT, FailureKind.LOST})
+
+
+def retries(rule: RetryRule, failure: Failure, attempt: int) -> bool:
+    """Whether `rule` gives this failure of the `attempt`-th try another one."""
+    if attempt >= rule.attempts:
+        return False
+    if not rule.kinds and failure.kind in _HOPELESS:
+        return False
+    if rule.kinds and failure.kind not in rule.kinds:
+        return False
+    if rule.exit_codes and failure.kind is FailureKind.EXIT:
+        return failure.exit_code in rule.exit_codes
+    if rule.exceptions and failure.kind is FailureKind.EXCEPTION:
+        return failure.error in rule.exceptions
+    return True
+
+
+def backoff_s(rule: RetryRule, bundle: Bundle) -> float:
+    """Wait before the try after `bundle`'s, seconds; the jitter is derived from the bundle's id,
+    so that whoever computes it gets the same."""
+    base = min(rule.max_backoff_s, rule.backoff_s * rule.factor ** (bundle.attempt - 1))
+    digest = hashlib.sha256(f"{bundle.job}/{bundle.stage}/{bundle.id}".encode()).digest()
+    unit = int.from_bytes(digest[:4]) / 2**32
+    return float(base * (1 + rule.jitter * (2 * unit - 1)))
+
+
+def settle(
+    job: JobDef,
+    bundle: Bundle,
+    ran: Sequence[Ran],
+    *,
+    execution: str,
+    worker: str,
+    started_s: float,
+    ended_s: float,
+    cancelled: bool = False,
+    log: str = "",
+    log_spans: Sequence[tuple[int, int, int]] = (),
+) -> Outcome:
+    """The outcome of an execution that ran `ran` and did not get to the rest.
+
+    With `cancelled` (the job is being cancelled) the rest and all retries are CANCELLED and
+    nothing follows; otherwise the rest goes on as halves, so that others can help.
+    """
+    stage = job.stage(bundle.stage)
+    good = [r for r in ran if r.failure is None]
+    succeeded = TaskSet.of(r.task for r in good)
+    good.sort(key=lambda r: r.task)
+    failed: list[Failure] = []
+    again: list[int] = []
+    for r in ran:
+        if r.failure is not None:
+            retry = not cancelled and retries(stage.retry, r.failure, bundle.attempt)
+            failed.append(replace(r.failure, task=r.task, run_s=r.run_s, final=not retry))
+            if retry:
+                again.append(r.task)
+    rest = bundle.tasks - TaskSet.of(r.task for r in ran)
+    follows: list[Follow] = []
+    if not cancelled:
+        follows += _split(bundle, rest)
+        if again:
+            retried = replace(bundle, tasks=TaskSet.of(again), attempt=bundle.attempt + 1, losses=0)
+            follows.append(Follow(retried, backoff_s(stage.retry, bundle)))
+        follows += chain(job, bundle, succeeded)
+    return Outcome(
+        bundle,
+        execution,
+        worker,
+        started_s,
+        ended_s,
+        succeeded,
+        tuple(r.value for r in good),
+        tuple(r.run_s for r in good),
+        tuple(failed),
+        rest if cancelled else TaskSet(),
+        tuple(follows),
+        log,
+        tuple(log_spans),
+    )
+
+
+def _split(bundle: Bundle, rest: TaskSet) -> list[Follow]:
+    parts = rest.halves() if len(rest) > 1 else (rest,)
+    return [Follow(replace(bundle, tasks=part)) for part in parts if part]
+
+
+def chain(job: JobDef, bundle: Bundle, succeeded: TaskSet) -> list[Follow]:
+    """The bundles that hand `succeeded` on to each stage that follows item by item."""
+    if not succeeded:
+        return []
+    return [
+        Follow(Bundle(bundle.job, s.name, succeeded, round=bundle.round, source=bundle.id))
+        for s in job.chained_after(bundle.stage)
+    ]
+
+
+def bisect(bundle: Bundle, *, execution: str, worker: str, now_s: float) -> Outcome:
+    """The outcome of a bundle that keeps losing its workers: two halves, no task touched.
+
+    A bundle of one cannot be halved; `poisoned` ends it.
+    """
+    first, second = bundle.tasks.halves()
+    halves = [replace(bundle, tasks=part, losses=1) for part in (first, second)]
+    return Outcome(
+        bundle, execution, worker, now_s, now_s, follows=tuple(Follow(half) for half in halves)
+    )
+
+
+def poisoned(bundle: Bundle, reason: str, *, execution: str, worker: str, now_s: float) -> Outcome:
+    """The outcome of a bundle whose tasks are given up on: FAILED with `reason`."""
+    failed = tuple(Failure(t, FailureKind.LOST, reason, error="WorkerLost") for t in bundle.tasks)
+    return Outcome(bundle, execution, worker, now_s, now_s, failed=failed)
+
+
+def sealed(bundle: Bundle, *, execution: str, worker: str, now_s: float) -> Outcome:
+    """The outcome that a cancelled job's manager commits for a bundle nobody has finished."""
+    return Outcome(bundle, execution, worker, now_s, now_s, cancelled=bundle.tasks)
+
+
+def completion(outcome: Outcome) -> Completion:
+    """An outcome without its values, for the ledger."""
+    return Completion(
+        outcome.bundle,
+        outcome.worker,
+        outcome.started_s,
+        outcome.ended_s,
+        outcome.succeeded,
+        TaskSet.of(f.task for f in outcome.failed if f.final),
+        outcome.cancelled,
+        sum(outcome.run_s),
+        outcome.follows,
+        sum(not f.final for f in outcome.failed),
+    )
+
+
+def casualties(job: JobDef, done: Completion) -> dict[StageName, int]:
+    """Tasks of later stages, fed item by item, that `done` has made impossible."""
+    lost = len(done.failed) + len(done.cancelled)
+    if not lost:
+        return {}
+    return {stage.name: lost for stage in job.fed_by(done.bundle.stage)}

@@ -1,0 +1,53 @@
+"""How many tasks travel in one bundle.
+
+Three forces: a bundle costs the same requests however full it is (so: large), a lost or long
+bundle costs all that is in it (so: at most about half a second of work), and the last bundles
+decide the makespan (so: shrinking as the stage runs out). Fixed chunks lose a quarter of the
+makespan to the tail; guided sizes lose nothing measurable.
+"""
+
+from __future__ import annotations
+
+TARGET_S = 0.5
+"""Work in a bundle once the task time is known."""
+
+BUDGET_S = 2 * TARGET_S
+"""A worker past this starts no further task of a bundle, and splits off the rest."""
+
+FIRST_WAVE = 2
+"""Single tasks per slot sent before anything has been measured."""
+
+CAP = 4096
+"""Tasks in a bundle at most: keeps an outcome object and a message well under their limits."""
+
+SHARES = 3
+"""A bundle is at most this share of what a slot still has to do."""
+
+
+def bundle_size(left: int, slots: int, mean_s: float | None, fixed: int | None) -> int:
+    """Tasks for the next bundle of a stage with `left` uncut tasks and `slots` slots to serve.
+
+    `mean_s` is the measured seconds per task, None before the first; `fixed` the user's own
+    number, which wins.
+    """
+    if left <= 0:
+        return 0
+    if fixed is not None:
+        return min(fixed, left)
+    if mean_s is None:
+        return 1
+    by_time = int(TARGET_S / mean_s) if mean_s > TARGET_S / CAP else CAP
+    guided = left // (max(1, slots) * SHARES)
+    return max(1, min(by_time, guided, CAP, left))
+
+
+def wave(left: int, slots: int, mean_s: float | None, fixed: int | None, room: int) -> list[int]:
+    """Sizes of up to `room` bundles to cut now, in order."""
+    if mean_s is None and fixed is None:
+        room = min(room, FIRST_WAVE * max(1, slots))
+    sizes: list[int] = []
+    while left and len(sizes) < room:
+        size = bundle_size(left, slots, mean_s, fixed)
+        sizes.append(size)
+        left -= size
+    return sizes

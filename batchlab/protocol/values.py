@@ -1,0 +1,279 @@
+"""Values as JSON: plain data as it is, files and large values as references, the rest pickled.
+
+Invariant: decoding gives back exactly what was encoded. A dict with a key of one `$` is always a
+reference, for a user's own keys that begin with `$` get one more. Imported by every child process:
+standard library and `batchlab.task` only.
+
+    {"$file": key, "name": …, "size": …}                            an object, as a File
+    {"$part": key, "start": …, "stop": …, "header": …, "name": …}   some bytes of it, as a File
+    {"$value": key}                                                 an encoded value in an object
+    {"$pickle": base64, "files": […]}                               any Python object
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from batchlab.errors import UsageError
+from batchlab.task import File
+
+Json = Any
+
+MAX_DEPTH = 200
+# Python refuses to write longer integers as text (4,300 digits).
+_MAX_INT_BITS = 14_000
+
+
+class NotAValue(UsageError):
+    """A value that cannot travel; the text says what it is and where it sits."""
+
+
+class _Odd(Exception):
+    """What is odd about a value, and on the way up where it is, innermost part first."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where: list[str] = []
+
+
+# --- References ----------------------------------------------------------------------------------
+
+
+def file_ref(key: str, name: str, size: int) -> Json:
+    """The object `key`, which becomes a File called `name` of `size` bytes."""
+    return {"$file": key, "name": name, "size": size}
+
+
+def part_ref(
+    key: str, start: int, stop: int, *, name: str, header: tuple[int, int] | None = None
+) -> Json:
+    """Bytes [start, stop) of an object, after its bytes [a, b) of `header`, as one File."""
+    return {
+        "$part": key,
+        "start": start,
+        "stop": stop,
+        "header": list(header) if header else None,
+        "name": name,
+    }
+
+
+def value_ref(key: str) -> Json:
+    """The object `key` holds the JSON of an encoded value."""
+    return {"$value": key}
+
+
+def kind(encoded: Json) -> str | None:
+    """Which reference this is: "$file", "$part", "$value", "$pickle"; None for plain data."""
+    if type(encoded) is dict:
+        for name in ("$file", "$part", "$value", "$pickle"):
+            if name in encoded:
+                return name
+    return None
+
+
+def references(encoded: Json) -> Iterator[Json]:
+    """Every reference to an object, at any depth, in the order that `replace` meets them."""
+    if type(encoded) is list:
+        for one in encoded:
+            yield from references(one)
+    elif type(encoded) is dict:
+        name = kind(encoded)
+        if name is None:
+            for one in encoded.values():
+                yield from references(one)
+        elif name == "$pickle":
+            yield from references(encoded.get("files", []))
+        else:
+            yield encoded
+
+
+def replace(encoded: Json, change: Callable[[Json], Json]) -> Json:
+    """The same value with `change(reference)` in the place of every reference to an object."""
+    if type(encoded) is list:
+        return [replace(one, change) for one in encoded]
+    if type(encoded) is dict:
+        name = kind(encoded)
+        if name is None:
+            return {key: replace(one, change) for key, one in encoded.items()}
+        if name == "$pickle":
+            files = encoded.get("files")
+            return {**encoded, "files": replace(files, change)} if files else encoded
+        return change(encoded)
+    return encoded
+
+
+# --- Encoding ------------------------------------------------------------------------------------
+
+
+def no_files(file: File) -> Json:
+    """For `encode` where a File has no place."""
+    raise NotAValue(f"{file!r} is a file, which has no place here.")
+
+
+def encode(value: object, file: Callable[[File], Json] = no_files, *, what: str = "result") -> Json:
+    """Strict JSON, for jobs that come from a job file; tuples become lists.
+
+    `file` gives the reference for a File. NotAValue for anything else that JSON does not know,
+    NaN and infinity included.
+    """
+    try:
+        return _encode(value, file, 0)
+    except _Odd as odd:
+        where = what + "".join(reversed(odd.where))
+        raise NotAValue(
+            f"{where} is {odd.what}.",
+            remedy="JSON knows null, true, false, numbers, text, lists and dicts; "
+            "a File may stand for anything else.",
+        ) from None
+
+
+def _encode(value: Any, file: Callable[[File], Json], depth: int) -> Json:
+    cls = type(value)
+    if value is None or cls is bool:
+        return value
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, int):
+        return _integer(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise _Odd(f"the number {float(value)}, which JSON does not have")
+        return float(value)
+    if depth > MAX_DEPTH:
+        raise _Odd(f"nested deeper than {MAX_DEPTH} levels, or contains itself")
+    if isinstance(value, list | tuple):
+        return _encode_list(value, file, depth)
+    if isinstance(value, dict):
+        return _encode_dict(value, file, depth)
+    if isinstance(value, File):
+        return file(value)
+    raise _Odd(f"of type {type_name(cls)}")
+
+
+def _encode_list(value: Any, file: Callable[[File], Json], depth: int) -> Json:
+    done: list[Json] = []
+    try:
+        for one in value:
+            done.append(_encode(one, file, depth + 1))  # noqa: PERF401 - its length is the place
+    except _Odd as odd:
+        odd.where.append(f"[{len(done)}]")
+        raise
+    return done
+
+
+def _encode_dict(value: dict[Any, Any], file: Callable[[File], Json], depth: int) -> Json:
+    done: dict[str, Json] = {}
+    for key, one in value.items():
+        try:
+            if not isinstance(key, str):
+                raise _Odd(f"under a key of type {type_name(type(key))}; JSON's keys are text")
+            plain = _text(key)
+            done[f"${plain}" if plain.startswith("$") else plain] = _encode(one, file, depth + 1)
+        except _Odd as odd:
+            odd.where.append(f"[{_short(key)}]")
+            raise
+    return done
+
+
+def _text(value: str) -> str:
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise _Odd(f"text that UTF-8 cannot hold: {_short(value)}") from None
+    return value if type(value) is str else str.__str__(value)
+
+
+def _integer(value: int) -> int:
+    if value.bit_length() > _MAX_INT_BITS:
+        raise _Odd(f"an integer of {value.bit_length()} bits, too long to be written")
+    return value if type(value) is int else int.__int__(value)
+
+
+def _short(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def type_name(cls: type) -> str:
+    """`numpy.ndarray`, `set`: the name a person looks for."""
+    inside = f"{cls.__module__}." if cls.__module__ != "builtins" else ""
+    return inside + cls.__qualname__
+
+
+def encode_object(value: object, file: Callable[[File], Json] = no_files) -> Json:
+    """Any object, for the Python API: None, bool, int, finite float and str as JSON, else pickled.
+
+    Files at any depth become references. NotAValue where it cannot be pickled.
+    """
+    cls = type(value)
+    if cls in (type(None), bool, int, float, str):
+        try:
+            return _encode(value, file, 0)
+        except _Odd:
+            return _pickle(value, file)
+    return file(value) if isinstance(value, File) else _pickle(value, file)
+
+
+def _pickle(value: object, file: Callable[[File], Json]) -> Json:
+    import cloudpickle  # only the Python API needs it, and it takes as long as Python's start
+
+    files: list[Json] = []
+
+    def persistent_id(_: object, obj: object) -> int | None:
+        if not isinstance(obj, File):
+            return None
+        files.append(file(obj))
+        return len(files) - 1
+
+    buffer = io.BytesIO()
+    # A class statement would subclass Any: cloudpickle has no types.
+    pickler = type("Pickler", (cloudpickle.Pickler,), {"persistent_id": persistent_id})
+    try:
+        pickler(buffer).dump(value)
+    except NotAValue:
+        raise
+    except Exception as error:
+        where = type_name(type(value))
+        raise NotAValue(
+            f"A value of type {where} cannot be pickled: {type(error).__name__}: {error}"
+        ) from error
+    encoded = {"$pickle": base64.b64encode(buffer.getvalue()).decode()}
+    return {**encoded, "files": files} if files else encoded
+
+
+# --- Decoding ------------------------------------------------------------------------------------
+
+
+def decode(encoded: Json, file: Callable[[Json], Any]) -> Any:
+    """The value again; `file` gives what stands for a $file, $part or $value reference.
+
+    Raises whatever unpickling raises. It runs code of whoever wrote the value.
+    """
+    if type(encoded) is list:
+        return [decode(one, file) for one in encoded]
+    if type(encoded) is not dict:
+        return encoded
+    name = kind(encoded)
+    if name is None:
+        return {
+            key[1:] if key.startswith("$") else key: decode(one, file)
+            for key, one in encoded.items()
+        }
+    return _unpickle(encoded, file) if name == "$pickle" else file(encoded)
+
+
+def _unpickle(encoded: Json, file: Callable[[Json], Any]) -> Any:
+    files = [file(one) for one in encoded.get("files", [])]
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, pid: Any) -> Any:
+            return files[pid]
+
+    return Unpickler(io.BytesIO(base64.b64decode(encoded["$pickle"]))).load()

@@ -1,0 +1,341 @@
+"""The JSON of everything that leaves a process: job, bundle, outcome, completion, messages.
+
+Invariant: `x_from_json(x_to_json(x)) == x`, and unknown versions are refused, never guessed at.
+Plain dicts by hand, since this is the hot path and the worker must not import pydantic.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from batchlab.errors import BackendError
+from batchlab.model import (
+    Bundle,
+    BundleId,
+    Completion,
+    Control,
+    Failure,
+    FailureKind,
+    Follow,
+    InputDef,
+    JobDef,
+    JobId,
+    Json,
+    Outcome,
+    RetryRule,
+    SplitBy,
+    StageDef,
+    StageName,
+    TaskSet,
+)
+from batchlab.ports import Cut, Reopening
+
+VERSION = 1
+
+
+def dumps(value: Json) -> str:
+    """Compact JSON; NaN and infinity are refused."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def to_bytes(value: Json) -> bytes:
+    return dumps(value).encode()
+
+
+def loads(data: bytes | str) -> dict[str, Any]:
+    """A versioned document; BackendError where it is not one of ours."""
+    doc = json.loads(data)
+    if not isinstance(doc, dict) or doc.get("v") != VERSION:
+        raise BackendError(
+            "A stored object is not in a format this batchlab knows.",
+            remedy="Was it written by a newer version?",
+        )
+    return doc
+
+
+def tasks_to_json(tasks: TaskSet) -> list[list[int]]:
+    return [[start, stop] for start, stop in tasks.ranges]
+
+
+def tasks_from_json(doc: Sequence[Sequence[int]]) -> TaskSet:
+    return TaskSet(tuple((int(start), int(stop)) for start, stop in doc))
+
+
+def bundle_to_json(b: Bundle) -> dict[str, Json]:
+    doc: dict[str, Json] = {"j": b.job, "s": b.stage, "t": tasks_to_json(b.tasks), "a": b.attempt}
+    if b.round:
+        doc["r"] = b.round
+    if b.losses:
+        doc["l"] = b.losses
+    if b.source:
+        doc["f"] = b.source
+    return doc
+
+
+def bundle_from_json(doc: dict[str, Any]) -> Bundle:
+    source = doc.get("f")
+    return Bundle(
+        JobId(doc["j"]),
+        StageName(doc["s"]),
+        tasks_from_json(doc["t"]),
+        doc["a"],
+        doc.get("r", 0),
+        doc.get("l", 0),
+        BundleId(source) if source else None,
+    )
+
+
+def _follow_to_json(f: Follow) -> dict[str, Json]:
+    return {"b": bundle_to_json(f.bundle), "d": f.delay_s}
+
+
+def _follow_from_json(doc: dict[str, Any]) -> Follow:
+    return Follow(bundle_from_json(doc["b"]), doc["d"])
+
+
+def _failure_from_json(doc: dict[str, Any]) -> Failure:
+    return Failure(**{**doc, "kind": FailureKind(doc["kind"])})
+
+
+def outcome_to_json(o: Outcome) -> dict[str, Json]:
+    return {
+        "v": VERSION,
+        "bundle": bundle_to_json(o.bundle),
+        "execution": o.execution,
+        "worker": o.worker,
+        "started_s": o.started_s,
+        "ended_s": o.ended_s,
+        "succeeded": tasks_to_json(o.succeeded),
+        "values": o.values,
+        "run_s": [round(s, 6) for s in o.run_s],
+        "failed": [asdict(f) for f in o.failed],
+        "cancelled": tasks_to_json(o.cancelled),
+        "follows": [_follow_to_json(f) for f in o.follows],
+        "log": o.log,
+        "log_spans": o.log_spans,
+    }
+
+
+def outcome_from_json(doc: dict[str, Any]) -> Outcome:
+    return Outcome(
+        bundle_from_json(doc["bundle"]),
+        doc["execution"],
+        doc["worker"],
+        doc["started_s"],
+        doc["ended_s"],
+        tasks_from_json(doc["succeeded"]),
+        tuple(doc["values"]),
+        tuple(doc["run_s"]),
+        tuple(_failure_from_json(f) for f in doc["failed"]),
+        tasks_from_json(doc["cancelled"]),
+        tuple(_follow_from_json(f) for f in doc["follows"]),
+        doc["log"],
+        tuple((a, b, c) for a, b, c in doc["log_spans"]),
+    )
+
+
+def completion_to_json(c: Completion) -> dict[str, Json]:
+    return {
+        "b": bundle_to_json(c.bundle),
+        "w": c.worker,
+        "t0": c.started_s,
+        "t1": c.ended_s,
+        "ok": tasks_to_json(c.succeeded),
+        "no": tasks_to_json(c.failed),
+        "x": tasks_to_json(c.cancelled),
+        "run": round(c.run_s, 6),
+        "next": [_follow_to_json(f) for f in c.follows],
+        "re": c.retried,
+    }
+
+
+def completion_from_json(doc: dict[str, Any]) -> Completion:
+    return Completion(
+        bundle_from_json(doc["b"]),
+        doc["w"],
+        doc["t0"],
+        doc["t1"],
+        tasks_from_json(doc["ok"]),
+        tasks_from_json(doc["no"]),
+        tasks_from_json(doc["x"]),
+        doc["run"],
+        tuple(_follow_from_json(f) for f in doc["next"]),
+        doc["re"],
+    )
+
+
+def cut_to_json(c: Cut) -> dict[str, Json]:
+    return {
+        "v": VERSION,
+        "j": c.job,
+        "s": c.stage,
+        "round": c.round,
+        "seq": c.seq,
+        "bundles": [bundle_to_json(b) for b in c.bundles],
+        "left": tasks_to_json(c.left),
+        "planned": c.planned,
+        "cancelled": c.cancelled,
+    }
+
+
+def cut_from_json(doc: dict[str, Any]) -> Cut:
+    return Cut(
+        JobId(doc["j"]),
+        StageName(doc["s"]),
+        doc["round"],
+        doc["seq"],
+        tuple(bundle_from_json(b) for b in doc["bundles"]),
+        tasks_from_json(doc["left"]),
+        doc["planned"],
+        doc["cancelled"],
+    )
+
+
+def reopening_to_json(r: Reopening) -> dict[str, Json]:
+    return asdict(r)
+
+
+def reopening_from_json(doc: dict[str, Any]) -> Reopening:
+    return Reopening(**doc)
+
+
+def job_to_json(job: JobDef) -> dict[str, Json]:
+    return {"v": VERSION, **asdict(job)}
+
+
+def job_from_json(doc: dict[str, Any]) -> JobDef:
+    fields = {k: v for k, v in doc.items() if k != "v"}
+    stages = tuple(_stage_from_json(s) for s in fields.pop("stages"))
+    source = fields.pop("input")
+    params = tuple((k, v) for k, v in fields.pop("params"))
+    tags = tuple((k, v) for k, v in fields.pop("tags"))
+    made = None
+    if source is not None:
+        made = InputDef(
+            tuple(source["keys"]), SplitBy(source["split"]), source["size"], source["header"]
+        )
+    return JobDef(**fields, stages=stages, input=made, params=params, tags=tags)
+
+
+def _stage_from_json(doc: dict[str, Any]) -> StageDef:
+    rule = doc["retry"]
+    return StageDef(
+        **{
+            **doc,
+            "after": tuple(doc["after"]),
+            "command": tuple(doc["command"]),
+            "retry": RetryRule(
+                **{
+                    **rule,
+                    "kinds": tuple(FailureKind(k) for k in rule["kinds"]),
+                    "exit_codes": tuple(rule["exit_codes"]),
+                    "exceptions": tuple(rule["exceptions"]),
+                }
+            ),
+        }
+    )
+
+
+# --- Messages ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TaskMessage:
+    """What a pool's queue carries.
+
+    `items` are the encoded inputs where they are small enough to travel along, aligned with the
+    bundle's tasks. `not_before_s` (epoch) is a wait longer than one DelaySeconds can be.
+    `watchdog` marks a hand-over: the bundle still runs, and is run again only if it fell silent.
+    """
+
+    bundle: Bundle
+    items: Sequence[Json] | None = None
+    not_before_s: float | None = None
+    watchdog: bool = False
+
+
+def task_message(m: TaskMessage) -> str:
+    doc: dict[str, Json] = {"v": VERSION, "b": bundle_to_json(m.bundle)}
+    if m.items is not None:
+        doc["in"] = m.items
+    if m.not_before_s is not None:
+        doc["nb"] = m.not_before_s
+    if m.watchdog:
+        doc["wd"] = True
+    return dumps(doc)
+
+
+def read_task_message(body: str) -> TaskMessage:
+    doc = loads(body)
+    return TaskMessage(
+        bundle_from_json(doc["b"]), doc.get("in"), doc.get("nb"), doc.get("wd", False)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A message in a worker's hands: the manager gives it back when the worker's instance dies."""
+
+    queue: str
+    receipt: str
+    job: JobId
+    stage: StageName
+    bundle: BundleId
+    running: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A worker's sign of life. `held` is complete as of `at_s`; `leaving` says it is draining."""
+
+    worker: str
+    instance: str
+    pool: str
+    at_s: float
+    slots: int
+    busy: int
+    held: tuple[Held, ...]
+    leaving: bool = False
+    gone: bool = False
+    """The last beat: it has given everything back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """The body of one message on the events queue."""
+
+    completions: tuple[Completion, ...] = ()
+    committed: tuple[str, ...] = ()
+    """Keys of outcomes whose completion is too large to travel; the reader fetches them."""
+    beats: tuple[Beat, ...] = ()
+
+
+def events_message(e: Events) -> str:
+    doc: dict[str, Json] = {"v": VERSION}
+    if e.completions:
+        doc["c"] = [completion_to_json(c) for c in e.completions]
+    if e.committed:
+        doc["k"] = e.committed
+    if e.beats:
+        doc["h"] = [asdict(b) for b in e.beats]
+    return dumps(doc)
+
+
+def read_events_message(body: str) -> Events:
+    doc = loads(body)
+    return Events(
+        tuple(completion_from_json(c) for c in doc.get("c", ())),
+        tuple(doc.get("k", ())),
+        tuple(Beat(**{**b, "held": tuple(Held(**h) for h in b["held"])}) for b in doc.get("h", ())),
+    )
+
+
+def control_to_bytes(state: Control) -> bytes:
+    return to_bytes({"v": VERSION, "control": state.value})
+
+
+def control_from_bytes(data: bytes) -> Control:
+    return Control(loads(data)["control"])

@@ -1,0 +1,243 @@
+"""The two long-lived processes and how they come and go: the manager, and a worker.
+
+Invariant: whoever is ended by SIGTERM leaves nothing running and nothing lost; whoever is killed
+leaves nothing that the next start does not find.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchlab import backends
+from batchlab.backends import Backend
+from batchlab.errors import BackendError, Unreachable
+from batchlab.home import Home, ManagerRecord
+from batchlab.manager.live import Ports
+from batchlab.manager.manager import LEASE, Manager
+from batchlab.model import Pool
+
+if TYPE_CHECKING:
+    from batchlab.adapters.process import ProcessLauncher
+
+log = logging.getLogger(__name__)
+
+START_S = 30.0
+ORPHAN_S = 15.0
+"""A worker whose manager has been gone for this long drains and ends: nothing is left behind."""
+
+
+def manager_main(
+    home: Home, backend: Backend, *, host: str = "127.0.0.1", port: int = 0, parent: int = 0
+) -> None:
+    """Run a manager until SIGTERM, SIGINT, a shutdown request, or the end of process `parent`."""
+    _log_to_stderr()
+    with home.locked():
+        asyncio.run(_manage(home, backend, host, port, parent))
+
+
+async def _manage(home: Home, backend: Backend, host: str, port: int, parent: int) -> None:
+    import uvicorn
+
+    from batchlab.api import create_app
+
+    clock, ids = backend.open_clock(), backend.open_ids()
+    ledger = backend.open_ledger(home)
+    launcher = backend.open_launcher(home, clock)
+    ports = Ports(
+        backend.open_objects(home),
+        backend.open_queue(home, clock),
+        backend.open_fleet(home, launcher, clock),
+        ledger,
+        clock,
+        ids,
+        backends.patience(),
+    )
+    owner = ids.fresh("manager")
+    if before := home.last_owner():
+        # We hold the folder's lock, so that manager is dead and its lease need not run out.
+        await ledger.release(LEASE, before)
+    manager = Manager(ports, backend.manager, backend.pools, owner)
+    stop = asyncio.Event()
+    app = create_app(manager, token=home.token(), backend_name=backend.name, on_shutdown=stop.set)
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="off")
+    )
+    listener = socket.create_server((host, port))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    # uvicorn takes SIGTERM and SIGINT for itself while it serves; its return ends us all the same.
+    serving = loop.create_task(server.serve(sockets=[listener]))
+    leading = loop.create_task(manager.run())
+    watching = [
+        loop.create_task(_tell_of_deaths(manager, launcher.changed)),
+        loop.create_task(_end_with(parent, stop)),
+    ]
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name))
+    log.info("manager %s listens on %s", owner, url)
+    stopping = loop.create_task(stop.wait())
+    await asyncio.wait({stopping, leading, serving}, return_when=asyncio.FIRST_COMPLETED)
+    log.info("manager %s ends", owner)
+    server.should_exit = True
+    for task in (leading, stopping, *watching):
+        task.cancel()
+    results = await asyncio.gather(leading, serving, stopping, *watching, return_exceptions=True)
+    await _end_instances(launcher, backend.worker.drain_s)
+    await ledger.close()
+    for result in results[:2]:
+        if isinstance(result, Exception):
+            raise result
+
+
+async def _tell_of_deaths(manager: Manager, changed: asyncio.Event) -> None:
+    while True:
+        await changed.wait()
+        changed.clear()
+        manager.fleet_changed()
+
+
+async def _end_with(parent: int, stop: asyncio.Event) -> None:
+    """Ask to stop once the process that wanted this grid is gone."""
+    while parent:
+        if os.getppid() != parent:
+            stop.set()
+            return
+        await asyncio.sleep(0.5)
+
+
+async def _end_instances(launcher: ProcessLauncher, drain_s: float) -> None:
+    """Drain every instance, wait, then kill what is left."""
+    running = [name for name, ended in (await launcher.running()).items() if ended is None]
+    for name in running:
+        await launcher.terminate(name, grace_s=drain_s)
+    deadline_s = time.monotonic() + drain_s
+    while time.monotonic() < deadline_s:
+        living = await launcher.running()
+        if all(living.get(name) is not None for name in running):
+            break
+        launcher.changed.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(launcher.changed.wait(), 0.2)
+    await launcher.close(kill=True)
+
+
+def worker_main(home: Home, backend: Backend, *, pool: str, slots: int, instance: str) -> None:
+    """Run a worker until SIGTERM, or until its manager has been gone for a while."""
+    _log_to_stderr()
+    asyncio.run(_work(home, backend, pool, slots, instance))
+
+
+async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: str) -> None:
+    from batchlab.worker.loop import Identity, Worker
+    from batchlab.worker.process_runner import ProcessRunner
+    from batchlab.worker.runner import Scratch
+
+    clock, ids = backend.open_clock(), backend.open_ids()
+    objects = backend.open_objects(home)
+    runner = ProcessRunner(objects, Scratch(home.scratch / instance), clock, slots)
+    worker = Worker(
+        Identity(ids.fresh("w"), instance, pool, slots),
+        objects,
+        backend.open_queue(home, clock),
+        clock,
+        runner,
+        backends.patience(),
+        backend.worker,
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, worker.drain)
+    orphan = loop.create_task(_drain_orphan(home, worker.drain))
+    try:
+        await worker.run()
+    finally:
+        orphan.cancel()
+
+
+async def _drain_orphan(home: Home, drain: Callable[[], None]) -> None:
+    alone_s = 0.0
+    while alone_s < ORPHAN_S:
+        await asyncio.sleep(1.0)
+        alone_s = 0.0 if home.record() else alone_s + 1.0
+    log.warning("the manager has been gone for %.0f s: draining", ORPHAN_S)
+    drain()
+
+
+# --- Seen from outside ---------------------------------------------------------------------------
+
+
+def start_manager(
+    home: Home, backend: Backend, *, pools: Sequence[Pool] = (), parent: bool = False
+) -> ManagerRecord:
+    """Start a manager process and wait until it answers; the one that runs already is taken.
+
+    With `parent` it ends when this process does. Raises Unreachable with the end of its log.
+    """
+    if running := home.record():
+        return running
+    home.make()
+    argv = [sys.executable, "-m", "batchlab", "manager", "--home", str(home.path)]
+    argv += ["--backend", backend.name]
+    for pool in pools:
+        argv += ["--pool", f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}"]
+    if parent:
+        argv += ["--parent", str(os.getpid())]
+    with home.manager_log.open("ab") as output:
+        # A session of its own: Ctrl-C in the terminal must reach only the command in front.
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    deadline_s = time.monotonic() + START_S
+    while time.monotonic() < deadline_s:
+        record = home.record()
+        if record and record.pid == process.pid:
+            return record
+        if process.poll() is not None:
+            break
+        time.sleep(0.02)
+    raise Unreachable(
+        f"The manager did not start: {_last_line(home.manager_log)}",
+        remedy=f"Its log is {home.manager_log}.",
+    )
+
+
+def stop_manager(home: Home, *, wait_s: float = 30.0) -> bool:
+    """End the manager that runs here, with its instances; False where none runs."""
+    record = home.record()
+    if record is None:
+        return False
+    with suppress(ProcessLookupError):
+        os.kill(record.pid, signal.SIGTERM)
+    deadline_s = time.monotonic() + wait_s
+    while home.record() is not None:
+        if time.monotonic() > deadline_s:
+            raise BackendError(
+                f"The manager (pid {record.pid}) has not ended after {wait_s:.0f} s.",
+                remedy=f"Its log is {home.manager_log}.",
+            )
+        time.sleep(0.02)
+    return True
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it ended without a word."
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        level=os.environ.get("BATCHLAB_LOG", "INFO"),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )

@@ -1,0 +1,102 @@
+"""A process of the simulated grid: a group of tasks that SIGKILL ends as one.
+
+Invariant: once an actor is dead, no port call of its tasks has any effect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from batchlab.errors import BatchlabError
+
+T = TypeVar("T")
+
+CANCEL_ROUNDS = 1_000
+"""How often a task may come back from a cancellation before it counts as stuck."""
+
+
+class SimulationError(BatchlabError):
+    """The simulated program did what no program may do, or the simulation was set up wrongly."""
+
+
+class ActorKilled(BaseException):
+    """Raised by a dead actor's port calls.
+
+    Not an Exception: a retry loop's `except Exception` must not bring the dead back.
+    """
+
+
+class Actor:
+    """One process that may be killed at any moment.
+
+    A restarted process is a new Actor; give it the old name to continue its fault numbering.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.alive = True
+        self.guarded = True
+        """False once a port was handed to it without a wrapper: it can no longer be killed."""
+        # A dict as an ordered set: tasks must die in the order they were spawned.
+        self._tasks: dict[asyncio.Task[Any], None] = {}
+
+    def __repr__(self) -> str:
+        return f"Actor({self.name!r}, {'alive' if self.alive else 'dead'})"
+
+    def spawn(self, coro: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
+        """Run `coro` as a task of this actor; every task that it creates belongs here too.
+
+        Wait for its end with `asyncio.wait([task])`: awaiting the task itself would raise
+        ActorKilled in the one who waits. Raises SimulationError on a dead actor.
+        """
+        if not self.alive:
+            coro.close()
+            raise SimulationError(f"{self.name} is dead and cannot start anything.")
+        context = contextvars.copy_context()
+        context.run(CURRENT.set, self)
+        loop = asyncio.get_running_loop()
+        return loop.create_task(coro, name=name or self.name, context=context)
+
+    def kill(self) -> None:
+        """SIGKILL: cuts the ports off, then cancels all tasks, in spawn order, at this instant.
+
+        Their `finally` blocks do run (a coroutine cannot just be dropped), but reach nothing.
+        """
+        if not self.alive:
+            return
+        if not self.guarded:
+            raise SimulationError(
+                f"{self.name} cannot be killed: it holds a port without a wrapper.",
+                remedy="Wrap its ports with Faults, whose rates may all be 0.",
+            )
+        self.alive = False
+        self._reap(0)
+
+    def adopt(self, task: asyncio.Task[Any]) -> None:
+        """Called by the loop for every task created in this actor's context."""
+        self._tasks[task] = None
+        if not self.alive:
+            task.cancel()
+
+    def forget(self, task: asyncio.Task[Any]) -> None:
+        """Called by the loop when a task has ended."""
+        self._tasks.pop(task, None)
+
+    def _reap(self, rounds: int) -> None:
+        # One cancellation is not enough: `finally` blocks wait, loops swallow it. Again and again
+        # at the same virtual instant, so that nothing of a dead actor runs on in virtual time.
+        if not self._tasks:
+            return
+        if rounds == CANCEL_ROUNDS:
+            names = ", ".join(task.get_name() for task in self._tasks)
+            raise SimulationError(f"Killed actor {self.name} swallows every cancellation: {names}.")
+        for task in list(self._tasks):
+            task.cancel()
+        asyncio.get_running_loop().call_soon(self._reap, rounds + 1)
+
+
+CURRENT: contextvars.ContextVar[Actor | None] = contextvars.ContextVar("actor", default=None)
+"""The actor whose code is running. Tasks inherit it, because asyncio copies the context."""

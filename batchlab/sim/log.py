@@ -1,0 +1,83 @@
+"""The event log: what happened at the ports, in order; two logs are compared by their digest.
+
+Invariant: a line depends only on the values in it, never on addresses, hash seeds or folder names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence, Set
+from enum import Enum
+from pathlib import PurePath
+from typing import Any
+
+SHOWN = 72
+"""A value is shown whole up to this many characters, else cut and followed by its hash."""
+
+
+class EventLog:
+    """Append-only lines, each with its virtual time in seconds; `time` is the loop's."""
+
+    def __init__(self, time: Callable[[], float]) -> None:
+        self._time = time
+        self.lines: list[str] = []
+
+    def add(self, actor: str, event: str) -> None:
+        """Append one line."""
+        self.lines.append(f"{self._time():.6f} {actor} {event}")
+
+    def text(self) -> str:
+        """All lines, each ended by a newline."""
+        return "".join(f"{line}\n" for line in self.lines)
+
+    def digest(self) -> str:
+        """SHA-256 of the text, as hex."""
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+
+def brief(value: object) -> str:
+    """`value` as one short line that is the same in every process."""
+    text = canonical(value)
+    if len(text) <= SHOWN:
+        return text
+    return f"{text[: SHOWN - 12]}…#{_hash(text.encode())}"
+
+
+def canonical(value: Any) -> str:
+    """Like repr, but with sets sorted, large bytes hashed, and paths cut to their last part.
+
+    `repr` itself was rejected: it follows the hash seed in sets and shows addresses.
+    """
+    if value is None or isinstance(value, str | int | float):
+        # An enum that is a str or int shows as its value: names are the code's own business.
+        return repr(value.value if isinstance(value, Enum) else value)
+    if isinstance(value, bytes):
+        return repr(value) if len(value) <= SHOWN else f"{len(value)} bytes#{_hash(value)}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{canonical(k)}: {canonical(v)}' for k, v in value.items())}}}"
+    if isinstance(value, Set):
+        return f"{{{', '.join(sorted(map(canonical, value)))}}}"
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(canonical, value))}]"
+    return _canonical_object(value)
+
+
+def _canonical_object(value: Any) -> str:
+    if isinstance(value, PurePath):
+        return repr(value.name)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # Fields at their defaults say nothing; leaving them out keeps lines short.
+        fields = [
+            f"{f.name}={canonical(getattr(value, f.name))}"
+            for f in dataclasses.fields(value)
+            if getattr(value, f.name) != f.default
+        ]
+        return f"{type(value).__name__}({', '.join(fields)})"
+    if isinstance(value, BaseException):
+        return f"{type(value).__name__}({str(value)!r})"
+    return f"<{type(value).__name__}>"
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=4).hexdigest()

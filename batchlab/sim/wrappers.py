@@ -1,0 +1,212 @@
+"""Ports as one actor sees them: slow, faulty, logged, and dead once the actor is.
+
+Invariant: every port call of a wrapped actor is one fault point and one line of the event log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from enum import Enum
+from functools import partial
+from typing import Any, TypeVar, cast
+
+from batchlab.errors import Throttled, Unreachable
+from batchlab.sim.actors import Actor, ActorKilled
+from batchlab.sim.faults import FaultKind, Faults, Point
+from batchlab.sim.log import EventLog, brief
+
+T = TypeVar("T")
+
+
+class _Mark(Enum):
+    """What a line of the log says where there is no answer."""
+
+    END = "end"
+    CANCELLED = "cancelled"
+    KILLED = "killed"
+
+
+_INSTANT = Point("", 0, 0.0, 0.0, 1.0, 0.0)
+
+
+def wrap(
+    inner: T, port: str, actor: Actor, faults: Faults | None = None, log: EventLog | None = None
+) -> T:
+    """`inner` as `actor` sees it; `port` names it in the log, and "queue" gets a queue's faults.
+
+    Without faults and log it is `inner` itself, which costs nothing, but then the actor cannot be
+    killed any more. Faults without rates and latency keep it killable.
+    """
+    if faults is None and log is None:
+        actor.guarded = False
+        return inner
+    # A dynamic proxy behind the type of what it stands for: delegates written out for five
+    # protocols would be 40 methods that say nothing and must follow every change of ports.py.
+    return cast(T, _Port(inner, port, actor, faults, log))
+
+
+class _Port:
+    def __init__(
+        self,
+        inner: object,
+        port: str,
+        actor: Actor,
+        faults: Faults | None,
+        log: EventLog | None,
+    ) -> None:
+        self._inner = inner
+        self._port = port
+        self._actor = actor
+        self._faults = faults
+        self._log = log
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached the first time: the method is kept on the instance, found without a detour.
+        target = getattr(self._inner, name)
+        if not callable(target):
+            return target
+        make = self._call if inspect.iscoroutinefunction(target) else self._plain
+        method = make(f"{self._port}.{name}", target)
+        setattr(self, name, method)
+        return method
+
+    def _call(self, label: str, target: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            return await self._perform(label, target, args, kwargs, (args, kwargs))
+
+        return call
+
+    def _plain(self, label: str, target: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._check()
+            result = target(*args, **kwargs)
+            if isinstance(result, AsyncIterator):
+                return self._pages(label, result, (args, kwargs))
+            return result
+
+        return call
+
+    async def _pages(
+        self, label: str, inner: AsyncIterator[Any], shown: tuple[Any, Any]
+    ) -> AsyncIterator[Any]:
+        # Each page is a request of its own, hence a fault point of its own.
+        step = partial(anext, inner, _Mark.END)
+        try:
+            while (page := await self._perform(label, step, (), {}, shown)) is not _Mark.END:
+                yield page
+        finally:
+            if isinstance(inner, AsyncGenerator):
+                await inner.aclose()
+
+    async def _perform(
+        self,
+        label: str,
+        target: Callable[..., Awaitable[Any]],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        shown: tuple[Any, Any],
+    ) -> Any:
+        self._check()
+        faults = self._faults
+        point = _INSTANT if faults is None else faults.next(self._actor.name)
+        kind: FaultKind | None = None
+        extra_s = 0.0
+        result: Any = None
+        error: Exception | None = None
+        try:
+            await _pass(point.request_s)
+            if faults is not None:
+                kind = faults.strike(point, label)
+                if kind is FaultKind.DELAYED:
+                    late_s, extra_s = faults.delay_s(point)
+                    await _pass(late_s)
+            self._before(point, kind, label, shown)
+            result = await _effect(kind, point, target, args, kwargs)
+        except asyncio.CancelledError:
+            self._note(point, kind, label, shown, _Mark.CANCELLED)
+            raise
+        except Exception as raised:  # noqa: BLE001 - raised below, when the answer has arrived
+            error = raised
+        # Killed meanwhile, and the cancellation was swallowed by what lies behind the port.
+        self._check()
+        self._note(point, kind, label, shown, result if error is None else error)
+        if kind is FaultKind.KILL_AFTER:
+            self._die()
+        await _pass(point.answer_s + extra_s)
+        self._check()
+        if kind is FaultKind.ANSWER_LOST:
+            raise Unreachable(f"{label}: the answer was lost.") from error
+        if error is not None:
+            raise error
+        return result
+
+    def _before(self, point: Point, kind: FaultKind | None, label: str, shown: Any) -> None:
+        self._check()
+        if kind is FaultKind.KILL_BEFORE:
+            self._note(point, kind, label, shown, _Mark.KILLED)
+            self._die()
+        if kind is FaultKind.THROTTLED:
+            raise Throttled(f"{label} is throttled.")
+        if kind is FaultKind.UNREACHABLE:
+            raise Unreachable(f"{label} does not answer.")
+
+    def _check(self) -> None:
+        if not self._actor.alive:
+            raise ActorKilled(self._actor.name)
+
+    def _die(self) -> None:
+        self._actor.kill()
+        raise ActorKilled(self._actor.name)
+
+    def _note(
+        self, point: Point, kind: FaultKind | None, label: str, shown: Any, result: object
+    ) -> None:
+        if self._log is None or not self._actor.alive:
+            return
+        args, kwargs = shown
+        told = [brief(arg) for arg in args]
+        told += [f"{name}={brief(value)}" for name, value in kwargs.items()]
+        fault = f" !{kind.value}" if kind is not None else ""
+        answer = result.value if isinstance(result, _Mark) else brief(result)
+        self._log.add(
+            self._actor.name, f"#{point.call} {label}({', '.join(told)}){fault} -> {answer}"
+        )
+
+
+async def _pass(seconds: float) -> None:
+    if seconds > 0:
+        await asyncio.sleep(seconds)
+
+
+async def _effect(
+    kind: FaultKind | None,
+    point: Point,
+    target: Callable[..., Awaitable[Any]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Do what the call is for, or what is left of it under a queue's own faults."""
+    if kind is FaultKind.DROPPED:
+        await target(*args, **kwargs)
+        return []
+    if kind is FaultKind.LOST or kind is FaultKind.DUPLICATED:
+        return await _send(kind, point, target, *args, **kwargs)
+    return await target(*args, **kwargs)
+
+
+async def _send(
+    kind: FaultKind,
+    point: Point,
+    target: Callable[..., Awaitable[Any]],
+    queue: str,
+    messages: Sequence[Any],
+) -> None:
+    chosen = int(point.pick * len(messages))
+    rest = [message for i, message in enumerate(messages) if i != chosen]
+    if kind is FaultKind.DUPLICATED:
+        await target(queue, messages)
+        await target(queue, messages[chosen : chosen + 1])
+    elif rest:
+        await target(queue, rest)

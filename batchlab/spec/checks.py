@@ -1,0 +1,234 @@
+"""The checks across keys: what no single value of a job file can tell.
+
+Invariant: a job file that passes names only stages, handlers, parameters and files that exist,
+and its stages form a graph without a cycle.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchlab.protocol import placeholders
+from batchlab.spec import handlers, units
+from batchlab.spec.problems import Loc, Problem, suggest
+from batchlab.spec.schema import JobSpec, StageSpec
+from batchlab.spec.structure import Structure
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A job with the folder that its relative paths start from."""
+
+    job: JobSpec
+    folder: Path
+
+    @property
+    def code(self) -> Path:
+        return Path(os.path.abspath(self.folder / self.job.code))  # noqa: PTH100 - links stay
+
+    def stages(self) -> Iterator[tuple[Loc, StageSpec]]:
+        for i, stage in enumerate(self.job.stages):
+            yield ("stages", i), stage
+
+
+def run(found: Structure, folder: Path) -> list[Problem]:
+    """Every problem of the checks whose places are sound."""
+    if found.job is None:
+        return []
+    subject = Subject(found.job, folder)
+    problems: list[Problem] = []
+    for check, places in _CHECKS:
+        if found.sound(*places):
+            problems.extend(check(subject))
+    return problems
+
+
+def is_url(pattern: str) -> bool:
+    """Whether an input is an object store's URL instead of a local pattern."""
+    return "://" in pattern
+
+
+def matches(pattern: str, folder: Path) -> list[Path]:
+    """The files that a local pattern names, sorted by path; links are kept as they are."""
+    if (folder / pattern).is_file():
+        return [folder / pattern]
+    # Path.glob takes hidden files, and "**" at the end means something else from 3.13 on.
+    names = glob.glob(pattern, root_dir=folder, recursive=True)  # noqa: PTH207 - see above
+    return [folder / name for name in sorted(names) if (folder / name).is_file()]
+
+
+def _one_action(subject: Subject) -> Iterator[Problem]:
+    for loc, stage in subject.stages():
+        if stage.python is None and stage.command is None:
+            message = f"Stage '{stage.name}' does not say what to run."
+            remedy = "Write `python: module:function` or `command: [program, …]`."
+            yield Problem(loc, message, remedy)
+        elif stage.python is not None and stage.command is not None:
+            message = f"Stage '{stage.name}' has both python and command."
+            yield Problem((*loc, "command"), message, "Delete one of the two.", at_key=True)
+        elif stage.stdout is not None and stage.command is None:
+            message = "stdout goes with a command; a Python stage returns its result."
+            yield Problem((*loc, "stdout"), message, "Delete stdout.", at_key=True)
+
+
+def _unique_names(subject: Subject) -> Iterator[Problem]:
+    first: dict[str, int] = {}
+    for i, (loc, stage) in enumerate(subject.stages()):
+        if stage.name in first:
+            number = first[stage.name] + 1
+            message = f"Stage {number} is named '{stage.name}' already."
+            yield Problem((*loc, "name"), message, "Give this stage another name.")
+        first.setdefault(stage.name, i)
+
+
+def _graph(subject: Subject) -> Iterator[Problem]:
+    names = [stage.name for stage in subject.job.stages]
+    for loc, stage in subject.stages():
+        for i, upstream in enumerate(stage.after or ()):
+            if upstream not in names:
+                message = f"There is no stage '{upstream}' to come after."
+                yield Problem((*loc, "after", i), message, suggest(upstream, names, "stages"))
+            elif upstream in (stage.after or ())[:i]:
+                message = f"'{upstream}' is named twice."
+                yield Problem((*loc, "after", i), message, "Delete one of the two.")
+    upstream_of = {name: subject.job.upstream(i) for i, name in enumerate(names)}
+    cycle = _cycle(upstream_of) if len(upstream_of) == len(names) else []
+    if cycle:
+        loc = ("stages", names.index(cycle[-1]), "after")
+        message = f"The stages run in a circle: {' → '.join(cycle)}."
+        yield Problem(loc, message, "Change 'after' so that one of them comes first.")
+
+
+def _cycle(upstream: dict[str, tuple[str, ...]]) -> list[str]:
+    """One circle in the direction of the data, its first stage repeated at the end."""
+    left = dict(upstream)
+    while ready := [name for name, before in left.items() if not any(b in left for b in before)]:
+        for name in ready:
+            del left[name]
+    if not left:
+        return []
+    path = [next(iter(left))]
+    while path[-1] not in path[:-1]:
+        path.append(next(b for b in left[path[-1]] if b in left))
+    return path[path.index(path[-1]) :][::-1]
+
+
+def _gathers(subject: Subject) -> Iterator[Problem]:
+    for i, (loc, stage) in enumerate(subject.stages()):
+        if stage.gather is not None and not subject.job.upstream(i):
+            message = f"Stage '{stage.name}' follows no stage, so it has nothing to gather."
+            remedy = "Delete gather, or name the stages before in 'after'."
+            yield Problem((*loc, "gather"), message, remedy, at_key=True)
+
+
+def _code(subject: Subject) -> Iterator[Problem]:
+    if not subject.code.is_dir():
+        message = f"The code folder {subject.code} does not exist."
+        yield Problem(("code",), message, "Write a folder relative to the job file.")
+
+
+def _handlers(subject: Subject) -> Iterator[Problem]:
+    if not subject.code.is_dir():
+        return
+    for loc, stage in subject.stages():
+        found = handlers.missing(stage.python, subject.code) if stage.python else None
+        if found:
+            yield Problem((*loc, "python"), *found)
+
+
+def _placeholders(subject: Subject) -> Iterator[Problem]:
+    for loc, stage in subject.stages():
+        for i, argument in enumerate(stage.command or ()):
+            # Only the first argument is the program, which has a rule of its own.
+            for message in placeholders.check([argument] if i == 0 else ["program", argument]):
+                remedy = "Write a brace of your own twice, as in {{ and }}."
+                yield Problem((*loc, "command", i), message, remedy)
+
+
+def _params(subject: Subject) -> Iterator[Problem]:
+    declared = subject.job.params
+    for loc, stage in subject.stages():
+        for i, argument in enumerate(stage.command or ()):
+            for name in placeholders.used([argument]):
+                key = name.removeprefix("params.")
+                if key not in (name, "") and key not in declared:
+                    message = f"The job has no parameter '{key}' for {{{name}}}."
+                    remedy = suggest(key, declared, "parameters")
+                    yield Problem((*loc, "command", i), message, remedy)
+
+
+def _outputs(subject: Subject) -> Iterator[Problem]:
+    for loc, stage in subject.stages():
+        names = placeholders.outputs(stage.command or ()) + ([stage.stdout] if stage.stdout else [])
+        paths = [f"{name.rstrip('/')}/" for name in names]
+        for i, path in enumerate(paths):
+            clash = next((j for j in range(i) if path.startswith(paths[j])), None)
+            clash = next((j for j in range(i) if paths[j].startswith(path)), clash)
+            if clash is not None:
+                message = f"The outputs '{names[clash]}' and '{names[i]}' are one place."
+                key = "stdout" if names[i] is stage.stdout else "command"
+                yield Problem((*loc, key), message, "Give one of them another name.")
+
+
+def _retries(subject: Subject) -> Iterator[Problem]:
+    for loc, stage in subject.stages():
+        rule = stage.retry
+        for key, kind in (("exit_codes", "exit"), ("exceptions", "exception")):
+            if getattr(rule, key) and rule.on and kind not in rule.on:
+                message = f"'{key}' has no effect while 'on' leaves out '{kind}'."
+                yield Problem((*loc, "retry", key), message, f"Add {kind} to on.", at_key=True)
+
+
+def _input_size(subject: Subject) -> Iterator[Problem]:
+    given = subject.job.input
+    if given.size is not None and given.split == "file":
+        message = "With split: file a task gets a whole file, so size has no meaning."
+        remedy = "Delete size, or write split: lines, bytes or items."
+        yield Problem(("input", "size"), message, remedy, at_key=True)
+    elif isinstance(given.size, str) and given.split != "bytes":
+        message = f"With split: {given.split} size counts {given.split}, not bytes."
+        yield Problem(("input", "size"), message, "Write a number such as 1000.")
+    elif given.split == "bytes" and given.size is not None and units.size_bytes(given.size) < 1:
+        yield Problem(("input", "size"), "A part of no bytes is no part.", "Write 8 MiB.")
+    if given.header and given.split not in ("lines", "bytes"):
+        message = f"With split: {given.split} there is no header line to repeat."
+        remedy = "Delete header, or write split: lines or bytes."
+        yield Problem(("input", "header"), message, remedy, at_key=True)
+
+
+def _input_files(subject: Subject) -> Iterator[Problem]:
+    for i, pattern in enumerate(subject.job.input.files):
+        loc = ("input", "files", i)
+        if is_url(pattern):
+            if not re.match(r"s3://[a-z0-9][a-z0-9.-]+(/|$)", pattern):
+                remedy = "Write s3://bucket/prefix, or a local pattern."
+                yield Problem(loc, f"'{pattern}' is no URL of an S3 bucket.", remedy)
+        elif not matches(pattern, subject.folder):
+            message = f"No file matches '{pattern}', looked for in {subject.folder}."
+            remedy = "Write a pattern relative to the job file, such as data/*.csv."
+            if (subject.folder / pattern).is_dir():
+                remedy = f"It is a folder: write '{pattern.rstrip('/')}/*'."
+            yield Problem(loc, message, remedy)
+
+
+_ANY = ("stages", "*")
+
+_CHECKS: tuple[tuple[Callable[[Subject], Iterator[Problem]], tuple[Loc, ...]], ...] = (
+    (_one_action, ((*_ANY, "python"), (*_ANY, "command"), (*_ANY, "stdout"))),
+    (_unique_names, ((*_ANY, "name"),)),
+    (_graph, ((*_ANY, "name"), (*_ANY, "after"))),
+    (_gathers, ((*_ANY, "after"), (*_ANY, "gather"))),
+    (_code, (("code",),)),
+    (_handlers, (("code",), (*_ANY, "python"))),
+    (_placeholders, ((*_ANY, "command"),)),
+    (_params, ((*_ANY, "command"), ("params",))),
+    (_outputs, ((*_ANY, "command"), (*_ANY, "stdout"))),
+    (_retries, ((*_ANY, "retry"),)),
+    (_input_size, (("input", "split"), ("input", "size"), ("input", "header"))),
+    (_input_files, (("input", "files"),)),
+)

@@ -1,0 +1,156 @@
+"""The JSON Schema of the job file, and the reference page made from it.
+
+Invariant: the page says nothing about a key that the models do not say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from batchlab.model import Json
+from batchlab.spec import units
+from batchlab.spec.problems import Loc
+from batchlab.spec.schema import SECTIONS, JobSpec
+from batchlab.spec.starter import JOB
+
+_TITLES: dict[Loc, str] = {
+    (): "The job",
+    ("input",): "`input`",
+    ("stages", "*"): "`stages`: each one",
+    ("stages", "*", "gather"): "`gather` of a stage",
+    ("stages", "*", "retry"): "`retry` of a stage",
+    ("stages", "*", "resources"): "`resources` of a stage",
+    ("failure",): "`failure`",
+}
+
+_HEAD = """\
+<!-- Made from batchlab/spec/schema.py. To make it again:
+     python -c "import batchlab.spec as s; print(s.reference(), end='')" > docs/job-file.md -->
+
+# The job file
+
+A job file is one YAML mapping. Every mistake in it is reported at once, each with its line and
+what to write instead, before anything is queued; none of your code is run for that. This is the
+file that `batchlab init` writes:
+
+```yaml
+"""
+
+_NOTES = f"""\
+## Placeholders of a command
+
+| written | becomes |
+| --- | --- |
+| `{{input}}` | path of the task's item |
+| `{{inputs}}` | one argument per item; stands alone |
+| `{{inputs_list}}` | path of a file with a path per line |
+| `{{output:NAME}}` | path to write an output to; a `NAME` that ends in `/` is a folder |
+| `{{params.KEY}}` | a parameter of the job |
+| `{{task}}` | index of the task in its stage, from 0 |
+| `{{scratch}}` | a folder of the task's own, removed after it |
+| `{{code}}` | the folder of your code |
+
+A brace of your own is written twice: `awk "{{{{print $1}}}}"`.
+
+## Durations, sizes and plain words
+
+- A duration is {units.DURATION_FORMS}.
+- A size is {units.SIZE_FORMS}; KiB, MiB, GiB and TiB count in 1024, kB, MB, GB and TB in 1000.
+- The file is YAML 1.2: only `true` and `false` are truth values. A plain `yes`, `no`, `on` or
+  `off` is refused where it could be taken for one. Keys may not repeat. Anchors and `<<` work.
+
+## Parameters from the command line
+
+`--set KEY=VALUE` replaces the default of a parameter that the file declares. The value is read as
+one YAML scalar: `5` is a number, `true` a truth value, `'"5"'` text. Where the default is text,
+the value stays text as it is written.
+"""
+
+
+def json_schema() -> dict[str, Json]:
+    """JSON Schema (draft 2020-12) of the job file, for editors."""
+    schema: dict[str, Json] = _plain(JobSpec.model_json_schema())
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": draft, **schema, "title": "batchlab job file"}
+
+
+def _plain(schema: Json) -> Json:
+    """`schema` without what pydantic adds by itself: null where a key may be left out, which a
+    job file may not write, and titles that repeat the key."""
+    if isinstance(schema, list):
+        return [_plain(one) for one in schema if one != {"type": "null"}]
+    if not isinstance(schema, dict):
+        return schema
+    plain = {key: _plain(value) for key, value in schema.items()}
+    for key, field in plain.get("properties", {}).items():
+        if field.get("title") == key.replace("_", " ").title():
+            del field["title"]
+        if "default" in field and field["default"] is None:
+            del field["default"]
+        if len(field.get("anyOf", ())) == 1:
+            field.update(field.pop("anyOf")[0])
+    return plain
+
+
+def reference() -> str:
+    """The reference page in Markdown."""
+    schema = json_schema()
+    pages = [_HEAD + JOB + "```\n"]
+    for loc, model in SECTIONS.items():
+        own = schema if loc == () else schema["$defs"][model.__name__]
+        pages.append(_section(_TITLES[loc], own))
+    pages.append(_NOTES)
+    return "\n".join(pages)
+
+
+def _section(title: str, schema: dict[str, Any]) -> str:
+    lines = [f"## {title}", "", schema["description"], ""]
+    lines += ["| key | value | unless said | meaning |", "| --- | --- | --- | --- |"]
+    for key, field in schema["properties"].items():
+        needed = key in schema.get("required", ())
+        default = "required" if needed else _default(field)
+        cells = [f"`{key}`", _form(field), default, field["description"]]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(field: dict[str, Any]) -> str:
+    default = field.get("default")
+    if field.get("title") == "duration" and default is not None:
+        return f"`{default:g}s`"
+    return "" if default is None else f"`{str(default).lower()}`"
+
+
+def _form(schema: dict[str, Any]) -> str:
+    if "$ref" in schema:
+        return "mapping"
+    if "title" in schema and "anyOf" in schema and "pattern" in schema["anyOf"][-1]:
+        return str(schema["title"])
+    if "anyOf" in schema:
+        forms = [_form(one) for one in schema["anyOf"]]
+        if forms[-1] == f"list of {forms[0]}":
+            return f"{forms[0]}; one or a list"
+        return " or ".join(forms)
+    for word in ("const", "enum"):
+        if word in schema:
+            values = schema[word] if word == "enum" else [schema[word]]
+            return ", ".join(f"`{value}`" for value in values)
+    if schema.get("type") == "array":
+        return f"list of {_form(schema['items'])}"
+    return _WORDS[schema["type"]] + _bounds(schema)
+
+
+_WORDS = {
+    "string": "text",
+    "integer": "whole number",
+    "number": "number",
+    "boolean": "`true` or `false`",
+    "object": "mapping",
+}
+
+
+def _bounds(schema: dict[str, Any]) -> str:
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if low is None:
+        return ""
+    return f" from {low}" if high is None else f" from {low} to {high}"

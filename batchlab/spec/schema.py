@@ -1,0 +1,350 @@
+"""The job file as pydantic models: what each key means, its unit, its default.
+
+Invariant: the published JSON Schema, the reference page and the checks all come from these
+models, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+
+from batchlab.model import RetryRule
+from batchlab.spec import forms
+from batchlab.spec.problems import Loc
+
+RetryKind = Literal["exception", "exit", "timeout", "memory", "crash", "input"]
+"""Kinds of failure that another try can mend."""
+
+_RULE = RetryRule()
+
+
+def _rule(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return {"attempts": value} if whole else value
+
+
+def _gather(value: Any) -> Any:
+    if value == "all":
+        return GatherSpec.model_construct(by="*")
+    if isinstance(value, str):
+        raise forms.refusal(f"gather cannot be '{value}'.", "Write 'all' or {by: FIELD}.")
+    return value
+
+
+def _group(value: Any) -> Any:
+    if value == "*":
+        raise forms.refusal("'*' is no name of a field.", "Write gather: all for one task of all.")
+    return value
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class InputSpec(_Model):
+    """Where the tasks of the first stage come from, and how raw data is cut into them."""
+
+    files: forms.OneOrMany = Field(
+        min_length=1,
+        description="Raw data: local patterns relative to the job file (`**` crosses folders; "
+        "hidden files need a pattern that names the dot), or `s3://bucket/prefix` URLs, which "
+        "are not looked at before the job starts. One or a list. Matches of one pattern are "
+        "sorted by path; a file that several patterns match is taken once.",
+        examples=["data/*.csv"],
+    )
+    split: Literal["file", "lines", "bytes", "items"] = Field(
+        default="file",
+        description="What one task gets: a whole `file`; some `lines` of a file; a part of about "
+        "`size` `bytes` that begins and ends between lines; or `items`, the JSON values of a "
+        "JSON Lines file. A task never mixes files, and no line is ever cut.",
+        examples=["lines"],
+    )
+    size: forms.TaskSize | None = Field(
+        default=None,
+        description="How much one task gets. With `lines`: lines, 1000 unless said. With `bytes`: "
+        "bytes or a size such as `8 MiB`, which is also the value unless said; a longer line is "
+        "a part of its own. With `items`: items; 1 (unless said) gives a task the item itself, "
+        "more give it a list.",
+        examples=["8 MiB"],
+    )
+    header: bool = Field(
+        default=False,
+        description="Whether the first line of each file is a header, which every part of the "
+        "file gets again. Only with `lines` and `bytes`.",
+        examples=[True],
+    )
+
+
+class RetrySpec(_Model):
+    """When and how often a failed task is tried again. A number alone means `attempts`.
+
+    The loss of a worker (crash of the machine, Spot interruption, scale-in) never counts.
+    """
+
+    attempts: int = Field(
+        default=_RULE.attempts,
+        ge=1,
+        description="Number of tries in all; 1 means no retry.",
+        examples=[3],
+    )
+    backoff: forms.Duration = Field(
+        default=_RULE.backoff_s,
+        description="Wait before the second try, seconds or text with a unit.",
+        examples=["2s"],
+    )
+    factor: float = Field(
+        default=_RULE.factor,
+        ge=1,
+        description="What each further wait is multiplied by.",
+        examples=[2.0],
+    )
+    max_backoff: forms.Duration = Field(
+        default=_RULE.max_backoff_s,
+        description="The longest wait, seconds or text with a unit.",
+        examples=["15m"],
+    )
+    jitter: float = Field(
+        default=_RULE.jitter,
+        ge=0,
+        le=1,
+        description="Share of itself by which each wait is changed at random: 0.25 is ±25 %.",
+        examples=[0.25],
+    )
+    on: Annotated[
+        list[RetryKind],
+        BeforeValidator(forms.one_or_many, json_schema_input_type=RetryKind | list[RetryKind]),
+    ] = Field(
+        default_factory=list,
+        description="Kinds of failure that are tried again: `exception` (the handler raised), "
+        "`exit` (the command's exit status), `timeout`, `memory` (over its limit), `crash` (the "
+        "process died), `input` (the input could not be read). None named: all of them.",
+        examples=[["timeout", "exit"]],
+    )
+    exit_codes: list[int] = Field(
+        default_factory=list,
+        description="Only these exit statuses of a command are tried again; negative is a signal.",
+        examples=[[75]],
+    )
+    exceptions: list[str] = Field(
+        default_factory=list,
+        description="Only exceptions of these class names are tried again.",
+        examples=[["ConnectionError"]],
+    )
+
+
+class ResourcesSpec(_Model):
+    """What one task needs of its worker."""
+
+    slots: int = Field(
+        default=1, ge=1, description="Task slots it takes; a worker has one per CPU.", examples=[2]
+    )
+    memory: forms.Memory | None = Field(
+        default=None,
+        description="Most memory the task may use, bytes or text with a unit, at least 16 MiB; a "
+        "task that needs more fails with `memory`. No limit unless said.",
+        examples=["512 MiB"],
+    )
+
+
+class GatherSpec(_Model):
+    """Fan-in: `gather: all` makes one task of all results; this makes one for each group."""
+
+    by: Annotated[str, BeforeValidator(_group)] = Field(
+        min_length=1,
+        description="Field of the upstream results (or of their elements, where a result is a "
+        "list) whose value names the group.",
+        examples=["region"],
+    )
+
+
+class StageSpec(_Model):
+    """One step: exactly one of `python` and `command` says what runs for each task."""
+
+    name: forms.Name = Field(
+        description="Name of the stage, unique in the job: lower case letters, digits, `-` and "
+        "`_`, at most 40 characters.",
+        examples=["total"],
+    )
+    python: forms.Handler | None = Field(
+        default=None,
+        description="Python function to call, `module:function`. The module lies in the code "
+        "folder or is installed with the workers; the function is looked for, without running "
+        "any code, before the job is accepted.",
+        examples=["handlers:total"],
+    )
+    command: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="Program and arguments to run, with placeholders. No shell is involved. A "
+        "number is passed as it is written.",
+        examples=[["wc", "-l", "{input}"]],
+    )
+    stdout: forms.OutputName | None = Field(
+        default=None,
+        description="Name of the output file that takes the command's standard output; without "
+        "it, standard output goes to the log.",
+        examples=["count.txt"],
+    )
+    after: forms.OneOrMany | None = Field(
+        default=None,
+        description="The stage or stages it follows. Unless said: the previous one in the list, "
+        "and the job's input for the first. `[]`: the job's input. After several without "
+        "`gather`, which must have equally many tasks, a task gets its result of each, by the "
+        "stage's name.",
+        examples=["total"],
+    )
+    gather: Annotated[
+        GatherSpec | None,
+        BeforeValidator(_gather, json_schema_input_type=Literal["all"] | GatherSpec),
+    ] = Field(
+        default=None,
+        description="Wait for every task before: `all` makes one task of all their results, "
+        "`{by: FIELD}` one for each value of a field. Without it each result becomes a task of "
+        "this stage as soon as it is there.",
+        examples=["all"],
+    )
+    timeout: forms.Timeout | None = Field(
+        default=None,
+        description="Longest run time of one task, seconds or text with a unit. No limit unless "
+        "said.",
+        examples=["5m"],
+    )
+    retry: Annotated[RetrySpec, BeforeValidator(_rule, json_schema_input_type=int | RetrySpec)] = (
+        Field(
+            default_factory=RetrySpec,
+            description="When a failed task is tried again.",
+            examples=[3],
+        )
+    )
+    resources: ResourcesSpec = Field(
+        default_factory=ResourcesSpec,
+        description="What one task needs.",
+        examples=[{"memory": "512 MiB"}],
+    )
+    bundle: forms.BundleSize = Field(
+        default=None,
+        description="Tasks that travel as one message. `auto`, which is also the value unless "
+        "said, follows the measured run time, so that tiny tasks do not pay for a message each.",
+        examples=[100],
+    )
+    pool: forms.Name = Field(
+        default="default",
+        description="Pool of workers that runs it.",
+        examples=["big-memory"],
+    )
+
+
+class FailureSpec(_Model):
+    """What failed tasks mean for the job."""
+
+    max_failures: forms.Allowance = Field(
+        default=0,
+        description="Failed tasks that the job survives: a number, or a percentage of the tasks "
+        "of a stage. With more, the job ends FAILED.",
+        examples=["5%"],
+    )
+    then: Literal["carry_on", "stop"] = Field(
+        default="carry_on",
+        description="With too many failures, `carry_on` runs what can still run, `stop` cancels "
+        "the rest at once.",
+        examples=["stop"],
+    )
+
+
+class JobSpec(_Model):
+    """The job as a whole."""
+
+    name: forms.Name = Field(
+        description="Name of the job, part of its id: lower case letters, digits, `-` and `_`, at "
+        "most 40 characters.",
+        examples=["month-end-claims"],
+    )
+    code: str = Field(
+        default=".",
+        description="Folder of your code, relative to the job file; unless said, the job file's "
+        "own. Workers get a copy.",
+        examples=["src"],
+    )
+    input: InputSpec = Field(description="The job's input.", examples=[{"files": "data/*.csv"}])
+    stages: list[StageSpec] = Field(
+        min_length=1,
+        description="The steps, in order.",
+        examples=[[{"name": "total", "python": "handlers:total"}]],
+    )
+    failure: FailureSpec = Field(
+        default_factory=FailureSpec,
+        description="How many failed tasks the job survives, and what follows from more.",
+        examples=[{"max_failures": "5%"}],
+    )
+    priority: int = Field(
+        default=0,
+        ge=-1000,
+        le=1000,
+        description="Jobs with a higher number start first.",
+        examples=[10],
+    )
+    tags: dict[str, str] = Field(
+        default_factory=dict,
+        description="Labels for your own accounting, text to text.",
+        examples=[{"cost-centre": "4711"}],
+    )
+    params: dict[forms.ParamName, JsonValue] = Field(
+        default_factory=dict,
+        description="Parameters with their defaults, for handlers and as `{params.KEY}` for "
+        "commands. `--set KEY=VALUE` replaces one.",
+        examples=[{"currency": "USD"}],
+    )
+    at: forms.Start | None = Field(
+        default=None,
+        description="When to start: a wait such as `+10m`, or an ISO 8601 time with its zone. At "
+        "once unless said.",
+        examples=["2026-01-31T06:00:00Z"],
+    )
+
+    def upstream(self, stage: int) -> tuple[str, ...]:
+        """Names of the stages that the `stage`-th follows, the default filled in."""
+        named = self.stages[stage].after
+        if named is not None:
+            return tuple(named)
+        return (self.stages[stage - 1].name,) if stage else ()
+
+
+SECTIONS: dict[Loc, type[BaseModel]] = {
+    (): JobSpec,
+    ("input",): InputSpec,
+    ("stages", "*"): StageSpec,
+    ("stages", "*", "gather"): GatherSpec,
+    ("stages", "*", "retry"): RetrySpec,
+    ("stages", "*", "resources"): ResourcesSpec,
+    ("failure",): FailureSpec,
+}
+"""Every model by the place of its mapping in the file; "*" is any index or key."""
+
+_TEXT_PLACES: frozenset[Loc] = frozenset(
+    {
+        ("name",),
+        ("code",),
+        ("at",),
+        ("tags", "*"),
+        ("stages", "*", "name"),
+        ("stages", "*", "pool"),
+        ("stages", "*", "stdout"),
+        ("stages", "*", "after"),
+        ("stages", "*", "after", "*"),
+        ("stages", "*", "command", "*"),
+        ("stages", "*", "retry", "exceptions", "*"),
+    }
+)
+
+
+def general(loc: Loc) -> Loc:
+    """`loc` with "*" for every index, and for the names that are the user's own."""
+    shape = tuple("*" if isinstance(part, int) else part for part in loc)
+    return ("tags", "*") if len(shape) == 2 and shape[0] == "tags" else shape
+
+
+def is_text(loc: Loc) -> bool:
+    """Whether a scalar at `loc` is text however it is written: 2024 is a good name."""
+    return general(loc) in _TEXT_PLACES

@@ -1,0 +1,106 @@
+"""From a job file to a job the grid can run: code and raw data go to the bucket first.
+
+Invariant: payload before pointer. When the manager hears of a job, all that it names is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchlab.errors import AlreadyExists, UsageError
+from batchlab.model import JobDef
+from batchlab.patience import Patience
+from batchlab.ports import Clock, Objects
+from batchlab.protocol import naming
+from batchlab.spec.jobfile import JobFile, compile_job
+from batchlab.worker import code
+
+UPLOADS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """Progress of an upload: files done, of how many, and bytes so far."""
+
+    files: int
+    of: int
+    size_bytes: int
+
+
+def code_digest(jobfile: JobFile) -> tuple[bytes, str]:
+    """The code folder as a zip, and its sha256."""
+    data = code.pack(jobfile.code)
+    return data, hashlib.sha256(data).hexdigest()
+
+
+async def prepare(
+    jobfile: JobFile,
+    *,
+    objects: Objects,
+    clock: Clock,
+    patience: Patience,
+    token: str,
+    packed: tuple[bytes, str] | None = None,
+    progress: Callable[[Uploaded], None] | None = None,
+) -> JobDef:
+    """Upload the code and the raw data of `jobfile`; the job to submit.
+
+    `packed` is `code_digest(jobfile)` where it is at hand. Uploading the same again is harmless.
+    """
+    data, digest = packed or code_digest(jobfile)
+    code_key = f"code/{digest}.zip"
+    try:
+        await patience(lambda: objects.put(code_key, data, if_absent=True))
+    except AlreadyExists:
+        # Named by its content, so what is there is the same.
+        code_key = f"code/{digest}.zip"
+    job_id = naming.job_id(jobfile.job.name, token)
+    keys = await _upload(jobfile, naming.raw(job_id), objects, progress)
+    return compile_job(
+        jobfile,
+        job_id=job_id,
+        token=token,
+        code_key=code_key,
+        input_keys=keys,
+        submitted_s=clock.now_s(),
+    )
+
+
+async def _upload(
+    jobfile: JobFile,
+    prefix: str,
+    objects: Objects,
+    progress: Callable[[Uploaded], None] | None,
+) -> list[str]:
+    files: list[tuple[Path, str]] = []
+    for number, file in enumerate(jobfile.input_files()):
+        if isinstance(file, str):
+            raise UsageError(
+                f"The input {file} lies in S3, which this backend cannot read.",
+                remedy="Use --backend aws, or name local files.",
+            )
+        files.append((file, f"{prefix}{number:07d}/{file.name}"))
+    limit = asyncio.Semaphore(UPLOADS_AT_ONCE)
+    done = size_bytes = 0
+
+    async def one(path: Path, key: str) -> None:
+        nonlocal done, size_bytes
+        async with limit:
+            try:
+                size_bytes += await objects.upload(key, path)
+            except FileNotFoundError as error:
+                raise UsageError(
+                    f"The input file {path} has vanished.", remedy="Put it back, or run again."
+                ) from error
+        done += 1
+        if progress:
+            progress(Uploaded(done, len(files), size_bytes))
+
+    async with asyncio.TaskGroup() as group:
+        for path, key in files:
+            group.create_task(one(path, key))
+    return [key for _, key in files]

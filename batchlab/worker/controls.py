@@ -1,0 +1,99 @@
+"""What a worker knows of its jobs' control objects, and for how long it may rely on it.
+
+Invariant (I4): a task of a job starts only within `lease_s` after a look at the control object
+that allowed it. So the manager, having written "cancel", knows after `lease_s` that no further
+task can start, however slow, paused or cut off a worker is, and without asking any.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from batchlab.errors import BackendError, NotFound
+from batchlab.model import Control, JobId
+from batchlab.ports import Clock, Objects
+from batchlab.protocol import naming, wire
+
+
+@dataclass(slots=True)
+class _Entry:
+    control: Control
+    etag: str | None
+    asked_s: float
+    watchers: int = 0
+
+
+class Controls:
+    """Polls the control objects of the jobs in hand by ETag, at a third of the lease."""
+
+    def __init__(
+        self,
+        objects: Objects,
+        clock: Clock,
+        lease_s: float,
+        on_look: Callable[[JobId, Control, float], None],
+    ) -> None:
+        """`on_look(job, control, until_s)` is called after every look at a watched job; tasks
+        may start until the monotonic time `until_s`."""
+        self._objects = objects
+        self._clock = clock
+        self._lease_s = lease_s
+        self._on_look = on_look
+        self._entries: dict[JobId, _Entry] = {}
+
+    async def look(self, job: JobId) -> tuple[Control, float]:
+        """A fresh look: the control word, and until when (monotonic) it may be relied on."""
+        entry = self._entries.get(job)
+        # The lease counts from before the request: the answer may be as old as the question.
+        asked_s = self._clock.monotonic_s()
+        try:
+            changed = await self._objects.get_if_changed(
+                naming.control(job), entry.etag if entry else None
+            )
+        except NotFound:
+            # The job's objects were removed: nobody wants its results any more.
+            changed = (wire.control_to_bytes(Control.CANCEL), "")
+        entry = self._entries.get(job)
+        if changed is not None:
+            control, etag = wire.control_from_bytes(changed[0]), changed[1]
+            watchers = entry.watchers if entry else 0
+            entry = self._entries[job] = _Entry(control, etag, asked_s, watchers)
+        elif entry is None:  # forgotten while the request was under way
+            return await self.look(job)
+        else:
+            entry.asked_s = max(entry.asked_s, asked_s)
+        until_s = entry.asked_s + self._lease_s
+        self._on_look(job, entry.control, until_s)
+        return entry.control, until_s
+
+    async def current(self, job: JobId) -> tuple[Control, float]:
+        """The last look where it is younger than a third of the lease, else a fresh one."""
+        entry = self._entries.get(job)
+        if entry and self._clock.monotonic_s() - entry.asked_s < self._lease_s / 3:
+            return entry.control, entry.asked_s + self._lease_s
+        return await self.look(job)
+
+    def watch(self, job: JobId) -> None:
+        """Keep looking at this job; `current` must have been awaited before."""
+        self._entries[job].watchers += 1
+
+    def unwatch(self, job: JobId) -> None:
+        self._entries[job].watchers -= 1
+
+    async def poll(self) -> None:
+        """Look at every watched job for ever; forget those nobody watches."""
+        while True:
+            await asyncio.sleep(self._lease_s / 3)
+            for job, entry in list(self._entries.items()):
+                if not entry.watchers:
+                    if self._clock.monotonic_s() - entry.asked_s > 60 * self._lease_s:
+                        del self._entries[job]
+                    continue
+                try:
+                    await self.look(job)
+                except BackendError:
+                    # No answer: the lease runs out by itself, which stops new tasks. That is the
+                    # safe side, so an outage needs no handling of its own here.
+                    continue

@@ -1,0 +1,43 @@
+"""A message in a worker's hands, from its receive to its delete."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from batchlab.model import Bundle, Control
+from batchlab.ports import Message
+from batchlab.protocol import wire
+from batchlab.worker.runner import Handle
+
+
+@dataclass(slots=True)
+class Hand:
+    """All times monotonic. `receipt` is None once the message is no longer ours to delete: it was
+    handed over to a watchdog, or given back."""
+
+    queue: str
+    message: Message
+    task: wire.TaskMessage
+    execution: str
+    received_s: float
+    extended_s: float
+    receipt: str | None
+    control: Control = Control.RUN
+    handle: Handle = field(default_factory=Handle)
+    waiting: asyncio.Future[bool] | None = None
+    slots: int = 1
+    running: bool = False
+    committing: bool = False
+    marked_s: float | None = None
+    """When the running marker of a handed-over bundle was last refreshed."""
+
+    @property
+    def bundle(self) -> Bundle:
+        return self.task.bundle
+
+    @property
+    def suspicion(self) -> int:
+        """Deliveries before this one that ended without an outcome."""
+        again = self.message.receive_count - 1
+        return self.bundle.losses + again + (1 if self.task.watchdog else 0)

@@ -1,0 +1,218 @@
+"""The user's handler: found, called in one of two ways, and its exceptions put into words.
+
+Invariant: whatever user code raises becomes a failure with a sentence, never an exception here.
+Imported by every child process: standard library only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import traceback
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+from batchlab.task import Context
+
+Call = Callable[[Any, Context], Any]
+Fault = dict[str, Any]
+"""The fields of a model.Failure but for the task, as they travel from the child."""
+
+_HERE = str(Path(__file__).resolve().parent.parent) + "/"
+_REASON = 400
+_TRACE = 12_000
+
+
+class Problem(Exception):
+    """A failure whose kind and sentence are known where it is found."""
+
+    def __init__(self, kind: str, reason: str, *, error: str = "", code: int | None = None) -> None:
+        super().__init__(reason)
+        self.fault = fault(kind, reason, error=error, exit_code=code)
+
+
+def fault(
+    kind: str,
+    reason: str,
+    *,
+    error: str = "",
+    traceback: str = "",
+    exit_code: int | None = None,
+) -> Fault:
+    """The fields of a Failure, with text that any store can hold."""
+    return {
+        "kind": kind,
+        "reason": _clip(_utf8(reason), _REASON),
+        "error": _utf8(error),
+        "traceback": _clip(_utf8(traceback), _TRACE),
+        "exit_code": exit_code,
+    }
+
+
+def _utf8(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def _clip(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    head = limit // 3
+    return f"{text[:head]} [...] {text[head - limit :]}"
+
+
+# --- Finding -------------------------------------------------------------------------------------
+
+
+def load(handler: str, function: str | None) -> Call:
+    """The handler `module:function`, or the function pickled in the file `function`.
+
+    Problem of kind "import" where there is none. It takes (item, ctx) whatever the user's takes.
+    """
+    try:
+        found = _unpickled(Path(function)) if function else _imported(handler)
+    except Problem:
+        raise
+    except BaseException as error:  # noqa: BLE001 - user code runs on import and may raise anything
+        raise _import_problem(handler, error) from error
+    if not callable(found):
+        raise Problem("import", f"{handler} is no function but of type {type(found).__name__}.")
+    return _adapted(handler, found)
+
+
+def _imported(handler: str) -> Any:
+    module_name, _, name = handler.partition(":")
+    found: Any = importlib.import_module(module_name)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise Problem(
+                "import",
+                f"The module {module_name} has no function {name!r}{_instead(found)}.",
+                error="AttributeError",
+            )
+        found = getattr(found, part)
+    return found
+
+
+def _instead(module: Any) -> str:
+    if not isinstance(module, ModuleType):
+        return ""
+    own = [
+        name
+        for name, one in vars(module).items()
+        if isinstance(one, FunctionType) and one.__module__ == module.__name__
+    ]
+    return f"; it has {', '.join(sorted(own)[:10])}" if own else "; it defines no function"
+
+
+@lru_cache(maxsize=4)
+def _unpickled(path: Path) -> Any:
+    import cloudpickle  # noqa: F401 - a function pickled by it is rebuilt by its help
+
+    return pickle.loads(path.read_bytes())
+
+
+def _import_problem(handler: str, error: BaseException) -> Problem:
+    module = handler.partition(":")[0]
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        ours = error.name.partition(".")[0] == module.partition(".")[0]
+        reason = (
+            f"There is no module {error.name!r}: add it to the job's code folder."
+            if ours
+            else f"Loading {handler} needs the module {error.name!r}: install it on the workers, "
+            "or add it to the job's code folder."
+        )
+    elif isinstance(error, SystemExit):
+        reason = (
+            f"Loading {handler} called sys.exit({error.code!r}): keep what a script does under "
+            "`if __name__ == '__main__'`."
+        )
+    else:
+        reason = f"Loading {handler} failed: {_one_line(error)}"
+    problem = Problem("import", reason, error=type(error).__name__)
+    problem.fault["traceback"] = user_traceback(error)
+    return problem
+
+
+def _adapted(handler: str, found: Callable[..., Any]) -> Call:
+    import inspect  # slow to import, and start-up does not need it
+
+    try:
+        parameters = list(inspect.signature(found).parameters.values())
+    except (ValueError, TypeError):
+        return lambda item, _: found(item)  # a compiled function does not say
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    by_place = [p for p in parameters if p.kind in places]
+    required = [p for p in by_place if p.default is p.empty]
+    stray = [
+        p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is p.empty
+    ]
+    any_number = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    if len(required) > 2 or stray or not (by_place or any_number):
+        raise Problem(
+            "import",
+            f"{handler} cannot be called as a handler: it must take (item) or (item, ctx), "
+            f"and takes {inspect.signature(found)}.",
+        )
+    # A second parameter with a default is the user's own option, unless its name says otherwise.
+    if len(required) == 2 or (len(by_place) > 1 and by_place[1].name in ("ctx", "context")):
+        return found
+    return lambda item, _: found(item)
+
+
+# --- Failing -------------------------------------------------------------------------------------
+
+
+def explain(error: BaseException) -> Fault:
+    """What a handler's exception says to a person."""
+    try:
+        return _explain(error)
+    except BaseException as second:  # noqa: BLE001 - an exception's own __str__ may do anything
+        what = f"{type(error).__name__} (describing it raised {type(second).__name__})"
+        return fault("exception", what, error=type(error).__name__)
+
+
+def _explain(error: BaseException) -> Fault:
+    if isinstance(error, Problem):
+        return error.fault
+    if isinstance(error, SystemExit):
+        number = error.code if isinstance(error.code, int) else int(error.code is not None)
+        return fault(
+            "exit",
+            f"called sys.exit({'' if error.code is None else repr(error.code)})",
+            error="SystemExit",
+            traceback=user_traceback(error),
+            exit_code=number,
+        )
+    return fault(
+        "exception",
+        _one_line(error),
+        error=type(error).__name__,
+        traceback=user_traceback(error),
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    lines = traceback.format_exception_only(type(error), error)
+    return " ".join("".join(lines).split())
+
+
+def user_traceback(error: BaseException) -> str:
+    """The traceback with the user's frames only."""
+    whole = traceback.TracebackException.from_exception(error)
+    seen: set[int] = set()
+    left: list[traceback.TracebackException | None] = [whole]
+    while left:
+        one = left.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        one.stack[:] = [f for f in one.stack if not _ours(f.filename)]
+        left += [one.__cause__, one.__context__, *(getattr(one, "exceptions", None) or ())]
+    return "".join(whole.format())
+
+
+def _ours(filename: str) -> bool:
+    return filename.startswith((_HERE, "<frozen importlib"))

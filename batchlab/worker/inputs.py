@@ -1,0 +1,132 @@
+"""Where a bundle's inputs come from: the message, the upstream outcome, or the stage's plan."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from batchlab.errors import NotFound
+from batchlab.model import Bundle, BundleId, JobDef, Json, Outcome, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import Objects
+from batchlab.protocol import naming, wire
+
+_PARTS_KEPT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A stage's plan: `count` tasks; part i holds the inputs from index `starts[i]` on."""
+
+    count: int
+    starts: tuple[int, ...]
+    skipped: TaskSet = TaskSet()
+    """Tasks that are cancelled from the start: something upstream did not succeed."""
+    round: int = 0
+
+    def to_bytes(self) -> bytes:
+        return wire.to_bytes(
+            {
+                "v": wire.VERSION,
+                "count": self.count,
+                "starts": self.starts,
+                "skipped": wire.tasks_to_json(self.skipped),
+                "round": self.round,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        doc = wire.loads(data)
+        return cls(
+            doc["count"], tuple(doc["starts"]), wire.tasks_from_json(doc["skipped"]), doc["round"]
+        )
+
+
+class Inputs:
+    """Resolves inputs, keeping the last few plan parts, which neighbouring bundles share."""
+
+    def __init__(self, objects: Objects, patience: Patience) -> None:
+        self._objects = objects
+        self._patience = patience
+        self._parts: OrderedDict[str, list[Json]] = OrderedDict()
+        self._manifests: OrderedDict[tuple[str, str, int], Manifest] = OrderedDict()
+
+    async def resolve(self, job: JobDef, bundle: Bundle) -> Sequence[Json]:
+        """One encoded input per task of `bundle`; NotFound where an object it needs is gone."""
+        if bundle.source is not None:
+            upstream = job.stage(bundle.stage).after[0]
+            return await self.values(job, upstream, bundle.source, bundle.tasks)
+        manifest = await self._manifest(bundle)
+        found: list[Json] = []
+        for task in bundle.tasks:
+            number = bisect_right(manifest.starts, task) - 1
+            part = await self._part(bundle, manifest.round, number)
+            item = part[task - manifest.starts[number]]
+            found.append(await self._gathered(job, item) if _is_gather(item) else item)
+        return found
+
+    async def values(
+        self, job: JobDef, stage: StageName, bundle: BundleId, tasks: TaskSet
+    ) -> list[Json]:
+        """The committed results of `tasks` in that upstream bundle."""
+        key = naming.outcome_of(job.id, stage, bundle)
+        outcome = await self._outcome(key)
+        by_task = dict(zip(outcome.succeeded, outcome.values, strict=True))
+        missing = [task for task in tasks if task not in by_task]
+        if missing:
+            raise NotFound(f"{key} has no result of task {missing[0]}.")
+        return [by_task[task] for task in tasks]
+
+    async def _gathered(self, job: JobDef, item: dict[str, Any]) -> Json:
+        """All results of the upstream stages, in task order: a list, or one list per stage."""
+        lists: dict[str, list[Json]] = {}
+        for stage, bundles in item["$gather"].items():
+            values: list[tuple[int, Json]] = []
+            for name, ranges in bundles:
+                tasks = wire.tasks_from_json(ranges)
+                got = await self.values(job, StageName(stage), BundleId(name), tasks)
+                values += zip(tasks, got, strict=True)
+            values.sort(key=lambda pair: pair[0])
+            lists[stage] = [value for _, value in values]
+        return next(iter(lists.values())) if len(lists) == 1 else lists
+
+    async def _outcome(self, key: str) -> Outcome:
+        data = await self._patience(partial(self._objects.get, key))
+        return wire.outcome_from_json(wire.loads(data))
+
+    async def _manifest(self, bundle: Bundle) -> Manifest:
+        """The plan of the bundle's round, or of the latest round before it that made one."""
+        for round_ in range(bundle.round, -1, -1):
+            known = self._manifests.get((bundle.job, bundle.stage, round_))
+            if known:
+                return known
+            key = naming.manifest(bundle.job, bundle.stage, round_)
+            try:
+                data = await self._patience(partial(self._objects.get, key))
+            except NotFound:
+                continue
+            manifest = Manifest.from_bytes(data)
+            self._manifests[(bundle.job, bundle.stage, round_)] = manifest
+            while len(self._manifests) > 16 * _PARTS_KEPT:
+                self._manifests.popitem(last=False)
+            return manifest
+        raise NotFound(f"The plan of stage {bundle.stage} of job {bundle.job} is gone.")
+
+    async def _part(self, bundle: Bundle, round_: int, number: int) -> list[Json]:
+        key = naming.part(bundle.job, bundle.stage, round_, number)
+        if key not in self._parts:
+            data = await self._patience(partial(self._objects.get, key))
+            self._parts[key] = wire.loads(data)["items"]
+            while len(self._parts) > _PARTS_KEPT:
+                self._parts.popitem(last=False)
+        self._parts.move_to_end(key)
+        return self._parts[key]
+
+
+def _is_gather(item: Json) -> bool:
+    return isinstance(item, dict) and "$gather" in item

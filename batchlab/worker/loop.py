@@ -1,0 +1,430 @@
+"""The worker's loop: a bundle's life from the receive to the delete, steps 1 to 4 of the protocol.
+
+Invariant: a message is deleted only after its outcome is committed and forwarded, or after a
+fresh copy of it has been sent, or when its job is cancelled or paused (the manager then knows what
+is outstanding). So a crash between any two lines costs time, never a task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from batchlab.commit import address, commit, follow_ups
+from batchlab.errors import BackendError, NotFound
+from batchlab.model import (
+    Control,
+    Failure,
+    FailureKind,
+    JobDef,
+    JobId,
+    Json,
+    Outcome,
+    Ran,
+    StageDef,
+)
+from batchlab.patience import Patience
+from batchlab.ports import MAX_BATCH, Clock, Message, Objects, Queue
+from batchlab.protocol import naming, settle, wire
+from batchlab.protocol.sizing import BUDGET_S
+from batchlab.worker.controls import Controls
+from batchlab.worker.hand import Hand
+from batchlab.worker.inputs import Inputs
+from batchlab.worker.outbox import Outbox
+from batchlab.worker.runner import Runner, Work
+from batchlab.worker.settings import WorkerSettings
+from batchlab.worker.slots import Slots
+from batchlab.worker.suspects import Suspects
+from batchlab.worker.tenure import Tenure
+
+log = logging.getLogger(__name__)
+
+QUICK_S = 1.5
+"""Bundles that end within this are prefetched, one per slot: a longer one would keep the
+prefetched message from an idle worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who the worker is: `worker` is new at every start, `instance` names its machine."""
+
+    worker: str
+    instance: str
+    pool: str
+    slots: int
+
+
+class Worker:
+    """One worker process; `run` returns after `drain`, with nothing left in hand."""
+
+    def __init__(
+        self,
+        who: Identity,
+        objects: Objects,
+        queue: Queue,
+        clock: Clock,
+        runner: Runner,
+        patience: Patience,
+        settings: WorkerSettings,
+    ) -> None:
+        self.who = who
+        self._objects = objects
+        self._queue = queue
+        self._clock = clock
+        self._runner = runner
+        self._patience = patience
+        self._settings = settings
+        self._tasks_queue = naming.tasks_queue(who.pool)
+        self._outbox = Outbox(queue, patience)
+        self._inputs = Inputs(objects, patience)
+        self._controls = Controls(objects, clock, settings.control_lease_s, self._looked)
+        self._suspects = Suspects(objects, clock, patience, who.worker)
+        self._slots = Slots(who.slots)
+        self._jobs: dict[JobId, JobDef] = {}
+        self._hands: dict[str, Hand] = {}
+        self._tenure = Tenure(self._hands, queue, objects, clock, self._outbox, settings)
+        self._executions = 0
+        self._prefetch = 0
+        self._room = asyncio.Event()
+        self._beat_due = asyncio.Event()
+        self._draining = asyncio.Event()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def drain(self) -> None:
+        """Stop receiving; finish or give back what is in hand; then `run` returns (I6)."""
+        self._draining.set()
+
+    async def run(self) -> None:
+        """Work until drained. A bug in any part ends the whole worker: half a worker is worse."""
+        async with asyncio.TaskGroup() as group:
+            fetcher = group.create_task(self._fetch(group), name="fetch")
+            others = [
+                group.create_task(self._tenure.keep(self._job), name="tenure"),
+                group.create_task(self._controls.poll(), name="controls"),
+                group.create_task(self._beat_now_and_then(), name="beats"),
+            ]
+            await self._draining.wait()
+            fetcher.cancel()
+            await self._leave()
+            for other in others:
+                other.cancel()
+        await self._outbox.event(self._beat(gone=True))
+        await self._runner.close()
+
+    async def _leave(self) -> None:
+        for hand in list(self._hands.values()):
+            hand.handle.stop = True
+            if hand.waiting:
+                self._slots.refuse(hand.waiting)
+        self._beat_due.set()
+        try:
+            await asyncio.wait_for(self._empty.wait(), self._settings.drain_s)
+        except TimeoutError:
+            for hand in list(self._hands.values()):
+                hand.handle.kill = True
+            await self._empty.wait()
+
+    # --- Receiving -------------------------------------------------------------------------------
+
+    async def _fetch(self, group: asyncio.TaskGroup) -> None:
+        while True:
+            room = self._free_hands()
+            if room <= 0:
+                self._room.clear()
+                await self._room.wait()
+                continue
+            messages = await self._patience(
+                partial(
+                    self._queue.receive,
+                    self._tasks_queue,
+                    max_messages=min(MAX_BATCH, room),
+                    wait_s=self._settings.wait_s,
+                    visibility_s=self._settings.visibility_s,
+                )
+            )
+            for message in messages:
+                self._take(message, group)
+
+    def _free_hands(self) -> int:
+        """How many more messages may be in hand. What is being committed does not count against
+        the slots, so that the next bundle runs meanwhile; but it may not pile up either."""
+        busy = sum(h.slots for h in self._hands.values() if not h.committing)
+        wanted = self._slots.total + self._prefetch - busy
+        return min(wanted, 3 * self._slots.total + 1 - len(self._hands))
+
+    def _take(self, message: Message, group: asyncio.TaskGroup) -> None:
+        try:
+            task = wire.read_task_message(message.body)
+        except (BackendError, ValueError, KeyError, TypeError) as error:
+            # Not ours to judge: it comes back until it goes to the dead letters, where the
+            # manager reports it.
+            log.error("message %s is not a bundle: %s", message.id, error)
+            return
+        now_s = self._clock.monotonic_s()
+        self._executions += 1
+        execution = f"{self.who.worker}-{self._executions}"
+        hand = Hand(self._tasks_queue, message, task, execution, now_s, now_s, message.receipt)
+        self._hands[execution] = hand
+        self._empty.clear()
+        self._beat_due.set()
+        group.create_task(self._hold(hand), name=f"bundle {task.bundle.id}")
+
+    async def _hold(self, hand: Hand) -> None:
+        watched = False
+        try:
+            await self._controls.current(hand.bundle.job)
+            self._controls.watch(hand.bundle.job)
+            watched = True
+            await self._serve(hand)
+        except BackendError as error:
+            # The message comes back by itself; sooner than its timeout, but not at once, since
+            # whatever did not answer us needs a moment.
+            log.warning("bundle %s is given back: %s", hand.bundle.id, error)
+            await self._tenure.give_back_later(hand)
+        finally:
+            if watched:
+                self._controls.unwatch(hand.bundle.job)
+            self._hands.pop(hand.execution, None)
+            self._beat_due.set()
+            self._room.set()
+            if not self._hands:
+                self._empty.set()
+
+    # --- One bundle ------------------------------------------------------------------------------
+
+    async def _serve(self, hand: Hand) -> None:
+        try:
+            job = await self._job(hand.bundle.job)
+        except NotFound:
+            await self._delete(hand)
+            return
+        if await self._not_wanted(hand) or await self._too_early(hand, job):
+            return
+        stage = job.stage(hand.bundle.stage)
+        if hand.suspicion:
+            if hand.task.watchdog and await self._suspects.runs_elsewhere(
+                hand.bundle, self._settings.marker_stale_s
+            ):
+                await self._send_again(hand, job, delay_s=self._settings.watchdog_s, watchdog=True)
+                return
+            done = await self._suspects.verdict(hand)
+            if done:
+                await self._finish(hand, job, done, None)
+                return
+        items: Sequence[Json]
+        try:
+            inline = hand.task.items
+            items = inline if inline is not None else await self._inputs.resolve(job, hand.bundle)
+        except NotFound as error:
+            await self._finish(
+                hand, job, await self._commit(hand, job, 0.0, _vanished(hand, error))
+            )
+            return
+        await self._in_slots(hand, job, stage, items)
+
+    async def _in_slots(
+        self, hand: Hand, job: JobDef, stage: StageDef, items: Sequence[Json]
+    ) -> None:
+        hand.slots = min(stage.slots, self._slots.total)
+        hand.waiting = self._slots.ask(hand.slots)
+        if self._draining.is_set():
+            self._slots.refuse(hand.waiting)
+        try:
+            await asyncio.wait_for(asyncio.shield(hand.waiting), 2 * QUICK_S)
+        except TimeoutError:
+            # Prefetched behind a long bundle: an idle worker may take it sooner than we can.
+            self._prefetch = 0
+            self._slots.refuse(hand.waiting)
+        if not await hand.waiting:
+            await self._send_again(hand, job, items=items)
+            return
+        started_s = self._clock.now_s()
+        begun_s = self._clock.monotonic_s()
+        try:
+            ran = await self._run(hand, job, stage, items)
+        finally:
+            hand.running = False
+            hand.committing = True
+            self._slots.release(hand.slots)
+            took_s = self._clock.monotonic_s() - begun_s
+            self._prefetch = self._slots.total if took_s < QUICK_S else 0
+            self._room.set()
+        cancelled = hand.control is Control.CANCEL
+        if not ran and not cancelled:
+            # Nothing ended, so there is nothing to commit; an outcome without a task in it would
+            # have to name itself as its follow.
+            await self._suspects.withdraw(hand)
+            await self._send_again(hand, job, items=items)
+            return
+        outcome = await self._commit(hand, job, started_s, ran, cancelled=cancelled)
+        await self._finish(hand, job, outcome, items)
+
+    async def _run(
+        self, hand: Hand, job: JobDef, stage: StageDef, items: Sequence[Json]
+    ) -> list[Ran]:
+        if hand.suspicion:
+            await self._suspects.begin(hand)
+        _, hand.handle.until_s = await self._controls.current(job.id)
+        hand.running = True
+        self._beat_due.set()
+        budget_s = BUDGET_S if stage.bundle is None else None
+        work = Work(job, stage, hand.bundle, hand.execution, items, budget_s)
+        return [ran async for ran in self._runner.run(work, hand.handle)]
+
+    async def _commit(
+        self,
+        hand: Hand,
+        job: JobDef,
+        started_s: float,
+        ran: Sequence[Ran],
+        *,
+        cancelled: bool = False,
+    ) -> Outcome:
+        now_s = self._clock.now_s()
+        outcome = settle.settle(
+            job,
+            hand.bundle,
+            ran,
+            execution=hand.execution,
+            worker=self.who.worker,
+            started_s=started_s or now_s,
+            ended_s=max(started_s, now_s),
+            cancelled=cancelled,
+            log=hand.handle.log,
+            log_spans=hand.handle.log_spans,
+        )
+        return await commit(self._objects, outcome, self._patience)
+
+    async def _finish(
+        self, hand: Hand, job: JobDef, outcome: Outcome, items: Sequence[Json] | None = None
+    ) -> None:
+        """Forward what was committed, whoever committed it, then delete the message."""
+        known = dict(zip(hand.bundle.tasks, items, strict=True)) if items is not None else None
+        messages = follow_ups(job, outcome, now_s=self._clock.now_s(), items=known)
+        # Follow-ups first, the event second: the manager may end a stage only when what follows
+        # from it is on its way, and it learns of the follow-ups from this very event.
+        await self._outbox.send(messages)
+        await self._outbox.event(settle.completion(outcome))
+        await self._delete(hand)
+
+    # --- Ways not to run it ----------------------------------------------------------------------
+
+    async def _not_wanted(self, hand: Hand) -> bool:
+        """Drop the message of a cancelled or paused job; its outstanding bundles are in the
+        ledger, and are sealed, or sent again on resume."""
+        if hand.control is Control.RUN:
+            control, _ = await self._controls.current(hand.bundle.job)
+            if control is Control.RUN:
+                return False
+        # A look that is a moment old must not drop a message that `resume` has just sent.
+        control, _ = await self._controls.look(hand.bundle.job)
+        if control is Control.RUN:
+            return False
+        await self._delete(hand)
+        return True
+
+    async def _too_early(self, hand: Hand, job: JobDef) -> bool:
+        """A wait longer than SQS's longest delay goes on in another delayed message."""
+        wait_s = (hand.task.not_before_s or 0.0) - self._clock.now_s()
+        if wait_s <= 0.5:
+            return False
+        await self._send_again(hand, job, items=hand.task.items, delay_s=wait_s)
+        return True
+
+    async def _send_again(
+        self,
+        hand: Hand,
+        job: JobDef,
+        *,
+        items: Sequence[Json] | None = None,
+        delay_s: float = 0.0,
+        watchdog: bool = False,
+    ) -> None:
+        """Give the bundle back as a fresh message, then delete this one.
+
+        Making this one visible would count a receive, and enough of those look like poison.
+        """
+        losses = hand.bundle.losses + hand.message.receive_count - 1
+        bundle = replace(hand.bundle, losses=losses)
+        message = address(
+            job,
+            bundle,
+            items=items,
+            delay_s=delay_s,
+            now_s=self._clock.now_s(),
+            watchdog=watchdog,
+        )
+        await self._outbox.send([message])
+        await self._delete(hand)
+
+    async def _delete(self, hand: Hand) -> None:
+        if hand.receipt is not None:
+            receipt, hand.receipt = hand.receipt, None
+            await self._outbox.delete(self._tasks_queue, receipt)
+
+    # --- Knowing the job -------------------------------------------------------------------------
+
+    async def _job(self, job: JobId) -> JobDef:
+        if job not in self._jobs:
+            data = await self._patience(partial(self._objects.get, naming.spec(job)))
+            self._jobs[job] = wire.job_from_json(wire.loads(data))
+            while len(self._jobs) > 64:
+                del self._jobs[next(iter(self._jobs))]
+        return self._jobs[job]
+
+    def _looked(self, job: JobId, control: Control, until_s: float) -> None:
+        for hand in self._hands.values():
+            if hand.bundle.job != job:
+                continue
+            hand.control = control
+            hand.handle.until_s = until_s
+            if control is not Control.RUN:
+                hand.handle.stop = True
+            if control is Control.CANCEL:
+                hand.handle.kill = True
+
+    # --- Signs of life ---------------------------------------------------------------------------
+
+    async def _beat_now_and_then(self) -> None:
+        while True:
+            try:
+                await self._outbox.event(self._beat())
+            except BackendError as error:
+                log.warning("no sign of life could be sent: %s", error)
+            await asyncio.sleep(self._settings.beat_gap_s)
+            try:
+                await asyncio.wait_for(self._beat_due.wait(), self._settings.beat_s)
+            except TimeoutError:
+                continue
+            finally:
+                self._beat_due.clear()
+
+    def _beat(self, *, gone: bool = False) -> wire.Beat:
+        held = tuple(
+            wire.Held(h.queue, h.receipt, h.bundle.job, h.bundle.stage, h.bundle.id, h.running)
+            for h in self._hands.values()
+            if h.receipt is not None
+        )
+        return wire.Beat(
+            self.who.worker,
+            self.who.instance,
+            self.who.pool,
+            self._clock.now_s(),
+            self.who.slots,
+            sum(h.running for h in self._hands.values()),
+            held,
+            leaving=self._draining.is_set(),
+            gone=gone,
+        )
+
+
+def _vanished(hand: Hand, error: NotFound) -> list[Ran]:
+    reason = f"its input is gone: {error}"
+    return [
+        Ran(task, 0.0, failure=Failure(task, FailureKind.INPUT, reason, error="NotFound"))
+        for task in hand.bundle.tasks
+    ]

@@ -1,0 +1,125 @@
+"""Group commit for everything a worker sends: calls that come together share one request.
+
+Invariant: a caller returns only when what it handed in has been accepted by the service. While
+one request is under way, what arrives waits and goes out together, so batching adds no delay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Generic, TypeVar
+
+from batchlab.commit import Addressed, batches
+from batchlab.model import Completion
+from batchlab.patience import Patience
+from batchlab.ports import MAX_BATCH, Outgoing, Queue
+from batchlab.protocol import naming, wire
+
+T = TypeVar("T")
+
+EVENT_BYTES = 200_000
+"""A completion larger than this (very many follows) is sent as a key to fetch."""
+
+
+class _Group(Generic[T]):
+    """Hands all that has been put in since the last flush to `flush`, one flush at a time."""
+
+    def __init__(self, flush: Callable[[Sequence[T]], Awaitable[None]]) -> None:
+        self._flush = flush
+        self._waiting: list[tuple[T, asyncio.Future[None]]] = []
+        self._worker: asyncio.Task[None] | None = None
+
+    async def put(self, entry: T) -> None:
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append((entry, done))
+        if self._worker is None:
+            self._worker = asyncio.create_task(self._run())
+        await done
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting, []
+                try:
+                    await self._flush([entry for entry, _ in batch])
+                except Exception as error:  # noqa: BLE001 - passed on to every caller
+                    for _, done in batch:
+                        if not done.done():
+                            done.set_exception(error)
+                else:
+                    for _, done in batch:
+                        if not done.done():
+                            done.set_result(None)
+        finally:
+            self._worker = None
+
+
+class Outbox:
+    """Sends, events and deletes of one worker, coalesced."""
+
+    def __init__(self, queue: Queue, patience: Patience) -> None:
+        self._queue = queue
+        self._patience = patience
+        self._sends: dict[str, _Group[Sequence[Outgoing]]] = {}
+        self._deletes: dict[str, _Group[str]] = {}
+        self._events: _Group[Completion | wire.Beat] = _Group(self._flush_events)
+
+    async def send(self, messages: Sequence[Addressed]) -> None:
+        """Send to whatever queues they are addressed to."""
+        by_queue: dict[str, list[Outgoing]] = {}
+        for one in messages:
+            by_queue.setdefault(one.queue, []).append(one.message)
+        for name, outgoing in by_queue.items():
+            group = self._sends.setdefault(name, _Group(partial(self._flush_sends, name)))
+            await group.put(outgoing)
+
+    async def delete(self, queue: str, receipt: str) -> None:
+        """Delete a message. A refused receipt is no error: the message is somebody else's now."""
+        group = self._deletes.setdefault(queue, _Group(partial(self._flush_deletes, queue)))
+        await group.put(receipt)
+
+    async def event(self, event: Completion | wire.Beat) -> None:
+        """Put a completion or a beat on the events queue."""
+        await self._events.put(event)
+
+    async def _flush_sends(self, queue: str, groups: Sequence[Sequence[Outgoing]]) -> None:
+        for call in batches([m for group in groups for m in group]):
+            await self._patience(partial(self._queue.send, queue, call))
+
+    async def _flush_deletes(self, queue: str, receipts: Sequence[str]) -> None:
+        for i in range(0, len(receipts), MAX_BATCH):
+            await self._patience(partial(self._queue.delete, queue, receipts[i : i + MAX_BATCH]))
+
+    async def _flush_events(self, events: Sequence[Completion | wire.Beat]) -> None:
+        bodies = [Outgoing(wire.events_message(e)) for e in _pack(events)]
+        for call in batches(bodies):
+            await self._patience(partial(self._queue.send, naming.EVENTS, call))
+
+
+def _pack(events: Sequence[Completion | wire.Beat]) -> list[wire.Events]:
+    packed: list[wire.Events] = []
+    size = EVENT_BYTES
+    for event in events:
+        if isinstance(event, Completion):
+            length = len(wire.dumps(wire.completion_to_json(event)))
+            if length > EVENT_BYTES:
+                one = wire.Events(committed=(naming.outcome(event.bundle),))
+                length = 200
+            else:
+                one = wire.Events(completions=(event,))
+        else:
+            one = wire.Events(beats=(event,))
+            length = 200 + 200 * len(event.held)
+        if size + length > EVENT_BYTES:
+            packed.append(wire.Events())
+            size = 0
+        size += length
+        last = packed[-1]
+        packed[-1] = wire.Events(
+            last.completions + one.completions,
+            last.committed + one.committed,
+            last.beats + one.beats,
+        )
+    return packed

@@ -1,0 +1,128 @@
+"""What every Launcher does, whatever an instance is made of."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from batchlab.errors import AlreadyExists, BackendError
+from tests.fleet_rigs import (
+    ABSENT,
+    BROKEN,
+    LAUNCHER_WORLDS,
+    STEADY,
+    STUBBORN,
+    LauncherRig,
+    everywhere,
+)
+
+on_every_launcher = everywhere(LAUNCHER_WORLDS)
+
+
+@on_every_launcher
+async def test_nothing_is_known_before_the_first_launch(rig: LauncherRig) -> None:
+    assert await rig.launcher.running() == {}
+
+
+@on_every_launcher
+async def test_a_launched_instance_lives(rig: LauncherRig) -> None:
+    await rig.start(STEADY, "w-1")
+    assert await rig.launcher.running() == {"w-1": None}
+
+
+@on_every_launcher
+async def test_instances_are_listed_in_order_of_launch(rig: LauncherRig) -> None:
+    wanted = [f"w-{n}" for n in (3, 1, 4, 10, 5, 9, 2, 6)]
+    for name in wanted:
+        await rig.launcher.launch(STEADY, name)
+    assert list(await rig.launcher.running()) == wanted
+
+
+@on_every_launcher
+async def test_an_id_is_used_once(rig: LauncherRig) -> None:
+    await rig.start(STEADY, "w-1")
+    with pytest.raises(AlreadyExists):
+        await rig.launcher.launch(STEADY, "w-1")
+    assert await rig.launcher.running() == {"w-1": None}
+
+
+@on_every_launcher
+async def test_a_launch_that_fails_says_why_and_leaves_nothing(rig: LauncherRig) -> None:
+    """Pain 1: stuck, and no reason given."""
+    with pytest.raises(BackendError, match=r"no capacity|No such file"):
+        await rig.launcher.launch(ABSENT, "w-1")
+    assert await rig.launcher.running() == {}
+    await rig.start(STEADY, "w-1")
+
+
+@on_every_launcher
+async def test_an_instance_that_is_asked_to_end_drains(rig: LauncherRig) -> None:
+    await rig.start(STEADY, "w-1")
+    await rig.launcher.terminate("w-1", grace_s=60.0)
+    assert await rig.ended("w-1") == "exit 0"
+
+
+@on_every_launcher
+async def test_an_instance_that_does_not_drain_is_killed_after_the_grace(rig: LauncherRig) -> None:
+    await rig.start(STUBBORN, "w-1")
+    loop = asyncio.get_running_loop()
+    asked_s = loop.time()
+    await rig.launcher.terminate("w-1", grace_s=0.15)
+    assert loop.time() - asked_s < 0.1, "terminate returns at once"
+    assert await rig.launcher.running() == {"w-1": None}
+    assert await rig.ended("w-1") == "exit -9"
+    assert 0.15 <= loop.time() - asked_s < 0.2 + rig.slack_s
+
+
+@on_every_launcher
+async def test_a_second_request_can_shorten_the_grace_but_not_lengthen_it(rig: LauncherRig) -> None:
+    await rig.start(STUBBORN, "w-1")
+    await rig.launcher.terminate("w-1", grace_s=3_000.0)
+    await rig.launcher.terminate("w-1", grace_s=0.0)
+    await rig.launcher.terminate("w-1", grace_s=3_000.0)
+    assert await rig.ended("w-1") == "exit -9"
+
+
+@on_every_launcher
+async def test_terminating_what_ended_or_never_was_changes_nothing(rig: LauncherRig) -> None:
+    await rig.start(STEADY, "w-1")
+    await rig.launcher.terminate("w-1", grace_s=60.0)
+    await rig.ended("w-1")
+    await rig.launcher.terminate("w-1", grace_s=0.0)
+    await rig.launcher.terminate("w-2", grace_s=0.0)
+    assert await rig.launcher.running() == {"w-1": "exit 0"}
+
+
+@on_every_launcher
+async def test_an_instance_that_ends_by_itself_says_how(rig: LauncherRig) -> None:
+    """Pain 7: no exit code, so nobody can tell what happened."""
+    await rig.launcher.launch(BROKEN, "w-1")
+    assert await rig.ended("w-1") == "exit 3"
+
+
+@on_every_launcher
+async def test_an_instance_that_is_killed_says_how_and_wakes_who_waits(rig: LauncherRig) -> None:
+    await rig.start(STEADY, "w-1")
+    await rig.start(STEADY, "w-2")
+    rig.changed.clear()
+    rig.crash("w-1")
+    await asyncio.wait_for(rig.changed.wait(), timeout=5)
+    assert await rig.launcher.running() == {"w-1": "exit -9", "w-2": None}
+
+
+@on_every_launcher
+async def test_an_end_stays_known_until_a_fleet_has_surely_seen_it(rig: LauncherRig) -> None:
+    await rig.launcher.launch(BROKEN, "w-1")
+    await rig.ended("w-1")
+    assert await rig.launcher.running() == {"w-1": "exit 3"}
+    assert await rig.launcher.running() == {"w-1": "exit 3"}
+
+
+@on_every_launcher
+async def test_a_launch_does_not_wait_for_the_worker(rig: LauncherRig) -> None:
+    loop = asyncio.get_running_loop()
+    begun_s = loop.time()
+    for n in range(20):
+        await rig.launcher.launch(STEADY, f"w-{n}")
+    assert loop.time() - begun_s < 2.0

@@ -1,0 +1,226 @@
+"""The pure part of the protocol: what follows from an outcome, sizes, retries, and the wire."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchlab.errors import BackendError
+from batchlab.model import (
+    Bundle,
+    BundleId,
+    Failure,
+    FailureKind,
+    InputDef,
+    JobDef,
+    JobId,
+    Outcome,
+    Ran,
+    RetryRule,
+    SplitBy,
+    StageDef,
+    StageName,
+    TaskSet,
+)
+from batchlab.ports import Cut
+from batchlab.protocol import settle, sizing, wire
+from batchlab.protocol.policy import judge
+
+A, B, C = StageName("a"), StageName("b"), StageName("c")
+JOB = JobDef(
+    JobId("j"),
+    "j",
+    (
+        StageDef(A, handler="m:f", retry=RetryRule(attempts=3)),
+        StageDef(B, after=(A,), handler="m:g"),
+        StageDef(C, after=(B,), gather="*", handler="m:h"),
+    ),
+    1.0,
+    InputDef(("raw/j/0",), SplitBy.LINES, 10, header=True),
+)
+BUNDLE = Bundle(JOB.id, A, TaskSet.span(0, 10))
+
+
+def failed(task: int, kind: FailureKind = FailureKind.EXCEPTION, **kw: object) -> Ran:
+    return Ran(task, 0.1, failure=Failure(task, kind, "no", **kw))  # type: ignore[arg-type]
+
+
+def settled(ran: list[Ran], bundle: Bundle = BUNDLE, *, cancelled: bool = False) -> Outcome:
+    return settle.settle(
+        JOB,
+        bundle,
+        ran,
+        execution="x",
+        worker="w",
+        started_s=1.0,
+        ended_s=2.0,
+        cancelled=cancelled,
+    )
+
+
+@given(
+    st.lists(st.sampled_from(["ok", "no", "import"]), max_size=10),
+    st.booleans(),
+    st.integers(1, 3),
+)
+def test_every_task_of_a_bundle_goes_exactly_one_way(
+    ends: list[str], cancelled: bool, attempt: int
+) -> None:
+    """I1 and I2 in the small: terminal here, or in one follow of the same stage."""
+    kinds = {"no": FailureKind.EXCEPTION, "import": FailureKind.IMPORT}
+    ran = [Ran(i, 0.1, i) if e == "ok" else failed(i, kinds[e]) for i, e in enumerate(ends)]
+    bundle = replace(BUNDLE, attempt=attempt)
+    outcome = settled(ran, bundle, cancelled=cancelled)
+    ways = [*outcome.succeeded, *outcome.cancelled]
+    ways += [f.task for f in outcome.failed if f.final]
+    same_stage = [f.bundle for f in outcome.follows if f.bundle.stage == A]
+    ways += [task for b in same_stage for task in b.tasks]
+    assert sorted(ways) == list(bundle.tasks)
+    chained = [task for f in outcome.follows if f.bundle.stage == B for task in f.bundle.tasks]
+    assert chained == ([] if cancelled else list(outcome.succeeded))
+    if ran:
+        assert bundle.id not in {b.id for b in same_stage}
+        assert len({b.id for b in same_stage}) == len(same_stage)
+
+
+def test_the_rest_of_a_bundle_goes_on_as_halves_of_the_same_attempt() -> None:
+    outcome = settled([Ran(0, 0.1, "v"), Ran(1, 0.1, "v")])
+    rest = [f.bundle for f in outcome.follows if f.bundle.stage == A]
+    assert [list(b.tasks) for b in rest] == [[2, 3, 4, 5], [6, 7, 8, 9]]
+    assert {b.attempt for b in rest} == {1}
+
+
+def test_a_retry_is_one_attempt_further_and_waits_for_its_backoff() -> None:
+    outcome = settled([failed(i) for i in range(10)])
+    (follow,) = outcome.follows
+    assert follow.bundle.attempt == 2
+    assert 0.75 <= follow.delay_s <= 1.25
+    assert all(not f.final for f in outcome.failed)
+
+
+def test_the_last_attempt_is_final() -> None:
+    outcome = settled([failed(i) for i in range(10)], replace(BUNDLE, attempt=3))
+    assert not outcome.follows
+    assert all(f.final for f in outcome.failed)
+    assert settle.casualties(JOB, settle.completion(outcome)) == {B: 10}
+
+
+@pytest.mark.parametrize(
+    ("rule", "failure", "again"),
+    [
+        (RetryRule(), Failure(0, FailureKind.EXCEPTION, ""), True),
+        (RetryRule(), Failure(0, FailureKind.IMPORT, ""), False),
+        (RetryRule(), Failure(0, FailureKind.RESULT, ""), False),
+        (RetryRule(attempts=1), Failure(0, FailureKind.EXCEPTION, ""), False),
+        (RetryRule(kinds=(FailureKind.TIMEOUT,)), Failure(0, FailureKind.EXCEPTION, ""), False),
+        (RetryRule(kinds=(FailureKind.TIMEOUT,)), Failure(0, FailureKind.TIMEOUT, ""), True),
+        (RetryRule(exit_codes=(75,)), Failure(0, FailureKind.EXIT, "", exit_code=75), True),
+        (RetryRule(exit_codes=(75,)), Failure(0, FailureKind.EXIT, "", exit_code=1), False),
+        (
+            RetryRule(exceptions=("OSError",)),
+            Failure(0, FailureKind.EXCEPTION, "", "OSError"),
+            True,
+        ),
+        (
+            RetryRule(exceptions=("OSError",)),
+            Failure(0, FailureKind.EXCEPTION, "", "KeyError"),
+            False,
+        ),
+        (RetryRule(exceptions=("OSError",)), Failure(0, FailureKind.TIMEOUT, ""), True),
+    ],
+)
+def test_the_retry_rule(rule: RetryRule, failure: Failure, again: bool) -> None:
+    assert settle.retries(rule, failure, 1) is again
+
+
+def test_backoff_grows_and_is_the_same_whoever_computes_it() -> None:
+    rule = RetryRule(backoff_s=2.0, factor=3.0, jitter=0.0, max_backoff_s=10.0)
+    waits = [settle.backoff_s(rule, replace(BUNDLE, attempt=n)) for n in (1, 2, 3)]
+    assert waits == [2.0, 6.0, 10.0]
+    jittered = RetryRule(jitter=0.5)
+    assert settle.backoff_s(jittered, BUNDLE) == settle.backoff_s(jittered, BUNDLE)
+
+
+def test_a_bisected_bundle_touches_no_task_and_makes_the_next_worker_careful() -> None:
+    outcome = settle.bisect(BUNDLE, execution="x", worker="w", now_s=1.0)
+    assert not outcome.succeeded
+    assert not outcome.failed
+    assert [f.bundle.losses for f in outcome.follows] == [1, 1]
+    assert TaskSet.union(f.bundle.tasks for f in outcome.follows) == BUNDLE.tasks
+
+
+# --- Sizes ---------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(0, 100_000),
+    st.integers(1, 64),
+    st.one_of(st.none(), st.floats(1e-6, 1e4)),
+    st.one_of(st.none(), st.integers(1, 500)),
+    st.integers(-5, 200),
+)
+def test_a_wave_never_cuts_more_than_is_left(
+    left: int, slots: int, mean_s: float | None, fixed: int | None, room: int
+) -> None:
+    sizes = sizing.wave(left, slots, mean_s, fixed, room)
+    assert sum(sizes) <= left
+    assert all(size >= 1 for size in sizes)
+    assert len(sizes) <= max(0, room)
+    if left and room > 0:
+        assert sizes
+
+
+def test_sizes_follow_the_measured_time_and_shrink_at_the_end() -> None:
+    assert sizing.bundle_size(10_000, 2, 0.005, None) == 100  # half a second of work
+    assert sizing.bundle_size(10_000, 2, 60.0, None) == 1
+    assert sizing.bundle_size(12, 2, 0.005, None) == 2
+    assert sizing.bundle_size(1, 2, 0.005, None) == 1
+    assert sizing.bundle_size(10_000, 2, None, None) == 1  # nothing measured yet
+    assert sizing.bundle_size(10_000, 2, 5.0, 64) == 64  # the user's own number
+
+
+# --- The wire ------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_what_is_read() -> None:
+    ran = [Ran(0, 0.25, {"x": [1, None]}), failed(1), failed(2, FailureKind.IMPORT, error="E")]
+    outcome = settled(ran)
+    again = wire.outcome_from_json(wire.loads(wire.to_bytes(wire.outcome_to_json(outcome))))
+    assert again == outcome
+    done = settle.completion(outcome)
+    assert wire.completion_from_json(wire.completion_to_json(done)) == done
+    assert wire.job_from_json(wire.loads(wire.to_bytes(wire.job_to_json(JOB)))) == JOB
+    cut = Cut(JOB.id, A, 1, 3, (BUNDLE,), TaskSet.span(10, 20), 20)
+    assert wire.cut_from_json(wire.loads(wire.to_bytes(wire.cut_to_json(cut)))) == cut
+    source = replace(BUNDLE, stage=B, source=BundleId("x"), round=2, losses=1)
+    message = wire.TaskMessage(source, [1, "a"], 12.5, True)
+    assert wire.read_task_message(wire.task_message(message)) == message
+    held = wire.Held("q", "r", JOB.id, A, BUNDLE.id, True)
+    beat = wire.Beat("w", "i", "p", 1.0, 2, 1, (held,))
+    events = wire.Events((done,), ("k",), (beat,))
+    assert wire.read_events_message(wire.events_message(events)) == events
+
+
+def test_an_unknown_format_is_refused() -> None:
+    with pytest.raises(BackendError, match="newer version"):
+        wire.loads('{"v": 99}')
+
+
+# --- The failure policy --------------------------------------------------------------------------
+
+
+def test_the_policy_counts_tasks_or_percent() -> None:
+    from batchlab.model import StageCounts
+
+    counts = [StageCounts(A, planned=100, succeeded=97, failed=3)]
+    assert judge(JOB, [StageCounts(A, planned=5, succeeded=5)]).failed is False
+    assert judge(JOB, counts).failed
+    assert "3 of 100" in judge(JOB, counts).reason
+    assert not judge(replace(JOB, max_failures=3), counts).failed
+    assert not judge(replace(JOB, max_failures=3.0, max_failures_percent=True), counts).failed
+    assert judge(replace(JOB, max_failures=2.9, max_failures_percent=True), counts).failed
+    assert not judge(JOB, counts).stop
+    assert judge(replace(JOB, fail_fast=True), counts).stop
