@@ -96,16 +96,17 @@ class Context:
         task: int,
         attempt: int,
         params_json: str,
-        folder: Path,
+        folder: str,
         cwd: str,
     ) -> None:
         self.job = job
         self.stage = stage
         self.task = task
         self.attempt = attempt
-        self.folder = folder
-        """All of the task's own files; `scratch` and what was saved are in it."""
         self.saved: dict[str, File] = {}
+        self.touched = False
+        """Whether the task has a folder."""
+        self._folder = folder
         self._params_json = params_json
         self._params: dict[str, Any] | None = None
         self._cwd = cwd
@@ -118,6 +119,11 @@ class Context:
         if self._params is None:
             self._params = json.loads(self._params_json)
         return self._params
+
+    @property
+    def folder(self) -> Path:
+        """All of the task's own files; `scratch` and what was saved are in it."""
+        return Path(self._folder)
 
     @property
     def scratch(self) -> Path:
@@ -147,6 +153,7 @@ class Context:
         """The subfolder `name` of the task's folder, which is made where it is not there."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
+        self.touched = True
         return folder
 
     def take(self, source: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -147,23 +148,21 @@ class ProcessLauncher:
 
     def _spawn(self, argv: list[str], pool: Pool, instance: str) -> int:
         self._logs.mkdir(parents=True, exist_ok=True)
-        append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        # Not subprocess: its objects complain when they are dropped while their process lives,
-        # which is what a manager that restarts does.
-        return os.posix_spawnp(
-            argv[0],
-            argv,
-            {**self._env, **dict(pool.env), INSTANCE_VARIABLE: instance},
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, self._logs / f"{instance}.log", append, 0o644),
-                (os.POSIX_SPAWN_DUP2, 1, 2),
-            ],
-            setsid=True,
-            setsigmask=[],
-            # Python ignores these; the child must not inherit that.
-            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
-        )
+        env = {**self._env, **dict(pool.env), INSTANCE_VARIABLE: instance}
+        with (self._logs / f"{instance}.log").open("ab") as log:
+            # Not os.posix_spawn: it cannot close what the manager itself inherited, and a worker
+            # that holds the pipe of `batchlab up | tee` keeps it open for good.
+            child = subprocess.Popen(
+                argv,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        # Its end is waited for here and not by Popen, which must not complain when it is dropped.
+        child.returncode = 0
+        return child.pid
 
     def _watch(self, process: _Process) -> None:
         process.pidfd = os.pidfd_open(process.record.pid)
@@ -293,8 +292,8 @@ def _leader_of(instance: str) -> int:
 
 def _kill_group(record: _Record) -> None:
     """SIGKILL to the instance's process group, unless its number belongs to another by now."""
-    # A leader that is gone is no proof that the group is empty; its members keep the number taken.
-    # A stranger could get it only between these two lines, after the kernel went through all others.
+    # A leader that is gone is no proof that its group is empty; members keep the number taken. A
+    # stranger could get it only between these two lines, after the kernel used up all others.
     if _start_ticks(record.pid) in (None, record.start_ticks):
         with suppress(ProcessLookupError):
             os.killpg(record.pid, signal.SIGKILL)

@@ -15,7 +15,7 @@ from batchlab.manager.registry import Registry
 from batchlab.model import Control, GroupView, JobId, JobState, LifecycleState
 
 UNKNOWN_TASK_S = 1.0
-"""Assumed for a task before any has been measured: enough to get a few workers going."""
+"""Assumed for a task before any has been measured, or as long as the first has been out for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,7 @@ class Autoscaler:
     def backlog(self, pool: str) -> Backlog:
         """What all running jobs still have to do in a pool."""
         seconds, tasks = 0.0, 0
+        now_s = self._ports.clock.monotonic_s()
         for live in self._lives.values():
             if live.record.control is not Control.RUN or live.record.state is JobState.SCHEDULED:
                 continue
@@ -74,7 +75,9 @@ class Autoscaler:
                 if stage.pool != pool or counts.planned is None:
                     continue
                 left = max(0, counts.planned - counts.terminal)
-                mean_s = counts.mean_s if counts.mean_s is not None else UNKNOWN_TASK_S
+                mean_s = counts.mean_s
+                if mean_s is None:
+                    mean_s = max(UNKNOWN_TASK_S, now_s - live.since_s)
                 seconds += left * mean_s * stage.slots
                 tasks += left * stage.slots
         return Backlog(seconds, tasks)

@@ -66,6 +66,7 @@ class Conductor:
         while not live.ended.is_set():
             live.poke.clear()
             await self.advance(live)
+            live.trouble = ""
             if not live.ended.is_set():
                 await live.poke.wait()
 
@@ -307,7 +308,7 @@ class Conductor:
     async def _move(self, live: LiveJob, state: JobState) -> None:
         if await self._ports.ledger.move_job(live.id, state):
             live.record = replace(live.record, state=state)
-            live.version += 1
+            live.changed()
 
 
 def _runs(live: LiveJob) -> bool:

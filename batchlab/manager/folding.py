@@ -56,7 +56,7 @@ class Folder:
         """Read the job and its stages from the ledger again."""
         live.record = await self._ports.ledger.job(live.id)
         live.stages = {s.counts.stage: s for s in await self._ports.ledger.stages(live.id)}
-        live.version += 1
+        live.changed()
 
     async def _started(self, live: LiveJob, completions: Sequence[Completion]) -> None:
         if live.record.state in (JobState.RUNNABLE, JobState.STARTING, JobState.PENDING):

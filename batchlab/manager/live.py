@@ -74,13 +74,18 @@ class LiveJob:
 
     record: JobRecord
     stages: dict[StageName, StageRecord]
+    since_s: float
+    """Monotonic time since when this manager conducts it."""
     outstanding: dict[StageName, dict[BundleId, Outstanding]] = field(default_factory=dict)
     poke: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     forbidden: bool = False
     """The cancellation is acknowledged: no worker can start a task of it any more."""
+    trouble: str = ""
+    """What the backend answered when the job was last conducted, where that failed."""
     version: int = 0
-    """Grows with everything a watcher could see."""
+    """Grows with everything a watcher could see, and never is what an earlier manager has shown."""
+    _news: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     @property
     def job(self) -> JobDef:
@@ -89,6 +94,17 @@ class LiveJob:
     @property
     def id(self) -> JobId:
         return self.record.job.id
+
+    def changed(self) -> None:
+        """A watcher could see something new: everybody who waits for news wakes."""
+        self.version += 1
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def news(self, version: int) -> None:
+        """Wait until `version` is not the latest."""
+        while self.version == version:
+            await self._news.wait()
 
     def expect(self, bundles: Iterable[tuple[Bundle, float]]) -> None:
         """Note (bundle, monotonic time it is due) as outstanding."""
@@ -124,3 +140,5 @@ class Seen:
     beat: wire.Beat
     heard_s: float
     """Monotonic."""
+    since_s: Mapping[wire.Held, float]
+    """Of what it runs, when that was first heard (monotonic)."""

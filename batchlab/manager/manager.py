@@ -45,8 +45,11 @@ class Manager:
         self.owner = owner
         self.lives: dict[JobId, LiveJob] = {}
         self.depths: dict[str, Depth] = {}
+        """Counts of each pool's tasks queue, as of the last tick."""
         self.groups: dict[str, GroupView] = {}
         self.is_leader = asyncio.Event()
+        self.trouble = ""
+        """Why the last tick was skipped."""
         self._slots: dict[str, int] = {p.name: _soon(p) for p in pools}
         self._fleet_changed = asyncio.Event()
         folder = Folder(ports, self.lives)
@@ -119,7 +122,13 @@ class Manager:
         ledger = self.ports.ledger
         job = record.job
         stages = {s.counts.stage: s for s in await ledger.stages(job.id)}
-        live = LiveJob(record, stages)
+        # From the clock, or a watcher of the manager before us would take our news for old.
+        live = LiveJob(
+            record,
+            stages,
+            since_s=self.ports.clock.monotonic_s(),
+            version=int(self.ports.clock.now_s() * 1000),
+        )
         # What a crashed leader planned but did not send is looked for well before `silence_s`.
         heard_s = self.ports.clock.monotonic_s() - 0.75 * self.settings.silence_s
         planned = await ledger.bundles(job.id, done=False)
@@ -136,6 +145,7 @@ class Manager:
             except BackendError as error:
                 # Patience ran out. The job is not lost, only late: its state is in the bucket.
                 log.warning("job %s waits for the backend: %s", live.id, error)
+                live.trouble = str(error)
                 await asyncio.sleep(self.settings.tick_s)
         if self.lives.get(live.id) is live:
             del self.lives[live.id]
@@ -146,8 +156,10 @@ class Manager:
         while True:
             try:
                 await self.tick()
+                self.trouble = ""
             except BackendError as error:
                 log.warning("this tick is skipped: %s", error)
+                self.trouble = str(error)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._fleet_changed.wait(), self.settings.tick_s)
             self._fleet_changed.clear()
@@ -166,19 +178,12 @@ class Manager:
                 continue
             self._slots[name] = self._capacity(view)
             await self.autoscaler.scale(view)
-            queue = naming.tasks_queue(name)
-            self.depths[queue] = await self.ports.queue.depth(queue)
+            self.depths[name] = await self.ports.queue.depth(naming.tasks_queue(name))
             await self._reconciler.drain_dead_letters(name)
-        await self._reconciler.look_for_the_silent(
-            {name: self._visible(name) for name in self.pools}
-        )
+        await self._reconciler.look_for_the_silent(self.depths)
         for live in list(self.lives.values()):
             await self._show_start(live)
             live.poke.set()
-
-    def _visible(self, pool: str) -> int:
-        depth = self.depths.get(naming.tasks_queue(pool))
-        return depth.visible if depth else 0
 
     def _capacity(self, view: GroupView) -> int:
         alive = sum(i.state is LifecycleState.IN_SERVICE for i in view.instances)
@@ -202,7 +207,7 @@ class Manager:
     async def _move(self, live: LiveJob, state: JobState) -> None:
         if await self.ports.ledger.move_job(live.id, state):
             live.record = replace(live.record, state=state)
-            live.version += 1
+            live.changed()
 
     # --- Repairs ---------------------------------------------------------------------------------
 

@@ -13,8 +13,9 @@ from functools import partial
 from batchlab.errors import AlreadyExists, NotFound, UsageError
 from batchlab.manager import split
 from batchlab.manager.live import Ports
-from batchlab.model import Bundle, JobDef, Json, Outcome, StageDef, StageName, TaskSet
-from batchlab.ports import BundleRecord
+from batchlab.model import Bundle, JobDef, JobId, Json, Outcome, StageDef, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import BundleRecord, Objects
 from batchlab.protocol import naming, wire
 from batchlab.worker.inputs import Manifest
 
@@ -140,7 +141,7 @@ class Plans:
         *,
         skipped: TaskSet | None = None,
     ) -> Manifest:
-        writer = PartWriter(self._ports, job, stage, round)
+        writer = PartWriter(self._ports.objects, self._ports.patience, job.id, stage, round)
         async for item in items:
             await writer.add(item)
         return await writer.commit(skipped or TaskSet())
@@ -149,8 +150,11 @@ class Plans:
 class PartWriter:
     """Writes a plan's parts as items come, in constant memory, and its manifest at the end."""
 
-    def __init__(self, ports: Ports, job: JobDef, stage: StageName, round: int) -> None:
-        self._ports = ports
+    def __init__(
+        self, objects: Objects, patience: Patience, job: JobId, stage: StageName, round: int
+    ) -> None:
+        self._objects = objects
+        self._patience = patience
         self._job = job
         self._stage = stage
         self._round = round
@@ -173,8 +177,8 @@ class PartWriter:
         """The plan that counts: this one, or the one that was committed before it."""
         await self._flush()
         made = Manifest(self._count, tuple(self._starts), skipped, self._round)
-        key = naming.manifest(self._job.id, self._stage, self._round)
-        objects, patience = self._ports.objects, self._ports.patience
+        key = naming.manifest(self._job, self._stage, self._round)
+        objects, patience = self._objects, self._patience
         try:
             await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
         except AlreadyExists:
@@ -185,9 +189,9 @@ class PartWriter:
         if not self._items:
             return
         number = len(self._starts) - 1
-        key = naming.part(self._job.id, self._stage, self._round, number)
+        key = naming.part(self._job, self._stage, self._round, number)
         data = wire.to_bytes({"v": wire.VERSION, "items": self._items})
-        await self._ports.patience(partial(self._ports.objects.put, key, data))
+        await self._patience(partial(self._objects.put, key, data))
         self._items, self._bytes = [], 0
 
 

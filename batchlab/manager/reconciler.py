@@ -7,22 +7,24 @@ task. Sending again is always safe, since ids are derived and the commit is cond
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 from batchlab.commit import commit, committed, follow_ups, send_all
 from batchlab.errors import BackendError, NotFound
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.folding import Folder
-from batchlab.manager.live import LiveJob, ManagerSettings, Outstanding, Ports
+from batchlab.manager.live import LiveJob, ManagerSettings, Outstanding, Ports, in_pool
 from batchlab.model import Bundle, Control, JobDef, JobId, Outcome
-from batchlab.ports import MAX_BATCH, Message
+from batchlab.ports import MAX_BATCH, Depth, Message
 from batchlab.protocol import naming, settle, wire
 
 log = logging.getLogger(__name__)
 
 PATIENCE_WITH_A_FULL_QUEUE = 10
-"""While the pool's queue still has visible messages, a silent bundle most likely waits in it."""
+"""A silent bundle most likely still waits in a pool's queue that has visible messages."""
 
 LOOKED_FOR_AT_ONCE = 50
 
@@ -44,20 +46,30 @@ class Reconciler:
         self._folder = folder
         self._conductor = conductor
 
-    async def look_for_the_silent(self, visible: Mapping[str, int]) -> None:
-        """`visible` gives each pool's visible messages."""
+    async def look_for_the_silent(self, depths: Mapping[str, Depth]) -> None:
+        """`depths` gives each pool's counts."""
+        limits_s = {pool: self._limit_s(pool, depth) for pool, depth in depths.items()}
+        now_s = self._ports.clock.monotonic_s()
         for live in list(self._lives.values()):
             if live.record.control is not Control.RUN:
                 continue
-            silent = [one for one in live.all_outstanding() if self._is_silent(live, one, visible)]
+            silent = [
+                one
+                for one in live.all_outstanding()
+                if now_s - one.heard_s > limits_s[live.job.stage(one.bundle.stage).pool]
+            ]
             if silent:
                 await self._recover(live, silent[:LOOKED_FOR_AT_ONCE])
 
-    def _is_silent(self, live: LiveJob, one: Outstanding, visible: Mapping[str, int]) -> bool:
-        limit_s = self._settings.silence_s
-        if visible.get(live.job.stage(one.bundle.stage).pool, 0):
-            limit_s *= PATIENCE_WITH_A_FULL_QUEUE
-        return self._ports.clock.monotonic_s() - one.heard_s > limit_s
+    def _limit_s(self, pool: str, depth: Depth) -> float:
+        """How long a bundle of this pool may be silent. For ever, while its queue has as many
+        messages as there are bundles: then none is missing, they only wait for workers."""
+        if not depth.visible:
+            return self._settings.silence_s
+        messages = depth.visible + depth.in_flight + depth.delayed
+        if messages >= in_pool(self._lives, pool):
+            return math.inf
+        return self._settings.silence_s * PATIENCE_WITH_A_FULL_QUEUE
 
     async def _recover(self, live: LiveJob, silent: list[Outstanding]) -> None:
         again: list[Bundle] = []
@@ -66,7 +78,8 @@ class Reconciler:
             if outcome:
                 await self.forward(live.job, outcome)
             else:
-                again.append(one.bundle)
+                # A copy: its worker looks for an outcome before it runs it.
+                again.append(replace(one.bundle, losses=max(1, one.bundle.losses)))
                 one.heard_s = self._ports.clock.monotonic_s()
         if again:
             log.warning("%s: %d silent bundles are sent again", live.id, len(again))

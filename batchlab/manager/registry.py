@@ -37,7 +37,13 @@ class Registry:
         if beat.gone:
             self.workers.pop(beat.instance, None)
             return
-        self.workers[beat.instance] = Seen(beat, self._ports.clock.monotonic_s())
+        now_s = self._ports.clock.monotonic_s()
+        before = known.since_s if known else {}
+        since_s = {one: before.get(one, now_s) for one in beat.held if one.running}
+        self.workers[beat.instance] = Seen(beat, now_s, since_s)
+        for job in sorted({one.job for one in since_s.keys() ^ before.keys()}):
+            if live := self._lives.get(job):
+                live.changed()
         if known is None:
             await self._ports.fleet.ready(beat.instance)
 
@@ -75,12 +81,13 @@ class Registry:
         queue, patience = self._ports.queue, self._ports.patience
         by_queue: dict[str, list[wire.Held]] = {}
         for one in held:
-            by_queue.setdefault(one.queue, []).append(one)
+            if one.receipt is not None:
+                by_queue.setdefault(one.queue, []).append(one)
         for name, ones in by_queue.items():
             if explained:
                 await self._send_copies(ones)
             for i in range(0, len(ones), MAX_BATCH):
-                receipts = [one.receipt for one in ones[i : i + MAX_BATCH]]
+                receipts = [one.receipt for one in ones[i : i + MAX_BATCH] if one.receipt]
                 if explained:
                     await patience(partial(queue.delete, name, receipts))
                 else:

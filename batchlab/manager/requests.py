@@ -233,7 +233,7 @@ class Requests:
     async def _move(self, live: LiveJob, state: JobState) -> None:
         if await self._ports.ledger.move_job(live.id, state):
             live.record = replace(live.record, state=state)
-        live.version += 1
+        live.changed()
 
 
 def _voided(before: StageRecord) -> Reopening:

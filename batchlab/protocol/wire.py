@@ -277,10 +277,13 @@ def read_task_message(body: str) -> TaskMessage:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A message in a worker's hands: the manager gives it back when the worker's instance dies."""
+    """A bundle in a worker's hands: the manager gives its message back when the instance dies.
+
+    `receipt` is None for one that was handed over: its watchdog message is on the way.
+    """
 
     queue: str
-    receipt: str
+    receipt: str | None
     job: JobId
     stage: StageName
     bundle: BundleId

@@ -15,16 +15,17 @@ import random
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextvars import Context
 from typing import Any, NoReturn, TypeVar, TypeVarTuple
 
-from batchlab.sim.actors import CANCEL_ROUNDS, CURRENT, Actor, ActorKilled, SimulationError
+from batchlab.sim.actors import CANCEL_ROUNDS, CURRENT, ActorKilled, SimulationError
+from batchlab.sim.tasks import SimTask
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-_YOUNG_STEPS = 1 << 14
+_YOUNG_STEPS = 1 << 16
 _FULL_STEPS = 1 << 20
 _FEW_TIMERS = 64
 _NAMED = 20
@@ -46,45 +47,6 @@ class Crashed(SimulationError):
     """A task or callback raised an exception that nobody looked at; it is the `__cause__`."""
 
 
-class SimTask(asyncio.Task[Any]):
-    """A task that knows its actor, and whose hash is its number.
-
-    TaskGroup and asyncio.wait keep tasks in sets; with the default hash, an address, the order of
-    cancellation would change from process to process.
-    """
-
-    __slots__ = ("actor", "serial")
-    _log_traceback: bool
-
-    def __init__(
-        self,
-        coro: Coroutine[Any, Any, Any] | Generator[Any, None, Any],
-        serial: int,
-        actor: Actor | None,
-        *,
-        loop: asyncio.AbstractEventLoop,
-        name: str,
-        context: Context | None,
-    ) -> None:
-        # Before the base's constructor, which already puts the task into a set.
-        self.serial = serial
-        self.actor = actor
-        super().__init__(coro, loop=loop, name=name, context=context)
-
-    def __hash__(self) -> int:
-        return self.serial
-
-    def __str__(self) -> str:
-        """Its name, and where it waits: `w-1 (run:103 > _fetch:140 > wait:212)`."""
-        chain: list[str] = []
-        coro: Any = self.get_coro()
-        while (frame := getattr(coro, "cr_frame", None)) is not None:
-            chain.append(f"{frame.f_code.co_name}:{frame.f_lineno}")
-            coro = coro.cr_await
-        owner = f"{self.actor.name}/" if self.actor and self.actor.name != self.get_name() else ""
-        return f"{owner}{self.get_name()} ({' > '.join(chain)})"
-
-
 class _Timer(asyncio.TimerHandle):
     __slots__ = ()
     _scheduled: bool
@@ -97,7 +59,8 @@ class SimLoop(asyncio.BaseEventLoop):
     keeps them in a set of addresses: hand it tasks.
     """
 
-    _ready: deque[asyncio.Handle]
+    _ready: deque[Any]
+    _stopping: bool
     _thread_id: int | None
 
     def __init__(self, *, inline_executor: bool = False) -> None:
@@ -186,38 +149,45 @@ class SimLoop(asyncio.BaseEventLoop):
             return
         self._timers_cancelled += 1
         if self._timers_cancelled > _FEW_TIMERS and self._timers_cancelled * 2 > len(self._timers):
-            self._timers = [entry for entry in self._timers if not entry[2]._cancelled]
+            self._timers[:] = [entry for entry in self._timers if not entry[2]._cancelled]
             heapq.heapify(self._timers)
             self._timers_cancelled = 0
 
     def _run_once(self) -> None:
-        # Called by the base's run_forever.
-        if self._crashes and not self._ending:
-            raise self._crashes.pop(0)
+        # Called over and over by the base's run_forever, whose own loop costs a call per instant.
+        while not self._stopping:
+            if self._crashes and not self._ending:
+                raise self._crashes.pop(0)
+            if not self._ready:
+                self._jump()
+            while self._timers and self._timers[0][0] <= self._now_s:
+                self._pop()
+            self._run_ready()
+
+    def _run_ready(self) -> None:
         ready = self._ready
-        if not ready:
-            self._jump()
-        while self._timers and self._timers[0][0] <= self._now_s:
-            ready.append(self._pop())
-        count = len(ready)
-        before = self.steps
-        self.steps += count
+        before, self.steps = self.steps, self.steps + len(ready)
         if self.steps > self._limit_steps:
             raise StepLimit(
                 f"No end after {before} steps, at {self._now_s:.3f} s. {self._waiting()}"
             )
-        for _ in range(count):
+        for _ in range(len(ready)):
             handle = ready.popleft()
             if not handle._cancelled:
                 handle._run()
+                # A failed task's traceback may hold this handle; without the way back to the task
+                # no cycle keeps the failure from surfacing at once.
+                handle._callback = None
         if before // _YOUNG_STEPS != self.steps // _YOUNG_STEPS:
             gc.collect(2 if before // _FULL_STEPS != self.steps // _FULL_STEPS else 1)
 
-    def _pop(self) -> _Timer:
+    def _pop(self) -> None:
         timer = heapq.heappop(self._timers)[2]
         timer._scheduled = False
-        self._timers_cancelled -= timer._cancelled
-        return timer
+        if timer._cancelled:
+            self._timers_cancelled -= 1
+        else:
+            self._ready.append(timer)
 
     def _jump(self) -> None:
         while self._timers and self._timers[0][2]._cancelled:
@@ -293,7 +263,6 @@ class SimLoop(asyncio.BaseEventLoop):
                 task.actor.alive = False
         self.run_until_complete(self.create_task(self._cancel_all(), name="switch off"))
         self._ending = False
-        gc.collect(0)
         for failed in self._failed:
             task_left = failed()
             if task_left is not None and task_left._log_traceback:
@@ -313,11 +282,19 @@ class SimLoop(asyncio.BaseEventLoop):
         for _ in range(CANCEL_ROUNDS):
             others = [task for task in self._tasks if task is not me]
             if not others and not self._ready:
-                return
+                gc.collect(0)  # which may find generators, whose closing is then ready
+                if not self._ready:
+                    return
             for task in others:
                 task.cancel()
             await asyncio.sleep(0)
         raise SimulationError(f"Tasks swallow every cancellation. {self._waiting()}")
+
+    def _asyncgen_finalizer_hook(self, generator: AsyncGenerator[Any, Any]) -> None:
+        # Called by the interpreter for a generator dropped half-way. As the base's, but not after
+        # the run, when nobody would await the closing.
+        if self.is_running():
+            self.call_soon(self.create_task, generator.aclose())
 
     # --- the outside ---
 

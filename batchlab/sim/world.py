@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from batchlab.adapters.sim.launcher import SimLauncher
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.adapters.sim.queue import SimQueue
-from batchlab.adapters.sql import SqlLedger, open_memory
+from batchlab.adapters.sql.ledger import SqlLedger, open_memory
 from batchlab.errors import BackendError, Refused
 from batchlab.fleet.group import ManagedFleet
 from batchlab.manager.live import ManagerSettings, Ports
@@ -99,7 +99,7 @@ class World:
 
     # --- Actors ----------------------------------------------------------------------------------
 
-    def start_manager(self) -> Actor:
+    def start_manager(self) -> asyncio.Task[None]:
         """Start a manager, the first or the next."""
         self.managers += 1
         actor = Actor("manager")
@@ -125,16 +125,13 @@ class World:
         owner = f"manager-{self.managers}"
         self.manager = Manager(ports, self.manager_settings, self.pools, owner)
         self.manager_actor = actor
-        actor.spawn(self.manager.run(), name=owner)
-        return actor
+        return actor.spawn(self.manager.run(), name=owner)
 
     async def supervise(self) -> None:
         """Start a manager, and the next one some time after it dies, for ever."""
         rng = self.rng("supervisor")
         while True:
-            actor = self.start_manager()
-            while actor.alive:  # noqa: ASYNC110 - virtual time: looking costs nothing
-                await asyncio.sleep(0.5)
+            await asyncio.wait([self.start_manager()])
             await asyncio.sleep(rng.uniform(0.5, 1.5) * RESTART_S)
 
     def _boot(self, pool: Pool, instance: str) -> SimWorker:
@@ -213,8 +210,8 @@ class SimWorker:
             Patience(rng),
             world.worker_settings,
         )
-        self.actor.spawn(self._live(), name=f"worker {instance}")
-        asyncio.get_running_loop().create_task(self._watch(), name=f"watch {instance}")
+        life = self.actor.spawn(self.worker.run(), name=f"worker {instance}")
+        life.add_done_callback(self._over)
 
     def stop(self, grace_s: float) -> None:  # noqa: ARG002 - the launcher keeps the deadline
         """SIGTERM."""
@@ -230,14 +227,7 @@ class SimWorker:
     def _die(self) -> None:
         self.kill("exit -9")
 
-    async def _live(self) -> None:
-        await self.worker.run()
+    def _over(self, life: asyncio.Task[None]) -> None:
+        """It has drained, or a fault has killed its actor."""
         if self.ended is None:
-            self.ended = "exit 0"
-
-    async def _watch(self) -> None:
-        """Notice that a fault has killed the actor."""
-        while self.actor.alive and self.ended is None:  # noqa: ASYNC110 - virtual time
-            await asyncio.sleep(0.5)
-        if self.ended is None:
-            self.ended = "exit -9"
+            self.ended = "exit -9" if life.cancelled() or life.exception() else "exit 0"

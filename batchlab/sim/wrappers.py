@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -93,12 +93,8 @@ class _Port:
     ) -> AsyncIterator[Any]:
         # Each page is a request of its own, hence a fault point of its own.
         step = partial(anext, inner, _Mark.END)
-        try:
-            while (page := await self._perform(label, step, (), {}, shown)) is not _Mark.END:
-                yield page
-        finally:
-            if isinstance(inner, AsyncGenerator):
-                await inner.aclose()
+        while (page := await self._perform(label, step, (), {}, shown)) is not _Mark.END:
+            yield page
 
     async def _perform(
         self,
@@ -116,34 +112,37 @@ class _Port:
         result: Any = None
         error: Exception | None = None
         try:
-            await _pass(point.request_s)
+            if point.request_s:
+                await asyncio.sleep(point.request_s)
             if faults is not None:
                 kind = faults.strike(point, label)
+            if kind is None or faults is None:
+                result = await target(*args, **kwargs)
+            else:
                 if kind is FaultKind.DELAYED:
                     late_s, extra_s = faults.delay_s(point)
-                    await _pass(late_s)
-            self._before(point, kind, label, shown)
-            result = await _effect(kind, point, target, args, kwargs)
+                    await asyncio.sleep(late_s)
+                self._before(point, kind, label, shown)
+                result = await _effect(kind, point, target, args, kwargs)
         except asyncio.CancelledError:
             self._note(point, kind, label, shown, _Mark.CANCELLED)
             raise
         except Exception as raised:  # noqa: BLE001 - raised below, when the answer has arrived
             error = raised
-        # Killed meanwhile, and the cancellation was swallowed by what lies behind the port.
+        # A kill cancels every wait; this one may have been swallowed by what lies behind the port.
         self._check()
         self._note(point, kind, label, shown, result if error is None else error)
         if kind is FaultKind.KILL_AFTER:
             self._die()
-        await _pass(point.answer_s + extra_s)
-        self._check()
+        if point.answer_s or extra_s:
+            await asyncio.sleep(point.answer_s + extra_s)
         if kind is FaultKind.ANSWER_LOST:
             raise Unreachable(f"{label}: the answer was lost.") from error
         if error is not None:
             raise error
         return result
 
-    def _before(self, point: Point, kind: FaultKind | None, label: str, shown: Any) -> None:
-        self._check()
+    def _before(self, point: Point, kind: FaultKind, label: str, shown: Any) -> None:
         if kind is FaultKind.KILL_BEFORE:
             self._note(point, kind, label, shown, _Mark.KILLED)
             self._die()
@@ -175,13 +174,8 @@ class _Port:
         )
 
 
-async def _pass(seconds: float) -> None:
-    if seconds > 0:
-        await asyncio.sleep(seconds)
-
-
 async def _effect(
-    kind: FaultKind | None,
+    kind: FaultKind,
     point: Point,
     target: Callable[..., Awaitable[Any]],
     args: tuple[Any, ...],

@@ -6,15 +6,13 @@ and its stages form a graph without a cycle.
 
 from __future__ import annotations
 
-import glob
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from batchlab.protocol import placeholders
-from batchlab.spec import handlers, units
+from batchlab.spec import handlers, paths, units
 from batchlab.spec.problems import Loc, Problem, suggest
 from batchlab.spec.schema import JobSpec, StageSpec
 from batchlab.spec.structure import Structure
@@ -29,7 +27,7 @@ class Subject:
 
     @property
     def code(self) -> Path:
-        return Path(os.path.abspath(self.folder / self.job.code))  # noqa: PTH100 - links stay
+        return paths.absolute(self.folder / self.job.code)
 
     def stages(self) -> Iterator[tuple[Loc, StageSpec]]:
         for i, stage in enumerate(self.job.stages):
@@ -51,15 +49,6 @@ def run(found: Structure, folder: Path) -> list[Problem]:
 def is_url(pattern: str) -> bool:
     """Whether an input is an object store's URL instead of a local pattern."""
     return "://" in pattern
-
-
-def matches(pattern: str, folder: Path) -> list[Path]:
-    """The files that a local pattern names, sorted by path; links are kept as they are."""
-    if (folder / pattern).is_file():
-        return [folder / pattern]
-    # Path.glob takes hidden files, and "**" at the end means something else from 3.13 on.
-    names = glob.glob(pattern, root_dir=folder, recursive=True)  # noqa: PTH207 - see above
-    return [folder / name for name in sorted(names) if (folder / name).is_file()]
 
 
 def _one_action(subject: Subject) -> Iterator[Problem]:
@@ -127,13 +116,13 @@ def _gathers(subject: Subject) -> Iterator[Problem]:
 
 
 def _code(subject: Subject) -> Iterator[Problem]:
-    if not subject.code.is_dir():
+    if not paths.is_folder(subject.code):
         message = f"The code folder {subject.code} does not exist."
         yield Problem(("code",), message, "Write a folder relative to the job file.")
 
 
 def _handlers(subject: Subject) -> Iterator[Problem]:
-    if not subject.code.is_dir():
+    if not paths.is_folder(subject.code):
         return
     for loc, stage in subject.stages():
         found = handlers.missing(stage.python, subject.code) if stage.python else None
@@ -165,10 +154,10 @@ def _params(subject: Subject) -> Iterator[Problem]:
 def _outputs(subject: Subject) -> Iterator[Problem]:
     for loc, stage in subject.stages():
         names = placeholders.outputs(stage.command or ()) + ([stage.stdout] if stage.stdout else [])
-        paths = [f"{name.rstrip('/')}/" for name in names]
-        for i, path in enumerate(paths):
-            clash = next((j for j in range(i) if path.startswith(paths[j])), None)
-            clash = next((j for j in range(i) if paths[j].startswith(path)), clash)
+        places = [f"{name.rstrip('/')}/" for name in names]
+        for i, place in enumerate(places):
+            clash = next((j for j in range(i) if place.startswith(places[j])), None)
+            clash = next((j for j in range(i) if places[j].startswith(place)), clash)
             if clash is not None:
                 message = f"The outputs '{names[clash]}' and '{names[i]}' are one place."
                 key = "stdout" if names[i] is stage.stdout else "command"
@@ -208,10 +197,10 @@ def _input_files(subject: Subject) -> Iterator[Problem]:
             if not re.match(r"s3://[a-z0-9][a-z0-9.-]+(/|$)", pattern):
                 remedy = "Write s3://bucket/prefix, or a local pattern."
                 yield Problem(loc, f"'{pattern}' is no URL of an S3 bucket.", remedy)
-        elif not matches(pattern, subject.folder):
+        elif not paths.matches(pattern, subject.folder):
             message = f"No file matches '{pattern}', looked for in {subject.folder}."
             remedy = "Write a pattern relative to the job file, such as data/*.csv."
-            if (subject.folder / pattern).is_dir():
+            if paths.is_folder(subject.folder / pattern):
                 remedy = f"It is a folder: write '{pattern.rstrip('/')}/*'."
             yield Problem(loc, message, remedy)
 

@@ -99,6 +99,8 @@ def _output(value: str) -> str:
 
 
 def _auto(value: Any) -> Any:
+    if isinstance(value, str) and value != "auto":
+        raise refusal(f"bundle cannot be '{value}'.", "Write auto, or a number of tasks.")
     return None if value == "auto" else value
 
 

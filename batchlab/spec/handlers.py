@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
+from batchlab.spec import paths
 from batchlab.spec.problems import nearest
 
 
@@ -27,7 +29,7 @@ def missing(handler: str, code: Path) -> tuple[str, str] | None:
 def _in_folder(module: str, code: Path) -> Path | None:
     base = code.joinpath(*module.split("."))
     for path in (base / "__init__.py", base.with_name(f"{base.name}.py")):
-        if path.is_file():
+        if paths.is_file(path):
             return path
     return None
 
@@ -42,7 +44,8 @@ def _missing_installed(module: str, function: str, code: Path) -> tuple[str, str
             if close
             else f"Create {module.replace('.', '/')}.py there, or set 'code' to its folder."
         )
-        return f"There is no module '{module}' in {code} and none is installed.", remedy
+        message = f"there is no module '{module}' in {code}, and none is installed."
+        return f"The handler does not exist: {message}", remedy
     if spec.origin and spec.origin.endswith(".py"):
         return _missing_in(Path(spec.origin), module, function, code)
     return None  # Compiled modules cannot be read; the worker finds out.
@@ -76,10 +79,10 @@ def _ask_finders(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
 def _missing_in(source: Path, module: str, function: str, code: Path) -> tuple[str, str] | None:
     try:
         names = set(_names(source, code, frozenset()))
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, OSError) as error:
         line = f" line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         what = error.msg if isinstance(error, SyntaxError) else error
-        return f"{source.name}{line} is not Python: {what}.", "Mend the module."
+        return f"{source.name}{line} cannot be read as Python: {what}.", "Mend the module."
     if function in names or _ANY in names:
         return None
     close = nearest(function, names)
@@ -95,7 +98,10 @@ _ANY = "*"
 def _names(source: Path, code: Path, seen: frozenset[Path]) -> Iterator[str]:
     if source in seen:
         return
-    tree = ast.parse(source.read_bytes(), filename=str(source))
+    with warnings.catch_warnings():
+        # Python warns of old escapes while it parses; that is between the module and its author.
+        warnings.simplefilter("ignore")
+        tree = ast.parse(source.read_bytes(), filename=str(source))
     for node in _statements(tree.body):
         if isinstance(node, _SCOPES):
             yield _ANY if node.name == "__getattr__" else node.name
@@ -123,7 +129,7 @@ def _starred(
     if target is None:
         yield _ANY
     else:
-        yield from (name for name in _names(target, code, seen) if not name.startswith("_"))
+        yield from _names(target, code, seen)
 
 
 def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:

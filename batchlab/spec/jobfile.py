@@ -25,7 +25,7 @@ from batchlab.model import (
     StageDef,
     StageName,
 )
-from batchlab.spec import checks, source, units
+from batchlab.spec import checks, paths, source, units
 from batchlab.spec.problems import JobFileErrors, Problem, suggest
 from batchlab.spec.schema import JobSpec, RetrySpec, StageSpec, is_text
 from batchlab.spec.structure import validate
@@ -60,7 +60,7 @@ def load(path: Path, overrides: Mapping[str, str] | None = None) -> JobFile:
 
     JobFileErrors with every mistake there is. Nothing of the user's code is run.
     """
-    path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
+    path = paths.absolute(path)
     document = source.parse(_read(path), is_text)
     problems = list(document.problems)
     job: JobSpec | None = None
@@ -134,7 +134,7 @@ def fingerprint(jobfile: JobFile, code_digest: str) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise JobFileError(
             "There is no such job file.",
@@ -172,7 +172,8 @@ def _override(
             continue
         try:
             # Where the default is text, 007 stays 007.
-            params[key] = text if isinstance(declared[key], str) else source.scalar(text)
+            as_text = isinstance(declared[key], str)
+            params[key] = source.plain_text(text) if as_text else source.scalar(text)
         except source.ScalarRefused as refused:
             problems.append(Problem(None, f"--set {key}: {refused}", refused.remedy))
     return params, problems
@@ -184,9 +185,7 @@ def _files(job: JobSpec, folder: Path) -> tuple[Path | str, ...]:
         if checks.is_url(pattern):
             found[pattern] = None
         else:
-            found.update(
-                (Path(os.path.normpath(file)), None) for file in checks.matches(pattern, folder)
-            )
+            found.update((file, None) for file in paths.matches(pattern, folder))
     return tuple(found)
 
 

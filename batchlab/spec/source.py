@@ -110,12 +110,19 @@ def scalar(text: str) -> Json:
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError:
-        return text
+        return plain_text(text)
     if node is None:
         return ""
     if isinstance(node, ScalarNode):
         return _scalar(node)
-    raise ScalarRefused("it is a list or a mapping.", f"Write it in quotes as text: '\"{text}\"'.")
+    raise ScalarRefused("It is a list or a mapping.", f"Write it in quotes as text: '\"{text}\"'.")
+
+
+def plain_text(text: str) -> str:
+    """`text` itself; ScalarRefused where neither UTF-8 nor a command line could hold it."""
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ScalarRefused("It holds a character that no text may have.", "Write it without.")
+    return text
 
 
 def _syntax(document: Document, error: yaml.YAMLError, text: str) -> Problem:
@@ -130,7 +137,7 @@ def _syntax(document: Document, error: yaml.YAMLError, text: str) -> Problem:
 
 
 def _scalar(node: ScalarNode) -> Json:
-    text: str = node.value
+    text = plain_text(node.value)
     if node.tag == _TAG + "str":
         truth = _TRUTH_OF_YAML_1_1.get(text.lower()) if node.style is None else None
         if truth:
@@ -182,10 +189,9 @@ class _Reader:
         return self.value(node, (*loc, name))
 
     def _scalar(self, node: ScalarNode, loc: Loc) -> Json:
-        if self._is_text(loc) and node.tag in _TEXTS:
-            return node.value
         try:
-            return _scalar(node)
+            as_text = self._is_text(loc) and node.tag in _TEXTS
+            return plain_text(node.value) if as_text else _scalar(node)
         except ScalarRefused as refused:
             self._refuse(loc, str(refused), refused.remedy)
             return None
@@ -199,7 +205,7 @@ class _Reader:
             if key.tag == _TAG + "merge":
                 for source in self._merged(child, loc):
                     merged = {**self._pairs(source, loc), **merged}
-            elif not isinstance(key, ScalarNode):
+            elif not isinstance(key, ScalarNode) or not key.value.isprintable():
                 self._document.lines[(*loc, "?")] = (key.start_mark.line + 1,) * 2
                 self._refuse((*loc, "?"), "A key must be a word.", "Write text before the colon.")
             elif key.value in own:

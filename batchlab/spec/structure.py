@@ -20,7 +20,12 @@ from batchlab.spec import forms
 from batchlab.spec.problems import Loc, Problem, nearest, suggest
 from batchlab.spec.schema import SECTIONS, JobSpec, general
 
-_STAND_INS: Mapping[str, Json] = {"name": "unnamed", "input": {"files": "-"}, "files": "-"}
+_STAND_INS: Mapping[str, Json] = {
+    "name": "unnamed",
+    "input": {"files": "-"},
+    "files": "-",
+    "by": "-",
+}
 
 _KINDS = {
     "string": "text",
@@ -75,7 +80,8 @@ def validate(data: Json, refused: Collection[Loc | None] = ()) -> Structure:
             # A key that is misspelt or has no value is told as that, not as missing too.
             known = {*found.broken, *(_blamed(e) for e in details if e["type"] != "missing")}
             for one in details:
-                if not reported and (one["type"] != "missing" or one["loc"] not in known):
+                again = one["loc"] in (known if one["type"] == "missing" else refused)
+                if not reported and not again:
                     found.problems.append(_explain(one))
                 found.broken.append(_blamed(one))
                 _mend(data, one)
@@ -135,7 +141,7 @@ def _kind_of(value: Json) -> str:
     for kind, name in (
         (bool, "true or false"),
         (str, "text"),
-        (int | float, "a number"),
+        (int | float, str(value)),
         (list, "a list"),
         (dict, "a mapping"),
     ):
@@ -169,23 +175,26 @@ def _explain(error: ErrorDetails) -> Problem:
         bound = f"{_BOUNDS[kind]} {context['ge' if 'ge' in context else 'le']:g}"
         return Problem(loc, f"'{name}' must be {bound}, not {value}.", _example(loc))
     wanted = _KINDS.get(kind.split("_")[0])
+    what = f"An entry of '{name}'" if isinstance(loc[-1], int) else f"'{name}'"
     if wanted is None:
-        return Problem(loc, f"'{name}' is wrong: {error['msg']}.", _example(loc))
-    return Problem(loc, f"'{name}' must be {wanted}, not {_kind_of(value)}.", _example(loc))
+        return Problem(loc, f"{what} is wrong: {error['msg']}.", _example(loc))
+    return Problem(loc, f"{what} must be {wanted}, not {_kind_of(value)}.", _example(loc))
 
 
 _BOUNDS = {"greater_than_equal": "at least", "less_than_equal": "at most"}
 
 
 def _pattern(loc: Loc, name: str, value: str, pattern: str) -> Problem:
+    takes = f"it takes {_PATTERNS[pattern]}."
     if pattern == forms.PARAM_PATTERN:
         # pydantic places an error of a dict's key under "[key]".
-        loc, name = loc[:-1], "a parameter"
-    remedy = _example(loc)
-    if pattern == forms.NAME_PATTERN:
-        slug = re.sub(r"[^a-z0-9_]+", "-", value.lower()).strip("-_")[:40]
-        remedy = f"Write {slug}." if slug else remedy
-    return Problem(loc, f"'{value}' is no name for {name}: it takes {_PATTERNS[pattern]}.", remedy)
+        return Problem(
+            loc[:-1], f"No parameter can be named '{value}': {takes}", _example(loc[:-1])
+        )
+    slug = re.sub(r"[^a-z0-9_]+", "-", value.lower()).strip("-_")[:40]
+    rename = slug if pattern == forms.NAME_PATTERN else ""
+    remedy = f"Write {rename}." if rename else _example(loc)
+    return Problem(loc, f"'{name}' cannot be '{value}': {takes}", remedy)
 
 
 def _blamed(error: ErrorDetails) -> Loc:

@@ -55,7 +55,10 @@ def start_s(text: str, now_s: float) -> float:
     """The epoch second that `text` names, seen from `now_s`; ValueError for anything else."""
     if text.startswith("+"):
         return now_s + seconds(text[1:])
-    moment = datetime.fromisoformat(text)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a start time") from None
     if moment.tzinfo is None:
         raise ValueError(f"{text!r} has no time zone")
     return moment.timestamp()

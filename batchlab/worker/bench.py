@@ -20,6 +20,8 @@ Json = Any
 INLINE_BYTES = 32 * 1024
 """Encoded values up to this size stay inline; larger ones become objects of their own."""
 
+_PLAIN = frozenset({type(None), bool, int, float, str})
+_NOTHING: list[tuple[str, str]] = []
 _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
@@ -60,9 +62,14 @@ class Bench:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._folder = Path(request["folder"])
+        self.touched = False
+        """Whether the last task has made itself a folder, which somebody has to remove."""
         handler = request["handler"]
-        self._call = handlers.load(handler, request["function"]) if handler else self._command
+        try:
+            self._call = handlers.load(handler, request["function"]) if handler else self._command
+        except handlers.Problem as problem:
+            problem.fault = self._tidy(problem.fault)
+            raise
         self._encode: Callable[[Any, Callable[[File], Json]], Json] = (
             values.encode_object if request["objects"] else values.encode
         )
@@ -76,13 +83,28 @@ class Bench:
             task=task,
             attempt=request["attempt"],
             params_json=request["params_json"],
-            folder=self._folder / str(task),
+            folder=f"{request['folder']}/{task}",
             cwd=request["cwd"],
         )
-        value = self._call(_decode(item), ctx)
-        if (value is None or type(value) is int or type(value) is bool) and not ctx.saved:
-            return Done(_dumps(value), [])
-        return self._keep(value, ctx)
+        try:
+            value = self._call(item if type(item) in _PLAIN else _decode(item), ctx)
+            if type(value) is int and not ctx.saved:
+                return Done(str(value), _NOTHING)
+            return self._keep(value, ctx)
+        finally:
+            self.touched = ctx.touched
+
+    def explain(self, error: BaseException) -> handlers.Fault:
+        """What to say of an exception that `run` raised."""
+        return self._tidy(handlers.explain(error))
+
+    def _tidy(self, fault: handlers.Fault) -> handlers.Fault:
+        # Where this worker keeps things helps nobody, and differs from worker to worker.
+        for path in (self._request["code"], self._request["folder"]):
+            if path:
+                for field in ("reason", "traceback"):
+                    fault[field] = fault[field].replace(f"{path}/", "")
+        return fault
 
     def _command(self, item: Any, ctx: Context) -> Any:
         request = self._request
@@ -102,8 +124,6 @@ class Bench:
 
 
 def _decode(item: Json) -> Any:
-    if type(item) not in (dict, list):
-        return item
     try:
         return values.decode(item, _open)
     except Exception as error:

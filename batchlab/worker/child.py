@@ -4,9 +4,9 @@ Invariant: a task's answer is in the pipe before the next task starts, and the b
 running one, so whatever kills this process costs at most the task that killed it. Imports the
 standard library and a few light modules of ours only: start-up is part of every first task.
 
-Lines of JSON: a request in; out come ["ok", task, run_s, value, extra] or
-["failed", task, run_s, fault, extra] for each task, ["import", fault, extra] instead of them where the
-handler cannot be loaded, and ["end", why] last.
+Lines of JSON: a request in; out come ["ok", task, run_s, value, extra] or ["failed", task, run_s,
+fault, extra] for each task, instead of them ["import", fault, extra] where the handler cannot be
+loaded, and ["end", why] last.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Child:
     def __init__(self, requests: int, answers: int, board: Board) -> None:
         self._requests = requests
         self._answers = answers
-        self._inodes = self._now_open()
+        self._inodes = os.fstat(requests).st_ino, os.fstat(answers).st_ino
         self._board = board
         self._pid = os.getpid()
         self._libc = ctypes.CDLL(None)
@@ -66,6 +66,7 @@ class Child:
                 return
             why = self._job(json.loads(line))
             self._out.detach()
+            self._check_requests()
             self._answer(f'["end","{why}"]')
 
     def _line(self, data: bytes) -> tuple[bytes, bytes]:
@@ -110,16 +111,16 @@ class Child:
     def _task(self, bench: Bench, task: int, item: Any, log_at: int) -> int:
         """Run one task and answer; returns where the next one's output begins."""
         extra: dict[str, Any] = {}
-        started_s = time.perf_counter()
-        self._board.mark(task, time.monotonic(), log_at)
+        started_s = time.monotonic()
+        self._board.mark(task, started_s, log_at)
         try:
             done = bench.run(task, item)
         except BaseException as error:  # noqa: BLE001 - every way to fail is the task's failure
-            run_s = time.perf_counter() - started_s
+            run_s = time.monotonic() - started_s
             self._exit_if_forked()
-            word, text = "failed", json.dumps(handlers.explain(error))
+            word, text = "failed", json.dumps(bench.explain(error))
         else:
-            run_s = time.perf_counter() - started_s
+            run_s = time.monotonic() - started_s
             self._exit_if_forked()
             word, text = "ok", done.text
             if done.uploads:
@@ -128,6 +129,8 @@ class Child:
         end = self._out.settle(log_at)
         if end > log_at:
             extra["span"] = (log_at, end)
+        if bench.touched:
+            extra["folder"] = True
         self._answer(
             f'["{word}",{task},{run_s:.6f},{text},{json.dumps(extra) if extra else "null"}]'
         )
@@ -143,15 +146,21 @@ class Child:
         # is better than writing into a file of the user's.
         data = text.encode() + b"\n"
         try:
-            if self._now_open() != self._inodes:
+            if os.fstat(self._answers).st_ino != self._inodes[1]:
                 os._exit(EXIT_PIPE_LOST)
             while data:
                 data = data[os.write(self._answers, data) :]
         except OSError:
             os._exit(EXIT_PIPE_LOST)
 
-    def _now_open(self) -> tuple[int, int]:
-        return os.fstat(self._requests).st_ino, os.fstat(self._answers).st_ino
+    def _check_requests(self) -> None:
+        try:
+            if os.fstat(self._requests).st_ino == self._inodes[0]:
+                return
+        except OSError:
+            pass  # closed, which is as bad as reused
+        # Every task has answered, so nobody is blamed: another child takes the next request.
+        os._exit(EXIT_PIPE_LOST)
 
 
 class Output:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,11 +24,11 @@ from batchlab.worker.processes import kill_family
 
 _READ_BYTES = 1 << 18
 _REAP_STEP_S = 0.002
-_LEAVE_S = 0.2
+_GATHER_S = 0.001
 
 
 class ChildProcess:
-    """One child, bound to one folder of code. Made by `start`, ended by `kill` or `leave`."""
+    """One child, bound to one folder of code. Ended by `kill`, forgotten by `close`."""
 
     def __init__(self, folder: Path, digest: str, code: Path | None) -> None:
         """Start it; it boots while the first request is already on its way. OSError."""
@@ -35,9 +36,11 @@ class ChildProcess:
         self._folder = folder
         self._loop = asyncio.get_running_loop()
         self._buffer = bytearray()
-        self._news = asyncio.Event()
+        self._read_s = 0.0
         self._eof = False
-        folder.mkdir(parents=True)
+        self._closed = False
+        self._unsent = bytearray()
+        folder.mkdir(parents=True, exist_ok=True)
         self.board = Board(folder / "board", create=True)
         requests, self._requests = os.pipe()
         self._answers, answers = os.pipe()
@@ -71,8 +74,6 @@ class ChildProcess:
                 os.close(fd)
         os.set_blocking(self._answers, False)
         os.set_blocking(self._requests, False)
-        self._unsent = b""
-        self._loop.add_reader(self._answers, self._readable)
 
     @property
     def pid(self) -> int:
@@ -89,37 +90,52 @@ class ChildProcess:
     def _writable(self) -> None:
         try:
             while self._unsent:
-                self._unsent = self._unsent[os.write(self._requests, self._unsent) :]
+                del self._unsent[: os.write(self._requests, self._unsent)]
         except BlockingIOError:
             self._loop.add_writer(self._requests, self._writable)
             return
         except BrokenPipeError:
-            self._unsent = b""  # it is dead, which the end of its answers tells
+            self._unsent.clear()  # it is dead, which the end of its answers tells
         self._loop.remove_writer(self._requests)
-
-    def _readable(self) -> None:
-        try:
-            data = os.read(self._answers, _READ_BYTES)
-        except BlockingIOError:
-            return
-        self._buffer += data
-        if not data:
-            self._eof = True
-            self._loop.remove_reader(self._answers)
-        self._news.set()
 
     async def answers(self, wait_s: float) -> list[Any]:
         """Lines that have come, [] where none has come within `wait_s` or the child has ended.
 
         ValueError where they are not ours: a handler wrote into the pipe.
         """
-        if not self._eof:
-            try:
-                await asyncio.wait_for(self._news.wait(), wait_s)
-            except TimeoutError:
-                return []
-            self._news.clear()
+        # A wake-up costs as much as ten tiny tasks: they are taken a millisecond at a time.
+        gap_s = self._loop.time() - self._read_s
+        if gap_s < _GATHER_S:
+            await asyncio.sleep(_GATHER_S - gap_s)
+        if not self._read():
+            await self._readable(_REAP_STEP_S if self._eof else wait_s)
+            self._read()
+        self._read_s = self._loop.time()
         return self._lines()
+
+    def _read(self) -> bool:
+        """Whether something new has come."""
+        if self._eof:
+            return False
+        try:
+            data = os.read(self._answers, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        self._buffer += data
+        self._eof = not data
+        return True
+
+    async def _readable(self, wait_s: float) -> None:
+        """Wait for news, or as long; after the end of the pipe, only as long."""
+        woken = self._loop.create_future()
+        timer = self._loop.call_later(wait_s, _wake, woken)
+        if not self._eof:
+            self._loop.add_reader(self._answers, _wake, woken)
+        try:
+            await woken
+        finally:
+            timer.cancel()
+            self._loop.remove_reader(self._answers)
 
     def _lines(self) -> list[Any]:
         whole, newline, rest = self._buffer.rpartition(b"\n")
@@ -146,14 +162,12 @@ class ChildProcess:
         """
         if self._process.returncode is None:
             kill_family(self.pid)
-            while self._process.poll() is None:
+            while self._process.poll() is None:  # noqa: ASYNC110 - SIGCHLD is not ours to take
                 await asyncio.sleep(_REAP_STEP_S)
+        if not self._closed:
             # A descendant that got away may hold the pipe open, so its end is not waited for.
-            while not self._eof:
-                size = len(self._buffer)
-                self._readable()
-                if len(self._buffer) == size:
-                    break
+            while self._read():
+                pass
             self._close()
         try:
             last = self._lines()
@@ -162,26 +176,27 @@ class ChildProcess:
         return self._process.returncode, last
 
     def _close(self) -> None:
+        self._closed = True
         self._loop.remove_reader(self._answers)
         self._loop.remove_writer(self._requests)
         for fd in (self._answers, self._requests, self._life):
             os.close(fd)
 
-    async def leave(self) -> None:
-        """Let an idle child go: it ends when its pipe closes, or is killed soon after."""
-        deadline_s = self._loop.time() + _LEAVE_S
-        if self._process.returncode is None:
-            os.close(self._requests)
-            self._requests = os.open(os.devnull, os.O_WRONLY)
-        while not self.ended and self._loop.time() < deadline_s:
-            await asyncio.sleep(_REAP_STEP_S)
-        await self.kill()
+    def close(self) -> None:
+        """Remove its files; after `kill`."""
+        self.board.close()
+        shutil.rmtree(self._folder, ignore_errors=True)  # a few bytes that `close` tries again
 
     def check_booted(self, code: int) -> None:
         """BackendError where it died before it could do anything: no task is to blame."""
         if self.board.task == BOOTING:
             said = (self._folder / "boot.log").read_text(errors="replace").strip()[-500:]
             raise BackendError(f"A task process could not start ({describe_exit(code)}): {said}")
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def describe_exit(code: int) -> str:

@@ -36,7 +36,11 @@ def key(data: bytes) -> str:
 def digest_of(code_key: str) -> str:
     """The digest that a code zip's key promises; UsageError where it is no such key."""
     digest = code_key.removeprefix("code/").removesuffix(".zip")
-    if code_key != f"code/{digest}.zip" or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+    if (
+        code_key != f"code/{digest}.zip"
+        or len(digest) != 64
+        or set(digest) - set("0123456789abcdef")
+    ):
         raise UsageError(f"{code_key!r} is no key of a code zip.")
     return digest
 
@@ -124,6 +128,8 @@ def _extract(data: bytes, folder: Path) -> None:
             if entry.is_dir():
                 target.mkdir(parents=True, exist_ok=True)
                 continue
+            if target.exists():
+                raise UsageError(f"The code zip names {entry.filename!r} twice.")
             target.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(entry) as source, target.open("xb") as file:
                 left = _copy(source, file, left)

@@ -407,7 +407,7 @@ class Worker:
         held = tuple(
             wire.Held(h.queue, h.receipt, h.bundle.job, h.bundle.stage, h.bundle.id, h.running)
             for h in self._hands.values()
-            if h.receipt is not None
+            if h.receipt is not None or h.running
         )
         return wire.Beat(
             self.who.worker,

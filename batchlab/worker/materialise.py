@@ -19,6 +19,7 @@ from batchlab.ports import Objects
 from batchlab.protocol import naming, values
 from batchlab.task import name_problem
 from batchlab.worker.bench import Request, local_ref
+from batchlab.worker.handlers import Fault
 from batchlab.worker.runner import Work
 
 OffLoop = Callable[..., Awaitable[Any]]
@@ -92,12 +93,15 @@ class Inputs:
         self._folder = folder
         self._off_loop = off_loop
         self._at_once = asyncio.Semaphore(_AT_ONCE)
+        self.fetched: set[int] = set()
+        """Tasks that got a folder for their inputs."""
         self._headers: dict[tuple[str, int, int], bytes] = {}
 
     async def fetch(self, chunk: Iterable[tuple[int, Json]]) -> list[tuple[int, Json | Failure]]:
         """The chunk with local references, and a Failure for each item that cannot be had."""
         items = dict(chunk)
         needy = [task for task, item in items.items() if _refers(item)]
+        self.fetched.update(needy)
         items |= await _all(self._one(task, items[task]) for task in needy)
         return list(items.items())
 
@@ -203,6 +207,11 @@ async def _all(calls: Iterable[Awaitable[Any]]) -> list[Any]:
 
 def _failure(task: int, reason: str, error: Exception) -> Failure:
     return Failure(task, FailureKind.INPUT, reason, error=type(error).__name__)
+
+
+def failure(task: int, found: Fault, run_s: float) -> Failure:
+    """The Failure that a child, or whoever ran the task, described."""
+    return Failure(task, run_s=run_s, **{**found, "kind": FailureKind(found["kind"])})
 
 
 def no_room(error: BaseException) -> str | None:

@@ -52,10 +52,11 @@ class Sampler:
         self._at_s = float("-inf")
         self._groups: dict[int, int] = {}
 
-    def resident_bytes(self, group: int) -> int:
-        """What the group's processes hold together, shared pages counted in each."""
+    def resident_bytes(self, group: int, since_s: float) -> int:
+        """What the group's processes hold together, shared pages counted in each, at some time
+        after `since_s`."""
         now_s = self._monotonic_s()
-        if now_s - self._at_s >= self._fresh_s:
+        if now_s - self._at_s >= self._fresh_s or self._at_s < since_s:
             self._at_s = now_s
             self._groups = {}
             for one in table():

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import random
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from batchlab.adapters.clock import RandomIds, WallClock
 from batchlab.ports import Clock, Ids
-from batchlab.sim.actors import Actor, SimulationError
+from batchlab.sim.actors import Actor, ActorKilled, SimulationError
 from batchlab.sim.loop import (
     Crashed,
     Deadlock,
@@ -93,6 +94,29 @@ def test_timers_cancelled_long_before_they_are_due_do_not_pile_up() -> None:
     loop.run(count())
     assert waiting < 200
     assert loop.time() < 100
+
+
+def test_order_is_kept_when_many_timers_are_cancelled() -> None:
+    rng = random.Random(1)
+    seen: list[float] = []
+    expected: list[float] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        timers = [
+            (when, loop.call_at(when, seen.append, when))
+            for when in rng.choices(range(999), k=2_000)
+        ]
+        for when, timer in timers:
+            if rng.random() < 0.7:
+                timer.cancel()
+            else:
+                expected.append(when)
+        await asyncio.sleep(1_000)
+
+    SimLoop().run(main())
+    assert seen == sorted(expected)
+    assert len(seen) > 100
 
 
 def test_the_standard_tools_of_asyncio_work_on_virtual_time() -> None:
@@ -302,9 +326,24 @@ def test_a_generator_that_is_dropped_half_way_is_closed_during_the_run() -> None
     assert closed == [0.0]
 
 
-def test_the_garbage_collector_is_left_as_it_was_found() -> None:
-    assert gc.isenabled()
-    SimLoop().run(asyncio.sleep(0))
+def test_garbage_is_collected_after_a_number_of_steps_not_of_allocations() -> None:
+    class Node:
+        def __init__(self) -> None:
+            self.me = self
+
+    async def main(loop: SimLoop, other_objects: int) -> list[int]:
+        junk = [[i] for i in range(other_objects)]
+        collected: list[int] = []
+        for i in range(150_000):
+            if i % 10 == 0:
+                weakref.finalize(Node(), lambda: collected.append(loop.steps))
+            await asyncio.sleep(0)
+        assert len(junk) == other_objects
+        return collected
+
+    runs = [loop.run(main(loop, n)) for loop, n in ((SimLoop(), 0), (SimLoop(), 12_345))]
+    assert runs[0] == runs[1]
+    assert len(runs[0]) > 5_000
     assert gc.isenabled()
 
 
@@ -411,6 +450,15 @@ def test_what_a_dead_actor_raises_is_ignored() -> None:
         await asyncio.sleep(1)
         actor.kill()
         await asyncio.sleep(5)
+
+    SimLoop().run(main())
+
+
+def test_the_echo_of_a_death_in_somebody_elses_future_is_no_crash() -> None:
+    async def main() -> None:
+        echo = BaseExceptionGroup("gathered", [ActorKilled("a"), ActorKilled("b")])
+        asyncio.get_running_loop().create_future().set_exception(echo)
+        await asyncio.sleep(1)
 
     SimLoop().run(main())
 
@@ -552,6 +600,7 @@ def test_real_clocks_advance_and_real_ids_differ() -> None:
 def test_the_loop_is_fast_enough_for_ten_thousand_workers() -> None:
     """Ten times slower would still pass on an idle machine: this catches a change of order."""
     loop = SimLoop()
+    loop.set_debug(False)
 
     async def main() -> None:
         async def work() -> None:

@@ -65,12 +65,13 @@ def records(data: bytes) -> list[bytes]:
 line = st.one_of(st.text(max_size=6), st.text("ab,é\t \r", max_size=30)).map(
     lambda text: text.replace("\n", "").encode("utf-8", "surrogatepass")
 )
-content = st.builds(
+mixed = st.builds(
     lambda lines, ending, last: ending.join(lines) + last,
     st.lists(line, max_size=25),
     st.sampled_from([b"\n", b"\r\n"]),
     st.sampled_from([b"", b"\n", b"\r\n", b"\n\n"]),
 )
+content = mixed | st.text("a\n", max_size=120).map(str.encode)
 ranges = st.sampled_from(
     [(1, 1, 1), (3, 2, 5), (16, 4, 8), (64, 8, 1), (1 << 20, 1 << 16, 1 << 20)]
 )
@@ -123,6 +124,12 @@ def test_bytes_give_every_record_to_one_task_as_full_as_size_allows(
         assert len(b"".join(piece)) <= size or len(piece) == 1
     for piece, following in pairwise(cut):
         assert len(b"".join([*piece, following[0]])) > size
+
+
+def test_lines_that_end_with_their_range_leave_what_follows_to_the_next_part() -> None:
+    for count in range(1, 100):
+        found = tasks({"a": b"1\n" * count + b"rest"}, SplitBy.LINES, count)
+        assert [item["stop"] for item in found] == [2 * count, 2 * count + 4]
 
 
 json_values = st.recursive(

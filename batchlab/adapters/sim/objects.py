@@ -112,6 +112,7 @@ class SimObjects:
                 self._gone += 1
 
     async def upload(self, key: str, path: Path) -> int:
+        check_key(key)
         data = _read(path)
         await self.put(key, data)
         return len(data)

@@ -1,0 +1,5 @@
+"""`python -m batchlab`."""
+
+from batchlab.cli import main
+
+main()

@@ -1,0 +1,97 @@
+"""Opens databases so that SqlLedger may rely on them, and says where its calls run.
+
+Invariant: transactions that write exclude each other from their begin on (`as_writer`), and a
+transaction that reads sees one state. SQLite gives the first with BEGIN IMMEDIATE and the second
+with WAL; an engine for another database must bring a begin hook of its own that takes one lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event
+
+T = TypeVar("T")
+
+_BUSY_S = 10.0
+_WRITES = "batchlab_writes"
+
+_PRAGMAS = (
+    "PRAGMA journal_mode = WAL",
+    # Safe against SIGKILL; a power cut may cost the last folds, which the reconciler repeats.
+    "PRAGMA synchronous = NORMAL",
+    "PRAGMA foreign_keys = ON",
+    "PRAGMA journal_size_limit = 67108864",
+)
+
+
+def as_writer(engine: Engine) -> Engine:
+    """The same engine and connections, for transactions that write."""
+    return engine.execution_options(**{_WRITES: True})
+
+
+def sqlite_engine(path: Path | None) -> Engine:
+    """One connection to a file, or with None to a database that lives in memory."""
+    engine = create_engine(
+        URL.create("sqlite", database=str(path) if path else ":memory:"),
+        # One connection, whoever's turn it is: SqlLedger never runs two things at once.
+        poolclass=StaticPool,
+        connect_args={
+            "timeout": _BUSY_S,
+            "check_same_thread": False,
+            # The driver would begin by itself, but only before the first write.
+            "isolation_level": None,
+        },
+    )
+    event.listen(engine, "connect", _prepare)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _prepare(connection: Any, _record: object) -> None:
+    for pragma in _PRAGMAS:
+        connection.execute(pragma)
+
+
+def _begin(connection: Connection) -> None:
+    # A reader that turned into a writer half-way would be refused when another process has
+    # written meanwhile, without waiting.
+    writes = connection.get_execution_options().get(_WRITES)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+class Run(Protocol):
+    """Where blocking calls run, one at a time."""
+
+    async def __call__(self, call: Callable[[], T], /) -> T:
+        """The result of `call`."""
+
+    def close(self) -> None:
+        """Nothing will be run any more."""
+
+
+class Inline:
+    """On the spot: for the simulator, whose event loop knows no threads."""
+
+    async def __call__(self, call: Callable[[], T], /) -> T:
+        return call()
+
+    def close(self) -> None:
+        pass
+
+
+class OneThread:
+    """In one thread of its own: calls queue up in the order they are made."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
+
+    async def __call__(self, call: Callable[[], T], /) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    def close(self) -> None:
+        self._executor.shutdown()

@@ -1,0 +1,287 @@
+"""Jobs and their stages as rows: what each call of the port does within its transaction.
+
+Invariant: a job's state follows the table of moves, and each cut, reopening and end changes the
+counters once, since the row itself says how far it has come.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    Connection,
+    RowMapping,
+    bindparam,
+    func,
+    insert,
+    select,
+    tuple_,
+    update,
+)
+
+from batchlab.adapters.sql.tables import jobs, stages
+from batchlab.adapters.sql.upserts import Upserts
+from batchlab.errors import NotFound
+from batchlab.model import (
+    ENDED,
+    Control,
+    JobDef,
+    JobId,
+    JobState,
+    StageCounts,
+    StageName,
+    TaskSet,
+    may_move,
+)
+from batchlab.ports import Cut, JobRecord, Reopening, StageRecord
+from batchlab.protocol import wire
+
+US = 1_000_000
+"""Microseconds in a second."""
+
+_NO_TASKS = wire.dumps(wire.tasks_to_json(TaskSet()))
+
+_job = select(jobs).where(jobs.c.id == bindparam("job"))
+_change_job = update(jobs).where(jobs.c.id == bindparam("b_job"))
+_stages = select(stages).where(stages.c.job == bindparam("job")).order_by(stages.c.position)
+_change_stage = update(stages).where(
+    stages.c.job == bindparam("b_job"), stages.c.stage == bindparam("b_stage")
+)
+_count = _change_stage.values(
+    succeeded=stages.c.succeeded + bindparam("d_succeeded"),
+    failed=stages.c.failed + bindparam("d_failed"),
+    cancelled=stages.c.cancelled + bindparam("d_cancelled"),
+)
+_close = _change_stage.values(
+    cancelled=stages.c.cancelled + bindparam("closed"),
+    planned=func.coalesce(stages.c.planned, bindparam("closed")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a round of a job ended; see ports.Ledger.finish."""
+
+    state: JobState
+    round: int
+    reason: str
+    ended_s: float
+    closed: Mapping[StageName, int]
+
+
+def add_job(connection: Connection, upserts: Upserts, job: JobDef, state: JobState) -> JobRecord:
+    row = {
+        "id": job.id,
+        "token": job.token or None,
+        "submitted_s": job.submitted_s,
+        "spec": wire.dumps(wire.job_to_json(job)),
+        "state": state.value,
+        "reason": "",
+        "control": Control.RUN.value,
+        "round": 0,
+    }
+    if connection.execute(upserts.add_job, row).first() is None:
+        return _existing(connection, job)
+    connection.execute(
+        insert(stages),
+        [
+            {
+                "job": job.id,
+                "stage": stage.name,
+                "position": position,
+                "succeeded": 0,
+                "failed": 0,
+                "cancelled": 0,
+                "retried": 0,
+                "run_us": 0,
+                "plan_round": 0,
+                "cut_seq": -1,
+                "uncut": _NO_TASKS,
+            }
+            for position, stage in enumerate(job.stages)
+        ],
+    )
+    return JobRecord(job, state)
+
+
+def _existing(connection: Connection, job: JobDef) -> JobRecord:
+    by_id = connection.execute(_job, {"job": job.id}).mappings().first()
+    if by_id:
+        return _job_record(by_id)
+    by_token = select(jobs).where(jobs.c.token == job.token)
+    return _job_record(connection.execute(by_token).mappings().one())
+
+
+def find_job(connection: Connection, job: JobId) -> JobRecord:
+    return _job_record(_job_row(connection, job))
+
+
+def page_of_jobs(
+    connection: Connection, active: bool, limit: int, before: str | None
+) -> list[JobRecord]:
+    query = select(jobs).order_by(jobs.c.submitted_s.desc(), jobs.c.id.desc()).limit(limit)
+    if active:
+        query = query.where(jobs.c.state.not_in(sorted(ENDED)))
+    if before is not None:
+        last = _job_row(connection, JobId(before))
+        query = query.where(
+            tuple_(jobs.c.submitted_s, jobs.c.id) < (last["submitted_s"], last["id"])
+        )
+    return [_job_record(row) for row in connection.execute(query).mappings()]
+
+
+def move_job(
+    connection: Connection, job: JobId, state: JobState, reason: str, at_s: float | None
+) -> bool:
+    row = _job_row(connection, job)
+    if not may_move(JobState(row["state"]), state):
+        return False
+    values: dict[str, Any] = {"state": state.value, "reason": _plain(reason)}
+    if state is JobState.RUNNING and row["started_s"] is None:
+        values["started_s"] = at_s
+    connection.execute(_change_job.values(values), {"b_job": job})
+    return True
+
+
+def set_control(connection: Connection, job: JobId, control: Control) -> None:
+    _job_row(connection, job)
+    connection.execute(_change_job.values(control=control.value), {"b_job": job})
+
+
+def reopen(connection: Connection, job: JobId, round: int, reopened: Sequence[Reopening]) -> bool:
+    row = _job_row(connection, job)
+    state = JobState(row["state"])
+    if round <= row["round"] or not state.ended or not may_move(state, JobState.PENDING):
+        return False
+    connection.execute(
+        _change_job.values(
+            round=round,
+            state=JobState.PENDING.value,
+            reason="",
+            control=Control.RUN.value,
+            ended_s=None,
+        ),
+        {"b_job": job},
+    )
+    for one in reopened:
+        values: dict[str, Any] = {}
+        if one.replan:
+            # The round too, or a cut of the void plan that comes once more would pass as new.
+            values = {"planned": None, "plan_round": round, "cut_seq": -1, "uncut": _NO_TASKS}
+        connection.execute(
+            _count.values(values),
+            {
+                "b_job": job,
+                "b_stage": one.stage,
+                "d_succeeded": -one.succeeded,
+                "d_failed": -one.failed,
+                "d_cancelled": -one.cancelled,
+            },
+        )
+    return True
+
+
+def finish(connection: Connection, job: JobId, end: End) -> bool:
+    row = _job_row(connection, job)
+    if end.round != row["round"] or JobState(row["state"]).ended:
+        return False
+    connection.execute(
+        _change_job.values(state=end.state.value, reason=_plain(end.reason), ended_s=end.ended_s),
+        {"b_job": job},
+    )
+    names = connection.execute(select(stages.c.stage).where(stages.c.job == job)).scalars()
+    connection.execute(
+        _close,
+        [{"b_job": job, "b_stage": name, "closed": end.closed.get(name, 0)} for name in names],
+    )
+    return True
+
+
+# --- Stages --------------------------------------------------------------------------------------
+
+
+def stages_of(connection: Connection, job: JobId) -> list[StageRecord]:
+    found = [_stage_record(r) for r in connection.execute(_stages, {"job": job}).mappings()]
+    if not found:
+        _job_row(connection, job)
+    return found
+
+
+def set_planned(connection: Connection, job: JobId, stage: StageName, planned: int) -> None:
+    _stage_row(connection, job, stage)
+    connection.execute(
+        _change_stage.where(stages.c.planned.is_(None)).values(planned=planned),
+        {"b_job": job, "b_stage": stage},
+    )
+
+
+def take_cut(connection: Connection, cut: Cut) -> bool:
+    """Note on the stage's row that `cut` has been made; False where it or a later one has been."""
+    row = _stage_row(connection, cut.job, cut.stage)
+    if (cut.round, cut.seq) <= (row["plan_round"], row["cut_seq"]):
+        return False
+    values: dict[str, Any] = {
+        "plan_round": cut.round,
+        "cut_seq": cut.seq,
+        "uncut": wire.dumps(wire.tasks_to_json(cut.left)),
+        "cancelled": stages.c.cancelled + cut.cancelled,
+    }
+    if cut.planned is not None:
+        values["planned"] = cut.planned
+    connection.execute(_change_stage.values(values), {"b_job": cut.job, "b_stage": cut.stage})
+    return True
+
+
+# --- Rows ----------------------------------------------------------------------------------------
+
+
+def _job_row(connection: Connection, job: JobId) -> RowMapping:
+    row = connection.execute(_job, {"job": job}).mappings().first()
+    if row is None:
+        raise NotFound(f"The ledger has no job {job}.")
+    return row
+
+
+def _stage_row(connection: Connection, job: JobId, stage: StageName) -> RowMapping:
+    query = _stages.where(stages.c.stage == bindparam("stage"))
+    row = connection.execute(query, {"job": job, "stage": stage}).mappings().first()
+    if row is None:
+        raise NotFound(f"The ledger has no stage {stage} of a job {job}.")
+    return row
+
+
+def _job_record(row: RowMapping) -> JobRecord:
+    return JobRecord(
+        wire.job_from_json(wire.loads(row["spec"])),
+        JobState(row["state"]),
+        row["reason"],
+        Control(row["control"]),
+        row["round"],
+        row["started_s"],
+        row["ended_s"],
+    )
+
+
+def _stage_record(row: RowMapping) -> StageRecord:
+    counts = StageCounts(
+        StageName(row["stage"]),
+        row["planned"],
+        row["succeeded"],
+        row["failed"],
+        row["cancelled"],
+        row["retried"],
+        row["run_us"] / US,
+        row["first_start_s"],
+        row["last_end_s"],
+    )
+    left = wire.tasks_from_json(json.loads(row["uncut"]))
+    return StageRecord(counts, row["plan_round"], row["cut_seq"], left)
+
+
+def _plain(reason: str) -> str:
+    # PostgreSQL's text holds no NUL, and an exception's message may hold anything: a job must not
+    # fail to end because of how it ended.
+    return reason.replace("\0", "\N{REPLACEMENT CHARACTER}")

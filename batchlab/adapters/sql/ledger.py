@@ -1,0 +1,213 @@
+"""The Ledger port on a SQL database.
+
+Invariant: each call is one transaction and may be repeated; the event loop never waits for the
+database, unless it asked for that (`Inline`). The statements are in job_rows and bundle_rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine, Table, delete, select
+from sqlalchemy.exc import (
+    DBAPIError,
+    IntegrityError,
+    InterfaceError,
+    OperationalError,
+    SQLAlchemyError,
+)
+
+from batchlab.adapters.sql import bundle_rows, job_rows, migrate
+from batchlab.adapters.sql.engines import Inline, OneThread, Run, as_writer, sqlite_engine
+from batchlab.adapters.sql.tables import bundles, jobs, leases, stages
+from batchlab.adapters.sql.upserts import Upserts
+from batchlab.errors import BackendError, NotFound, Unreachable
+from batchlab.model import Completion, Control, JobDef, JobId, JobState, Json, StageName
+from batchlab.ports import BundleRecord, Cut, JobRecord, Reopening, StageRecord
+
+T = TypeVar("T")
+
+
+def open_sqlite(path: Path) -> SqlLedger:
+    """The ledger in this file; the first call makes the file where there is none."""
+    return SqlLedger(sqlite_engine(path), OneThread())
+
+
+def open_memory() -> SqlLedger:
+    """A ledger that ends with its process; everything happens in the caller's thread."""
+    return SqlLedger(sqlite_engine(None), Inline())
+
+
+class SqlLedger:
+    """See ports.Ledger.
+
+    Every call raises Unreachable where the database does not answer (a lock that is not given up,
+    a file that cannot be opened), NotFound where a job or stage to change is not there, and
+    BackendError for anything else, such as a database that a newer batchlab has written.
+    """
+
+    def __init__(self, engine: Engine, run: Run) -> None:
+        """Takes over `engine`, which must keep the promises of `engines`; opens nothing yet."""
+        self._engine = engine
+        self._run = run
+        self._upserts = Upserts.of(engine.dialect.name)
+        self._has_schema = False
+
+    # --- Jobs ------------------------------------------------------------------------------------
+
+    async def add_job(self, job: JobDef, *, state: JobState) -> JobRecord:
+        return await self._write(lambda c: job_rows.add_job(c, self._upserts, job, state))
+
+    async def job(self, job: JobId) -> JobRecord:
+        return await self._read(lambda c: job_rows.find_job(c, job))
+
+    async def jobs(
+        self, *, active: bool = False, limit: int = 100, before: str | None = None
+    ) -> Sequence[JobRecord]:
+        """Also raises NotFound where `before` is not there any more."""
+        return await self._read(lambda c: job_rows.page_of_jobs(c, active, limit, before))
+
+    async def move_job(
+        self, job: JobId, state: JobState, *, reason: str = "", at_s: float | None = None
+    ) -> bool:
+        return await self._write(lambda c: job_rows.move_job(c, job, state, reason, at_s))
+
+    async def set_control(self, job: JobId, control: Control) -> None:
+        await self._write(lambda c: job_rows.set_control(c, job, control))
+
+    async def reopen(self, job: JobId, round: int, stages: Sequence[Reopening]) -> bool:
+        """Also False for a job that has not ended, or SUCCEEDED."""
+        return await self._write(lambda c: job_rows.reopen(c, job, round, stages))
+
+    async def finish(
+        self,
+        job: JobId,
+        state: JobState,
+        *,
+        round: int,
+        reason: str,
+        ended_s: float,
+        closed: Mapping[StageName, int],
+    ) -> bool:
+        """Also False where the job is in another round: then it is not its end."""
+        end = job_rows.End(state, round, reason, ended_s, closed)
+        return await self._write(lambda c: job_rows.finish(c, job, end))
+
+    # --- Stages and bundles ----------------------------------------------------------------------
+
+    async def stages(self, job: JobId) -> Sequence[StageRecord]:
+        """Also raises NotFound."""
+        return await self._read(lambda c: job_rows.stages_of(c, job))
+
+    async def add_cut(self, cut: Cut) -> bool:
+        def add(connection: Connection) -> bool:
+            if not job_rows.take_cut(connection, cut):
+                return False
+            bundle_rows.plan(connection, self._upserts, cut.bundles)
+            return True
+
+        return await self._write(add)
+
+    async def set_planned(self, job: JobId, stage: StageName, planned: int) -> None:
+        await self._write(lambda c: job_rows.set_planned(c, job, stage, planned))
+
+    async def fold(
+        self, completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]
+    ) -> Sequence[bool]:
+        """Also raises NotFound, and then folds none of them, where one's job is not there."""
+        if not completions:
+            return []
+        return await self._write(
+            lambda c: bundle_rows.fold(c, self._upserts, completions, casualties)
+        )
+
+    async def bundles(
+        self,
+        job: JobId,
+        *,
+        stage: StageName | None = None,
+        done: bool | None = None,
+        after_seq: int | None = None,
+        failed: bool = False,
+        limit: int | None = None,
+    ) -> Sequence[BundleRecord]:
+        query = bundle_rows.select_bundles(job, stage, done, after_seq, failed).limit(limit)
+        return await self._read(lambda c: bundle_rows.records(c, query))
+
+    # --- The rest --------------------------------------------------------------------------------
+
+    async def lease(self, name: str, owner: str, *, now_s: float, ttl_s: float) -> bool:
+        values = {"name": name, "owner": owner, "until_s": now_s + ttl_s, "now_s": now_s}
+        return await self._write(
+            lambda c: c.execute(self._upserts.take_lease, values).first() is not None
+        )
+
+    async def release(self, name: str, owner: str) -> None:
+        ours = delete(leases).where(leases.c.name == name, leases.c.owner == owner)
+        await self._write(lambda c: c.execute(ours))
+
+    async def clear(self) -> None:
+        def delete_all(connection: Connection) -> None:
+            for table in (bundles, stages, jobs):
+                connection.execute(delete(table))
+
+        await self._write(delete_all)
+
+    async def dump(self) -> dict[str, Json]:
+        """Everything the ledger says of its jobs: equal for two ledgers that have seen the same,
+        in whatever order. Leaves out `seq`, which is that order, and leases."""
+        return await self._read(
+            lambda c: {table.name: _dump(c, table) for table in (jobs, stages, bundles)}
+        )
+
+    async def close(self) -> None:
+        """Waits for calls that are under way; no other call may follow."""
+        await self._run(self._engine.dispose)
+        self._run.close()
+
+    # --- Transactions ----------------------------------------------------------------------------
+
+    async def _read(self, query: Callable[[Connection], T]) -> T:
+        return await self._run(lambda: self._transact(self._engine, query))
+
+    async def _write(self, change: Callable[[Connection], T]) -> T:
+        return await self._run(lambda: self._transact(as_writer(self._engine), change))
+
+    def _transact(self, engine: Engine, work: Callable[[Connection], T]) -> T:
+        with _translated(self._engine):
+            if not self._has_schema:
+                migrate.ensure(self._engine)
+                self._has_schema = True
+            with engine.begin() as connection:
+                return work(connection)
+
+
+def _dump(connection: Connection, table: Table) -> list[dict[str, Json]]:
+    rows = connection.execute(select(table).order_by(*table.primary_key)).mappings()
+    return [{name: _readable(name, value) for name, value in row.items()} for row in rows]
+
+
+def _readable(name: str, value: Any) -> Json:
+    if name == "seq":
+        return value is not None
+    return json.loads(value) if name in ("spec", "uncut", "body") else value
+
+
+@contextmanager
+def _translated(engine: Engine) -> Iterator[None]:
+    """The database's errors as batchlab's."""
+    name = engine.url.database
+    try:
+        yield
+    except IntegrityError as error:
+        # What could be there already is inserted only if it is not; so this is a foreign key.
+        raise NotFound("The ledger has no such job or stage.") from error
+    except (OperationalError, InterfaceError) as error:
+        raise Unreachable(f"The ledger {name} does not answer: {error.orig}.") from error
+    except SQLAlchemyError as error:
+        said = error.orig if isinstance(error, DBAPIError) else error
+        raise BackendError(f"The ledger {name} cannot be used: {said}.") from error

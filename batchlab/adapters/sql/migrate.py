@@ -1,0 +1,61 @@
+"""Brings a database to the schema this code expects, whatever it finds.
+
+Invariant: the schema changes in one transaction of one writer, so two processes that open a fresh
+file at once make one schema, and after SIGKILL there is the old one or the new one. Alembic is
+imported only when there is something to migrate: it costs more start-up time than all else here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sqlalchemy import Connection, Engine, insert, inspect, select
+
+from batchlab.adapters.sql.engines import as_writer
+from batchlab.adapters.sql.tables import HEAD, metadata, versions
+from batchlab.errors import BackendError
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+def ensure(engine: Engine) -> None:
+    """Create or migrate the tables; BackendError where a newer batchlab has been here."""
+    with engine.begin() as connection:
+        if _version(connection) == HEAD:
+            return
+    with as_writer(engine).begin() as connection:
+        # Looked at again: from here on nobody else can change it.
+        found = _version(connection)
+        if found is None:
+            create(connection)
+        elif found != HEAD:
+            upgrade(connection)
+
+
+def create(connection: Connection) -> None:
+    """Make the newest schema in an empty database."""
+    metadata.create_all(connection, checkfirst=False)
+    connection.execute(insert(versions).values(version_num=HEAD))
+
+
+def upgrade(connection: Connection) -> None:
+    """Run the migrations that are missing, within the caller's transaction."""
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    command.upgrade(config, "head")
+
+
+def _version(connection: Connection) -> str | None:
+    """None in a fresh database, "" where Alembic has begun but migrated nothing."""
+    if not inspect(connection).has_table(versions.name):
+        return None
+    found = connection.execute(select(versions.c.version_num)).scalar() or ""
+    if found > HEAD:
+        raise BackendError(
+            f"{connection.engine.url.database} was written by a newer batchlab (schema {found}); "
+            "install that version or use another folder."
+        )
+    return found

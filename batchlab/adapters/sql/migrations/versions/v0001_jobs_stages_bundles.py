@@ -1,0 +1,84 @@
+"""The first schema: jobs, their stages with counters, their bundles, the lease."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0001"
+down_revision = None
+
+
+def upgrade() -> None:
+    # Spelt out, not taken from tables.py: this is what the schema was then, whatever it is now.
+    name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+    op.create_table(
+        "jobs",
+        sa.Column("id", name, nullable=False),
+        sa.Column("token", sa.Text()),
+        sa.Column("submitted_s", sa.Double(), nullable=False),
+        sa.Column("spec", sa.Text(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("control", sa.Text(), nullable=False),
+        sa.Column("round", sa.Integer(), nullable=False),
+        sa.Column("started_s", sa.Double()),
+        sa.Column("ended_s", sa.Double()),
+        sa.PrimaryKeyConstraint("id", name="jobs_pk"),
+        sa.UniqueConstraint("token", name="jobs_token"),
+    )
+    op.create_index("jobs_newest", "jobs", ["submitted_s", "id"])
+    op.create_table(
+        "stages",
+        sa.Column("job", name, sa.ForeignKey("jobs.id", name="stages_job"), nullable=False),
+        sa.Column("stage", name, nullable=False),
+        sa.Column("position", sa.Integer(), nullable=False),
+        sa.Column("planned", sa.BigInteger()),
+        sa.Column("succeeded", sa.BigInteger(), nullable=False),
+        sa.Column("failed", sa.BigInteger(), nullable=False),
+        sa.Column("cancelled", sa.BigInteger(), nullable=False),
+        sa.Column("retried", sa.BigInteger(), nullable=False),
+        sa.Column("run_us", sa.BigInteger(), nullable=False),
+        sa.Column("first_start_s", sa.Double()),
+        sa.Column("last_end_s", sa.Double()),
+        sa.Column("plan_round", sa.Integer(), nullable=False),
+        sa.Column("cut_seq", sa.Integer(), nullable=False),
+        sa.Column("uncut", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("job", "stage", name="stages_pk"),
+    )
+    op.create_table(
+        "bundles",
+        sa.Column("job", name, nullable=False),
+        sa.Column("stage", name, nullable=False),
+        sa.Column("id", name, nullable=False),
+        sa.Column("seq", sa.BigInteger()),
+        sa.Column("failed", sa.Integer(), nullable=False),
+        sa.Column("body", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("job", "stage", "id", name="bundles_pk"),
+        sa.ForeignKeyConstraint(
+            ["job", "stage"], ["stages.job", "stages.stage"], name="bundles_stage"
+        ),
+        sqlite_with_rowid=False,
+    )
+    op.create_index("bundles_folded", "bundles", ["job", "seq"])
+    some_failed = sa.text("failed > 0")
+    op.create_index(
+        "bundles_failed",
+        "bundles",
+        ["job", "seq"],
+        sqlite_where=some_failed,
+        postgresql_where=some_failed,
+    )
+    op.create_table(
+        "counters",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("value", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("name", name="counters_pk"),
+    )
+    op.create_table(
+        "leases",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("owner", sa.Text(), nullable=False),
+        sa.Column("until_s", sa.Double(), nullable=False),
+        sa.PrimaryKeyConstraint("name", name="leases_pk"),
+    )

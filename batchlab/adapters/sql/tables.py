@@ -1,0 +1,127 @@
+"""The tables of the ledger, as the code of this version expects them.
+
+Invariant: `metadata` and the migrations up to HEAD describe the identical schema (a test compares
+what both make), so a fresh database may be made from either.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    literal_column,
+)
+
+HEAD = "0001"
+"""The newest migration. Versions are numbered, so that an older program can tell a newer schema."""
+
+metadata = MetaData()
+
+# Bytewise, as SQLite and Python sort: an order that depends on a server's locale would make two
+# ledgers of one bucket differ.
+_Name = Text().with_variant(Text(collation="C"), "postgresql")
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", _Name, nullable=False),
+    Column("token", Text),
+    Column("submitted_s", Double, nullable=False),
+    Column("spec", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("control", Text, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("started_s", Double),
+    Column("ended_s", Double),
+    PrimaryKeyConstraint("id", name="jobs_pk"),
+    # NULL where the job came without one: NULLs are never equal.
+    UniqueConstraint("token", name="jobs_token"),
+)
+Index("jobs_newest", jobs.c.submitted_s, jobs.c.id)
+
+stages = Table(
+    "stages",
+    metadata,
+    Column("job", _Name, ForeignKey("jobs.id", name="stages_job"), nullable=False),
+    Column("stage", _Name, nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("planned", BigInteger),
+    Column("succeeded", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("cancelled", BigInteger, nullable=False),
+    Column("retried", BigInteger, nullable=False),
+    # Microseconds: sums of floats would depend on the order in which outcomes arrive.
+    Column("run_us", BigInteger, nullable=False),
+    Column("first_start_s", Double),
+    Column("last_end_s", Double),
+    Column("plan_round", Integer, nullable=False),
+    Column("cut_seq", Integer, nullable=False),
+    Column("uncut", Text, nullable=False),
+    PrimaryKeyConstraint("job", "stage", name="stages_pk"),
+)
+
+# `body` is the bundle's JSON while `seq` is NULL (planned), its completion's JSON afterwards: the
+# one wire format, which the rest of the grid reads too, instead of a column for each field.
+bundles = Table(
+    "bundles",
+    metadata,
+    Column("job", _Name, nullable=False),
+    Column("stage", _Name, nullable=False),
+    Column("id", _Name, nullable=False),
+    Column("seq", BigInteger),
+    Column("failed", Integer, nullable=False),
+    Column("body", Text, nullable=False),
+    PrimaryKeyConstraint("job", "stage", "id", name="bundles_pk"),
+    ForeignKeyConstraint(["job", "stage"], ["stages.job", "stages.stage"], name="bundles_stage"),
+    # One B-tree for the row and its key, where SQLite would keep two.
+    sqlite_with_rowid=False,
+)
+Index("bundles_folded", bundles.c.job, bundles.c.seq)
+# A partial index serves a query only if that spells the same condition, without a parameter.
+has_failed = bundles.c.failed > literal_column("0")
+Index(
+    "bundles_failed",
+    bundles.c.job,
+    bundles.c.seq,
+    sqlite_where=has_failed,
+    postgresql_where=has_failed,
+)
+
+# The last `seq` given. Not max(seq), which would start again after `clear` and hide everything
+# from a reader that goes on after the last seq it saw.
+counters = Table(
+    "counters",
+    metadata,
+    Column("name", Text, nullable=False),
+    Column("value", BigInteger, nullable=False),
+    PrimaryKeyConstraint("name", name="counters_pk"),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", Text, nullable=False),
+    Column("owner", Text, nullable=False),
+    Column("until_s", Double, nullable=False),
+    PrimaryKeyConstraint("name", name="leases_pk"),
+)
+
+# Alembic's own table, spelt as Alembic makes it, so that reading it needs no Alembic.
+versions = Table(
+    "alembic_version",
+    metadata,
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
+)

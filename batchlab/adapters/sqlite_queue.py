@@ -1,0 +1,161 @@
+"""SQS standard queues on one machine: one SQLite file, any number of processes.
+
+Invariant: a message that is visible is never left lying beside a sleeping receiver for longer
+than `LOOK_S`, whoever was killed while waking it, and mostly for about a millisecond.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from batchlab.adapters.limits import (
+    MAX_IN_FLIGHT,
+    check_batch,
+    check_changes,
+    check_queue_name,
+    check_receive,
+    check_send,
+)
+from batchlab.adapters.sqlite_messages import SqliteMessages, Taken
+from batchlab.adapters.wake import Bell, ring
+from batchlab.errors import Throttled
+from batchlab.ports import Clock, Depth, Message, Outgoing, QueueSpec
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LOOK_S = 1.0
+"""A sleeping receiver looks this often. So it knows of everything that becomes visible later than
+this, sleeps exactly until then, and needs to be woken only for what becomes visible sooner."""
+
+_ALL = 1_000_000
+
+
+class SqliteQueue:
+    """The Queue port over the SQLite file `path`; beside it lie `wake/` and SQLite's own files.
+
+    All SQL runs on one thread of this object. Fast enough for one machine: see the contract.
+    """
+
+    def __init__(self, path: Path, clock: Clock, *, max_in_flight: int = MAX_IN_FLIGHT) -> None:
+        self._messages = SqliteMessages(path, clock, max_in_flight=max_in_flight)
+        self._wake = path.parent / "wake"
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite-queue")
+
+    async def close(self) -> None:
+        """Close the file and end the thread, after what it still has to do."""
+        await self._run(self._messages.close)
+        self._thread.shutdown()
+
+    async def _run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.wrap_future(self._thread.submit(call, *args, **kwargs))
+
+    async def ensure(self, spec: QueueSpec) -> None:
+        check_queue_name(spec.name)
+        await self._run(self._messages.ensure, spec)
+
+    async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
+        check_send(messages)
+        await self._run(self._send, queue, messages)
+
+    def _send(self, queue: str, messages: Sequence[Outgoing]) -> None:
+        self._messages.send(queue, messages)
+        # On this thread, so that a caller who is cancelled now cannot prevent it.
+        self._ring(queue, sum(message.delay_s < LOOK_S for message in messages))
+
+    def _ring(self, queue: str, count: int) -> None:
+        ring(self._wake / queue, count)
+
+    async def receive(
+        self,
+        queue: str,
+        *,
+        max_messages: int = 10,
+        wait_s: float = 20.0,
+        visibility_s: float | None = None,
+    ) -> Sequence[Message]:
+        check_receive(max_messages, wait_s, visibility_s)
+        ends_s = asyncio.get_running_loop().time() + wait_s
+        taken = await self._take(queue, max_messages, visibility_s)
+        if taken.over_limit and wait_s == 0:
+            raise Throttled(f"Queue {queue!r} has too many messages in flight.")
+        if not taken.messages and wait_s > 0:
+            taken = await self._take_later(queue, max_messages, visibility_s, ends_s)
+        return taken.messages
+
+    async def _take_later(
+        self, queue: str, limit: int, visibility_s: float | None, ends_s: float
+    ) -> Taken:
+        clock = asyncio.get_running_loop().time
+        while True:
+            bell = Bell(self._wake / queue)
+            rung = False
+            try:
+                while not rung:
+                    # After the bell is up, or a send in between would be missed.
+                    taken = await self._take(queue, limit, visibility_s)
+                    left_s = ends_s - clock()
+                    if taken.messages or left_s <= 0:
+                        return taken
+                    due_s = LOOK_S if taken.due_in_s is None else max(taken.due_in_s, 0.001)
+                    rung = await bell.wait(min(left_s, due_s, LOOK_S))
+            finally:
+                if bell.close() and not rung:
+                    # It rang while we were leaving: that message is another sleeper's.
+                    self._ring(queue, 1)
+
+    async def _take(self, queue: str, limit: int, visibility_s: float | None) -> Taken:
+        taking = self._thread.submit(self._take_now, queue, limit, visibility_s)
+        try:
+            return await asyncio.wrap_future(taking)
+        except asyncio.CancelledError:
+            # Messages that nobody will see would stay hidden for a whole visibility timeout.
+            self._thread.submit(self._take_back, queue, taking)
+            raise
+
+    def _take_now(self, queue: str, limit: int, visibility_s: float | None) -> Taken:
+        while True:
+            taken = self._messages.receive(queue, limit, visibility_s)
+            if taken.dead_letters is not None:
+                self._ring(taken.dead_letters, taken.moved)
+            if not taken.more:
+                return taken
+            if taken.messages:
+                self._ring(queue, 1)
+                return taken
+
+    def _take_back(self, queue: str, taking: Future[Taken]) -> None:
+        # Should this fail, the messages come back at their timeout: late, not lost.
+        if not taking.cancelled() and taking.exception() is None and taking.result().messages:
+            self._messages.undo(queue, taking.result().messages)
+        self._ring(queue, 1)
+
+    async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
+        check_batch(receipts)
+        return await self._run(self._messages.delete, queue, receipts)
+
+    async def change_visibility(
+        self, queue: str, changes: Sequence[tuple[str, float]]
+    ) -> Sequence[str]:
+        check_changes(changes)
+        return await self._run(self._change_visibility, queue, changes)
+
+    def _change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> list[str]:
+        refused = self._messages.change_visibility(queue, changes)
+        self._ring(queue, sum(visibility_s < LOOK_S for _, visibility_s in changes))
+        return refused
+
+    async def depth(self, queue: str) -> Depth:
+        return await self._run(self._messages.depth, queue)
+
+    async def purge(self, queue: str) -> None:
+        await self._run(self._messages.purge, queue)
+
+    async def remove(self, queue: str) -> None:
+        await self._run(self._messages.remove, queue)
+        # Who still sleeps there shall see that it is gone.
+        await self._run(self._ring, queue, _ALL)

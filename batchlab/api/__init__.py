@@ -1,0 +1,39 @@
+"""The manager's HTTP API: JSON under /v1, described at /openapi.json.
+
+Invariant: no rules live here. A request becomes one call of the manager, an answer one view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from batchlab import __version__
+from batchlab.api import grid, jobs, results
+from batchlab.api.common import Served, answer
+from batchlab.errors import BatchlabError
+from batchlab.manager.manager import Manager
+
+
+def create_app(
+    manager: Manager, *, token: str, backend_name: str, on_shutdown: Callable[[], None]
+) -> FastAPI:
+    """The application. `on_shutdown` is called in the event loop when a client asks for the
+    manager's end, after the answer has been sent."""
+    app = FastAPI(
+        title="batchlab",
+        version=__version__,
+        # Their pages load scripts from the network, which a laptop on a train does not have.
+        docs_url=None,
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.state.served = Served(manager, token, backend_name, on_shutdown)
+    for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
+    for router in (grid.public, grid.router, jobs.router, results.router):
+        app.include_router(router)
+    return app

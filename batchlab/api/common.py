@@ -1,0 +1,131 @@
+"""What every endpoint shares: whom it answers, which manager it asks, and how errors look.
+
+Invariant: an error becomes one status, one sentence and a remedy, whatever raised it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from hmac import compare_digest
+from typing import Annotated, Any, cast
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.exceptions import HTTPException
+
+from batchlab import views
+from batchlab.errors import BackendError, BatchlabError, NotFound, Refused, UsageError
+from batchlab.manager.manager import Manager
+
+LEADS_WITHIN_S = 3.0
+"""How long a request waits for a manager that is about to lead, before it is told to come back."""
+LONGEST_WAIT_S = 60.0
+MOST = 1000
+
+
+class _Unauthorised(BatchlabError):
+    """The bearer token is missing or wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What `create_app` was given."""
+
+    manager: Manager
+    token: str
+    backend_name: str
+    on_shutdown: Callable[[], None]
+
+
+def _served(request: Request) -> Served:
+    return cast(Served, request.app.state.served)
+
+
+Grid = Annotated[Served, Depends(_served)]
+_bearer = HTTPBearer(auto_error=False)
+
+
+def _authorised(
+    served: Grid,
+    given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> None:
+    # Constant time: an answer's delay must not tell how much of a guess was right.
+    if given is None or not compare_digest(given.credentials.encode(), served.token.encode()):
+        raise _Unauthorised(
+            "The bearer token is missing or wrong.",
+            remedy="Send `Authorization: Bearer TOKEN`; the token is in the grid's folder.",
+        )
+
+
+async def _leader(served: Grid) -> Manager:
+    manager = served.manager
+    if not manager.is_leader.is_set():
+        # One that has just been started leads in a moment, and its first client is here already.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(manager.is_leader.wait(), LEADS_WITHIN_S)
+    if not manager.is_leader.is_set():
+        raise BackendError(
+            "This manager is not the leader.",
+            remedy="Try again in some seconds, or ask the manager that leads.",
+        )
+    return manager
+
+
+Leader = Annotated[Manager, Depends(_leader)]
+Limit = Annotated[int, Query(ge=1, le=MOST)]
+Wait = Annotated[float, Query(ge=0, le=LONGEST_WAIT_S, description="Long poll, seconds")]
+
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": views.ProblemView} for status in (401, 404, 409, 422, 503)
+}
+
+
+def guarded() -> APIRouter:
+    """A router whose endpoints ask for the token."""
+    return APIRouter(prefix="/v1", dependencies=[Depends(_authorised)], responses=_PROBLEMS)
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+_STATUS: tuple[tuple[type[BatchlabError], int], ...] = (
+    (_Unauthorised, 401),
+    (NotFound, 404),
+    (Refused, 409),
+    (UsageError, 422),
+    (BackendError, 503),
+)
+
+
+def answer(request: Request, error: Exception) -> JSONResponse:
+    """Every error as one status, one sentence and a remedy."""
+    status = 500
+    problem: views.ProblemView = {
+        "error": f"The manager failed: {type(error).__name__}: {error}",
+        "remedy": "This is a bug; the manager's log has the details.",
+    }
+    if isinstance(error, BatchlabError):
+        status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
+        problem = {"error": error.message, "remedy": error.remedy}
+    elif isinstance(error, RequestValidationError):
+        status = 422
+        problem = {"error": _invalid(error), "remedy": "/openapi.json describes every request."}
+    elif isinstance(error, HTTPException):
+        status = error.status_code
+        what = f"{request.method} {request.url.path}"
+        problem = {
+            "error": f"{what} is not served: {error.detail}.",
+            "remedy": "/openapi.json describes every request.",
+        }
+    return JSONResponse(problem, status, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
+
+
+def _invalid(error: RequestValidationError) -> str:
+    first, *others = error.errors()
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(others)} more)" if others else ""
+    return f"The request is not valid at {where}: {first['msg']}{more}."

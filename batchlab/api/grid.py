@@ -1,0 +1,123 @@
+"""Endpoints of the grid itself: its pools and queues, its capacity, its ledger, its end."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, BackgroundTasks
+from pydantic import BaseModel, ConfigDict
+
+from batchlab import __version__, views
+from batchlab.api.common import Grid, Leader, Limit, guarded
+from batchlab.manager import by_hand
+from batchlab.manager.manager import Manager
+from batchlab.model import GroupView
+from batchlab.protocol import naming
+
+public = APIRouter(prefix="/v1")
+router = guarded()
+
+
+@public.get("/health")
+async def health(served: Grid) -> views.HealthView:
+    """Whether the manager answers, and leads."""
+    leads = served.manager.is_leader.is_set()
+    return {"status": "ok", "version": __version__, "leader": leads}
+
+
+@router.post("/shutdown", status_code=202)
+async def shutdown(served: Grid, after: BackgroundTasks) -> views.HealthView:
+    """End the manager, and with it what it started."""
+
+    async def end() -> None:  # asynchronous: a plain function would be called in another thread
+        served.on_shutdown()
+
+    after.add_task(end)
+    leads = served.manager.is_leader.is_set()
+    return {"status": "ending", "version": __version__, "leader": leads}
+
+
+@router.post("/ledger/rebuild")
+async def rebuild(manager: Leader) -> views.RebuiltView:
+    """Make the ledger anew from the bucket alone."""
+    return {"jobs": await manager.rebuild_ledger()}
+
+
+# --- Pools and queues ----------------------------------------------------------------------------
+
+
+class Scaling(BaseModel):
+    """What is left out stays as it is. `auto` true hands the pool back to the policy."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    min: int | None = None
+    max: int | None = None
+    desired: int | None = None
+    auto: bool | None = None
+
+
+class Draining(BaseModel):
+    """Without a pool it is all of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pool: str | None = None
+
+
+@router.get("/grid")
+async def grid(manager: Leader, served: Grid) -> views.GridView:
+    """Pools with their instances, and queues with their depths."""
+    return await _grid(manager, served.backend_name)
+
+
+@router.get("/grid/activities")
+async def activities(
+    manager: Leader, pool: str | None = None, limit: Limit = 50
+) -> views.ActivitiesView:
+    """Scaling activities with their causes, newest first."""
+    found = await manager.ports.fleet.activities(pool, limit=limit)
+    return {"activities": [views.activity_view(activity) for activity in found]}
+
+
+@router.post("/grid/pools/{pool}")
+async def scale(manager: Leader, pool: str, scaling: Scaling) -> views.PoolView:
+    """Change a pool's limits, set its capacity by hand, or hand it back to the policy."""
+    view = await by_hand.scale(
+        manager,
+        pool,
+        min_size=scaling.min,
+        max_size=scaling.max,
+        desired=scaling.desired,
+        auto=scaling.auto,
+    )
+    return _pool(manager, view)
+
+
+@router.post("/grid/drain")
+async def drain(manager: Leader, draining: Draining, served: Grid) -> views.GridView:
+    """Take one pool, or all, to no instances, and hold it there."""
+    await by_hand.drain(manager, draining.pool)
+    return await _grid(manager, served.backend_name)
+
+
+async def _grid(manager: Manager, backend_name: str) -> views.GridView:
+    groups = await by_hand.groups(manager)
+    names = [naming.EVENTS]
+    for pool in groups:
+        names += [naming.tasks_queue(pool), naming.dead_letters(pool)]
+    depths = await asyncio.gather(*(manager.ports.queue.depth(name) for name in names))
+    return {
+        "backend": backend_name,
+        "leader": manager.is_leader.is_set(),
+        "owner": manager.owner,
+        "pools": [_pool(manager, view) for view in groups.values()],
+        "queues": [views.queue_view(*one) for one in zip(names, depths, strict=True)],
+    }
+
+
+def _pool(manager: Manager, view: GroupView) -> views.PoolView:
+    name = view.pool.name
+    scaler = manager.autoscaler
+    workers = manager.registry.workers
+    return views.pool_view(view, scaler.backlog(name), workers, held=name in scaler.held)

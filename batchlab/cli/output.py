@@ -1,0 +1,109 @@
+"""What a person reads: sentences, tables, durations; and JSON for programs.
+
+Invariant: no control character of a job's own text reaches the terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from batchlab.errors import BatchlabError, JobFileError
+
+
+def say(text: str) -> None:
+    """A note for the person in front, on stderr."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one place that does
+
+
+def show(text: str) -> None:
+    """Output that somebody asked for, on stdout."""
+    print(text, flush=True)  # noqa: T201 - the one place that does
+
+
+def show_json(value: Any) -> None:
+    """`value` as JSON on stdout."""
+    show(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def complain(error: BatchlabError) -> None:
+    """One error on stderr: a sentence, and below it what to do."""
+    errors: Sequence[BatchlabError] = getattr(error, "errors", ()) or [error]
+    for one in errors:
+        where = ""
+        if isinstance(one, JobFileError) and one.file:
+            where = f"{one.file}:{one.line}: " if one.line else f"{one.file}: "
+        say(f"{where or 'Error: '}{clean(one.message)}")
+        if one.remedy:
+            say(f"  {clean(one.remedy)}")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Aligned columns with one blank pair between them; numbers to the right.
+
+    Plain text rather than rich's table: the same in a terminal, a pipe and a ticket, and a long
+    reason is not cut off at 80 columns where nobody sees a terminal.
+    """
+    cells = [[clean(str(cell)) for cell in row] for row in rows]
+    right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
+    widths = [max(len(name), *(len(row[i]) for row in cells), 0) for i, name in enumerate(columns)]
+    lines = [
+        "  ".join(
+            text.rjust(width) if to_right else text.ljust(width)
+            for text, width, to_right in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in [[name.upper() for name in columns], *cells]
+    ]
+    return "\n".join(lines)
+
+
+def _is_number(text: str) -> bool:
+    return text in ("", "-") or text[:1].isdigit()
+
+
+def clean(text: str) -> str:
+    """`text` in one line, what is not printable replaced."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+
+
+def lines(text: str) -> str:
+    """`text` with its line breaks and tabs, what else is not printable made visible."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def span(seconds: float) -> str:
+    """A duration: 40 ms, 3.2 s, 12 min 05 s, 3 h 20 min."""
+    if seconds < 0.9995:
+        return f"{max(0.0, seconds) * 1000:.0f} ms"
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 100:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(size_bytes: float) -> str:
+    """A size: 312 B, 4.0 KiB, 1.2 GiB."""
+    if size_bytes < 1024:
+        return f"{size_bytes:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        size_bytes /= 1024
+        if size_bytes < 1024:
+            return f"{size_bytes:.1f} {unit}"
+    return f"{size_bytes / 1024:.1f} TiB"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 task`, `2 tasks`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def moment(at_s: float | None) -> str:
+    """A time of day in the reader's own zone, with the date."""
+    if at_s is None:
+        return "-"
+    return datetime.fromtimestamp(at_s).astimezone().strftime("%Y-%m-%d %H:%M:%S")

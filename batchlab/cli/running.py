@@ -1,0 +1,181 @@
+"""`run`, `demo` and `init`: from nothing to results."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from batchlab.cli import output
+from batchlab.cli.options import (
+    BackendOption,
+    FileArgument,
+    HomeOption,
+    JsonOption,
+    OutOption,
+    SetOption,
+)
+from batchlab.errors import UsageError
+from batchlab.home import find_home
+
+if TYPE_CHECKING:
+    from batchlab.cli.summary import Summary
+
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run that was interrupted, if there is one.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    for command in (demo, init, run):
+        app.command()(command)
+
+
+def run(
+    file: FileArgument,
+    out: OutOption = None,
+    set_: SetOption = None,
+    resume: ResumeOption = False,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Take the results of the last run if nothing changed.")
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", min=1, help="Most workers per pool; as many as CPUs unless said."
+        ),
+    ] = None,
+    keep_up: Annotated[
+        bool, typer.Option("--keep-up", help="Leave the grid up for the next job.")
+    ] = False,
+    home: HomeOption = None,
+    backend: BackendOption = "local",
+    json: JsonOption = False,
+) -> None:
+    """Run a job file to its end and fetch its results.
+
+    A grid is brought up for it, and taken down again, unless one is up already. Interrupted, it
+    loses nothing: the same command with --resume goes on.
+
+    \b
+    Example: batchlab run job.yaml --out out/claims --set year=2026
+    """
+    from batchlab.cli import runner
+
+    request = runner.Request(
+        file=file,
+        home=find_home(home),
+        backend=backend,
+        again=again(sys.argv[1:]),
+        out=out,
+        overrides=overrides(set_ or ()),
+        resume=resume,
+        cache=cache,
+        workers=workers,
+        keep_up=keep_up,
+    )
+    tell(runner.run(request), json=json)
+
+
+def tell(summary: Summary, *, json: bool) -> None:
+    """Print how a run ended; exits with 1 unless it succeeded."""
+    if json:
+        output.show_json(summary.to_json())
+    else:
+        output.show(summary.text())
+    if summary.job["state"] != "SUCCEEDED":
+        raise typer.Exit(1)
+
+
+def again(arguments: Iterable[str]) -> str:
+    """The command line that goes on with this one."""
+    kept = [one for one in arguments if one not in ("--resume", "--debug")]
+    return shlex.join(["batchlab", *kept, "--resume"])
+
+
+def overrides(texts: Iterable[str]) -> dict[str, str]:
+    """KEY=VALUE pairs; UsageError."""
+    found: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(
+                f"--set {text} is not KEY=VALUE.", remedy="Write for example --set year=2026."
+            )
+        found[key] = value
+    return found
+
+
+def demo(
+    out: OutOption = None,
+    seed: Annotated[int, typer.Option("--seed", help="Another seed makes other claims.")] = 1,
+    files: Annotated[int, typer.Option("--files", min=1, help="Files of claims to make.")] = 100,
+    claims_per_file: Annotated[
+        int, typer.Option("--claims-per-file", min=1, help="Claims in each of them.")
+    ] = 40,
+    resume: ResumeOption = False,
+    home: HomeOption = None,
+    backend: BackendOption = "local",
+    json: JsonOption = False,
+) -> None:
+    """See it work: a month-end of insurance claims, made up, run, and checked.
+
+    Writes the claims and the job's code into the grid's folder, runs the job as `run` does, and
+    compares the totals with what the generator says of its claims.
+
+    \b
+    Example: batchlab demo --files 400
+    """
+    from batchlab.cli import demo as claims_demo
+    from batchlab.cli import runner
+
+    prepared = claims_demo.prepare(
+        find_home(home), seed=seed, files=files, claims_per_file=claims_per_file
+    )
+    request = runner.Request(
+        file=prepared.job_file,
+        home=find_home(home),
+        backend=backend,
+        again=again(sys.argv[1:]),
+        out=out,
+        resume=resume,
+    )
+    summary = runner.run(request)
+    verdict = claims_demo.check(prepared, summary)
+    if json:
+        output.show_json({**summary.to_json(), "totals": verdict.to_json()})
+    else:
+        output.show(f"{summary.text()}\n\n{verdict.text()}")
+    if not verdict.agrees:
+        raise typer.Exit(1)
+
+
+def init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="Folder to write into.", show_default="here")
+    ] = Path(),
+    example: Annotated[
+        str | None,
+        typer.Option(
+            "--example",
+            metavar="NAME",
+            help="One of the shipped examples in place of the small starter job.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write a first job of your own: a job file, its code, and a little data.
+
+    \b
+    Example: batchlab init first && batchlab run first/job.yaml
+    """
+    from batchlab.cli.templates import example_files, starter_files, write
+
+    made = write(folder, starter_files() if example is None else example_files(example))
+    output.say(f"Wrote {', '.join(made)}.")
+    output.say(f"Now run it: batchlab run {shlex.quote(str(folder / 'job.yaml'))}")

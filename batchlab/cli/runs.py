@@ -1,0 +1,56 @@
+"""The runs of one job file: which there were, and how they ended, read from the bucket.
+
+Invariant: a run's client token is the fingerprint of all that decides what it does, then #2, #3
+for later ones. So the same command finds its run again, whatever became of the process that
+began it, and without a manager.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from batchlab.errors import NotFound
+from batchlab.model import JobId, JobState
+from batchlab.patience import Patience
+from batchlab.ports import Objects
+from batchlab.protocol import naming, wire
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run that was submitted; `ended` is how, None while it has not."""
+
+    number: int
+    job: JobId
+    ended: JobState | None
+
+
+def token(fingerprint: str, number: int) -> str:
+    """The client token of a job file's `number`-th run, from 1."""
+    return fingerprint if number == 1 else f"{fingerprint}#{number}"
+
+
+async def latest(objects: Objects, name: str, fingerprint: str, patience: Patience) -> Run | None:
+    """The last run with this fingerprint, None where there was none."""
+    number = 0
+    job: JobId | None = None
+    while True:
+        candidate = naming.job_id(name, token(fingerprint, number + 1))
+        if await patience(partial(objects.head, naming.spec(candidate))) is None:
+            break
+        number, job = number + 1, candidate
+    if job is None:
+        return None
+    return Run(number, job, await _ended(objects, job, patience))
+
+
+async def _ended(objects: Objects, job: JobId, patience: Patience) -> JobState | None:
+    round_ = 0
+    while await patience(partial(objects.head, naming.retry(job, round_ + 1))):
+        round_ += 1
+    try:
+        data = await patience(lambda: objects.get(naming.final(job, round_)))
+    except NotFound:
+        return None
+    return JobState(wire.loads(data)["state"])

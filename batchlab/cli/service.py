@@ -1,0 +1,88 @@
+"""`batchlab manager` and `batchlab worker`: the two processes of a local grid.
+
+Invariant: nothing is imported here that the process does not need, so that it is up soon. Hence
+argparse, which takes a tenth of the time that Typer does. Whoever started it reads the last line
+of its log, so an error is one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from batchlab.errors import BatchlabError
+
+
+def serve(arguments: Sequence[str]) -> None:
+    """Run the service named by the first argument until it ends; exits with its code."""
+    asked = _parser().parse_args(arguments)
+    try:
+        if asked.service == "manager":
+            _manager(asked)
+        else:
+            _worker(asked)
+    except BatchlabError as error:
+        # The last line of the log is what the command shows that started this process.
+        print(" ".join(str(error).split()), file=sys.stderr, flush=True)  # noqa: T201 - its log
+        sys.exit(error.exit_code)
+
+
+def _manager(asked: argparse.Namespace) -> None:
+    from batchlab import backends, services
+    from batchlab.cli.pools import parse_all
+    from batchlab.home import find_home
+
+    backend = backends.with_pools(backends.load(asked.backend), parse_all(asked.pool))
+    services.manager_main(
+        find_home(asked.home), backend, host=asked.host, port=asked.port, parent=asked.parent
+    )
+
+
+def _worker(asked: argparse.Namespace) -> None:
+    from batchlab import backends, services
+    from batchlab.home import find_home
+
+    services.worker_main(
+        find_home(asked.home),
+        backends.load(asked.backend),
+        pool=asked.pool,
+        slots=asked.slots,
+        instance=asked.instance,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="batchlab")
+    services = parser.add_subparsers(dest="service", required=True)
+    manager = _service(services, "manager", "Run a manager in the foreground, until SIGTERM.")
+    manager.add_argument(
+        "--pool",
+        action="append",
+        default=[],
+        metavar="NAME:MIN-MAXxSLOTS",
+        help="a pool of workers, in place of the backend's own; may be repeated",
+    )
+    manager.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    manager.add_argument("--port", type=int, default=0, help="port to listen on; 0: any free one")
+    manager.add_argument(
+        "--parent", type=int, default=0, metavar="PID", help="end when this process does"
+    )
+    worker = _service(services, "worker", "Run one instance's worker, until SIGTERM.")
+    worker.add_argument("--pool", required=True, help="the pool it belongs to")
+    worker.add_argument(
+        "--slots", type=int, default=os.cpu_count() or 1, help="tasks it runs at the same time"
+    )
+    worker.add_argument("--instance", required=True, help="the instance it runs on")
+    return parser
+
+
+def _service(
+    services: argparse._SubParsersAction[argparse.ArgumentParser], name: str, about: str
+) -> argparse.ArgumentParser:
+    parser = services.add_parser(name, description=about)
+    parser.add_argument("--home", type=Path, help="the grid's folder")
+    parser.add_argument("--backend", default="local", help="where the grid lives")
+    return parser

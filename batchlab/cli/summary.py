@@ -1,0 +1,156 @@
+"""What a run came to, and where its time went.
+
+Invariant: every second of the wall time is in exactly one of the phases; what ran beside another
+phase is said beside it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from batchlab.cli import output
+from batchlab.results import Fetched
+from batchlab.views import FailureView, JobView, StageView
+
+SHOWN_FAILURES = 5
+
+_PHASES = {
+    "check": "check the job file",
+    "start": "start the grid",
+    "upload": "upload",
+    "wait": "plan, wait for workers",
+    "run": "run",
+    "fetch": "fetch the results",
+}
+
+
+@dataclass(slots=True)
+class Phases:
+    """The stopwatch of one command, in seconds."""
+
+    begun_s: float = field(default_factory=time.monotonic)
+    spent_s: dict[str, float] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
+    """Remarks by phase: what went on at the same time."""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """The time within belongs to phase `name`."""
+        begun_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(name, time.monotonic() - begun_s)
+
+    def add(self, name: str, seconds: float) -> None:
+        self.spent_s[name] = self.spent_s.get(name, 0.0) + seconds
+
+    def split(self, name: str, earlier: str, seconds: float) -> None:
+        """Take the first `seconds` out of phase `name`, as far as it goes, into `earlier`."""
+        part_s = min(max(0.0, seconds), self.spent_s.get(name, 0.0))
+        self.add(name, -part_s)
+        self.add(earlier, part_s)
+
+
+@dataclass(slots=True)
+class Summary:
+    """Everything there is to say at the end of a run. `slots` is the most seen in service by
+    pool, `per_task` the slots that one task of a stage takes."""
+
+    job: JobView
+    phases: Phases
+    slots: Mapping[str, int]
+    per_task: Mapping[str, int]
+    failures: Sequence[FailureView] = ()
+    fetched: Fetched | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        fetched = self.fetched
+        return {
+            "job": self.job,
+            "wall_s": time.monotonic() - self.phases.begun_s,
+            "phases_s": self.phases.spent_s,
+            "stages": [self._stage(stage) for stage in self.job["stages"]],
+            "failures": self.failures,
+            "results": fetched
+            and {
+                "folder": str(fetched.folder),
+                "results": dict(fetched.results),
+                "files": fetched.files,
+                "size_bytes": fetched.size_bytes,
+            },
+        }
+
+    def _stage(self, stage: StageView) -> dict[str, Any]:
+        first_s, last_s = stage["first_start_s"], stage["last_end_s"]
+        span_s = last_s - first_s if first_s is not None and last_s is not None else 0.0
+        slots = self.slots.get(stage["pool"], 0)
+        used_s = stage["run_s"] * self.per_task.get(stage["name"], 1)
+        return {
+            "name": stage["name"],
+            "tasks": stage["planned"],
+            "span_s": span_s,
+            "run_s": stage["run_s"],
+            "slots": slots,
+            "utilisation": min(1.0, used_s / (span_s * slots)) if span_s and slots else None,
+        }
+
+    def text(self) -> str:
+        """The summary for a person."""
+        return "\n".join([*self._outcome(), "", *self._times(), *self._results()])
+
+    def _outcome(self) -> Iterator[str]:
+        stages = self.job["stages"]
+        tasks = sum(stage["planned"] or 0 for stage in stages)
+        failed = sum(stage["failed"] for stage in stages)
+        cancelled = sum(stage["cancelled"] for stage in stages)
+        retried = sum(stage["retried"] for stage in stages)
+        told = [output.count(tasks, "task"), f"{failed:,} failed"]
+        told += [f"{cancelled:,} cancelled"] if cancelled else []
+        told += [f"{retried:,} retried"]
+        wall_s = time.monotonic() - self.phases.begun_s
+        yield f"{self.job['id']} {self.job['state']} in {output.span(wall_s)}: {', '.join(told)}"
+        if self.job["reason"]:
+            yield f"  {output.clean(self.job['reason'])}"
+        for one in self.failures[:SHOWN_FAILURES]:
+            yield f"  {one['stage']}[{one['task']}] {one['kind']}: {output.clean(one['reason'])}"
+        if failed > SHOWN_FAILURES:
+            yield (
+                f"  {failed - SHOWN_FAILURES:,} more: `batchlab job failures {self.job['id']}`, "
+                f"while a grid is up"
+            )
+
+    def _times(self) -> Iterator[str]:
+        yield "Where the time went"
+        for phase, words in _PHASES.items():
+            spent_s = self.phases.spent_s.get(phase)
+            if spent_s is None or (phase == "upload" and spent_s < 0.0005):
+                continue
+            beside = self.phases.beside.get(phase)
+            yield f"  {words:<24}{output.span(spent_s):>9}" + (f"   {beside}" if beside else "")
+            if phase == "run":
+                yield from (self._stage_text(self._stage(one)) for one in self.job["stages"])
+
+    def _stage_text(self, stage: dict[str, Any]) -> str:
+        used = stage["utilisation"]
+        share = f", {used:.0%} of {output.count(stage['slots'], 'slot')}" if used else ""
+        return (
+            f"    {stage['name']:<22}{output.span(stage['span_s']):>9}   "
+            f"{output.count(stage['tasks'] or 0, 'task')}, "
+            f"{output.span(stage['run_s'])} of task time{share}"
+        )
+
+    def _results(self) -> Iterator[str]:
+        if self.fetched is None:
+            return
+        yield ""
+        yield f"Results in {self.fetched.folder}"
+        for stage, number in self.fetched.results.items():
+            yield f"  {stage}.jsonl: {output.count(number, 'result')}"
+        if self.fetched.files:
+            files = output.count(self.fetched.files, "file")
+            yield f"  files/: {files}, {output.size(self.fetched.size_bytes)}"

@@ -1,0 +1,388 @@
+"""A job's results, fetched into a folder of the user's.
+
+Invariant: nothing is written outside of that folder, whatever a result is called; a file of
+results is there whole or not at all, its lines in task order; memory does not grow with the job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import json
+import shutil
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from batchlab.errors import UsageError
+from batchlab.model import JobDef, JobId, Json, Outcome, StageDef, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import Objects
+from batchlab.protocol import naming, values, wire
+from batchlab.task import name_problem
+from batchlab.views import JobView, OutcomeView
+
+OUTCOMES_AT_ONCE = 8
+VALUES_AT_ONCE = 16
+"""Results whose files and large values are fetched at the same time."""
+_DEEPEST = 8
+_PIECE_BYTES = 8 * 1024 * 1024
+
+Progress = Callable[[int, int], None]
+"""Hears of outcomes read, of how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One outcome as the manager lists it; `tasks` are those that succeeded in it."""
+
+    stage: str
+    bundle: str
+    key: str
+    tasks: TaskSet
+
+    @classmethod
+    def of(cls, view: OutcomeView) -> Listed:
+        return cls(view["stage"], view["bundle"], view["key"], wire.tasks_from_json(view["tasks"]))
+
+    @property
+    def round(self) -> int:
+        return int(self.bundle.split(".")[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What was written: results by stage, and the files they refer to."""
+
+    folder: Path
+    results: Mapping[str, int]
+    files: int
+    size_bytes: int
+
+
+async def definition(objects: Objects, job: str, patience: Patience) -> JobDef:
+    """The job as it was submitted; NotFound."""
+    data = await patience(lambda: objects.get(naming.spec(JobId(job))))
+    return wire.job_from_json(wire.loads(data))
+
+
+def final_stages(job: JobDef) -> list[StageName]:
+    """The stages that nothing comes after."""
+    followed = {name for stage in job.stages for name in stage.after}
+    return [stage.name for stage in job.stages if stage.name not in followed]
+
+
+async def fetch(
+    objects: Objects,
+    view: JobView,
+    listing: Sequence[Listed],
+    out: Path,
+    *,
+    patience: Patience,
+    stages: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Fetched:
+    """Write `out/<stage>.jsonl`, `out/files/<stage>/<task>/…` and `out/summary.json`.
+
+    `view` is the job as the manager shows it, `listing` all of its outcomes. No `stages` means the
+    final ones. What an earlier fetch of these stages has left in `out` is replaced. UsageError for
+    a stage that there is not, and for a folder that cannot be written.
+    """
+    job = await definition(objects, view["id"], patience)
+    chosen = {
+        name: await valid(objects, job, name, view["round"], listing, patience)
+        for name in _known(job, stages) or final_stages(job)
+    }
+    steps = _Steps(sum(len(found) for found in chosen.values()), progress)
+    try:
+        _make_room(out, chosen)
+        files = _Files(objects, out, patience)
+        counts: dict[str, int] = {}
+        for name, found in chosen.items():
+            coming = in_task_order(objects, found, patience, steps.step)
+            counts[name] = await _write(name, coming, files)
+        fetched = Fetched(out, counts, files.count, files.size_bytes)
+        _write_summary(view, fetched)
+    except OSError as error:
+        raise UsageError(
+            f"The results cannot be written to {out}: {error.strerror or error}.",
+            remedy="Free some space, or name another folder with --out.",
+        ) from error
+    return fetched
+
+
+def _known(job: JobDef, stages: Iterable[str]) -> list[StageName]:
+    names = [stage.name for stage in job.stages]
+    for name in stages:
+        if name not in names:
+            raise UsageError(
+                f"Job {job.id} has no stage {name!r}.", remedy=f"It has {', '.join(names)}."
+            )
+    return [StageName(name) for name in stages]
+
+
+def _write_summary(view: JobView, fetched: Fetched) -> None:
+    summary = {
+        "job": view,
+        "results": {
+            stage: {"file": f"{stage}.jsonl", "results": count}
+            for stage, count in fetched.results.items()
+        },
+        "files": fetched.files,
+        "size_bytes": fetched.size_bytes,
+    }
+    staged = fetched.folder / ".summary.json.part"
+    staged.write_text(json.dumps(summary, indent=2) + "\n")
+    staged.replace(fetched.folder / "summary.json")
+
+
+def _make_room(out: Path, stages: Iterable[StageName]) -> None:
+    """Make the folder, and remove the files of an earlier fetch: they may be of more tasks.
+
+    Only where a summary says that they are ours: the folder is the user's.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        known = json.loads((out / "summary.json").read_text())["results"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return
+    for stage in stages:
+        if stage in known and (out / "files" / stage).is_dir():
+            shutil.rmtree(out / "files" / stage)
+
+
+@dataclass(slots=True)
+class _Steps:
+    """Counts outcomes as they are read."""
+
+    of: int
+    tell: Progress | None
+    done: int = 0
+
+    def step(self) -> None:
+        self.done += 1
+        if self.tell:
+            self.tell(self.done, self.of)
+
+
+# --- Outcomes ------------------------------------------------------------------------------------
+
+
+async def valid(
+    objects: Objects,
+    job: JobDef,
+    stage: StageName,
+    round: int,
+    listing: Iterable[Listed],
+    patience: Patience,
+) -> list[Listed]:
+    """The outcomes of a stage that hold results and count in `round`, the job's last, by task.
+
+    A retry that plans a gather anew voids the earlier results of it and of what is chained to it.
+    """
+    since = 0
+    for later in range(round, 0, -1):
+        key = naming.manifest(job.id, _planned(job, stage).name, later)
+        if await patience(partial(objects.head, key)):
+            since = later
+            break
+    found = [one for one in listing if one.stage == stage and one.tasks and one.round >= since]
+    return sorted(found, key=lambda one: one.tasks.first)
+
+
+def _planned(job: JobDef, stage: StageName) -> StageDef:
+    """The stage whose plan the tasks of `stage` come from."""
+    one = job.stage(stage)
+    return _planned(job, one.after[0]) if one.chained else one
+
+
+async def in_task_order(
+    objects: Objects,
+    outcomes: Sequence[Listed],
+    patience: Patience,
+    read: Callable[[], None] = lambda: None,
+) -> AsyncIterator[tuple[int, Json]]:
+    """(task, encoded result) of the outcomes that `valid` chose; `read` hears of each outcome."""
+    held: list[tuple[int, Json]] = []
+    fetching: deque[asyncio.Task[Outcome]] = deque()
+    coming = iter(outcomes)
+    try:
+        for number in range(len(outcomes)):
+            while len(fetching) < OUTCOMES_AT_ONCE and (one := next(coming, None)):
+                fetching.append(asyncio.ensure_future(_outcome(objects, one.key, patience)))
+            outcome = await fetching[0]
+            fetching.popleft()
+            read()
+            for pair in zip(outcome.succeeded, outcome.values, strict=True):
+                heapq.heappush(held, pair)
+            # What was tried again lies within the range of an earlier bundle: what is still to
+            # come begins at the next one's first task, so all before that is complete.
+            rest = outcomes[number + 1 : number + 2]
+            while held and (not rest or held[0][0] < rest[0].tasks.first):
+                yield heapq.heappop(held)
+    finally:
+        await _drop(fetching)
+
+
+async def _outcome(objects: Objects, key: str, patience: Patience) -> Outcome:
+    return wire.outcome_from_json(wire.loads(await patience(lambda: objects.get(key))))
+
+
+async def _drop(tasks: Iterable[asyncio.Task[object]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# --- Writing -------------------------------------------------------------------------------------
+
+
+async def _write(stage: StageName, results: AsyncIterator[tuple[int, Json]], files: _Files) -> int:
+    """Write one stage's lines; answers how many."""
+    staged = files.out / f".{stage}.jsonl.part"
+    waiting: deque[tuple[int, Json | asyncio.Task[Json]]] = deque()
+    count = 0
+
+    async def first() -> str:
+        task, value = waiting[0]
+        if isinstance(value, asyncio.Task):
+            value = await value
+        waiting.popleft()
+        return wire.dumps({"task": task, "value": value}) + "\n"
+
+    try:
+        with staged.open("w", encoding="utf-8") as file:
+            async for task, value in results:
+                count += 1
+                # No coroutine for a plain value: there may be millions of them.
+                plain = next(values.references(value), None) is None
+                waiting.append(
+                    (task, _plain(value, {}))
+                    if plain
+                    else (task, asyncio.ensure_future(files.local(stage, task, value)))
+                )
+                while len(waiting) >= VALUES_AT_ONCE:
+                    file.write(await first())
+            while waiting:
+                file.write(await first())
+        staged.replace(files.out / f"{stage}.jsonl")
+    finally:
+        await _drop([value for _, value in waiting if isinstance(value, asyncio.Task)])
+        staged.unlink(missing_ok=True)
+    return count
+
+
+def _plain(encoded: Json, found: Mapping[str, Json]) -> Json:
+    """The value as its author wrote it, with `found` in the place of references.
+
+    A pickled object stays as it is: reading it would run code, and JSON has no place for it.
+    """
+    if type(encoded) is list:
+        return [_plain(one, found) for one in encoded]
+    if type(encoded) is not dict:
+        return encoded
+    kind = values.kind(encoded)
+    if kind is None:
+        return {
+            key[1:] if key.startswith("$") else key: _plain(one, found)
+            for key, one in encoded.items()
+        }
+    return encoded if kind == "$pickle" else found[_id(encoded)]
+
+
+def _id(reference: Json) -> str:
+    return json.dumps(reference, sort_keys=True)
+
+
+@dataclass(slots=True)
+class _Files:
+    """Fetches what results refer to; a file is named after its stage, task and own name."""
+
+    objects: Objects
+    out: Path
+    patience: Patience
+    count: int = 0
+    size_bytes: int = 0
+    limit: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(VALUES_AT_ONCE))
+
+    async def local(self, stage: str, task: int, value: Json) -> Json:
+        """The result with its large values in place, and paths relative to `out` for its files."""
+        return await self._value(value, _Names(f"files/{stage}/{task}"), _DEEPEST)
+
+    async def _value(self, value: Json, names: _Names, depth: int) -> Json:
+        references = {_id(one): one for one in values.references(value)}
+        found: dict[str, Json] = {}
+        for key, reference in references.items():
+            if values.kind(reference) != "$value":
+                found[key] = await self._file(reference, names)
+            elif depth:
+                async with self.limit:
+                    data = await self.patience(partial(self.objects.get, reference["$value"]))
+                found[key] = await self._value(json.loads(data), names, depth - 1)
+            else:
+                raise UsageError(f"A result refers to objects more than {_DEEPEST} deep.")
+        return _plain(value, found)
+
+    async def _file(self, reference: Json, names: _Names) -> str:
+        name, is_new = names.of(reference)
+        if is_new:
+            path = self.out / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            async with self.limit:
+                if values.kind(reference) == "$part":
+                    self.size_bytes += await self._part(reference, path)
+                else:
+                    get = partial(self.objects.download, reference["$file"], path)
+                    self.size_bytes += await self.patience(get)
+            self.count += 1
+        return name
+
+    async def _part(self, reference: Json, path: Path) -> int:
+        spans = [reference["header"]] if reference["header"] else []
+        size = 0
+        with path.open("wb") as file:
+            for start, stop in [*spans, (reference["start"], reference["stop"])]:
+                for at in range(start, stop, _PIECE_BYTES):
+                    end = min(at + _PIECE_BYTES, stop)
+                    get = partial(self.objects.get_range, reference["$part"], at, end)
+                    size += file.write(await self.patience(get))
+        return size
+
+
+class _Names:
+    """Names within one task's folder: safe, and none the same as or inside of another."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._known: dict[str, str] = {}
+        self._taken: set[str] = set()
+        """Names and the folders they lie in; folded, since some file systems do so."""
+
+    def of(self, reference: Json) -> tuple[str, bool]:
+        """The path of the file that `reference` stands for, and whether it is new."""
+        key = _id(reference)
+        if key in self._known:
+            return self._known[key], False
+        name = str(reference["name"])
+        if name_problem(name):
+            # Never trusted: an outcome may have been written by anybody who may write outcomes.
+            last = name.replace("\\", "/").rpartition("/")[2]
+            name = "file" if name_problem(last) else last
+        number, free = 1, name
+        while self._clashes(free):
+            number += 1
+            folder, slash, last = name.rpartition("/")
+            free = f"{folder}{slash}{number}-{last}"
+        parts = free.casefold().split("/")
+        self._taken.update("/".join(parts[:i]) + "/" for i in range(1, len(parts)))
+        self._taken.add("/".join(parts))
+        self._known[key] = f"{self._folder}/{free}"
+        return self._known[key], True
+
+    def _clashes(self, name: str) -> bool:
+        parts = name.casefold().split("/")
+        above = {"/".join(parts[:i]) for i in range(1, len(parts))}
+        whole = "/".join(parts)
+        return whole in self._taken or f"{whole}/" in self._taken or bool(above & self._taken)

@@ -1,0 +1,404 @@
+"""One execution of a bundle in child processes: the tasks, their limits, and who is to blame.
+
+Invariant: every task ends in exactly one Ran, or in none because the run was told to end. A child
+that dies takes one task with it, the one that was running; the rest goes on in a fresh child.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from batchlab.errors import BackendError, NotFound
+from batchlab.model import Failure, FailureKind, Json, Ran
+from batchlab.ports import Clock, Objects
+from batchlab.protocol import naming
+from batchlab.worker import logs, materialise
+from batchlab.worker.bench import Request
+from batchlab.worker.board import IMPORTING
+from batchlab.worker.child import EXIT_PIPE_LOST, Job
+from batchlab.worker.child_process import ChildProcess, describe_exit, monotonic_s
+from batchlab.worker.children import Children
+from batchlab.worker.handlers import Fault, Problem, fault
+from batchlab.worker.library import Library
+from batchlab.worker.processes import Sampler
+from batchlab.worker.runner import Handle, Work
+
+T = TypeVar("T")
+
+TICK_S = 0.04
+"""How often a running child is looked at."""
+
+_UPLOADS = 4
+_IMPORT_S = 60.0
+"""Loading a handler may take this long, or its stage's timeout where that is longer."""
+
+
+class _Verdict(NamedTuple):
+    """What `task` (or IMPORTING) is ended for."""
+
+    task: int
+    kind: FailureKind
+    reason: str
+    ran_s: float
+
+
+class Execution:
+    """Drives `work`; what has ended comes out of `ended`, and None at last."""
+
+    def __init__(
+        self,
+        work: Work,
+        handle: Handle,
+        folder: Path,
+        *,
+        objects: Objects,
+        clock: Clock,
+        children: Children,
+        library: Library,
+        sampler: Sampler,
+    ) -> None:
+        self.ended: asyncio.Queue[list[Ran] | asyncio.Task[Ran] | None] = asyncio.Queue()
+        """Tasks of asyncio stand for results that are still being stored."""
+        self._work = work
+        self._handle = handle
+        self._folder = folder
+        self._log = folder / "log"
+        self._objects = objects
+        self._clock = clock
+        self._children = children
+        self._library = library
+        self._sampler = sampler
+        self._began_s = clock.monotonic_s()
+        self._child: ChildProcess | None = None
+        self._busy = False
+        """The child has a request and has not said that it is done with it."""
+        self._left = dict.fromkeys(work.bundle.tasks)
+        self._pending: dict[int, Json] = {}
+        """Those of `_left` whose inputs are here and that no child has ended yet."""
+        self._started = False
+        self._inputs = materialise.Inputs(objects, folder, asyncio.to_thread)
+        self._storing: set[asyncio.Task[Ran]] = set()
+        self._uploads = asyncio.Semaphore(_UPLOADS)
+
+    async def drive(self) -> None:
+        """Run the tasks. BackendError where a port or this machine cannot do its part."""
+        try:
+            await self._drive()
+            await self._keep_log()
+        except OSError as error:
+            reason = materialise.no_room(error)
+            if reason is None:
+                raise BackendError(f"The worker cannot run tasks: {error}") from error
+            self._fail_left(fault("input", f"The worker's disk is full: {reason}"))
+        finally:
+            self._handle.running = None
+            if self._child is not None and self._busy:
+                await self._children.bury(self._child)
+            elif self._child is not None:
+                self._children.give_back(self._child)
+            self.ended.put_nowait(None)
+
+    async def clean(self) -> None:
+        """Drop what is still being stored, and the folder."""
+        for task in self._storing:
+            task.cancel()
+        await asyncio.gather(*self._storing, return_exceptions=True)
+        await asyncio.to_thread(_remove, self._folder)
+
+    async def _drive(self) -> None:
+        await asyncio.to_thread(_make, self._folder)
+        try:
+            prepared = await self._unless_told(self._prepare())
+        except Problem as problem:
+            self._fail_left(problem.fault)
+            return
+        if prepared is None:
+            return
+        request, digest, code = prepared
+        inputs = self._inputs
+        chunks = materialise.chunks(tuple(self._left), self._work.items)
+        ahead = asyncio.create_task(inputs.fetch(next(chunks, [])))
+        try:
+            while ready := await self._unless_told(ahead):
+                ahead = asyncio.create_task(inputs.fetch(next(chunks, [])))
+                self._accept(ready)
+                while self._pending:
+                    if not await self._some(request, digest, code):
+                        return
+        finally:
+            ahead.cancel()
+            await asyncio.gather(ahead, return_exceptions=True)
+
+    async def _prepare(self) -> tuple[Request, str, Path | None]:
+        digest, code = await self._library.code(self._work.job.code)
+        key = materialise.function_key(self._work)
+        function = await self._library.function(key) if key else None
+        request = materialise.request(self._work, self._folder, function=function, code=code)
+        return request, digest, code
+
+    async def _unless_told(self, doing: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T | None:
+        """The result, or None where the run is told to start nothing any more before it is."""
+        task = doing if isinstance(doing, asyncio.Task) else asyncio.create_task(doing)
+        while not task.done():
+            if self._told:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                return None
+            await asyncio.wait({task}, timeout=TICK_S)
+        return task.result()
+
+    def _accept(self, ready: list[tuple[int, Json | Failure]]) -> None:
+        for task, item in ready:
+            if isinstance(item, Failure):
+                del self._left[task]
+                self.ended.put_nowait([Ran(task, 0.0, failure=item)])
+            else:
+                self._pending[task] = item
+
+    @property
+    def _told(self) -> bool:
+        return self._handle.stop or self._handle.kill or self._children.closed
+
+    @property
+    def _killed(self) -> bool:
+        return self._handle.kill or self._children.closed
+
+    def _left_s(self) -> float | None:
+        budget_s = self._work.budget_s
+        if budget_s is None:
+            return None
+        return budget_s - (self._clock.monotonic_s() - self._began_s)
+
+    # --- With a child --------------------------------------------------------------------------
+
+    async def _some(self, request: Request, digest: str, code: Path | None) -> bool:
+        """Let a child run pending tasks until it ends or dies; False where the run is over."""
+        left_s = self._left_s()
+        spent = left_s is not None and left_s <= 0 and self._started
+        if self._told or spent or self._handle.until_s <= self._clock.monotonic_s():
+            return False
+        if self._child is None:
+            self._child = await self._children.take(digest, code)
+        child, before = self._child, len(self._left)
+        self._allow(child)
+        child.send(
+            Job(
+                request=request,
+                items=list(self._pending.items()),
+                log=str(self._log),
+                left_s=left_s,
+                must_start=not self._started,
+                memory_bytes=self._work.stage.memory_bytes,
+            )
+        )
+        self._busy = True
+        why = await self._watch(child)
+        self._busy = False
+        self._started = True
+        if why in ("stop", "budget", "import", "told"):
+            return False
+        if why == "worn out":
+            await self._drop_child()
+        if len(self._left) == before and self._pending:
+            # Without this, a process that always dies between two tasks would never end.
+            reason = "ended its process before it could begin"
+            self._blame(_Verdict(next(iter(self._pending)), FailureKind.CRASH, reason, 0.0), None)
+        return True
+
+    async def _drop_child(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            await self._children.bury(child)
+
+    async def _watch(self, child: ChildProcess) -> str:
+        """Take its answers until it has no more; why that is, in one word."""
+        while True:
+            try:
+                lines = await child.answers(self._wait_s(child))
+            except ValueError:
+                task, reason = child.board.task, "wrote into its process's pipe"
+                return await self._lost(child, _Verdict(task, FailureKind.CRASH, reason, 0.0))
+            if end := self._take(lines):
+                return end
+            if self._killed or (not lines and child.ended):
+                return await self._lost(child, None)
+            self._allow(child)
+            if verdict := await self._verdict(child):
+                return await self._lost(child, verdict)
+
+    def _allow(self, child: ChildProcess) -> None:
+        # In the child's clock, which need not be ours.
+        until_s = monotonic_s() + self._handle.until_s - self._clock.monotonic_s()
+        child.board.allow(stop=self._told, until_s=until_s)
+        task = child.board.task
+        self._handle.running = task if task >= 0 else None
+
+    def _wait_s(self, child: ChildProcess) -> float:
+        limit_s = self._work.stage.timeout_s
+        if limit_s is None:
+            return TICK_S
+        _, since_s = child.board.running()
+        return min(TICK_S, max(0.001, since_s + limit_s - monotonic_s()))
+
+    async def _verdict(self, child: ChildProcess) -> _Verdict | None:
+        """Whether what runs now has gone beyond a limit of its stage."""
+        task, since_s = child.board.running()
+        stage = self._work.stage
+        ran_s = monotonic_s() - since_s
+        if task == IMPORTING and stage.timeout_s is not None:
+            limit_s = max(stage.timeout_s, _IMPORT_S)
+            if ran_s > limit_s:
+                reason = f"took longer than {limit_s:g} s"
+                return _Verdict(task, FailureKind.TIMEOUT, reason, ran_s)
+        if task < 0:
+            return None
+        if stage.timeout_s is not None and ran_s >= stage.timeout_s:
+            reason = f"ran longer than its timeout of {stage.timeout_s:g} s"
+            return _Verdict(task, FailureKind.TIMEOUT, reason, ran_s)
+        limit = stage.memory_bytes or 0
+        sampled = limit and ran_s > TICK_S / 2
+        if sampled and self._sampler.resident_bytes(child.pid, since_s) > limit:
+            reason = f"used more than its memory limit of {limit / 2**20:g} MiB"
+            return _Verdict(task, FailureKind.MEMORY, reason, ran_s)
+        log_at = child.board.log_at
+        if logs.overflowing(self._log_size(), log_at) and child.board.task == task:
+            await asyncio.to_thread(logs.trim, str(self._log), log_at)
+        return None
+
+    async def _lost(self, child: ChildProcess, verdict: _Verdict | None) -> str:
+        """Bury a child that has died, or that is to die for what its task did."""
+        code, last = await child.kill()
+        self._take(last)
+        task, since_s = child.board.running()
+        log_at = child.board.log_at
+        if not self._killed:
+            child.check_booted(code)
+        await self._drop_child()
+        self._span(task, log_at)
+        if self._killed:
+            return "told"
+        if verdict is None:
+            verdict = _Verdict(task, FailureKind.CRASH, _crash(code), monotonic_s() - since_s)
+        exit_code = code if verdict.kind is FailureKind.CRASH else None
+        if verdict.task == IMPORTING:
+            reason = f"Loading the handler {verdict.reason}."
+            self._fail_left(fault(verdict.kind, reason, exit_code=exit_code))
+        elif verdict.task in self._pending:
+            # Not in it: its answer was on the way when its time was up.
+            self._blame(verdict, exit_code)
+        return "lost"
+
+    def _span(self, task: int, log_at: int) -> None:
+        """Keep what a task printed that never came to its end."""
+        if task >= 0 and task in self._pending and self._log_size() > log_at:
+            end = logs.trim(str(self._log), log_at)
+            self._handle.log_spans.append((task, log_at, end))
+
+    def _log_size(self) -> int:
+        try:
+            return os.stat(self._log).st_size  # noqa: PTH116 - 20 times a second for each child
+        except FileNotFoundError:
+            return 0
+
+    # --- Ends of tasks -------------------------------------------------------------------------
+
+    def _take(self, lines: list[Any]) -> str | None:
+        """Turn a child's answers into ends of tasks; why it ended where it has."""
+        batch: list[Ran] = []
+        why: str | None = None
+        for line in lines:
+            if line[0] == "end":
+                why = line[1]
+            elif line[0] == "import":
+                self._handle.log_spans.extend(_span_of(next(iter(self._left)), line[2]))
+                self._fail_left(line[1])
+            else:
+                self._end_one(line, batch)
+        if batch:
+            self.ended.put_nowait(batch)
+        return why
+
+    def _end_one(self, line: list[Any], batch: list[Ran]) -> None:
+        word, task, run_s, payload, extra = line
+        if task not in self._pending:
+            return  # said by a process that a handler forked off; the task has ended before
+        del self._pending[task], self._left[task]
+        if word == "ok":
+            ran = Ran(task, run_s, payload)
+        else:
+            ran = Ran(task, run_s, failure=materialise.failure(task, payload, run_s))
+        if extra:
+            self._handle.log_spans.extend(_span_of(task, extra))
+        if not (task in self._inputs.fetched or (extra and "folder" in extra)):
+            batch.append(ran)
+            return
+        if batch:
+            self.ended.put_nowait(batch[:])
+            batch.clear()
+        storing = asyncio.create_task(self._store(ran, (extra or {}).get("uploads", [])))
+        self._storing.add(storing)
+        storing.add_done_callback(self._storing.discard)
+        self.ended.put_nowait(storing)
+
+    async def _store(self, ran: Ran, uploads: list[tuple[str, str]]) -> Ran:
+        try:
+            async with self._uploads:
+                await materialise.upload(self._objects, uploads)
+        except (NotFound, FileNotFoundError) as error:
+            reason = f"Its output was gone before it could be stored: {error}"
+            found = materialise.failure(ran.task, fault(FailureKind.RESULT, reason), ran.run_s)
+            ran = Ran(ran.task, ran.run_s, failure=found)
+        await asyncio.to_thread(_remove, self._folder / str(ran.task))
+        return ran
+
+    def _blame(self, why: _Verdict, exit_code: int | None) -> None:
+        del self._pending[why.task], self._left[why.task]
+        found = fault(why.kind, why.reason, exit_code=exit_code)
+        ran = Ran(why.task, why.ran_s, failure=materialise.failure(why.task, found, why.ran_s))
+        self.ended.put_nowait([ran])
+
+    def _fail_left(self, why: Fault) -> None:
+        """What concerns the whole bundle ends every task that has not ended."""
+        self.ended.put_nowait(
+            [Ran(task, 0.0, failure=materialise.failure(task, why, 0.0)) for task in self._left]
+        )
+        self._left.clear()
+        self._pending.clear()
+
+    async def _keep_log(self) -> None:
+        if self._killed:
+            # In a hurry: results that are not stored yet are not waited for.
+            for task in self._storing:
+                task.cancel()
+        if self._handle.log_spans and self._log.is_file():
+            key = naming.log(self._work.bundle, self._work.execution)
+            await self._objects.upload(key, self._log)
+            self._handle.log = key
+
+
+def _span_of(task: int, extra: dict[str, Any]) -> list[tuple[int, int, int]]:
+    start, end = extra.get("span", (0, 0))
+    return [(task, start, end)] if end > start else []
+
+
+def _crash(code: int) -> str:
+    if code == EXIT_PIPE_LOST:
+        return "closed the file descriptors of its process"
+    hint = "; the machine may have run out of memory" if code == -9 else ""
+    return f"killed its process: {describe_exit(code)}{hint}"
+
+
+def _make(folder: Path) -> None:
+    _remove(folder)
+    (folder / "cwd").mkdir(parents=True)
+
+
+def _remove(folder: Path) -> None:
+    # Something a task left running may still write there: what stays is disk space until the
+    # instance ends, not an error.
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,74 @@
+"""Runs tasks in warm child processes, which may crash, hang or leak without harm to the worker.
+
+Invariant: up to `slots` runs at once, each with a child of its own; nothing a task does raises
+here or outlives its run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+
+from batchlab.model import Ran
+from batchlab.ports import Clock, Objects
+from batchlab.worker.child_process import monotonic_s
+from batchlab.worker.children import Children
+from batchlab.worker.execution import TICK_S, Execution
+from batchlab.worker.library import Library
+from batchlab.worker.processes import Sampler
+from batchlab.worker.runner import Handle, Scratch, Work
+
+
+class ProcessRunner:
+    """The Runner of every backend but the simulator."""
+
+    def __init__(self, objects: Objects, scratch: Scratch, clock: Clock, slots: int) -> None:
+        self._objects = objects
+        self._scratch = scratch
+        self._clock = clock
+        self._slots = asyncio.Semaphore(slots)
+        self._children = Children(scratch.root / "children", slots)
+        self._library = Library(objects, scratch, asyncio.to_thread)
+        self._sampler = Sampler(monotonic_s, TICK_S / 2)
+
+    async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
+        """See worker.runner."""
+        async with self._slots:
+            execution = Execution(
+                work,
+                handle,
+                self._scratch.execution(work.execution).absolute(),
+                objects=self._objects,
+                clock=self._clock,
+                children=self._children,
+                library=self._library,
+                sampler=self._sampler,
+            )
+            driver = asyncio.create_task(execution.drive())
+            try:
+                async for ran in _ended(execution):
+                    yield ran
+                await driver
+            finally:
+                driver.cancel()
+                await asyncio.gather(driver, return_exceptions=True)
+                await execution.clean()
+
+    async def close(self) -> None:
+        """End every child, remove their folders and those of executions. Unpacked code stays: it
+        is named by its content, and saves the next start a download."""
+        await self._children.close()
+        for name in ("children", "run", "functions"):
+            await asyncio.to_thread(shutil.rmtree, self._scratch.root / name, ignore_errors=True)
+
+
+async def _ended(execution: Execution) -> AsyncIterator[Ran]:
+    while (entry := await execution.ended.get()) is not None:
+        if isinstance(entry, list):
+            for ran in entry:
+                yield ran
+            continue
+        await asyncio.wait({entry})
+        if not entry.cancelled():  # by a kill, which does not wait for what is not stored yet
+            yield entry.result()

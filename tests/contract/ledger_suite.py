@@ -1,0 +1,251 @@
+"""What the ledger's tests share: the worlds a ledger lives in, a job, and what becomes of it.
+
+Run as a program it is the other process of the tests that need one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+from typing import Protocol
+
+import pytest
+
+from batchlab.adapters.sql import open_memory, open_sqlite
+from batchlab.model import (
+    Bundle,
+    Completion,
+    Failure,
+    FailureKind,
+    Follow,
+    JobDef,
+    JobId,
+    JobState,
+    Json,
+    Ran,
+    RetryRule,
+    StageCounts,
+    StageDef,
+    StageName,
+    TaskSet,
+)
+from batchlab.ports import Cut, Ledger, StageRecord
+from batchlab.protocol import settle
+from batchlab.sim.loop import SimLoop
+
+RESIZE, INDEX, TOTAL = StageName("resize"), StageName("index"), StageName("total")
+JOB = JobDef(
+    JobId("photos-1"),
+    "photos",
+    (
+        StageDef(RESIZE, handler="photos:resize", retry=RetryRule(attempts=2)),
+        StageDef(INDEX, after=(RESIZE,), handler="photos:index", retry=RetryRule(attempts=2)),
+        StageDef(TOTAL, after=(INDEX,), gather="*", handler="photos:total"),
+    ),
+    submitted_s=1_700_000_000.25,
+    items=100,
+)
+"""A root, a stage that follows it item by item, and one that follows that after all items."""
+
+ROOT = Path(__file__).resolve().parents[2]
+SECOND_PROCESS = [sys.executable, "-m", "tests.contract.ledger_suite"]
+
+
+class DumpingLedger(Ledger, Protocol):
+    """A ledger that can be compared with another."""
+
+    async def dump(self) -> dict[str, Json]:
+        """See SqlLedger."""
+
+
+Check = Callable[[DumpingLedger], Awaitable[None]]
+
+
+@asynccontextmanager
+async def ledger_in(path: Path | None) -> AsyncIterator[DumpingLedger]:
+    """The ledger in that file, or one in memory; closed at the end."""
+    ledger = open_memory() if path is None else open_sqlite(path)
+    try:
+        yield ledger
+    finally:
+        await ledger.close()
+
+
+async def _checked(check: Check, path: Path | None) -> None:
+    async with ledger_in(path) as ledger:
+        await check(ledger)
+
+
+def _sim_world(check: Check, _: Path) -> None:
+    SimLoop().run(_checked(check, None))
+
+
+def _file_world(check: Check, root: Path) -> None:
+    asyncio.run(_checked(check, root / "ledger.sqlite"))
+
+
+# Another database joins the suite by one more function here.
+LEDGER_WORLDS: Mapping[str, Callable[[Check, Path], None]] = {
+    "sim": _sim_world,
+    "file": _file_world,
+}
+
+
+def on_every_ledger(check: Check) -> Callable[[str, Path], None]:
+    """Turn an async check of an empty ledger into a test that runs in each world."""
+
+    @pytest.mark.parametrize("world", list(LEDGER_WORLDS))
+    def test(world: str, tmp_path: Path) -> None:
+        LEDGER_WORLDS[world](check, tmp_path)
+
+    test.__name__, test.__doc__ = getattr(check, "__name__", ""), check.__doc__
+    return test
+
+
+# --- What happens to a job -----------------------------------------------------------------------
+
+
+def bundle(start: int, stop: int, *, stage: StageName = RESIZE, attempt: int = 1) -> Bundle:
+    return Bundle(JOB.id, stage, TaskSet.span(start, stop), attempt)
+
+
+def done(
+    of: Bundle,
+    *follows: Bundle,
+    failed: int = 0,
+    cancelled: int = 0,
+    run_s: float = 1.0,
+    started_s: float = 1_700_000_100.0,
+    retried: int = 0,
+) -> Completion:
+    """`of` has come to its end: its first tasks failed, the next were cancelled, the rest did."""
+    bad, rest = of.tasks.take(failed)
+    dropped, good = rest.take(cancelled)
+    return Completion(
+        of,
+        "w-1",
+        started_s,
+        started_s + 2.5,
+        good,
+        bad,
+        dropped,
+        run_s,
+        tuple(Follow(one) for one in follows),
+        retried,
+    )
+
+
+def cut(seq: int, *bundles: Bundle, round: int = 0, left: TaskSet = TaskSet()) -> Cut:
+    return Cut(JOB.id, RESIZE, round, seq, bundles, left)
+
+
+async def submit(ledger: Ledger, job: JobDef = JOB) -> None:
+    await ledger.add_job(job, state=JobState.SUBMITTED)
+
+
+async def fold(ledger: Ledger, *completions: Completion) -> list[bool]:
+    """Fold them in one call, without casualties."""
+    return list(await ledger.fold(completions, [{} for _ in completions]))
+
+
+async def stage_of(ledger: Ledger, stage: StageName = RESIZE) -> StageRecord:
+    return next(s for s in await ledger.stages(JOB.id) if s.counts.stage == stage)
+
+
+async def counts_of(ledger: Ledger, stage: StageName = RESIZE) -> StageCounts:
+    return (await stage_of(ledger, stage)).counts
+
+
+async def fold_in_batches(
+    ledger: Ledger, completions: Sequence[Completion], sizes: Callable[[], int]
+) -> None:
+    """Fold as the manager does, casualties included."""
+    i = 0
+    while i < len(completions):
+        batch = completions[i : i + sizes()]
+        await ledger.fold(batch, [settle.casualties(JOB, one) for one in batch])
+        i += len(batch)
+
+
+def history(rng: Random, tasks: int) -> tuple[list[Cut], list[Completion]]:
+    """One way the first two stages of JOB may go, by the protocol's own rules: cuts of random
+    sizes, and a completion of every bundle they lead to, parents first."""
+    cuts: list[Cut] = []
+    left = TaskSet.span(0, tasks)
+    while left:
+        tasks_of_one, left = left.take(rng.randint(1, 7))
+        one = Bundle(JOB.id, RESIZE, tasks_of_one)
+        planned = None if cuts else tasks
+        cuts.append(Cut(JOB.id, RESIZE, 0, len(cuts), (one,), left, planned))
+    waiting = [b for c in cuts for b in c.bundles]
+    completions: list[Completion] = []
+    for of in waiting:
+        came_to = settle.completion(_execution(rng, of))
+        completions.append(came_to)
+        waiting.extend(f.bundle for f in came_to.follows)
+    return cuts, completions
+
+
+def _execution(rng: Random, of: Bundle) -> settle.Outcome:
+    started_s = 1_700_000_000.0 + rng.randint(0, 10_000) / 7
+    until = rng.randint(1, len(of.tasks))
+    ran = [
+        Ran(
+            task,
+            rng.randint(0, 3_000_000) / 1e6,
+            failure=Failure(task, FailureKind.EXCEPTION, "no") if rng.random() < 0.3 else None,
+        )
+        for task in of.tasks.take(until)[0]
+    ]
+    return settle.settle(
+        JOB,
+        of,
+        ran,
+        execution="e",
+        worker=f"w-{rng.randint(1, 3)}",
+        started_s=started_s,
+        ended_s=started_s + rng.randint(0, 1_000) / 3,
+        cancelled=rng.random() < 0.1,
+    )
+
+
+# --- The other process ---------------------------------------------------------------------------
+
+BATCH = 20
+
+
+def many() -> list[Completion]:
+    """Enough to be killed in the middle of."""
+    return [
+        done(bundle(i * 5, i * 5 + 5), bundle(i * 5, i * 5 + 5, stage=INDEX), failed=i % 2)
+        for i in range(10_000)
+    ]
+
+
+async def _fold_many(path: Path) -> None:
+    """Print the number of completions folded so far, after each call."""
+    completions = many()
+    async with ledger_in(path) as ledger:
+        await submit(ledger)
+        for i in range(0, len(completions), BATCH):
+            await fold(ledger, *completions[i : i + BATCH])
+            print(i + BATCH, flush=True)
+
+
+async def _race(path: Path, owner: str) -> None:
+    """Say "ready", wait for a line, go for the lease; print who has it by our account."""
+    ledger = open_sqlite(path)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    won = await ledger.lease("leader", owner, now_s=1_000.0, ttl_s=10.0)
+    print(owner if won else "", flush=True)
+    await ledger.close()
+
+
+if __name__ == "__main__":
+    what, file, *rest = sys.argv[1:]
+    asyncio.run(_fold_many(Path(file)) if what == "fold" else _race(Path(file), *rest))

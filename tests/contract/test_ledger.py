@@ -1,0 +1,487 @@
+"""What every Ledger does with jobs, stages, cuts and leases, whatever database is behind it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from batchlab.errors import NotFound
+from batchlab.model import (
+    ENDED,
+    Control,
+    FailureKind,
+    InputDef,
+    JobDef,
+    JobId,
+    JobState,
+    RetryRule,
+    SplitBy,
+    StageCounts,
+    StageDef,
+    StageName,
+    TaskSet,
+    may_move,
+)
+from batchlab.ports import Cut, JobRecord, Reopening, StageRecord
+from tests.contract.ledger_suite import (
+    INDEX,
+    JOB,
+    RESIZE,
+    TOTAL,
+    DumpingLedger,
+    bundle,
+    counts_of,
+    cut,
+    done,
+    fold,
+    ledger_in,
+    on_every_ledger,
+    stage_of,
+    submit,
+)
+
+NOBODY = JobId("nobody")
+
+
+# --- Jobs ----------------------------------------------------------------------------------------
+
+
+@on_every_ledger
+async def test_a_new_job_is_there_with_its_stages_in_order(ledger: DumpingLedger) -> None:
+    record = await ledger.add_job(JOB, state=JobState.SUBMITTED)
+    assert record == await ledger.job(JOB.id) == JobRecord(JOB, JobState.SUBMITTED)
+    assert list(await ledger.stages(JOB.id)) == [
+        StageRecord(StageCounts(name)) for name in (RESIZE, INDEX, TOTAL)
+    ]
+    assert list(await ledger.bundles(JOB.id)) == []
+
+
+@on_every_ledger
+async def test_a_job_comes_back_as_it_was_defined(ledger: DumpingLedger) -> None:
+    rule = RetryRule(5, 0.1, kinds=(FailureKind.EXIT,), exit_codes=(75,), exceptions=("OSError",))
+    job = JobDef(
+        JobId("rich"),
+        "Größe \N{RIGHTWARDS ARROW} 漢字 '; --",
+        (StageDef(StageName("s"), command=("sh", "-c", "\0"), retry=rule, memory_bytes=2**40),),
+        submitted_s=1_700_000_000.123456,
+        input=InputDef(("raw/a", "raw/b/"), SplitBy.LINES, 100, header=True),
+        code="code/0.zip",
+        params=(("p", {"deep": [1, None, 2.5]}),),
+        max_failures=0.1,
+        max_failures_percent=True,
+        priority=-3,
+        tags=(("team", "x"),),
+        token="t",
+        start_at_s=1_800_000_000.1,
+    )
+    await submit(ledger, job)
+    assert (await ledger.job(job.id)).job == job
+
+
+@on_every_ledger
+async def test_a_job_that_is_not_there_is_not_found(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    stranger = replace(bundle(0, 1), job=NOBODY)
+    for call in (
+        ledger.job(NOBODY),
+        ledger.stages(NOBODY),
+        ledger.move_job(NOBODY, JobState.RUNNING),
+        ledger.set_control(NOBODY, Control.PAUSE),
+        ledger.set_planned(NOBODY, RESIZE, 1),
+        ledger.set_planned(JOB.id, StageName("elsewhere"), 1),
+        ledger.add_cut(Cut(NOBODY, RESIZE, 0, 0, (stranger,), TaskSet())),
+        ledger.reopen(NOBODY, 1, []),
+        ledger.finish(NOBODY, JobState.FAILED, round=0, reason="", ended_s=1.0, closed={}),
+        ledger.fold([done(stranger)], [{}]),
+        ledger.jobs(before=NOBODY),
+    ):
+        with pytest.raises(NotFound):
+            await call
+    assert list(await ledger.bundles(NOBODY)) == []
+
+
+@on_every_ledger
+async def test_adding_a_job_again_answers_with_what_became_of_it(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    await ledger.set_planned(JOB.id, RESIZE, 7)
+    await ledger.move_job(JOB.id, JobState.RUNNING, at_s=5.0)
+    before = await ledger.dump()
+    again = await ledger.add_job(replace(JOB, name="changed"), state=JobState.SCHEDULED)
+    assert again == JobRecord(JOB, JobState.RUNNING, started_s=5.0)
+    assert await ledger.dump() == before
+
+
+@on_every_ledger
+async def test_a_client_token_makes_one_job(ledger: DumpingLedger) -> None:
+    """Pain 6: the client that never got an answer submits again."""
+    first = replace(JOB, token="once")
+    await submit(ledger, first)
+    second = await ledger.add_job(replace(first, id=JobId("other")), state=JobState.SUBMITTED)
+    assert second.job == first
+    assert [r.job.id for r in await ledger.jobs()] == [first.id]
+
+
+@on_every_ledger
+async def test_jobs_without_a_token_are_different_jobs(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    await submit(ledger, replace(JOB, id=JobId("other")))
+    assert len(await ledger.jobs()) == 2
+
+
+def _jobs(count: int) -> list[JobDef]:
+    """Pairs submitted at the same moment."""
+    return [
+        replace(JOB, id=JobId(f"j-{i:02d}"), submitted_s=1_000.0 + i // 2) for i in range(count)
+    ]
+
+
+@on_every_ledger
+async def test_jobs_are_listed_newest_first_and_by_id_within_a_moment(
+    ledger: DumpingLedger,
+) -> None:
+    for job in sorted(_jobs(6), key=lambda job: str(job.id)[::-1], reverse=True):
+        await submit(ledger, job)
+    listed = [r.job.id for r in await ledger.jobs()]
+    assert listed == ["j-05", "j-04", "j-03", "j-02", "j-01", "j-00"]
+
+
+@on_every_ledger
+async def test_pages_of_jobs_visit_each_once_while_new_ones_come(ledger: DumpingLedger) -> None:
+    for job in _jobs(7):
+        await submit(ledger, job)
+    seen: list[str] = []
+    while page := await ledger.jobs(limit=3, before=seen[-1] if seen else None):
+        seen += [r.job.id for r in page]
+        await submit(ledger, replace(JOB, id=JobId(f"late-{len(seen)}"), submitted_s=2_000.0))
+    assert seen == [f"j-{i:02d}" for i in range(6, -1, -1)]
+
+
+@on_every_ledger
+async def test_active_jobs_are_those_that_have_not_ended(ledger: DumpingLedger) -> None:
+    for state in JobState:
+        await ledger.add_job(replace(JOB, id=JobId(state.lower())), state=state)
+    active = {r.state for r in await ledger.jobs(active=True)}
+    assert active == set(JobState) - ENDED
+    assert len(await ledger.jobs()) == len(JobState)
+
+
+@pytest.mark.parametrize("before", list(JobState))
+def test_a_job_moves_by_the_table_of_moves(before: JobState, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with ledger_in(tmp_path / "ledger.sqlite") as ledger:
+            for after in JobState:
+                job = replace(JOB, id=JobId(f"to-{after}"))
+                await ledger.add_job(job, state=before)
+                moved = await ledger.move_job(job.id, after, reason="why")
+                assert moved == may_move(before, after)
+                record = await ledger.job(job.id)
+                assert (record.state, record.reason) == ((after, "why") if moved else (before, ""))
+
+    asyncio.run(main())
+
+
+@on_every_ledger
+async def test_a_job_starts_with_its_first_move_to_running(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    assert await ledger.move_job(JOB.id, JobState.RUNNING, at_s=10.0)
+    assert await ledger.move_job(JOB.id, JobState.PAUSED, at_s=11.0)
+    assert await ledger.move_job(JOB.id, JobState.RUNNING, at_s=12.0)
+    assert not await ledger.move_job(JOB.id, JobState.RUNNING, at_s=9.0)
+    assert (await ledger.job(JOB.id)).started_s == 10.0
+
+
+@on_every_ledger
+async def test_the_control_says_what_it_was_last_set_to(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    for control in (Control.PAUSE, Control.PAUSE, Control.RUN, Control.CANCEL):
+        await ledger.set_control(JOB.id, control)
+        assert (await ledger.job(JOB.id)).control is control
+
+
+# --- Cuts ----------------------------------------------------------------------------------------
+
+
+@on_every_ledger
+async def test_a_cut_plans_its_bundles_and_says_what_is_left(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    one, other = bundle(0, 10), bundle(20, 30)
+    left = TaskSet(((30, 40), (50, 90)))
+    planned = replace(cut(0, one, other, left=left), planned=90, cancelled=2)
+    assert await ledger.add_cut(planned)
+    assert await stage_of(ledger) == StageRecord(
+        StageCounts(RESIZE, planned=90, cancelled=2), cut_seq=0, left=left
+    )
+    records = await ledger.bundles(JOB.id)
+    assert [(r.bundle, r.completion, r.seq) for r in records] == [
+        (one, None, None),
+        (other, None, None),
+    ]
+
+
+@on_every_ledger
+async def test_a_cut_that_is_known_or_older_changes_nothing(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    first = replace(cut(0, bundle(0, 5), left=TaskSet.span(5, 9)), planned=9, cancelled=1)
+    second = replace(cut(1, bundle(5, 7), left=TaskSet.span(7, 9)), cancelled=1)
+    assert await ledger.add_cut(first)
+    assert await ledger.add_cut(second)
+    before = await ledger.dump()
+    for known in (first, second, replace(first, bundles=(bundle(8, 9),))):
+        assert not await ledger.add_cut(known)
+    assert await ledger.dump() == before
+
+
+@on_every_ledger
+async def test_a_later_rounds_cut_takes_over_and_counts_from_its_own(
+    ledger: DumpingLedger,
+) -> None:
+    await submit(ledger)
+    await ledger.add_cut(replace(cut(0), planned=40))
+    await ledger.add_cut(cut(7))
+    assert await ledger.add_cut(cut(0, round=2, left=TaskSet.span(3, 9)))
+    record = await stage_of(ledger)
+    assert (record.plan_round, record.cut_seq, record.left) == (2, 0, TaskSet.span(3, 9))
+    assert record.counts.planned == 40, "a cut without `planned` leaves it"
+    for old in (cut(8), cut(0, round=1), cut(99, round=1)):
+        assert not await ledger.add_cut(old)
+
+
+@on_every_ledger
+async def test_a_cut_leaves_a_bundle_that_is_done_already(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    early = done(bundle(0, 5))
+    await fold(ledger, early)
+    assert await ledger.add_cut(cut(0, bundle(0, 5), bundle(5, 6)))
+    records = await ledger.bundles(JOB.id)
+    assert [r.completion for r in records] == [early, None]
+
+
+@on_every_ledger
+async def test_planned_is_set_where_it_is_not_known(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    await ledger.set_planned(JOB.id, INDEX, 5)
+    await ledger.set_planned(JOB.id, INDEX, 6)
+    assert (await counts_of(ledger, INDEX)).planned == 5
+    assert (await counts_of(ledger, RESIZE)).planned is None
+
+
+# --- Ends and new rounds -------------------------------------------------------------------------
+
+
+async def _finish(
+    ledger: DumpingLedger, state: JobState = JobState.FAILED, *, round: int = 0, **closed: int
+) -> bool:
+    return await ledger.finish(
+        JOB.id,
+        state,
+        round=round,
+        reason=f"end of {round}",
+        ended_s=50.0 + round,
+        closed={StageName(name): count for name, count in closed.items()},
+    )
+
+
+@on_every_ledger
+async def test_the_end_counts_what_never_came_to_be_as_cancelled(ledger: DumpingLedger) -> None:
+    """Pain 1 (I2): the sums close whenever a job is stopped, so it never hangs."""
+    await submit(ledger)
+    await ledger.add_cut(replace(cut(0, bundle(0, 4)), planned=10))
+    await fold(ledger, done(bundle(0, 4), failed=1))
+    assert await _finish(ledger, resize=6, index=3)
+    record = await ledger.job(JOB.id)
+    assert (record.state, record.reason, record.ended_s) == (JobState.FAILED, "end of 0", 50.0)
+    assert [(s.counts.planned, s.counts.terminal) for s in await ledger.stages(JOB.id)] == [
+        (10, 10),
+        (3, 3),
+        (0, 0),
+    ]
+    assert (await counts_of(ledger)).cancelled == 6
+
+
+@on_every_ledger
+async def test_a_job_ends_once_a_round(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    assert not await _finish(ledger, round=1), "another round's end"
+    assert await _finish(ledger, resize=4)
+    before = await ledger.dump()
+    assert not await _finish(ledger, resize=4)
+    assert not await _finish(ledger, JobState.SUCCEEDED)
+    assert await ledger.dump() == before
+
+
+@pytest.mark.parametrize("state", [s for s in JobState if not s.ended])
+def test_every_job_that_has_not_ended_can_end(state: JobState, tmp_path: Path) -> None:
+    """Pain 1 (I7): the bucket says that it has ended, whatever the ledger has heard of it."""
+
+    async def main() -> None:
+        async with ledger_in(tmp_path / "ledger.sqlite") as ledger:
+            await ledger.add_job(JOB, state=state)
+            assert await _finish(ledger)
+            assert (await ledger.job(JOB.id)).state is JobState.FAILED
+
+    asyncio.run(main())
+
+
+@on_every_ledger
+async def test_a_reason_may_hold_any_text(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    reason = 'it\'s "0" \\ 漢字 \N{PILE OF POO}\n%s :x '
+    await ledger.move_job(JOB.id, JobState.PAUSED, reason=reason + "\0")
+    assert (await ledger.job(JOB.id)).reason.startswith(reason)
+    await ledger.finish(
+        JOB.id, JobState.FAILED, round=0, reason=reason + "\0", ended_s=1.0, closed={}
+    )
+    assert (await ledger.job(JOB.id)).reason.startswith(reason)
+
+
+async def _failed_job(ledger: DumpingLedger) -> None:
+    """10 planned: 4 succeeded, 1 failed, 5 cancelled; the two later stages alike or unplanned."""
+    await submit(ledger)
+    await ledger.set_control(JOB.id, Control.CANCEL)
+    await ledger.move_job(JOB.id, JobState.RUNNING, at_s=40.0)
+    await ledger.add_cut(replace(cut(0, bundle(0, 5), left=TaskSet.span(5, 10)), planned=10))
+    await ledger.set_planned(JOB.id, INDEX, 10)
+    await fold(ledger, done(bundle(0, 5), failed=1), done(bundle(0, 4, stage=INDEX)))
+    await _finish(ledger, resize=5, index=6)
+
+
+@on_every_ledger
+async def test_a_new_round_takes_back_what_it_will_do_again(ledger: DumpingLedger) -> None:
+    """Pain 13: the failed part of a job runs again, and only that."""
+    await _failed_job(ledger)
+    assert await ledger.reopen(
+        JOB.id, 1, [Reopening(RESIZE, failed=1, cancelled=5), Reopening(INDEX, cancelled=6)]
+    )
+    assert await ledger.job(JOB.id) == JobRecord(JOB, JobState.PENDING, round=1, started_s=40.0)
+    resize, index = await counts_of(ledger), await counts_of(ledger, INDEX)
+    assert (resize.planned, resize.succeeded, resize.failed, resize.cancelled) == (10, 4, 0, 0)
+    assert (index.planned, index.succeeded, index.terminal) == (10, 4, 4)
+
+
+@on_every_ledger
+async def test_a_round_begins_once(ledger: DumpingLedger) -> None:
+    await _failed_job(ledger)
+    taken_back = [Reopening(RESIZE, failed=1, cancelled=5)]
+    assert await ledger.reopen(JOB.id, 1, taken_back)
+    before = await ledger.dump()
+    for round_ in (1, 0):
+        assert not await ledger.reopen(JOB.id, round_, taken_back)
+    assert await ledger.dump() == before
+    await _finish(ledger, round=1)
+    assert not await ledger.reopen(JOB.id, 1, taken_back), "nor after that round's end"
+
+
+@on_every_ledger
+async def test_only_a_job_that_ended_without_success_is_reopened(ledger: DumpingLedger) -> None:
+    for state in JobState:
+        job = replace(JOB, id=JobId(state.lower()))
+        await ledger.add_job(job, state=state)
+        reopened = await ledger.reopen(job.id, 1, [])
+        assert reopened == (state in (JobState.FAILED, JobState.CANCELLED)), state
+
+
+@on_every_ledger
+async def test_a_void_plan_is_unknown_again_and_its_cuts_stay_out(ledger: DumpingLedger) -> None:
+    await _failed_job(ledger)
+    await ledger.reopen(JOB.id, 1, [Reopening(RESIZE, 4, 1, 5, replan=True)])
+    record = await stage_of(ledger)
+    assert record.counts.planned is None
+    assert record.counts.terminal == 0
+    assert (record.cut_seq, record.left) == (-1, TaskSet())
+    assert not await ledger.add_cut(replace(cut(0, bundle(0, 5)), planned=10))
+    assert await ledger.add_cut(replace(cut(0, round=1, left=TaskSet.span(0, 8)), planned=8))
+    record = await stage_of(ledger)
+    assert (record.plan_round, record.cut_seq, record.counts.planned) == (1, 0, 8)
+
+
+@on_every_ledger
+async def test_rounds_may_follow_each_other_until_all_is_done(ledger: DumpingLedger) -> None:
+    """Pain 13 (I2): the sums close at the end of every round."""
+    await submit(ledger)
+    await ledger.add_cut(replace(cut(0, bundle(0, 4)), planned=4))
+    await fold(ledger, done(bundle(0, 4), failed=4))
+    await _finish(ledger)
+    for round_ in range(1, 5):
+        assert await ledger.reopen(JOB.id, round_, [Reopening(RESIZE, failed=5 - round_)])
+        again = replace(bundle(0, 5 - round_), round=round_)
+        assert await ledger.add_cut(cut(0, again, round=round_))
+        await fold(ledger, done(again, failed=4 - round_))
+        counts = await counts_of(ledger)
+        assert (counts.planned, counts.terminal, counts.succeeded) == (4, 4, round_)
+        assert await _finish(
+            ledger, JobState.SUCCEEDED if round_ == 4 else JobState.FAILED, round=round_
+        )
+    assert not await ledger.reopen(JOB.id, 5, [])
+
+
+@on_every_ledger
+async def test_every_call_may_be_made_twice(ledger: DumpingLedger) -> None:
+    """Pain 6: a call whose answer was lost is made again."""
+    parent = done(bundle(0, 5), bundle(0, 4, stage=INDEX), failed=1)
+    again = replace(bundle(0, 1), round=1)
+    calls = (
+        lambda of: of.add_job(JOB, state=JobState.SUBMITTED),
+        lambda of: of.set_control(JOB.id, Control.CANCEL),
+        lambda of: of.add_cut(replace(cut(0, bundle(0, 5)), planned=9, cancelled=1)),
+        lambda of: of.set_planned(JOB.id, INDEX, 9),
+        lambda of: of.move_job(JOB.id, JobState.RUNNING, at_s=3.0),
+        lambda of: of.fold([parent], [{INDEX: 1}]),
+        lambda of: _finish(of, resize=3, index=8),
+        lambda of: of.reopen(
+            JOB.id, 1, [Reopening(RESIZE, 0, 1, 4), Reopening(TOTAL, replan=True)]
+        ),
+        lambda of: of.add_cut(cut(0, again, round=1, left=TaskSet.span(5, 9))),
+        lambda of: of.fold([done(again)], [{}]),
+        lambda of: _finish(of, round=1, resize=4),
+    )
+    async with ledger_in(None) as once:
+        for call in calls:
+            await call(once)
+            await call(ledger)
+            await call(ledger)
+            assert await ledger.dump() == await once.dump()
+
+
+# --- Leases, and forgetting ----------------------------------------------------------------------
+
+
+@on_every_ledger
+async def test_a_lease_is_its_owners_until_it_runs_out(ledger: DumpingLedger) -> None:
+    assert await ledger.lease("leader", "a", now_s=100.0, ttl_s=10.0)
+    assert not await ledger.lease("leader", "b", now_s=109.9, ttl_s=10.0)
+    assert await ledger.lease("leader", "a", now_s=105.0, ttl_s=10.0)
+    assert not await ledger.lease("leader", "b", now_s=114.9, ttl_s=10.0), "it was renewed"
+    assert await ledger.lease("leader", "b", now_s=115.0, ttl_s=10.0)
+    assert not await ledger.lease("leader", "a", now_s=116.0, ttl_s=10.0), "it was taken over"
+
+
+@on_every_ledger
+async def test_a_lease_given_back_is_free_at_once(ledger: DumpingLedger) -> None:
+    await ledger.lease("leader", "a", now_s=100.0, ttl_s=1e9)
+    await ledger.release("leader", "b")
+    assert not await ledger.lease("leader", "b", now_s=101.0, ttl_s=1.0), "not b's to give back"
+    await ledger.release("leader", "a")
+    await ledger.release("leader", "a")
+    assert await ledger.lease("leader", "b", now_s=101.0, ttl_s=1.0)
+
+
+@on_every_ledger
+async def test_leases_of_other_names_are_other_leases(ledger: DumpingLedger) -> None:
+    assert await ledger.lease("leader", "a", now_s=100.0, ttl_s=10.0)
+    assert await ledger.lease("scheduler", "b", now_s=100.0, ttl_s=10.0)
+
+
+@on_every_ledger
+async def test_clear_forgets_the_jobs_and_keeps_the_leases(ledger: DumpingLedger) -> None:
+    await _failed_job(ledger)
+    await ledger.lease("leader", "a", now_s=100.0, ttl_s=10.0)
+    last = max(r.seq or 0 for r in await ledger.bundles(JOB.id))
+    await ledger.clear()
+    assert await ledger.dump() == {"jobs": [], "stages": [], "bundles": []}
+    assert not await ledger.lease("leader", "b", now_s=101.0, ttl_s=10.0)
+    await submit(ledger)
+    await fold(ledger, done(bundle(0, 5)))
+    assert await ledger.bundles(JOB.id, after_seq=last), "a watcher goes on where it was"

@@ -1,0 +1,304 @@
+"""What every Ledger makes of completions: each counts once, in whatever order they come."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from batchlab.errors import NotFound
+from batchlab.model import BundleId, Completion, JobId, StageCounts, TaskSet
+from batchlab.ports import BundleRecord, Cut
+from batchlab.sim.loop import SimLoop
+from tests.contract.ledger_suite import (
+    INDEX,
+    JOB,
+    RESIZE,
+    TOTAL,
+    DumpingLedger,
+    bundle,
+    counts_of,
+    cut,
+    done,
+    fold,
+    fold_in_batches,
+    history,
+    ledger_in,
+    on_every_ledger,
+    submit,
+)
+
+
+@on_every_ledger
+async def test_counters_grow_by_what_the_outcomes_say(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    one = done(bundle(0, 10), failed=2, cancelled=1, run_s=3.25, started_s=100.0, retried=4)
+    other = done(bundle(10, 12), run_s=0.5, started_s=90.0)
+    assert await fold(ledger, one, other) == [True, True]
+    assert await counts_of(ledger) == StageCounts(
+        RESIZE,
+        succeeded=9,
+        failed=2,
+        cancelled=1,
+        retried=4,
+        run_s=3.75,
+        first_start_s=90.0,
+        last_end_s=102.5,
+    )
+    assert await counts_of(ledger, INDEX) == StageCounts(INDEX)
+
+
+@on_every_ledger
+async def test_the_first_start_and_the_last_end_are_kept_in_any_order(
+    ledger: DumpingLedger,
+) -> None:
+    await submit(ledger)
+    for i, started_s in enumerate((100.0, 300.0, 50.0, 200.0)):
+        await fold(ledger, done(bundle(i, i + 1), started_s=started_s))
+    counts = await counts_of(ledger)
+    assert (counts.first_start_s, counts.last_end_s) == (50.0, 302.5)
+
+
+@on_every_ledger
+async def test_an_outcome_counts_once_however_often_it_comes(ledger: DumpingLedger) -> None:
+    """Pain 6: events come at least once; duplicates are seen and harmless."""
+    await submit(ledger)
+    one, other = done(bundle(0, 5)), done(bundle(5, 7))
+    assert await fold(ledger, one, one, other, one) == [True, False, True, False]
+    before = await ledger.dump()
+    assert await fold(ledger, other) == [False]
+    assert await fold(ledger, one, done(bundle(7, 8)), other) == [False, True, False]
+    assert (await counts_of(ledger)).succeeded == 8
+    assert await ledger.dump() != before
+
+
+@on_every_ledger
+async def test_what_was_folded_stays_when_another_outcome_of_the_bundle_comes(
+    ledger: DumpingLedger,
+) -> None:
+    await submit(ledger)
+    await fold(ledger, done(bundle(0, 5)))
+    before = await ledger.dump()
+    assert await fold(ledger, done(bundle(0, 5), bundle(0, 5, attempt=2), failed=5)) == [False]
+    assert await ledger.dump() == before
+
+
+@on_every_ledger
+async def test_follows_become_planned(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    retry, chained = bundle(0, 2, attempt=2), bundle(2, 5, stage=INDEX)
+    await fold(ledger, done(bundle(0, 5), retry, chained))
+    planned = [r.bundle for r in await ledger.bundles(JOB.id, done=False)]
+    assert planned == [chained, retry]
+    assert (await counts_of(ledger, INDEX)).terminal == 0
+
+
+@on_every_ledger
+async def test_a_follow_that_was_folded_before_its_parent_stays_done(
+    ledger: DumpingLedger,
+) -> None:
+    await submit(ledger)
+    follow = bundle(0, 5, stage=INDEX)
+    assert await fold(ledger, done(follow)) == [True]
+    assert await fold(ledger, done(bundle(0, 5), follow)) == [True]
+    assert await fold(ledger, done(follow)) == [False]
+    assert list(await ledger.bundles(JOB.id, done=False)) == []
+    assert (await counts_of(ledger, INDEX)).succeeded == 5
+
+
+@on_every_ledger
+async def test_parent_and_follow_may_come_in_one_call_in_either_order(
+    ledger: DumpingLedger,
+) -> None:
+    await submit(ledger)
+    for start, parent_first in ((0, True), (5, False)):
+        follow = bundle(start, start + 5, stage=INDEX)
+        both = [done(bundle(start, start + 5), follow), done(follow)]
+        assert await fold(ledger, *(both if parent_first else both[::-1])) == [True, True]
+    assert list(await ledger.bundles(JOB.id, done=False)) == []
+    assert (await counts_of(ledger, INDEX)).succeeded == 10
+
+
+@on_every_ledger
+async def test_an_outcome_of_a_bundle_that_was_never_planned_is_folded(
+    ledger: DumpingLedger,
+) -> None:
+    await submit(ledger)
+    unplanned = done(bundle(3, 4, attempt=2))
+    assert await fold(ledger, unplanned) == [True]
+    (record,) = await ledger.bundles(JOB.id)
+    assert record.completion == unplanned
+
+
+@on_every_ledger
+async def test_casualties_count_as_cancelled_once(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    one, other = done(bundle(0, 5), failed=2), done(bundle(5, 9), failed=1)
+    lost, more = {INDEX: 2, TOTAL: 2}, {INDEX: 1}
+    await ledger.fold([one, one, other], [lost, lost, more])
+    await ledger.fold([other, one], [more, lost])
+    assert await counts_of(ledger, INDEX) == StageCounts(INDEX, cancelled=3)
+    assert await counts_of(ledger, TOTAL) == StageCounts(TOTAL, cancelled=2)
+    assert (await counts_of(ledger)).cancelled == 0
+
+
+@on_every_ledger
+async def test_run_time_adds_up_to_the_microsecond(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    await fold(ledger, *(done(bundle(i, i + 1), run_s=0.1) for i in range(1_000)))
+    await fold(ledger, done(bundle(1_000, 1_001), run_s=1e9 + 1e-6))
+    assert (await counts_of(ledger)).run_s == 1_000_000_100.000001
+
+
+@on_every_ledger
+async def test_a_call_that_cannot_be_folded_leaves_nothing(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    before = await ledger.dump()
+    stranger = done(replace(bundle(0, 1), job=JobId("nobody")))
+    with pytest.raises(NotFound):
+        await fold(ledger, done(bundle(0, 5), bundle(0, 5, stage=INDEX)), stranger)
+    assert await ledger.dump() == before
+    assert await fold(ledger, done(bundle(0, 5))) == [True]
+
+
+@on_every_ledger
+async def test_nothing_is_folded_by_an_empty_call(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    before = await ledger.dump()
+    assert await fold(ledger) == []
+    assert await ledger.dump() == before
+
+
+@on_every_ledger
+async def test_one_call_may_fold_several_jobs(ledger: DumpingLedger) -> None:
+    twin = replace(JOB, id=JobId("photos-2"))
+    await submit(ledger)
+    await submit(ledger, twin)
+    mine, its = bundle(0, 5), replace(bundle(0, 5), job=twin.id)
+    assert await fold(ledger, done(its, failed=5), done(mine)) == [True, True]
+    assert [(await ledger.stages(j))[0].counts.failed for j in (JOB.id, twin.id)] == [0, 5]
+    assert [r.bundle for r in await ledger.bundles(twin.id)] == [its]
+
+
+# --- Reading bundles -----------------------------------------------------------------------------
+
+
+@on_every_ledger
+async def test_a_bundle_comes_back_as_it_was_written(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    scattered = TaskSet(((0, 1), (7, 9), (10**8, 10**8 + 3)))
+    planned = replace(
+        bundle(0, 1), tasks=scattered, attempt=3, round=2, losses=1, source=BundleId("x")
+    )
+    completion = done(
+        replace(planned, stage=INDEX, losses=2), planned, failed=1, cancelled=2, run_s=0.123456
+    )
+    await fold(ledger, completion)
+    done_record, planned_record = await ledger.bundles(JOB.id)
+    assert planned_record == BundleRecord(planned)
+    assert (done_record.bundle, done_record.completion) == (completion.bundle, completion)
+
+
+@on_every_ledger
+async def test_bundles_are_in_the_order_of_folding_and_planned_ones_last(
+    ledger: DumpingLedger,
+) -> None:
+    await submit(ledger)
+    b, a, c = bundle(1, 2), bundle(0, 1), bundle(2, 3)
+    later = bundle(0, 9, stage=INDEX)
+    await ledger.add_cut(cut(0, c, a, b, bundle(9, 10), bundle(8, 9)))
+    await fold(ledger, done(b), done(a, later))
+    await fold(ledger, done(c), done(b))
+    records = await ledger.bundles(JOB.id)
+    assert [r.bundle for r in records] == [b, a, c, later, bundle(8, 9), bundle(9, 10)]
+    seqs = [r.seq for r in records if r.seq is not None]
+    assert seqs == sorted(set(seqs))
+    assert len(seqs) == 3
+
+
+@on_every_ledger
+async def test_bundles_are_filtered(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    good, bad, chained = (
+        done(bundle(0, 5), bundle(0, 5, stage=INDEX)),
+        done(bundle(5, 9), failed=1),
+        done(bundle(5, 8, stage=INDEX)),
+    )
+    await ledger.add_cut(cut(0, bundle(20, 30)))
+    await fold(ledger, good, chained, bad)
+
+    async def found(**filters: object) -> list[str]:
+        records = await ledger.bundles(JOB.id, **filters)  # type: ignore[arg-type]
+        return [f"{r.bundle.stage}:{r.bundle.tasks.first}" for r in records]
+
+    assert await found(done=True) == ["resize:0", "index:5", "resize:5"]
+    assert await found(done=False) == ["index:0", "resize:20"]
+    assert await found(stage=INDEX) == ["index:5", "index:0"]
+    assert await found(failed=True) == ["resize:5"]
+    assert await found(failed=True, stage=INDEX) == []
+    assert await found(done=True, limit=1) == ["resize:0"]
+    assert await found(done=False, stage=RESIZE, limit=5) == ["resize:20"]
+
+
+@on_every_ledger
+async def test_pages_of_bundles_visit_each_completion_once(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    seen: list[int] = []
+    last = -1
+    await ledger.add_cut(cut(0, bundle(100, 101)))
+    for i in range(0, 30, 3):
+        await fold(ledger, *(done(bundle(n, n + 1)) for n in range(i + 2, i - 1, -1)))
+        page = await ledger.bundles(JOB.id, after_seq=last, limit=2)
+        seen += [r.bundle.tasks.first for r in page]
+        last = page[-1].seq or 0
+    while page := await ledger.bundles(JOB.id, after_seq=last, limit=4):
+        seen += [r.bundle.tasks.first for r in page]
+        last = page[-1].seq or 0
+    assert sorted(seen) == list(range(30))
+
+
+# --- Any order -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.randoms(use_true_random=False), st.integers(1, 40))
+def test_the_order_of_events_leaves_no_trace(rng: Random, tasks: int) -> None:
+    """Pain 6 and 14: events come twice, late and in any order, and the sums are the same.
+
+    The reference folds one at a time, parents first. I2 holds for both.
+    """
+    cuts, completions = history(rng, tasks)
+    events: list[Completion | Cut] = completions + rng.choices(completions, k=len(completions))
+    rng.shuffle(events)
+    # Cuts come in their own order, but anywhere among the completions.
+    for place, one in zip(sorted(rng.choices(range(len(events)), k=len(cuts))), cuts, strict=True):
+        events.insert(place, one)
+    # ... an insertion moves the later ones on, so their order is kept.
+
+    async def main() -> None:
+        async with ledger_in(None) as plain, ledger_in(None) as rough:
+            for ledger in (plain, rough):
+                await submit(ledger)
+                await ledger.set_planned(JOB.id, INDEX, tasks)
+            for one in cuts:
+                await plain.add_cut(one)
+            await fold_in_batches(plain, completions, lambda: 1)
+            batch: list[Completion] = []
+            for event in events:
+                if isinstance(event, Cut):
+                    await rough.add_cut(event)
+                else:
+                    batch.append(event)
+                if rng.random() < 0.3:
+                    await fold_in_batches(rough, batch, lambda: rng.randint(1, 9))
+                    batch.clear()
+            await fold_in_batches(rough, batch, lambda: rng.randint(1, 9))
+            assert await rough.dump() == await plain.dump()
+            for stage in (RESIZE, INDEX):
+                counts = await counts_of(rough, stage)
+                assert counts.terminal == counts.planned == tasks
+
+    SimLoop().run(main())

@@ -1,0 +1,247 @@
+"""What the bucket of files does when processes race and are killed, and how S3's errors read."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from obstore.store import S3Store
+
+from batchlab.adapters.objects import ObstoreObjects, open_local
+from batchlab.errors import AlreadyExists, BackendError, NotFound, Throttled, Unreachable
+
+RACE = """
+import asyncio, sys
+from pathlib import Path
+from batchlab.adapters.objects import open_local
+from batchlab.errors import AlreadyExists
+
+async def race(root, who, rounds):
+    objects = open_local(Path(root))
+    async def create(key, size, slot):
+        try:
+            await objects.put(key, f"{who}.{slot},".encode() * size, if_absent=True)
+        except AlreadyExists:
+            return
+        print(key, f"{who}.{slot}")
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for number in range(int(rounds)):
+        for size in (1, 50_000):
+            key = f"outcomes/{number}-{size}"
+            await asyncio.gather(*(create(key, size, slot) for slot in range(4)))
+
+asyncio.run(race(*sys.argv[1:]))
+"""
+
+PUT_FOR_EVER = """
+import asyncio, itertools, sys
+from pathlib import Path
+from batchlab.adapters.objects import open_local
+
+async def put(root, source):
+    objects = open_local(Path(root))
+    for number in itertools.count():
+        letter = b"abcdefgh"[number % 8 : number % 8 + 1]
+        await objects.put(f"o/create-{number}", letter * 3_000_000, if_absent=True)
+        await objects.put("o/replaced", letter * 3_000_000)
+        await objects.put("o/small", letter * 30_000)
+        await objects.upload("o/uploaded", Path(source))
+        print(number, flush=True)
+
+asyncio.run(put(*sys.argv[1:]))
+"""
+
+
+def _start(script: str, *args: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, args)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_conditional_creates_have_one_winner_across_processes(tmp_path: Path) -> None:
+    """Pain 6: 4 processes of 4 attempts each commit the same outcomes, 16 at once."""
+    rounds = 40
+    racers = [_start(RACE, tmp_path / "bucket", who, rounds) for who in range(4)]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    outputs = [racer.communicate(timeout=60)[0] for racer in racers]
+    assert [racer.returncode for racer in racers] == [0] * 4
+    wins = [line.split() for output in outputs for line in output.splitlines()]
+    assert len(wins) == len({key for key, _ in wins}) == rounds * 2
+
+    async def committed() -> None:
+        objects = open_local(tmp_path / "bucket")
+        for key, winner in wins:
+            size = int(key.rpartition("-")[2])
+            assert await objects.get(key) == f"{winner},".encode() * size
+
+    asyncio.run(committed())
+
+
+def test_a_killed_process_leaves_whole_objects_only(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"u" * 9_000_000)
+    bucket = tmp_path / "bucket"
+    for turn in range(6):
+        putter = _start(PUT_FOR_EVER, bucket / str(turn), source)
+        assert putter.stdout is not None
+        putter.stdout.readline()
+        time.sleep(0.004 * turn)
+        putter.kill()
+        putter.communicate()
+    asyncio.run(_all_whole(bucket))
+
+
+async def _all_whole(bucket: Path) -> None:
+    objects = open_local(bucket)
+    sizes = {"create": 3_000_000, "replaced": 3_000_000, "small": 30_000, "uploaded": 9_000_000}
+    seen = set()
+    async for page in objects.list(""):
+        for info in page:
+            kind = info.key.rpartition("/")[2].partition("-")[0]
+            data = await objects.get(info.key)
+            assert len(data) == info.size == sizes[kind]
+            assert data == data[:1] * len(data)
+            seen.add(kind)
+    assert seen == set(sizes)
+
+
+def test_leftovers_of_a_killed_put_are_not_listed_and_block_nobody(tmp_path: Path) -> None:
+    async def check() -> None:
+        objects = open_local(tmp_path)
+        (tmp_path / "o").mkdir()
+        (tmp_path / "o" / "key#1").write_bytes(b"half")
+        assert [page async for page in objects.list("")] == []
+        await objects.put("o/key", b"whole", if_absent=True)
+        assert await objects.get("o/key") == b"whole"
+        assert [info.key async for page in objects.list("o/") for info in page] == ["o/key"]
+
+    asyncio.run(check())
+
+
+def test_objects_on_files_may_be_read_in_place(tmp_path: Path) -> None:
+    async def check() -> None:
+        objects = open_local(tmp_path / "new" / "bucket")
+        await objects.put("raw/ü %23.txt", b"content")
+        path = objects.local_path("raw/ü %23.txt")
+        assert path is not None
+        assert path.read_bytes() == b"content"
+
+    asyncio.run(check())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_a_backend_error(tmp_path: Path) -> None:
+    async def check() -> None:
+        objects = open_local(tmp_path)
+        await objects.put("secret", b"1")
+        (tmp_path / "secret").chmod(0)
+        with pytest.raises(BackendError) as caught:
+            await objects.get("secret")
+        assert type(caught.value) is BackendError
+
+    asyncio.run(check())
+
+
+class _Answer(BaseHTTPRequestHandler):
+    """Answers with the status that the key ends with."""
+
+    def _answer(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        body = b"<Error><Code>Whatever</Code></Error>"
+        self.send_response(int(self.path.rpartition("/")[2]))
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_PUT = do_GET = do_HEAD = _answer  # noqa: N815 - names that http.server looks for
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def _s3(port: int) -> ObstoreObjects:
+    return ObstoreObjects(
+        S3Store(
+            "bucket",
+            endpoint=f"http://127.0.0.1:{port}",
+            region="us-east-1",
+            access_key_id="x",
+            secret_access_key="y",
+            client_options={"allow_http": True},
+            retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=1)},
+        )
+    )
+
+
+@pytest.fixture
+def s3() -> Iterator[ObstoreObjects]:
+    """A store whose service answers each request with the status that the key ends with."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Answer)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield _s3(server.server_port)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (412, AlreadyExists),
+        # S3's ConditionalRequestConflict: nobody has won yet, so try again.
+        (409, Throttled),
+        (503, Throttled),
+        (429, Throttled),
+        (500, Unreachable),
+        (404, NotFound),
+        (403, BackendError),
+    ],
+)
+def test_a_refused_conditional_create_says_what_to_do_next(
+    s3: ObstoreObjects, status: int, kind: type[BackendError]
+) -> None:
+    with pytest.raises(BackendError) as caught:
+        asyncio.run(s3.put(f"outcome/{status}", b"{}", if_absent=True))
+    assert type(caught.value) is kind
+    assert caught.value.__cause__ is not None
+
+
+def test_reads_tell_busy_from_missing(s3: ObstoreObjects) -> None:
+    with pytest.raises(Throttled):
+        asyncio.run(s3.get("a/503"))
+    with pytest.raises(NotFound):
+        asyncio.run(s3.get("a/404"))
+    with pytest.raises(Throttled):
+        asyncio.run(s3.head("a/503"))
+    assert asyncio.run(s3.head("a/404")) is None
+    assert asyncio.run(s3.get_if_changed("a/304", '"etag"')) is None
+    with pytest.raises(Throttled):
+        asyncio.run(s3.get_range("a/503", 0, 10))
+
+
+def test_a_service_that_does_not_answer_is_unreachable() -> None:
+    with pytest.raises(Unreachable) as caught:
+        asyncio.run(_s3(9).put("a", b"1"))
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is not None

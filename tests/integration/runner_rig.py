@@ -1,0 +1,123 @@
+"""A ProcessRunner with a bucket in memory, and short ways to ask it for something."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from batchlab.adapters.clock import WallClock
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.model import Bundle, Failure, JobDef, JobId, Json, Ran, StageDef, StageName, TaskSet
+from batchlab.ports import Objects
+from batchlab.worker import code
+from batchlab.worker.process_runner import ProcessRunner
+from batchlab.worker.runner import Handle, Scratch, Work
+
+USER_CODE = Path(__file__).parent / "user_code"
+
+
+class Rig:
+    """`run` and `values` run one bundle of a stage `s` of a job `j`."""
+
+    def __init__(self, root: Path, objects: Objects, slots: int) -> None:
+        self.scratch = Scratch(root / "scratch")
+        self.objects = objects
+        self.clock = WallClock()
+        self.runner = ProcessRunner(objects, self.scratch, self.clock, slots)
+        self.handle = Handle()
+        self._executions = 0
+        self._code: dict[Path, str] = {}
+
+    async def pack(self, folder: Path) -> str:
+        if folder not in self._code:
+            data = code.pack(folder)
+            await self.objects.put(code.key(data), data)
+            self._code[folder] = code.key(data)
+        return self._code[folder]
+
+    async def work(
+        self,
+        items: Sequence[Json],
+        *,
+        handler: str | None = "acts:act",
+        folder: Path | None = USER_CODE,
+        params: dict[str, Json] | None = None,
+        first: int = 0,
+        budget_s: float | None = None,
+        **stage: Any,
+    ) -> Work:
+        handler = None if "command" in stage else handler
+        step = StageDef(StageName("s"), handler=handler, **stage)
+        key = await self.pack(folder) if folder else None
+        job = JobDef(
+            JobId("j"), "j", (step,), 0.0, code=key, params=tuple((params or {}).items())
+        )
+        self._executions += 1
+        tasks = TaskSet.span(first, first + len(items))
+        bundle = Bundle(job.id, step.name, tasks)
+        return Work(job, step, bundle, f"e-{self._executions}", items, budget_s)
+
+    async def run(self, items: Sequence[Json], **how: Any) -> list[Ran]:
+        self.handle = Handle()
+        work = await self.work(items, **how)
+        return [ran async for ran in self.runner.run(work, self.handle)]
+
+    async def values(self, items: Sequence[Json], **how: Any) -> list[Any]:
+        """The values in task order, with a Failure's "kind: reason" in the place of a failed one."""
+        ran = await self.run(items, **how)
+        assert [one.task for one in ran] == list(range(len(items)))
+        return [
+            f"{one.failure.kind}: {one.failure.reason}" if one.failure else one.value
+            for one in ran
+        ]
+
+    async def failure(self, item: Json, **how: Any) -> Failure:
+        """How the one task with this item fails."""
+        [ran] = await self.run([item], **how)
+        assert ran.failure is not None, ran
+        assert ran.failure.task == ran.task
+        return ran.failure
+
+    async def log(self, task: int) -> str:
+        """What the task printed in the last run."""
+        data = await self.objects.get(self.handle.log) if self.handle.log else b""
+        return "".join(
+            data[start:stop].decode() for one, start, stop in self.handle.log_spans if one == task
+        )
+
+
+@asynccontextmanager
+async def opened(root: Path, objects: Objects | None = None, slots: int = 2) -> AsyncIterator[Rig]:
+    rig = Rig(root, objects or SimObjects(), slots)
+    try:
+        yield rig
+    finally:
+        await rig.runner.close()
+
+
+async def until(true: Callable[[], Any], what: str, limit_s: float = 20.0) -> float:
+    """Wait for a condition; returns the seconds it took."""
+    began_s = time.monotonic()
+    while not true():
+        assert time.monotonic() - began_s < limit_s, f"not within {limit_s} s: {what}"
+        await asyncio.sleep(0.005)
+    return time.monotonic() - began_s
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that has died and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def children_of(pid: int | None = None) -> set[int]:
+    pid = pid or os.getpid()
+    listed = Path(f"/proc/{pid}/task").iterdir()
+    return {int(one) for task in listed for one in (task / "children").read_text().split()}

@@ -1,0 +1,268 @@
+"""The whole grid in the simulator: the promises over many seeds of crashes, and some set scenes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import pytest
+
+from batchlab.model import (
+    Failure,
+    FailureKind,
+    JobDef,
+    JobId,
+    JobState,
+    LifecycleState,
+    Pool,
+    RetryRule,
+    StageDef,
+    StageName,
+)
+from batchlab.sim import invariants, trial
+from batchlab.sim.loop import SimLoop
+from batchlab.sim.runner import Play, Scene, Script
+from batchlab.sim.world import EPOCH_S, MANAGER, WORKER, World
+
+T = TypeVar("T")
+
+SEEDS = 200
+AT_ONCE = 20
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, AT_ONCE))
+def test_crashes_between_any_two_port_calls_break_no_promise(first: int) -> None:
+    """Answers pains 2, 4, 6, 7 and 14: nothing lost, nothing twice, fan-in exactly once."""
+    for seed in range(first, first + AT_ONCE):
+        report = trial.run(seed)
+        assert all(state.ended for state in report.states), report
+
+
+def test_the_crashes_did_happen() -> None:
+    """A simulation without faults proves nothing: both kinds, and managers that were replaced."""
+    reports = [trial.run(seed) for seed in range(10)]
+    injected = {kind for r in reports for kind, times in r.injected if times}
+    assert injected == {"kill_before", "kill_after"}
+    assert any(r.managers > 1 for r in reports)
+
+
+def test_the_same_seed_gives_the_same_event_log_byte_for_byte() -> None:
+    program = (
+        "from batchlab.sim import trial;"
+        "print([trial.run(seed, logged=True).digest for seed in (1, 2, 3)])"
+    )
+    answers = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for hash_seed in ("0", "1", "12345")
+    }
+    assert len(answers) == 1
+
+
+# --- Set scenes ----------------------------------------------------------------------------------
+
+UNHURRIED: dict[str, Any] = {
+    "manager_settings": replace(MANAGER, tick_s=20.0, wait_s=20.0, control_lease_s=60.0),
+    "worker_settings": replace(WORKER, visibility_s=120.0, wait_s=20.0, control_lease_s=60.0),
+}
+"""For scenes of many virtual hours, which would otherwise be mostly polling."""
+
+A, B, C = StageName("a"), StageName("b"), StageName("c")
+
+
+def job(*stages: StageDef, items: int = 10, **changes: Any) -> JobDef:
+    made = JobDef(JobId("job"), "job", stages, EPOCH_S, items=items, token="t")
+    return replace(made, **changes)
+
+
+def stage(name: StageName, *after: StageName, **changes: Any) -> StageDef:
+    return replace(StageDef(name, after, handler="sim:task"), **changes)
+
+
+def in_world(
+    act: Callable[[World], Awaitable[T]],
+    *,
+    script: Script,
+    pools: tuple[Pool, ...] = (Pool("default", 0, 2, 1),),
+    **settings: Any,
+) -> T:
+    async def main() -> T:
+        world = World(1, pools, script=script, faults=trial.calm(1), **settings)
+        supervisor = asyncio.create_task(world.supervise())
+        try:
+            return await act(world)
+        finally:
+            supervisor.cancel()
+            await world.ledger.close()
+
+    coroutine: Coroutine[Any, Any, T] = main()
+    return SimLoop(inline_executor=True).run(coroutine, limit_s=1_000_000, limit_steps=20_000_000)
+
+
+def takes(run_s: float) -> Script:
+    return lambda scene: Play(run_s, trial.value_of(scene.stage.name, scene.item))
+
+
+async def submitted(world: World, made: JobDef) -> None:
+    await trial.bring_items(world, made)
+    await world.submit(made)
+
+
+async def run_to_end(world: World, made: JobDef) -> JobState:
+    await submitted(world, made)
+    record = await world.ended(made.id)
+    await invariants.check_all(world, [made.id])
+    return record.state
+
+
+def test_a_task_longer_than_twelve_hours_runs_once_and_is_handed_over_in_time() -> None:
+    """Answers pain 5, the 12-hour wall."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), items=2)
+        assert await run_to_end(world, made) is JobState.SUCCEEDED
+        assert len(world.starts) == 2
+        assert world.clock.monotonic_s() > 14 * 3600
+
+    in_world(act, script=takes(14 * 3600.0), **UNHURRIED)
+
+
+def test_a_worker_lost_after_the_hand_over_is_noticed_by_the_watchdog() -> None:
+    async def act(world: World) -> None:
+        made = job(stage(A), items=1)
+        await submitted(world, made)
+        await asyncio.sleep(11.5 * 3600)
+        (instance,) = [w for w in world.workers.values() if w.ended is None]
+        instance.kill("exit -9")
+        record = await world.ended(made.id)
+        assert record.state is JobState.SUCCEEDED
+        assert len(world.starts) == 2
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(14 * 3600.0), **UNHURRIED)
+
+
+def test_backoff_beyond_fifteen_minutes_is_chained_through_the_queue() -> None:
+    def script(scene: Scene) -> Play:
+        if scene.bundle.attempt == 1:
+            return Play(0.1, failure=Failure(scene.task, FailureKind.EXCEPTION, "no"))
+        return Play(0.1, 1)
+
+    async def act(world: World) -> None:
+        rule = RetryRule(attempts=2, backoff_s=3600.0, max_backoff_s=7200.0, jitter=0.0)
+        made = job(stage(A, retry=rule), items=1)
+        assert await run_to_end(world, made) is JobState.SUCCEEDED
+        first, second = (start[0] for start in world.starts)
+        assert 3590 < second - first < 3700
+
+    in_world(act, script=script)
+
+
+def test_a_task_that_kills_its_workers_fails_alone_and_its_neighbours_succeed() -> None:
+    """Poison: bisected until it stands alone, then FAILED with a reason (I7)."""
+
+    def script(scene: Scene) -> Play:
+        return Play(0.05, 1, kills_worker=scene.task == 37)
+
+    async def act(world: World) -> None:
+        made = job(stage(A, bundle=20), items=60)
+        assert await run_to_end(world, made) is JobState.FAILED
+        (counts,) = [s.counts for s in await world.ledger.stages(made.id)]
+        assert (counts.succeeded, counts.failed) == (59, 1)
+        record = await world.ledger.job(made.id)
+        assert "task 37" in record.reason
+        assert "killed its worker 3 times" in record.reason
+
+    in_world(act, script=script)
+
+
+def test_a_scale_in_gives_work_back_at_once() -> None:
+    """I6: nobody waits for a visibility timeout."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A, bundle=50), items=50)
+        await submitted(world, made)
+        await asyncio.sleep(20)
+        groups = await world.groups()
+        victim = next(
+            i.id
+            for i in groups[0].instances
+            if i.state is LifecycleState.IN_SERVICE and i.protected
+        )
+        started_s = world.clock.monotonic_s()
+        assert world.manager is not None
+        fleet = world.manager.ports.fleet
+        await fleet.terminate("default", [victim], decrement=False, cause="test")
+        await world.ended(made.id)
+        later = [s[0] for s in world.starts if s[0] > started_s]
+        assert max(b - a for a, b in pairwise(later)) < 25
+        await invariants.check_all(world, [made.id])
+
+    long_visibility = replace(WORKER, visibility_s=3600.0)
+    in_world(act, script=takes(1.0), worker_settings=long_visibility)
+
+
+def test_the_fleet_comes_up_from_zero_and_goes_back_to_zero() -> None:
+    async def act(world: World) -> None:
+        made = job(stage(A), items=200)
+        await submitted(world, made)
+        await world.ended(made.id)
+        await asyncio.sleep(120)
+        invariants.check_at_rest(await world.groups())
+        assert world.manager is not None
+        activities = await world.manager.ports.fleet.activities()
+        assert any("backlog" in a.cause for a in activities)
+        assert any("no backlog" in a.cause for a in activities)
+
+    in_world(act, script=takes(1.0), pools=(Pool("default", 0, 4, 2, boot_s=20.0),))
+
+
+def test_two_pools_work_at_once() -> None:
+    async def act(world: World) -> None:
+        made = job(stage(A, pool="small"), stage(B, A, pool="large"), items=40)
+        assert await run_to_end(world, made) is JobState.SUCCEEDED
+        assert len({i.split("-")[0] for i in world.workers}) >= 1
+        pools = {w.worker.who.pool for w in world.workers.values()}
+        assert pools == {"small", "large"}
+
+    pools = (Pool("small", 0, 2, 1), Pool("large", 0, 2, 4))
+    in_world(act, script=takes(0.5), pools=pools)
+
+
+def test_a_purged_queue_only_costs_time() -> None:
+    async def act(world: World) -> None:
+        made = job(stage(A), stage(B, A, gather="*"), items=100)
+        await submitted(world, made)
+        await asyncio.sleep(30)
+        await world.queue.purge("tasks-default")
+        await world.queue.purge("events")
+        record = await world.ended(made.id)
+        assert record.state is JobState.SUCCEEDED
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(2.0))
+
+
+def test_a_lost_ledger_is_rebuilt_equal_while_the_job_runs() -> None:
+    async def act(world: World) -> None:
+        made = job(stage(A), stage(B, A), items=60)
+        await submitted(world, made)
+        await asyncio.sleep(20)
+        assert world.manager is not None
+        assert await world.manager.rebuild_ledger() == 1
+        record = await world.ended(made.id)
+        assert record.state is JobState.SUCCEEDED
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(1.0))
