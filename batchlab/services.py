@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 START_S = 30.0
+_STARTED: dict[int, subprocess.Popen[bytes]] = {}
+"""Managers that this process has started, by pid: a dead child stays a zombie until it is waited
+for, and a Popen that is dropped complains."""
+
 ORPHAN_S = 15.0
 """A worker whose manager has been gone for this long drains and ends: nothing is left behind."""
 
@@ -199,6 +203,7 @@ def start_manager(
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
+    _STARTED[process.pid] = process
     deadline_s = time.monotonic() + START_S
     while time.monotonic() < deadline_s:
         record = home.record()
@@ -228,6 +233,8 @@ def stop_manager(home: Home, *, wait_s: float = 30.0) -> bool:
                 remedy=f"Its log is {home.manager_log}.",
             )
         time.sleep(0.02)
+    if started := _STARTED.pop(record.pid, None):
+        started.wait()
     return True
 
 

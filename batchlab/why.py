@@ -195,9 +195,9 @@ def _outranked(f: Facts) -> str | None:
     for pool in f.pools():
         ahead = [one for one in f.rivals(pool) if one.job.priority > priority]
         if ahead:
-            jobs = _count(len(ahead), "job")
+            are = _verb(len(ahead), "is", "are")
             return (
-                f"{jobs} of higher priority {_are(ahead)} ahead of it in pool {pool}: "
+                f"{_count(len(ahead), 'job')} of higher priority {are} ahead of it in pool {pool}: "
                 f"{_names(ahead)}; its own priority is {priority}."
             )
     return None
@@ -208,26 +208,27 @@ def _queued(f: Facts) -> str | None:
         return None
     oldest = min(f.queued, key=lambda one: one.heard_s)
     pool = f.record.job.stage(oldest.bundle.stage).pool
-    bundles = _count(len(f.queued), "bundle")
+    bundles, wait = _count(len(f.queued), "bundle"), _verb(len(f.queued), "waits", "wait")
     instances = {i.id for i in f.in_service(pool)}
     seen = [f.workers[i] for i in instances if i in f.workers]
     if not seen:
+        have = _verb(len(instances), "has", "have")
         return (
-            f"{bundles} of it wait in pool {pool}, whose {_count(len(instances), 'instance')} "
-            f"in service {_have(instances)} not reported yet{_then(f)}."
+            f"{bundles} of it {wait} in pool {pool}, whose {_count(len(instances), 'instance')} "
+            f"in service {have} not reported yet{_then(f)}."
         )
     others = {one.job for worker in seen for one in worker.since_s} - {f.record.job.id}
     rivals = [f.lives[job] for job in sorted(others) if job in f.lives]
     if rivals and all(worker.beat.busy >= worker.beat.slots for worker in seen):
         return (
             f"All slots of pool {pool} are busy with {_count(len(rivals), 'other job')}: "
-            f"{_names(rivals)}; {bundles} of this one wait in its queue{_then(f)}."
+            f"{_names(rivals)}; {bundles} of this one {wait} in its queue{_then(f)}."
         )
     age_s = f.monotonic_s - oldest.heard_s
     return (
-        f"{bundles} of it {_are(f.queued)} on the way to {_count(len(seen), 'worker')} of pool "
-        f"{pool}, the oldest for {_span(age_s)}; what stays silent for "
-        f"{f.settings.silence_s:g} s is looked for and sent again{_then(f)}."
+        f"{bundles} of it {_verb(len(f.queued), 'is', 'are')} on the way to "
+        f"{_count(len(seen), 'worker')} of pool {pool}, the oldest for {_span(age_s)}; what stays "
+        f"silent for {f.settings.silence_s:g} s is looked for and sent again{_then(f)}."
     )
 
 
@@ -241,9 +242,11 @@ def _uncut(f: Facts) -> str | None:
         left = len(f.by_stage[stage.name].left)
         if not left:
             continue
-        text = f"{_count(left, 'task')} of stage {stage.name} wait for room in pool {stage.pool}"
+        waits = _verb(left, "waits", "wait")
+        text = f"{_count(left, 'task')} of stage {stage.name} {waits} for room in pool {stage.pool}"
         if peers := list(f.rivals(stage.pool)):
-            text += f", which {_count(len(peers), 'other job')} share: {_names(peers)}"
+            share = _verb(len(peers), "shares", "share")
+            text += f", which {_count(len(peers), 'other job')} {share}: {_names(peers)}"
         else:
             text += f": the manager sends the next bundles within {f.settings.tick_s:g} s"
         return f"{text}{_then(f)}."
@@ -275,7 +278,8 @@ def _planning(f: Facts) -> str | None:
 def _closing(f: Facts) -> str | None:
     if f.open_stages:
         return None
-    return f"All of its tasks have ended ({_progress(f)}); the manager is writing down its end."
+    tasks = _count(sum(s.counts.terminal for s in f.stages), "task")
+    return f"All of its {tasks} have ended; the manager is writing down its end."
 
 
 def _between(f: Facts) -> str:
@@ -315,13 +319,13 @@ def _progress(f: Facts) -> str:
     planned = [s.counts.planned for s in f.stages]
     known = sum(p for p in planned if p is not None)
     more = "" if None not in planned else " planned so far"
-    return f"{ended} of {_count(known, 'task')}{more} have ended"
+    return f"{ended} of {known} tasks{more} have ended"
 
 
 def _retries(f: Facts) -> str:
     tasks = sum(len(one.bundle.tasks) for one in f.delayed)
     due_s = f.delayed[0].heard_s - f.monotonic_s
-    waits = "waits for its retry" if tasks == 1 else "wait for their retries"
+    waits = _verb(tasks, "waits for its retry", "wait for their retries")
     return f"{_count(tasks, 'task')} {waits}, next due in {_span(due_s)}"
 
 
@@ -345,12 +349,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _are(things: Sequence[object]) -> str:
-    return "is" if len(things) == 1 else "are"
-
-
-def _have(things: set[str]) -> str:
-    return "has" if len(things) == 1 else "have"
+def _verb(number: int, one: str, many: str) -> str:
+    return one if number == 1 else many
 
 
 def _names(lives: Sequence[LiveJob]) -> str:

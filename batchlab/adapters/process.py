@@ -214,20 +214,24 @@ class ProcessLauncher:
             if not record.pid:
                 record.pid = _leader_of(record.instance)
                 record.start_ticks = _start_ticks(record.pid) or 0
-            if not record.pid or _start_ticks(record.pid) != record.start_ticks:
-                self._lost(process)
-                return
-            try:
-                self._watch(process)
-            except ProcessLookupError:
-                self._lost(process)
-                return
-            # Between the look and the opening it may have ended and its number been reused.
-            if _start_ticks(record.pid) != record.start_ticks:
-                self._let_go(process)
-                self._lost(process)
-            else:
+            if self._watches(process):
                 self._write(record)
+            else:
+                self._lost(process)
+
+    def _watches(self, process: _Process) -> bool:
+        record = process.record
+        if not record.pid:
+            return False
+        try:
+            self._watch(process)
+        except ProcessLookupError:
+            return False
+        # Only now that the pidfd holds on to whatever has the number: before, it could change.
+        if _start_ticks(record.pid) != record.start_ticks:
+            self._let_go(process)
+            return False
+        return True
 
     def _lost(self, process: _Process) -> None:
         if process.record.pid:

@@ -79,7 +79,7 @@ _HELD = "SELECT count(*) FROM messages WHERE queue = ? AND visible_s > ? AND rec
 class Taken:
     """What a receive came to. `due_in_s` is when the next message becomes visible, None if none.
 
-    `more` says that visible messages were left, `moved` how many went to `dead_letters`.
+    `moved` says how many went to `dead_letters`, `more` that there may be more to clear away.
     """
 
     messages: Sequence[Message] = ()
@@ -140,11 +140,15 @@ class SqliteMessages:
             if self._turn < 0:
                 self._turn = os.open(f"{self._path}-turn", os.O_CREAT | os.O_RDWR, 0o666)
             db = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None)
-            # Two processes that make the same file at once would find it locked.
-            with self._my_turn():
-                for pragma in _PRAGMAS:
-                    db.execute(pragma)
-                db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+            try:
+                # Two processes that make the same file at once would find it locked.
+                with self._my_turn():
+                    for pragma in _PRAGMAS:
+                        db.execute(pragma)
+                    db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+            except sqlite3.Error:
+                db.close()
+                raise
             self._connection = db
         return self._connection
 
@@ -229,8 +233,8 @@ class SqliteMessages:
         more = False
         rows = db.execute(_VISIBLE, (queue.id, now_s))
         for number, receives, sent_s, first_s, body in rows:
-            more = len(messages) == limit or len(expired) + len(moved) == _DROPPED_AT_ONCE
-            if more:
+            more = len(expired) + len(moved) == _DROPPED_AT_ONCE
+            if more or len(messages) == limit:
                 break
             if sent_s + queue.retention_s <= now_s:
                 expired.append((number,))

@@ -122,17 +122,17 @@ class SqliteQueue:
             taken = self._messages.receive(queue, limit, visibility_s)
             if taken.dead_letters is not None:
                 self._ring(taken.dead_letters, taken.moved)
-            if not taken.more:
-                return taken
-            if taken.messages:
-                self._ring(queue, 1)
+            if taken.messages or not taken.more:
                 return taken
 
     def _take_back(self, queue: str, taking: Future[Taken]) -> None:
         # Should this fail, the messages come back at their timeout: late, not lost.
-        if not taking.cancelled() and taking.exception() is None and taking.result().messages:
-            self._messages.undo(queue, taking.result().messages)
-        self._ring(queue, 1)
+        failed = taking.cancelled() or taking.exception() is not None
+        messages = () if failed else taking.result().messages
+        if messages:
+            self._messages.undo(queue, messages)
+        # At least once: what this receive was woken for may still lie there.
+        self._ring(queue, max(1, len(messages)))
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
         check_batch(receipts)

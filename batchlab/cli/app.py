@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -26,8 +26,8 @@ _ORDER = ("demo", "init", "run", "job", "grid", "ledger", "schema", "doctor", "m
 class _Commands(TyperGroup):
     """Listed in the order in which a newcomer needs them."""
 
-    def list_commands(self, ctx: object) -> list[str]:
-        return list(_ORDER)
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=_ORDER.index)
 
 
 def _version(wanted: bool) -> None:
@@ -87,7 +87,7 @@ def start(arguments: Sequence[str]) -> None:
             traceback.print_exc()
         output.complain(error)
         sys.exit(error.exit_code)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the outermost place: told, and exit code 70
         if debug:
             traceback.print_exc()
         output.say(f"Error: something unexpected happened: {type(error).__name__}: {error}")

@@ -105,7 +105,9 @@ def check(prepared: Prepared, summary: Summary) -> Verdict:
     for payer in sorted(found.keys() | prepared.facts.keys()):
         one, fact = found.get(payer), prepared.facts.get(payer)
         if one is None or fact is None:
-            differences.append(f"payer {payer} is in {'the facts' if one is None else 'the totals'} only")
+            differences.append(
+                f"payer {payer} is in {'the facts' if one is None else 'the totals'} only"
+            )
             continue
         expected = _expected(fact)
         differences += [

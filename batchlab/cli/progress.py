@@ -53,6 +53,8 @@ class Rates:
     def note(self, job: JobView, now_s: float) -> None:
         for stage in job["stages"]:
             samples = self.seen.setdefault(stage["name"], deque())
+            if not ended(stage):
+                samples.clear()  # waiting for workers is no slowness of theirs
             samples.append((now_s, ended(stage)))
             while len(samples) > 2 and samples[1][0] < now_s - RATE_OVER_S:
                 samples.popleft()

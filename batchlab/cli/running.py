@@ -19,7 +19,6 @@ from batchlab.cli.options import (
     OutOption,
     SetOption,
 )
-from batchlab.errors import UsageError
 from batchlab.home import find_home
 
 if TYPE_CHECKING:
@@ -66,6 +65,7 @@ def run(
     Example: batchlab run job.yaml --out out/claims --set year=2026
     """
     from batchlab.cli import runner
+    from batchlab.cli.submitting import overrides
 
     request = runner.Request(
         file=file,
@@ -98,19 +98,6 @@ def again(arguments: Iterable[str]) -> str:
     return shlex.join(["batchlab", *kept, "--resume"])
 
 
-def overrides(texts: Iterable[str]) -> dict[str, str]:
-    """KEY=VALUE pairs; UsageError."""
-    found: dict[str, str] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UsageError(
-                f"--set {text} is not KEY=VALUE.", remedy="Write for example --set year=2026."
-            )
-        found[key] = value
-    return found
-
-
 def demo(
     out: OutOption = None,
     seed: Annotated[int, typer.Option("--seed", help="Another seed makes other claims.")] = 1,
@@ -123,20 +110,23 @@ def demo(
     backend: BackendOption = "local",
     json: JsonOption = False,
 ) -> None:
-    """See it work: a month-end of insurance claims, made up, run, and checked.
+    """See it work on made-up insurance claims.
 
-    Writes the claims and the job's code into the grid's folder, runs the job as `run` does, and
-    compares the totals with what the generator says of its claims.
+    Writes a month-end of claims and the job's code into the grid's folder, runs the job as `run`
+    does, and compares the totals with what the generator says of its claims.
 
     \b
     Example: batchlab demo --files 400
     """
     from batchlab.cli import demo as claims_demo
     from batchlab.cli import runner
+    from batchlab.cli.summary import Phases
 
-    prepared = claims_demo.prepare(
-        find_home(home), seed=seed, files=files, claims_per_file=claims_per_file
-    )
+    phases = Phases()
+    with phases.phase("data"):
+        prepared = claims_demo.prepare(
+            find_home(home), seed=seed, files=files, claims_per_file=claims_per_file
+        )
     request = runner.Request(
         file=prepared.job_file,
         home=find_home(home),
@@ -145,7 +135,7 @@ def demo(
         out=out,
         resume=resume,
     )
-    summary = runner.run(request)
+    summary = runner.run(request, phases)
     verdict = claims_demo.check(prepared, summary)
     if json:
         output.show_json({**summary.to_json(), "totals": verdict.to_json()})
@@ -157,7 +147,7 @@ def demo(
 
 def init(
     folder: Annotated[
-        Path, typer.Argument(metavar="[DIR]", help="Folder to write into.", show_default="here")
+        Path, typer.Argument(metavar="DIR", help="Folder to write into.", show_default="here")
     ] = Path(),
     example: Annotated[
         str | None,
@@ -169,7 +159,9 @@ def init(
         ),
     ] = None,
 ) -> None:
-    """Write a first job of your own: a job file, its code, and a little data.
+    """Write a first job of your own.
+
+    It is a job file, its code, and a little data to run it on. Nothing is replaced.
 
     \b
     Example: batchlab init first && batchlab run first/job.yaml

@@ -6,8 +6,10 @@ stays as it was.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -19,10 +21,13 @@ from batchlab.home import Home, ManagerRecord
 if TYPE_CHECKING:
     from batchlab.backends import Backend
     from batchlab.model import Pool
+    from batchlab.views import JobView
 
 T = TypeVar("T")
 
 REVIVALS = 3
+PAGE = 500
+_ID = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{10}")
 PATIENCE_S = 20.0
 """How long a manager that runs may fail to answer, or to lead."""
 
@@ -31,27 +36,78 @@ def connect(home: Home) -> Client:
     """A client of the manager that runs in `home`; Unreachable where none does."""
     record = home.record()
     if record is None:
-        raise Unreachable(
-            f"No grid is up in {home.path}.",
-            remedy="Start one with `batchlab grid up`, or name another folder with --home.",
-        )
+        raise _no_grid(home)
     return Client(record.url, home.token())
+
+
+def _no_grid(home: Home) -> Unreachable:
+    return Unreachable(
+        f"No grid is up in {home.path}.",
+        remedy="Start one with `batchlab grid up`, or name another folder with --home.",
+    )
+
+
+def resolve(client: Client, text: str) -> JobView:
+    """The job that `text` means: an id, the beginning of one id only, or "last"; UsageError."""
+    if text == "last":
+        for newest in client.jobs(limit=1):
+            return newest
+        raise UsageError("There are no jobs.", remedy="`batchlab job submit FILE` makes one.")
+    if _ID.fullmatch(text):
+        with suppress(NotFound):
+            return client.job(text)
+    found: list[JobView] = []
+    page = client.jobs(limit=PAGE)
+    while page:
+        found += [one for one in page if one["id"].startswith(text)]
+        page = client.jobs(limit=PAGE, before=page[-1]["id"])
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UsageError(
+            f"There is no job {text!r}.", remedy="`batchlab job list` shows those there are."
+        )
+    ids = ", ".join(one["id"] for one in found[:3])
+    raise UsageError(
+        f"{text!r} could be any of {len(found)} jobs: {ids}{', …' if len(found) > 3 else ''}.",
+        remedy="Write more of the id.",
+    )
 
 
 class Session:
     """A context manager; `start` first, from any thread."""
 
     def __init__(
-        self, home: Home, backend: Backend, pools: Sequence[Pool] = (), *, keep_up: bool = False
+        self,
+        home: Home,
+        backend: Backend,
+        pools: Sequence[Pool] = (),
+        *,
+        keep_up: bool = False,
+        revivals: int = REVIVALS,
     ) -> None:
         self.home = home
+        self.backend = backend
         self.ours = False
         """Whether the manager that runs now is one that we started, and end."""
-        self._backend = backend
+        self.stop_s: float | None = None
+        """How long the grid took to end, once it has."""
         self._pools = pools
         self._keep_up = keep_up
         self._client: Client | None = None
-        self._revivals = 0
+        self._revivals_left = revivals
+
+    @classmethod
+    def attached(cls, home: Home) -> Self:
+        """To the grid that is up in `home`, which is none of ours; Unreachable where none is."""
+        from batchlab import backends
+
+        client, record = connect(home), home.record()
+        if record is None:
+            raise _no_grid(home)
+        session = cls(home, backends.load(record.backend), revivals=0)
+        session._client = client
+        return session
 
     def start(self) -> None:
         """Take the grid that is up, or bring one up; returns when it can be talked to."""
@@ -61,13 +117,14 @@ class Session:
         if record is None:
             # Set before it is true: from now on there may be something to end.
             self.ours = not self._keep_up
+            output.say(f"Starting a grid in {self.home.path}.")
             record = start_manager(
-                self.home, self._backend, pools=self._pools, parent=not self._keep_up
+                self.home, self.backend, pools=self._pools, parent=not self._keep_up
             )
-        if record.backend != self._backend.name:
+        if record.backend != self.backend.name:
             raise UsageError(
                 f"The grid in {self.home.path} runs on backend {record.backend}, "
-                f"not {self._backend.name}.",
+                f"not {self.backend.name}.",
                 remedy=f"Say --backend {record.backend}, or name another folder with --home.",
             )
         self._connect(record)
@@ -105,13 +162,14 @@ class Session:
             self._connect(record)
 
     def _revive(self, error: BackendError) -> None:
-        if self._revivals == REVIVALS:
+        if not self._revivals_left:
             raise Unreachable(
-                f"The manager has ended {REVIVALS + 1} times while the job ran.",
-                remedy=f"Its log is {self.home.manager_log}.",
+                "The manager has ended, and the job is not finished.",
+                remedy=f"Its log is {self.home.manager_log}; nothing is lost, and the job goes on "
+                f"once a grid is up in that folder.",
             ) from error
-        self._revivals += 1
-        output.say("The manager has ended; another one takes over.")
+        self._revivals_left -= 1
+        output.say("The manager has ended; nothing is lost, and another one takes over.")
         self.start()
 
     def __enter__(self) -> Self:
@@ -130,4 +188,5 @@ class Session:
         if self.ours:
             begun_s = time.monotonic()
             stop_manager(self.home)
-            output.say(f"The grid is stopped ({output.span(time.monotonic() - begun_s)}).")
+            self.stop_s = time.monotonic() - begun_s
+            output.say(f"The grid is stopped ({output.span(self.stop_s)}).")

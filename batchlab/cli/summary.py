@@ -17,14 +17,18 @@ from batchlab.results import Fetched
 from batchlab.views import FailureView, JobView, StageView
 
 SHOWN_FAILURES = 5
+NEGLIGIBLE_S = 0.05
 
 _PHASES = {
+    "data": "make the data",
     "check": "check the job file",
     "start": "start the grid",
     "upload": "upload",
     "wait": "plan, wait for workers",
     "run": "run",
     "fetch": "fetch the results",
+    "stop": "stop the grid",
+    "else": "all else",
 }
 
 
@@ -33,6 +37,7 @@ class Phases:
     """The stopwatch of one command, in seconds."""
 
     begun_s: float = field(default_factory=time.monotonic)
+    ended_s: float | None = None
     spent_s: dict[str, float] = field(default_factory=dict)
     beside: dict[str, str] = field(default_factory=dict)
     """Remarks by phase: what went on at the same time."""
@@ -48,6 +53,16 @@ class Phases:
 
     def add(self, name: str, seconds: float) -> None:
         self.spent_s[name] = self.spent_s.get(name, 0.0) + seconds
+
+    @property
+    def wall_s(self) -> float:
+        """From the beginning until `end`, or until now."""
+        return (time.monotonic() if self.ended_s is None else self.ended_s) - self.begun_s
+
+    def end(self) -> None:
+        """It is over; what belongs to no phase becomes one."""
+        self.ended_s = time.monotonic()
+        self.add("else", self.wall_s - sum(self.spent_s.values()))
 
     def split(self, name: str, earlier: str, seconds: float) -> None:
         """Take the first `seconds` out of phase `name`, as far as it goes, into `earlier`."""
@@ -72,7 +87,7 @@ class Summary:
         fetched = self.fetched
         return {
             "job": self.job,
-            "wall_s": time.monotonic() - self.phases.begun_s,
+            "wall_s": self.phases.wall_s,
             "phases_s": self.phases.spent_s,
             "stages": [self._stage(stage) for stage in self.job["stages"]],
             "failures": self.failures,
@@ -112,8 +127,8 @@ class Summary:
         told = [output.count(tasks, "task"), f"{failed:,} failed"]
         told += [f"{cancelled:,} cancelled"] if cancelled else []
         told += [f"{retried:,} retried"]
-        wall_s = time.monotonic() - self.phases.begun_s
-        yield f"{self.job['id']} {self.job['state']} in {output.span(wall_s)}: {', '.join(told)}"
+        wall = output.span(self.phases.wall_s)
+        yield f"{self.job['id']} {self.job['state']} in {wall}: {', '.join(told)}"
         if self.job["reason"]:
             yield f"  {output.clean(self.job['reason'])}"
         for one in self.failures[:SHOWN_FAILURES]:
@@ -128,7 +143,7 @@ class Summary:
         yield "Where the time went"
         for phase, words in _PHASES.items():
             spent_s = self.phases.spent_s.get(phase)
-            if spent_s is None or (phase == "upload" and spent_s < 0.0005):
+            if spent_s is None or (phase in ("upload", "else") and spent_s < NEGLIGIBLE_S):
                 continue
             beside = self.phases.beside.get(phase)
             yield f"  {words:<24}{output.span(spent_s):>9}" + (f"   {beside}" if beside else "")

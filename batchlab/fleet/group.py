@@ -168,7 +168,6 @@ class ManagedFleet:
                 self._look(group, known, now_s)
                 self._changes.scale_in(group)
             self._save()
-            self._disowned &= known.keys()
             await self._end(self._orphans(known))
             await self._launch(now_s)
             for group in self._groups.values():

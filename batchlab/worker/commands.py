@@ -155,7 +155,7 @@ def _cannot_run(name: str, error: OSError) -> Problem:
     if error.errno == errno.ENOENT:
         reason = f"program {name!r} is not installed on the worker"
     elif error.errno == errno.E2BIG:
-        reason = f"program {name!r} got too many arguments: use {{inputs_list}} for {{inputs}}"
+        reason = f"program {name!r} got longer arguments than the system takes: use {{inputs_list}}"
     else:
         reason = f"program {name!r} cannot be run: {error.strerror}"
     return Problem("import", reason, error=type(error).__name__)

@@ -26,6 +26,7 @@ from batchlab.model import (
     JobId,
     JobState,
     Json,
+    Outcome,
     Ran,
     RetryRule,
     StageCounts,
@@ -190,8 +191,10 @@ def history(rng: Random, tasks: int) -> tuple[list[Cut], list[Completion]]:
     return cuts, completions
 
 
-def _execution(rng: Random, of: Bundle) -> settle.Outcome:
+def _execution(rng: Random, of: Bundle) -> Outcome:
     started_s = 1_700_000_000.0 + rng.randint(0, 10_000) / 7
+    if rng.random() < 0.1:
+        return settle.sealed(of, execution="e", worker="manager-0", now_s=started_s)
     until = rng.randint(1, len(of.tasks))
     ran = [
         Ran(
@@ -209,7 +212,6 @@ def _execution(rng: Random, of: Bundle) -> settle.Outcome:
         worker=f"w-{rng.randint(1, 3)}",
         started_s=started_s,
         ended_s=started_s + rng.randint(0, 1_000) / 3,
-        cancelled=rng.random() < 0.1,
     )
 
 

@@ -263,20 +263,20 @@ async def test_pages_of_bundles_visit_each_completion_once(ledger: DumpingLedger
 # --- Any order -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.randoms(use_true_random=False), st.integers(1, 40))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.randoms(use_true_random=False), st.integers(1, 25))
 def test_the_order_of_events_leaves_no_trace(rng: Random, tasks: int) -> None:
     """Pain 6 and 14: events come twice, late and in any order, and the sums are the same.
 
     The reference folds one at a time, parents first. I2 holds for both.
     """
     cuts, completions = history(rng, tasks)
-    events: list[Completion | Cut] = completions + rng.choices(completions, k=len(completions))
+    events: list[Completion | Cut] = [*completions, *rng.choices(completions, k=len(completions))]
     rng.shuffle(events)
     # Cuts come in their own order, but anywhere among the completions.
-    for place, one in zip(sorted(rng.choices(range(len(events)), k=len(cuts))), cuts, strict=True):
+    places = sorted(rng.choices(range(len(events)), k=len(cuts)))
+    for place, one in zip(reversed(places), reversed(cuts), strict=True):
         events.insert(place, one)
-    # ... an insertion moves the later ones on, so their order is kept.
 
     async def main() -> None:
         async with ledger_in(None) as plain, ledger_in(None) as rough:

@@ -54,9 +54,7 @@ class Rig:
         handler = None if "command" in stage else handler
         step = StageDef(StageName("s"), handler=handler, **stage)
         key = await self.pack(folder) if folder else None
-        job = JobDef(
-            JobId("j"), "j", (step,), 0.0, code=key, params=tuple((params or {}).items())
-        )
+        job = JobDef(JobId("j"), "j", (step,), 0.0, code=key, params=tuple((params or {}).items()))
         self._executions += 1
         tasks = TaskSet.span(first, first + len(items))
         bundle = Bundle(job.id, step.name, tasks)
@@ -68,12 +66,11 @@ class Rig:
         return [ran async for ran in self.runner.run(work, self.handle)]
 
     async def values(self, items: Sequence[Json], **how: Any) -> list[Any]:
-        """The values in task order, with a Failure's "kind: reason" in the place of a failed one."""
+        """The values in task order, "kind: reason" in the place of a Failure."""
         ran = await self.run(items, **how)
         assert [one.task for one in ran] == list(range(len(items)))
         return [
-            f"{one.failure.kind}: {one.failure.reason}" if one.failure else one.value
-            for one in ran
+            f"{one.failure.kind}: {one.failure.reason}" if one.failure else one.value for one in ran
         ]
 
     async def failure(self, item: Json, **how: Any) -> Failure:

@@ -243,7 +243,9 @@ def test_a_value_of_more_than_32_kib_becomes_an_object(tmp_path: Path) -> None:
             assert stored == {"text": "x" * 40_000}
             [small] = await rig.values(["x" * 32_000])
             assert small == "x" * 32_000
-            assert await rig.values([ref], handler="acts:same") != [stored], "stored again, not inline"
+            assert await rig.values([ref], handler="acts:same") != [stored], (
+                "stored again, not inline"
+            )
 
     go(main())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -18,9 +19,11 @@ import pytest
 
 from batchlab.adapters.process import INSTANCE_VARIABLE, KEEP_ENDED_S, ProcessLauncher
 from batchlab.adapters.state_file import StateFile
+from batchlab.errors import BackendError
 from batchlab.fleet.group import ManagedFleet
 from batchlab.model import Pool
 from tests.fleet_rigs import (
+    ABSENT,
     DEADLINE_S,
     STEADY,
     STUBBORN,
@@ -40,6 +43,7 @@ import asyncio, os, signal, sys
 from pathlib import Path
 from batchlab.adapters.process import ProcessLauncher
 from batchlab.adapters.state_file import StateFile
+from batchlab.errors import BackendError
 from batchlab.fleet.group import ManagedFleet
 from batchlab.model import Pool
 from tests.fleet_rigs import STEADY, CountedIds, LoopClock, process_launcher
@@ -113,11 +117,13 @@ async def end_of(launcher: ProcessLauncher, instance: str) -> str:
 
 
 @contextmanager
-def stranger(env: dict[str, str] | None = None, *, leader: bool = True) -> Iterator[int]:
+def stranger(
+    env: dict[str, str] | None = None, *, leader: bool = True
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process that no launcher started."""
     with subprocess.Popen(["sleep", "100"], env=env, start_new_session=leader) as process:
         try:
-            yield process.pid
+            yield process
         finally:
             process.kill()
 
@@ -155,6 +161,29 @@ def test_a_launch_takes_milliseconds(tmp_path: Path) -> None:
         assert median(spent_s) < 0.02
 
     with_launcher(tmp_path, check)
+
+
+def test_a_launch_that_fails_leaves_neither_record_nor_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pain 11: what nobody knows, nobody stops."""
+    pids = []
+
+    def none_left(pid: int) -> int:
+        pids.append(pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def check(launcher: ProcessLauncher) -> None:
+        with pytest.raises(BackendError, match="No such file"):
+            await launcher.launch(ABSENT, "w-1")
+        monkeypatch.setattr(os, "pidfd_open", none_left)
+        with pytest.raises(BackendError, match="Too many open files"):
+            await launcher.launch(STUBBORN, "w-2")
+        assert [alive(pid) for pid in pids] == [False]
+        assert await launcher.running() == {}
+
+    with_launcher(tmp_path, check)
+    assert list((tmp_path / "instances").iterdir()) == []
 
 
 def test_an_instance_gets_its_environment_and_nothing_of_ours(
@@ -274,7 +303,8 @@ def test_an_instance_takes_what_it_started_with_it(tmp_path: Path) -> None:
 def test_close_ends_everything_or_nothing(tmp_path: Path) -> None:
     killed_manager(tmp_path, "stubborn-1")
 
-    async def check(launcher: ProcessLauncher) -> None:
+    async def main() -> None:
+        launcher = process_launcher(tmp_path)
         await launcher.launch(STUBBORN, "stubborn-2")
         await up(tmp_path, "stubborn-1", "stubborn-2")
         pids = [pid_of(tmp_path, "stubborn-1"), pid_of(tmp_path, "stubborn-2")]
@@ -285,11 +315,7 @@ def test_close_ends_everything_or_nothing(tmp_path: Path) -> None:
         await after.close(kill=True)
         assert [alive(pid) for pid in pids] == [False, False]
 
-    asyncio.run(check_alone(tmp_path, check))
-
-
-async def check_alone(root: Path, check: Callable[[ProcessLauncher], Awaitable[None]]) -> None:
-    await check(process_launcher(root))
+    asyncio.run(main())
 
 
 # --- A manager that was killed --------------------------------------------------------------------
@@ -328,7 +354,8 @@ def test_an_end_in_the_managers_absence_is_known_afterwards(tmp_path: Path) -> N
 
 
 def test_a_recycled_pid_is_never_signalled(tmp_path: Path) -> None:
-    with stranger() as pid:
+    with stranger() as process:
+        pid = process.pid
         write_record(tmp_path, "w-other-start", pid=pid, start_ticks=start_ticks(pid) - 1)
         write_record(tmp_path, "w-other-boot", pid=pid, start_ticks=start_ticks(pid), boot="x")
 
@@ -340,7 +367,8 @@ def test_a_recycled_pid_is_never_signalled(tmp_path: Path) -> None:
                 await launcher.terminate(name, grace_s=0.0)
 
         with_launcher(tmp_path, check)
-        assert alive(pid)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.1)
 
 
 def test_what_a_dead_instance_left_running_is_ended_on_adoption(tmp_path: Path) -> None:
@@ -374,11 +402,14 @@ def test_an_instance_whose_record_is_unfinished_is_found_all_the_same(
     if cut:
         (tmp_path / "instances" / "w-1.json").write_text('{"instance": "w-')
     env = {**os.environ, INSTANCE_VARIABLE: "w-1"}
-    with stranger(env, leader=False), stranger(env) as pid:
+    with stranger(env, leader=False), stranger(env) as process:
 
         async def check(launcher: ProcessLauncher) -> None:
+            # A program that has just begun may not show its environment yet.
+            environment = Path(f"/proc/{process.pid}/environ")
+            await soon(lambda: INSTANCE_VARIABLE in environment.read_text())
             assert await launcher.running() == {"w-1": None, "w-2": AWAY}
-            assert pid_of(tmp_path, "w-1") == pid
+            assert pid_of(tmp_path, "w-1") == process.pid
             await launcher.terminate("w-1", grace_s=60.0)
             assert await end_of(launcher, "w-1") == "exit -15"
 

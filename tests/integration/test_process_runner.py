@@ -482,9 +482,7 @@ def test_no_task_starts_without_a_fresh_look_at_the_control_object(tmp_path: Pat
             assert 1 <= len(got) <= 4
 
             moved = Handle(until_s=rig.clock.monotonic_s() + 0.3)
-            running = asyncio.create_task(
-                collect(rig, await rig.work([["sleep", 0.1]] * 6), moved)
-            )
+            running = asyncio.create_task(collect(rig, await rig.work([["sleep", 0.1]] * 6), moved))
             while not running.done():
                 moved.until_s = rig.clock.monotonic_s() + 0.3
                 await asyncio.sleep(0.02)

@@ -20,6 +20,7 @@ from batchlab.sim.loop import SimLoop
 from batchlab.sim.wrappers import wrap
 
 VISIBILITY_S = 30.0
+LATE_S = (1.0, 90.0)
 ROUGH = FaultRates(
     kill_before=0.01,
     kill_after=0.01,
@@ -156,7 +157,7 @@ class Toy:
 
 def rough(seed: int) -> Toy:
     """A run in which everything goes wrong now and then."""
-    return Toy(Faults(random.Random(seed), ROUGH, delay_s=(1.0, 90.0))).run()
+    return Toy(Faults(random.Random(seed), ROUGH, delay_s=LATE_S)).run()
 
 
 if __name__ == "__main__":

@@ -211,6 +211,8 @@ async def test_one_termination_that_fails_stops_no_other_and_is_tried_again(w: W
     async def fails_for_the_first(instance: str) -> None:
         if down and instance == first:
             raise BackendError("the engine does not answer")
+        for _ in range(10):
+            await asyncio.sleep(0)
 
     w.launcher.on_terminate = fails_for_the_first
     await w.fleet.set_desired("p", 0, cause=USER)
@@ -235,6 +237,29 @@ async def test_an_instance_named_while_it_is_launched_is_ended_at_the_next_tick(
     assert w.launcher.launched == [name for name, _ in w.launcher.terminated]
 
 
+@in_a_world
+async def test_a_launch_that_fails_after_it_was_scaled_in_is_no_failure(w: World) -> None:
+    async def scaled_in_and_failed(_: str) -> None:
+        await w.fleet.set_desired("p", 0, cause=USER)
+        raise BackendError("no answer in time")
+
+    w.launcher.on_launch = scaled_in_and_failed
+    await w.launch(1, ready=False)
+    (instance,) = (await w.view()).instances
+    assert (str(instance.state), instance.note) == ("Terminated", "terminated: scale-in")
+
+
+@in_a_world
+async def test_protection_that_outlasts_lowered_limits_ends_with_its_release(w: World) -> None:
+    """I5: the excess goes at once, not with the next tick."""
+    chosen = await w.launch(4)
+    await w.fleet.protect("p", chosen, on=True)
+    await w.fleet.ensure(replace(POOL, max_size=1))
+    assert counted(await w.view()) == chosen
+    await w.fleet.protect("p", chosen[:2], on=False)
+    assert counted(await w.view()) == chosen[2:]
+
+
 # --- Health ---------------------------------------------------------------------------------------
 
 
@@ -249,6 +274,13 @@ async def test_an_instance_that_never_reports_is_replaced_after_the_grace(w: Wor
     (dead,) = await w.tick()
     assert dead.id == silent
     assert dead.note == "terminated: no heartbeat within 60 s of its launch (exit 0)"
+    told = {a.description: (a.status, a.cause) for a in await w.fleet.activities("p")}
+    assert told[f"Launching a new instance: {silent}"][0] == "Failed"
+    assert told[f"Terminating instance: {silent}"] == (
+        "Successful",
+        "an instance was taken out of service in response to a health check:"
+        " no heartbeat within 60 s of its launch",
+    )
 
 
 @in_a_world
@@ -378,6 +410,7 @@ async def test_a_changed_pool_is_tried_at_once_whatever_was_before(w: World) -> 
 @in_a_world
 async def test_a_restarted_manager_goes_on_where_it_was(w: World) -> None:
     chosen = await w.launch(3)
+    await w.tick()
     await w.fleet.protect("p", chosen[:1], on=True)
     await w.tick()
     before = await w.view(), await w.fleet.activities()

@@ -16,12 +16,14 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, create_mock_engine
+from sqlalchemy import Engine, create_mock_engine, make_url
 
 from batchlab.adapters.sql import migrate, open_sqlite
+from batchlab.adapters.sql.bundle_rows import select_bundles
 from batchlab.adapters.sql.engines import as_writer, sqlite_engine
 from batchlab.adapters.sql.tables import HEAD, metadata, versions
 from batchlab.errors import BackendError
+from batchlab.model import JobId
 
 
 def _schema(engine: Engine) -> list[tuple[str, ...]]:
@@ -70,9 +72,10 @@ def _statements(text: str) -> list[str]:
 
 def test_both_ways_say_the_same_to_postgresql() -> None:
     created: list[str] = []
+    dialect = make_url("postgresql+psycopg://").get_dialect()()
     engine = create_mock_engine(
-        "postgresql://",
-        lambda sql, *_, **__: created.append(str(sql.compile(dialect=engine.dialect))),
+        "postgresql+psycopg://",
+        lambda sql, *_, **__: created.append(str(sql.compile(dialect=dialect))),
     )
     metadata.create_all(engine, checkfirst=False)
     output = io.StringIO()
@@ -95,6 +98,23 @@ def test_migrations_are_numbered_in_one_line_up_to_the_head() -> None:
     revisions = [script.revision for script in reversed(list(_scripts().walk_revisions()))]
     assert revisions == [f"{i:04d}" for i in range(1, len(revisions) + 1)]
     assert revisions[-1] == HEAD
+
+
+@pytest.mark.parametrize("failed", [False, True])
+@pytest.mark.parametrize("after_seq", [None, 7])
+@pytest.mark.parametrize("done", [None, False, True])
+def test_bundles_are_read_in_the_order_of_an_index(
+    done: bool | None, after_seq: int | None, failed: bool
+) -> None:
+    """A job may have millions: none of the port's queries may sort them, or scan other jobs'."""
+    engine = _created()
+    query = select_bundles(JobId("j"), None, done, after_seq, failed).limit(10)
+    with engine.begin() as connection:
+        sql = str(query.compile(connection, compile_kwargs={"literal_binds": True}))
+        plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}")]
+    engine.dispose()
+    assert len(plan) == 1
+    assert plan[0].startswith("SEARCH bundles USING INDEX bundles_read (job=?")
 
 
 def test_a_database_that_is_behind_is_migrated_at_the_first_call(tmp_path: Path) -> None:

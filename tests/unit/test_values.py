@@ -6,7 +6,6 @@ import datetime
 import enum
 import json
 import math
-import os
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from batchlab.protocol import placeholders, values
 from batchlab.task import Context, File, name_problem
 
 TEXT = st.text(st.characters(codec="utf-8"))
-KEYS = st.one_of(TEXT, st.sampled_from(["$file", "$part", "$value", "$pickle", "$", "$$", "$$file"]))
+KEYS = st.one_of(
+    TEXT, st.sampled_from(["$file", "$part", "$value", "$pickle", "$", "$$", "$$file"])
+)
 JSON = st.recursive(
     st.one_of(
         st.none(),
@@ -222,7 +223,7 @@ def test_save_moves_what_is_the_tasks_own_and_copies_the_rest(tmp_path: Path) ->
     assert foreign.exists()
     assert not own.exists()
     assert not here.exists()
-    assert not os.path.islink(ctx.saved["kept/link"].path)
+    assert not ctx.saved["kept/link"].path.is_symlink()
     assert ctx.save(b"bytes", "b").size == 5
     with pytest.raises(ValueError, match="saved that name before"):
         ctx.save(b"again", "b")

@@ -102,7 +102,9 @@ class Situation:
         record = JobRecord(job, self.state, self.reason, self.control)
         first, *rest = self.counts
         stages = [StageRecord(first, left=self.left), *(StageRecord(c) for c in rest)]
-        live = LiveJob(record, {s.counts.stage: s for s in stages}, forbidden=self.forbidden)
+        live = LiveJob(
+            record, {s.counts.stage: s for s in stages}, since_s=0.0, forbidden=self.forbidden
+        )
         live.expect((b, MONO_S - heard_s) for b, heard_s in self.out)
         live.trouble = self.trouble
         return Facts(
@@ -126,7 +128,7 @@ def other(name: str, priority: int = 0, *, waiting: int = 5) -> LiveJob:
     job = JobDef(JobId(name), name, (StageDef(MAP, handler="m:f"),), NOW_S, priority=priority)
     counts = StageCounts(MAP, planned=10)
     stage = StageRecord(counts, left=TaskSet.span(0, waiting))
-    return LiveJob(JobRecord(job, JobState.RUNNING), {MAP: stage})
+    return LiveJob(JobRecord(job, JobState.RUNNING), {MAP: stage}, since_s=0.0)
 
 
 QUEUED = [(bundle(), 3.0)]
@@ -313,7 +315,7 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
     ),
     "closing": (
         Situation(counts=[*DONE[:1], StageCounts(SUM, planned=1, succeeded=1)]),
-        ["All of its tasks have ended", "writing down its end"],
+        ["All of its 11 tasks have ended", "writing down its end"],
     ),
     "between bundles": (
         Situation(instances=[instance("w-1")]),

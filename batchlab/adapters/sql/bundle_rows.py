@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import Connection, Select, bindparam, case, or_, select, update
 
 from batchlab.adapters.sql.job_rows import US
-from batchlab.adapters.sql.tables import bundles, has_failed, stages
+from batchlab.adapters.sql.tables import bundles, stages
 from batchlab.adapters.sql.upserts import Upserts
 from batchlab.model import Bundle, Completion, JobId, StageName
 from batchlab.ports import BundleRecord
@@ -171,7 +171,7 @@ def select_bundles(
     if after_seq is not None:
         query = query.where(bundles.c.seq > after_seq)
     if failed:
-        query = query.where(has_failed)
+        query = query.where(bundles.c.failed > 0)
     return query
 
 

@@ -28,7 +28,7 @@ def facts(item: Any, ctx: Context) -> dict[str, Any]:
         "attempt": ctx.attempt,
         "params": ctx.params,
         "pid": os.getpid(),
-        "cwd": os.getcwd(),
+        "cwd": str(Path.cwd()),
         "scratch": str(ctx.scratch),
     }
 
@@ -181,7 +181,7 @@ def do_grow(ctx: Context, mib: int, seconds: float = 30.0) -> int:
 
 
 def do_grow_in_program(ctx: Context, mib: int) -> None:
-    code = f"import time; x = bytearray({mib} << 20); x[::4096] = b'x' * len(x[::4096]); time.sleep(30)"
+    code = f"import time; x = b'x' * ({mib} << 20); time.sleep(30)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -204,9 +204,8 @@ def do_print_and_hang(ctx: Context, text: str) -> None:
 
 
 def do_print_everywhere(ctx: Context) -> None:
-    print("out", end=" ")
+    print("out", end=" ", flush=True)
     print("err", file=sys.stderr, flush=True)
-    sys.stdout.flush()
     os.write(1, b"raw\n")
     libc = ctypes.CDLL(None)
     libc.printf(b"c\n")

@@ -58,17 +58,8 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(
             ["job", "stage"], ["stages.job", "stages.stage"], name="bundles_stage"
         ),
-        sqlite_with_rowid=False,
     )
-    op.create_index("bundles_folded", "bundles", ["job", "seq"])
-    some_failed = sa.text("failed > 0")
-    op.create_index(
-        "bundles_failed",
-        "bundles",
-        ["job", "seq"],
-        sqlite_where=some_failed,
-        postgresql_where=some_failed,
-    )
+    op.create_index("bundles_read", "bundles", ["job", "seq", "stage", "id", "failed"])
     op.create_table(
         "counters",
         sa.Column("name", sa.Text(), nullable=False),

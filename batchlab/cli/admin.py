@@ -1,0 +1,94 @@
+"""`ledger`, `doctor`, `schema`, and the two services."""
+
+from __future__ import annotations
+
+import typer
+
+from batchlab.cli import SERVICES, output
+from batchlab.cli.options import BackendOption, HomeOption, JsonOption
+from batchlab.home import find_home
+
+_PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+_ABOUT = {
+    "manager": "Run a manager (`grid up` and `run` do so).",
+    "worker": "Run a worker (the manager does so).",
+}
+
+ledger = typer.Typer(no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.add_typer(ledger, name="ledger")
+    app.command()(schema)
+    app.command()(doctor)
+    for name in SERVICES:
+        app.command(name, help=_ABOUT[name], context_settings=_PASSED_ON)(service)
+
+
+@ledger.callback()
+def ledger_() -> None:
+    """Repair the database that people and the planner read.
+
+    \b
+    Example: batchlab ledger rebuild
+    """
+
+
+@ledger.command()
+def rebuild(home: HomeOption = None, json: JsonOption = False) -> None:
+    """Make the ledger anew from the bucket alone, which holds all that counts.
+
+    \b
+    Example: batchlab ledger rebuild
+    """
+    from batchlab.cli.session import connect
+
+    with connect(find_home(home)) as client:
+        jobs = client.rebuild()
+    if json:
+        output.show_json({"jobs": jobs})
+    else:
+        output.show(f"The ledger is made anew: {output.count(jobs, 'job')}.")
+
+
+def schema() -> None:
+    """Print the job file's JSON Schema, for editors.
+
+    \b
+    Example: batchlab schema > job.schema.json
+    """
+    from batchlab.spec import json_schema
+
+    output.show_json(json_schema())
+
+
+def doctor(
+    home: HomeOption = None, backend: BackendOption = "local", json: JsonOption = False
+) -> None:
+    """Check that a grid can run here.
+
+    Each line is ok, warn or fail, with what to do; exit code 1 where anything fails.
+
+    \b
+    Example: batchlab doctor
+    """
+    from batchlab.cli.checkup import Level, examine
+
+    findings = examine(find_home(home), backend)
+    if json:
+        output.show_json([one.to_json() for one in findings])
+    else:
+        for one in findings:
+            output.show(f"{one.level:<5} {one.about:<12} {output.clean(one.text)}")
+            if one.remedy:
+                output.show(f"{'':<18} {output.clean(one.remedy)}")
+    if any(one.level is Level.FAIL for one in findings):
+        raise typer.Exit(1)
+
+
+def service(context: typer.Context) -> None:
+    """See cli.service, which reads the arguments itself."""
+    from batchlab.cli.service import serve
+
+    serve([str(context.info_name), *context.args])

@@ -1,0 +1,206 @@
+"""What `doctor` looks at. Every check is tried for real: a version number promises little.
+
+Invariant: nothing is left behind, and no check can make another one fail.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import sqlite3
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from batchlab.errors import BatchlabError
+from batchlab.home import Home
+
+PYTHON = (3, 11)
+SQLITE = (3, 35)
+"""The first with RETURNING, by which a fold knows what was new."""
+FAIL_BELOW_BYTES = 200 * 2**20
+WARN_BELOW_BYTES = 2 * 2**30
+SANE_S = 1_700_000_000.0
+SKEW_S = 2.0
+
+
+class Level(StrEnum):
+    """How a check came out."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report; `remedy` says what to do about it."""
+
+    about: str
+    level: Level
+    text: str
+    remedy: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "check": self.about,
+            "level": self.level.value,
+            "text": self.text,
+            "remedy": self.remedy,
+        }
+
+
+def examine(home: Home, backend: str) -> list[Finding]:
+    """Every check, in order."""
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("python", _python),
+        ("backend", lambda: _backend(backend)),
+        ("folder", lambda: _folder(home)),
+        ("sqlite", lambda: _sqlite(home)),
+        ("port", _port),
+        ("clock", lambda: _clock(home)),
+        ("manager", lambda: _manager(home)),
+        ("programs", _programs),
+    ]
+    findings: list[Finding] = []
+    for about, check in checks:
+        try:
+            findings += check()
+        except BatchlabError as error:
+            findings.append(Finding(about, Level.FAIL, error.message, error.remedy))
+        except (OSError, sqlite3.Error) as error:
+            findings.append(Finding(about, Level.FAIL, f"It cannot be checked: {error}."))
+    return findings
+
+
+def _python() -> Iterator[Finding]:
+    text = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    level = Level.OK if sys.version_info >= PYTHON else Level.FAIL
+    yield Finding("python", level, text, "" if level is Level.OK else "Use Python 3.11 or newer.")
+
+
+def _backend(name: str) -> Iterator[Finding]:
+    from batchlab import backends
+
+    yield Finding("backend", Level.OK, f"{name}: {backends.load(name).description}")
+
+
+def _folder(home: Home) -> Iterator[Finding]:
+    home.make()
+    with tempfile.TemporaryDirectory(dir=home.path, prefix="doctor-") as name:
+        file = Path(name) / "a"
+        file.write_bytes(b"written")
+        try:
+            # A conditional create is a hard link: it fails where the name is taken.
+            os.link(file, Path(name) / "b")
+        except OSError as error:
+            yield Finding(
+                "folder",
+                Level.FAIL,
+                f"{home.path} lies on a file system without hard links: {error.strerror}.",
+                "Name a folder on a local file system with --home.",
+            )
+            return
+    free_bytes = shutil.disk_usage(home.path).free
+    text = f"{home.path} can be written, {free_bytes / 2**30:.1f} GiB free"
+    if free_bytes < FAIL_BELOW_BYTES:
+        yield Finding("folder", Level.FAIL, text, "Free some space, or name another with --home.")
+    elif free_bytes < WARN_BELOW_BYTES:
+        yield Finding("folder", Level.WARN, text, "Little room for inputs and results.")
+    else:
+        yield Finding("folder", Level.OK, text)
+
+
+def _sqlite(home: Home) -> Iterator[Finding]:
+    version = sqlite3.sqlite_version
+    if sqlite3.sqlite_version_info < SQLITE:
+        yield Finding("sqlite", Level.FAIL, f"SQLite {version}", "Use a Python with 3.35 or newer.")
+        return
+    home.make()
+    with tempfile.TemporaryDirectory(dir=home.path, prefix="doctor-") as name:
+        file = Path(name) / "a.sqlite"
+        with closing(sqlite3.connect(file)) as one, closing(sqlite3.connect(file)) as other:
+            mode = one.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            one.execute("CREATE TABLE t (x)")
+            one.execute("INSERT INTO t VALUES (1)")
+            one.commit()
+            seen = other.execute("SELECT count(*) FROM t").fetchone()[0]
+    if mode != "wal" or seen != 1:
+        yield Finding(
+            "sqlite",
+            Level.FAIL,
+            f"SQLite {version} cannot keep a write-ahead log in {home.path} (it says {mode!r}).",
+            "Name a folder on a local file system with --home; network file systems cannot.",
+        )
+    else:
+        yield Finding("sqlite", Level.OK, f"SQLite {version}, a write-ahead log works here")
+
+
+def _port() -> Iterator[Finding]:
+    try:
+        with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+            port = listener.getsockname()[1]
+            with closing(socket.create_connection(("127.0.0.1", port), timeout=2)):
+                yield Finding("port", Level.OK, "a port on 127.0.0.1 can be opened and reached")
+    except OSError as error:
+        yield Finding(
+            "port",
+            Level.FAIL,
+            f"No port on 127.0.0.1 can be opened and reached: {error}.",
+            "Allow local connections: the manager's API listens there.",
+        )
+
+
+def _clock(home: Home) -> Iterator[Finding]:
+    home.make()
+    with tempfile.NamedTemporaryFile(dir=home.path, prefix="doctor-") as file:
+        file.write(b"now")
+        file.flush()
+        skew_s = os.stat(file.name).st_mtime - time.time()  # noqa: PTH116 - a name, not a Path
+    if time.time() < SANE_S:
+        remedy = "Set the clock: schedules and leases are times."
+        yield Finding("clock", Level.FAIL, f"It says {time.ctime()}.", remedy)
+    elif abs(skew_s) > SKEW_S:
+        yield Finding(
+            "clock",
+            Level.WARN,
+            f"The file system's clock differs from this machine's by {skew_s:.1f} s.",
+            "Times in listings will be off; a folder on a local file system has no such trouble.",
+        )
+    else:
+        yield Finding("clock", Level.OK, "the clock is sane, and the file system agrees with it")
+
+
+def _manager(home: Home) -> Iterator[Finding]:
+    from batchlab.client import Client
+
+    record = home.record()
+    if record is None:
+        yield Finding("manager", Level.OK, f"no grid is up in {home.path}")
+        return
+    with Client(record.url, home.token()) as client:
+        health = client.health()
+        client.grid()  # with the token, unlike health
+    leads = "leads" if health["leader"] else "does not lead"
+    text = f"{record.url} (pid {record.pid}) answers and {leads}"
+    level = Level.OK if health["leader"] else Level.WARN
+    remedy = "" if health["leader"] else f"Look again in a moment; its log is {home.manager_log}."
+    yield Finding("manager", level, text, remedy)
+
+
+def _programs() -> Iterator[Finding]:
+    for name, use in (
+        ("ffmpeg", "the media example runs it"),
+        ("docker", "the localstack backend runs workers in it"),
+    ):
+        where = shutil.which(name)
+        text = f"{name}: {where}" if where else f"{name}: not found, and only needed if {use}"
+        yield Finding("programs", Level.OK, text)

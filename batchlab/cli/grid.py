@@ -1,0 +1,291 @@
+"""`batchlab grid …`: the grid in one folder, its pools and its workers."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from batchlab.cli import output
+from batchlab.cli.options import BackendOption, HomeOption, JsonOption, PoolOption
+from batchlab.home import Home, find_home
+
+if TYPE_CHECKING:
+    from batchlab.views import GridView, PoolView
+
+WATCH_S = 1.0
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def grid() -> None:
+    """Bring a grid up, look at it, size it by hand, take it down.
+
+    \b
+    Example: batchlab grid up --pool default:0-4x1
+    """
+
+
+@app.command()
+def up(
+    pool: PoolOption = None,
+    home: HomeOption = None,
+    backend: BackendOption = "local",
+    json: JsonOption = False,
+) -> None:
+    """Bring a grid up and leave it up; jobs that have not ended go on.
+
+    \b
+    Example: batchlab grid up --pool default:0-4x1 --pool big:0-1x4
+    """
+    from batchlab import backends
+    from batchlab.cli.pools import parse_all
+    from batchlab.cli.session import Session
+    from batchlab.client import Client
+    from batchlab.errors import Refused
+
+    place, pools = find_home(home), parse_all(pool or ())
+    was_up = place.record() is not None
+    if was_up and pools:
+        raise Refused(
+            f"A grid is up in {place.path} already.",
+            remedy="`batchlab grid scale` changes its limits; for other pools, take it down first.",
+        )
+    with Session(place, backends.load(backend), pools, keep_up=True) as session:
+        session.start()
+        view = session.call(Client.grid)
+    output.say(f"A grid {'was up already' if was_up else 'is up'} in {place.path}.")
+    _show_grid(view, place, json=json)
+
+
+@app.command()
+def down(home: HomeOption = None) -> None:
+    """Take the grid down: workers give back what they have not finished, nothing is lost.
+
+    \b
+    Example: batchlab grid down
+    """
+    from batchlab.services import stop_manager
+
+    place = find_home(home)
+    if stop_manager(place):
+        output.say(f"The grid in {place.path} is down.")
+    else:
+        output.say(f"No grid is up in {place.path}.")
+
+
+@app.command()
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="Again every second.")] = False,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show pools and queues.
+
+    \b
+    Example: batchlab grid status --watch
+    """
+    from batchlab.cli.session import connect
+
+    place = find_home(home)
+    with connect(place) as client:
+        while True:
+            _show_grid(client.grid(), place, json=json)
+            if not watch:
+                return
+            time.sleep(WATCH_S)
+            if not json:
+                output.show("")
+
+
+def _show_grid(view: GridView, home: Home, *, json: bool) -> None:
+    if json:
+        output.show_json(view)
+        return
+    leads = "leads" if view["leader"] else "does not lead yet"
+    record = home.record()
+    at = f" at {record.url}" if record else ""
+    columns = (
+        "pool",
+        "min",
+        "max",
+        "desired",
+        "inservice",
+        "pending",
+        "slots",
+        "backlog",
+        "set by",
+    )
+    depths = [(q["name"], q["visible"], q["in_flight"], q["delayed"]) for q in view["queues"]]
+    output.show(
+        "\n".join(
+            [
+                f"backend {view['backend']}, manager {view['owner']} {leads}{at}",
+                "",
+                output.table(columns, map(_pool_row, view["pools"])),
+                "",
+                output.table(("queue", "visible", "in flight", "delayed"), depths),
+            ]
+        )
+    )
+
+
+def _pool_row(pool: PoolView) -> tuple[object, ...]:
+    states = [one["state"] for one in pool["instances"]]
+    return (
+        pool["name"],
+        *(pool["min"], pool["max"], pool["desired"]),
+        states.count("InService"),
+        states.count("Pending"),
+        pool["slots"],
+        f"{pool['backlog_tasks']} tasks, {output.span(pool['backlog_s'])}",
+        "hand" if pool["held_by_hand"] else "policy",
+    )
+
+
+@app.command()
+def workers(home: HomeOption = None, json: JsonOption = False) -> None:
+    """List the instances and what their workers do.
+
+    \b
+    Example: batchlab grid workers
+    """
+    from batchlab.cli.session import connect
+
+    with connect(find_home(home)) as client:
+        view = client.grid()
+    instances = [(pool["name"], one) for pool in view["pools"] for one in pool["instances"]]
+    if json:
+        output.show_json([{"pool": pool, **one} for pool, one in instances])
+    elif not instances:
+        output.say("There are no instances: they come with work.")
+    else:
+        columns = ("instance", "pool", "state", "health", "protected", "worker", "busy", "held")
+        rows = [
+            (
+                *(one["id"], pool, one["state"]),
+                "Healthy" if one["healthy"] else "Unhealthy",
+                "yes" if one["protected"] else "no",
+                one["worker"] or "-",
+                *(one["busy"], one["held"]),
+                output.moment(one["launched_s"]),
+                one["note"],
+            )
+            for pool, one in instances
+        ]
+        output.show(output.table((*columns, "launched", "note"), rows))
+
+
+@app.command()
+def activities(
+    pool: Annotated[
+        str | None,
+        typer.Argument(metavar="POOL", help="Only of this pool.", show_default=False),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many, newest first.")] = 50,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """List scaling activities with their causes, newest first.
+
+    \b
+    Example: batchlab grid activities default
+    """
+    from batchlab.cli.session import connect
+
+    with connect(find_home(home)) as client:
+        found = client.activities(pool=pool, limit=limit)
+    if json:
+        output.show_json(found)
+    elif not found:
+        output.say("There has been no scaling activity.")
+    else:
+        rows = [
+            (output.moment(a["at_s"]), a["pool"], a["status"], a["description"], a["cause"])
+            for a in found
+        ]
+        output.show(output.table(("at", "pool", "status", "what", "why"), rows))
+
+
+@app.command()
+def scale(
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="The pool.")],
+    smallest: Annotated[
+        int | None, typer.Option("--min", min=0, help="Least instances.", show_default=False)
+    ] = None,
+    largest: Annotated[
+        int | None, typer.Option("--max", min=0, help="Most instances.", show_default=False)
+    ] = None,
+    desired: Annotated[
+        int | None,
+        typer.Option(
+            "--desired",
+            min=0,
+            help="Instances to have from now on; the policy leaves the pool alone until --auto.",
+            show_default=False,
+        ),
+    ] = None,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Hand the pool back to the scaling policy.")
+    ] = False,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Change a pool's limits, or set its capacity by hand.
+
+    \b
+    Example: batchlab grid scale default --max 8
+    """
+    from batchlab.cli.session import connect
+    from batchlab.errors import UsageError
+
+    if smallest is largest is desired is None and not auto:
+        raise UsageError("Nothing to change.", remedy="Say --min, --max, --desired or --auto.")
+    if desired is not None and auto:
+        raise UsageError("--desired and --auto exclude each other.", remedy="Say one of them.")
+    with connect(find_home(home)) as client:
+        view = client.scale(
+            pool, min=smallest, max=largest, desired=desired, auto=True if auto else None
+        )
+    _show_pools([view], view, json=json)
+
+
+@app.command()
+def drain(
+    pool: Annotated[
+        str | None,
+        typer.Argument(metavar="POOL", help="Only this pool; all unless said."),
+    ] = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Take the workers away gracefully and hold the pool at none, until `grid scale --auto`.
+
+    \b
+    Example: batchlab grid drain default
+    """
+    from batchlab.cli.session import connect
+
+    with connect(find_home(home)) as client:
+        view = client.drain(pool)
+    _show_pools(view["pools"], view, json=json)
+
+
+def _show_pools(pools: list[PoolView], whole: object, *, json: bool) -> None:
+    if json:
+        output.show_json(whole)
+        return
+    columns = (
+        "pool",
+        "min",
+        "max",
+        "desired",
+        "inservice",
+        "pending",
+        "slots",
+        "backlog",
+        "set by",
+    )
+    output.show(output.table(columns, map(_pool_row, pools)))

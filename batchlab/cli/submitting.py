@@ -1,0 +1,105 @@
+"""A job file on its way into a grid.
+
+Invariant: nothing is uploaded that has not passed every check.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchlab.cli import output, runs
+from batchlab.errors import UsageError
+from batchlab.home import Home
+
+if TYPE_CHECKING:
+    from batchlab.backends import Backend
+    from batchlab.model import JobDef
+    from batchlab.ports import Objects
+    from batchlab.spec.jobfile import JobFile
+    from batchlab.views import JobView
+
+
+def overrides(texts: Iterable[str]) -> dict[str, str]:
+    """KEY=VALUE pairs; UsageError."""
+    found: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(
+                f"--set {text} is not KEY=VALUE.", remedy="Write for example --set year=2026."
+            )
+        found[key] = value
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A job file that has passed its checks, and where it is going."""
+
+    jobfile: JobFile
+    packed: tuple[bytes, str]
+    """The code as a zip, and its digest."""
+    fingerprint: str
+    objects: Objects
+    backend: Backend
+
+    @classmethod
+    def of(cls, file: Path, params: Mapping[str, str], home: Home, backend: Backend) -> Submission:
+        """Read and check the file; JobFileErrors."""
+        from batchlab import spec
+        from batchlab.submission import code_digest
+
+        jobfile = spec.load(file, params)
+        packed = code_digest(jobfile)
+        fingerprint = spec.fingerprint(jobfile, packed[1])
+        return cls(jobfile, packed, fingerprint, backend.open_objects(home), backend)
+
+    async def latest(self) -> runs.Run | None:
+        """The last run of just this, None where there was none."""
+        from batchlab.backends import patience
+
+        name = self.jobfile.job.name
+        return await runs.latest(self.objects, name, self.fingerprint, patience())
+
+    async def prepare(self, number: int) -> tuple[JobDef, str]:
+        """Upload what run `number` needs; the job to submit, and what was uploaded in words."""
+        from batchlab.backends import patience
+        from batchlab.submission import Uploaded, prepare
+
+        begun_s = time.monotonic()
+        last = Uploaded(0, 0, 0)
+
+        def note(uploaded: Uploaded) -> None:
+            nonlocal last
+            last = uploaded
+
+        job = await prepare(
+            self.jobfile,
+            objects=self.objects,
+            clock=self.backend.open_clock(),
+            patience=patience(),
+            token=runs.token(self.fingerprint, number),
+            packed=self.packed,
+            progress=note,
+        )
+        took = output.span(time.monotonic() - begun_s)
+        return job, f"{output.count(last.of, 'file')}, {output.size(last.size_bytes)} in {took}"
+
+
+def submit(home: Home, file: Path, sets: Iterable[str]) -> JobView:
+    """Submit a job file to the grid that is up in `home`; while an earlier submission of just
+    this has not ended, it is that one."""
+    from batchlab.cli.session import Session
+
+    with Session.attached(home) as session:
+        submission = Submission.of(file, overrides(sets), home, session.backend)
+        earlier = asyncio.run(submission.latest())
+        number = 1 if earlier is None else earlier.number + (earlier.ended is not None)
+        job, told = asyncio.run(submission.prepare(number))
+        output.say(f"Uploaded {told}.")
+        return session.call(lambda client: client.submit(job))

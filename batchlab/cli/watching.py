@@ -1,0 +1,63 @@
+"""A job that a grid runs: watched until it ends, its results fetched."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from batchlab.cli.progress import Progress
+from batchlab.cli.session import Session
+from batchlab.client import Client
+from batchlab.model import ENDED
+from batchlab.results import Fetched, Listed, fetch
+from batchlab.views import GridView, JobView
+
+POLL_S = 1.0
+"""Longest wait for news of the job, which is how often the workers are looked at too."""
+GAP_S = 0.1
+"""Least time between two looks: a busy job has news all the time."""
+
+
+def watch(session: Session, view: JobView, shown: Progress, slots: dict[str, int]) -> JobView:
+    """Show the job until it ends; `slots` learns the most slots seen in service by pool."""
+    looked_s, grid = float("-inf"), None
+    while True:
+        asked_s = time.monotonic()
+        if asked_s - looked_s >= POLL_S / 2 or view["state"] in ENDED:
+            grid, looked_s = session.call(Client.grid), asked_s
+            _note_slots(grid, slots)
+        shown.show(view, grid)
+        if view["state"] in ENDED:
+            return view
+        news = partial(Client.job, job=view["id"], version=view["version"], wait_s=POLL_S)
+        view = session.call(news)
+        if view["state"] not in ENDED:
+            time.sleep(max(0.0, asked_s + GAP_S - time.monotonic()))
+
+
+def _note_slots(grid: GridView, slots: dict[str, int]) -> None:
+    for pool in grid["pools"]:
+        up = sum(one["state"] == "InService" for one in pool["instances"]) * pool["slots"]
+        slots[pool["name"]] = max(slots.get(pool["name"], 0), up)
+
+
+def fetch_results(
+    session: Session, view: JobView, out: Path | None, stages: Sequence[str] = ()
+) -> Fetched:
+    """The results of what has succeeded, in `out` or out/<job name>."""
+    from batchlab.backends import patience
+
+    listing: list[Listed] = []
+    after: int | None = None
+    while True:
+        page = session.call(partial(Client.outcomes, job=view["id"], after=after))["outcomes"]
+        if not page:
+            break
+        listing += map(Listed.of, page)
+        after = page[-1]["seq"]
+    objects = session.backend.open_objects(session.home)
+    folder = out or Path("out") / view["name"]
+    return asyncio.run(fetch(objects, view, listing, folder, patience=patience(), stages=stages))

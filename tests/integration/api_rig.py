@@ -1,0 +1,275 @@
+"""A manager with its API on a real server, over services in memory, in a thread of its own.
+
+There are no workers: a test does a worker's work itself, when it wants to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+import uvicorn
+
+from batchlab.adapters.clock import RandomIds, WallClock
+from batchlab.adapters.sim.launcher import MemoryState, SimLauncher
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.sim.queue import SimQueue
+from batchlab.adapters.sql import open_memory
+from batchlab.api import create_app
+from batchlab.client import Client
+from batchlab.commit import commit
+from batchlab.fleet.group import ManagedFleet
+from batchlab.manager.live import LiveJob, ManagerSettings, Outstanding, Ports
+from batchlab.manager.manager import Manager
+from batchlab.model import (
+    Failure,
+    FailureKind,
+    InputDef,
+    JobDef,
+    JobId,
+    Pool,
+    Ran,
+    RetryRule,
+    StageDef,
+    StageName,
+)
+from batchlab.patience import Patience
+from batchlab.ports import Outgoing
+from batchlab.protocol import naming, settle, wire
+from batchlab.views import JobView
+
+T = TypeVar("T")
+
+TOKEN = "correct horse"
+DEADLINE_S = 10.0
+MAP = StageName("map")
+SETTINGS = ManagerSettings(control_lease_s=0.05, tick_s=0.05, wait_s=0.2)
+
+
+class Machine:
+    """An instance that boots and does nothing until it is told to end."""
+
+    ended: str | None = None
+
+    def stop(self, grace_s: float) -> None:
+        self.ended = "exit 0"
+
+    def kill(self, reason: str) -> None:
+        self.ended = reason
+
+
+def job(
+    name: str = "sums",
+    token: str = "t",
+    *,
+    tasks: int = 4,
+    after: Sequence[StageDef] = (),
+    **stage: Any,
+) -> JobDef:
+    """A job of one file per task; nothing is tried twice unless `stage` says so."""
+    made = naming.job_id(name, token)
+    first = {"handler": "m:f", "bundle": 1, "retry": RetryRule(attempts=1), **stage}
+    return JobDef(
+        made,
+        name,
+        (StageDef(MAP, **first), *after),
+        time.time(),
+        input=InputDef(keys=tuple(f"{naming.raw(made)}{i}" for i in range(tasks))),
+        token=token,
+        tags=(("team", "blue"),),
+    )
+
+
+@dataclass
+class Rig:
+    """`lead` false: the manager is there, but does not lead."""
+
+    pools: Sequence[Pool] = (Pool("default", max_size=2, slots=2),)
+    lead: bool = True
+
+    def __enter__(self) -> Self:
+        self.shutdowns = 0
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="rig")
+        self._thread.start()
+        assert self._ready.wait(DEADLINE_S)
+        self.client = Client(self.url, TOKEN)
+        # A context without certificates: reading those would take longer than most tests.
+        bare = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.http = httpx.Client(base_url=self.url, verify=bare, trust_env=False)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self.client.close()
+        self.http.close()
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive()
+
+    async def _main(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        clock, ids = WallClock(), RandomIds()
+        self.launcher = launcher = SimLauncher(lambda pool, instance: Machine(), random.Random(1))
+        self.objects, self.queue = SimObjects(), SimQueue(clock, random.Random(2))
+        self.fleet = ManagedFleet(launcher, clock, ids, MemoryState())
+        self.ledger = open_memory()
+        patience = Patience(random.Random(3), limit_s=0.2)
+        ports = Ports(self.objects, self.queue, self.fleet, self.ledger, clock, ids, patience)
+        self.manager = Manager(ports, SETTINGS, self.pools, "manager-1")
+        app = create_app(
+            self.manager, token=TOKEN, backend_name="memory", on_shutdown=self._count_shutdown
+        )
+        config = uvicorn.Config(
+            app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1
+        )
+        server = uvicorn.Server(config)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            leading = asyncio.create_task(self.manager.run()) if self.lead else None
+            if leading:
+                await self.manager.is_leader.wait()
+            self._ready.set()
+            await self._stop.wait()
+            server.should_exit = True
+            await serving
+        if leading:
+            leading.cancel()
+            await asyncio.gather(leading, return_exceptions=True)
+        await self.ledger.close()
+
+    def _count_shutdown(self) -> None:
+        assert asyncio.get_running_loop() is self._loop
+        self.shutdowns += 1
+
+    # --- What a test does --------------------------------------------------------------------
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await something where the manager lives."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(DEADLINE_S)
+
+    def until(self, look: Callable[[], T], what: str) -> T:
+        """The first true answer of `look`."""
+        end_s = time.monotonic() + DEADLINE_S
+        while not (found := look()):
+            assert time.monotonic() < end_s, f"waited in vain for {what}"
+            time.sleep(0.005)
+        return found
+
+    def submit(self, job: JobDef) -> str:
+        """Upload the raw data and submit; the job's id."""
+
+        async def upload() -> None:
+            for key in job.input.keys if job.input else ():
+                await self.objects.put(key, b"data")
+
+        self.run(upload())
+        return self.client.submit(job)["id"]
+
+    def outstanding(self, job: str, count: int) -> list[Outstanding]:
+        """The job's bundles, as soon as there are that many."""
+
+        def look() -> list[Outstanding]:
+            live = self.manager.lives.get(JobId(job))
+            found = live.all_outstanding() if live else []
+            return found if len(found) == count else []
+
+        return self.until(look, f"{count} bundles of {job}")
+
+    def work(self, job: str, count: int, *, bad: Collection[int] = ()) -> None:
+        """Do the `count` bundles that are out as a worker would; tasks in `bad` fail. Returns when
+        the manager has folded them."""
+        found = sorted(self.outstanding(job, count), key=lambda one: one.bundle.tasks.first)
+        live = self.manager.lives[JobId(job)]
+        self.run(self._work(live, found, bad))
+        ids = {one.bundle.id for one in found}
+        self.until(lambda: not ids & {one.bundle.id for one in live.all_outstanding()}, "the fold")
+
+    async def _work(
+        self, live: LiveJob, found: Sequence[Outstanding], bad: Collection[int]
+    ) -> None:
+        for one in found:
+            bundle = one.bundle
+            now_s = time.time()
+            texts = {task: f"task {task}, try {bundle.attempt}\n".encode() for task in bundle.tasks}
+            log = naming.log(bundle, "x")
+            await self.objects.put(log, b"".join(texts.values()))
+            spans, at = [], 0
+            for task, text in texts.items():
+                spans.append((task, at, at := at + len(text)))
+            outcome = settle.settle(
+                live.job,
+                bundle,
+                [Ran(task, 0.01, task, _failure(task) if task in bad else None) for task in texts],
+                execution="x",
+                worker="w",
+                started_s=now_s,
+                ended_s=now_s + 0.01,
+                log=log,
+                log_spans=spans,
+            )
+            await commit(self.objects, outcome, self.manager.ports.patience)
+            await self._tell(wire.Events(completions=(settle.completion(outcome),)))
+
+    def beat(self, instance: str, *runs: Outstanding, pool: str = "default") -> None:
+        """Let an instance's worker report that it runs these."""
+        held = tuple(
+            wire.Held("q", o.bundle.id, o.bundle.job, o.bundle.stage, o.bundle.id, True)
+            for o in runs
+        )
+        beat = wire.Beat(f"w-{instance}", instance, pool, time.time(), 2, len(held), held)
+        self.run(self._tell(wire.Events(beats=(beat,))))
+        self.until(
+            lambda: (seen := self.manager.registry.workers.get(instance)) and seen.beat == beat,
+            "the beat",
+        )
+
+    async def _tell(self, events: wire.Events) -> None:
+        await self.queue.send(naming.EVENTS, [Outgoing(wire.events_message(events))])
+
+    def ended(self, job: str) -> JobView:
+        """The job, once it has ended."""
+        self.until(lambda: self.client.job(job)["ended_s"], f"the end of {job}")
+        return self.client.job(job)
+
+    def instances(self, count: int, state: str = "InService") -> list[str]:
+        """Instances of the default pool, as soon as that many are in `state`."""
+
+        def look() -> list[str]:
+            pool = self.client.grid()["pools"][0]
+            found = [one["id"] for one in pool["instances"] if one["state"] == state]
+            return found if len(found) == count else []
+
+        return self.until(look, f"{count} instances {state}")
+
+
+def _failure(task: int) -> Failure:
+    return Failure(task, FailureKind.EXCEPTION, f"task {task} is bad", "ValueError", "Traceback")
+
+
+def later(call: Callable[[], T]) -> Callable[[], T]:
+    """Begin a blocking call in another thread; the answer is a way to wait for its result."""
+    results: list[T] = []
+    thread = threading.Thread(target=lambda: results.append(call()))
+    thread.start()
+
+    def result() -> T:
+        thread.join(DEADLINE_S)
+        assert results, "the call failed or has not ended"
+        return results[0]
+
+    return result

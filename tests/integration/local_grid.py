@@ -1,0 +1,146 @@
+"""A real grid on the `local` backend for tests: manager and workers are real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from batchlab import backends, results, services, submission
+from batchlab.client import Client
+from batchlab.home import Home
+from batchlab.model import Pool
+from batchlab.results import Listed
+from batchlab.spec.jobfile import load
+from batchlab.views import JobView
+
+ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
+
+
+class LocalGrid:
+    """A grid in `folder`; `stop` ends it."""
+
+    def __init__(self, folder: Path, pools: Sequence[Pool] = ()) -> None:
+        self.home = Home(folder)
+        self.backend = backends.load("local")
+        self.pools = pools
+        self.objects = self.backend.open_objects(self.home)
+        self.client = self._start()
+
+    def _start(self) -> Client:
+        record = services.start_manager(self.home, self.backend, pools=self.pools, parent=True)
+        return Client(record.url, self.home.token())
+
+    def stop(self) -> None:
+        self.client.close()
+        services.stop_manager(self.home)
+
+    def submit(self, path: Path, token: str = "t", **params: str) -> JobView:
+        job = asyncio.run(
+            submission.prepare(
+                load(path, params),
+                objects=self.objects,
+                clock=self.backend.open_clock(),
+                patience=backends.patience(),
+                token=token,
+            )
+        )
+        return self.client.submit(job)
+
+    def wait(
+        self,
+        job: str,
+        *,
+        until: Callable[[JobView], bool] = lambda v: v["state"] in ENDED,
+        within_s: float = 60.0,
+    ) -> JobView:
+        """The job's view once `until` holds; fails after `within_s`."""
+        deadline_s = time.monotonic() + within_s
+        view = self.client.job(job)
+        while not until(view):
+            assert time.monotonic() < deadline_s, (view, self.client.why(job))
+            view = self.client.job(job, version=view["version"], wait_s=1.0)
+        return view
+
+    def run(self, path: Path, **params: str) -> JobView:
+        return self.wait(self.submit(path, **params)["id"])
+
+    def results(self, view: JobView, out: Path) -> dict[str, list[Any]]:
+        """The final stages' values in task order, as a user would fetch them."""
+        listing: list[Listed] = []
+        after = None
+        while True:
+            page = self.client.outcomes(view["id"], after=after)
+            if not page["outcomes"]:
+                break
+            listing += [Listed.of(one) for one in page["outcomes"]]
+            after = page["outcomes"][-1]["seq"]
+        fetched = asyncio.run(
+            results.fetch(self.objects, view, listing, out, patience=backends.patience())
+        )
+        return {
+            stage: [
+                json.loads(line)["value"]
+                for line in (out / f"{stage}.jsonl").read_text().splitlines()
+            ]
+            for stage in fetched.results
+        }
+
+    # --- Rough treatment -------------------------------------------------------------------------
+
+    def kill_manager(self) -> None:
+        """SIGKILL the manager and start the next one."""
+        record = self.home.record()
+        assert record is not None
+        os.kill(record.pid, signal.SIGKILL)
+        deadline_s = time.monotonic() + 5
+        while self.home.record() is not None:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        self.client.close()
+        os.waitpid(record.pid, 0)
+        self.client = self._start()
+
+    def workers(self) -> Mapping[str, int]:
+        """Pids of the living worker processes by instance."""
+        return {
+            words[words.index("--instance") + 1]: pid
+            for pid, words in processes_of(self.home.path).items()
+            if "worker" in words and "--instance" in words
+        }
+
+    def kill_worker(self, *, within_s: float = 20.0) -> str:
+        """SIGKILL one worker; answers its instance."""
+        deadline_s = time.monotonic() + within_s
+        while not self.workers():
+            assert time.monotonic() < deadline_s, "no worker came up"
+            time.sleep(0.02)
+        instance, pid = next(iter(self.workers().items()))
+        os.kill(pid, signal.SIGKILL)
+        return instance
+
+
+def processes_of(home: Path) -> dict[int, list[str]]:
+    """Command lines of the living processes that belong to the grid in `home`, by pid."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().decode().split("\0")
+                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if str(home) in words and state != "Z":
+                found[int(entry.name)] = words
+    return found
+
+
+def outcomes(grid: LocalGrid, job: str) -> list[dict[str, Any]]:
+    """Every committed outcome of a job, as its document."""
+    folder = grid.home.objects / "jobs" / job
+    return [json.loads(p.read_text()) for p in sorted(folder.glob("*/outcomes/*/*.json"))]
