@@ -254,7 +254,6 @@ class JobRecord:
     reason: str = ""
     control: Control = Control.RUN
     round: int = 0
-    started_s: float | None = None
     ended_s: float | None = None
 
 
@@ -292,9 +291,7 @@ class Cut:
     bundles: tuple[Bundle, ...]
     left: TaskSet
     planned: int | None = None
-    """Set in a round's first cut: the number of tasks of the stage, and which of them are
-    cancelled because something upstream did not succeed."""
-    cancelled: int = 0
+    """Set in a stage's first cut: its number of tasks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,13 +327,8 @@ class Ledger(Protocol):
         """Newest first by (submitted_s, id); `active` leaves out jobs that have ended; `before`
         is the id of the last row of the previous page."""
 
-    async def move_job(
-        self, job: JobId, state: JobState, *, reason: str = "", at_s: float | None = None
-    ) -> bool:
-        """Change state by the table of moves; False where it has no such arrow (or no change).
-
-        The first move to RUNNING sets `started_s` to `at_s`.
-        """
+    async def move_job(self, job: JobId, state: JobState, *, reason: str = "") -> bool:
+        """Change state by the table of moves; False where it has no such arrow (or no change)."""
 
     async def set_control(self, job: JobId, control: Control) -> None:
         """Record what the control object says."""

@@ -109,7 +109,7 @@ async def _tell_of_deaths(manager: Manager, changed: asyncio.Event) -> None:
     while True:
         await changed.wait()
         changed.clear()
-        manager.fleet_changed()
+        manager.hurry()
 
 
 async def _end_with(parent: int, stop: asyncio.Event) -> None:

@@ -66,6 +66,9 @@ class File:
         """Size in bytes, as of now."""
         return self.path.stat().st_size
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
     def open(self, mode: str = "rb", encoding: str | None = None) -> IO[Any]:
         """Open it; binary reading by default."""
         return self.path.open(mode, encoding=encoding)

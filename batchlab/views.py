@@ -200,6 +200,7 @@ def job_view(
     """A job, with its version and running tasks where it is `live`."""
     job = record.job
     running = running_tasks(live, workers) if live else {}
+    starts = [s.counts.first_start_s for s in stages if s.counts.first_start_s is not None]
     return {
         "id": job.id,
         "name": job.name,
@@ -209,7 +210,7 @@ def job_view(
         "priority": job.priority,
         "tags": dict(job.tags),
         "submitted_s": job.submitted_s,
-        "started_s": record.started_s,
+        "started_s": min(starts) if starts else None,
         "ended_s": record.ended_s,
         "version": live.version if live and not record.state.ended else 0,
         "stages": [_stage_view(job, s, running.get(s.counts.stage, 0)) for s in stages],

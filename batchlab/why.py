@@ -337,11 +337,10 @@ def _then(f: Facts) -> str:
         for name in stage.after:
             counts = f.by_stage[name].counts
             if not counts.ended:
-                of = "an unknown number of" if counts.planned is None else counts.planned
-                return (
-                    f"; stage {stage.name} waits for stage {name} "
-                    f"({counts.terminal} of {of} tasks terminal)"
-                )
+                known = counts.planned is not None
+                far = f"{counts.terminal} of {counts.planned} tasks terminal"
+                how = far if known else "not planned yet"
+                return f"; stage {stage.name} waits for stage {name} ({how})"
     return ""
 
 

@@ -38,7 +38,7 @@ _ALL = 1_000_000
 class SqliteQueue:
     """The Queue port over the SQLite file `path`; beside it lie `wake/` and SQLite's own files.
 
-    All SQL runs on one thread of this object. Fast enough for one machine: see the contract.
+    All SQL runs on one thread of this object, opened at its first call.
     """
 
     def __init__(self, path: Path, clock: Clock, *, max_in_flight: int = MAX_IN_FLIGHT) -> None:

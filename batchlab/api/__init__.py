@@ -5,6 +5,7 @@ Invariant: no rules live here. A request becomes one call of the manager, an ans
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 
 from fastapi import FastAPI
@@ -37,3 +38,15 @@ def create_app(
     for router in (grid.public, grid.router, jobs.router, results.router):
         app.include_router(router)
     return app
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket to serve the application on; port 0 takes a free one.
+
+    With Nagle's algorithm every answer over a kept connection waits 40 ms for the client's delayed
+    acknowledgement. asyncio turns it off only for sockets whose protocol number is set, which
+    `create_server` does not do; accepted connections inherit the option from here.
+    """
+    listener = socket.create_server((host, port))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener

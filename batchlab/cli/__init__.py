@@ -7,6 +7,10 @@ this package costs nothing; a command pays for what it uses.
 from __future__ import annotations
 
 import sys
+import time
+
+BEGUN_S = time.monotonic()
+"""When this process began, but for Python's own start; monotonic."""
 
 SERVICES = ("manager", "worker")
 

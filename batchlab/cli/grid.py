@@ -62,18 +62,33 @@ def up(
 
 @app.command()
 def down(home: HomeOption = None) -> None:
-    """Take the grid down: workers give back what they have not finished, nothing is lost.
+    """Take the grid down; nothing is lost.
+
+    Workers give back what they have not finished. Jobs that have not ended go on when a grid is up
+    in the same folder again.
 
     \b
     Example: batchlab grid down
     """
+    from batchlab.cli.session import connect
+    from batchlab.errors import BackendError
     from batchlab.services import stop_manager
 
     place = find_home(home)
-    if stop_manager(place):
-        output.say(f"The grid in {place.path} is down.")
-    else:
+    if place.record() is None:
         output.say(f"No grid is up in {place.path}.")
+        return
+    left = 0
+    try:
+        with connect(place) as client:
+            left = len(client.jobs(active=True, limit=1000))
+    except BackendError as error:
+        # One that cannot answer is a reason more to end it.
+        output.say(f"What it runs is not known: {error.message}")
+    stop_manager(place)
+    output.say(f"The grid in {place.path} is down.")
+    if left:
+        output.say(f"{output.count(left, 'job')} not ended: `batchlab grid up` goes on with it.")
 
 
 @app.command()

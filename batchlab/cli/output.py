@@ -6,12 +6,15 @@ Invariant: no control character of a job's own text reaches the terminal.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
 from batchlab.errors import BatchlabError, JobFileError
+
+_NUMBER = re.compile(r"-|[\d.,/+]*( (ms|s|min|h|B|[KMGT]iB)( \d\d (s|min))?)?")
 
 
 def say(text: str) -> None:
@@ -61,7 +64,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _is_number(text: str) -> bool:
-    return text in ("", "-") or text[:1].isdigit()
+    return _NUMBER.fullmatch(text) is not None
 
 
 def clean(text: str) -> str:
@@ -75,9 +78,11 @@ def lines(text: str) -> str:
 
 
 def span(seconds: float) -> str:
-    """A duration: 40 ms, 3.2 s, 12 min 05 s, 3 h 20 min."""
+    """A duration: 0.3 ms, 40 ms, 3.2 s, 12 min 05 s, 3 h 20 min."""
+    if seconds < 0.00995:
+        return f"{max(0.0, seconds) * 1000:.1f} ms"
     if seconds < 0.9995:
-        return f"{max(0.0, seconds) * 1000:.0f} ms"
+        return f"{seconds * 1000:.0f} ms"
     if seconds < 99.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

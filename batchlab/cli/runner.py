@@ -48,7 +48,7 @@ class Request:
     keep_up: bool = False
 
 
-def run(request: Request, phases: Phases | None = None) -> Summary:
+def run(request: Request, phases: Phases) -> Summary:
     """Run the job to its end and fetch its results; raises Stopped after a signal."""
     from batchlab import backends
 
@@ -57,7 +57,6 @@ def run(request: Request, phases: Phases | None = None) -> Summary:
             f"A grid is up in {request.home.path}, so --workers cannot size one.",
             remedy="Use `batchlab grid scale POOL --max N`, or leave --workers out.",
         )
-    phases = phases or Phases()
     with phases.phase("check"):
         backend = backends.load(request.backend)
         submission = Submission.of(request.file, request.overrides, request.home, backend)

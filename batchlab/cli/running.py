@@ -66,6 +66,7 @@ def run(
     """
     from batchlab.cli import runner
     from batchlab.cli.submitting import overrides
+    from batchlab.cli.summary import Phases
 
     request = runner.Request(
         file=file,
@@ -79,7 +80,7 @@ def run(
         workers=workers,
         keep_up=keep_up,
     )
-    tell(runner.run(request), json=json)
+    tell(runner.run(request, Phases.of_process()), json=json)
 
 
 def tell(summary: Summary, *, json: bool) -> None:
@@ -122,7 +123,7 @@ def demo(
     from batchlab.cli import runner
     from batchlab.cli.summary import Phases
 
-    phases = Phases()
+    phases = Phases.of_process()
     with phases.phase("data"):
         prepared = claims_demo.prepare(
             find_home(home), seed=seed, files=files, claims_per_file=claims_per_file

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -32,12 +32,18 @@ PATIENCE_S = 20.0
 """How long a manager that runs may fail to answer, or to lead."""
 
 
-def connect(home: Home) -> Client:
-    """A client of the manager that runs in `home`; Unreachable where none does."""
+@contextmanager
+def connect(home: Home) -> Iterator[Client]:
+    """A client of the manager that runs in `home`; Unreachable where none does. What the manager
+    does not know is a name that the user got wrong: UsageError."""
     record = home.record()
     if record is None:
         raise _no_grid(home)
-    return Client(record.url, home.token())
+    with Client(record.url, home.token()) as client:
+        try:
+            yield client
+        except NotFound as error:
+            raise UsageError(error.message, remedy=error.remedy) from error
 
 
 def _no_grid(home: Home) -> Unreachable:
@@ -102,11 +108,11 @@ class Session:
         """To the grid that is up in `home`, which is none of ours; Unreachable where none is."""
         from batchlab import backends
 
-        client, record = connect(home), home.record()
+        record = home.record()
         if record is None:
             raise _no_grid(home)
         session = cls(home, backends.load(record.backend), revivals=0)
-        session._client = client
+        session._connect(record)
         return session
 
     def start(self) -> None:

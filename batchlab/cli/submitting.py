@@ -94,12 +94,16 @@ class Submission:
 def submit(home: Home, file: Path, sets: Iterable[str]) -> JobView:
     """Submit a job file to the grid that is up in `home`; while an earlier submission of just
     this has not ended, it is that one."""
+    from batchlab.backends import patience
     from batchlab.cli.session import Session
+    from batchlab.results import definition
 
     with Session.attached(home) as session:
         submission = Submission.of(file, overrides(sets), home, session.backend)
         earlier = asyncio.run(submission.latest())
-        number = 1 if earlier is None else earlier.number + (earlier.ended is not None)
-        job, told = asyncio.run(submission.prepare(number))
-        output.say(f"Uploaded {told}.")
+        if earlier and earlier.ended is None:
+            job = asyncio.run(definition(submission.objects, earlier.job, patience()))
+        else:
+            job, told = asyncio.run(submission.prepare(earlier.number + 1 if earlier else 1))
+            output.say(f"Uploaded {told}.")
         return session.call(lambda client: client.submit(job))

@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
-from batchlab.cli import output
+from batchlab.cli import BEGUN_S, output
 from batchlab.results import Fetched
 from batchlab.views import FailureView, JobView, StageView
 
@@ -20,6 +20,7 @@ SHOWN_FAILURES = 5
 NEGLIGIBLE_S = 0.05
 
 _PHASES = {
+    "load": "load batchlab",
     "data": "make the data",
     "check": "check the job file",
     "start": "start the grid",
@@ -41,6 +42,13 @@ class Phases:
     spent_s: dict[str, float] = field(default_factory=dict)
     beside: dict[str, str] = field(default_factory=dict)
     """Remarks by phase: what went on at the same time."""
+
+    @classmethod
+    def of_process(cls) -> Self:
+        """From when this process began."""
+        phases = cls(BEGUN_S)
+        phases.add("load", time.monotonic() - BEGUN_S)
+        return phases
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -59,7 +59,7 @@ async def scale(
         await _hold(manager, pool, desired)
     elif auto is False:
         manager.autoscaler.held[pool] = (await group(manager, pool)).desired
-    manager.fleet_changed()
+    manager.hurry()
     return await group(manager, pool)
 
 
@@ -101,4 +101,4 @@ async def drain(manager: Manager, pool: str | None = None) -> None:
         left = [i.id for i in instances if i.state in _COUNTED]
         if left:
             await manager.ports.fleet.terminate(name, left, decrement=False, cause=CAUSE)
-    manager.fleet_changed()
+    manager.hurry()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from batchlab.commit import Addressed, address, commit, committed, send_all
@@ -51,13 +51,16 @@ class Conductor:
         lives: Mapping[JobId, LiveJob],
         folder: Folder,
         slots_of: Mapping[str, int],
+        on_plan: Callable[[], None],
     ) -> None:
-        """`slots_of` gives the slots that a pool has or can soon have."""
+        """`slots_of` gives the slots that a pool has or can soon have; `on_plan` is called when
+        a stage's number of tasks has become known, so that capacity can be had for it."""
         self._ports = ports
         self._settings = settings
         self._lives = lives
         self._folder = folder
         self._slots_of = slots_of
+        self._on_plan = on_plan
         self.plans = Plans(ports)
         self._inputs = Inputs(ports.objects, ports.patience)
 
@@ -98,7 +101,8 @@ class Conductor:
         record = live.stages[stage.name]
         if record.counts.planned is not None or stage.chained:
             return
-        round_ = live.record.round
+        # The raw input does not change from round to round; what is gathered may.
+        round_ = live.record.round if stage.after else 0
         if any(not live.stages[u].counts.ended for u in stage.after):
             return
         if stage.gather is not None and self._doomed(live):
@@ -129,6 +133,7 @@ class Conductor:
         await self._folder.refresh(live)
         if live.record.state in (JobState.SUBMITTED, JobState.PENDING):
             await self._move(live, JobState.RUNNABLE)
+        self._on_plan()
 
     def _doomed(self, live: LiveJob) -> bool:
         return judge(live.job, [s.counts for s in live.stages.values()]).failed

@@ -48,7 +48,7 @@ class Folder:
             if live := self._lives.get(one.bundle.job):
                 live.settled(one.bundle)
         for live in touched.values():
-            await self._started(live, [one for one, _ in known if one.bundle.job == live.id])
+            await self._started(live)
             await self.refresh(live)
             live.poke.set()
 
@@ -58,10 +58,9 @@ class Folder:
         live.stages = {s.counts.stage: s for s in await self._ports.ledger.stages(live.id)}
         live.changed()
 
-    async def _started(self, live: LiveJob, completions: Sequence[Completion]) -> None:
+    async def _started(self, live: LiveJob) -> None:
         if live.record.state in (JobState.RUNNABLE, JobState.STARTING, JobState.PENDING):
-            at_s = min(one.started_s for one in completions)
-            await self._ports.ledger.move_job(live.id, JobState.RUNNING, at_s=at_s)
+            await self._ports.ledger.move_job(live.id, JobState.RUNNING)
             live.record = replace(live.record, state=JobState.RUNNING)
 
     async def _job(self, job: JobId) -> JobDef | None:

@@ -51,10 +51,10 @@ class Manager:
         self.trouble = ""
         """Why the last tick was skipped."""
         self._slots: dict[str, int] = {p.name: _soon(p) for p in pools}
-        self._fleet_changed = asyncio.Event()
+        self._hurry = asyncio.Event()
         folder = Folder(ports, self.lives)
         self.registry = Registry(ports, self.lives)
-        self.conductor = Conductor(ports, settings, self.lives, folder, self._slots)
+        self.conductor = Conductor(ports, settings, self.lives, folder, self._slots, self.hurry)
         self.requests = Requests(ports, self.conductor, self.lives, self._adopt)
         self.autoscaler = Autoscaler(ports, settings, self.lives, self.registry)
         self._collector = Collector(ports, settings, self.lives, folder, self.registry)
@@ -161,23 +161,28 @@ class Manager:
                 log.warning("this tick is skipped: %s", error)
                 self.trouble = str(error)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._fleet_changed.wait(), self.settings.tick_s)
-            self._fleet_changed.clear()
+                await asyncio.wait_for(self._hurry.wait(), self.settings.tick_s)
+            self._hurry.clear()
 
-    def fleet_changed(self) -> None:
-        """An instance has died or come up: do not wait for the next tick."""
-        self._fleet_changed.set()
+    def hurry(self) -> None:
+        """Something has happened that the next tick must not wait for: an instance has died, a
+        stage has been planned."""
+        self._hurry.set()
 
     async def tick(self) -> None:
         """One round of everything periodic."""
         await self.registry.bury(await self.ports.fleet.tick())
         await self._start_scheduled()
+        for view in await self.ports.fleet.describe():
+            if view.pool.name in self.pools:
+                await self.autoscaler.scale(view)
+        # What has just been decided is carried out in this tick, not in the next.
+        await self.registry.bury(await self.ports.fleet.tick())
         self.groups = {view.pool.name: view for view in await self.ports.fleet.describe()}
         for name, view in self.groups.items():
             if name not in self.pools:
                 continue
             self._slots[name] = self._capacity(view)
-            await self.autoscaler.scale(view)
             self.depths[name] = await self.ports.queue.depth(naming.tasks_queue(name))
             await self._reconciler.drain_dead_letters(name)
         await self._reconciler.look_for_the_silent(self.depths)

@@ -89,9 +89,7 @@ async def _rebuild_round(
         batch = completions[i : i + _FOLDED_AT_ONCE]
         await ledger.fold(batch, [settle.casualties(job, one) for one in batch])
     if completions:
-        started_s = min(c.started_s for c in completions)
-        await ledger.move_job(job.id, JobState.PENDING)
-        await ledger.move_job(job.id, JobState.RUNNING, at_s=started_s)
+        await ledger.move_job(job.id, JobState.RUNNING)
     try:
         doc = await _doc(ports, naming.final(job.id, round_))
     except NotFound:

@@ -177,7 +177,6 @@ def cut_to_json(c: Cut) -> dict[str, Json]:
         "bundles": [bundle_to_json(b) for b in c.bundles],
         "left": tasks_to_json(c.left),
         "planned": c.planned,
-        "cancelled": c.cancelled,
     }
 
 
@@ -190,7 +189,6 @@ def cut_from_json(doc: dict[str, Any]) -> Cut:
         tuple(bundle_from_json(b) for b in doc["bundles"]),
         tasks_from_json(doc["left"]),
         doc["planned"],
-        doc["cancelled"],
     )
 
 

@@ -247,12 +247,15 @@ def _resident() -> int:
 
 def die_with(life: int) -> None:
     """End this process and its descendants when the worker ends, however it ends."""
-    # The kernel signals a pipe's end to the whole process group, and does so before the
-    # parent-death signal, which reaches this process alone.
-    fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpid())
-    fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The kernel signals the pipe's end to the whole process group. The parent-death signal is only
+    # for kernels that cannot: it reaches this process alone, and may come first, and then the
+    # pipe's end finds nobody left to pass it on to the programs that a task has started.
+    try:
+        fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpid())
+        fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
+    except OSError:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.set_blocking(life, False)
     try:
         os.read(life, 1)

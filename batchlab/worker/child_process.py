@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,18 @@ from batchlab.worker.processes import kill_family
 _READ_BYTES = 1 << 18
 _REAP_STEP_S = 0.002
 _GATHER_S = 0.001
+_WORDS = (["ok"], ["failed"], ["import"], ["end"])
+
+
+def _is_answer(line: Any) -> bool:
+    return type(line) is list and line[:1] in _WORDS
+
+
+def _parsed(line: bytearray) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 class ChildProcess:
@@ -38,6 +51,8 @@ class ChildProcess:
         self._buffer = bytearray()
         self._read_s = 0.0
         self._eof = False
+        self.spoilt = False
+        """A handler wrote into the pipe; answers are good up to there."""
         self._closed = False
         self._unsent = bytearray()
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +64,7 @@ class ChildProcess:
         theirs = (requests, answers, life)
         try:
             with (folder / "boot.log").open("wb") as log:
-                # Started from the loop's own thread: the parent-death signal means the thread.
+                # Not in a thread: a parent-death signal would mean the end of that thread.
                 self._process = subprocess.Popen(
                     [
                         *(sys.executable, "-P", "-m", "batchlab.worker.child"),
@@ -99,10 +114,7 @@ class ChildProcess:
         self._loop.remove_writer(self._requests)
 
     async def answers(self, wait_s: float) -> list[Any]:
-        """Lines that have come, [] where none has come within `wait_s` or the child has ended.
-
-        ValueError where they are not ours: a handler wrote into the pipe.
-        """
+        """Lines that have come, [] where none has come within `wait_s` or the child has ended."""
         # A wake-up costs as much as ten tiny tasks: they are taken a millisecond at a time.
         gap_s = self._loop.time() - self._read_s
         if gap_s < _GATHER_S:
@@ -139,10 +151,16 @@ class ChildProcess:
 
     def _lines(self) -> list[Any]:
         whole, newline, rest = self._buffer.rpartition(b"\n")
-        if not newline:
+        if not newline or self.spoilt:
             return []
         self._buffer = bytearray(rest)
-        return list(json.loads(b"[" + whole.replace(b"\n", b",") + b"]"))
+        try:
+            lines = json.loads(b"[" + whole.replace(b"\n", b",") + b"]")
+        except ValueError:
+            lines = [_parsed(line) for line in whole.split(b"\n")]
+        good = list(takewhile(_is_answer, lines))
+        self.spoilt = len(good) < len(lines)
+        return good
 
     # --- Ending ---
 
@@ -169,11 +187,7 @@ class ChildProcess:
             while self._read():
                 pass
             self._close()
-        try:
-            last = self._lines()
-        except ValueError:
-            last = []  # the handler wrote into the pipe; the rest of the answers went with it
-        return self._process.returncode, last
+        return self._process.returncode, self._lines()
 
     def _close(self) -> None:
         self._closed = True

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from batchlab.errors import BackendError, NotFound
 from batchlab.model import Failure, FailureKind, Json, Ran
@@ -25,26 +25,13 @@ from batchlab.worker.child_process import ChildProcess, describe_exit, monotonic
 from batchlab.worker.children import Children
 from batchlab.worker.handlers import Fault, Problem, fault
 from batchlab.worker.library import Library
+from batchlab.worker.limits import TICK_S, Limits, Verdict
 from batchlab.worker.processes import Sampler
 from batchlab.worker.runner import Handle, Work
 
 T = TypeVar("T")
 
-TICK_S = 0.04
-"""How often a running child is looked at."""
-
 _UPLOADS = 4
-_IMPORT_S = 60.0
-"""Loading a handler may take this long, or its stage's timeout where that is longer."""
-
-
-class _Verdict(NamedTuple):
-    """What `task` (or IMPORTING) is ended for."""
-
-    task: int
-    kind: FailureKind
-    reason: str
-    ran_s: float
 
 
 class Execution:
@@ -72,7 +59,7 @@ class Execution:
         self._clock = clock
         self._children = children
         self._library = library
-        self._sampler = sampler
+        self._limits = Limits(work.stage, sampler)
         self._began_s = clock.monotonic_s()
         self._child: ChildProcess | None = None
         self._busy = False
@@ -81,6 +68,8 @@ class Execution:
         self._pending: dict[int, Json] = {}
         """Those of `_left` whose inputs are here and that no child has ended yet."""
         self._started = False
+        self._barren = 0
+        """Requests in a row that ended no task."""
         self._inputs = materialise.Inputs(objects, folder, asyncio.to_thread)
         self._storing: set[asyncio.Task[Ran]] = set()
         self._uploads = asyncio.Semaphore(_UPLOADS)
@@ -144,13 +133,16 @@ class Execution:
     async def _unless_told(self, doing: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T | None:
         """The result, or None where the run is told to start nothing any more before it is."""
         task = doing if isinstance(doing, asyncio.Task) else asyncio.create_task(doing)
-        while not task.done():
-            if self._told:
+        try:
+            while not task.done():
+                if self._told:
+                    return None
+                await asyncio.wait({task}, timeout=TICK_S)
+            return task.result()
+        finally:
+            if not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-                return None
-            await asyncio.wait({task}, timeout=TICK_S)
-        return task.result()
 
     def _accept(self, ready: list[tuple[int, Json | Failure]]) -> None:
         for task, item in ready:
@@ -204,10 +196,11 @@ class Execution:
             return False
         if why == "worn out":
             await self._drop_child()
-        if len(self._left) == before and self._pending:
-            # Without this, a process that always dies between two tasks would never end.
+        self._barren = self._barren + 1 if len(self._left) == before else 0
+        if self._barren > 1 and self._pending:
+            # Nobody was running, twice: without somebody to blame this would never end.
             reason = "ended its process before it could begin"
-            self._blame(_Verdict(next(iter(self._pending)), FailureKind.CRASH, reason, 0.0), None)
+            self._blame(Verdict(next(iter(self._pending)), FailureKind.CRASH, reason, 0.0), None)
         return True
 
     async def _drop_child(self) -> None:
@@ -218,18 +211,19 @@ class Execution:
     async def _watch(self, child: ChildProcess) -> str:
         """Take its answers until it has no more; why that is, in one word."""
         while True:
-            try:
-                lines = await child.answers(self._wait_s(child))
-            except ValueError:
-                task, reason = child.board.task, "wrote into its process's pipe"
-                return await self._lost(child, _Verdict(task, FailureKind.CRASH, reason, 0.0))
+            lines = await child.answers(self._limits.wait_s(child))
             if end := self._take(lines):
                 return end
+            if child.spoilt and self._pending:
+                # Tasks answer in order, so it was the first that has not.
+                task, reason = next(iter(self._pending)), "wrote into its process's pipe"
+                return await self._lost(child, Verdict(task, FailureKind.CRASH, reason, 0.0))
             if self._killed or (not lines and child.ended):
                 return await self._lost(child, None)
             self._allow(child)
-            if verdict := await self._verdict(child):
+            if verdict := self._limits.broken(child):
                 return await self._lost(child, verdict)
+            await self._cut_log(child)
 
     def _allow(self, child: ChildProcess) -> None:
         # In the child's clock, which need not be ours.
@@ -238,39 +232,13 @@ class Execution:
         task = child.board.task
         self._handle.running = task if task >= 0 else None
 
-    def _wait_s(self, child: ChildProcess) -> float:
-        limit_s = self._work.stage.timeout_s
-        if limit_s is None:
-            return TICK_S
-        _, since_s = child.board.running()
-        return min(TICK_S, max(0.001, since_s + limit_s - monotonic_s()))
-
-    async def _verdict(self, child: ChildProcess) -> _Verdict | None:
-        """Whether what runs now has gone beyond a limit of its stage."""
-        task, since_s = child.board.running()
-        stage = self._work.stage
-        ran_s = monotonic_s() - since_s
-        if task == IMPORTING and stage.timeout_s is not None:
-            limit_s = max(stage.timeout_s, _IMPORT_S)
-            if ran_s > limit_s:
-                reason = f"took longer than {limit_s:g} s"
-                return _Verdict(task, FailureKind.TIMEOUT, reason, ran_s)
-        if task < 0:
-            return None
-        if stage.timeout_s is not None and ran_s >= stage.timeout_s:
-            reason = f"ran longer than its timeout of {stage.timeout_s:g} s"
-            return _Verdict(task, FailureKind.TIMEOUT, reason, ran_s)
-        limit = stage.memory_bytes or 0
-        sampled = limit and ran_s > TICK_S / 2
-        if sampled and self._sampler.resident_bytes(child.pid, since_s) > limit:
-            reason = f"used more than its memory limit of {limit / 2**20:g} MiB"
-            return _Verdict(task, FailureKind.MEMORY, reason, ran_s)
-        log_at = child.board.log_at
-        if logs.overflowing(self._log_size(), log_at) and child.board.task == task:
+    async def _cut_log(self, child: ChildProcess) -> None:
+        """A task that still prints must not fill the disk before its end."""
+        task, log_at = child.board.task, child.board.log_at
+        if task >= 0 and logs.overflowing(self._log_size(), log_at) and child.board.task == task:
             await asyncio.to_thread(logs.trim, str(self._log), log_at)
-        return None
 
-    async def _lost(self, child: ChildProcess, verdict: _Verdict | None) -> str:
+    async def _lost(self, child: ChildProcess, verdict: Verdict | None) -> str:
         """Bury a child that has died, or that is to die for what its task did."""
         code, last = await child.kill()
         self._take(last)
@@ -283,7 +251,7 @@ class Execution:
         if self._killed:
             return "told"
         if verdict is None:
-            verdict = _Verdict(task, FailureKind.CRASH, _crash(code), monotonic_s() - since_s)
+            verdict = Verdict(task, FailureKind.CRASH, _crash(code), monotonic_s() - since_s)
         exit_code = code if verdict.kind is FailureKind.CRASH else None
         if verdict.task == IMPORTING:
             reason = f"Loading the handler {verdict.reason}."
@@ -356,7 +324,7 @@ class Execution:
         await asyncio.to_thread(_remove, self._folder / str(ran.task))
         return ran
 
-    def _blame(self, why: _Verdict, exit_code: int | None) -> None:
+    def _blame(self, why: Verdict, exit_code: int | None) -> None:
         del self._pending[why.task], self._left[why.task]
         found = fault(why.kind, why.reason, exit_code=exit_code)
         ran = Ran(why.task, why.ran_s, failure=materialise.failure(why.task, found, why.ran_s))

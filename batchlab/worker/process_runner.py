@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 
 from batchlab.model import Ran
 from batchlab.ports import Clock, Objects
 from batchlab.worker.child_process import monotonic_s
 from batchlab.worker.children import Children
-from batchlab.worker.execution import TICK_S, Execution
+from batchlab.worker.execution import Execution
 from batchlab.worker.library import Library
+from batchlab.worker.limits import TICK_S
 from batchlab.worker.processes import Sampler
 from batchlab.worker.runner import Handle, Scratch, Work
 
@@ -24,6 +26,8 @@ class ProcessRunner:
     """The Runner of every backend but the simulator."""
 
     def __init__(self, objects: Objects, scratch: Scratch, clock: Clock, slots: int) -> None:
+        # Children have current folders of their own.
+        scratch = Scratch(scratch.root.absolute())
         self._objects = objects
         self._scratch = scratch
         self._clock = clock
@@ -38,7 +42,7 @@ class ProcessRunner:
             execution = Execution(
                 work,
                 handle,
-                self._scratch.execution(work.execution).absolute(),
+                self._scratch.execution(work.execution),
                 objects=self._objects,
                 clock=self._clock,
                 children=self._children,
@@ -47,8 +51,9 @@ class ProcessRunner:
             )
             driver = asyncio.create_task(execution.drive())
             try:
-                async for ran in _ended(execution):
-                    yield ran
+                async with aclosing(_ended(execution)) as ended:
+                    async for ran in ended:
+                        yield ran
                 await driver
             finally:
                 driver.cancel()
@@ -63,7 +68,7 @@ class ProcessRunner:
             await asyncio.to_thread(shutil.rmtree, self._scratch.root / name, ignore_errors=True)
 
 
-async def _ended(execution: Execution) -> AsyncIterator[Ran]:
+async def _ended(execution: Execution) -> AsyncGenerator[Ran, None]:
     while (entry := await execution.ended.get()) is not None:
         if isinstance(entry, list):
             for ran in entry:

@@ -107,10 +107,10 @@ async def test_a_job_that_is_not_there_is_not_found(ledger: DumpingLedger) -> No
 async def test_adding_a_job_again_answers_with_what_became_of_it(ledger: DumpingLedger) -> None:
     await submit(ledger)
     await ledger.set_planned(JOB.id, RESIZE, 7)
-    await ledger.move_job(JOB.id, JobState.RUNNING, at_s=5.0)
+    await ledger.move_job(JOB.id, JobState.RUNNING)
     before = await ledger.dump()
     again = await ledger.add_job(replace(JOB, name="changed"), state=JobState.SCHEDULED)
-    assert again == JobRecord(JOB, JobState.RUNNING, started_s=5.0)
+    assert again == JobRecord(JOB, JobState.RUNNING)
     assert await ledger.dump() == before
 
 
@@ -181,16 +181,6 @@ def test_a_job_moves_by_the_table_of_moves(before: JobState, tmp_path: Path) -> 
                 assert (record.state, record.reason) == ((after, "why") if moved else (before, ""))
 
     asyncio.run(main())
-
-
-@on_every_ledger
-async def test_a_job_starts_with_its_first_move_to_running(ledger: DumpingLedger) -> None:
-    await submit(ledger)
-    assert await ledger.move_job(JOB.id, JobState.RUNNING, at_s=10.0)
-    assert await ledger.move_job(JOB.id, JobState.PAUSED, at_s=11.0)
-    assert await ledger.move_job(JOB.id, JobState.RUNNING, at_s=12.0)
-    assert not await ledger.move_job(JOB.id, JobState.RUNNING, at_s=9.0)
-    assert (await ledger.job(JOB.id)).started_s == 10.0
 
 
 @on_every_ledger
@@ -341,7 +331,7 @@ async def _failed_job(ledger: DumpingLedger) -> None:
     """10 planned: 4 succeeded, 1 failed, 5 cancelled; the two later stages alike or unplanned."""
     await submit(ledger)
     await ledger.set_control(JOB.id, Control.CANCEL)
-    await ledger.move_job(JOB.id, JobState.RUNNING, at_s=40.0)
+    await ledger.move_job(JOB.id, JobState.RUNNING)
     await ledger.add_cut(replace(cut(0, bundle(0, 5), left=TaskSet.span(5, 10)), planned=10))
     await ledger.set_planned(JOB.id, INDEX, 10)
     await fold(ledger, done(bundle(0, 5), failed=1), done(bundle(0, 4, stage=INDEX)))
@@ -355,7 +345,7 @@ async def test_a_new_round_takes_back_what_it_will_do_again(ledger: DumpingLedge
     assert await ledger.reopen(
         JOB.id, 1, [Reopening(RESIZE, failed=1, cancelled=5), Reopening(INDEX, cancelled=6)]
     )
-    assert await ledger.job(JOB.id) == JobRecord(JOB, JobState.PENDING, round=1, started_s=40.0)
+    assert await ledger.job(JOB.id) == JobRecord(JOB, JobState.PENDING, round=1)
     resize, index = await counts_of(ledger), await counts_of(ledger, INDEX)
     assert (resize.planned, resize.succeeded, resize.failed, resize.cancelled) == (10, 4, 0, 0)
     assert (index.planned, index.succeeded, index.terminal) == (10, 4, 4)
@@ -427,7 +417,7 @@ async def test_every_call_may_be_made_twice(ledger: DumpingLedger) -> None:
         lambda of: of.set_control(JOB.id, Control.CANCEL),
         lambda of: of.add_cut(replace(cut(0, bundle(0, 5)), planned=9, cancelled=1)),
         lambda of: of.set_planned(JOB.id, INDEX, 9),
-        lambda of: of.move_job(JOB.id, JobState.RUNNING, at_s=3.0),
+        lambda of: of.move_job(JOB.id, JobState.RUNNING),
         lambda of: of.fold([parent], [{INDEX: 1}]),
         lambda of: _finish(of, resize=3, index=8),
         lambda of: of.reopen(

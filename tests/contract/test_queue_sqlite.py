@@ -6,8 +6,10 @@ import asyncio
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,22 @@ def test_many_processes_open_one_new_file_and_share_the_work(tmp_path: Path) -> 
     done = [body for output in outputs for body in output]
     assert sorted(done, key=int) == [str(number) for number in range(600)]
     assert sum(bool(output) for output in outputs) > 1
+
+
+def test_a_new_file_may_be_opened_by_many_at_the_same_instant(tmp_path: Path) -> None:
+    def open_one(path: Path, barrier: threading.Barrier) -> None:
+        messages = SqliteMessages(path, SteppedClock())
+        barrier.wait()
+        messages.ensure(QueueSpec("q"))
+        messages.close()
+
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(60):
+            barrier = threading.Barrier(8)
+            path = tmp_path / f"{number}.db"
+            opened = [pool.submit(open_one, path, barrier) for _ in range(8)]
+            for one in opened:
+                one.result()
 
 
 def test_a_sleeping_receive_costs_next_to_nothing(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import socket
 import ssl
 import threading
 import time
@@ -24,7 +23,7 @@ from batchlab.adapters.sim.launcher import MemoryState, SimLauncher
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.adapters.sim.queue import SimQueue
 from batchlab.adapters.sql import open_memory
-from batchlab.api import create_app
+from batchlab.api import create_app, listen
 from batchlab.client import Client
 from batchlab.commit import commit
 from batchlab.fleet.group import ManagedFleet
@@ -137,7 +136,7 @@ class Rig:
             app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1
         )
         server = uvicorn.Server(config)
-        with socket.create_server(("127.0.0.1", 0)) as listener:
+        with listen("127.0.0.1", 0) as listener:
             self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             leading = asyncio.create_task(self.manager.run()) if self.lead else None
@@ -145,7 +144,7 @@ class Rig:
                 await self.manager.is_leader.wait()
             self._ready.set()
             await self._stop.wait()
-            server.should_exit = True
+            server.should_exit = server.force_exit = True
             await serving
         if leading:
             leading.cancel()

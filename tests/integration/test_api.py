@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from batchlab.api import common
+from batchlab import views
+from batchlab.api import common, listen
 from batchlab.client import Client
 from batchlab.errors import (
     BackendError,
@@ -201,7 +203,7 @@ def test_a_wait_beyond_the_longest_is_refused(rig: Rig) -> None:
 
 
 def test_a_bug_is_answered_with_a_sentence_too(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rig.manager, "pools", None)
+    monkeypatch.setattr(views, "queue_view", None)
     with pytest.raises(BackendError, match="The manager failed: TypeError"):
         rig.client.grid()
 
@@ -532,6 +534,18 @@ def test_why_tells_of_a_backend_that_does_not_answer(
     rig.until(lambda: "Docker does not answer" in rig.client.why(name), "the trouble")
     live: LiveJob = rig.manager.lives[JobId(name)]
     assert live.trouble == ""
+
+
+# --- Speed ---------------------------------------------------------------------------------------
+
+
+def test_answers_over_a_kept_connection_are_sent_at_once() -> None:
+    """Else each waits 40 ms for an acknowledgement."""
+    with listen("127.0.0.1", 0) as listener:
+        with socket.create_connection(listener.getsockname()):
+            connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 # --- The description -----------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def job_file(folder: Path, handler: str, extra: str = "") -> Path:
         ("crash", "", "crash", "SIGSEGV"),
         ("hang", "    timeout: 1s\n", "timeout", "timeout of 1 s"),
         ("hog", "    resources: {memory: 128 MiB}\n", "memory", "memory limit of 128 MiB"),
-        ("lacking", "", "import", "a_module_that_is_not_there"),
+        ("lacking", "", "exception", "a_module_that_is_not_there"),
         ("odd", "", "result", "object"),
     ],
 )

@@ -356,6 +356,60 @@ def test_a_process_that_ends_between_tasks_or_at_any_time_ends_the_job_all_the_s
     go(main())
 
 
+def test_only_the_task_that_writes_into_the_pipe_is_to_blame(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path) as rig:
+            got = await rig.values(["a", ["write_everywhere"], ["sleep", 0.05], "b"])
+            assert got == ["a", "crash: wrote into its process's pipe", "slept", "b"]
+
+    go(main())
+
+
+ENDS_BETWEEN = """
+import os
+import __main__
+
+def run(item): ...
+
+__main__.Memory.worn_out = lambda self: os._exit(9)
+"""
+
+
+def test_processes_that_only_ever_end_between_tasks_do_not_go_on_for_ever(tmp_path: Path) -> None:
+    """I7: a job always ends, also where nobody can be caught in the act."""
+
+    async def main() -> None:
+        folder = tmp_path / "code"
+        folder.mkdir()
+        (folder / "between.py").write_text(ENDS_BETWEEN)
+        async with opened(tmp_path) as rig:
+            got = await rig.values([1, 2], handler="between:run", folder=folder)
+            assert got == ["crash: ended its process before it could begin"] * 2
+
+    go(main())
+
+
+SLOW_IMPORT = "import time\ntime.sleep(0.5)\ndef run(item): return item"
+
+
+def test_loading_a_handler_has_a_longer_limit_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        folder = tmp_path / "code"
+        folder.mkdir()
+        (folder / "slow.py").write_text(SLOW_IMPORT)
+        async with opened(tmp_path) as rig:
+            how: dict[str, Any] = {"handler": "slow:run", "folder": folder, "timeout_s": 0.2}
+            assert await rig.values([1, 2], **how) == [1, 2]
+        async with opened(tmp_path) as rig:
+            monkeypatch.setattr("batchlab.worker.limits._IMPORT_S", 0.3)
+            reason = "timeout: Loading the handler took longer than 0.3 s."
+            assert await rig.values([1, 2], **how) == [reason] * 2
+
+    go(main())
+
+
 def test_a_program_left_behind_neither_delays_nor_survives(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:

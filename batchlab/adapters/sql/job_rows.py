@@ -133,15 +133,11 @@ def page_of_jobs(
     return [_job_record(row) for row in connection.execute(query).mappings()]
 
 
-def move_job(
-    connection: Connection, job: JobId, state: JobState, reason: str, at_s: float | None
-) -> bool:
+def move_job(connection: Connection, job: JobId, state: JobState, reason: str) -> bool:
     row = _job_row(connection, job)
     if not may_move(JobState(row["state"]), state):
         return False
     values: dict[str, Any] = {"state": state.value, "reason": _plain(reason)}
-    if state is JobState.RUNNING and row["started_s"] is None:
-        values["started_s"] = at_s
     connection.execute(_change_job.values(values), {"b_job": job})
     return True
 
@@ -227,7 +223,6 @@ def take_cut(connection: Connection, cut: Cut) -> bool:
         "plan_round": cut.round,
         "cut_seq": cut.seq,
         "uncut": wire.dumps(wire.tasks_to_json(cut.left)),
-        "cancelled": stages.c.cancelled + cut.cancelled,
     }
     if cut.planned is not None:
         values["planned"] = cut.planned
@@ -260,7 +255,6 @@ def _job_record(row: RowMapping) -> JobRecord:
         row["reason"],
         Control(row["control"]),
         row["round"],
-        row["started_s"],
         row["ended_s"],
     )
 

@@ -42,7 +42,6 @@ jobs = Table(
     Column("reason", Text, nullable=False),
     Column("control", Text, nullable=False),
     Column("round", Integer, nullable=False),
-    Column("started_s", Double),
     Column("ended_s", Double),
     PrimaryKeyConstraint("id", name="jobs_pk"),
     # NULL where the job came without one: NULLs are never equal.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -132,6 +133,13 @@ def do_remove_folder(ctx: Context) -> str:
 
 def do_cwd(ctx: Context) -> str:
     return str(Path.cwd().name)
+
+
+def do_write_everywhere(ctx: Context) -> str:
+    for fd in range(3, 30):
+        with contextlib.suppress(OSError):
+            os.write(fd, b'{"not": "ours"}\nnor [this\n')
+    return "written"
 
 
 def do_fork(ctx: Context) -> str:

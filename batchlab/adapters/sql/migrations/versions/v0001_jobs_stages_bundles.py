@@ -22,7 +22,6 @@ def upgrade() -> None:
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("control", sa.Text(), nullable=False),
         sa.Column("round", sa.Integer(), nullable=False),
-        sa.Column("started_s", sa.Double()),
         sa.Column("ended_s", sa.Double()),
         sa.PrimaryKeyConstraint("id", name="jobs_pk"),
         sa.UniqueConstraint("token", name="jobs_token"),

@@ -1,0 +1,173 @@
+"""Results on their way back: outcomes as the manager lists them, read some at a time.
+
+Invariant: each task's result comes once; memory holds a few outcomes, however long the job and
+however slow whoever takes its results.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from heapq import heappop, heappush
+from typing import Any
+
+from batchlab.errors import JobFailed, NotFound, TaskFailed
+from batchlab.grid.link import POLL_S, Link
+from batchlab.model import Failure, Json, Outcome
+from batchlab.protocol import values, wire
+from batchlab.task import File
+from batchlab.views import OutcomeView
+from batchlab.worker import materialise
+
+AHEAD = 4
+"""Outcomes that are fetched before they are asked for."""
+VALUES_AT_ONCE = 16
+"""Large values and files that are fetched at the same time."""
+
+Run = tuple[int, list[Json | TaskFailed]]
+"""Neighbouring results: the first one's task, and for each its encoded value or its failure."""
+
+
+class Incoming:
+    """The results of one map, as an iterator of encoded values."""
+
+    def __init__(self, link: Link, job: str, count: int, *, ordered: bool) -> None:
+        self._link = link
+        self._job = job
+        self._count = count
+        self._ordered = ordered
+        self._after: int | None = None
+        self._listed: list[tuple[float, int, str]] = []
+        """Heap of (task or seq from which on it is needed, seq, key) of outcomes to fetch."""
+        self._coming: list[tuple[float, int, Future[Outcome]]] = []
+        """Heap of the same for those being fetched."""
+
+    def runs(self) -> Iterator[Run]:
+        """Every task's result, once: from task 0 on, or as they come."""
+        ready: list[Run] = []
+        given = 0
+        while given < self._count:
+            needed = given if self._ordered else math.inf
+            if ready and ready[0][0] <= needed:
+                run = heappop(ready)
+                given += len(run[1])
+                yield run
+            elif outcome := self._next(needed):
+                for run in _runs(outcome):
+                    heappush(ready, run)
+            else:
+                self._listen(given)
+
+    def drop(self) -> None:
+        """Nothing more will be asked for."""
+        for _, _, coming in self._coming:
+            coming.cancel()
+
+    def _next(self, needed: float) -> Outcome | None:
+        """The next outcome that may hold what is needed; None until another one is listed."""
+        listed, coming = self._listed, self._coming
+        while listed and (len(coming) < AHEAD or listed[0][0] <= needed < coming[0][0]):
+            at, seq, key = heappop(listed)
+            heappush(coming, (at, seq, self._link.start(self._fetch(key))))
+        if not coming or coming[0][0] > needed:
+            return None
+        return heappop(coming)[2].result()
+
+    async def _fetch(self, key: str) -> Outcome:
+        data = await self._link.patience(partial(self._link.objects.get, key))
+        return wire.outcome_from_json(wire.loads(data))
+
+    def _listen(self, given: int) -> None:
+        """Wait for outcomes; JobFailed where the job has ended and not all tasks have one."""
+        page = self._link.call(
+            lambda client: client.outcomes(self._job, after=self._after, wait_s=POLL_S)
+        )
+        for one in page["outcomes"]:
+            self._after = one["seq"]
+            # Others hold no result: all their tasks are tried again, split off or cancelled.
+            if one["tasks"] or one["failed"]:
+                at = _first(one) if self._ordered else one["seq"]
+                heappush(self._listed, (at, one["seq"], one["key"]))
+        if page["ended"] and not page["outcomes"]:
+            view = self._link.call(lambda client: client.job(self._job))
+            reason = f" ({view['reason']})" if view["reason"] else ""
+            raise JobFailed(
+                f"Job {self._job} ended {view['state']}{reason} with {given} of {self._count} "
+                "results given."
+            )
+
+
+def _first(one: OutcomeView) -> int:
+    """A task from which on the outcome may be needed. Which of its tasks failed is not listed."""
+    return int(one["bundle"].partition("-")[0]) if one["failed"] else one["tasks"][0][0]
+
+
+def _runs(outcome: Outcome) -> Iterator[Run]:
+    at = 0
+    for start, stop in outcome.succeeded.ranges:
+        yield start, list(outcome.values[at : at + stop - start])
+        at += stop - start
+    for failure in outcome.failed:
+        if failure.final:
+            yield failure.task, [failed(outcome, failure)]
+
+
+def failed(outcome: Outcome, failure: Failure) -> TaskFailed:
+    """The error that stands for a task's final failure."""
+    attempt = outcome.bundle.attempt
+    times = f" {attempt} times, at last" if attempt > 1 else ""
+    return TaskFailed(
+        f"Task {failure.task} of job {outcome.bundle.job} failed{times}: {failure.reason}",
+        task=failure.task,
+        traceback=failure.traceback,
+    )
+
+
+# --- Decoding ------------------------------------------------------------------------------------
+
+
+def decoded(link: Link, job: str, first: int, encoded: Sequence[Json]) -> Iterator[Any]:
+    """The values again, with what they refer to fetched. A TaskFailed stays as it is, and stands
+    for a value that cannot be read here."""
+    if not any(type(one) is dict or type(one) is list for one in encoded):
+        yield from encoded
+        return
+    for at in range(0, len(encoded), VALUES_AT_ONCE):
+        some = dict(enumerate(encoded[at : at + VALUES_AT_ONCE], start=first + at))
+        needy = [(task, one) for task, one in some.items() if _refers(one)]
+        if needy:
+            fetch = materialise.Inputs(link.objects, link.folder / job, asyncio.to_thread).fetch
+            some |= dict(link.run(fetch(needy)))
+        for task, one in some.items():
+            yield _decoded(job, task, one)
+
+
+def _refers(encoded: Json) -> bool:
+    return next(values.references(encoded), None) is not None
+
+
+def _decoded(job: str, task: int, encoded: Json | Failure | TaskFailed) -> Any:
+    if type(encoded) is not dict and type(encoded) is not list:
+        if isinstance(encoded, Failure):
+            raise NotFound(f"The result of task {task} of job {job} is gone: {encoded.reason}")
+        return encoded
+    try:
+        return values.decode(encoded, _file)
+    except Exception as error:  # noqa: BLE001 - unpickling runs whatever code the value names
+        told = TaskFailed(
+            f"The result of task {task} of job {job} cannot be read here: "
+            f"{type(error).__name__}: {error}",
+            task=task,
+        )
+        told.__cause__ = error
+        return told
+
+
+def _file(reference: Json) -> File:
+    return File.fetched(reference["$file"], reference["name"], reference["origin"])
+
+
+Decode = Callable[[int, Sequence[Json]], Iterator[Any]]

@@ -1,0 +1,231 @@
+"""The grid that a program talks to: brought up if there is none, revived, taken down.
+
+Invariant: what this process has started is ended by it, however it is left; a grid that was there
+before stays up. Jobs that nobody waits for any more are cancelled, here or there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from batchlab import backends, services
+from batchlab.backends import Backend
+from batchlab.client import Client
+from batchlab.errors import BackendError, Refused, Unreachable, UsageError
+from batchlab.home import Home
+from batchlab.model import ENDED, Pool
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+POLL_S = 20.0
+PATIENCE_S = 20.0
+"""How long a manager may fail to answer before its caller hears of it."""
+ENDING_S = 3.0
+"""How long closing waits for jobs to show that they have ended."""
+
+
+class Link:
+    """A connection to the manager of `home`, and the thread that the async ports run on."""
+
+    def __init__(self, backend: Backend, home: Home, pools: Sequence[Pool]) -> None:
+        """`pools` size a grid that is brought up; UsageError with them where one is up."""
+        self.backend = backend
+        self.home = home
+        self.clock = backend.open_clock()
+        self.ids = backend.open_ids()
+        self.objects = backend.open_objects(home)
+        self.patience = backends.patience()
+        self.ours = False
+        """Whether the manager is one that we started, and end."""
+        self._pools = pools
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._clients: list[Client] = []
+        """The last one counts. A thread may still be talking through those before it."""
+        self._live: set[str] = set()
+        self._cancelling: set[Future[None]] = set()
+        self._ending: deque[str] = deque(maxlen=64)
+        self._folder: Path | None = None
+        self._connect()
+        self._loop = asyncio.new_event_loop()
+        # A daemon, or the interpreter would wait for it before anybody is told to close.
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="batchlab-grid", daemon=True
+        )
+        self._thread.start()
+
+    # --- The manager -----------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        record = self.home.record()
+        if record is None:
+            # Set before it is true: from now on there may be something to end.
+            self.ours = True
+            record = services.start_manager(
+                self.home, self.backend, pools=self._pools, parent=True
+            )
+        elif self._pools and not self.ours:
+            raise UsageError(
+                f"A grid is up in {self.home.path}, so it cannot be sized here.",
+                remedy="Leave out workers, pools and warm, or name another folder as home.",
+            )
+        if record.backend != self.backend.name:
+            raise UsageError(
+                f"The grid in {self.home.path} runs on backend {record.backend}, "
+                f"not {self.backend.name}.",
+                remedy=f'Say Grid("{record.backend}"), or name another folder as home.',
+            )
+        self._clients.append(Client(record.url, self.home.token()))
+
+    @property
+    def client(self) -> Client:
+        """The manager's client; UsageError once closed."""
+        if self._closed:
+            raise UsageError("This grid is closed.", remedy="Make another Grid.")
+        return self._clients[-1]
+
+    def call(self, ask: Callable[[Client], T]) -> T:
+        """The manager's answer. One that has died is replaced if it was ours: the grid's state is
+        in its folder, so nothing is lost."""
+        give_up_s: float | None = None
+        while True:
+            client = self.client
+            try:
+                return ask(client)
+            except Unreachable as error:
+                now_s = self.clock.monotonic_s()
+                give_up_s = give_up_s or now_s + PATIENCE_S
+                if now_s > give_up_s:
+                    raise
+                self._reconnect(client, error)
+
+    def _reconnect(self, client: Client, error: Unreachable) -> None:
+        with self._lock:
+            if self._closed or client is not self._clients[-1]:
+                return
+            record = self.home.record()
+            if record is None and not self.ours:
+                raise error
+            if record is None or record.url != client.url:
+                log.warning("the manager has ended; going on with another one")
+                self._connect()
+                return
+        time.sleep(0.05)  # it is there, but very busy
+
+    # --- The ports -------------------------------------------------------------------------------
+
+    def start(self, doing: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine on the event loop's thread."""
+        return asyncio.run_coroutine_threadsafe(doing, self._loop)
+
+    def run(self, doing: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine; interrupted, it is cancelled."""
+        future = self.start(doing)
+        try:
+            return future.result()
+        finally:
+            future.cancel()
+
+    @property
+    def folder(self) -> Path:
+        """Of this process's own, for files that are fetched; removed by `close`."""
+        if self._folder is None:
+            self._folder = self.home.scratch / self.ids.fresh("client")
+        return self._folder
+
+    # --- Jobs ------------------------------------------------------------------------------------
+
+    def follow(self, job: str) -> None:
+        """Somebody waits for this job: `close` cancels it unless `leave` came first."""
+        self._live.add(job)
+
+    def leave(self, job: str, *, cancel: bool) -> None:
+        """Nobody waits for the job any more. Does not wait for the cancellation: `close` does.
+
+        May come from the garbage collector, on any thread and after `close`.
+        """
+        if job not in self._live or self._closed:
+            return
+        self._live.discard(job)
+        self._ending.append(job)
+        if cancel:
+            cancelling = self.start(asyncio.to_thread(self._cancel, job))
+            self._cancelling.add(cancelling)
+            cancelling.add_done_callback(self._cancelling.discard)
+
+    def _cancel(self, job: str) -> None:
+        try:
+            self._clients[-1].cancel(job)
+        except Refused:
+            return  # it has ended meanwhile
+        except BackendError as error:
+            log.warning("job %s is not cancelled: %s", job, error)
+
+    # --- The end ---------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Cancel what is left, end the grid if it is ours. May be called again."""
+        with self._lock:
+            # A forked child has this object too, but the grid is its parent's.
+            if self._closed or os.getpid() != self._pid:
+                return
+            self._closed = True
+        with ExitStack() as last:
+            last.callback(self._stop_loop)
+            if self.ours:
+                last.callback(services.stop_manager, self.home)
+            for client in self._clients:
+                last.callback(client.close)
+            for cancelling in tuple(self._cancelling):
+                cancelling.exception()
+            for job in tuple(self._live):
+                # Here and not on threads: at the interpreter's end none can be started any more.
+                self._cancel(job)
+                self._ending.append(job)
+            if self.ours and self._ending:
+                self._see_them_end()
+
+    def _see_them_end(self) -> None:
+        """A grid that goes down a moment too soon would show a finished job as running."""
+        client = self._clients[-1]
+        give_up_s = self.clock.monotonic_s() + ENDING_S
+        try:
+            for view in client.jobs(active=True):
+                while (
+                    view["id"] in self._ending
+                    and view["state"] not in ENDED
+                    and self.clock.monotonic_s() < give_up_s
+                ):
+                    view = client.job(view["id"], version=view["version"], wait_s=ENDING_S)  # noqa: PLW2901
+        except BackendError as error:
+            log.warning("the grid is stopped without knowing that its jobs have ended: %s", error)
+
+    def _stop_loop(self) -> None:
+        with suppress(asyncio.CancelledError):
+            self.run(_cancel_all())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+async def _cancel_all() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

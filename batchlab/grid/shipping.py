@@ -1,0 +1,135 @@
+"""Functions and items on their way to the workers, pickled so that a worker can load them.
+
+Invariant: what a worker can import travels by name, all else by value; and cloudpickle's own
+settings are afterwards what they were.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import cloudpickle
+
+from batchlab.errors import UsageError
+from batchlab.model import Json
+from batchlab.protocol import values
+from batchlab.task import File
+
+_REGISTRY = threading.RLock()
+"""Held while cloudpickle's registry, which is the process's, is not as its owner left it."""
+
+_ASK = """
+import importlib.util, json, sys
+def place(name):
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    return spec and (spec.origin or next(iter(spec.submodule_search_locations or ()), None))
+json.dump({name: place(name) for name in sys.argv[1:]}, sys.stdout)
+"""
+
+
+class Shipping:
+    """Knows which of this process's modules the workers do not have."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+        self._local: list[ModuleType] = []
+        """Top-level ones; what is below them goes with them."""
+
+    def function(self, function: Callable[..., Any]) -> bytes:
+        """The pickled function; UsageError where it cannot be pickled."""
+        name = getattr(function, "__qualname__", None) or repr(function)
+        if not callable(function):
+            raise UsageError(f"{name} is no function.", remedy="Give map something to call.")
+        with self._by_value():
+            try:
+                return bytes(cloudpickle.dumps(function))
+            except Exception as error:
+                raise UsageError(
+                    f"The function {name} cannot be sent to the workers: "
+                    f"{type(error).__name__}: {error}.",
+                    remedy="Let it make what it cannot carry (connections, locks, open files), "
+                    "instead of using the ones that are here.",
+                ) from error
+
+    def items(self, items: Sequence[Any], first: int, file: Callable[[File], Json]) -> list[Json]:
+        """Encoded items; UsageError naming the one that cannot be, counted from `first`."""
+        done: list[Json] = []
+        with self._by_value():
+            try:
+                for item in items:
+                    done.append(values.encode_object(item, file))  # noqa: PERF401 - see below
+            except values.NotAValue as error:
+                # How many are done is which one it was.
+                raise UsageError(
+                    f"Item {first + len(done)} cannot be sent to the workers: {error.message}",
+                    remedy="Nothing was submitted. Send plain data, or what makes the object.",
+                ) from error
+        return done
+
+    @contextmanager
+    def _by_value(self) -> Iterator[None]:
+        self._look_around()
+        if not self._local:
+            yield
+            return
+        with _REGISTRY:
+            known = cloudpickle.list_registry_pickle_by_value()
+            ours = [one for one in self._local if one.__name__ not in known]
+            for one in ours:
+                cloudpickle.register_pickle_by_value(one)
+            try:
+                yield
+            finally:
+                for one in ours:
+                    cloudpickle.unregister_pickle_by_value(one)
+
+    def _look_around(self) -> None:
+        """Judge the modules that have been imported since the last time."""
+        fresh = sys.modules.keys() - self._seen
+        if not fresh:
+            return
+        self._seen |= fresh
+        places = {
+            name: place
+            for name in fresh
+            if "." not in name and (place := _place(name)) and not _is_installed(place)
+        }
+        if not places:
+            return
+        theirs = _workers_places(list(places))
+        self._local += [sys.modules[name] for name in places if theirs[name] != places[name]]
+
+
+def _place(name: str) -> str | None:
+    """Where a module was loaded from, None for what has no place: built in, or made up."""
+    module = sys.modules[name]
+    if name in sys.stdlib_module_names or name == "__main__":
+        return None
+    folders = getattr(module, "__path__", None) or ()
+    return getattr(module, "__file__", None) or next(iter(folders), None)
+
+
+def _is_installed(place: str) -> bool:
+    paths = sysconfig.get_paths()
+    return place.startswith((f"{paths['purelib']}/", f"{paths['platlib']}/"))
+
+
+def _workers_places(names: Sequence[str]) -> dict[str, str | None]:
+    """Where a worker would load these from. -P as a task's process has it: neither the current
+    folder nor the script's is on its path."""
+    answer = subprocess.run(
+        [sys.executable, "-P", "-c", _ASK, *names], capture_output=True, text=True, check=True
+    )
+    found: dict[str, str | None] = json.loads(answer.stdout)
+    return found

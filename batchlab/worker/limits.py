@@ -1,0 +1,66 @@
+"""What a running task may use, and how it is found to have used more.
+
+Invariant: a verdict names the task it is about, for by the time its process is killed another one
+may be running there.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from batchlab.model import FailureKind, StageDef
+from batchlab.worker.board import IMPORTING
+from batchlab.worker.child_process import ChildProcess, monotonic_s
+from batchlab.worker.processes import Sampler
+
+TICK_S = 0.04
+"""How often a running child is looked at."""
+
+_IMPORT_S = 60.0
+"""Loading a handler may take this long, or its stage's timeout where that is longer."""
+
+
+class Verdict(NamedTuple):
+    """What `task` (or IMPORTING) is ended for."""
+
+    task: int
+    kind: FailureKind
+    reason: str
+    ran_s: float
+
+
+class Limits:
+    """The limits of one stage."""
+
+    def __init__(self, stage: StageDef, sampler: Sampler) -> None:
+        self._timeout_s = stage.timeout_s
+        self._memory_bytes = stage.memory_bytes
+        self._sampler = sampler
+
+    def wait_s(self, child: ChildProcess) -> float:
+        """How long nobody need look at the child."""
+        task, since_s = child.board.running()
+        if task < 0 or self._timeout_s is None:
+            return TICK_S
+        return min(TICK_S, max(0.001, since_s + self._timeout_s - monotonic_s()))
+
+    def broken(self, child: ChildProcess) -> Verdict | None:
+        """Whether what runs now has gone beyond a limit."""
+        task, since_s = child.board.running()
+        ran_s = monotonic_s() - since_s
+        if task == IMPORTING and self._timeout_s is not None:
+            limit_s = max(self._timeout_s, _IMPORT_S)
+            reason = f"took longer than {limit_s:g} s"
+            return Verdict(task, FailureKind.TIMEOUT, reason, ran_s) if ran_s > limit_s else None
+        if task < 0:
+            return None
+        if self._timeout_s is not None and ran_s >= self._timeout_s:
+            reason = f"ran longer than its timeout of {self._timeout_s:g} s"
+            return Verdict(task, FailureKind.TIMEOUT, reason, ran_s)
+        # A look at /proc costs more than a short task does.
+        if self._memory_bytes is None or ran_s < TICK_S / 2:
+            return None
+        if self._sampler.resident_bytes(child.pid, since_s) > self._memory_bytes:
+            reason = f"used more than its memory limit of {self._memory_bytes / 2**20:g} MiB"
+            return Verdict(task, FailureKind.MEMORY, reason, ran_s)
+        return None
