@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Self, cast
+from urllib.parse import quote
 
 from batchlab.errors import BackendError, BatchlabError, NotFound, Refused, Unreachable, UsageError
 
@@ -112,28 +113,28 @@ class Client:
 
     def job(self, job: str, *, version: int | None = None, wait_s: float = 0.0) -> JobView:
         """One job; with `version` as soon as the job's is another, or after `wait_s`."""
-        answer = self._call("GET", f"/v1/jobs/{job}", version=version, wait_s=wait_s)
+        answer = self._call("GET", _of(job), version=version, wait_s=wait_s)
         return cast("JobView", answer)
 
     def cancel(self, job: str) -> JobView:
         """Returns once no task of the job can start any more."""
-        return cast("JobView", self._call("POST", f"/v1/jobs/{job}/cancel"))
+        return cast("JobView", self._call("POST", _of(job, "/cancel")))
 
     def pause(self, job: str) -> JobView:
         """Running tasks end, no further one starts."""
-        return cast("JobView", self._call("POST", f"/v1/jobs/{job}/pause"))
+        return cast("JobView", self._call("POST", _of(job, "/pause")))
 
     def resume(self, job: str) -> JobView:
         """Go on with a paused job."""
-        return cast("JobView", self._call("POST", f"/v1/jobs/{job}/resume"))
+        return cast("JobView", self._call("POST", _of(job, "/resume")))
 
     def retry(self, job: str) -> JobView:
         """Run again what did not succeed."""
-        return cast("JobView", self._call("POST", f"/v1/jobs/{job}/retry"))
+        return cast("JobView", self._call("POST", _of(job, "/retry")))
 
     def why(self, job: str) -> str:
         """Why the job is not further than it is, in one line."""
-        return str(self._call("GET", f"/v1/jobs/{job}/why")["why"])
+        return str(self._call("GET", _of(job, "/why"))["why"])
 
     def outcomes(
         self,
@@ -145,20 +146,20 @@ class Client:
         wait_s: float = 0.0,
     ) -> OutcomesView:
         """Outcomes folded after seq `after`, in that order; waits up to `wait_s` for the first."""
-        path = f"/v1/jobs/{job}/outcomes"
+        path = _of(job, "/outcomes")
         answer = self._call("GET", path, stage=stage, after=after, limit=limit, wait_s=wait_s)
         return cast("OutcomesView", answer)
 
     def failures(self, job: str, *, limit: int = 100) -> list[FailureView]:
         """Tasks that failed for good."""
-        answer = self._call("GET", f"/v1/jobs/{job}/failures", limit=limit)
+        answer = self._call("GET", _of(job, "/failures"), limit=limit)
         return cast("list[FailureView]", answer["failures"])
 
     def logs(
         self, job: str, *, stage: str | None = None, task: int | None = None, limit: int = 100
     ) -> list[LogView]:
         """What tasks printed, by stage, task and attempt."""
-        answer = self._call("GET", f"/v1/jobs/{job}/logs", stage=stage, task=task, limit=limit)
+        answer = self._call("GET", _of(job, "/logs"), stage=stage, task=task, limit=limit)
         return cast("list[LogView]", answer["logs"])
 
     # --- The grid --------------------------------------------------------------------------------
@@ -183,7 +184,9 @@ class Client:
     ) -> PoolView:
         """Set limits, and capacity by hand; `auto` True hands the pool back to the policy."""
         body = {"min": min, "max": max, "desired": desired, "auto": auto}
-        return cast("PoolView", self._call("POST", f"/v1/grid/pools/{pool}", body=body))
+        return cast(
+            "PoolView", self._call("POST", f"/v1/grid/pools/{quote(pool, safe='')}", body=body)
+        )
 
     def drain(self, pool: str | None = None) -> GridView:
         """Take one pool, or all, to no instances, and hold it there."""
@@ -220,6 +223,10 @@ class Client:
         if response.is_success:
             return response.json()
         raise _error(response)
+
+
+def _of(job: str, what: str = "") -> str:
+    return f"/v1/jobs/{quote(job, safe='')}{what}"
 
 
 def _told(error: Exception) -> str:

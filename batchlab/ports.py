@@ -298,7 +298,8 @@ class Cut:
 class Reopening:
     """What one `job retry` takes back from a stage's counters before it runs again.
 
-    `replan` says that the stage's plan itself is void (a gather), so `planned` is unknown again.
+    `replan` says that the stage's plan itself is void (a gather), so `planned` is unknown again,
+    and that its bundles so far appear in no listing any more.
     """
 
     stage: StageName

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -53,7 +52,7 @@ def manager_main(
 async def _manage(home: Home, backend: Backend, host: str, port: int, parent: int) -> None:
     import uvicorn
 
-    from batchlab.api import create_app
+    from batchlab.api import create_app, listen
 
     clock, ids = backend.open_clock(), backend.open_ids()
     ledger = backend.open_ledger(home)
@@ -77,7 +76,7 @@ async def _manage(home: Home, backend: Backend, host: str, port: int, parent: in
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="off")
     )
-    listener = socket.create_server((host, port))
+    listener = listen(host, port)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)

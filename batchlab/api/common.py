@@ -46,12 +46,12 @@ def _served(request: Request) -> Served:
     return cast(Served, request.app.state.served)
 
 
-Grid = Annotated[Served, Depends(_served)]
+Given = Annotated[Served, Depends(_served)]
 _bearer = HTTPBearer(auto_error=False)
 
 
 def _authorised(
-    served: Grid,
+    served: Given,
     given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> None:
     # Constant time: an answer's delay must not tell how much of a guess was right.
@@ -62,7 +62,7 @@ def _authorised(
         )
 
 
-async def _leader(served: Grid) -> Manager:
+async def _leader(served: Given) -> Manager:
     manager = served.manager
     if not manager.is_leader.is_set():
         # One that has just been started leads in a moment, and its first client is here already.

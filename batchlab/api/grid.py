@@ -8,7 +8,7 @@ from fastapi import APIRouter, BackgroundTasks
 from pydantic import BaseModel, ConfigDict
 
 from batchlab import __version__, views
-from batchlab.api.common import Grid, Leader, Limit, guarded
+from batchlab.api.common import Given, Leader, Limit, guarded
 from batchlab.manager import by_hand
 from batchlab.manager.manager import Manager
 from batchlab.model import GroupView
@@ -19,14 +19,14 @@ router = guarded()
 
 
 @public.get("/health")
-async def health(served: Grid) -> views.HealthView:
+async def health(served: Given) -> views.HealthView:
     """Whether the manager answers, and leads."""
     leads = served.manager.is_leader.is_set()
     return {"status": "ok", "version": __version__, "leader": leads}
 
 
 @router.post("/shutdown", status_code=202)
-async def shutdown(served: Grid, after: BackgroundTasks) -> views.HealthView:
+async def shutdown(served: Given, after: BackgroundTasks) -> views.HealthView:
     """End the manager, and with it what it started."""
 
     async def end() -> None:  # asynchronous: a plain function would be called in another thread
@@ -66,7 +66,7 @@ class Draining(BaseModel):
 
 
 @router.get("/grid")
-async def grid(manager: Leader, served: Grid) -> views.GridView:
+async def grid(manager: Leader, served: Given) -> views.GridView:
     """Pools with their instances, and queues with their depths."""
     return await _grid(manager, served.backend_name)
 
@@ -95,7 +95,7 @@ async def scale(manager: Leader, pool: str, scaling: Scaling) -> views.PoolView:
 
 
 @router.post("/grid/drain")
-async def drain(manager: Leader, draining: Draining, served: Grid) -> views.GridView:
+async def drain(manager: Leader, draining: Draining, served: Given) -> views.GridView:
     """Take one pool, or all, to no instances, and hold it there."""
     await by_hand.drain(manager, draining.pool)
     return await _grid(manager, served.backend_name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from heapq import heappop, heappush
@@ -129,37 +129,38 @@ def failed(outcome: Outcome, failure: Failure) -> TaskFailed:
 # --- Decoding ------------------------------------------------------------------------------------
 
 
-def decoded(link: Link, job: str, first: int, encoded: Sequence[Json]) -> Iterator[Any]:
-    """The values again, with what they refer to fetched. A TaskFailed stays as it is, and stands
-    for a value that cannot be read here."""
+def decoded(
+    link: Link, where: str, tasks: Sequence[int], encoded: Sequence[Json | TaskFailed]
+) -> Iterator[Any]:
+    """The values again, with what they refer to fetched into a folder of the name `where`. A
+    TaskFailed stays as it is, and stands for a value that cannot be read here."""
     if not any(type(one) is dict or type(one) is list for one in encoded):
         yield from encoded
         return
     for at in range(0, len(encoded), VALUES_AT_ONCE):
-        some = dict(enumerate(encoded[at : at + VALUES_AT_ONCE], start=first + at))
+        stop = at + VALUES_AT_ONCE
+        some = dict(zip(tasks[at:stop], encoded[at:stop], strict=True))
         needy = [(task, one) for task, one in some.items() if _refers(one)]
         if needy:
-            fetch = materialise.Inputs(link.objects, link.folder / job, asyncio.to_thread).fetch
-            some |= dict(link.run(fetch(needy)))
+            folder = link.folder / where
+            fetching = materialise.Inputs(link.objects, folder, asyncio.to_thread).fetch(needy)
+            some |= dict(link.run(fetching))
         for task, one in some.items():
-            yield _decoded(job, task, one)
+            yield _decoded(task, one)
 
 
-def _refers(encoded: Json) -> bool:
+def _refers(encoded: Json | TaskFailed) -> bool:
     return next(values.references(encoded), None) is not None
 
 
-def _decoded(job: str, task: int, encoded: Json | Failure | TaskFailed) -> Any:
-    if type(encoded) is not dict and type(encoded) is not list:
-        if isinstance(encoded, Failure):
-            raise NotFound(f"The result of task {task} of job {job} is gone: {encoded.reason}")
-        return encoded
+def _decoded(task: int, encoded: Json | Failure | TaskFailed) -> Any:
+    if isinstance(encoded, Failure):
+        raise NotFound(f"The result of task {task} cannot be had: {encoded.reason}")
     try:
         return values.decode(encoded, _file)
     except Exception as error:  # noqa: BLE001 - unpickling runs whatever code the value names
         told = TaskFailed(
-            f"The result of task {task} of job {job} cannot be read here: "
-            f"{type(error).__name__}: {error}",
+            f"The result of task {task} cannot be read here: {type(error).__name__}: {error}",
             task=task,
         )
         told.__cause__ = error
@@ -168,6 +169,3 @@ def _decoded(job: str, task: int, encoded: Json | Failure | TaskFailed) -> Any:
 
 def _file(reference: Json) -> File:
     return File.fetched(reference["$file"], reference["name"], reference["origin"])
-
-
-Decode = Callable[[int, Sequence[Json]], Iterator[Any]]

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from batchlab import backends, services
 from batchlab.backends import Backend
 from batchlab.client import Client
-from batchlab.errors import BackendError, Refused, Unreachable, UsageError
+from batchlab.errors import BackendError, NotFound, Refused, Unreachable, UsageError
 from batchlab.home import Home
 from batchlab.model import ENDED, Pool
 
@@ -60,7 +60,12 @@ class Link:
         self._cancelling: set[Future[None]] = set()
         self._ending: deque[str] = deque(maxlen=64)
         self._folder: Path | None = None
-        self._connect()
+        try:
+            self._connect()
+        except BaseException:
+            if self.ours:
+                services.stop_manager(home)
+            raise
         self._loop = asyncio.new_event_loop()
         # A daemon, or the interpreter would wait for it before anybody is told to close.
         self._thread = threading.Thread(
@@ -75,9 +80,7 @@ class Link:
         if record is None:
             # Set before it is true: from now on there may be something to end.
             self.ours = True
-            record = services.start_manager(
-                self.home, self.backend, pools=self._pools, parent=True
-            )
+            record = services.start_manager(self.home, self.backend, pools=self._pools, parent=True)
         elif self._pools and not self.ours:
             raise UsageError(
                 f"A grid is up in {self.home.path}, so it cannot be sized here.",
@@ -170,8 +173,8 @@ class Link:
     def _cancel(self, job: str) -> None:
         try:
             self._clients[-1].cancel(job)
-        except Refused:
-            return  # it has ended meanwhile
+        except (Refused, NotFound):
+            return  # it has ended meanwhile, or never arrived
         except BackendError as error:
             log.warning("job %s is not cancelled: %s", job, error)
 
@@ -210,7 +213,7 @@ class Link:
                     and view["state"] not in ENDED
                     and self.clock.monotonic_s() < give_up_s
                 ):
-                    view = client.job(view["id"], version=view["version"], wait_s=ENDING_S)  # noqa: PLW2901
+                    view = client.job(view["id"], version=view["version"], wait_s=ENDING_S)
         except BackendError as error:
             log.warning("the grid is stopped without knowing that its jobs have ended: %s", error)
 

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from batchlab.errors import AlreadyExists
+from batchlab.errors import AlreadyExists, UsageError
 from batchlab.grid.link import Link
 from batchlab.grid.shipping import Shipping
 from batchlab.manager.plans import PART_ITEMS, PartWriter
@@ -86,7 +86,16 @@ class Outgoing:
             token=token,
         )
         link.follow(job)
-        link.call(lambda client: client.submit(made))
+        try:
+            link.call(lambda client: client.submit(made))
+        except UsageError:
+            link.leave(job, cancel=False)
+            link.run(self._remove(job))
+            raise
+        except BaseException:
+            # It may have arrived all the same.
+            link.leave(job, cancel=True)
+            raise
         return made
 
     def _chunks(self, job: JobId, items: Iterable[Any]) -> Iterator[Chunk]:

@@ -6,19 +6,22 @@ Invariant: results are read when they are asked for, some at a time, in task ord
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
-from itertools import groupby
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from batchlab import results
+from batchlab.client import Client
 from batchlab.errors import JobFailed, TaskFailed, UsageError
 from batchlab.grid.incoming import decoded
 from batchlab.grid.link import Link
-from batchlab.model import JobState, Json, StageName
+from batchlab.model import JobDef, JobState, Json, StageName
 from batchlab.results import Fetched, Listed
 
 if TYPE_CHECKING:
     from batchlab.views import FailureView, JobView
+
+T = TypeVar("T")
 
 AT_ONCE = 256
 SHOWN_FAILURES = 100
@@ -72,3 +75,55 @@ class JobResult:
             )
         chosen = results.final_stages(job) if stage is None else [StageName(stage)]
         return self._values(job, chosen)
+
+    def _values(self, job: JobDef, stages: Sequence[StageName]) -> Iterator[Any]:
+        link = self._link
+        for stage in stages:
+            coming = self._encoded(job, stage, list_outcomes(link, self.id))
+            while some := link.run(_some(coming, AT_ONCE)):
+                tasks, encoded = zip(*some, strict=True)
+                where = f"{self.id}/{stage}"
+                for value in decoded(link, where, tasks, encoded):
+                    if isinstance(value, TaskFailed):
+                        raise value
+                    yield value
+
+    async def _encoded(
+        self, job: JobDef, stage: StageName, listing: Sequence[Listed]
+    ) -> AsyncIterator[tuple[int, Json]]:
+        objects, patience = self._link.objects, self._link.patience
+        round_ = self.view["round"]
+        valid = await results.valid(objects, job, stage, round_, listing, patience)
+        async for pair in results.in_task_order(objects, valid, patience):
+            yield pair
+
+    def fetch(self, out: Path) -> Fetched:
+        """Write the final stages' results and their files into the folder `out`."""
+        link = self._link
+        listing = list_outcomes(link, self.id)
+        self.fetched = link.run(
+            results.fetch(link.objects, self.view, listing, out, patience=link.patience)
+        )
+        return self.fetched
+
+
+def list_outcomes(link: Link, job: str) -> list[Listed]:
+    """All outcomes of a job that has ended."""
+    found: list[Listed] = []
+    after: int | None = None
+    while True:
+        ask = partial(Client.outcomes, job=job, after=after)
+        page = link.call(ask)["outcomes"]
+        if not page:
+            return found
+        found += map(Listed.of, page)
+        after = page[-1]["seq"]
+
+
+async def _some(values: AsyncIterator[T], count: int) -> list[T]:
+    found: list[T] = []
+    async for one in values:
+        found.append(one)
+        if len(found) == count:
+            break
+    return found

@@ -56,7 +56,9 @@ class Reconciler:
             silent = [
                 one
                 for one in live.all_outstanding()
-                if now_s - one.heard_s > limits_s[live.job.stage(one.bundle.stage).pool]
+                # A pool that this manager does not have has no queue to look into.
+                if now_s - one.heard_s
+                > limits_s.get(live.job.stage(one.bundle.stage).pool, math.inf)
             ]
             if silent:
                 await self._recover(live, silent[:LOOKED_FOR_AT_ONCE])

@@ -199,10 +199,10 @@ async def test_a_cut_plans_its_bundles_and_says_what_is_left(ledger: DumpingLedg
     await submit(ledger)
     one, other = bundle(0, 10), bundle(20, 30)
     left = TaskSet(((30, 40), (50, 90)))
-    planned = replace(cut(0, one, other, left=left), planned=90, cancelled=2)
+    planned = replace(cut(0, one, other, left=left), planned=90)
     assert await ledger.add_cut(planned)
     assert await stage_of(ledger) == StageRecord(
-        StageCounts(RESIZE, planned=90, cancelled=2), cut_seq=0, left=left
+        StageCounts(RESIZE, planned=90), cut_seq=0, left=left
     )
     records = await ledger.bundles(JOB.id)
     assert [(r.bundle, r.completion, r.seq) for r in records] == [
@@ -214,8 +214,8 @@ async def test_a_cut_plans_its_bundles_and_says_what_is_left(ledger: DumpingLedg
 @on_every_ledger
 async def test_a_cut_that_is_known_or_older_changes_nothing(ledger: DumpingLedger) -> None:
     await submit(ledger)
-    first = replace(cut(0, bundle(0, 5), left=TaskSet.span(5, 9)), planned=9, cancelled=1)
-    second = replace(cut(1, bundle(5, 7), left=TaskSet.span(7, 9)), cancelled=1)
+    first = replace(cut(0, bundle(0, 5), left=TaskSet.span(5, 9)), planned=9)
+    second = cut(1, bundle(5, 7), left=TaskSet.span(7, 9))
     assert await ledger.add_cut(first)
     assert await ledger.add_cut(second)
     before = await ledger.dump()
@@ -415,7 +415,7 @@ async def test_every_call_may_be_made_twice(ledger: DumpingLedger) -> None:
     calls = (
         lambda of: of.add_job(JOB, state=JobState.SUBMITTED),
         lambda of: of.set_control(JOB.id, Control.CANCEL),
-        lambda of: of.add_cut(replace(cut(0, bundle(0, 5)), planned=9, cancelled=1)),
+        lambda of: of.add_cut(replace(cut(0, bundle(0, 5)), planned=9)),
         lambda of: of.set_planned(JOB.id, INDEX, 9),
         lambda of: of.move_job(JOB.id, JobState.RUNNING),
         lambda of: of.fold([parent], [{INDEX: 1}]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,14 @@ async def opened(root: Path, objects: Objects | None = None, slots: int = 2) -> 
         yield rig
     finally:
         await rig.runner.close()
+
+
+def go(coro: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(coro)
+
+
+async def collect(rig: Rig, work: Work, handle: Handle) -> list[Ran]:
+    return [one async for one in rig.runner.run(work, handle)]
 
 
 async def until(true: Callable[[], Any], what: str, limit_s: float = 20.0) -> float:

@@ -188,6 +188,8 @@ def test_an_unknown_job_is_not_found_in_words(rig: Rig) -> None:
     for call in calls:
         with pytest.raises(NotFound, match="nowhere"):
             call("nowhere")
+    with pytest.raises(NotFound):
+        rig.client.job("../grid?x=")
 
 
 def test_what_is_not_served_is_answered_in_the_same_form(rig: Rig) -> None:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from batchlab.model import FailureKind, Json
 from batchlab.protocol import values
-from tests.integration.runner_rig import Rig, alive, opened, until
+from tests.integration.runner_rig import (
+    Rig,
+    alive,
+    go,
+    opened,
+    until,
+)
 
 SHOW = (sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))")
-
-
-def go(coro: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(coro)
 
 
 async def put(rig: Rig, key: str, content: str) -> Json:

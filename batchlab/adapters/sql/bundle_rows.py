@@ -161,7 +161,7 @@ def select_bundles(
 ) -> Select[int | None, str]:
     query = (
         select(bundles.c.seq, bundles.c.body)
-        .where(bundles.c.job == job)
+        .where(bundles.c.job == job, bundles.c.void == 0)
         .order_by(bundles.c.seq.nulls_last(), bundles.c.stage, bundles.c.id)
     )
     if stage is not None:

@@ -8,20 +8,22 @@ with WAL; an engine for another database must bring a begin hook of its own that
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event
 
 T = TypeVar("T")
 
 _BUSY_S = 10.0
+_AGAIN_S = 0.01
 _WRITES = "batchlab_writes"
 
 _PRAGMAS = (
-    "PRAGMA journal_mode = WAL",
     # Safe against SIGKILL; a power cut may cost the last folds, which the reconciler repeats.
     "PRAGMA synchronous = NORMAL",
     "PRAGMA foreign_keys = ON",
@@ -52,9 +54,24 @@ def sqlite_engine(path: Path | None) -> Engine:
     return engine
 
 
-def _prepare(connection: Any, _record: object) -> None:
+def _prepare(connection: sqlite3.Connection, _record: object) -> None:
+    _switch_to_wal(connection)
     for pragma in _PRAGMAS:
         connection.execute(pragma)
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    # Two processes that switch a fresh file at once: SQLite refuses one at once, whatever its
+    # busy timeout, because both read and want to write.
+    deadline_s = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline_s:
+                raise
+        time.sleep(_AGAIN_S)
 
 
 def _begin(connection: Connection) -> None:

@@ -22,7 +22,7 @@ from sqlalchemy import (
     update,
 )
 
-from batchlab.adapters.sql.tables import jobs, stages
+from batchlab.adapters.sql.tables import bundles, jobs, stages
 from batchlab.adapters.sql.upserts import Upserts
 from batchlab.errors import NotFound
 from batchlab.model import (
@@ -147,6 +147,13 @@ def set_control(connection: Connection, job: JobId, control: Control) -> None:
     connection.execute(_change_job.values(control=control.value), {"b_job": job})
 
 
+_make_void = (
+    update(bundles)
+    .where(bundles.c.job == bindparam("b_job"), bundles.c.stage == bindparam("b_stage"))
+    .values(void=1)
+)
+
+
 def reopen(connection: Connection, job: JobId, round: int, reopened: Sequence[Reopening]) -> bool:
     row = _job_row(connection, job)
     state = JobState(row["state"])
@@ -167,6 +174,7 @@ def reopen(connection: Connection, job: JobId, round: int, reopened: Sequence[Re
         if one.replan:
             # The round too, or a cut of the void plan that comes once more would pass as new.
             values = {"planned": None, "plan_round": round, "cut_seq": -1, "uncut": _NO_TASKS}
+            connection.execute(_make_void, {"b_job": job, "b_stage": one.stage})
         connection.execute(
             _count.values(values),
             {

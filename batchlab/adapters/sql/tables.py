@@ -80,6 +80,9 @@ bundles = Table(
     Column("id", _Name, nullable=False),
     Column("seq", BigInteger),
     Column("failed", Integer, nullable=False),
+    # 1 for bundles of a plan that a retry has made anew: still known, so that a late event is not
+    # counted, but in no listing.
+    Column("void", Integer, nullable=False, server_default="0"),
     Column("body", Text, nullable=False),
     PrimaryKeyConstraint("job", "stage", "id", name="bundles_pk"),
     ForeignKeyConstraint(["job", "stage"], ["stages.job", "stages.stage"], name="bundles_stage"),

@@ -52,6 +52,7 @@ def upgrade() -> None:
         sa.Column("id", name, nullable=False),
         sa.Column("seq", sa.BigInteger()),
         sa.Column("failed", sa.Integer(), nullable=False),
+        sa.Column("void", sa.Integer(), nullable=False, server_default="0"),
         sa.Column("body", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("job", "stage", "id", name="bundles_pk"),
         sa.ForeignKeyConstraint(
