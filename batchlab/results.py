@@ -373,8 +373,7 @@ class _Names:
         number, free = 1, name
         while self._clashes(free):
             number += 1
-            folder, slash, last = name.rpartition("/")
-            free = f"{folder}{slash}{number}-{last}"
+            free = f"{number}-{name}"  # before all of it: the clash may be of its folder
         parts = free.casefold().split("/")
         self._taken.update("/".join(parts[:i]) + "/" for i in range(1, len(parts)))
         self._taken.add("/".join(parts))

@@ -43,7 +43,6 @@ def up(
     from batchlab import backends
     from batchlab.cli.pools import parse_all
     from batchlab.cli.session import Session
-    from batchlab.client import Client
     from batchlab.errors import Refused
 
     place, pools = find_home(home), parse_all(pool or ())
@@ -55,7 +54,7 @@ def up(
         )
     with Session(place, backends.load(backend), pools, keep_up=True) as session:
         session.start()
-        view = session.call(Client.grid)
+        view = session.call(lambda client: client.grid())
     output.say(f"A grid {'was up already' if was_up else 'is up'} in {place.path}.")
     _show_grid(view, place, json=json)
 

@@ -9,7 +9,6 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +18,11 @@ from batchlab.cli.signals import Stopped
 from batchlab.cli.submitting import Submission
 from batchlab.cli.summary import SHOWN_FAILURES, Phases, Summary
 from batchlab.cli.watching import fetch_results, watch
-from batchlab.client import Client
 from batchlab.errors import Refused, UsageError
 from batchlab.home import Home
 from batchlab.model import JobDef, JobState
 from batchlab.results import definition
-from batchlab.views import JobView
+from batchlab.views import FailureView, JobView
 
 if TYPE_CHECKING:
     from batchlab.backends import Backend
@@ -140,12 +138,15 @@ class _Runner:
         else:
             view = self._watch(job, known)
         with self.phases.phase("fetch"):
-            ask = partial(Client.failures, job=job.id, limit=SHOWN_FAILURES)
-            failed = any(stage["failed"] for stage in view["stages"])
-            failures = self.session.call(ask) if failed else []
+            failures = self._failures(view)
             fetched = fetch_results(self.session, view, self.request.out)
         per_task = {str(stage.name): stage.slots for stage in job.stages}
         return Summary(view, self.phases, self.slots, per_task, failures, fetched)
+
+    def _failures(self, view: JobView) -> list[FailureView]:
+        if not any(stage["failed"] for stage in view["stages"]):
+            return []
+        return self.session.call(lambda client: client.failures(view["id"], limit=SHOWN_FAILURES))
 
     def _watch(self, job: JobDef, known: runs.Run | None) -> JobView:
         begun_s = time.time()

@@ -13,7 +13,7 @@ from batchlab.cli.session import Session
 from batchlab.client import Client
 from batchlab.model import ENDED
 from batchlab.results import Fetched, Listed, fetch
-from batchlab.views import GridView, JobView
+from batchlab.views import GridView, JobView, OutcomesView
 
 POLL_S = 1.0
 """Longest wait for news of the job, which is how often the workers are looked at too."""
@@ -27,15 +27,18 @@ def watch(session: Session, view: JobView, shown: Progress, slots: dict[str, int
     while True:
         asked_s = time.monotonic()
         if asked_s - looked_s >= POLL_S / 2 or view["state"] in ENDED:
-            grid, looked_s = session.call(Client.grid), asked_s
+            grid, looked_s = session.call(lambda client: client.grid()), asked_s
             _note_slots(grid, slots)
         shown.show(view, grid)
         if view["state"] in ENDED:
             return view
-        news = partial(Client.job, job=view["id"], version=view["version"], wait_s=POLL_S)
-        view = session.call(news)
+        view = session.call(partial(_news, view))
         if view["state"] not in ENDED:
             time.sleep(max(0.0, asked_s + GAP_S - time.monotonic()))
+
+
+def _news(view: JobView, client: Client) -> JobView:
+    return client.job(view["id"], version=view["version"], wait_s=POLL_S)
 
 
 def _note_slots(grid: GridView, slots: dict[str, int]) -> None:
@@ -53,7 +56,7 @@ def fetch_results(
     listing: list[Listed] = []
     after: int | None = None
     while True:
-        page = session.call(partial(Client.outcomes, job=view["id"], after=after))["outcomes"]
+        page = session.call(partial(_outcomes, view["id"], after))["outcomes"]
         if not page:
             break
         listing += map(Listed.of, page)
@@ -61,3 +64,7 @@ def fetch_results(
     objects = session.backend.open_objects(session.home)
     folder = out or Path("out") / view["name"]
     return asyncio.run(fetch(objects, view, listing, folder, patience=patience(), stages=stages))
+
+
+def _outcomes(job: str, after: int | None, client: Client) -> OutcomesView:
+    return client.outcomes(job, after=after)

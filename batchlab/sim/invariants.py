@@ -162,9 +162,9 @@ def check_at_rest(groups: Sequence[GroupView]) -> None:
 
 async def results_of(
     objects: Objects, ledger: SqlLedger, job: JobId, stage: str
-) -> Mapping[int, object]:
+) -> Mapping[int, Json]:
     """Encoded result by task, as a user would fetch them: by the ledger's list of bundles."""
-    values: dict[int, object] = {}
+    values: dict[int, Json] = {}
     for row in await ledger.bundles(job, done=True):
         if row.bundle.stage != stage:
             continue

@@ -37,8 +37,8 @@ EPOCH_S = 1_700_000_000.0
 RESTART_S = 3.0
 """From the death of a manager to the start of the next, on average."""
 
-MANAGER = ManagerSettings(drain_target_s=10.0, silence_s=120.0, wait_s=5.0)
-WORKER = WorkerSettings(wait_s=5.0)
+MANAGER = ManagerSettings(drain_target_s=10.0, silence_s=120.0, control_lease_s=4.0)
+WORKER = WorkerSettings(control_lease_s=4.0)
 
 
 class MemoryStore:

@@ -25,7 +25,7 @@ from batchlab.model import (
     TaskSet,
     may_move,
 )
-from batchlab.ports import Cut, JobRecord, Reopening, StageRecord
+from batchlab.ports import Cut, JobRecord, StageRecord
 from tests.contract.ledger_suite import (
     INDEX,
     JOB,
@@ -258,183 +258,6 @@ async def test_planned_is_set_where_it_is_not_known(ledger: DumpingLedger) -> No
     assert (await counts_of(ledger, RESIZE)).planned is None
 
 
-# --- Ends and new rounds -------------------------------------------------------------------------
-
-
-async def _finish(
-    ledger: DumpingLedger, state: JobState = JobState.FAILED, *, round: int = 0, **closed: int
-) -> bool:
-    return await ledger.finish(
-        JOB.id,
-        state,
-        round=round,
-        reason=f"end of {round}",
-        ended_s=50.0 + round,
-        closed={StageName(name): count for name, count in closed.items()},
-    )
-
-
-@on_every_ledger
-async def test_the_end_counts_what_never_came_to_be_as_cancelled(ledger: DumpingLedger) -> None:
-    """Pain 1 (I2): the sums close whenever a job is stopped, so it never hangs."""
-    await submit(ledger)
-    await ledger.add_cut(replace(cut(0, bundle(0, 4)), planned=10))
-    await fold(ledger, done(bundle(0, 4), failed=1))
-    assert await _finish(ledger, resize=6, index=3)
-    record = await ledger.job(JOB.id)
-    assert (record.state, record.reason, record.ended_s) == (JobState.FAILED, "end of 0", 50.0)
-    assert [(s.counts.planned, s.counts.terminal) for s in await ledger.stages(JOB.id)] == [
-        (10, 10),
-        (3, 3),
-        (0, 0),
-    ]
-    assert (await counts_of(ledger)).cancelled == 6
-
-
-@on_every_ledger
-async def test_a_job_ends_once_a_round(ledger: DumpingLedger) -> None:
-    await submit(ledger)
-    assert not await _finish(ledger, round=1), "another round's end"
-    assert await _finish(ledger, resize=4)
-    before = await ledger.dump()
-    assert not await _finish(ledger, resize=4)
-    assert not await _finish(ledger, JobState.SUCCEEDED)
-    assert await ledger.dump() == before
-
-
-@pytest.mark.parametrize("state", [s for s in JobState if not s.ended])
-def test_every_job_that_has_not_ended_can_end(state: JobState, tmp_path: Path) -> None:
-    """Pain 1 (I7): the bucket says that it has ended, whatever the ledger has heard of it."""
-
-    async def main() -> None:
-        async with ledger_in(tmp_path / "ledger.sqlite") as ledger:
-            await ledger.add_job(JOB, state=state)
-            assert await _finish(ledger)
-            assert (await ledger.job(JOB.id)).state is JobState.FAILED
-
-    asyncio.run(main())
-
-
-@on_every_ledger
-async def test_a_reason_may_hold_any_text(ledger: DumpingLedger) -> None:
-    await submit(ledger)
-    reason = 'it\'s "0" \\ 漢字 \N{PILE OF POO}\n%s :x '
-    await ledger.move_job(JOB.id, JobState.PAUSED, reason=reason + "\0")
-    assert (await ledger.job(JOB.id)).reason.startswith(reason)
-    await ledger.finish(
-        JOB.id, JobState.FAILED, round=0, reason=reason + "\0", ended_s=1.0, closed={}
-    )
-    assert (await ledger.job(JOB.id)).reason.startswith(reason)
-
-
-async def _failed_job(ledger: DumpingLedger) -> None:
-    """10 planned: 4 succeeded, 1 failed, 5 cancelled; the two later stages alike or unplanned."""
-    await submit(ledger)
-    await ledger.set_control(JOB.id, Control.CANCEL)
-    await ledger.move_job(JOB.id, JobState.RUNNING)
-    await ledger.add_cut(replace(cut(0, bundle(0, 5), left=TaskSet.span(5, 10)), planned=10))
-    await ledger.set_planned(JOB.id, INDEX, 10)
-    await fold(ledger, done(bundle(0, 5), failed=1), done(bundle(0, 4, stage=INDEX)))
-    await _finish(ledger, resize=5, index=6)
-
-
-@on_every_ledger
-async def test_a_new_round_takes_back_what_it_will_do_again(ledger: DumpingLedger) -> None:
-    """Pain 13: the failed part of a job runs again, and only that."""
-    await _failed_job(ledger)
-    assert await ledger.reopen(
-        JOB.id, 1, [Reopening(RESIZE, failed=1, cancelled=5), Reopening(INDEX, cancelled=6)]
-    )
-    assert await ledger.job(JOB.id) == JobRecord(JOB, JobState.PENDING, round=1)
-    resize, index = await counts_of(ledger), await counts_of(ledger, INDEX)
-    assert (resize.planned, resize.succeeded, resize.failed, resize.cancelled) == (10, 4, 0, 0)
-    assert (index.planned, index.succeeded, index.terminal) == (10, 4, 4)
-
-
-@on_every_ledger
-async def test_a_round_begins_once(ledger: DumpingLedger) -> None:
-    await _failed_job(ledger)
-    taken_back = [Reopening(RESIZE, failed=1, cancelled=5)]
-    assert await ledger.reopen(JOB.id, 1, taken_back)
-    before = await ledger.dump()
-    for round_ in (1, 0):
-        assert not await ledger.reopen(JOB.id, round_, taken_back)
-    assert await ledger.dump() == before
-    await _finish(ledger, round=1)
-    assert not await ledger.reopen(JOB.id, 1, taken_back), "nor after that round's end"
-
-
-@on_every_ledger
-async def test_only_a_job_that_ended_without_success_is_reopened(ledger: DumpingLedger) -> None:
-    for state in JobState:
-        job = replace(JOB, id=JobId(state.lower()))
-        await ledger.add_job(job, state=state)
-        reopened = await ledger.reopen(job.id, 1, [])
-        assert reopened == (state in (JobState.FAILED, JobState.CANCELLED)), state
-
-
-@on_every_ledger
-async def test_a_void_plan_is_unknown_again_and_its_cuts_stay_out(ledger: DumpingLedger) -> None:
-    await _failed_job(ledger)
-    await ledger.reopen(JOB.id, 1, [Reopening(RESIZE, 4, 1, 5, replan=True)])
-    record = await stage_of(ledger)
-    assert record.counts.planned is None
-    assert record.counts.terminal == 0
-    assert (record.cut_seq, record.left) == (-1, TaskSet())
-    assert not await ledger.add_cut(replace(cut(0, bundle(0, 5)), planned=10))
-    assert await ledger.add_cut(replace(cut(0, round=1, left=TaskSet.span(0, 8)), planned=8))
-    record = await stage_of(ledger)
-    assert (record.plan_round, record.cut_seq, record.counts.planned) == (1, 0, 8)
-
-
-@on_every_ledger
-async def test_rounds_may_follow_each_other_until_all_is_done(ledger: DumpingLedger) -> None:
-    """Pain 13 (I2): the sums close at the end of every round."""
-    await submit(ledger)
-    await ledger.add_cut(replace(cut(0, bundle(0, 4)), planned=4))
-    await fold(ledger, done(bundle(0, 4), failed=4))
-    await _finish(ledger)
-    for round_ in range(1, 5):
-        assert await ledger.reopen(JOB.id, round_, [Reopening(RESIZE, failed=5 - round_)])
-        again = replace(bundle(0, 5 - round_), round=round_)
-        assert await ledger.add_cut(cut(0, again, round=round_))
-        await fold(ledger, done(again, failed=4 - round_))
-        counts = await counts_of(ledger)
-        assert (counts.planned, counts.terminal, counts.succeeded) == (4, 4, round_)
-        assert await _finish(
-            ledger, JobState.SUCCEEDED if round_ == 4 else JobState.FAILED, round=round_
-        )
-    assert not await ledger.reopen(JOB.id, 5, [])
-
-
-@on_every_ledger
-async def test_every_call_may_be_made_twice(ledger: DumpingLedger) -> None:
-    """Pain 6: a call whose answer was lost is made again."""
-    parent = done(bundle(0, 5), bundle(0, 4, stage=INDEX), failed=1)
-    again = replace(bundle(0, 1), round=1)
-    calls = (
-        lambda of: of.add_job(JOB, state=JobState.SUBMITTED),
-        lambda of: of.set_control(JOB.id, Control.CANCEL),
-        lambda of: of.add_cut(replace(cut(0, bundle(0, 5)), planned=9)),
-        lambda of: of.set_planned(JOB.id, INDEX, 9),
-        lambda of: of.move_job(JOB.id, JobState.RUNNING),
-        lambda of: of.fold([parent], [{INDEX: 1}]),
-        lambda of: _finish(of, resize=3, index=8),
-        lambda of: of.reopen(
-            JOB.id, 1, [Reopening(RESIZE, 0, 1, 4), Reopening(TOTAL, replan=True)]
-        ),
-        lambda of: of.add_cut(cut(0, again, round=1, left=TaskSet.span(5, 9))),
-        lambda of: of.fold([done(again)], [{}]),
-        lambda of: _finish(of, round=1, resize=4),
-    )
-    async with ledger_in(None) as once:
-        for call in calls:
-            await call(once)
-            await call(ledger)
-            await call(ledger)
-            assert await ledger.dump() == await once.dump()
-
-
 # --- Leases, and forgetting ----------------------------------------------------------------------
 
 
@@ -466,7 +289,8 @@ async def test_leases_of_other_names_are_other_leases(ledger: DumpingLedger) -> 
 
 @on_every_ledger
 async def test_clear_forgets_the_jobs_and_keeps_the_leases(ledger: DumpingLedger) -> None:
-    await _failed_job(ledger)
+    await submit(ledger)
+    await fold(ledger, done(bundle(0, 5), bundle(0, 5, stage=INDEX)))
     await ledger.lease("leader", "a", now_s=100.0, ttl_s=10.0)
     last = max(r.seq or 0 for r in await ledger.bundles(JOB.id))
     await ledger.clear()

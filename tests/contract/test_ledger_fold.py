@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 import pytest
@@ -230,17 +232,17 @@ async def test_bundles_are_filtered(ledger: DumpingLedger) -> None:
     await ledger.add_cut(cut(0, bundle(20, 30)))
     await fold(ledger, good, chained, bad)
 
-    async def found(**filters: object) -> list[str]:
-        records = await ledger.bundles(JOB.id, **filters)  # type: ignore[arg-type]
-        return [f"{r.bundle.stage}:{r.bundle.tasks.first}" for r in records]
+    async def check(found: Awaitable[Sequence[BundleRecord]], *expected: str) -> None:
+        assert [f"{r.bundle.stage}:{r.bundle.tasks.first}" for r in await found] == [*expected]
 
-    assert await found(done=True) == ["resize:0", "index:5", "resize:5"]
-    assert await found(done=False) == ["index:0", "resize:20"]
-    assert await found(stage=INDEX) == ["index:5", "index:0"]
-    assert await found(failed=True) == ["resize:5"]
-    assert await found(failed=True, stage=INDEX) == []
-    assert await found(done=True, limit=1) == ["resize:0"]
-    assert await found(done=False, stage=RESIZE, limit=5) == ["resize:20"]
+    of = partial(ledger.bundles, JOB.id)
+    await check(of(done=True), "resize:0", "index:5", "resize:5")
+    await check(of(done=False), "index:0", "resize:20")
+    await check(of(stage=INDEX), "index:5", "index:0")
+    await check(of(failed=True), "resize:5")
+    await check(of(failed=True, stage=INDEX))
+    await check(of(done=True, limit=1), "resize:0")
+    await check(of(done=False, stage=RESIZE, limit=5), "resize:20")
 
 
 @on_every_ledger

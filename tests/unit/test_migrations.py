@@ -16,7 +16,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, create_mock_engine, make_url
+from sqlalchemy import Connection, Engine, create_mock_engine, make_url
 
 from batchlab.adapters.sql import migrate, open_sqlite
 from batchlab.adapters.sql.bundle_rows import select_bundles
@@ -153,8 +153,8 @@ def test_a_schema_is_made_whole_or_not_at_all(
 ) -> None:
     create = migrate.create
 
-    def create_and_fail(*args: object) -> None:
-        create(*args)  # type: ignore[arg-type]
+    def create_and_fail(connection: Connection) -> None:
+        create(connection)
         raise BackendError("the plug was pulled")
 
     path = tmp_path / "ledger.sqlite"

@@ -59,6 +59,11 @@ _close = _change_stage.values(
     cancelled=stages.c.cancelled + bindparam("closed"),
     planned=func.coalesce(stages.c.planned, bindparam("closed")),
 )
+_make_void = (
+    update(bundles)
+    .where(bundles.c.job == bindparam("b_job"), bundles.c.stage == bindparam("b_stage"))
+    .values(void=1)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +150,6 @@ def move_job(connection: Connection, job: JobId, state: JobState, reason: str) -
 def set_control(connection: Connection, job: JobId, control: Control) -> None:
     _job_row(connection, job)
     connection.execute(_change_job.values(control=control.value), {"b_job": job})
-
-
-_make_void = (
-    update(bundles)
-    .where(bundles.c.job == bindparam("b_job"), bundles.c.stage == bindparam("b_stage"))
-    .values(void=1)
-)
 
 
 def reopen(connection: Connection, job: JobId, round: int, reopened: Sequence[Reopening]) -> bool:

@@ -1,0 +1,66 @@
+"""The claims job in the simulator, with its real handlers: the same results as anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from batchlab import submission
+from batchlab.datagen import write_claims
+from batchlab.model import JobState, Pool
+from batchlab.patience import Patience
+from batchlab.ports import Objects
+from batchlab.sim import invariants, trial
+from batchlab.sim.faults import Faults
+from batchlab.sim.loop import SimLoop
+from batchlab.sim.world import World
+from batchlab.spec.jobfile import load
+from batchlab.worker.inline_runner import InlineRunner
+from batchlab.worker.runner import Runner
+
+EXAMPLE = Path(__file__).resolve().parent.parent.parent / "examples" / "claims"
+
+
+def real_handlers(world: World, die: Callable[[], None], objects: Objects) -> Runner:
+    rng = world.rng("durations")
+    return InlineRunner(objects, world.clock, lambda _work, _task: rng.uniform(0.1, 2.0))
+
+
+@pytest.mark.parametrize("crashes", [False, True])
+def test_claims_in_virtual_time_add_up(tmp_path: Path, crashes: bool) -> None:
+    job_file = shutil.copytree(EXAMPLE, tmp_path / "claims") / "job.yaml"
+    facts = write_claims(tmp_path / "claims" / "data", seed=4, files=30, claims_per_file=10)
+    faults = (
+        Faults(random.Random(7), trial.CRASHES, budget=trial.BUDGET) if crashes else trial.calm(7)
+    )
+
+    async def main() -> None:
+        pools = (Pool("default", 0, 3, 1, boot_s=10.0),)
+        world = World(7, pools, faults=faults, make_runner=real_handlers)
+        supervisor = asyncio.create_task(world.supervise())
+        job = await submission.prepare(
+            load(job_file, {}),
+            objects=world.objects,
+            clock=world.clock,
+            patience=Patience(world.rng("client")),
+            token="t",
+        )
+        await world.submit(job)
+        record = await world.ended(job.id)
+        assert record.state is JobState.SUCCEEDED, record.reason
+        await invariants.check_all(world, [job.id])
+        results = await invariants.results_of(world.objects, world.ledger, job.id, "totals")
+        totals = {row["payer"]: row for row in results.values()}
+        assert set(totals) == set(facts.payers)
+        for payer, truth in facts.payers.items():
+            assert totals[payer]["claims"] == truth.claims
+            assert totals[payer]["charge_cents"] == truth.charge_cents
+        supervisor.cancel()
+        await world.ledger.close()
+
+    SimLoop(inline_executor=True).run(main(), limit_s=100_000)
