@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from batchlab.errors import Throttled, Unreachable
 
@@ -39,3 +39,27 @@ class Patience:
             await asyncio.sleep(pause_s)
             waited_s += pause_s
             wait_s = min(LONGEST_WAIT_S, wait_s * 2)
+
+
+class _Patient:
+    def __init__(self, inner: object, patience: Patience) -> None:
+        self._inner = inner
+        self._patience = patience
+
+    def __getattr__(self, name: str) -> Any:
+        target = getattr(self._inner, name)
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            return await self._patience(lambda: target(*args, **kwargs))
+
+        setattr(self, name, call)
+        return call
+
+
+def patiently(port: T, patience: Patience) -> T:
+    """`port` with patience in every call: for a port whose methods are all async and repeatable.
+
+    What such a method answers may be the answer to its second try: "not new" for what was new.
+    """
+    # A dynamic proxy behind the type of what it stands for: twenty delegates would say nothing.
+    return cast(T, _Patient(port, patience))

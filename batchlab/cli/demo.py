@@ -109,16 +109,16 @@ def check(prepared: Prepared, summary: Summary) -> Verdict:
                 f"payer {payer} is in {'the facts' if one is None else 'the totals'} only"
             )
             continue
-        expected = _expected(fact)
         differences += [
             f"payer {payer}: {key} is {one[key]}, the generator says {value}"
-            for key, value in expected.items()
+            for key, value in expected(fact).items()
             if one[key] != value
         ]
     return Verdict(totals, differences)
 
 
-def _expected(fact: Mapping[str, Any]) -> dict[str, int]:
+def expected(fact: Mapping[str, Any]) -> dict[str, int]:
+    """What a payer's totals must say, as far as the generator knows."""
     denied = fact["duplicates"] + fact["zero_charge"] + fact["undiagnosed"]
     return {
         "claims": fact["claims"],

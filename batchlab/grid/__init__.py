@@ -10,7 +10,7 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -21,9 +21,9 @@ from batchlab.client import Client
 from batchlab.errors import JobFailed, TaskFailed, UsageError
 from batchlab.grid.incoming import Incoming, decoded
 from batchlab.grid.link import POLL_S, Link
-from batchlab.grid.outgoing import Outgoing
+from batchlab.grid.outgoing import MAP, Outgoing
 from batchlab.home import find_home
-from batchlab.model import ENDED, JobDef, Pool, RetryRule, StageDef, StageName
+from batchlab.model import ENDED, JobDef, Pool, RetryRule, StageDef
 
 if TYPE_CHECKING:
     from batchlab.grid.result import JobResult
@@ -33,7 +33,6 @@ __all__ = ["Grid"]
 
 PathText = str | os.PathLike[str]
 
-_MAP = StageName("map")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 
@@ -82,7 +81,7 @@ class Grid:
         bundle: int | None = None,
         ordered: bool = True,
         return_exceptions: bool = False,
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         """`function(item)`, or `function(item, ctx)`, of every item, run on the grid's workers.
 
         All items are drawn and submitted before this returns. Results come in the order of the
@@ -96,21 +95,37 @@ class Grid:
         pickled.
         """
         _check_positive(timeout_s=timeout_s, bundle=bundle)
-        stage = StageDef(_MAP, timeout_s=timeout_s, retry=_rule(retry), bundle=bundle)
+        stage = StageDef(MAP, timeout_s=timeout_s, retry=_rule(retry), bundle=bundle)
         job = self._outgoing.submit(
-            _name(function, name),
-            function,
-            items,
-            lambda handler: replace(stage, handler=handler),
-            tolerant=return_exceptions,
+            _name(function, name), function, items, stage, tolerant=return_exceptions
         )
-        if job is None:
-            return iter(())
-        incoming = Incoming(self._link, job.id, job.items or 0, ordered=ordered)
-        results = _results(self._link, job, incoming, return_exceptions=return_exceptions)
+        results = self._results(job, ordered=ordered, return_exceptions=return_exceptions)
         # Started, or its end would not be noticed if nobody ever asks for a result.
         next(results)
         return results
+
+    def _results(
+        self, job: JobDef | None, *, ordered: bool, return_exceptions: bool
+    ) -> Generator[Any, None, None]:
+        """A method, so that a grid is not closed while a map of its own is under way."""
+        if job is None:
+            yield None
+            return
+        link, done = self._link, False
+        incoming = Incoming(link, job.id, job.items or 0, ordered=ordered)
+        try:
+            yield None
+            for first, encoded in incoming.runs():
+                tasks = range(first, first + len(encoded))
+                for value in decoded(link, job.id, tasks, encoded):
+                    if isinstance(value, TaskFailed) and not return_exceptions:
+                        raise value
+                    yield value
+            done = True
+        finally:
+            # Perhaps on the garbage collector's behalf, on any thread: nothing may wait here.
+            incoming.drop()
+            link.leave(job.id, cancel=not done)
 
     def run(
         self,
@@ -177,7 +192,7 @@ class Grid:
             if left_s <= 0:
                 raise JobFailed(f"Job {job} is cancelled: it took longer than {timeout_s:g} s.")
             view = link.call(_news(view, min(POLL_S, left_s)))
-        return JobResult(link, view)
+        return JobResult(self, link, view)
 
     def close(self) -> None:
         """Cancel the jobs whose results somebody still waits for; end the grid if this brought it
@@ -194,25 +209,6 @@ class Grid:
         where: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _results(
-    link: Link, job: JobDef, incoming: Incoming, *, return_exceptions: bool
-) -> Iterator[Any]:
-    done = False
-    try:
-        yield None  # started
-        for first, encoded in incoming.runs():
-            tasks = range(first, first + len(encoded))
-            for value in decoded(link, job.id, tasks, encoded):
-                if isinstance(value, TaskFailed) and not return_exceptions:
-                    raise value
-                yield value
-        done = True
-    finally:
-        # Perhaps on the garbage collector's behalf, on any thread: nothing may wait here.
-        incoming.drop()
-        link.leave(job.id, cancel=not done)
 
 
 def _sized(

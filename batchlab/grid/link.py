@@ -14,8 +14,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,9 +97,13 @@ class Link:
     @property
     def client(self) -> Client:
         """The manager's client; UsageError once closed."""
-        if self._closed:
-            raise UsageError("This grid is closed.", remedy="Make another Grid.")
+        self._check_open()
         return self._clients[-1]
+
+    def _check_open(self) -> None:
+        # The thread is gone in a forked child too, where waiting for it would never end.
+        if self._closed or not self._thread.is_alive():
+            raise UsageError("This grid is closed in this process.", remedy="Make another Grid.")
 
     def call(self, ask: Callable[[Client], T]) -> T:
         """The manager's answer. One that has died is replaced if it was ours: the grid's state is
@@ -136,7 +140,12 @@ class Link:
         return asyncio.run_coroutine_threadsafe(doing, self._loop)
 
     def run(self, doing: Coroutine[Any, Any, T]) -> T:
-        """The result of a coroutine; interrupted, it is cancelled."""
+        """The result of a coroutine; interrupted, it is cancelled. UsageError once closed."""
+        try:
+            self._check_open()
+        except UsageError:
+            doing.close()  # never begun
+            raise
         future = self.start(doing)
         try:
             return future.result()
@@ -161,14 +170,14 @@ class Link:
 
         May come from the garbage collector, on any thread and after `close`.
         """
-        if job not in self._live or self._closed:
+        if job not in self._live or self._closed or not self._thread.is_alive():
             return
         self._live.discard(job)
         self._ending.append(job)
         if cancel:
             cancelling = self.start(asyncio.to_thread(self._cancel, job))
             self._cancelling.add(cancelling)
-            cancelling.add_done_callback(self._cancelling.discard)
+            cancelling.add_done_callback(self._cancelled)
 
     def _cancel(self, job: str) -> None:
         try:
@@ -177,6 +186,11 @@ class Link:
             return  # it has ended meanwhile, or never arrived
         except BackendError as error:
             log.warning("job %s is not cancelled: %s", job, error)
+
+    def _cancelled(self, cancelling: Future[None]) -> None:
+        self._cancelling.discard(cancelling)
+        if not cancelling.cancelled() and (error := cancelling.exception()):
+            log.error("a job is not cancelled", exc_info=error)
 
     # --- The end ---------------------------------------------------------------------------------
 
@@ -193,8 +207,7 @@ class Link:
                 last.callback(services.stop_manager, self.home)
             for client in self._clients:
                 last.callback(client.close)
-            for cancelling in tuple(self._cancelling):
-                cancelling.exception()
+            wait(self._cancelling)
             for job in tuple(self._live):
                 # Here and not on threads: at the interpreter's end none can be started any more.
                 self._cancel(job)
@@ -218,8 +231,7 @@ class Link:
             log.warning("the grid is stopped without knowing that its jobs have ended: %s", error)
 
     def _stop_loop(self) -> None:
-        with suppress(asyncio.CancelledError):
-            self.run(_cancel_all())
+        self.start(_cancel_all()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -30,7 +30,9 @@ SHOWN_FAILURES = 100
 class JobResult:
     """A job that has ended. Its results can be read while the grid is open."""
 
-    def __init__(self, link: Link, view: JobView) -> None:
+    def __init__(self, owner: object, link: Link, view: JobView) -> None:
+        """`owner` closes `link` once nothing refers to it any more, which must not be yet."""
+        self._owner = owner
         self._link = link
         self.view = view
         self.fetched: Fetched | None = None

@@ -6,14 +6,16 @@ settings are afterwards what they were.
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 import sysconfig
 import threading
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import cloudpickle
@@ -38,6 +40,21 @@ json.dump({name: place(name) for name in sys.argv[1:]}, sys.stdout)
 """
 
 
+def _with_file(code: CodeType) -> tuple[Any, ...]:
+    """As cloudpickle does it, but for the file's name: tracebacks shall say where it was."""
+    make, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)
+    named = (code.co_filename if one == "<dynamic-code>" else one for one in arguments)
+    return make, tuple(named)
+
+
+# A class statement would subclass Any: cloudpickle has no types.
+_Pickler = type(
+    "_Pickler",
+    (cloudpickle.Pickler,),
+    {"dispatch_table": ChainMap({CodeType: _with_file}, cloudpickle.Pickler.dispatch_table)},
+)
+
+
 class Shipping:
     """Knows which of this process's modules the workers do not have."""
 
@@ -53,7 +70,9 @@ class Shipping:
             raise UsageError(f"{name} is no function.", remedy="Give map something to call.")
         with self._by_value():
             try:
-                return bytes(cloudpickle.dumps(function))
+                buffer = io.BytesIO()
+                _Pickler(buffer).dump(function)
+                return buffer.getvalue()
             except Exception as error:
                 raise UsageError(
                     f"The function {name} cannot be sent to the workers: "
@@ -72,7 +91,8 @@ class Shipping:
             except values.NotAValue as error:
                 # How many are done is which one it was.
                 raise UsageError(
-                    f"Item {first + len(done)} cannot be sent to the workers: {error.message}",
+                    f"Item {first + len(done)} cannot be sent to the workers: "
+                    f"{error.message.rstrip('.')}.",
                     remedy="Nothing was submitted. Send plain data, or what makes the object.",
                 ) from error
         return done

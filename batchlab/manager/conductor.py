@@ -99,7 +99,15 @@ class Conductor:
 
     async def _plan(self, live: LiveJob, stage: StageDef) -> None:
         record = live.stages[stage.name]
-        if record.counts.planned is not None or stage.chained:
+        if record.counts.planned is not None:
+            return
+        if stage.chained:
+            # Asked again at every advance, not done along with the upstream plan: a manager that
+            # dies in between would leave a stage that never ends.
+            upstream = live.stages[stage.after[0]].counts.planned
+            if upstream is not None:
+                await self._ports.ledger.set_planned(live.id, stage.name, upstream)
+                await self._folder.refresh(live)
             return
         # The raw input does not change from round to round; what is gathered may.
         round_ = live.record.round if stage.after else 0
@@ -126,10 +134,7 @@ class Conductor:
 
     async def _first_cut(self, live: LiveJob, stage: StageDef, tasks: TaskSet) -> None:
         cut = Cut(live.id, stage.name, live.record.round, 0, (), tasks, len(tasks))
-        cut = await self._commit_cut(live, cut)
-        planned = cut.planned or 0
-        for fed in live.job.fed_by(stage.name):
-            await self._ports.ledger.set_planned(live.id, fed.name, planned)
+        await self._commit_cut(live, cut)
         await self._folder.refresh(live)
         if live.record.state in (JobState.SUBMITTED, JobState.PENDING):
             await self._move(live, JobState.RUNNABLE)

@@ -14,6 +14,8 @@ from batchlab.manager.live import LiveJob, Ports
 from batchlab.model import Completion, JobDef, JobId, JobState
 from batchlab.protocol import settle
 
+_WAITING = (JobState.SUBMITTED, JobState.PENDING, JobState.RUNNABLE, JobState.STARTING)
+
 
 class Folder:
     """Completions in, ledger and live jobs out."""
@@ -40,7 +42,8 @@ class Folder:
             live = self._lives.get(one.bundle.job)
             if live is not None:
                 touched[live.id] = live
-                if is_new:
+                # Or not new, but to us: the ledger's first answer was lost, and we asked again.
+                if is_new or one.bundle.id in live.outstanding.get(one.bundle.stage, {}):
                     live.expect((f.bundle, now_s + f.delay_s) for f in one.follows)
         # In a second pass: a follow's own completion may have come in the same batch. One that
         # came in an earlier batch stays expected until the reconciler finds its outcome.
@@ -59,7 +62,7 @@ class Folder:
         live.changed()
 
     async def _started(self, live: LiveJob) -> None:
-        if live.record.state in (JobState.RUNNABLE, JobState.STARTING, JobState.PENDING):
+        if live.record.state in _WAITING:
             await self._ports.ledger.move_job(live.id, JobState.RUNNING)
             live.record = replace(live.record, state=JobState.RUNNING)
 

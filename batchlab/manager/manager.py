@@ -23,6 +23,7 @@ from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.registry import Registry
 from batchlab.manager.requests import Requests
 from batchlab.model import GroupView, JobId, JobState, LifecycleState, Pool
+from batchlab.patience import patiently
 from batchlab.ports import Depth, JobRecord, QueueSpec
 from batchlab.protocol import naming
 
@@ -39,6 +40,7 @@ class Manager:
     def __init__(
         self, ports: Ports, settings: ManagerSettings, pools: Sequence[Pool], owner: str
     ) -> None:
+        ports = replace(ports, ledger=patiently(ports.ledger, ports.patience))
         self.ports = ports
         self.settings = settings
         self.pools = {pool.name: pool for pool in pools}
@@ -114,8 +116,12 @@ class Manager:
     async def _keep_lease(self) -> None:
         while True:
             await asyncio.sleep(self.settings.lease_ttl_s / 3)
-            if not await self._lease():
-                return
+            try:
+                async with asyncio.timeout(self.settings.lease_ttl_s * 2 / 3):
+                    if not await self._lease():
+                        return
+            except TimeoutError:
+                return  # it has run out; whoever reaches the ledger first takes it
 
     async def _adopt(self, record: JobRecord) -> LiveJob:
         """Conduct a job: new, taken over from the leader before us, or re-opened."""

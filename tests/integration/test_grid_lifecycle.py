@@ -1,0 +1,253 @@
+"""How a grid of the Python API comes and goes, whatever becomes of the program that uses it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from batchlab import Grid
+from batchlab.errors import UsageError
+from batchlab.home import Home
+from tests.integration.local_grid import processes_of
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("grid")
+
+
+@pytest.fixture(scope="module")
+def grid(home: Path) -> Iterator[Grid]:
+    with Grid("local", home=home, workers=1) as grid:
+        yield grid
+
+
+def until(holds: Callable[[], bool], within_s: float = 20.0) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline_s, "it has not come to be"
+        time.sleep(0.02)
+
+
+def start(folder: Path, script: str) -> subprocess.Popen[str]:
+    """Run a script in `folder`; its output comes line by line."""
+    path = folder / "script.py"
+    path.write_text(textwrap.dedent(script))
+    return subprocess.Popen(
+        [sys.executable, path.name],
+        cwd=folder,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def output(folder: Path, script: str) -> str:
+    """What a script prints, which must succeed without a word on stderr."""
+    with start(folder, script) as process:
+        printed, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    return printed
+
+
+def ended(home: Path) -> list[str]:
+    """How jobs have ended, as committed in the bucket."""
+    finals = sorted((home / "objects" / "jobs").glob("*/final/*.json"))
+    return [json.loads(final.read_text())["state"] for final in finals]
+
+
+# --- With a grid of its own ----------------------------------------------------------------------
+
+
+def test_a_with_block_leaves_no_process_and_can_be_closed_again(tmp_path: Path) -> None:
+    """Pain 11: orphans."""
+    with Grid("local", home=tmp_path, workers=1) as grid:
+        assert list(grid.map(lambda x: x, [1])) == [1]
+        kept = grid.map(lambda x: x, [1])
+        record = Home(tmp_path).record()
+        assert record is not None
+        pids = set(processes_of(tmp_path))
+        assert len(pids) == 2
+        pids |= {pid for parent in pids for pid in children(parent)}
+        assert len(pids) >= 3
+    with pytest.raises(ProcessLookupError):
+        os.kill(record.pid, 0)  # not even a zombie
+    until(lambda: not any(alive(pid) for pid in pids), 5)
+    grid.close()
+    with pytest.raises(UsageError, match="closed"):
+        grid.map(lambda x: x, [1])
+    with pytest.raises(UsageError, match="closed"):
+        next(kept)
+    with pytest.raises(UsageError, match="closed"):
+        grid.client.health()
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_grid_left_open_is_closed_when_python_ends(tmp_path: Path) -> None:
+    script = """
+        from batchlab import Grid
+        from time import sleep
+        grid = Grid("local", home="home", workers=1)
+        print(list(grid.map(len, ["a", "bb"])))
+        unfinished = grid.map(lambda _: sleep(0.1), range(100))
+        next(unfinished)
+    """
+    assert output(tmp_path, script) == "[1, 2]\n"
+    until(lambda: not processes_of(tmp_path / "home"), 5)
+    assert sorted(ended(tmp_path / "home")) == ["CANCELLED", "SUCCEEDED"]
+
+
+def test_a_grid_nobody_refers_to_is_closed_but_not_before_its_last_result(tmp_path: Path) -> None:
+    results = Grid("local", home=tmp_path, workers=1).map(lambda x: x, range(50))
+    assert list(results) == list(range(50))
+    del results
+    assert not processes_of(tmp_path)
+
+
+def test_a_forked_process_does_not_end_its_parents_grid(tmp_path: Path) -> None:
+    script = """
+        import os, warnings
+        warnings.simplefilter("ignore")  # of forking with threads
+        from batchlab import Grid
+        with Grid("local", home="home", workers=1) as grid:
+            child = os.fork()
+            if not child:
+                try:
+                    grid.map(len, ["a"])
+                except Exception as error:
+                    print(error)
+                raise SystemExit
+            os.waitpid(child, 0)
+            print(list(grid.map(len, ["a", "bb"])))
+    """
+    printed = output(tmp_path, script).splitlines()
+    assert "closed in this process" in printed[0]
+    assert printed[1:] == ["[1, 2]"]
+
+
+def test_a_killed_program_leaves_no_grid(tmp_path: Path) -> None:
+    """Pain 11: the submitter died, jobs ran on."""
+    script = """
+        from batchlab import Grid
+        from time import sleep
+        grid = Grid("local", home="home", workers=1)
+        for _ in grid.map(lambda _: sleep(0.05), range(1000)):
+            print("going")
+    """
+    with start(tmp_path, script) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "going\n"
+        process.kill()
+    until(lambda: not processes_of(tmp_path / "home"))
+
+
+def test_a_map_goes_on_when_its_manager_is_killed(tmp_path: Path) -> None:
+    with Grid("local", home=tmp_path, workers=1) as grid:
+        results = grid.map(lambda i: (time.sleep(0.02), i)[1], range(60), bundle=5)
+        assert next(results) == 0
+        record = Home(tmp_path).record()
+        assert record is not None
+        os.kill(record.pid, signal.SIGKILL)
+        assert list(results) == list(range(1, 60))
+    until(lambda: not processes_of(tmp_path), 5)
+
+
+# --- With a grid that is up already --------------------------------------------------------------
+
+
+def test_connecting_to_a_grid_leaves_it_up(grid: Grid, home: Path) -> None:
+    with Grid("local", home=home) as other:
+        assert list(other.map(lambda x: x, range(3))) == [0, 1, 2]
+    assert list(grid.map(lambda x: x, range(3))) == [0, 1, 2]
+    with pytest.raises(UsageError, match="cannot be sized"):
+        Grid("local", home=home, workers=2)
+    with pytest.raises(UsageError, match="There is no backend 'moon'"):
+        Grid("moon", home=home)
+
+
+def test_a_script_maps_its_own_functions_and_those_of_modules_beside_it(
+    grid: Grid, home: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "shapes" / "__init__.py").write_text("from shapes.square import Square\n")
+    (tmp_path / "shapes" / "square.py").write_text(
+        textwrap.dedent("""
+            from dataclasses import dataclass
+            UNIT = "m2"
+            def tell(area):
+                return f"{area} {UNIT}"
+            @dataclass
+            class Square:
+                side: int
+                def area(self):
+                    return self.side ** 2
+        """)
+    )
+    script = f"""
+        from dataclasses import dataclass
+        from batchlab import Grid
+        import shapes
+        from shapes.square import Square, tell
+
+        @dataclass
+        class Pair:
+            a: Square
+            b: Square
+
+        def bigger(pair):
+            assert isinstance(pair, Pair)
+            return Pair(Square(pair.a.side + 1), pair.b)
+
+        def area(square):
+            return shapes.square.tell(square.area())
+
+        with Grid("local", home={str(home)!r}) as grid:
+            results = list(grid.map(bigger, [Pair(Square(1), Square(2))]))
+            print(results, type(results[0]) is Pair, type(results[0].a) is Square)
+            print(list(grid.map(area, [Square(3)])), list(grid.map(tell, [1])))
+            print(list(grid.map(Square, [4])), list(grid.map(Square.area, [Square(5)])))
+    """
+    assert output(tmp_path, script).splitlines() == [
+        "[Pair(a=Square(side=2), b=Square(side=2))] True True",
+        "['9 m2'] ['1 m2']",
+        "[Square(side=4)] [25]",
+    ]
+
+
+def test_ctrl_c_cancels_the_job(grid: Grid, home: Path, tmp_path: Path) -> None:
+    """Pain 11: interrupted, and the jobs ran on."""
+    script = f"""
+        from batchlab import Grid
+        from time import sleep
+        with Grid("local", home={str(home)!r}) as grid:
+            for _ in grid.map(lambda _: sleep(0.05), range(1000), name="interrupted"):
+                print("going")
+    """
+    with start(tmp_path, script) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "going\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert errors.splitlines()[-1] == "KeyboardInterrupt"
+    (job,) = (one for one in grid.client.jobs() if one["name"] == "interrupted")
+    assert grid.wait(job["id"]).state == "CANCELLED"
