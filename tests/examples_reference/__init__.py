@@ -46,7 +46,7 @@ def contexts(root: Path, **params: Any) -> Iterator[Context]:
             task=task,
             attempt=1,
             params_json=json.dumps(params),
-            folder=folder,
+            folder=str(folder),
             cwd=str(folder),
         )
 

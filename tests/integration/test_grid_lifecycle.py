@@ -162,8 +162,12 @@ def test_a_killed_program_leaves_no_grid(tmp_path: Path) -> None:
 
 
 def test_a_map_goes_on_when_its_manager_is_killed(tmp_path: Path) -> None:
+    def nap(i: int) -> int:
+        time.sleep(0.02)
+        return i
+
     with Grid("local", home=tmp_path, workers=1) as grid:
-        results = grid.map(lambda i: (time.sleep(0.02), i)[1], range(60), bundle=5)
+        results = grid.map(nap, range(60), bundle=5)
         assert next(results) == 0
         record = Home(tmp_path).record()
         assert record is not None
