@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from batchlab.errors import Refused, UsageError
+from batchlab.protocol import naming
 
 DEFAULT = ".batchlab"
 
@@ -70,6 +71,7 @@ class Home:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / ".gitignore").write_text("*\n")
+            (self.path / naming.MADE).touch()
         except OSError as error:
             raise UsageError(
                 f"The grid's folder {self.path} cannot be written: {error.strerror}.",

@@ -144,6 +144,9 @@ def _make_room(out: Path, stages: Iterable[StageName]) -> None:
     Only where a summary says that they are ours: the folder is the user's.
     """
     out.mkdir(parents=True, exist_ok=True)
+    if not any(out.iterdir()):
+        # Never where the user has files: as a part of some job's code they must be found.
+        (out / naming.MADE).touch()
     try:
         known = json.loads((out / "summary.json").read_text())["results"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -332,10 +335,12 @@ class _Files:
             path.parent.mkdir(parents=True, exist_ok=True)
             async with self.limit:
                 if values.kind(reference) == "$part":
-                    self.size_bytes += await self._part(reference, path)
+                    size_bytes = await self._part(reference, path)
                 else:
                     get = partial(self.objects.download, reference["$file"], path)
-                    self.size_bytes += await self.patience(get)
+                    size_bytes = await self.patience(get)
+            # Not `+= await`, which would add to what the sum was before the wait.
+            self.size_bytes += size_bytes
             self.count += 1
         return name
 

@@ -91,12 +91,14 @@ async def _upload(
         nonlocal done, size_bytes
         async with limit:
             try:
-                size_bytes += await objects.upload(key, path)
+                # Not `+= await`, which would add to what the sum was before the wait.
+                uploaded_bytes = await objects.upload(key, path)
             except FileNotFoundError as error:
                 raise UsageError(
                     f"The input file {path} has vanished.", remedy="Put it back, or run again."
                 ) from error
         done += 1
+        size_bytes += uploaded_bytes
         if progress:
             progress(Uploaded(done, len(files), size_bytes))
 

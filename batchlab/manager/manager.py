@@ -21,7 +21,7 @@ from batchlab.manager.live import LiveJob, ManagerSettings, Ports
 from batchlab.manager.rebuild import rebuild
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.registry import Registry
-from batchlab.manager.requests import Requests
+from batchlab.manager.requests import Requests, cuts_of_round
 from batchlab.model import GroupView, JobId, JobState, LifecycleState, Pool
 from batchlab.patience import patiently
 from batchlab.ports import Depth, JobRecord, QueueSpec
@@ -127,6 +127,9 @@ class Manager:
         """Conduct a job: new, taken over from the leader before us, or re-opened."""
         ledger = self.ports.ledger
         job = record.job
+        # A retry is two steps in the ledger; the leader before us may have died between them.
+        for cut in await cuts_of_round(self.ports, record):
+            await ledger.add_cut(cut)
         stages = {s.counts.stage: s for s in await ledger.stages(job.id)}
         # From the clock, or a watcher of the manager before us would take our news for old.
         live = LiveJob(

@@ -55,6 +55,14 @@ class Retry:
         )
 
 
+async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
+    """The cuts that the retry which began the job's present round committed to."""
+    if not record.round:
+        return ()
+    get = partial(ports.objects.get, naming.retry(record.job.id, record.round))
+    return Retry.from_bytes(await ports.patience(get)).cuts
+
+
 class Requests:
     """The user's verbs. `adopt` makes the manager conduct a job that has (re)started."""
 
@@ -135,8 +143,6 @@ class Requests:
         run = wire.control_to_bytes(Control.RUN)
         await patience(lambda: objects.put(naming.control(job), run))
         await self._ports.ledger.reopen(job, round_, made.reopened)
-        for cut in made.cuts:
-            await self._ports.ledger.add_cut(cut)
         live = await self._adopt(await self._ports.ledger.job(job))
         await self._conductor.send(live, [b for cut in made.cuts for b in cut.bundles])
         return live.record

@@ -11,6 +11,10 @@ from batchlab.model import Bundle, BundleId, JobId, StageName
 
 EVENTS = "events"
 
+MADE = ".batchlab-made"
+"""A file that marks a local folder as batchlab's own (a grid's home, fetched results): wherever it
+lies, it is no part of a job's code."""
+
 
 def tasks_queue(pool: str) -> str:
     """The input queue that a pool's workers pick bundles from."""

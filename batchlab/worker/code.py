@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from batchlab.errors import UsageError
+from batchlab.protocol import naming
 
 MAX_BYTES = 512 * 1024 * 1024
 MAX_FILES = 20_000
@@ -24,6 +25,9 @@ MAX_FILES = 20_000
 _SKIPPED = frozenset(
     {"__pycache__", ".git", ".venv", ".batchlab", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
 )
+_MARKS = ("pyvenv.cfg", naming.MADE)
+"""Files by which a virtual environment, a grid's home and fetched results are known: whatever
+they are called, they would change a job's code with every run."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CHUNK = 1024 * 1024
 
@@ -48,8 +52,9 @@ def digest_of(code_key: str) -> str:
 def pack(folder: Path) -> bytes:
     """The files of `folder` as a zip, the same for the same content and modes.
 
-    Caches, virtual environments and version control stay out. UsageError for a link that leaves
-    the folder, for what is neither file nor folder, and beyond 512 MiB or 20,000 files.
+    Caches, virtual environments, version control and folders that batchlab made stay out.
+    UsageError for a link that leaves the folder, for what is neither file nor folder, and beyond
+    512 MiB or 20,000 files.
     """
     root = folder.resolve()
     if not root.is_dir():
@@ -76,7 +81,7 @@ def pack(folder: Path) -> bytes:
 
 def _files(folder: Path, root: Path) -> Iterator[Path]:
     for path in folder.iterdir():
-        if path.name in _SKIPPED or (path / "pyvenv.cfg").is_file():
+        if path.name in _SKIPPED or any((path / mark).is_file() for mark in _MARKS):
             continue
         if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
             raise UsageError(

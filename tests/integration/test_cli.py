@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from batchlab import services
 from batchlab.home import Home
 from tests.integration.local_grid import processes_of
 
@@ -101,6 +102,7 @@ class Cli:
 def cli(tmp_path: Path) -> Iterator[Cli]:
     made = Cli(tmp_path)
     yield made
+    services.stop_manager(made.home)
     for process in made.started:
         if process.poll() is None:
             process.kill()
@@ -119,8 +121,8 @@ def test_the_demo_runs_from_nothing_and_agrees_with_its_facts(cli: Cli) -> None:
     assert out.rstrip().endswith("totals agree with the generator: yes")
     assert "HARBOR MUTUAL HEALTH" in out
     assert err.replace("\n", "").isprintable(), "control codes where nobody has a terminal"
-    totals = [json.loads(line) for line in (cli.folder / "out/totals.jsonl").open()]
-    assert sum(one["value"]["claims"] for one in totals) == 20 * 40
+    lines = (cli.folder / "out/totals.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["value"]["claims"] for line in lines) == 20 * 40
     assert not processes_of(cli.home.path), "the grid it brought up is down when it returns"
 
 
@@ -186,10 +188,9 @@ def test_a_run_survives_the_death_of_its_manager(cli: Cli) -> None:
 def test_a_failed_job_says_what_failed_and_keeps_what_succeeded(cli: Cli) -> None:
     """Pain 13: partial failure is told, with reasons, and the rest is there."""
     cli.inputs(5)
-    arguments = ("run", "job.yaml", "--out", "out", "--set", "bad=[2, 3]", "--keep-up")
     (cli.folder / "job.yaml").write_text(JOB.replace("bad: []", "bad: [2, 3]"))
     code, out, _ = cli("run", "job.yaml", "--out", "out", "--keep-up")
-    assert (code, arguments[-1]) == (1, "--keep-up")
+    assert code == 1
     assert "5 tasks, 2 failed" in out
     assert re.search(r"work\[[23]\] exception: .*number [23] is bad", out)
     assert numbers(cli.folder / "out") == [0, 1, 4]
@@ -218,7 +219,7 @@ def test_a_grid_that_is_up_serves_every_command(cli: Cli) -> None:
     assert cli("job", "watch", job)[0] == 0
     code, out, _ = cli("job", "list", "--json")
     assert [one["id"] for one in json.loads(out)] == [job]
-    assert f"{job} " in cli("job", "show", "last")[1]
+    assert job in cli("job", "show", "last")[1]
     assert "SUCCEEDED" in cli("job", "why", "numbers")[1]
     assert "worked on 3" in cli("job", "logs", job, "--task", "3")[1]
     code, out, _ = cli("job", "results", job, "--out", "mine")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +21,7 @@ from batchlab.errors import JobFailed, TaskFailed, UsageError
 from batchlab.model import ENDED, JobState, RetryRule
 from batchlab.spec.problems import JobFileErrors
 from batchlab.spec.starter import starter
+from tests.integration.grid_rig import until
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,6 @@ def grid(home: Path) -> Iterator[Grid]:
 def in_service(grid: Grid) -> int:
     (pool,) = grid.client.grid()["pools"]
     return sum(one["state"] == "InService" for one in pool["instances"])
-
-
-def until(holds: Callable[[], bool], within_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline_s, "it has not come to be"
-        time.sleep(0.02)
 
 
 def newest(grid: Grid) -> str:
@@ -407,3 +405,27 @@ def test_a_job_may_be_submitted_now_and_waited_for_later(grid: Grid, job_file: P
     job = grid.submit(job_file)
     assert grid.wait(job).state is JobState.SUCCEEDED
     assert grid.client.job(job)["state"] in ENDED
+
+
+def test_the_documented_program_prints_what_its_documentation_says(
+    job_file: Path, tmp_path: Path
+) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "python-api.md").read_text()
+    blocks = re.findall(r"```(python|text)\n(.*?)```", document, re.DOTALL)
+    assert len(blocks) > 6
+    (tmp_path / "first").mkdir()
+    for file in [job_file, job_file.parent / "handlers.py", job_file.parent / "data"]:
+        file.rename(tmp_path / "first" / file.name)
+    program = "\n".join(text for kind, text in blocks if kind == "python")
+    (tmp_path / "program.py").write_text(program)
+    run = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env={**os.environ, "BATCHLAB_HOME": str(tmp_path / "grid")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    expected = "".join(text for kind, text in blocks if kind == "text")
+    assert (run.stdout, run.stderr, run.returncode) == (expected, "", 0)

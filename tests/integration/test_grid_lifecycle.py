@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ import pytest
 from batchlab import Grid
 from batchlab.errors import UsageError
 from batchlab.home import Home
+from tests.integration.grid_rig import until
 from tests.integration.local_grid import processes_of
 
 
@@ -29,13 +30,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def grid(home: Path) -> Iterator[Grid]:
     with Grid("local", home=home, workers=1) as grid:
         yield grid
-
-
-def until(holds: Callable[[], bool], within_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline_s, "it has not come to be"
-        time.sleep(0.02)
 
 
 def start(folder: Path, script: str) -> subprocess.Popen[str]:
@@ -163,16 +157,17 @@ def test_a_killed_program_leaves_no_grid(tmp_path: Path) -> None:
 
 def test_a_map_goes_on_when_its_manager_is_killed(tmp_path: Path) -> None:
     def nap(i: int) -> int:
-        time.sleep(0.02)
+        time.sleep(0.05)
         return i
 
     with Grid("local", home=tmp_path, workers=1) as grid:
-        results = grid.map(nap, range(60), bundle=5)
+        results = grid.map(nap, range(20), bundle=5)
+        # All are on their way then: what is not waits for the reconciler, some seconds.
         assert next(results) == 0
         record = Home(tmp_path).record()
         assert record is not None
         os.kill(record.pid, signal.SIGKILL)
-        assert list(results) == list(range(1, 60))
+        assert list(results) == list(range(1, 20))
     until(lambda: not processes_of(tmp_path), 5)
 
 

@@ -4,81 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from batchlab.cli import app as cli
-from batchlab.cli import output, session
+from batchlab.cli import session
 from batchlab.errors import BackendError, NotFound, Refused, Unreachable, UsageError
 from batchlab.home import Home, ManagerRecord
-from batchlab.spec.problems import JobFileErrors
-
-
-def a_job(job: str, state: str = "RUNNING", **more: Any) -> dict[str, Any]:
-    stage = {
-        "name": "parse",
-        "pool": "default",
-        "planned": 10,
-        "succeeded": 4,
-        "failed": 1,
-        "cancelled": 0,
-        "running": 2,
-        "retried": 1,
-        "run_s": 2.0,
-        "mean_s": 0.5,
-        "first_start_s": 1.0,
-        "last_end_s": 3.0,
-    }
-    return {
-        "id": job,
-        "name": job.rpartition("-")[0],
-        "state": state,
-        "reason": "",
-        "round": 0,
-        "priority": 0,
-        "tags": {"team": "a"},
-        "submitted_s": 1_700_000_000.0,
-        "started_s": None,
-        "ended_s": None,
-        "version": 3,
-        "stages": [stage],
-        **more,
-    }
-
-
-class FakeClient:
-    """Answers with what a test has put into `answers`, and remembers what it was asked."""
-
-    answers: dict[str, Any]
-    asked: list[tuple[str, tuple[Any, ...], dict[str, Any]]]
-
-    def __init__(self, url: str, token: str) -> None:
-        self.url = url
-
-    def __enter__(self) -> FakeClient:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return
-
-    def close(self) -> None:
-        return
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.asked.append((name, args, kwargs))
-            answer = self.answers[name]
-            answer = answer(*args, **kwargs) if callable(answer) else answer
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
-
-        return call
+from tests.unit.cli_rig import FakeClient, Run, a_grid, a_job, runner
 
 
 @pytest.fixture
@@ -91,84 +25,9 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
     return FakeClient
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line here; its exit code, stdout and stderr."""
-    monkeypatch.setattr("batchlab.cli.signals.install", lambda: None)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.start([str(one) for one in arguments])
-        told = capsys.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), told.out, told.err
-
-    return run
-
-
-# --- Help ----------------------------------------------------------------------------------------
-
-GROUPS = {
-    "job": "submit list show watch cancel pause resume retry results logs why failures check",
-    "grid": "up down status workers activities scale drain",
-    "ledger": "rebuild",
-}
-COMMANDS = [
-    *("demo", "init", "run", "schema", "doctor"),
-    *(f"{group} {name}" for group, names in GROUPS.items() for name in names.split()),
-]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_one_example(run: Run, command: str) -> None:
-    code, out, _ = run(*command.split(), "--help")
-    assert code == 0
-    examples = re.findall(r"Example: (batchlab \S.*)", out)
-    assert len(examples) == 1
-    assert examples[0].startswith(f"batchlab {command}")
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_listing_speaks_json(run: Run, command: str) -> None:
-    silent = {"init", "schema", "job watch", "grid down"}
-    _, out, _ = run(*command.split(), "--help")
-    assert ("--json" in out) is (command not in silent)
-
-
-def test_help_names_every_group_and_what_exit_codes_mean(run: Run) -> None:
-    code, out, _ = run("--help")
-    assert code == 0
-    for word in ("demo", "init", "run", "job", "grid", "ledger", "schema", "doctor"):
-        assert re.search(rf"^  {word} ", out, re.MULTILINE)
-    assert "130 interrupted" in " ".join(out.split())
-    assert "..." not in out.partition("Commands:")[2], "a summary is cut off"
-
-
-def test_version(run: Run) -> None:
-    import batchlab
-
-    assert run("--version") == (0, f"batchlab {batchlab.__version__}\n", "")
-
-
-def test_help_and_services_import_nothing_heavy() -> None:
-    """What a command pays for at its start; milliseconds would depend on the machine."""
-    heavy = "rich|httpx|pydantic|fastapi|sqlalchemy|obstore|uvicorn|yaml|asyncio"
-    for arguments in (["--help"], ["worker", "--help"], ["manager", "--help"]):
-        code = (
-            "import sys, batchlab.cli as c\n"
-            f"sys.argv = ['batchlab', *{arguments!r}]\n"
-            "try: c.main()\n"
-            f"except SystemExit: print(sorted(sys.modules.keys() & set('{heavy}'.split('|'))))\n"
-            "if sys.argv[1] != '--help': print(sorted(sys.modules.keys() & {'typer', 'click'}))"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        printed = done.stdout.splitlines()
-        assert done.returncode == 0
-        assert set(printed[-(1 if arguments == ["--help"] else 2) :]) == {"[]"}
+    return runner(monkeypatch, capsys)
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -204,46 +63,6 @@ def test_an_unexpected_error_shows_its_traceback_only_with_debug(
         code, _, err = run(*arguments)
         assert code == cli.UNEXPECTED
         assert "Traceback" in err
-
-
-def test_without_a_grid_the_remedy_is_to_start_one(run: Run, tmp_path: Path) -> None:
-    code, out, err = run("job", "list", "--home", tmp_path / "h")
-    assert (code, out) == (3, "")
-    assert "batchlab grid up" in err
-    assert not (tmp_path / "h").exists(), "asking must not make a folder"
-
-
-def test_wrong_usage_exits_with_two(run: Run) -> None:
-    assert run("nonsense")[0] == run("run")[0] == run("job", "show")[0] == 2
-
-
-def test_every_mistake_of_a_job_file_is_told_with_its_line(run: Run, tmp_path: Path) -> None:
-    file = tmp_path / "job.yaml"
-    file.write_text(
-        "name: x\ninput: {files: nothing-*.csv}\nstages:\n  - name: a\n    pythn: b:c\n"
-    )
-    code, out, err = run("job", "check", file)
-    assert (code, out) == (2, "")
-    told = [line for line in err.splitlines() if line.startswith(f"{file}:")]
-    assert len(told) >= 2
-    assert any(line.startswith(f"{file}:5: ") for line in told)
-
-
-def test_complaints_keep_a_jobs_own_control_characters_off_the_terminal(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    output.complain(Refused("bad \x1b[31mred\x07\nline", remedy="\x9b2J"))
-    err = capsys.readouterr().err
-    assert not set(err) & {"\x1b", "\x07", "\x9b"}
-    assert err.count("\n") == 2
-
-
-def test_several_errors_are_told_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
-    from batchlab.errors import JobFileError
-
-    first = JobFileError("No name.", file="job.yaml", line=1, remedy="Write one.")
-    output.complain(JobFileErrors([first, JobFileError("No stages.", file="job.yaml")]))
-    assert capsys.readouterr().err == ("job.yaml:1: No name.\n  Write one.\njob.yaml: No stages.\n")
 
 
 # --- Jobs ----------------------------------------------------------------------------------------
@@ -362,39 +181,6 @@ def test_last_of_no_jobs(manager: type[FakeClient], run: Run) -> None:
 # --- The grid ------------------------------------------------------------------------------------
 
 
-def a_grid() -> dict[str, Any]:
-    instance = {
-        "id": "i-1",
-        "state": "InService",
-        "healthy": True,
-        "protected": True,
-        "launched_s": 1_700_000_000.0,
-        "note": "",
-        "worker": "w-1",
-        "busy": 1,
-        "held": 2,
-    }
-    pool = {
-        "name": "default",
-        "min": 0,
-        "max": 4,
-        "desired": 1,
-        "slots": 2,
-        "backlog_tasks": 8,
-        "backlog_s": 4.0,
-        "held_by_hand": True,
-        "instances": [instance],
-    }
-    queue = {"name": "tasks-default", "visible": 3, "in_flight": 1, "delayed": 0}
-    return {
-        "backend": "local",
-        "leader": True,
-        "owner": "manager-1",
-        "pools": [pool],
-        "queues": [queue],
-    }
-
-
 def test_grid_status_shows_pools_and_queues(manager: type[FakeClient], run: Run) -> None:
     manager.answers = {"grid": a_grid()}
     code, out, _ = run("grid", "status")
@@ -440,49 +226,3 @@ def test_grid_up_with_other_pools_is_refused_while_one_is_up(
 def test_ledger_rebuild_says_how_many(manager: type[FakeClient], run: Run) -> None:
     manager.answers = {"rebuild": 3}
     assert run("ledger", "rebuild") == (0, "The ledger is made anew: 3 jobs.\n", "")
-
-
-# --- Without a grid ------------------------------------------------------------------------------
-
-
-def test_schema_is_a_json_schema(run: Run) -> None:
-    code, out, _ = run("schema")
-    assert code == 0
-    assert "stages" in json.loads(out)["properties"]
-
-
-def test_init_writes_a_job_that_passes_its_checks(run: Run, tmp_path: Path) -> None:
-    folder = tmp_path / "first job"
-    code, _, err = run("init", folder)
-    assert code == 0
-    assert f"batchlab run '{folder}/job.yaml'" in err
-    code, out, _ = run("job", "check", folder / "job.yaml", "--json")
-    assert code == 0
-    assert json.loads(out)["stages"] == ["summarise", "total"]
-
-
-def test_init_never_replaces_a_file(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "handlers.py").write_text("mine")
-    code, _, err = run("init", tmp_path)
-    assert code == 2
-    assert "handlers.py is there already" in err
-    assert [path.name for path in tmp_path.iterdir()] == ["handlers.py"]
-    assert (tmp_path / "handlers.py").read_text() == "mine"
-
-
-def test_init_of_an_example_comes_without_its_data(run: Run, tmp_path: Path) -> None:
-    assert run("init", tmp_path / "c", "--example", "claims")[0] == 0
-    assert {"job.yaml", "parse.py"} <= {path.name for path in (tmp_path / "c").iterdir()}
-    assert not (tmp_path / "c/data").exists()
-    code, _, err = run("init", tmp_path / "d", "--example", "clams")
-    assert code == 2
-    assert "There are claims, " in err
-
-
-def test_set_wants_key_and_value(run: Run, tmp_path: Path) -> None:
-    run("init", tmp_path)
-    code, _, err = run("job", "check", tmp_path / "job.yaml", "--set", "min_cents")
-    assert code == 2
-    assert "is not KEY=VALUE" in err
-    code, out, _ = run("job", "check", tmp_path / "job.yaml", "--set", "min_cents=5", "--json")
-    assert json.loads(out)["params"] == {"min_cents": 5}

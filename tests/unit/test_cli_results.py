@@ -14,6 +14,7 @@ import pytest
 from batchlab.adapters.objects import open_local
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.errors import UsageError
+from batchlab.home import Home
 from batchlab.model import (
     Bundle,
     BundleId,
@@ -39,6 +40,7 @@ from batchlab.results import (
     in_task_order,
 )
 from batchlab.views import JobView
+from batchlab.worker import code
 
 JOB = JobId("sums-0123456789")
 PATIENCE = Patience(random.Random(1))
@@ -122,7 +124,8 @@ def lines(path: Path) -> list[Any]:
 
 
 def tree(folder: Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != naming.MADE)
+    return {path.relative_to(folder).as_posix() for path in files}
 
 
 def test_lines_come_in_task_order_whatever_was_tried_again(bucket: Bucket, tmp_path: Path) -> None:
@@ -171,6 +174,16 @@ def test_files_are_fetched_and_values_name_them(bucket: Bucket, tmp_path: Path) 
     assert (tmp_path / "out" / value["chart"]).read_bytes() == b"one"
     assert (tmp_path / "out" / value["parts"][0]).read_bytes() == b"deep"
     assert (fetched.files, fetched.size_bytes) == (2, 7)
+
+
+def test_files_that_are_fetched_at_once_are_all_counted(bucket: Bucket, tmp_path: Path) -> None:
+    refs = {
+        task: values.file_ref(bucket.put(f"f/{task}", b"x" * (70_000 + task)), "x", 70_000 + task)
+        for task in range(20)
+    }
+    bucket.outcome(range(20), refs)
+    fetched = bucket.fetch(tmp_path / "out")
+    assert (fetched.files, fetched.size_bytes) == (20, 20 * 70_000 + sum(range(20)))
 
 
 def test_a_part_of_an_object_becomes_a_file_with_its_header(bucket: Bucket, tmp_path: Path) -> None:
@@ -280,6 +293,23 @@ def test_a_folder_that_is_not_ours_keeps_its_files(bucket: Bucket, tmp_path: Pat
     bucket.outcome([0], {0: 1})
     bucket.fetch(tmp_path / "out")
     assert mine.read_text() == "mine"
+
+
+def test_results_are_no_code_wherever_they_lie(bucket: Bucket, tmp_path: Path) -> None:
+    """Or the second run of a job would be another job than the first; `out` is beside its code."""
+    folder = tmp_path / "job"
+    folder.mkdir()
+    (folder / "handlers.py").write_text("x = 1")
+    before = code.pack(folder)
+    bucket.outcome([0], {0: 1})
+    bucket.fetch(folder / "out/sums")
+    Home(folder / "my-grid").make()
+    assert code.pack(folder) == before
+    # But a folder with files of the user's is code, whatever else is fetched into it.
+    (folder / "lib").mkdir()
+    (folder / "lib/tools.py").write_text("y = 1")
+    bucket.fetch(folder / "lib")
+    assert code.pack(folder) != before
 
 
 def test_what_fails_half_way_leaves_the_results_of_before(bucket: Bucket, tmp_path: Path) -> None:

@@ -1,0 +1,129 @@
+"""What the tests of the command line share: views, a manager that only pretends, a runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from batchlab.cli import app as cli
+from batchlab.views import JobView
+
+Run = Callable[..., tuple[int, str, str]]
+"""Runs a command line: its exit code, stdout and stderr."""
+
+
+def a_job(job: str, state: str = "RUNNING", **more: Any) -> dict[str, Any]:
+    stage = {
+        "name": "parse",
+        "pool": "default",
+        "planned": 10,
+        "succeeded": 4,
+        "failed": 1,
+        "cancelled": 0,
+        "running": 2,
+        "retried": 1,
+        "run_s": 2.0,
+        "mean_s": 0.5,
+        "first_start_s": 1.0,
+        "last_end_s": 3.0,
+    }
+    return {
+        "id": job,
+        "name": job.rpartition("-")[0],
+        "state": state,
+        "reason": "",
+        "round": 0,
+        "priority": 0,
+        "tags": {"team": "a"},
+        "submitted_s": 1_700_000_000.0,
+        "started_s": None,
+        "ended_s": None,
+        "version": 3,
+        "stages": [stage],
+        **more,
+    }
+
+
+def view(**more: Any) -> JobView:
+    """The same, as what the client promises."""
+    return cast("JobView", a_job("sums-0123456789", **more))
+
+
+class FakeClient:
+    """Answers with what a test has put into `answers`, and remembers what it was asked."""
+
+    answers: dict[str, Any]
+    asked: list[tuple[str, tuple[Any, ...], dict[str, Any]]]
+
+    def __init__(self, url: str, token: str) -> None:
+        self.url = url
+
+    def __enter__(self) -> FakeClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.asked.append((name, args, kwargs))
+            answer = self.answers[name]
+            answer = answer(*args, **kwargs) if callable(answer) else answer
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return call
+
+
+def a_grid() -> dict[str, Any]:
+    instance = {
+        "id": "i-1",
+        "state": "InService",
+        "healthy": True,
+        "protected": True,
+        "launched_s": 1_700_000_000.0,
+        "note": "",
+        "worker": "w-1",
+        "busy": 1,
+        "held": 2,
+    }
+    pool = {
+        "name": "default",
+        "min": 0,
+        "max": 4,
+        "desired": 1,
+        "slots": 2,
+        "backlog_tasks": 8,
+        "backlog_s": 4.0,
+        "held_by_hand": True,
+        "instances": [instance],
+    }
+    queue = {"name": "tasks-default", "visible": 3, "in_flight": 1, "delayed": 0}
+    return {
+        "backend": "local",
+        "leader": True,
+        "owner": "manager-1",
+        "pools": [pool],
+        "queues": [queue],
+    }
+
+
+def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs command lines in this process."""
+    monkeypatch.setattr("batchlab.cli.signals.install", lambda: None)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.start([str(one) for one in arguments])
+        told = capsys.readouterr()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0), told.out, told.err
+
+    return run
