@@ -144,7 +144,7 @@ def test_an_interrupted_run_goes_on_where_it_was(cli: Cli) -> None:
     assert code == 2
     assert "--resume" in err
 
-    code, out, err = cli(*arguments, "--resume", "--json")
+    code, out, err = cli(*arguments, "--resume", "--json", "--keep-up")
     assert code == 0, err
     summary = json.loads(out)
     assert summary["job"]["stages"][0]["succeeded"] == 40

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +14,8 @@ import pytest
 
 from batchlab import File, Grid
 from batchlab.errors import JobFailed, TaskFailed, UsageError
-from batchlab.model import ENDED, JobState, RetryRule
-from batchlab.spec.problems import JobFileErrors
-from batchlab.spec.starter import starter
-from tests.integration.grid_rig import until
+from batchlab.model import JobState, RetryRule
+from tests.integration.grid_rig import newest, warm_grid
 
 
 @dataclass(frozen=True)
@@ -37,19 +31,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def grid(home: Path) -> Iterator[Grid]:
-    """Two warm workers."""
-    with Grid("local", home=home, workers=2, warm=True) as grid:
-        until(lambda: in_service(grid) == 2)
+    with warm_grid(home) as grid:
         yield grid
-
-
-def in_service(grid: Grid) -> int:
-    (pool,) = grid.client.grid()["pools"]
-    return sum(one["state"] == "InService" for one in pool["instances"])
-
-
-def newest(grid: Grid) -> str:
-    return grid.client.jobs(limit=1)[0]["id"]
 
 
 def test_results_come_in_the_order_of_the_items(grid: Grid) -> None:
@@ -342,90 +325,3 @@ def test_a_job_that_somebody_else_cancels_raises_instead_of_hanging(grid: Grid) 
     grid.client.cancel(newest(grid))
     with pytest.raises(JobFailed, match=r"ended CANCELLED .* of 400 results"):
         list(results)
-
-
-# --- Job files -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def job_file(tmp_path: Path) -> Path:
-    for name, text in starter().items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    return tmp_path / "job.yaml"
-
-
-def test_a_job_file_runs_to_its_results(grid: Grid, job_file: Path, tmp_path: Path) -> None:
-    result = grid.run(job_file, params={"min_cents": 0}, out=tmp_path / "out")
-    result.raise_for_state()
-    assert (result.state, result.failures, result.view["id"]) == ("SUCCEEDED", [], result.id)
-    totals = list(result.results())
-    assert totals == list(result.results("total"))
-    parts = [row for part in result.results("summarise") for row in part]
-    assert sum(row["claims"] for row in totals) == sum(row["claims"] for row in parts) > 0
-    assert (tmp_path / "out" / "total.jsonl").read_text().count("\n") == len(totals)
-    with pytest.raises(UsageError, match="no stage 'sum'"):
-        result.results("sum")
-
-
-def test_parameters_change_what_a_job_file_does(grid: Grid, job_file: Path) -> None:
-    def claims(cents: int) -> int:
-        result = grid.run(job_file, params={"min_cents": cents})
-        return sum(row["claims"] for row in result.results())
-
-    assert claims(10**9) < claims(0)
-    with pytest.raises(JobFileErrors, match="no parameter 'cents'"):
-        grid.run(job_file, params={"cents": 1})
-    with pytest.raises(UsageError, match="list"):
-        grid.run(job_file, params={"min_cents": [1]})
-
-
-def test_a_job_that_fails_says_why(grid: Grid, job_file: Path) -> None:
-    broken = job_file.parent / "handlers.py"
-    broken.write_text(broken.read_text().replace("cents = round(", "cents = rund("))
-    result = grid.run(job_file)
-    assert result.state is JobState.FAILED
-    assert "rund" in result.reason
-    assert result.failures[0]["stage"] == "summarise"
-    assert list(result.results()) == []
-    with pytest.raises(TaskFailed, match="ended FAILED") as caught:
-        result.raise_for_state()
-    assert "NameError" in caught.value.traceback
-
-
-def test_a_job_that_takes_too_long_is_cancelled(grid: Grid, job_file: Path) -> None:
-    slow = job_file.parent / "handlers.py"
-    slow.write_text(slow.read_text().replace("states = {}", "import time; time.sleep(60)"))
-    with pytest.raises(JobFailed, match=r"longer than 0\.5 s"):
-        grid.run(job_file, timeout_s=0.5)
-    assert grid.wait(newest(grid)).state is JobState.CANCELLED
-
-
-def test_a_job_may_be_submitted_now_and_waited_for_later(grid: Grid, job_file: Path) -> None:
-    job = grid.submit(job_file)
-    assert grid.wait(job).state is JobState.SUCCEEDED
-    assert grid.client.job(job)["state"] in ENDED
-
-
-def test_the_documented_program_prints_what_its_documentation_says(
-    job_file: Path, tmp_path: Path
-) -> None:
-    document = (Path(__file__).parents[2] / "docs" / "python-api.md").read_text()
-    blocks = re.findall(r"```(python|text)\n(.*?)```", document, re.DOTALL)
-    assert len(blocks) > 6
-    (tmp_path / "first").mkdir()
-    for file in [job_file, job_file.parent / "handlers.py", job_file.parent / "data"]:
-        file.rename(tmp_path / "first" / file.name)
-    program = "\n".join(text for kind, text in blocks if kind == "python")
-    (tmp_path / "program.py").write_text(program)
-    run = subprocess.run(
-        [sys.executable, "program.py"],
-        cwd=tmp_path,
-        env={**os.environ, "BATCHLAB_HOME": str(tmp_path / "grid")},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    expected = "".join(text for kind, text in blocks if kind == "text")
-    assert (run.stdout, run.stderr, run.returncode) == (expected, "", 0)
