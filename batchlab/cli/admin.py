@@ -5,8 +5,7 @@ from __future__ import annotations
 import typer
 
 from batchlab.cli import SERVICES, output
-from batchlab.cli.options import BackendOption, HomeOption, JsonOption
-from batchlab.home import find_home
+from batchlab.cli.options import BackendOption, HomeOption, JsonOption, home_of
 
 _PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 _ABOUT = {
@@ -44,7 +43,7 @@ def rebuild(home: HomeOption = None, json: JsonOption = False) -> None:
     """
     from batchlab.cli.session import connect
 
-    with connect(find_home(home)) as client:
+    with connect(home_of(home)) as client:
         jobs = client.rebuild()
     if json:
         output.show_json({"jobs": jobs})
@@ -75,7 +74,7 @@ def doctor(
     """
     from batchlab.cli.checkup import Level, examine
 
-    findings = examine(find_home(home), backend)
+    findings = examine(home_of(home), backend)
     if json:
         output.show_json([one.to_json() for one in findings])
     else:

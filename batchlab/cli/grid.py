@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import BackendOption, HomeOption, JsonOption, PoolOption
-from batchlab.home import Home, find_home
+from batchlab.cli.options import BackendOption, HomeOption, JsonOption, PoolOption, home_of
 
 if TYPE_CHECKING:
+    from batchlab.home import Home
     from batchlab.views import GridView, PoolView
 
 WATCH_S = 1.0
@@ -45,7 +45,7 @@ def up(
     from batchlab.cli.session import Session
     from batchlab.errors import Refused
 
-    place, pools = find_home(home), parse_all(pool or ())
+    place, pools = home_of(home), parse_all(pool or ())
     was_up = place.record() is not None
     if was_up and pools:
         raise Refused(
@@ -73,7 +73,7 @@ def down(home: HomeOption = None) -> None:
     from batchlab.errors import BackendError
     from batchlab.services import stop_manager
 
-    place = find_home(home)
+    place = home_of(home)
     if place.record() is None:
         output.say(f"No grid is up in {place.path}.")
         return
@@ -103,7 +103,7 @@ def status(
     """
     from batchlab.cli.session import connect
 
-    place = find_home(home)
+    place = home_of(home)
     with connect(place) as client:
         while True:
             _show_grid(client.grid(), place, json=json)
@@ -168,7 +168,7 @@ def workers(home: HomeOption = None, json: JsonOption = False) -> None:
     """
     from batchlab.cli.session import connect
 
-    with connect(find_home(home)) as client:
+    with connect(home_of(home)) as client:
         view = client.grid()
     instances = [(pool["name"], one) for pool in view["pools"] for one in pool["instances"]]
     if json:
@@ -209,7 +209,7 @@ def activities(
     """
     from batchlab.cli.session import connect
 
-    with connect(find_home(home)) as client:
+    with connect(home_of(home)) as client:
         found = client.activities(pool=pool, limit=limit)
     if json:
         output.show_json(found)
@@ -259,7 +259,7 @@ def scale(
         raise UsageError("Nothing to change.", remedy="Say --min, --max, --desired or --auto.")
     if desired is not None and auto:
         raise UsageError("--desired and --auto exclude each other.", remedy="Say one of them.")
-    with connect(find_home(home)) as client:
+    with connect(home_of(home)) as client:
         view = client.scale(
             pool, min=smallest, max=largest, desired=desired, auto=True if auto else None
         )
@@ -282,7 +282,7 @@ def drain(
     """
     from batchlab.cli.session import connect
 
-    with connect(find_home(home)) as client:
+    with connect(home_of(home)) as client:
         view = client.drain(pool)
     _show_pools(view["pools"], view, json=json)
 

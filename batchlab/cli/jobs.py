@@ -16,8 +16,8 @@ from batchlab.cli.options import (
     JsonOption,
     OutOption,
     SetOption,
+    home_of,
 )
-from batchlab.home import find_home
 
 if TYPE_CHECKING:
     from batchlab.client import Client
@@ -48,7 +48,7 @@ def submit(
     """
     from batchlab.cli.submitting import submit as submit_file
 
-    view = submit_file(find_home(home), file, set_ or ())
+    view = submit_file(home_of(home), file, set_ or ())
     output.say(f"{view['name']} is {view['state']}; watch it: batchlab job watch {view['id']}")
     if json:
         output.show_json(view)
@@ -72,7 +72,7 @@ def list_(
     """
     from batchlab.cli.session import connect
 
-    with connect(find_home(home)) as client:
+    with connect(home_of(home)) as client:
         jobs = client.jobs(limit=limit, active=active)
     if json:
         output.show_json(jobs)
@@ -118,7 +118,7 @@ def show(job: JobArgument, home: HomeOption = None, json: JsonOption = False) ->
     """
     from batchlab.cli.session import connect, resolve
 
-    with connect(find_home(home)) as client:
+    with connect(home_of(home)) as client:
         view = resolve(client, job)
         why = client.why(view["id"])
     if json:
@@ -161,7 +161,7 @@ def watch(job: JobArgument, home: HomeOption = None) -> None:
     from batchlab.cli.session import Session, resolve
     from batchlab.cli.watching import watch as watch_job
 
-    with Session.attached(find_home(home)) as session:
+    with Session.attached(home_of(home)) as session:
         view = session.call(lambda client: resolve(client, job))
         with follow() as shown:
             view = watch_job(session, view, shown, {})
@@ -174,7 +174,7 @@ def watch(job: JobArgument, home: HomeOption = None) -> None:
 def _tell(job: str, home: Path | None, verb: Callable[[Client, str], JobView], json: bool) -> None:
     from batchlab.cli.session import connect, resolve
 
-    with connect(find_home(home)) as client:
+    with connect(home_of(home)) as client:
         view = verb(client, resolve(client, job)["id"])
     if json:
         output.show_json(view)
@@ -247,7 +247,7 @@ def results(
     from batchlab.cli.session import Session, resolve
     from batchlab.cli.watching import fetch_results
 
-    with Session.attached(find_home(home)) as session:
+    with Session.attached(home_of(home)) as session:
         view = session.call(lambda client: resolve(client, job))
         fetched = fetch_results(session, view, out, stage or ())
     if json:
@@ -289,7 +289,7 @@ def logs(
     """
     from batchlab.cli.session import connect, resolve
 
-    with connect(find_home(home)) as client:
+    with connect(home_of(home)) as client:
         found = client.logs(resolve(client, job)["id"], stage=stage, task=task, limit=limit)
     if json:
         output.show_json(found)
@@ -311,7 +311,7 @@ def why(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> 
     """
     from batchlab.cli.session import connect, resolve
 
-    with connect(find_home(home)) as client:
+    with connect(home_of(home)) as client:
         view = resolve(client, job)
         answer = client.why(view["id"])
     if json:
@@ -334,7 +334,7 @@ def failures(
     """
     from batchlab.cli.session import connect, resolve
 
-    with connect(find_home(home)) as client:
+    with connect(home_of(home)) as client:
         found = client.failures(resolve(client, job)["id"], limit=limit)
     if json:
         output.show_json(found)

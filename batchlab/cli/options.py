@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from batchlab.home import Home
 
 HomeOption = Annotated[
     Path | None,
@@ -54,3 +57,10 @@ JobArgument = Annotated[
 FileArgument = Annotated[
     Path, typer.Argument(metavar="FILE", help="The job file.", show_default=False)
 ]
+
+
+def home_of(option: Path | None) -> Home:
+    """The grid's folder that --home or its default names."""
+    from batchlab.home import find_home
+
+    return find_home(option)

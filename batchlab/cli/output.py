@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
@@ -20,6 +21,19 @@ _NUMBER = re.compile(r"-|[\d.,/+]*( (ms|s|min|h|B|[KMGT]iB)( \d\d (s|min))?)?")
 def say(text: str) -> None:
     """A note for the person in front, on stderr."""
     print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one place that does
+
+
+class Sometimes:
+    """Notes on something that may take long: none at first, then one every few seconds."""
+
+    def __init__(self, every_s: float = 3.0) -> None:
+        self._every_s = every_s
+        self._said_s = time.monotonic()
+
+    def say(self, text: str) -> None:
+        if time.monotonic() - self._said_s >= self._every_s:
+            self._said_s = time.monotonic()
+            say(text)
 
 
 def show(text: str) -> None:

@@ -154,6 +154,8 @@ class _Runner:
             # Again with the same token is the same job, wherever a run before us came to its end.
             view = self.session.call(lambda client: client.submit(job))
             output.say(f"Job {job.id}{' goes on' if known else ''}.")
+            if view["state"] == JobState.PAUSED:
+                view = self.session.call(lambda client: client.resume(job.id))
             with progress.follow() as shown:
                 view = watch(self.session, view, shown, self.slots)
         starts = [s["first_start_s"] for s in view["stages"] if s["first_start_s"] is not None]

@@ -18,8 +18,8 @@ from batchlab.cli.options import (
     JsonOption,
     OutOption,
     SetOption,
+    home_of,
 )
-from batchlab.home import find_home
 
 if TYPE_CHECKING:
     from batchlab.cli.summary import Summary
@@ -70,7 +70,7 @@ def run(
 
     request = runner.Request(
         file=file,
-        home=find_home(home),
+        home=home_of(home),
         backend=backend,
         again=again(sys.argv[1:]),
         out=out,
@@ -126,11 +126,11 @@ def demo(
     phases = Phases.of_process()
     with phases.phase("data"):
         prepared = claims_demo.prepare(
-            find_home(home), seed=seed, files=files, claims_per_file=claims_per_file
+            home_of(home), seed=seed, files=files, claims_per_file=claims_per_file
         )
     request = runner.Request(
         file=prepared.job_file,
-        home=find_home(home),
+        home=home_of(home),
         backend=backend,
         again=again(sys.argv[1:]),
         out=out,

@@ -72,11 +72,12 @@ class Submission:
         from batchlab.submission import Uploaded, prepare
 
         begun_s = time.monotonic()
-        last = Uploaded(0, 0, 0)
+        last, notes = Uploaded(0, 0, 0), output.Sometimes()
 
-        def note(uploaded: Uploaded) -> None:
+        def note(up: Uploaded) -> None:
             nonlocal last
-            last = uploaded
+            last = up
+            notes.say(f"Uploaded {up.files:,} of {up.of:,} files, {output.size(up.size_bytes)}.")
 
         job = await prepare(
             self.jobfile,

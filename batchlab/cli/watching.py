@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from batchlab.cli import output
 from batchlab.cli.progress import Progress
 from batchlab.cli.session import Session
 from batchlab.client import Client
@@ -63,7 +64,14 @@ def fetch_results(
         after = page[-1]["seq"]
     objects = session.backend.open_objects(session.home)
     folder = out or Path("out") / view["name"]
-    return asyncio.run(fetch(objects, view, listing, folder, patience=patience(), stages=stages))
+    notes = output.Sometimes()
+
+    def note(done: int, of: int) -> None:
+        notes.say(f"Fetching results: {done:,} of {of:,} outcomes are read.")
+
+    return asyncio.run(
+        fetch(objects, view, listing, folder, patience=patience(), stages=stages, progress=note)
+    )
 
 
 def _outcomes(job: str, after: int | None, client: Client) -> OutcomesView:

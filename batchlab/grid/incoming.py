@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -24,6 +25,10 @@ from batchlab.worker import materialise
 
 AHEAD = 4
 """Outcomes that are fetched before they are asked for."""
+GAP_S = 0.05
+GAP_SHARE = 0.1
+"""Between two questions lies this share of the time since the first, `GAP_S` at most: a busy job has
+news all the time, and answering takes the manager from it."""
 VALUES_AT_ONCE = 16
 """Large values and files that are fetched at the same time."""
 
@@ -40,6 +45,7 @@ class Incoming:
         self._count = count
         self._ordered = ordered
         self._after: int | None = None
+        self._began_s = self._answered_s = link.clock.monotonic_s()
         self._listed: list[tuple[float, int, str]] = []
         """Heap of (task or seq from which on it is needed, seq, key) of outcomes to fetch."""
         self._coming: list[tuple[float, int, Future[Outcome]]] = []
@@ -82,9 +88,13 @@ class Incoming:
 
     def _listen(self, given: int) -> None:
         """Wait for outcomes; JobFailed where the job has ended and not all tasks have one."""
+        now_s = self._link.clock.monotonic_s
+        gap_s = min(GAP_S, GAP_SHARE * (self._answered_s - self._began_s))
+        time.sleep(max(0.0, self._answered_s + gap_s - now_s()))
         page = self._link.call(
             lambda client: client.outcomes(self._job, after=self._after, wait_s=POLL_S)
         )
+        self._answered_s = now_s()
         for one in page["outcomes"]:
             self._after = one["seq"]
             # Others hold no result: all their tasks are tried again, split off or cancelled.

@@ -97,10 +97,11 @@ class Link:
     @property
     def client(self) -> Client:
         """The manager's client; UsageError once closed."""
-        self._check_open()
+        self.check_open()
         return self._clients[-1]
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """UsageError once closed."""
         # The thread is gone in a forked child too, where waiting for it would never end.
         if self._closed or not self._thread.is_alive():
             raise UsageError("This grid is closed in this process.", remedy="Make another Grid.")
@@ -142,7 +143,7 @@ class Link:
     def run(self, doing: Coroutine[Any, Any, T]) -> T:
         """The result of a coroutine; interrupted, it is cancelled. UsageError once closed."""
         try:
-            self._check_open()
+            self.check_open()
         except UsageError:
             doing.close()  # never begun
             raise

@@ -65,6 +65,7 @@ class Outgoing:
         nothing submitted.
         """
         link = self._link
+        link.check_open()
         pickled = self._shipping.function(function)
         key = f"code/{hashlib.sha256(pickled).hexdigest()}.pkl"
         token = link.ids.fresh("map")

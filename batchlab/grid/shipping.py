@@ -99,11 +99,8 @@ class Shipping:
 
     @contextmanager
     def _by_value(self) -> Iterator[None]:
-        self._look_around()
-        if not self._local:
-            yield
-            return
         with _REGISTRY:
+            self._look_around()
             known = cloudpickle.list_registry_pickle_by_value()
             ours = [one for one in self._local if one.__name__ not in known]
             for one in ours:
@@ -117,23 +114,20 @@ class Shipping:
     def _look_around(self) -> None:
         """Judge the modules that have been imported since the last time."""
         fresh = sys.modules.keys() - self._seen
-        if not fresh:
-            return
-        self._seen |= fresh
         places = {
             name: place
             for name in fresh
             if "." not in name and (place := _place(name)) and not _is_installed(place)
         }
-        if not places:
-            return
-        theirs = _workers_places(list(places))
-        self._local += [sys.modules[name] for name in places if theirs[name] != places[name]]
+        if places:
+            theirs = _workers_places(list(places))
+            self._local += [sys.modules[name] for name in places if theirs[name] != places[name]]
+        self._seen |= fresh
 
 
 def _place(name: str) -> str | None:
     """Where a module was loaded from, None for what has no place: built in, or made up."""
-    module = sys.modules[name]
+    module = sys.modules.get(name)
     if name in sys.stdlib_module_names or name == "__main__":
         return None
     folders = getattr(module, "__path__", None) or ()
@@ -151,5 +145,5 @@ def _workers_places(names: Sequence[str]) -> dict[str, str | None]:
     answer = subprocess.run(
         [sys.executable, "-P", "-c", _ASK, *names], capture_output=True, text=True, check=True
     )
-    found: dict[str, str | None] = json.loads(answer.stdout)
+    found: dict[str, str | None] = json.loads(answer.stdout.splitlines()[-1])
     return found

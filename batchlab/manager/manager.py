@@ -142,6 +142,9 @@ class Manager:
         heard_s = self.ports.clock.monotonic_s() - 0.75 * self.settings.silence_s
         planned = await ledger.bundles(job.id, done=False)
         live.expect((r.bundle, heard_s) for r in planned)
+        known = self.lives.get(job.id)
+        if known and not known.ended.is_set():
+            return known  # two submissions with one token came at once
         self.lives[job.id] = live
         if self._group is not None:
             self._group.create_task(self._conduct(live), name=f"job {job.id}")

@@ -44,7 +44,7 @@ def calm(seed: int) -> Faults:
     return Faults(random.Random(f"{seed}/faults"))  # noqa: S311 - simulation
 
 
-LIMIT_S = 100_000.0
+LIMIT_S = 30_000.0
 STEPS = 20_000_000
 
 

@@ -154,6 +154,7 @@ async def test_pages_of_jobs_visit_each_once_while_new_ones_come(ledger: Dumping
         await submit(ledger, job)
     seen: list[str] = []
     while page := await ledger.jobs(limit=3, before=seen[-1] if seen else None):
+        assert len(seen) < 7
         seen += [r.job.id for r in page]
         await submit(ledger, replace(JOB, id=JobId(f"late-{len(seen)}"), submitted_s=2_000.0))
     assert seen == [f"j-{i:02d}" for i in range(6, -1, -1)]

@@ -153,6 +153,8 @@ async def test_run_time_adds_up_to_the_microsecond(ledger: DumpingLedger) -> Non
     await fold(ledger, *(done(bundle(i, i + 1), run_s=0.1) for i in range(1_000)))
     await fold(ledger, done(bundle(1_000, 1_001), run_s=1e9 + 1e-6))
     assert (await counts_of(ledger)).run_s == 1_000_000_100.000001
+    await fold(ledger, done(bundle(1_001, 1_002), run_s=1.001001))
+    assert (await counts_of(ledger)).run_s == 1_000_000_101.001002, "rounded, not cut off"
 
 
 @on_every_ledger
@@ -257,6 +259,7 @@ async def test_pages_of_bundles_visit_each_completion_once(ledger: DumpingLedger
         seen += [r.bundle.tasks.first for r in page]
         last = page[-1].seq or 0
     while page := await ledger.bundles(JOB.id, after_seq=last, limit=4):
+        assert len(seen) < 30
         seen += [r.bundle.tasks.first for r in page]
         last = page[-1].seq or 0
     assert sorted(seen) == list(range(30))

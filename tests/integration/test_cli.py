@@ -123,7 +123,7 @@ def test_the_demo_runs_from_nothing_and_agrees_with_its_facts(cli: Cli) -> None:
     assert err.replace("\n", "").isprintable(), "control codes where nobody has a terminal"
     lines = (cli.folder / "out/totals.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["value"]["claims"] for line in lines) == 20 * 40
-    assert not processes_of(cli.home.path), "the grid it brought up is down when it returns"
+    cli.none_left()
 
 
 def test_an_interrupted_run_goes_on_where_it_was(cli: Cli) -> None:
@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on_where_it_was(cli: Cli) -> None:
     code, _, err = cli.end(first)
     assert code == 130
     assert "batchlab run job.yaml --out out --set seconds=0.1 --resume" in err
-    assert not processes_of(cli.home.path)
+    cli.none_left()
     done = cli.outcomes()
     assert done < 40, "it was not interrupted"
 
@@ -166,7 +166,7 @@ def test_sigterm_ends_a_run_like_ctrl_c(cli: Cli) -> None:
     cli.wait(lambda: any("worker" in words for words in processes_of(cli.home.path).values()), "w")
     process.terminate()
     assert cli.end(process)[0] == 130
-    assert not processes_of(cli.home.path)
+    cli.none_left()
 
 
 def test_a_run_survives_the_death_of_its_manager(cli: Cli) -> None:
@@ -233,7 +233,7 @@ def test_a_grid_that_is_up_serves_every_command(cli: Cli) -> None:
     assert cli("run", "job.yaml", "--out", "out")[0] == 0
     assert cli.home.record() == record
     assert cli("grid", "down")[0] == 0
-    assert not processes_of(cli.home.path)
+    cli.none_left()
 
 
 def test_a_stage_gets_the_pool_it_names(cli: Cli) -> None:
