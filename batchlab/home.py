@@ -15,15 +15,19 @@ import fcntl
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from batchlab.errors import Refused, UsageError
 from batchlab.protocol import naming
 
 DEFAULT = ".batchlab"
+PROBED_S = 0.2
+"""For longer than this nobody holds the lock only to see whether it is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +98,16 @@ class Home:
         return path.read_text().strip()
 
     def record(self) -> ManagerRecord | None:
-        """The manager that runs here, None where there is none (its lock is free)."""
+        """The manager that runs here; None where there is none (its lock is free), and while one
+        that has only just started has not said yet where it listens."""
         try:
             record = ManagerRecord(**json.loads((self.path / "manager.json").read_text()))
+            holder = (self.path / "manager.lock").read_text()
         except (FileNotFoundError, json.JSONDecodeError):
             return None
-        return record if self._is_locked() else None
+        # Else the next manager's lock would vouch for the record of the one before it, and a
+        # SIGTERM go to a process that is long gone.
+        return record if holder == str(record.pid) and self._is_locked() else None
 
     def last_owner(self) -> str | None:
         """The lease owner of the manager that ran here last, alive or not."""
@@ -121,14 +129,27 @@ class Home:
         process however it died, which a pid in a file cannot promise."""
         self.make()
         with (self.path / "manager.lock").open("a") as file:
+            self._lock(file)
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def _lock(self, file: IO[str]) -> None:
+        give_up_s = time.monotonic() + PROBED_S
+        while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise Refused(
-                    f"A manager runs in {self.path} already.",
-                    remedy="`batchlab grid status` shows it, `batchlab grid down` ends it.",
-                ) from error
-            yield
+                # Whoever asks whether it is locked holds it for a moment.
+                if time.monotonic() > give_up_s:
+                    raise Refused(
+                        f"A manager runs in {self.path} already.",
+                        remedy="`batchlab grid status` shows it, `batchlab grid down` ends it.",
+                    ) from error
+                time.sleep(0.01)
+            else:
+                return
 
     def _is_locked(self) -> bool:
         try:

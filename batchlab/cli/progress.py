@@ -148,7 +148,7 @@ class Picture:
 
         # Drawn by rich's own thread, so that the clock goes on while we wait for the manager.
         self._live = Live(
-            console=Console(stderr=True), get_renderable=self._draw, refresh_per_second=8
+            console=Console(stderr=True), get_renderable=self.draw, refresh_per_second=8
         )
         self._live.start()
         return self
@@ -158,7 +158,8 @@ class Picture:
             self._live.stop()
         self._live = None
 
-    def _draw(self) -> RenderableType:
+    def draw(self) -> RenderableType:
+        """What there is to see now."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table

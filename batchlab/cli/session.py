@@ -193,6 +193,7 @@ class Session:
             self._client.close()
         if self.ours:
             begun_s = time.monotonic()
-            stop_manager(self.home)
-            self.stop_s = time.monotonic() - begun_s
-            output.say(f"The grid is stopped ({output.span(self.stop_s)}).")
+            # One that is only just starting ends by itself when we do.
+            if stop_manager(self.home):
+                self.stop_s = time.monotonic() - begun_s
+                output.say(f"The grid is stopped ({output.span(self.stop_s)}).")

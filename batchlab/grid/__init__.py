@@ -196,7 +196,7 @@ class Grid:
 
     def close(self) -> None:
         """Cancel the jobs whose results somebody still waits for; end the grid if this brought it
-        up. Files among the results are not there any more, except on the local backend."""
+        up. Files among the results may be gone afterwards. May be called again."""
         self._end()
 
     def __enter__(self) -> Self:

@@ -27,8 +27,8 @@ AHEAD = 4
 """Outcomes that are fetched before they are asked for."""
 GAP_S = 0.05
 GAP_SHARE = 0.1
-"""Between two questions lies this share of the time since the first, `GAP_S` at most: a busy job has
-news all the time, and answering takes the manager from it."""
+"""Between two questions lies this share of the time since the first, `GAP_S` at most: a busy job
+has news all the time, and answering takes the manager from it."""
 VALUES_AT_ONCE = 16
 """Large values and files that are fetched at the same time."""
 

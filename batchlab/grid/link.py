@@ -49,7 +49,7 @@ class Link:
         self.objects = backend.open_objects(home)
         self.patience = backends.patience()
         self.ours = False
-        """Whether the manager is one that we started, and end."""
+        """Whether we have brought up the grid, and end it."""
         self._pools = pools
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -60,12 +60,7 @@ class Link:
         self._cancelling: set[Future[None]] = set()
         self._ending: deque[str] = deque(maxlen=64)
         self._folder: Path | None = None
-        try:
-            self._connect()
-        except BaseException:
-            if self.ours:
-                services.stop_manager(home)
-            raise
+        self._connect()
         self._loop = asyncio.new_event_loop()
         # A daemon, or the interpreter would wait for it before anybody is told to close.
         self._thread = threading.Thread(
@@ -78,9 +73,9 @@ class Link:
     def _connect(self) -> None:
         record = self.home.record()
         if record is None:
-            # Set before it is true: from now on there may be something to end.
-            self.ours = True
             record = services.start_manager(self.home, self.backend, pools=self._pools, parent=True)
+            # Somebody else may have been faster, just now.
+            self.ours = _is_child(record.pid)
         elif self._pools and not self.ours:
             raise UsageError(
                 f"A grid is up in {self.home.path}, so it cannot be sized here.",
@@ -205,7 +200,7 @@ class Link:
         with ExitStack() as last:
             last.callback(self._stop_loop)
             if self.ours:
-                last.callback(services.stop_manager, self.home)
+                last.callback(self._stop_manager)
             for client in self._clients:
                 last.callback(client.close)
             wait(self._cancelling)
@@ -231,6 +226,12 @@ class Link:
         except BackendError as error:
             log.warning("the grid is stopped without knowing that its jobs have ended: %s", error)
 
+    def _stop_manager(self) -> None:
+        record = self.home.record()
+        # Ours may have died, and somebody else's have taken its place.
+        if record and _is_child(record.pid):
+            services.stop_manager(self.home)
+
     def _stop_loop(self) -> None:
         self.start(_cancel_all()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -238,6 +239,14 @@ class Link:
         self._loop.close()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _is_child(pid: int) -> bool:
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 async def _cancel_all() -> None:

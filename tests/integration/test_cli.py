@@ -169,6 +169,19 @@ def test_sigterm_ends_a_run_like_ctrl_c(cli: Cli) -> None:
     cli.none_left()
 
 
+def test_ctrl_c_twice_leaves_at_once_and_leaves_nothing(cli: Cli) -> None:
+    """The first while the manager of an earlier run is on record and the next one only starts."""
+    cli.inputs(2)
+    assert cli("run", "job.yaml")[0] == 0
+    process = cli.start("run", "job.yaml", "--set", "seconds=20")
+    cli.wait(lambda: len(processes_of(cli.home.path)) == 1, "manager")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert cli.end(process)[0] == 130
+    cli.none_left()
+
+
 def test_a_run_survives_the_death_of_its_manager(cli: Cli) -> None:
     """Pain 6: the manager is killed in the middle; nothing is lost and nothing is done twice."""
     cli.inputs(30)

@@ -184,6 +184,24 @@ def test_connecting_to_a_grid_leaves_it_up(grid: Grid, home: Path) -> None:
         Grid("moon", home=home)
 
 
+def test_a_grid_that_somebody_else_was_faster_to_bring_up_stays_up(
+    grid: Grid, home: Path, tmp_path: Path
+) -> None:
+    script = f"""
+        from batchlab import Grid
+        from batchlab.home import Home
+        record, asked = Home.record, []
+        def late(home):
+            asked.append(1)
+            return record(home) if len(asked) > 1 else None
+        Home.record = late
+        with Grid("local", home={str(home)!r}) as grid:
+            print(list(grid.map(len, ["a"])))
+    """
+    assert output(tmp_path, script) == "[1]\n"
+    assert list(grid.map(lambda x: x, [1])) == [1]
+
+
 def test_a_script_maps_its_own_functions_and_those_of_modules_beside_it(
     grid: Grid, home: Path, tmp_path: Path
 ) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from rich.console import Console
 
 from batchlab import backends
 from batchlab.adapters.sim.objects import SimObjects
@@ -296,3 +299,18 @@ def test_capacity_counts_the_pools_that_the_job_uses() -> None:
     other = {**grid["pools"][0], "name": "other"}
     grid["pools"].append(other)
     assert progress.capacity(cast("GridView", grid), view()) == (1, 1, 2)
+
+
+def test_the_picture_has_a_line_per_stage_and_one_for_the_workers() -> None:
+    picture = progress.Picture()
+    console = Console(file=StringIO(), width=100)
+    console.print(picture.draw())
+    job = view()
+    job["stages"].append({**job["stages"][0], "name": "total", "planned": None, "failed": 0})
+    picture.show(job, cast("GridView", a_grid()))
+    console.print(picture.draw())
+    waiting, parse, total, foot = cast("StringIO", console.file).getvalue().splitlines()
+    assert waiting == "waiting for the grid"
+    assert re.search(r"^parse .* 5/10 +1 failed +2 running", parse)
+    assert re.search(r"^total .* 4/\? +2 running", total)
+    assert foot.startswith("sums-0123456789 RUNNING  1/1 workers  ")

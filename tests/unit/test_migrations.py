@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -117,9 +118,14 @@ def test_bundles_are_read_in_the_order_of_an_index(
     assert plan[0].startswith("SEARCH bundles USING INDEX bundles_read (job=?")
 
 
-def test_a_database_that_is_behind_is_migrated_at_the_first_call(tmp_path: Path) -> None:
-    path = tmp_path / "100%" / "ledger.sqlite"
-    path.parent.mkdir()
+def test_a_database_that_is_behind_is_migrated_at_the_first_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where batchlab is installed in a folder whose name Alembic would interpolate."""
+    installed = tmp_path / "100%" / "migrations"
+    shutil.copytree(migrate.MIGRATIONS, installed)
+    monkeypatch.setattr(migrate, "MIGRATIONS", installed)
+    path = tmp_path / "ledger.sqlite"
     engine = sqlite_engine(path)
     with as_writer(engine).begin() as connection:
         versions.create(connection)

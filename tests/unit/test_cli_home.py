@@ -1,0 +1,66 @@
+"""Who is at home: the record of a manager, and the lock that vouches for it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from batchlab.errors import Refused
+from batchlab.home import Home, ManagerRecord
+
+
+def a_record(pid: int) -> ManagerRecord:
+    return ManagerRecord("http://127.0.0.1:1", pid, "manager-1", "local")
+
+
+def test_a_record_counts_while_its_manager_holds_the_lock(tmp_path: Path) -> None:
+    home = Home(tmp_path / "h")
+    assert home.record() is None
+    with home.locked():
+        assert home.record() is None, "it has not said yet where it listens"
+        home.write_record(a_record(os.getpid()))
+        assert home.record() == a_record(os.getpid())
+    assert home.record() is None
+    assert home.last_owner() == "manager-1"
+
+
+def test_the_next_managers_lock_does_not_vouch_for_the_record_before_it(tmp_path: Path) -> None:
+    """A command that ends the grid while it starts must not signal a process long gone."""
+    home = Home(tmp_path / "h")
+    home.make()
+    home.write_record(a_record(os.getpid() + 1))
+    with home.locked():
+        assert home.record() is None
+
+
+def test_a_second_manager_is_refused(tmp_path: Path) -> None:
+    home = Home(tmp_path / "h")
+    with home.locked(), pytest.raises(Refused, match="grid down"), Home(tmp_path / "h").locked():
+        pass
+
+
+def test_looking_never_keeps_a_manager_from_starting(tmp_path: Path) -> None:
+    """Whoever starts a manager looks for it all the time, and each look takes the lock."""
+    home = Home(tmp_path / "h")
+    with home.locked():
+        home.write_record(a_record(os.getpid()))
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            home.record()
+
+    lookers = [threading.Thread(target=look) for _ in range(2)]
+    for looker in lookers:
+        looker.start()
+    try:
+        for _ in range(300):
+            with home.locked():
+                pass
+    finally:
+        done.set()
+        for looker in lookers:
+            looker.join()
