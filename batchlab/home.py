@@ -74,7 +74,9 @@ class Home:
         """Make the folder; UsageError where that is not possible."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / ".gitignore").write_text("*\n")
+            ignore = self.path / ".gitignore"
+            if not ignore.exists():
+                ignore.write_text("*\n")
             (self.path / naming.MADE).touch()
         except OSError as error:
             raise UsageError(

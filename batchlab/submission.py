@@ -32,8 +32,8 @@ class Uploaded:
 
 
 def code_digest(jobfile: JobFile) -> tuple[bytes, str]:
-    """The code folder as a zip, and its sha256."""
-    data = code.pack(jobfile.code)
+    """The code folder as a zip, without the input that may lie in it, and its sha256."""
+    data = code.pack(jobfile.code, [f for f in jobfile.input_files() if isinstance(f, Path)])
     return data, hashlib.sha256(data).hexdigest()
 
 

@@ -12,7 +12,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -49,17 +49,20 @@ def digest_of(code_key: str) -> str:
     return digest
 
 
-def pack(folder: Path) -> bytes:
+def pack(folder: Path, data: Collection[Path] = ()) -> bytes:
     """The files of `folder` as a zip, the same for the same content and modes.
 
-    Caches, virtual environments, version control and folders that batchlab made stay out.
+    Caches, virtual environments, version control and folders that batchlab made stay out, and so
+    does `data` (absolute paths): the job's input, which reaches the tasks by itself.
     UsageError for a link that leaves the folder, for what is neither file nor folder, and beyond
     512 MiB or 20,000 files.
     """
     root = folder.resolve()
     if not root.is_dir():
         raise UsageError(f"The code folder {folder} does not exist.")
-    files = sorted(_files(root, root), key=lambda path: path.relative_to(root).as_posix())
+    left_out = {path.resolve() for path in data}
+    files = [path for path in _files(root, root) if path not in left_out]
+    files.sort(key=lambda path: path.relative_to(root).as_posix())
     total = sum(path.stat().st_size for path in files)
     if len(files) > MAX_FILES or total > MAX_BYTES:
         raise UsageError(

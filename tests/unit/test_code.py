@@ -175,3 +175,12 @@ def test_many_may_unpack_the_same_code_at_once(tmp_path: Path) -> None:
 def test_a_key_that_is_no_code_zips_is_refused(key: str) -> None:
     with pytest.raises(UsageError, match="no key of a code zip"):
         code.digest_of(key)
+
+
+def test_the_jobs_input_is_not_code(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path / "code")
+    before = code.pack(folder)
+    big = folder / "data.csv"
+    big.write_text("1,2\n")
+    assert code.pack(folder, [big]) == before
+    assert code.pack(folder) != before
