@@ -28,12 +28,15 @@ class Collector:
         lives: Mapping[JobId, LiveJob],
         folder: Folder,
         registry: Registry,
+        quiet: asyncio.Lock,
     ) -> None:
+        """`quiet` is held while the ledger must not change under somebody's hands."""
         self._ports = ports
         self._settings = settings
         self._lives = lives
         self._folder = folder
         self._registry = registry
+        self._quiet = quiet
 
     async def collect(self) -> None:
         """Receive, fold, delete, for ever. Deleted only once folded: a crash repeats the fold,
@@ -42,7 +45,8 @@ class Collector:
             try:
                 await self._collect_once()
             except BackendError as error:
-                # What was received comes again when its visibility runs out.
+                # What was received comes again when its visibility runs out. A queue that is
+                # not there is made again by the tick.
                 log.warning("events wait for the backend: %s", error)
                 await asyncio.sleep(self._settings.tick_s)
 
@@ -58,7 +62,8 @@ class Collector:
             )
         )
         if messages:
-            await self._take(messages)
+            async with self._quiet:
+                await self._take(messages)
             receipts = [m.receipt for m in messages]
             await patience(partial(queue.delete, naming.EVENTS, receipts))
 
@@ -67,7 +72,7 @@ class Collector:
         for message in messages:
             try:
                 events = wire.read_events_message(message.body)
-            except (BackendError, ValueError, KeyError, TypeError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody's bytes
                 log.error("dropped an event that cannot be read (%s): %.200s", error, message.body)
                 continue
             completions += events.completions

@@ -11,9 +11,10 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from batchlab.commit import Addressed, address, commit, committed, send_all
-from batchlab.errors import AlreadyExists, UsageError
+from batchlab.errors import AlreadyExists, NotFound, UsageError
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports, in_pool
 from batchlab.manager.plans import Plans
@@ -75,6 +76,9 @@ class Conductor:
 
     async def advance(self, live: LiveJob) -> None:
         """Do everything that can be done for the job now."""
+        if live.record.control is Control.CANCEL:
+            await self.stop(live, wire.Word(Control.CANCEL))
+            return
         if live.record.control is Control.PAUSE or live.record.state is JobState.SCHEDULED:
             return
         if live.record.control is Control.RUN:
@@ -83,15 +87,13 @@ class Conductor:
                     await self._plan(live, stage)
                     await self._cut(live, stage)
             except UsageError as error:
-                await self.stop(live, JobState.FAILED, str(error))
+                await self.stop(live, wire.Word(Control.CANCEL, JobState.FAILED, str(error)))
                 return
         verdict = judge(live.job, [s.counts for s in live.stages.values()])
-        if live.record.control is Control.CANCEL:
-            state = JobState.FAILED if verdict.stop else JobState.CANCELLED
-            await self.stop(live, state, verdict.reason or "cancelled by its user")
-        elif verdict.stop:
-            await self.stop(live, JobState.FAILED, verdict.reason)
-        elif all(s.counts.ended for s in live.stages.values()):
+        if verdict.stop:
+            reason = await self._explained(live, verdict)
+            await self.stop(live, wire.Word(Control.CANCEL, JobState.FAILED, reason))
+        elif all(s.counts.ended for s in live.stages.values()) and await self._accounted(live):
             state = JobState.FAILED if verdict.failed else JobState.SUCCEEDED
             await self._finish(live, state, await self._explained(live, verdict), {})
 
@@ -208,30 +210,41 @@ class Conductor:
         for bundle in bundles:
             items: Sequence[Json] | None = None
             if bundle.source is None and live.job.stage(bundle.stage).gather != "*":
-                items = await self._inputs.resolve(live.job, bundle)
+                try:
+                    items = await self._inputs.resolve(live.job, bundle)
+                except NotFound:
+                    items = None  # the worker finds the same, and says so in an outcome
             messages.append(address(live.job, bundle, items=items, now_s=now_s))
         await send_all(self._ports.queue, messages, self._ports.patience)
 
     # --- Ending ----------------------------------------------------------------------------------
 
-    async def stop(self, live: LiveJob, state: JobState, reason: str) -> None:
+    async def stop(self, live: LiveJob, word: wire.Word) -> None:
         """End the job before its time: no task starts any more, what is outstanding is sealed.
 
-        Returns when the job has ended. The first half is the cancellation's acknowledgement.
+        `word` says what it ends as, unless an earlier one has been written.
         """
-        await self.forbid(live)
+        await self.forbid(live, word)
         closed = await self._seal(live)
-        await self._finish(live, state, reason, closed)
+        get = partial(self._ports.objects.get, naming.control(live.id))
+        written = wire.word_from_bytes(await self._ports.patience(get))
+        await self._finish(live, written.state, written.reason, closed)
 
-    async def forbid(self, live: LiveJob) -> None:
-        """Write "cancel" where the workers look, and wait until none can start a task (I4)."""
+    async def forbid(self, live: LiveJob, word: wire.Word) -> None:
+        """Write "cancel" where the workers look, and wait until none can start a task (I4).
+
+        The first such word stays: a leader that takes over must not end the job as something else.
+        """
         if live.forbidden:
             return
-        objects, patience = self._ports.objects, self._ports.patience
-        data = wire.control_to_bytes(Control.CANCEL)
-        await patience(lambda: objects.put(naming.control(live.id), data))
-        await self._ports.ledger.set_control(live.id, Control.CANCEL)
-        live.record = replace(live.record, control=Control.CANCEL)
+        async with live.control_lock:
+            if live.record.control is not Control.CANCEL:
+                put = partial(
+                    self._ports.objects.put, naming.control(live.id), wire.word_to_bytes(word)
+                )
+                await self._ports.patience(put)
+                await self._ports.ledger.set_control(live.id, Control.CANCEL)
+                live.record = replace(live.record, control=Control.CANCEL)
         await asyncio.sleep(self._settings.control_lease_s * 1.1)
         live.forbidden = True
 
@@ -244,6 +257,9 @@ class Conductor:
             record = live.stages[stage.name]
             if not stage.chained and (record.left or record.counts.planned is None):
                 await self._close_cuts(live, stage.name, record)
+        for stage in live.job.stages:
+            if stage.chained:
+                await self._plan(live, stage)
         await self._folder.refresh(live)
         who = f"manager-{live.record.round}"
         while outstanding := live.all_outstanding()[:SEALED_AT_ONCE]:
@@ -314,6 +330,23 @@ class Conductor:
                     where = f"task {failure.task} of stage {record.bundle.stage}"
                     return f"{verdict.reason}; {where}: {failure.reason}"
         return verdict.reason
+
+    async def _accounted(self, live: LiveJob) -> bool:
+        """Whether every bundle's outcome is in the ledger; fetches those whose event was lost.
+
+        All tasks can be terminal without that: the halves of a split bundle may be heard of
+        before it is, and the event of the split itself may never come (I3).
+        """
+        while outstanding := live.all_outstanding()[:SEALED_AT_ONCE]:
+            objects, patience = self._ports.objects, self._ports.patience
+            found = await asyncio.gather(
+                *(committed(objects, one.bundle, patience) for one in outstanding)
+            )
+            outcomes = [outcome for outcome in found if outcome]
+            await self._folder.fold([settle.completion(outcome) for outcome in outcomes])
+            if len(outcomes) < len(outstanding):
+                return False
+        return True
 
     async def _move(self, live: LiveJob, state: JobState) -> None:
         if await self._ports.ledger.move_job(live.id, state):

@@ -79,6 +79,10 @@ class LiveJob:
     outstanding: dict[StageName, dict[BundleId, Outstanding]] = field(default_factory=dict)
     poke: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    control_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held from reading the control word to having written the next: a slow "run" must not come
+    after a "cancel" that has been acknowledged."""
+    conducting: asyncio.Task[None] | None = None
     forbidden: bool = False
     """The cancellation is acknowledged: no worker can start a task of it any more."""
     trouble: str = ""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from batchlab.errors import BackendError
+from batchlab.errors import BackendError, NotFound, Refused
 from batchlab.manager.autoscaler import Autoscaler
 from batchlab.manager.collector import Collector
 from batchlab.manager.conductor import Conductor
@@ -59,7 +59,8 @@ class Manager:
         self.conductor = Conductor(ports, settings, self.lives, folder, self._slots, self.hurry)
         self.requests = Requests(ports, self.conductor, self.lives, self._adopt)
         self.autoscaler = Autoscaler(ports, settings, self.lives, self.registry)
-        self._collector = Collector(ports, settings, self.lives, folder, self.registry)
+        self._quiet = asyncio.Lock()
+        self._collector = Collector(ports, settings, self.lives, folder, self.registry, self._quiet)
         self._reconciler = Reconciler(ports, settings, self.lives, folder, self.conductor)
         self._group: asyncio.TaskGroup | None = None
 
@@ -147,7 +148,7 @@ class Manager:
             return known  # two submissions with one token came at once
         self.lives[job.id] = live
         if self._group is not None:
-            self._group.create_task(self._conduct(live), name=f"job {job.id}")
+            live.conducting = self._group.create_task(self._conduct(live), name=f"job {job.id}")
         return live
 
     async def _conduct(self, live: LiveJob) -> None:
@@ -159,6 +160,11 @@ class Manager:
                 log.warning("job %s waits for the backend: %s", live.id, error)
                 live.trouble = str(error)
                 await asyncio.sleep(self.settings.tick_s)
+            except Exception as error:
+                # A bug, met by one job's data: it must not take the other jobs with it.
+                log.exception("job %s met a bug", live.id)
+                live.trouble = f"an error inside the manager: {error!r}; see its log"
+                await asyncio.sleep(self.settings.lease_ttl_s)
         if self.lives.get(live.id) is live:
             del self.lives[live.id]
 
@@ -167,8 +173,18 @@ class Manager:
     async def _tick_for_ever(self) -> None:
         while True:
             try:
-                await self.tick()
+                async with self._quiet:
+                    await self.tick()
                 self.trouble = ""
+            except NotFound as error:
+                log.warning(
+                    "something is not there, so queues and groups are made again: %s", error
+                )
+                self.trouble = str(error)
+                with suppress(BackendError):  # the next tick comes here again
+                    await self._prepare()
+            except Refused as error:
+                log.warning("this tick is cut short: %s", error)
             except BackendError as error:
                 log.warning("this tick is skipped: %s", error)
                 self.trouble = str(error)
@@ -230,7 +246,15 @@ class Manager:
 
     async def rebuild_ledger(self) -> int:
         """Make the ledger anew from the bucket; answers how many jobs it found."""
-        count = await rebuild(self.ports)
+        async with self._quiet:
+            # Nobody folds, plans or cuts meanwhile: a cut that is added between the clearing and
+            # the replay would make the earlier ones look known.
+            conducting = [live.conducting for live in self.lives.values() if live.conducting]
+            for task in conducting:
+                task.cancel()
+            await asyncio.gather(*conducting, return_exceptions=True)
+            self.lives.clear()
+            count = await rebuild(self.ports)
         for record in await self.ports.ledger.jobs(active=True, limit=10_000):
             if record.job.id not in self.lives:
                 await self._adopt(record)

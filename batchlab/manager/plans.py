@@ -130,7 +130,13 @@ class Plans:
 
     async def _outcome(self, bundle: Bundle) -> Outcome:
         get = partial(self._ports.objects.get, naming.outcome(bundle))
-        return wire.outcome_from_json(wire.loads(await self._ports.patience(get)))
+        try:
+            return wire.outcome_from_json(wire.loads(await self._ports.patience(get)))
+        except NotFound as error:
+            raise UsageError(
+                f"The results of stage {bundle.stage} have vanished from the bucket: {error}",
+                remedy="Submit the job again.",
+            ) from error
 
     async def _write(
         self,

@@ -31,6 +31,7 @@ class _Found:
 
 async def rebuild(ports: Ports) -> int:
     """Forget the ledger's jobs and read them from the bucket again; answers how many."""
+    await ports.ledger.clear()
     found: dict[JobId, _Found] = defaultdict(_Found)
     async for page in ports.objects.list("jobs/"):
         for info in page:
@@ -41,7 +42,6 @@ async def rebuild(ports: Ports) -> int:
                 found[job].outcomes.append(info.key)
             elif info.key == naming.spec(job):
                 found[job].spec = True
-    await ports.ledger.clear()
     specs = [wire.job_from_json(await _doc(ports, naming.spec(j))) for j in found if found[j].spec]
     for spec in sorted(specs, key=lambda one: (one.submitted_s, one.id)):
         await _rebuild_job(ports, spec, found[spec.id])
@@ -53,8 +53,10 @@ async def _rebuild_job(ports: Ports, job: JobDef, found: _Found) -> None:
     later = job.start_at_s is not None and job.start_at_s > ports.clock.now_s()
     await ledger.add_job(job, state=JobState.SCHEDULED if later else JobState.SUBMITTED)
     cuts = [wire.cut_from_json(await _doc(ports, key)) for key in found.cuts]
-    outcomes = [wire.outcome_from_json(await _doc(ports, key)) for key in found.outcomes]
-    completions = [settle.completion(one) for one in outcomes]
+    # One at a time: a job's values may be more than memory holds, its completions are not.
+    completions = [
+        settle.completion(wire.outcome_from_json(await _doc(ports, key))) for key in found.outcomes
+    ]
     round_ = 0
     while True:
         await _rebuild_round(
@@ -109,7 +111,7 @@ async def _rebuild_control(ports: Ports, job: JobDef) -> None:
         data = await ports.patience(partial(ports.objects.get, naming.control(job.id)))
     except NotFound:
         return
-    control = wire.control_from_bytes(data)
+    control = wire.word_from_bytes(data).control
     await ports.ledger.set_control(job.id, control)
     if control is Control.PAUSE:
         await ports.ledger.move_job(job.id, JobState.PAUSED)

@@ -13,13 +13,14 @@ from dataclasses import replace
 from functools import partial
 
 from batchlab.commit import commit, committed, follow_ups, send_all
-from batchlab.errors import BackendError, NotFound
+from batchlab.errors import Throttled, Unreachable
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, ManagerSettings, Outstanding, Ports, in_pool
 from batchlab.model import Bundle, Control, JobDef, JobId, Outcome
 from batchlab.ports import MAX_BATCH, Depth, Message
 from batchlab.protocol import naming, settle, wire
+from batchlab.worker.suspects import starts_of
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,11 @@ PATIENCE_WITH_A_FULL_QUEUE = 10
 """A silent bundle most likely still waits in a pool's queue that has visible messages."""
 
 LOOKED_FOR_AT_ONCE = 50
+
+DEAD_LETTER_BATCHES = 5
+
+DELIVERY_LIMIT = 50
+"""Deliveries of a task alone without an outcome before it is given up on for that alone."""
 
 
 class Reconciler:
@@ -96,38 +102,59 @@ class Reconciler:
     # --- Dead letters ----------------------------------------------------------------------------
 
     async def drain_dead_letters(self, pool: str) -> None:
-        """Turn what the queue gave up on into outcomes; nothing rots there."""
+        """Turn what the queue gave up on into outcomes; nothing rots there.
+
+        A few batches a tick, so that a flood of them does not keep the tick from its other work.
+        """
         name = naming.dead_letters(pool)
         queue, patience = self._ports.queue, self._ports.patience
-        while messages := await patience(
-            partial(queue.receive, name, max_messages=MAX_BATCH, wait_s=0)
-        ):
+        for _ in range(DEAD_LETTER_BATCHES):
+            messages = await patience(
+                partial(queue.receive, name, max_messages=MAX_BATCH, wait_s=0)
+            )
+            if not messages:
+                return
             for message in messages:
                 await self._judge(message)
-            await patience(partial(queue.delete, name, [m.receipt for m in messages]))
+                await patience(partial(queue.delete, name, [message.receipt]))
 
     async def _judge(self, message: Message) -> None:
+        """What becomes of a dead letter. Receives alone condemn nothing: an outage of the bucket
+        uses them up too. So a task alone fails only where it was started often enough."""
         try:
             bundle = wire.read_task_message(message.body).bundle
             job = (await self._ports.ledger.job(bundle.job)).job
-        except (BackendError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, BackendError) and not isinstance(error, NotFound):
-                raise
+        except (Throttled, Unreachable):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody's bytes
             log.error("dropped a dead letter that is no bundle of ours (%s)", error)
             return
         outcome = await committed(self._ports.objects, bundle, self._ports.patience)
         if outcome is None:
-            now_s = self._ports.clock.now_s()
-            execution = f"dead-{message.id}"
-            if len(bundle.tasks) > 1:
-                outcome = settle.bisect(bundle, execution=execution, worker="manager", now_s=now_s)
-            else:
-                reason = (
-                    f"was delivered {message.receive_count - 1} times between "
-                    f"{message.sent_s:.0f} and {now_s:.0f} and never came to an outcome"
-                )
-                outcome = settle.poisoned(
-                    bundle, reason, execution=execution, worker="manager", now_s=now_s
-                )
-            outcome = await commit(self._ports.objects, outcome, self._ports.patience)
-        await self.forward(job, outcome)
+            outcome = await self._condemned(bundle, message)
+        if outcome is not None:
+            await self.forward(job, outcome)
+            return
+        again = replace(bundle, losses=bundle.losses + message.receive_count)
+        live = self._lives.get(bundle.job)
+        if live:
+            await self._conductor.send(live, [again])
+
+    async def _condemned(self, bundle: Bundle, message: Message) -> Outcome | None:
+        now_s = self._ports.clock.now_s()
+        execution = f"dead-{message.id}"
+        if len(bundle.tasks) > 1:
+            draft = settle.bisect(bundle, execution=execution, worker="manager", now_s=now_s)
+        else:
+            starts = await starts_of(self._ports.objects, bundle)
+            deliveries = bundle.losses + message.receive_count - 1
+            if starts < settle.LOSS_LIMIT and deliveries < DELIVERY_LIMIT:
+                return None
+            reason = (
+                f"was delivered {deliveries} times, the last {message.receive_count - 1} within "
+                f"{now_s - message.sent_s:.0f} s, and never came to an outcome"
+            )
+            draft = settle.poisoned(
+                bundle, reason, execution=execution, worker="manager", now_s=now_s
+            )
+        return await commit(self._ports.objects, draft, self._ports.patience)

@@ -9,11 +9,13 @@ from functools import partial
 from batchlab.commit import address, send_all
 from batchlab.errors import BackendError
 from batchlab.manager.live import LiveJob, Ports, Seen
-from batchlab.model import Instance, JobId
+from batchlab.model import Bundle, Instance, JobId
 from batchlab.ports import MAX_BATCH
 from batchlab.protocol import wire
 
 log = logging.getLogger(__name__)
+
+GONE_KEPT = 1000
 
 
 class Registry:
@@ -28,14 +30,18 @@ class Registry:
         self._lives = lives
         self.workers: dict[str, Seen] = {}
         """By instance."""
+        self._gone: dict[str, None] = {}
+        """The last instances that left or died, in order: a late beat must not revive one."""
 
     async def hear(self, beat: wire.Beat) -> None:
         """Take a beat; the first of an instance makes it InService, the last one removes it."""
         known = self.workers.get(beat.instance)
-        if known and known.beat.worker == beat.worker and known.beat.at_s > beat.at_s:
+        if known and known.beat.worker == beat.worker and known.beat.number > beat.number:
             return  # the queue may deliver an older beat after a newer one
+        if beat.instance in self._gone:
+            return
         if beat.gone:
-            self.workers.pop(beat.instance, None)
+            self._leave(beat.instance)
             return
         now_s = self._ports.clock.monotonic_s()
         before = known.since_s if known else {}
@@ -46,6 +52,12 @@ class Registry:
                 live.changed()
         if known is None:
             await self._ports.fleet.ready(beat.instance)
+
+    def _leave(self, instance: str) -> Seen | None:
+        self._gone[instance] = None
+        while len(self._gone) > GONE_KEPT:
+            del self._gone[next(iter(self._gone))]
+        return self.workers.pop(instance, None)
 
     def idle(self, pool: str) -> list[str]:
         """Instances of the pool that hold nothing, longest silent first."""
@@ -67,7 +79,7 @@ class Registry:
     async def bury(self, dead: Sequence[Instance]) -> None:
         """Give back what these instances held."""
         for instance in dead:
-            seen = self.workers.pop(instance.id, None)
+            seen = self._leave(instance.id)
             if seen is None or not seen.beat.held:
                 continue
             explained = instance.note.startswith("terminated")
@@ -78,28 +90,39 @@ class Registry:
                 log.warning("they return when their visibility runs out: %s", error)
 
     async def _give_back(self, held: Sequence[wire.Held], *, explained: bool) -> None:
+        copied: list[wire.Held] = []
+        if explained:
+            copied = [one for one in held if one.receipt and self._waiting(one)]
+            await self._send_copies(copied)
+        for one_by_one, visible in ((copied, False), (held, True)):
+            by_queue: dict[str, list[str]] = {}
+            for one in one_by_one:
+                if one.receipt is not None and (not visible or one not in copied):
+                    by_queue.setdefault(one.queue, []).append(one.receipt)
+            for name, receipts in by_queue.items():
+                await self._return(name, receipts, visible=visible)
+
+    async def _return(self, name: str, receipts: Sequence[str], *, visible: bool) -> None:
+        """Make messages visible again, or delete those of which a copy was sent."""
         queue, patience = self._ports.queue, self._ports.patience
-        by_queue: dict[str, list[wire.Held]] = {}
-        for one in held:
-            if one.receipt is not None:
-                by_queue.setdefault(one.queue, []).append(one)
-        for name, ones in by_queue.items():
-            if explained:
-                await self._send_copies(ones)
-            for i in range(0, len(ones), MAX_BATCH):
-                receipts = [one.receipt for one in ones[i : i + MAX_BATCH] if one.receipt]
-                if explained:
-                    await patience(partial(queue.delete, name, receipts))
-                else:
-                    now = [(receipt, 0.0) for receipt in receipts]
-                    await patience(partial(queue.change_visibility, name, now))
+        for i in range(0, len(receipts), MAX_BATCH):
+            batch = receipts[i : i + MAX_BATCH]
+            if visible:
+                now = [(receipt, 0.0) for receipt in batch]
+                await patience(partial(queue.change_visibility, name, now))
+            else:
+                await patience(partial(queue.delete, name, batch))
+
+    def _waiting(self, held: wire.Held) -> Bundle | None:
+        live = self._lives.get(held.job)
+        one = live.outstanding.get(held.stage, {}).get(held.bundle) if live else None
+        return one.bundle if one else None
 
     async def _send_copies(self, held: Sequence[wire.Held]) -> None:
-        messages = []
-        for one in held:
-            live = self._lives.get(one.job)
-            waiting = live.outstanding.get(one.stage, {}).get(one.bundle) if live else None
-            if live and waiting:
-                now_s = self._ports.clock.now_s()
-                messages.append(address(live.job, waiting.bundle, now_s=now_s))
+        now_s = self._ports.clock.now_s()
+        messages = [
+            address(self._lives[one.job].job, bundle, now_s=now_s)
+            for one in held
+            if (bundle := self._waiting(one))
+        ]
         await send_all(self._ports.queue, messages, self._ports.patience)

@@ -91,7 +91,7 @@ class Requests:
         now_s = self._ports.clock.now_s()
         later = job.start_at_s is not None and job.start_at_s > now_s
         state = JobState.SCHEDULED if later else JobState.SUBMITTED
-        run = wire.control_to_bytes(Control.RUN)
+        run = wire.word_to_bytes(wire.Word(Control.RUN))
         try:
             # Absent only: a repeated submission must not undo a cancellation.
             await patience(lambda: objects.put(naming.control(job.id), run, if_absent=True))
@@ -105,7 +105,8 @@ class Requests:
     async def cancel(self, job: JobId) -> None:
         """Returns once no task of the job can start any more (I4); Refused where it has ended."""
         live = self._live(job, "cancelled")
-        await self._conductor.forbid(live)
+        word = wire.Word(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
+        await self._conductor.forbid(live, word)
         live.poke.set()
 
     async def pause(self, job: JobId) -> None:
@@ -117,11 +118,13 @@ class Requests:
     async def resume(self, job: JobId) -> None:
         """Go on. Workers dropped the messages of a paused job, so all outstanding are sent."""
         live = self._live(job, "resumed")
-        if live.record.control is Control.CANCEL:
-            raise Refused(f"Job {job} is being cancelled.")
+        if live.record.control is Control.RUN:
+            raise Refused(f"Job {job} is not paused.")
         await self._control(live, Control.RUN)
         await self._move(live, JobState.RUNNABLE)
-        await self._conductor.send(live, [one.bundle for one in live.all_outstanding()])
+        # Copies, which a worker checks for an outcome: some may not have been dropped yet.
+        again = [replace(one.bundle, losses=1) for one in live.all_outstanding()]
+        await self._conductor.send(live, again)
         live.poke.set()
 
     async def retry(self, job: JobId) -> JobRecord:
@@ -140,7 +143,7 @@ class Requests:
             await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
         except AlreadyExists:
             made = Retry.from_bytes(await patience(lambda: objects.get(key)))
-        run = wire.control_to_bytes(Control.RUN)
+        run = wire.word_to_bytes(wire.Word(Control.RUN))
         await patience(lambda: objects.put(naming.control(job), run))
         await self._ports.ledger.reopen(job, round_, made.reopened)
         live = await self._adopt(await self._ports.ledger.job(job))
@@ -228,13 +231,14 @@ class Requests:
         return live
 
     async def _control(self, live: LiveJob, control: Control) -> None:
-        if live.record.control is Control.CANCEL:
-            raise Refused(f"Job {live.id} is being cancelled.")
-        objects = self._ports.objects
-        put = partial(objects.put, naming.control(live.id), wire.control_to_bytes(control))
-        await self._ports.patience(put)
-        await self._ports.ledger.set_control(live.id, control)
-        live.record = replace(live.record, control=control)
+        async with live.control_lock:
+            if live.record.control is Control.CANCEL:
+                raise Refused(f"Job {live.id} is being cancelled.")
+            data = wire.word_to_bytes(wire.Word(control))
+            put = partial(self._ports.objects.put, naming.control(live.id), data)
+            await self._ports.patience(put)
+            await self._ports.ledger.set_control(live.id, control)
+            live.record = replace(live.record, control=control)
 
     async def _move(self, live: LiveJob, state: JobState) -> None:
         if await self._ports.ledger.move_job(live.id, state):

@@ -33,7 +33,7 @@ def bundle_size(left: int, slots: int, mean_s: float | None, fixed: int | None) 
     if left <= 0:
         return 0
     if fixed is not None:
-        return min(fixed, left)
+        return min(fixed, CAP, left)
     if mean_s is None:
         return 1
     by_time = int(TARGET_S / mean_s) if mean_s > TARGET_S / CAP else CAP

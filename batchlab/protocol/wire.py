@@ -23,6 +23,7 @@ from batchlab.model import (
     InputDef,
     JobDef,
     JobId,
+    JobState,
     Json,
     Outcome,
     RetryRule,
@@ -47,7 +48,10 @@ def to_bytes(value: Json) -> bytes:
 
 def loads(data: bytes | str) -> dict[str, Any]:
     """A versioned document; BackendError where it is not one of ours."""
-    doc = json.loads(data)
+    try:
+        doc = json.loads(data)
+    except ValueError:
+        doc = None
     if not isinstance(doc, dict) or doc.get("v") != VERSION:
         raise BackendError(
             "A stored object is not in a format this batchlab knows.",
@@ -299,6 +303,8 @@ class Beat:
     slots: int
     busy: int
     held: tuple[Held, ...]
+    number: int
+    """Counts the worker's beats: the queue may deliver an older one later, and clocks jump."""
     leaving: bool = False
     gone: bool = False
     """The last beat: it has given everything back."""
@@ -334,9 +340,24 @@ def read_events_message(body: str) -> Events:
     )
 
 
-def control_to_bytes(state: Control) -> bytes:
-    return to_bytes({"v": VERSION, "control": state.value})
+@dataclass(frozen=True, slots=True)
+class Word:
+    """The content of a control object. With CANCEL it says what the job ends as, and why."""
+
+    control: Control
+    state: JobState = JobState.CANCELLED
+    reason: str = ""
 
 
-def control_from_bytes(data: bytes) -> Control:
-    return Control(loads(data)["control"])
+def word_to_bytes(word: Word) -> bytes:
+    doc = {"v": VERSION, "control": word.control.value}
+    if word.control is Control.CANCEL:
+        doc |= {"state": word.state.value, "reason": word.reason}
+    return to_bytes(doc)
+
+
+def word_from_bytes(data: bytes) -> Word:
+    doc = loads(data)
+    return Word(
+        Control(doc["control"]), JobState(doc.get("state", "CANCELLED")), doc.get("reason", "")
+    )

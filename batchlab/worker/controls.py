@@ -54,10 +54,10 @@ class Controls:
             )
         except NotFound:
             # The job's objects were removed: nobody wants its results any more.
-            changed = (wire.control_to_bytes(Control.CANCEL), "")
+            changed = (wire.word_to_bytes(wire.Word(Control.CANCEL)), "")
         entry = self._entries.get(job)
         if changed is not None:
-            control, etag = wire.control_from_bytes(changed[0]), changed[1]
+            control, etag = wire.word_from_bytes(changed[0]).control, changed[1]
             watchers = entry.watchers if entry else 0
             entry = self._entries[job] = _Entry(control, etag, asked_s, watchers)
         elif entry is None:  # forgotten while the request was under way

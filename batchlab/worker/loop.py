@@ -46,6 +46,9 @@ QUICK_S = 1.5
 """Bundles that end within this are prefetched, one per slot: a longer one would keep the
 prefetched message from an idle worker."""
 
+OUTAGE_S = 1.0
+"""Wait before the next try of a receive that failed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -87,6 +90,7 @@ class Worker:
         self._hands: dict[str, Hand] = {}
         self._tenure = Tenure(self._hands, queue, objects, clock, self._outbox, settings)
         self._executions = 0
+        self._beats = 0
         self._prefetch = 0
         self._room = asyncio.Event()
         self._beat_due = asyncio.Event()
@@ -137,15 +141,18 @@ class Worker:
                 self._room.clear()
                 await self._room.wait()
                 continue
-            messages = await self._patience(
-                partial(
-                    self._queue.receive,
+            try:
+                messages = await self._queue.receive(
                     self._tasks_queue,
                     max_messages=min(MAX_BATCH, room),
                     wait_s=self._settings.wait_s,
                     visibility_s=self._settings.visibility_s,
                 )
-            )
+            except BackendError as error:
+                # However long it lasts: what runs here must not be lost to an outage of the queue.
+                log.warning("no messages can be received: %s", error)
+                await asyncio.sleep(OUTAGE_S)
+                continue
             for message in messages:
                 self._take(message, group)
 
@@ -159,7 +166,7 @@ class Worker:
     def _take(self, message: Message, group: asyncio.TaskGroup) -> None:
         try:
             task = wire.read_task_message(message.body)
-        except (BackendError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody's bytes
             # Not ours to judge: it comes back until it goes to the dead letters, where the
             # manager reports it.
             log.error("message %s is not a bundle: %s", message.id, error)
@@ -176,7 +183,7 @@ class Worker:
     async def _hold(self, hand: Hand) -> None:
         watched = False
         try:
-            await self._controls.current(hand.bundle.job)
+            await self._patience(partial(self._controls.current, hand.bundle.job))
             self._controls.watch(hand.bundle.job)
             watched = True
             await self._serve(hand)
@@ -184,6 +191,7 @@ class Worker:
             # The message comes back by itself; sooner than its timeout, but not at once, since
             # whatever did not answer us needs a moment.
             log.warning("bundle %s is given back: %s", hand.bundle.id, error)
+            await self._suspects.withdraw(hand)
             await self._tenure.give_back_later(hand)
         finally:
             if watched:
@@ -233,8 +241,10 @@ class Worker:
         hand.waiting = self._slots.ask(hand.slots)
         if self._draining.is_set():
             self._slots.refuse(hand.waiting)
+        # One that needs several slots keeps its place: sent away, it would never get them all.
+        longest_s = 2 * QUICK_S if hand.slots == 1 else None
         try:
-            await asyncio.wait_for(asyncio.shield(hand.waiting), 2 * QUICK_S)
+            await asyncio.wait_for(asyncio.shield(hand.waiting), longest_s)
         except TimeoutError:
             # Prefetched behind a long bundle: an idle worker may take it sooner than we can.
             self._prefetch = 0
@@ -404,6 +414,7 @@ class Worker:
                 self._beat_due.clear()
 
     def _beat(self, *, gone: bool = False) -> wire.Beat:
+        self._beats += 1
         held = tuple(
             wire.Held(h.queue, h.receipt, h.bundle.job, h.bundle.stage, h.bundle.id, h.running)
             for h in self._hands.values()
@@ -417,6 +428,7 @@ class Worker:
             self.who.slots,
             sum(h.running for h in self._hands.values()),
             held,
+            self._beats,
             leaving=self._draining.is_set(),
             gone=gone,
         )

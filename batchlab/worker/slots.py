@@ -26,11 +26,11 @@ class Slots:
         self.free += min(count, self.total)
         self._serve()
 
-    @staticmethod
-    def refuse(waiter: asyncio.Future[bool]) -> None:
+    def refuse(self, waiter: asyncio.Future[bool]) -> None:
         """Send a waiter away with False; one that has its slots already keeps them."""
         if not waiter.done():
             waiter.set_result(False)
+            self._serve()
 
     def _serve(self) -> None:
         while self._waiters:

@@ -7,15 +7,18 @@ message that lay prefetched in a dying worker is not blamed, and a task's own re
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 from batchlab.commit import commit, committed
-from batchlab.errors import NotFound
+from batchlab.errors import BackendError, NotFound
 from batchlab.model import Bundle, Outcome
 from batchlab.patience import Patience
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming, settle, wire
 from batchlab.worker.hand import Hand
+
+log = logging.getLogger(__name__)
 
 
 def marker(worker: str, now_s: float) -> bytes:
@@ -66,10 +69,15 @@ class Suspects:
             await self._patience(partial(self._objects.put, key, data))
 
     async def withdraw(self, hand: Hand) -> None:
-        """The start came to nothing through no fault of the task (the worker is leaving)."""
+        """The start came to nothing through no fault of the task: the worker is leaving, or a
+        service did not answer."""
         if hand.suspicion and len(hand.bundle.tasks) == 1:
             key = naming.starts(hand.bundle) + hand.execution
-            await self._patience(partial(self._objects.delete, [key]))
+            try:
+                await self._objects.delete([key])
+            except BackendError as error:
+                # One start too many is counted; it takes three to condemn.
+                log.warning("the start of %s is not taken back: %s", hand.bundle.id, error)
 
     async def runs_elsewhere(self, bundle: Bundle, stale_s: float) -> bool:
         """Whether a handed-over bundle's worker still refreshes its running marker."""
@@ -81,4 +89,9 @@ class Suspects:
         return age_s < stale_s
 
     async def _starts(self, bundle: Bundle) -> int:
-        return sum([len(page) async for page in self._objects.list(naming.starts(bundle))])
+        return await starts_of(self._objects, bundle)
+
+
+async def starts_of(objects: Objects, bundle: Bundle) -> int:
+    """How often a suspect was started without an outcome."""
+    return sum([len(page) async for page in objects.list(naming.starts(bundle))])

@@ -25,7 +25,8 @@ from batchlab.worker.suspects import marker
 log = logging.getLogger(__name__)
 
 RETURN_S = 2.0
-"""Visibility left to a message that is given back because a service did not answer."""
+"""Visibility left to a message that is given back because a service did not answer, times its
+receives so far: an outage must not use up the receives before the dead letters."""
 
 
 class Tenure:
@@ -112,6 +113,7 @@ class Tenure:
         if receipt is None:
             return
         try:
-            await self._queue.change_visibility(hand.queue, [(receipt, RETURN_S)])
+            wait_s = RETURN_S * hand.message.receive_count
+            await self._queue.change_visibility(hand.queue, [(receipt, wait_s)])
         except BackendError as error:
             log.warning("a message returns only when its visibility runs out: %s", error)

@@ -230,7 +230,7 @@ class Rig:
             wire.Held("q", o.bundle.id, o.bundle.job, o.bundle.stage, o.bundle.id, True)
             for o in runs
         )
-        beat = wire.Beat(f"w-{instance}", instance, pool, time.time(), 2, len(held), held)
+        beat = wire.Beat(f"w-{instance}", instance, pool, time.time(), 2, len(held), held, 1)
         self.run(self._tell(wire.Events(beats=(beat,))))
         self.until(
             lambda: (seen := self.manager.registry.workers.get(instance)) and seen.beat == beat,

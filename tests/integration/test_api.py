@@ -298,7 +298,7 @@ def test_a_cancelled_job_takes_no_second_cancellation(rig: Rig) -> None:
     assert rig.client.cancel(name)["id"] == name
     # The acknowledgement: no worker may start a task any more (I4).
     control = rig.run(rig.objects.get(f"jobs/{name}/control.json"))
-    assert wire.control_from_bytes(control).value == "cancel"
+    assert wire.word_from_bytes(control).control.value == "cancel"
     assert rig.ended(name)["state"] == "CANCELLED"
     for verb in (rig.client.cancel, rig.client.pause, rig.client.resume):
         with pytest.raises(Refused, match="is not running"):

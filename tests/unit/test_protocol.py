@@ -199,7 +199,7 @@ def test_what_is_written_is_what_is_read() -> None:
     message = wire.TaskMessage(source, [1, "a"], 12.5, True)
     assert wire.read_task_message(wire.task_message(message)) == message
     held = wire.Held("q", "r", JOB.id, A, BUNDLE.id, True)
-    beat = wire.Beat("w", "i", "p", 1.0, 2, 1, (held,))
+    beat = wire.Beat("w", "i", "p", 1.0, 2, 1, (held,), 7)
     events = wire.Events((done,), ("k",), (beat,))
     assert wire.read_events_message(wire.events_message(events)) == events
 

@@ -47,7 +47,7 @@ def live_job(*bundles: Bundle) -> LiveJob:
 
 def seen(*held: tuple[Bundle, bool]) -> Seen:
     told = tuple(wire.Held("q", b.id, b.job, b.stage, b.id, running) for b, running in held)
-    return Seen(wire.Beat("w", "i", "default", 0.0, 2, 1, told), 0.0, {})
+    return Seen(wire.Beat("w", "i", "default", 0.0, 2, 1, told, 1), 0.0, {})
 
 
 def view(live: LiveJob, *workers: Seen) -> dict[str, Any]:

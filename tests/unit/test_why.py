@@ -57,7 +57,7 @@ def instance(
 
 def worker(name: str, *runs: Bundle, since_s: float = MONO_S - 14.0) -> Seen:
     held = tuple(wire.Held("tasks-default", b.id, b.job, b.stage, b.id, True) for b in runs)
-    beat = wire.Beat(f"w-{name}", name, "default", NOW_S, CPU.slots, len(runs), held)
+    beat = wire.Beat(f"w-{name}", name, "default", NOW_S, CPU.slots, len(runs), held, 1)
     return Seen(beat, MONO_S, dict.fromkeys(held, since_s))
 
 

@@ -56,6 +56,10 @@ class Upserts:
                 where=or_(
                     leases.c.owner == lease.excluded.owner,
                     leases.c.until_s <= bindparam("now_s"),
+                    # It would outlast two of ours, so the clock has been set back since: nobody
+                    # has renewed it, and nobody should wait for the old time to come round.
+                    leases.c.until_s
+                    > lease.excluded.until_s + lease.excluded.until_s - bindparam("now_s"),
                 ),
             )
             .returning(leases.c.name),
