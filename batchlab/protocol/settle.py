@@ -102,7 +102,8 @@ def settle(
         ended_s,
         succeeded,
         tuple(r.value for r in good),
-        tuple(r.run_s for r in good),
+        # Rounded here, once: a rebuild sums what was written and must come to the same.
+        tuple(round(r.run_s, 6) for r in good),
         tuple(failed),
         rest if cancelled else TaskSet(),
         tuple(follows),

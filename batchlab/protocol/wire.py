@@ -114,7 +114,7 @@ def outcome_to_json(o: Outcome) -> dict[str, Json]:
         "ended_s": o.ended_s,
         "succeeded": tasks_to_json(o.succeeded),
         "values": o.values,
-        "run_s": [round(s, 6) for s in o.run_s],
+        "run_s": o.run_s,
         "failed": [asdict(f) for f in o.failed],
         "cancelled": tasks_to_json(o.cancelled),
         "follows": [_follow_to_json(f) for f in o.follows],

@@ -172,6 +172,7 @@ def reopen(connection: Connection, job: JobId, round: int, reopened: Sequence[Re
         if one.replan:
             # The round too, or a cut of the void plan that comes once more would pass as new.
             values = {"planned": None, "plan_round": round, "cut_seq": -1, "uncut": _NO_TASKS}
+            values["run_us"] = 0
             connection.execute(_make_void, {"b_job": job, "b_stage": one.stage})
         connection.execute(
             _count.values(values),
