@@ -145,5 +145,5 @@ def _only(port: str, named: str, known: str) -> None:
     if named != known:
         raise UsageError(
             f"This backend's {port} adapter {named!r} does not run in a process of its own.",
-            remedy="Use --backend local, or `batchlab sim` for the simulator.",
+            remedy="`batchlab run FILE --backend sim` runs a job in it.",
         )

@@ -20,6 +20,7 @@ from batchlab.cli.options import (
     SetOption,
     home_of,
 )
+from batchlab.errors import UsageError
 
 if TYPE_CHECKING:
     from batchlab.cli.summary import Summary
@@ -54,18 +55,34 @@ def run(
     ] = False,
     home: HomeOption = None,
     backend: BackendOption = "local",
+    seed: Annotated[
+        int, typer.Option("--seed", help="With --backend sim: another seed, another course.")
+    ] = 1,
     json: JsonOption = False,
 ) -> None:
     """Run a job file to its end and fetch its results.
 
     A grid is brought up for it, and taken down again, unless one is up already. Interrupted, it
-    loses nothing: the same command with --resume goes on.
+    loses nothing: the same command with --resume goes on. With --backend sim the job's own code
+    runs on a grid in virtual time, of which nothing is kept but the results.
 
     \b
     Example: batchlab run job.yaml --out out/claims --set year=2026
     """
-    from batchlab.cli import runner
     from batchlab.cli.submitting import overrides
+
+    if backend == "sim":
+        from batchlab.cli import simulated
+
+        if resume or cache or keep_up:
+            raise UsageError(
+                "The simulator keeps nothing to go on with.",
+                remedy="Leave out --resume, --cache and --keep-up.",
+            )
+        changes = overrides(set_ or ())
+        simulated.run(file, out, changes, workers=workers, seed=seed, json=json)
+        return
+    from batchlab.cli import runner
     from batchlab.cli.summary import Phases
 
     request = runner.Request(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,3 +67,27 @@ def test_claims_in_virtual_time_add_up(tmp_path: Path, crashes: bool) -> None:
         await world.ledger.close()
 
     SimLoop(inline_executor=True).run(main(), limit_s=100_000)
+
+
+def test_run_with_the_sim_backend_gives_the_same_results(tmp_path: Path) -> None:
+    """From the outside: the command, its answer, and the totals beside the generator's facts."""
+    job_file = shutil.copytree(EXAMPLE, tmp_path / "claims") / "job.yaml"
+    facts = write_claims(tmp_path / "claims" / "data", seed=2, files=20, claims_per_file=5)
+    command = [sys.executable, "-m", "batchlab", "run", str(job_file), "--backend", "sim"]
+    answers = [
+        subprocess.run(
+            [*command, "--out", str(tmp_path / out), "--json"],
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        for out in ("one", "other")
+    ]
+    one, other = (json.loads(answer) for answer in answers)
+    assert one["job"]["state"] == "SUCCEEDED"
+    assert one["virtual_s"] == other["virtual_s"] > 10
+    lines = (tmp_path / "one" / "totals.jsonl").read_text().splitlines()
+    rows = [json.loads(line)["value"] for line in lines]
+    assert {r["payer"]: r["claims"] for r in rows} == {
+        payer: truth.claims for payer, truth in facts.payers.items()
+    }

@@ -1,0 +1,79 @@
+"""A job file on the `sim` backend: its own handlers run, on a grid in virtual time.
+
+Invariant: the manager, fleet and worker objects are those of every other backend; only services,
+instances and time are simulated. What a seed does once, it does again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchlab import submission
+from batchlab.model import JobDef, Pool
+from batchlab.patience import Patience
+from batchlab.ports import Objects
+from batchlab.results import Fetched, Listed, fetch
+from batchlab.sim.loop import SimLoop
+from batchlab.sim.trial import calm
+from batchlab.sim.world import World
+from batchlab.spec.jobfile import JobFile
+from batchlab.views import JobView, admit, job_view, outcome_view
+from batchlab.worker.inline_runner import InlineRunner
+from batchlab.worker.runner import Runner
+
+TASK_S = (0.5, 1.5)
+"""Virtual seconds that a task takes: drawn evenly between these, whatever its handler does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """How a simulated run ended. `virtual_s` is from the start of the grid to the job's end."""
+
+    view: JobView
+    fetched: Fetched
+    virtual_s: float
+    instances: int
+    """Instances launched in all."""
+
+
+def run_job(jobfile: JobFile, pools: Sequence[Pool], *, seed: int, out: Path) -> Simulated:
+    """Run the job to its end in virtual time and write its results to `out`."""
+    loop = SimLoop(inline_executor=True)
+    return loop.run(_main(jobfile, pools, seed, out))
+
+
+async def _main(jobfile: JobFile, pools: Sequence[Pool], seed: int, out: Path) -> Simulated:
+    world = World(seed, pools, faults=calm(seed), make_runner=_real_handlers, logged=False)
+    supervisor = asyncio.create_task(world.supervise(), name="supervisor")
+    patience = Patience(world.rng("client"))
+    job = await submission.prepare(
+        jobfile,
+        objects=world.objects,
+        clock=world.clock,
+        patience=patience,
+        token=f"seed-{seed}",
+    )
+    admit(job, {pool.name: pool.slots for pool in pools})
+    await world.submit(job)
+    await world.ended(job.id)
+    virtual_s = world.clock.monotonic_s()
+    view, listing = await _told(world, job)
+    fetched = await fetch(world.objects, view, listing, out, patience=patience)
+    supervisor.cancel()
+    await world.ledger.close()
+    return Simulated(view, fetched, virtual_s, len(world.workers))
+
+
+async def _told(world: World, job: JobDef) -> tuple[JobView, list[Listed]]:
+    record = await world.ledger.job(job.id)
+    view = job_view(record, await world.ledger.stages(job.id))
+    rows = await world.ledger.bundles(job.id, done=True)
+    return view, [Listed.of(outcome_view(row)) for row in rows]
+
+
+def _real_handlers(world: World, _die: Callable[[], None], objects: Objects) -> Runner:
+    rng = world.rng("durations")
+    return InlineRunner(objects, world.clock, lambda _work, _task: rng.uniform(*TASK_S))
