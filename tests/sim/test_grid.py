@@ -6,31 +6,23 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, TypeVar
 
 import pytest
 
 from batchlab.model import (
     Failure,
     FailureKind,
-    JobDef,
-    JobId,
     JobState,
     LifecycleState,
     Pool,
     RetryRule,
-    StageDef,
-    StageName,
 )
 from batchlab.sim import invariants, trial
-from batchlab.sim.loop import SimLoop
-from batchlab.sim.runner import Play, Scene, Script
-from batchlab.sim.world import EPOCH_S, MANAGER, WORKER, World
-
-T = TypeVar("T")
+from batchlab.sim.runner import Play, Scene
+from batchlab.sim.world import WORKER, World
+from tests.sim.scenes import UNHURRIED, A, B, in_world, job, run_to_end, stage, submitted, takes
 
 SEEDS = 200
 AT_ONCE = 20
@@ -71,59 +63,6 @@ def test_the_same_seed_gives_the_same_event_log_byte_for_byte() -> None:
 
 
 # --- Set scenes ----------------------------------------------------------------------------------
-
-UNHURRIED: dict[str, Any] = {
-    "manager_settings": replace(MANAGER, tick_s=20.0, wait_s=20.0, control_lease_s=60.0),
-    "worker_settings": replace(WORKER, visibility_s=120.0, wait_s=20.0, control_lease_s=60.0),
-}
-"""For scenes of many virtual hours, which would otherwise be mostly polling."""
-
-A, B, C = StageName("a"), StageName("b"), StageName("c")
-
-
-def job(*stages: StageDef, items: int = 10, **changes: Any) -> JobDef:
-    made = JobDef(JobId("job"), "job", stages, EPOCH_S, items=items, token="t")
-    return replace(made, **changes)
-
-
-def stage(name: StageName, *after: StageName, **changes: Any) -> StageDef:
-    return replace(StageDef(name, after, handler="sim:task"), **changes)
-
-
-def in_world(
-    act: Callable[[World], Awaitable[T]],
-    *,
-    script: Script,
-    pools: tuple[Pool, ...] = (Pool("default", 0, 2, 1),),
-    **settings: Any,
-) -> T:
-    async def main() -> T:
-        world = World(1, pools, script=script, faults=trial.calm(1), **settings)
-        supervisor = asyncio.create_task(world.supervise())
-        try:
-            return await act(world)
-        finally:
-            supervisor.cancel()
-            await world.ledger.close()
-
-    coroutine: Coroutine[Any, Any, T] = main()
-    return SimLoop(inline_executor=True).run(coroutine, limit_s=1_000_000, limit_steps=20_000_000)
-
-
-def takes(run_s: float) -> Script:
-    return lambda scene: Play(run_s, trial.value_of(scene.stage.name, scene.item))
-
-
-async def submitted(world: World, made: JobDef) -> None:
-    await trial.bring_items(world, made)
-    await world.submit(made)
-
-
-async def run_to_end(world: World, made: JobDef) -> JobState:
-    await submitted(world, made)
-    record = await world.ended(made.id)
-    await invariants.check_all(world, [made.id])
-    return record.state
 
 
 def test_a_task_longer_than_twelve_hours_runs_once_and_is_handed_over_in_time() -> None:

@@ -1,0 +1,109 @@
+"""What set scenes of the grid share: a small world, jobs for it, and ways to get in between.
+
+Invariant: a scene is a function of its code, since every world here has the same seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import pytest
+
+from batchlab.manager.manager import Manager
+from batchlab.model import JobDef, JobId, JobState, Pool, StageDef, StageName
+from batchlab.sim import invariants, trial
+from batchlab.sim.loop import SimLoop
+from batchlab.sim.runner import Play, Script
+from batchlab.sim.world import EPOCH_S, MANAGER, WORKER, World
+
+T = TypeVar("T")
+
+UNHURRIED: dict[str, Any] = {
+    "manager_settings": replace(MANAGER, tick_s=20.0, wait_s=20.0, control_lease_s=60.0),
+    "worker_settings": replace(WORKER, visibility_s=120.0, wait_s=20.0, control_lease_s=60.0),
+}
+"""For scenes of many virtual hours, which would otherwise be mostly polling."""
+
+A, B, C = StageName("a"), StageName("b"), StageName("c")
+
+
+def job(*stages: StageDef, items: int = 10, **changes: Any) -> JobDef:
+    made = JobDef(JobId("job"), "job", stages, EPOCH_S, items=items, token="t")
+    return replace(made, **changes)
+
+
+def stage(name: StageName, *after: StageName, **changes: Any) -> StageDef:
+    return replace(StageDef(name, after, handler="sim:task"), **changes)
+
+
+def in_world(
+    act: Callable[[World], Awaitable[T]],
+    *,
+    script: Script,
+    pools: tuple[Pool, ...] = (Pool("default", 0, 2, 1),),
+    **settings: Any,
+) -> T:
+    async def main() -> T:
+        world = World(1, pools, script=script, faults=trial.calm(1), **settings)
+        supervisor = asyncio.create_task(world.supervise())
+        try:
+            return await act(world)
+        finally:
+            supervisor.cancel()
+            await world.ledger.close()
+
+    coroutine: Coroutine[Any, Any, T] = main()
+    return SimLoop(inline_executor=True).run(coroutine, limit_s=1_000_000, limit_steps=20_000_000)
+
+
+def takes(run_s: float) -> Script:
+    return lambda scene: Play(run_s, trial.value_of(scene.stage.name, scene.item))
+
+
+async def submitted(world: World, made: JobDef) -> None:
+    await trial.bring_items(world, made)
+    await world.submit(made)
+
+
+async def run_to_end(world: World, made: JobDef) -> JobState:
+    await submitted(world, made)
+    record = await world.ended(made.id)
+    await invariants.check_all(world, [made.id])
+    return record.state
+
+
+# --- Getting in between --------------------------------------------------------------------------
+
+
+def around(
+    patch: pytest.MonkeyPatch,
+    target: object,
+    name: str,
+    wrapper: Callable[..., Awaitable[object]],
+) -> None:
+    """Replace an async method by `wrapper(original, *args, **kwargs)`.
+
+    Actors keep the methods they have used, so this comes before a world's first step.
+    """
+    original = getattr(target, name)
+
+    async def call(*args: Any, **kwargs: Any) -> object:
+        return await wrapper(original, *args, **kwargs)
+
+    patch.setattr(target, name, call)
+
+
+def kill_manager(world: World) -> None:
+    """SIGKILL; another one starts in a moment."""
+    assert world.manager_actor is not None
+    world.manager_actor.kill()
+
+
+async def leader(world: World) -> Manager:
+    """The manager that leads, once there is one."""
+    while not (world.manager and world.manager.is_leader.is_set()):
+        await asyncio.sleep(0.5)
+    return world.manager

@@ -1,0 +1,339 @@
+"""Bugs that a review found in what users ask of jobs and in the change of leaders.
+
+Each docstring says what went wrong before. Lost messages and services are in
+test_regressions_services.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from batchlab.errors import Refused
+from batchlab.model import Control, Failure, FailureKind, JobId, JobState
+from batchlab.protocol import naming, wire
+from batchlab.sim import invariants, trial
+from batchlab.sim.runner import Play, Scene
+from batchlab.sim.world import EPOCH_S, World
+from tests.sim.scenes import (
+    A,
+    B,
+    C,
+    around,
+    in_world,
+    job,
+    kill_manager,
+    leader,
+    stage,
+    submitted,
+    takes,
+)
+
+
+def conducting(job_id: JobId) -> int:
+    """Tasks of the loop that conduct this job."""
+    return sum(task.get_name() == f"job {job_id}" for task in asyncio.all_tasks())
+
+
+# --- Requests ------------------------------------------------------------------------------------
+
+
+def test_cancelling_a_scheduled_job_ends_it_at_once() -> None:
+    """It stayed SCHEDULED until its start came round, since a scheduled job was never advanced."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), items=5, start_at_s=EPOCH_S + 20_000)
+        await submitted(world, made)
+        await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        acknowledged_s = world.clock.monotonic_s()
+        record = await world.ended(made.id)
+        assert record.state is JobState.CANCELLED
+        assert world.clock.monotonic_s() - acknowledged_s < 5
+        assert world.starts == []
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(1.0))
+
+
+@pytest.mark.parametrize("slow_s", [1.5, 3.0])
+def test_a_slow_resume_does_not_undo_an_acknowledged_cancel(
+    slow_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I4 was broken: the resume's "run" reached the bucket after the cancel's word."""
+
+    async def act(world: World) -> None:
+        slow: list[float] = []
+
+        async def put(real: Any, key: str, data: bytes, **options: Any) -> object:
+            word = wire.word_from_bytes(data).control if key.endswith("control.json") else None
+            if word is Control.RUN and slow:
+                await asyncio.sleep(slow.pop())
+            return await real(key, data, **options)
+
+        around(monkeypatch, world.objects, "put", put)
+        made = job(stage(A, bundle=50), items=400)
+        await submitted(world, made)
+        await asyncio.sleep(20)
+        await world.ask(lambda m: m.requests.pause(made.id), "pause")
+        await asyncio.sleep(10)
+        slow.append(slow_s)
+        resuming = asyncio.create_task(world.ask(lambda m: m.requests.resume(made.id), "resume"))
+        await asyncio.sleep(0.2)
+        answer = await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        acknowledged_s = world.clock.monotonic_s()
+        assert answer is None
+        await resuming
+        record = await world.ended(made.id)
+        assert record.state is JobState.CANCELLED
+        await asyncio.sleep(60)
+        assert not slow
+        invariants.check_no_start_after(world, made.id, acknowledged_s)
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(0.3))
+
+
+def test_resuming_a_job_that_is_not_paused_is_refused_and_sends_nothing() -> None:
+    """It was accepted, and every outstanding bundle was sent a second time."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A, bundle=1), items=40)
+        await submitted(world, made)
+        manager = await leader(world)
+        while not manager.lives[made.id].all_outstanding():
+            await asyncio.sleep(0.5)
+        before = await world.queue.depth("tasks-default")
+        answer = await world.ask(lambda m: m.requests.resume(made.id), "resume")
+        assert isinstance(answer, Refused)
+        assert "not paused" in str(answer)
+        after = await world.queue.depth("tasks-default")
+        assert after.visible + after.in_flight <= before.visible + before.in_flight
+        assert (await world.ended(made.id)).state is JobState.SUCCEEDED
+        assert len(world.starts) == 40
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(1.0))
+
+
+def test_two_submissions_at_once_with_one_token_make_one_live_job() -> None:
+    """Both were adopted: two conductors, each with a half of what is outstanding; one hung."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), items=40)
+        await trial.bring_items(world, made)
+        await leader(world)
+        await asyncio.gather(world.submit(made), world.submit(made))
+        assert conducting(made.id) == 1
+        await asyncio.sleep(16)
+        manager = await leader(world)
+        known = {one.bundle.id for one in manager.lives[made.id].all_outstanding()}
+        rows = {row.bundle.id for row in await world.ledger.bundles(made.id, done=False)}
+        assert known
+        assert known == rows
+        await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        assert (await world.ended(made.id)).state is JobState.CANCELLED
+        await asyncio.sleep(60)
+        assert conducting(made.id) == 0
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(5.0))
+
+
+# --- Changes of the leader -----------------------------------------------------------------------
+
+
+def test_counters_are_right_when_the_leader_dies_before_feeding_a_stage_of_a_cancelled_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The fed stage's number of tasks was never set, and fewer than none of it were planned (I2)."""
+
+    async def act(world: World) -> None:
+        died: list[int] = []
+
+        async def set_planned(real: Any, job_id: JobId, *rest: Any) -> object:
+            if not died:
+                died.append(world.managers)
+                word = wire.Word(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
+                await world.objects.put(naming.control(job_id), wire.word_to_bytes(word))
+                await world.ledger.set_control(job_id, Control.CANCEL)
+                kill_manager(world)
+                await asyncio.sleep(0)
+            return await real(job_id, *rest)
+
+        around(monkeypatch, world.ledger, "set_planned", set_planned)
+        made = job(stage(A), stage(B, A), items=30)
+        await submitted(world, made)
+        record = await world.ended(made.id)
+        assert (died, record.state) == ([1], JobState.CANCELLED)
+        for one in await world.ledger.stages(made.id):
+            counts = one.counts
+            assert counts.planned == 30
+            assert min(counts.succeeded, counts.failed, counts.cancelled) >= 0
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(1.0))
+
+
+def test_a_job_stopped_for_a_wrong_plan_ends_failed_with_the_reason_though_the_leader_dies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pain 1: the next leader saw only "cancel", and told a user who had not asked for it that
+    the job was CANCELLED by its user."""
+
+    async def act(world: World) -> None:
+        died: list[int] = []
+
+        async def set_control(real: Any, *args: Any) -> object:
+            answer = await real(*args)
+            if not died:
+                died.append(world.managers)
+                kill_manager(world)
+                await asyncio.sleep(0)
+            return answer
+
+        around(monkeypatch, world.ledger, "set_control", set_control)
+        made = job(stage(A), items=5)
+        await world.submit(made)  # its items are missing
+        record = await world.ended(made.id)
+        assert (died, record.state) == ([1], JobState.FAILED)
+        assert world.managers == 2
+        assert "its own items, but they are not there" in record.reason
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(1.0))
+
+
+def test_a_retry_is_finished_by_the_next_leader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job hung for ever in its new round: reopened in the ledger, but with nothing to run."""
+
+    def script(scene: Scene) -> Play:
+        if scene.bundle.round == 0:
+            return Play(0.1, failure=Failure(scene.task, FailureKind.EXCEPTION, "no"))
+        return Play(0.1, 1)
+
+    async def act(world: World) -> None:
+        died: list[int] = []
+
+        async def add_cut(real: Any, cut: Any) -> object:
+            if cut.round == 1 and not died:
+                died.append(world.managers)
+                kill_manager(world)
+                await asyncio.sleep(0)
+            return await real(cut)
+
+        around(monkeypatch, world.ledger, "add_cut", add_cut)
+        made = job(stage(A), items=5)
+        await submitted(world, made)
+        assert (await world.ended(made.id)).state is JobState.FAILED
+        await world.ask(lambda m: m.requests.retry(made.id), "retry")
+        record = await world.ended(made.id)
+        assert (died, record.state, record.round) == ([1], JobState.SUCCEEDED, 1)
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=script)
+
+
+def test_the_lead_is_taken_over_although_the_clock_was_set_back_by_an_hour() -> None:
+    """Pain 1: the dead leader's lease seemed to last another hour, and nobody led until then."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), items=100)
+        await submitted(world, made)
+        await asyncio.sleep(15)
+        world.clock.jump(-3600)
+        kill_manager(world)
+        killed_s = world.clock.monotonic_s()
+        await asyncio.sleep(5)
+        manager = await leader(world)
+        assert manager.owner == "manager-2"
+        assert world.clock.monotonic_s() - killed_s < 30
+        assert (await world.ended(made.id)).state is JobState.SUCCEEDED
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(0.5))
+
+
+def test_the_ledger_may_be_rebuilt_at_any_time_while_a_job_runs() -> None:
+    """A cut or a fold that came between the clearing and the replay made earlier cuts look known:
+    their bundles were lost to the ledger, and the job hung or broke I3."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A, bundle=2), stage(B, A), stage(C, B, gather="key"), items=120)
+        await submitted(world, made)
+        for at_s in (3.0, 9.0, 17.3, 24.1, 31.7):
+            await asyncio.sleep(at_s - world.clock.monotonic_s())
+            assert not (await world.ledger.job(made.id)).state.ended
+            assert await (await leader(world)).rebuild_ledger() == 1
+            assert conducting(made.id) == 1
+        record = await world.ended(made.id)
+        assert (record.state, world.managers) == (JobState.SUCCEEDED, 1)
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(0.5))
+
+
+# --- Vanished inputs -----------------------------------------------------------------------------
+
+
+def test_tasks_whose_inputs_have_vanished_fail_with_a_reason_and_other_jobs_go_on() -> None:
+    """I7: the manager met the missing part again and again, and no job was cut any more."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), items=200)
+        other = replace(job(stage(A), items=20), id=JobId("other"), token="o")
+        await submitted(world, made)
+        await asyncio.sleep(25)
+        async for page in world.objects.list(f"jobs/{made.id}/a/plan/"):
+            await world.objects.delete([info.key for info in page if "part-" in info.key])
+        kill_manager(world)  # it remembers the parts; the next one does not
+        await submitted(world, other)
+        record = await world.ended(made.id)
+        assert record.state is JobState.FAILED
+        assert "its input is gone" in record.reason
+        assert (await world.ended(other.id)).state is JobState.SUCCEEDED
+        (counts,) = [s.counts for s in await world.ledger.stages(made.id)]
+        assert counts.succeeded > 0
+        assert counts.failed > 0
+        await invariants.check_all(world, [made.id, other.id])
+
+    in_world(act, script=takes(1.0))
+
+
+def test_a_gather_over_results_that_have_vanished_fails_its_job_with_a_reason() -> None:
+    """I7: planning met the missing outcome again and again, for ever; or, where a large result of
+    its own object was missing, still did so."""
+
+    async def act(world: World) -> None:
+        deleted: list[str] = []
+        made = job(stage(A), stage(B, A, gather="key"), items=30)
+        await submitted(world, made)
+        while not deleted:
+            await asyncio.sleep(0.5)
+            async for page in world.objects.list(f"jobs/{made.id}/a/outcomes/"):
+                deleted += [info.key for info in page]
+        await world.objects.delete(deleted[:1])
+        record = await world.ended(made.id)
+        assert record.state is JobState.FAILED
+        assert "results of stage a have vanished" in record.reason
+
+    in_world(act, script=takes(1.0))
+
+
+def test_a_gather_over_a_large_result_that_has_vanished_fails_its_job_with_a_reason() -> None:
+    """I7: planning met the missing object again and again, for ever."""
+
+    def script(scene: Scene) -> Play:
+        return Play(0.5, {"$value": "jobs/job/a/files/gone.json"})
+
+    async def act(world: World) -> None:
+        made = job(stage(A), stage(B, A, gather="key"), items=3)
+        await submitted(world, made)
+        record = await world.ended(made.id)
+        assert record.state is JobState.FAILED
+        assert "results of stage a have vanished" in record.reason
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=script)

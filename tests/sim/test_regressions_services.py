@@ -1,0 +1,262 @@
+"""Bugs that a review found in how outages, lost messages and malformed ones are borne.
+
+Each docstring says what went wrong before. Requests and leaders are in test_regressions.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from batchlab.errors import Throttled, Unreachable
+from batchlab.model import BundleId, Failure, FailureKind, JobId, JobState, Pool, RetryRule
+from batchlab.ports import MAX_MESSAGE_BYTES, Outgoing
+from batchlab.protocol import naming, sizing, wire
+from batchlab.sim import invariants
+from batchlab.sim.runner import Play, Scene
+from batchlab.sim.world import World
+from tests.sim.scenes import (
+    A,
+    B,
+    around,
+    in_world,
+    job,
+    leader,
+    run_to_end,
+    stage,
+    submitted,
+    takes,
+)
+
+TASKS, DEAD = naming.tasks_queue("default"), naming.dead_letters("default")
+
+
+# --- Outages -------------------------------------------------------------------------------------
+
+
+def test_a_minute_of_503_on_control_objects_fails_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pain 6: messages used up their receives on the outage, and the dead letters were condemned:
+    healthy tasks ended FAILED."""
+
+    async def act(world: World) -> None:
+        refused: list[float] = []
+
+        async def get_if_changed(real: Any, *args: Any) -> object:
+            if 15 < world.clock.monotonic_s() < 75:
+                refused.append(world.clock.monotonic_s())
+                raise Throttled("503 Slow Down")
+            return await real(*args)
+
+        around(monkeypatch, world.objects, "get_if_changed", get_if_changed)
+        assert await run_to_end(world, job(stage(A, bundle=1), items=30)) is JobState.SUCCEEDED
+        assert len(refused) > 20
+
+    in_world(act, script=takes(2.0))
+
+
+def test_a_task_whose_storage_fails_is_not_blamed_as_poison() -> None:
+    """Its starts stayed on record though the storage had failed, not the task: after three it was
+    FAILED as one that kills its workers, and no worker had died."""
+    tries: list[int] = []
+
+    def script(scene: Scene) -> Play:
+        if scene.task == 1:
+            tries.append(scene.bundle.attempt)
+            if len(tries) <= 4:
+                raise Unreachable("The result could not be uploaded.")
+        return Play(0.3, 1)
+
+    async def act(world: World) -> None:
+        assert await run_to_end(world, job(stage(A, bundle=1), items=3)) is JobState.SUCCEEDED
+        assert tries == [1] * 5, "and none of the task's own attempts was used up"
+
+    in_world(act, script=script)
+
+
+def test_an_outage_of_the_queue_does_not_end_running_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pain 2: the receive's patience ran out, the worker died of it, and what ran, ran again."""
+
+    async def act(world: World) -> None:
+        async def receive(real: Any, *args: Any, **options: Any) -> object:
+            if 60 < world.clock.monotonic_s() < 260:
+                raise Unreachable("SQS does not answer.")
+            return await real(*args, **options)
+
+        around(monkeypatch, world.queue, "receive", receive)
+        assert await run_to_end(world, job(stage(A), items=4)) is JobState.SUCCEEDED
+        assert len(world.starts) == 4
+        assert len(world.workers) == 1
+
+    in_world(act, script=takes(600.0), pools=(Pool("default", 0, 1, 8),))
+
+
+def test_queues_that_are_removed_are_made_again() -> None:
+    """Every tick was skipped for ever: an emulator that forgets its queues stopped the grid."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), items=100)
+        await submitted(world, made)
+        await asyncio.sleep(20)
+        for name in (naming.EVENTS, TASKS, DEAD):
+            await world.queue.remove(name)
+        assert (await world.ended(made.id)).state is JobState.SUCCEEDED
+        assert world.managers == 1
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(1.0))
+
+
+# --- Malformed and lost messages -----------------------------------------------------------------
+
+DEEP = "[" * 100_000
+NO_FIELDS = '{"v":1,"c":[{"b":"x"}],"h":[{}],"b":"x"}'
+NO_STAGE = (
+    '{"v":1,"b":{"j":"job","s":"nowhere","t":[[0,1]],"a":1},"c":[{"b":{"j":"job","s":"nowhere",'
+    '"t":[[0,1]],"a":1},"w":"w","t0":0,"t1":1,"ok":[[0,1]],"no":[],"x":[],"run":1,"next":[],'
+    '"re":0}]}'
+)
+NO_OUTCOME = '{"v":1,"k":["jobs/job/spec.json"]}'
+
+
+@pytest.mark.parametrize("queue", [naming.EVENTS, TASKS, DEAD])
+@pytest.mark.parametrize("body", [DEEP, NO_FIELDS, NO_STAGE, NO_OUTCOME, "junk"])
+def test_a_malformed_message_is_dropped_and_the_manager_lives(queue: str, body: str) -> None:
+    """One such message killed every manager that read it, one after the other."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), items=60)
+        await submitted(world, made)
+        await asyncio.sleep(15)
+        await world.queue.send(queue, [Outgoing(body)])
+        assert (await world.ended(made.id)).state is JobState.SUCCEEDED
+        await invariants.check_all(world, [made.id])
+        await _until_empty(world, TASKS, DEAD)
+        assert world.managers == 1
+        assert (await leader(world)).trouble == ""
+        assert [w.ended for w in world.workers.values() if w.ended == "exit -9"] == []
+
+    in_world(act, script=takes(1.0))
+
+
+async def _until_empty(world: World, *queues: str) -> None:
+    async with asyncio.timeout(2000):
+        for name in queues:
+            while True:
+                depth = await world.queue.depth(name)
+                if not depth.visible + depth.in_flight + depth.delayed:
+                    break
+                await asyncio.sleep(5)
+
+
+def test_a_job_whose_split_was_never_heard_of_ends_with_a_ledger_equal_to_its_rebuild(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """I3: its halves made all tasks terminal, the job ended, and the split was never folded."""
+
+    def script(scene: Scene) -> Play:
+        # Quick at first: so the bundles become large, and then last too long to be run whole.
+        return Play(0.02 if scene.task < 20 else 1.5, 1)
+
+    async def act(world: World) -> None:
+        lost: list[BundleId] = []
+
+        async def send(real: Any, queue: str, messages: Sequence[Outgoing]) -> object:
+            if queue == naming.EVENTS:
+                messages = [_without_splits(message, lost) for message in messages]
+            return await real(queue, messages)
+
+        around(monkeypatch, world.queue, "send", send)
+        assert await run_to_end(world, job(stage(A), items=60)) is JobState.SUCCEEDED
+        assert lost
+
+    in_world(act, script=script)
+
+
+def _without_splits(message: Outgoing, lost: list[BundleId]) -> Outgoing:
+    events = wire.read_events_message(message.body)
+    split = [c for c in events.completions if any(f.bundle.stage == A for f in c.follows)]
+    lost += [c.bundle.id for c in split]
+    kept = tuple(c for c in events.completions if c not in split)
+    return replace(message, body=wire.events_message(replace(events, completions=kept)))
+
+
+# --- Workers and their bundles -------------------------------------------------------------------
+
+
+def _beat(number: int, at_s: float, *held: wire.Held, gone: bool = False) -> wire.Beat:
+    busy = len(held)
+    return wire.Beat("w", "i", "default", at_s, 1, busy, tuple(held), number, gone=gone)
+
+
+def test_a_worker_whose_clock_was_set_back_is_still_heard_and_a_late_beat_revives_none() -> None:
+    """A busy worker passed for idle, and was chosen for scale-in, until its clock had caught up;
+    and one that had gone came back to life by a beat that the queue had kept."""
+
+    async def act(world: World) -> None:
+        registry = (await leader(world)).registry
+        held = wire.Held("q", "r", JobId("j"), A, BundleId("x"), True)
+        await registry.hear(_beat(1, 1000.0))
+        await registry.hear(_beat(2, 400.0, held))
+        assert (registry.idle("default"), registry.busy("default")) == ([], ["i"])
+        await registry.hear(_beat(1, 1000.0))
+        assert registry.busy("default") == ["i"], "an older one changes nothing"
+        await registry.hear(_beat(4, 401.0, gone=True))
+        await registry.hear(_beat(3, 400.5, held))
+        assert list(registry.workers) == []
+
+    in_world(act, script=takes(1.0))
+
+
+def test_a_bundle_larger_than_the_cap_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `bundle: 60000` where every other task fails once, the retry's message was larger than
+    the queue takes, and the job hung."""
+
+    def script(scene: Scene) -> Play:
+        if scene.task % 2 and scene.bundle.attempt == 1:
+            return Play(0.0, failure=Failure(scene.task, FailureKind.EXCEPTION, "no"))
+        return Play(0.0, 1)
+
+    async def act(world: World) -> None:
+        lengths: list[int] = []
+
+        async def send(real: Any, queue: str, messages: Sequence[Outgoing]) -> object:
+            lengths.extend(len(message.body.encode()) for message in messages)
+            return await real(queue, messages)
+
+        around(monkeypatch, world.queue, "send", send)
+        rule = RetryRule(attempts=2, backoff_s=0.1)
+        made = job(stage(A, bundle=60_000, retry=rule), items=sizing.CAP + 10)
+        assert await run_to_end(world, made) is JobState.SUCCEEDED
+        rows = await world.ledger.bundles(made.id)
+        assert max(len(row.bundle.tasks) for row in rows) == sizing.CAP
+        assert max(lengths) <= MAX_MESSAGE_BYTES
+
+    in_world(act, script=script)
+
+
+def test_a_stage_that_needs_several_slots_is_not_starved_by_one_that_needs_one() -> None:
+    """Its bundle was sent away again and again while single tasks kept some slot busy."""
+
+    def script(scene: Scene) -> Play:
+        rng = random.Random(scene.task)
+        return Play(2.0 if scene.job.id == "big" else rng.uniform(5, 25), 1)
+
+    async def act(world: World) -> None:
+        small = job(stage(A, bundle=1), items=200)
+        big = replace(job(stage(A, slots=4, bundle=1), items=1), id=JobId("big"), token="b")
+        big = replace(big, priority=9)
+        await submitted(world, small)
+        await asyncio.sleep(60)
+        since_s = world.clock.monotonic_s()
+        await submitted(world, big)
+        await world.ended(big.id)
+        (began_s,) = [s[0] for s in world.starts if s[1] == big.id]
+        assert began_s - since_s < 150
+        assert not (await world.ledger.job(small.id)).state.ended
+
+    in_world(act, script=script, pools=(Pool("default", 0, 1, 4),))
