@@ -79,7 +79,7 @@ class Backend:
 
         def argv(pool: Pool, instance: str) -> Sequence[str]:
             return [
-                *(sys.executable, "-m", "batchlab", "worker"),
+                *(sys.executable, "-P", "-m", "batchlab", "worker"),
                 *("--home", str(home.path), "--backend", self.name),
                 *("--pool", pool.name, "--slots", str(pool.slots), "--instance", instance),
             ]

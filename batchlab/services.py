@@ -191,7 +191,8 @@ def start_manager(
     if running := home.record():
         return running
     home.make()
-    argv = [sys.executable, "-m", "batchlab", "manager", "--home", str(home.path)]
+    # -P: the folder the command was called in must not provide modules.
+    argv = [sys.executable, "-P", "-m", "batchlab", "manager", "--home", str(home.path)]
     argv += ["--backend", backend.name]
     for pool in pools:
         argv += ["--pool", f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}"]
@@ -209,6 +210,8 @@ def start_manager(
         if record and record.pid == process.pid:
             return record
         if process.poll() is not None:
+            if record:  # another command was faster; its grid is as good
+                return record
             break
         time.sleep(0.02)
     raise Unreachable(

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from batchlab.errors import BackendError, NotFound
+from batchlab.errors import BackendError, NotFound, Throttled, Unreachable
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports
 from batchlab.manager.registry import Registry
@@ -72,12 +72,15 @@ class Collector:
         for message in messages:
             try:
                 events = wire.read_events_message(message.body)
+                fetched = [await self._fetched(key) for key in events.committed]
+            except (Throttled, Unreachable):
+                raise
             except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody's bytes
                 log.error("dropped an event that cannot be read (%s): %.200s", error, message.body)
                 continue
             completions += events.completions
-            for key in events.committed:
-                completions += await self._fetched(key)
+            for some in fetched:
+                completions += some
             for beat in events.beats:
                 await self._registry.hear(beat)
                 self._named(beat)

@@ -13,7 +13,7 @@ from functools import partial
 from batchlab.errors import AlreadyExists, NotFound, UsageError
 from batchlab.manager import split
 from batchlab.manager.live import Ports
-from batchlab.model import Bundle, JobDef, JobId, Json, Outcome, StageDef, StageName, TaskSet
+from batchlab.model import JobDef, JobId, Json, StageDef, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import BundleRecord, Objects
 from batchlab.protocol import naming, wire
@@ -120,21 +120,20 @@ class Plans:
     async def _values(self, job: JobDef, stage: StageName) -> AsyncIterator[tuple[int, Json]]:
         """(task, encoded result) of every success of a stage, large results fetched."""
         for record in await self._successes(job, stage):
-            outcome = await self._outcome(record.bundle)
+            data = await self._result(stage, naming.outcome(record.bundle))
+            outcome = wire.outcome_from_json(wire.loads(data))
             for task, value in zip(outcome.succeeded, outcome.values, strict=True):
                 if isinstance(value, dict) and set(value) == {"$value"}:
-                    get = partial(self._ports.objects.get, value["$value"])
-                    yield task, json.loads(await self._ports.patience(get))
+                    yield task, json.loads(await self._result(stage, value["$value"]))
                 else:
                     yield task, value
 
-    async def _outcome(self, bundle: Bundle) -> Outcome:
-        get = partial(self._ports.objects.get, naming.outcome(bundle))
+    async def _result(self, stage: StageName, key: str) -> bytes:
         try:
-            return wire.outcome_from_json(wire.loads(await self._ports.patience(get)))
+            return await self._ports.patience(partial(self._ports.objects.get, key))
         except NotFound as error:
             raise UsageError(
-                f"The results of stage {bundle.stage} have vanished from the bucket: {error}",
+                f"The results of stage {stage} have vanished from the bucket: {error}",
                 remedy="Submit the job again.",
             ) from error
 

@@ -124,6 +124,7 @@ class Reconciler:
         try:
             bundle = wire.read_task_message(message.body).bundle
             job = (await self._ports.ledger.job(bundle.job)).job
+            job.stage(bundle.stage)  # KeyError where it has no such stage
         except (Throttled, Unreachable):
             raise
         except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody's bytes

@@ -20,6 +20,9 @@ FIRST_WAVE = 2
 CAP = 4096
 """Tasks in a bundle at most: keeps an outcome object and a message well under their limits."""
 
+FLOOR_S = 0.02
+"""Work below which a bundle is not cut while every slot gets one: it would be all overhead."""
+
 SHARES = 3
 """A bundle is at most this share of what a slot still has to do."""
 
@@ -37,8 +40,10 @@ def bundle_size(left: int, slots: int, mean_s: float | None, fixed: int | None) 
     if mean_s is None:
         return 1
     by_time = int(TARGET_S / mean_s) if mean_s > TARGET_S / CAP else CAP
-    guided = left // (max(1, slots) * SHARES)
-    return max(1, min(by_time, guided, CAP, left))
+    slots = max(1, slots)
+    guided = left // (slots * SHARES)
+    floor = min(int(FLOOR_S / mean_s) if mean_s > FLOOR_S / CAP else CAP, left // slots)
+    return max(1, min(by_time, max(guided, floor), CAP, left))
 
 
 def wave(left: int, slots: int, mean_s: float | None, fixed: int | None, room: int) -> list[int]:

@@ -123,6 +123,15 @@ def alive(pid: int) -> bool:
 
 
 def children_of(pid: int | None = None) -> set[int]:
+    """Task children; other tests of this process may have a grid up beside them."""
     pid = pid or os.getpid()
     listed = Path(f"/proc/{pid}/task").iterdir()
-    return {int(one) for task in listed for one in (task / "children").read_text().split()}
+    found = {int(one) for task in listed for one in (task / "children").read_text().split()}
+    return {one for one in found if "batchlab.worker.child" in _command(one)}
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""  # it has just ended

@@ -14,6 +14,7 @@ import pytest
 
 from batchlab.manager.manager import Manager
 from batchlab.model import JobDef, JobId, JobState, Pool, StageDef, StageName
+from batchlab.ports import JobRecord
 from batchlab.sim import invariants, trial
 from batchlab.sim.loop import SimLoop
 from batchlab.sim.runner import Play, Script
@@ -107,3 +108,21 @@ async def leader(world: World) -> Manager:
     while not (world.manager and world.manager.is_leader.is_set()):
         await asyncio.sleep(0.5)
     return world.manager
+
+
+async def ended(world: World, made: JobDef, *, within_s: float = 3000.0) -> JobRecord:
+    """The job once it has ended; TimeoutError where it hangs (I7)."""
+    async with asyncio.timeout(within_s):
+        return await world.ended(made.id)
+
+
+async def ends_well(world: World, made: JobDef) -> None:
+    """Submit the job; it must succeed, with every promise kept."""
+    await submitted(world, made)
+    await ended_well(world, made)
+
+
+async def ended_well(world: World, made: JobDef) -> None:
+    """The job must succeed, with every promise kept."""
+    assert (await ended(world, made)).state is JobState.SUCCEEDED
+    await invariants.check_all(world, [made.id])

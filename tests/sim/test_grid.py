@@ -25,7 +25,7 @@ from batchlab.sim.world import WORKER, World
 from tests.sim.scenes import UNHURRIED, A, B, in_world, job, run_to_end, stage, submitted, takes
 
 SEEDS = 200
-AT_ONCE = 20
+AT_ONCE = 10
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, AT_ONCE))

@@ -22,12 +22,13 @@ from batchlab.sim.runner import Play, Scene
 from batchlab.sim.world import World
 from tests.sim.scenes import (
     A,
-    B,
     around,
+    ended,
+    ended_well,
+    ends_well,
     in_world,
     job,
     leader,
-    run_to_end,
     stage,
     submitted,
     takes,
@@ -53,7 +54,7 @@ def test_a_minute_of_503_on_control_objects_fails_no_task(monkeypatch: pytest.Mo
             return await real(*args)
 
         around(monkeypatch, world.objects, "get_if_changed", get_if_changed)
-        assert await run_to_end(world, job(stage(A, bundle=1), items=30)) is JobState.SUCCEEDED
+        await ends_well(world, job(stage(A, bundle=1), items=30))
         assert len(refused) > 20
 
     in_world(act, script=takes(2.0))
@@ -72,7 +73,7 @@ def test_a_task_whose_storage_fails_is_not_blamed_as_poison() -> None:
         return Play(0.3, 1)
 
     async def act(world: World) -> None:
-        assert await run_to_end(world, job(stage(A, bundle=1), items=3)) is JobState.SUCCEEDED
+        await ends_well(world, job(stage(A, bundle=1), items=3))
         assert tries == [1] * 5, "and none of the task's own attempts was used up"
 
     in_world(act, script=script)
@@ -88,7 +89,7 @@ def test_an_outage_of_the_queue_does_not_end_running_tasks(monkeypatch: pytest.M
             return await real(*args, **options)
 
         around(monkeypatch, world.queue, "receive", receive)
-        assert await run_to_end(world, job(stage(A), items=4)) is JobState.SUCCEEDED
+        await ends_well(world, job(stage(A), items=4))
         assert len(world.starts) == 4
         assert len(world.workers) == 1
 
@@ -104,7 +105,7 @@ def test_queues_that_are_removed_are_made_again() -> None:
         await asyncio.sleep(20)
         for name in (naming.EVENTS, TASKS, DEAD):
             await world.queue.remove(name)
-        assert (await world.ended(made.id)).state is JobState.SUCCEEDED
+        assert (await ended(world, made)).state is JobState.SUCCEEDED
         assert world.managers == 1
         await invariants.check_all(world, [made.id])
 
@@ -124,7 +125,11 @@ NO_OUTCOME = '{"v":1,"k":["jobs/job/spec.json"]}'
 
 
 @pytest.mark.parametrize("queue", [naming.EVENTS, TASKS, DEAD])
-@pytest.mark.parametrize("body", [DEEP, NO_FIELDS, NO_STAGE, NO_OUTCOME, "junk"])
+@pytest.mark.parametrize(
+    "body",
+    [DEEP, NO_FIELDS, NO_STAGE, NO_OUTCOME, "junk"],
+    ids=["deep", "no fields", "no such stage", "no outcome", "no JSON"],
+)
 def test_a_malformed_message_is_dropped_and_the_manager_lives(queue: str, body: str) -> None:
     """One such message killed every manager that read it, one after the other."""
 
@@ -133,24 +138,14 @@ def test_a_malformed_message_is_dropped_and_the_manager_lives(queue: str, body: 
         await submitted(world, made)
         await asyncio.sleep(15)
         await world.queue.send(queue, [Outgoing(body)])
-        assert (await world.ended(made.id)).state is JobState.SUCCEEDED
-        await invariants.check_all(world, [made.id])
-        await _until_empty(world, TASKS, DEAD)
+        await ended_well(world, made)
         assert world.managers == 1
+        depth = await world.queue.depth(DEAD)
+        assert depth.visible + depth.in_flight == 0
         assert (await leader(world)).trouble == ""
         assert [w.ended for w in world.workers.values() if w.ended == "exit -9"] == []
 
     in_world(act, script=takes(1.0))
-
-
-async def _until_empty(world: World, *queues: str) -> None:
-    async with asyncio.timeout(2000):
-        for name in queues:
-            while True:
-                depth = await world.queue.depth(name)
-                if not depth.visible + depth.in_flight + depth.delayed:
-                    break
-                await asyncio.sleep(5)
 
 
 def test_a_job_whose_split_was_never_heard_of_ends_with_a_ledger_equal_to_its_rebuild(
@@ -171,7 +166,7 @@ def test_a_job_whose_split_was_never_heard_of_ends_with_a_ledger_equal_to_its_re
             return await real(queue, messages)
 
         around(monkeypatch, world.queue, "send", send)
-        assert await run_to_end(world, job(stage(A), items=60)) is JobState.SUCCEEDED
+        await ends_well(world, job(stage(A), items=60))
         assert lost
 
     in_world(act, script=script)
@@ -231,7 +226,7 @@ def test_a_bundle_larger_than_the_cap_is_capped(monkeypatch: pytest.MonkeyPatch)
         around(monkeypatch, world.queue, "send", send)
         rule = RetryRule(attempts=2, backoff_s=0.1)
         made = job(stage(A, bundle=60_000, retry=rule), items=sizing.CAP + 10)
-        assert await run_to_end(world, made) is JobState.SUCCEEDED
+        await ends_well(world, made)
         rows = await world.ledger.bundles(made.id)
         assert max(len(row.bundle.tasks) for row in rows) == sizing.CAP
         assert max(lengths) <= MAX_MESSAGE_BYTES
@@ -254,7 +249,7 @@ def test_a_stage_that_needs_several_slots_is_not_starved_by_one_that_needs_one()
         await asyncio.sleep(60)
         since_s = world.clock.monotonic_s()
         await submitted(world, big)
-        await world.ended(big.id)
+        await ended(world, big)
         (began_s,) = [s[0] for s in world.starts if s[1] == big.id]
         assert began_s - since_s < 150
         assert not (await world.ledger.job(small.id)).state.ended

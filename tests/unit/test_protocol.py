@@ -176,7 +176,9 @@ def test_a_wave_never_cuts_more_than_is_left(
 def test_sizes_follow_the_measured_time_and_shrink_at_the_end() -> None:
     assert sizing.bundle_size(10_000, 2, 0.005, None) == 100  # half a second of work
     assert sizing.bundle_size(10_000, 2, 60.0, None) == 1
-    assert sizing.bundle_size(12, 2, 0.005, None) == 2
+    assert sizing.bundle_size(120, 2, 0.005, None) == 20
+    assert sizing.bundle_size(12, 2, 0.005, None) == 4  # 20 ms of work at the least
+    assert sizing.bundle_size(6, 2, 0.005, None) == 3  # unless a slot would go without
     assert sizing.bundle_size(1, 2, 0.005, None) == 1
     assert sizing.bundle_size(10_000, 2, None, None) == 1  # nothing measured yet
     assert sizing.bundle_size(10_000, 2, 5.0, 64) == 64  # the user's own number
