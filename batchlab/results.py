@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from batchlab.errors import UsageError
-from batchlab.model import JobDef, JobId, Json, Outcome, StageDef, StageName, TaskSet
+from batchlab.model import JobDef, JobId, Json, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import naming, values, wire
@@ -46,10 +46,6 @@ class Listed:
     @classmethod
     def of(cls, view: OutcomeView) -> Listed:
         return cls(view["stage"], view["bundle"], view["key"], wire.tasks_from_json(view["tasks"]))
-
-    @property
-    def round(self) -> int:
-        return int(self.bundle.split(".")[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +87,7 @@ async def fetch(
     a stage that there is not, and for a folder that cannot be written.
     """
     job = await definition(objects, view["id"], patience)
-    chosen = {
-        name: await valid(objects, job, name, view["round"], listing, patience)
-        for name in _known(job, stages) or final_stages(job)
-    }
+    chosen = {name: of_stage(name, listing) for name in _known(job, stages) or final_stages(job)}
     steps = _Steps(sum(len(found) for found in chosen.values()), progress)
     try:
         _make_room(out, chosen)
@@ -173,32 +166,11 @@ class _Steps:
 # --- Outcomes ------------------------------------------------------------------------------------
 
 
-async def valid(
-    objects: Objects,
-    job: JobDef,
-    stage: StageName,
-    round: int,
-    listing: Iterable[Listed],
-    patience: Patience,
-) -> list[Listed]:
-    """The outcomes of a stage that hold results and count in `round`, the job's last, by task.
-
-    A retry that plans a gather anew voids the earlier results of it and of what is chained to it.
-    """
-    since = 0
-    for later in range(round, 0, -1):
-        key = naming.manifest(job.id, _planned(job, stage).name, later)
-        if await patience(partial(objects.head, key)):
-            since = later
-            break
-    found = [one for one in listing if one.stage == stage and one.tasks and one.round >= since]
+def of_stage(stage: StageName, listing: Iterable[Listed]) -> list[Listed]:
+    """The outcomes of a stage that hold results, by task. The manager lists none that a retry has
+    made void."""
+    found = [one for one in listing if one.stage == stage and one.tasks]
     return sorted(found, key=lambda one: one.tasks.first)
-
-
-def _planned(job: JobDef, stage: StageName) -> StageDef:
-    """The stage whose plan the tasks of `stage` come from."""
-    one = job.stage(stage)
-    return _planned(job, one.after[0]) if one.chained else one
 
 
 async def in_task_order(
@@ -207,7 +179,7 @@ async def in_task_order(
     patience: Patience,
     read: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[tuple[int, Json]]:
-    """(task, encoded result) of the outcomes that `valid` chose; `read` hears of each outcome."""
+    """(task, encoded result) of the outcomes of `of_stage`; `read` hears of each outcome."""
     held: list[tuple[int, Json]] = []
     fetching: deque[asyncio.Task[Outcome]] = deque()
     coming = iter(outcomes)

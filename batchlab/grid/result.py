@@ -15,7 +15,7 @@ from batchlab.client import Client
 from batchlab.errors import JobFailed, TaskFailed, UsageError
 from batchlab.grid.incoming import decoded
 from batchlab.grid.link import Link
-from batchlab.model import JobDef, JobState, Json, StageName
+from batchlab.model import JobState, Json, StageName
 from batchlab.results import Fetched, Listed
 
 if TYPE_CHECKING:
@@ -76,12 +76,12 @@ class JobResult:
                 f"Job {self.id} has no stage {stage!r}.", remedy=f"It has {', '.join(names)}."
             )
         chosen = results.final_stages(job) if stage is None else [StageName(stage)]
-        return self._values(job, chosen)
+        return self._values(chosen)
 
-    def _values(self, job: JobDef, stages: Sequence[StageName]) -> Iterator[Any]:
+    def _values(self, stages: Sequence[StageName]) -> Iterator[Any]:
         link = self._link
         for stage in stages:
-            coming = self._encoded(job, stage, list_outcomes(link, self.id))
+            coming = self._encoded(stage, list_outcomes(link, self.id))
             while some := link.run(_some(coming, AT_ONCE)):
                 tasks, encoded = zip(*some, strict=True)
                 where = f"{self.id}/{stage}"
@@ -91,12 +91,11 @@ class JobResult:
                     yield value
 
     async def _encoded(
-        self, job: JobDef, stage: StageName, listing: Sequence[Listed]
+        self, stage: StageName, listing: Sequence[Listed]
     ) -> AsyncIterator[tuple[int, Json]]:
         objects, patience = self._link.objects, self._link.patience
-        round_ = self.view["round"]
-        valid = await results.valid(objects, job, stage, round_, listing, patience)
-        async for pair in results.in_task_order(objects, valid, patience):
+        chosen = results.of_stage(stage, listing)
+        async for pair in results.in_task_order(objects, chosen, patience):
             yield pair
 
     def fetch(self, out: Path) -> Fetched:

@@ -45,6 +45,8 @@ class Collector:
             try:
                 await self._collect_once()
             except BackendError as error:
+                if isinstance(error, (Throttled, Unreachable)):
+                    self._excuse_all()
                 # What was received comes again when its visibility runs out. A queue that is
                 # not there is made again by the tick.
                 log.warning("events wait for the backend: %s", error)
@@ -93,6 +95,13 @@ class Collector:
         except NotFound:
             return []  # its job has been removed meanwhile
         return [settle.completion(wire.outcome_from_json(wire.loads(data)))]
+
+    def _excuse_all(self) -> None:
+        """While nobody can be heard, nobody is silent: what runs is not to be sent again."""
+        now_s = self._ports.clock.monotonic_s()
+        for live in self._lives.values():
+            for one in live.all_outstanding():
+                one.heard_s = max(one.heard_s, now_s)
 
     def _named(self, beat: wire.Beat) -> None:
         """What a worker holds is not silent."""

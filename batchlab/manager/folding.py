@@ -6,6 +6,7 @@ follows it. Events may come twice, late, in any order, or not at all (see the re
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from batchlab.errors import NotFound
 from batchlab.manager.live import LiveJob, Ports
 from batchlab.model import Completion, JobDef, JobId, JobState
 from batchlab.protocol import settle
+
+log = logging.getLogger(__name__)
 
 _WAITING = (JobState.SUBMITTED, JobState.PENDING, JobState.RUNNABLE, JobState.STARTING)
 
@@ -29,8 +32,14 @@ class Folder:
         known: list[tuple[Completion, JobDef]] = []
         for one in completions:
             job = await self._job(one.bundle.job)
-            if job is not None:
-                known.append((one, job))
+            if job is None:
+                continue
+            stages = {stage.name for stage in job.stages}
+            if not stages.issuperset({one.bundle.stage, *(f.bundle.stage for f in one.follows)}):
+                # The ledger would refuse it, and with it all that came in the same batch.
+                log.error("dropped a completion of a stage that job %s does not have", job.id)
+                continue
+            known.append((one, job))
         if not known:
             return
         new = await self._ports.ledger.fold(

@@ -35,7 +35,20 @@ from batchlab.sim.world import EPOCH_S, World
 CRASHES = FaultRates(kill_before=0.004, kill_after=0.004)
 """Crashes of workers and of the manager between any two port calls."""
 
-BUDGET = {FaultKind.KILL_BEFORE: 12, FaultKind.KILL_AFTER: 12}
+STORM = FaultRates(
+    kill_before=0.003,
+    kill_after=0.003,
+    throttled=0.02,
+    unreachable=0.01,
+    answer_lost=0.01,
+    delayed=0.005,
+    duplicated=0.05,
+    lost=0.02,
+    dropped=0.02,
+)
+"""Crashes, and services that refuse, lose, repeat and delay."""
+
+BUDGET = dict.fromkeys(FaultKind, 12)
 """After these many the weather is fair, so that a world comes to rest."""
 
 

@@ -210,9 +210,13 @@ class Worker:
         except NotFound:
             await self._delete(hand)
             return
+        try:
+            stage = job.stage(hand.bundle.stage)
+        except KeyError:
+            log.error("message %s is of a stage that its job does not have", hand.message.id)
+            return
         if await self._not_wanted(hand) or await self._too_early(hand, job):
             return
-        stage = job.stage(hand.bundle.stage)
         if hand.suspicion:
             if hand.task.watchdog and await self._suspects.runs_elsewhere(
                 hand.bundle, self._settings.marker_stale_s

@@ -25,6 +25,7 @@ from batchlab.sim.world import WORKER, World
 from tests.sim.scenes import UNHURRIED, A, B, in_world, job, run_to_end, stage, submitted, takes
 
 SEEDS = 200
+STORM_SEEDS = 50
 AT_ONCE = 10
 
 
@@ -33,6 +34,14 @@ def test_crashes_between_any_two_port_calls_break_no_promise(first: int) -> None
     """Answers pains 2, 4, 6, 7 and 14: nothing lost, nothing twice, fan-in exactly once."""
     for seed in range(first, first + AT_ONCE):
         report = trial.run(seed)
+        assert all(state.ended for state in report.states), report
+
+
+@pytest.mark.parametrize("first", range(1000, 1000 + STORM_SEEDS, AT_ONCE))
+def test_bad_weather_of_every_kind_breaks_no_promise(first: int) -> None:
+    """Throttling, outages, lost answers, lost, doubled, late and dropped messages, and crashes."""
+    for seed in range(first, first + AT_ONCE):
+        report = trial.run(seed, trial.STORM)
         assert all(state.ended for state in report.states), report
 
 

@@ -140,12 +140,18 @@ def test_a_malformed_message_is_dropped_and_the_manager_lives(queue: str, body: 
         await world.queue.send(queue, [Outgoing(body)])
         await ended_well(world, made)
         assert world.managers == 1
-        depth = await world.queue.depth(DEAD)
-        assert depth.visible + depth.in_flight == 0
+        await _until_empty(world, naming.EVENTS, DEAD)
         assert (await leader(world)).trouble == ""
         assert [w.ended for w in world.workers.values() if w.ended == "exit -9"] == []
 
     in_world(act, script=takes(1.0))
+
+
+async def _until_empty(world: World, *queues: str) -> None:
+    async with asyncio.timeout(300):
+        for name in queues:
+            while (depth := await world.queue.depth(name)).visible + depth.in_flight:
+                await asyncio.sleep(1)
 
 
 def test_a_job_whose_split_was_never_heard_of_ends_with_a_ledger_equal_to_its_rebuild(

@@ -17,7 +17,6 @@ from batchlab.errors import UsageError
 from batchlab.home import Home
 from batchlab.model import (
     Bundle,
-    BundleId,
     Failure,
     FailureKind,
     JobDef,
@@ -251,27 +250,6 @@ def test_files_of_one_task_never_replace_each_other(bucket: Bucket, tmp_path: Pa
     assert len({path.casefold() for path in paths[:-1]}) == fetched.files == len(names)
 
 
-def test_a_gather_that_was_planned_anew_has_only_its_new_results(tmp_path: Path) -> None:
-    """The first round's totals stood on a part of the input; there were more groups then."""
-    whole = job(
-        StageDef(PARSE, handler="m:f"),
-        StageDef(TOTAL, after=(PARSE,), gather="state", handler="m:g"),
-        StageDef(StageName("print"), after=(TOTAL,), handler="m:h"),
-    )
-    bucket = Bucket(open_local(tmp_path / "bucket"), whole)
-    bucket.put(naming.manifest(JOB, TOTAL, 0), b"{}")
-    bucket.put(naming.manifest(JOB, TOTAL, 1), b"{}")
-    for stage in (TOTAL, StageName("print")):
-        bucket.outcome([0, 1, 2], {0: "old", 1: "old", 2: "old"}, stage=stage)
-        bucket.outcome([0, 1], {0: "new", 1: "new"}, stage=stage, round_=1)
-    bucket.outcome([0], {0: "kept"})
-    bucket.outcome([1], {1: "again"}, round_=1)
-    bucket.fetch(tmp_path / "out", 1, ["parse", "total", "print"])
-    assert [one["value"] for one in lines(tmp_path / "out/total.jsonl")] == ["new", "new"]
-    assert [one["value"] for one in lines(tmp_path / "out/print.jsonl")] == ["new", "new"]
-    assert [one["value"] for one in lines(tmp_path / "out/parse.jsonl")] == ["kept", "again"]
-
-
 def test_fetching_again_leaves_no_file_of_before(bucket: Bucket, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for task in range(3):
@@ -386,8 +364,3 @@ def test_progress_hears_of_every_outcome(bucket: Bucket, tmp_path: Path) -> None
         )
     )
     assert heard == [(done, 5) for done in range(1, 6)]
-
-
-def test_a_bundles_round_is_read_off_its_id() -> None:
-    bundle = Bundle(JOB, PARSE, TaskSet.span(3, 9), attempt=4, round=12)
-    assert Listed(PARSE, BundleId(bundle.id), "k", TaskSet()).round == 12
