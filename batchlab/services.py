@@ -143,7 +143,8 @@ def worker_main(home: Home, backend: Backend, *, pool: str, slots: int, instance
 
 
 async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: str) -> None:
-    from batchlab.worker.loop import Identity, Worker
+    from batchlab.worker.beats import Identity
+    from batchlab.worker.loop import Worker
     from batchlab.worker.process_runner import ProcessRunner
     from batchlab.worker.runner import Scratch
 

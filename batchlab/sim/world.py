@@ -29,7 +29,8 @@ from batchlab.sim.log import EventLog
 from batchlab.sim.loop import SimClock, SimIds
 from batchlab.sim.runner import Scene, Script, ScriptedRunner
 from batchlab.sim.wrappers import wrap
-from batchlab.worker.loop import Identity, Worker
+from batchlab.worker.beats import Identity
+from batchlab.worker.loop import Worker
 from batchlab.worker.runner import Runner
 from batchlab.worker.settings import WorkerSettings
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from batchlab.commit import address, commit, follow_ups
@@ -30,6 +30,7 @@ from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, Clock, Message, Objects, Queue
 from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.sizing import BUDGET_S
+from batchlab.worker.beats import Beats, Identity
 from batchlab.worker.controls import Controls
 from batchlab.worker.hand import Hand
 from batchlab.worker.inputs import Inputs
@@ -48,16 +49,6 @@ prefetched message from an idle worker."""
 
 OUTAGE_S = 1.0
 """Wait before the next try of a receive that failed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who the worker is: `worker` is new at every start, `instance` names its machine."""
-
-    worker: str
-    instance: str
-    pool: str
-    slots: int
 
 
 class Worker:
@@ -88,12 +79,11 @@ class Worker:
         self._slots = Slots(who.slots)
         self._jobs: dict[JobId, JobDef] = {}
         self._hands: dict[str, Hand] = {}
+        self._beats = Beats(who, self._hands, self._outbox, clock, settings)
         self._tenure = Tenure(self._hands, queue, objects, clock, self._outbox, settings)
         self._executions = 0
-        self._beats = 0
         self._prefetch = 0
         self._room = asyncio.Event()
-        self._beat_due = asyncio.Event()
         self._draining = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -101,6 +91,7 @@ class Worker:
     def drain(self) -> None:
         """Stop receiving; finish or give back what is in hand; then `run` returns (I6)."""
         self._draining.set()
+        self._beats.leaving = True
 
     async def run(self) -> None:
         """Work until drained. A bug in any part ends the whole worker: half a worker is worse."""
@@ -109,14 +100,14 @@ class Worker:
             others = [
                 group.create_task(self._tenure.keep(self._job), name="tenure"),
                 group.create_task(self._controls.poll(), name="controls"),
-                group.create_task(self._beat_now_and_then(), name="beats"),
+                group.create_task(self._beats.keep(), name="beats"),
             ]
             await self._draining.wait()
             fetcher.cancel()
             await self._leave()
             for other in others:
                 other.cancel()
-        await self._outbox.event(self._beat(gone=True))
+        await self._beats.last()
         await self._runner.close()
 
     async def _leave(self) -> None:
@@ -124,7 +115,7 @@ class Worker:
             hand.handle.stop = True
             if hand.waiting:
                 self._slots.refuse(hand.waiting)
-        self._beat_due.set()
+        self._beats.due()
         try:
             await asyncio.wait_for(self._empty.wait(), self._settings.drain_s)
         except TimeoutError:
@@ -177,7 +168,7 @@ class Worker:
         hand = Hand(self._tasks_queue, message, task, execution, now_s, now_s, message.receipt)
         self._hands[execution] = hand
         self._empty.clear()
-        self._beat_due.set()
+        self._beats.due()
         group.create_task(self._hold(hand), name=f"bundle {task.bundle.id}")
 
     async def _hold(self, hand: Hand) -> None:
@@ -197,7 +188,7 @@ class Worker:
             if watched:
                 self._controls.unwatch(hand.bundle.job)
             self._hands.pop(hand.execution, None)
-            self._beat_due.set()
+            self._beats.due()
             self._room.set()
             if not self._hands:
                 self._empty.set()
@@ -284,7 +275,7 @@ class Worker:
             await self._suspects.begin(hand)
         _, hand.handle.until_s = await self._controls.current(job.id)
         hand.running = True
-        self._beat_due.set()
+        self._beats.due()
         budget_s = BUDGET_S if stage.bundle is None else None
         work = Work(job, stage, hand.bundle, hand.execution, items, budget_s)
         return [ran async for ran in self._runner.run(work, hand.handle)]
@@ -400,42 +391,6 @@ class Worker:
                 hand.handle.stop = True
             if control is Control.CANCEL:
                 hand.handle.kill = True
-
-    # --- Signs of life ---------------------------------------------------------------------------
-
-    async def _beat_now_and_then(self) -> None:
-        while True:
-            try:
-                await self._outbox.event(self._beat())
-            except BackendError as error:
-                log.warning("no sign of life could be sent: %s", error)
-            await asyncio.sleep(self._settings.beat_gap_s)
-            try:
-                await asyncio.wait_for(self._beat_due.wait(), self._settings.beat_s)
-            except TimeoutError:
-                continue
-            finally:
-                self._beat_due.clear()
-
-    def _beat(self, *, gone: bool = False) -> wire.Beat:
-        self._beats += 1
-        held = tuple(
-            wire.Held(h.queue, h.receipt, h.bundle.job, h.bundle.stage, h.bundle.id, h.running)
-            for h in self._hands.values()
-            if h.receipt is not None or h.running
-        )
-        return wire.Beat(
-            self.who.worker,
-            self.who.instance,
-            self.who.pool,
-            self._clock.now_s(),
-            self.who.slots,
-            sum(h.running for h in self._hands.values()),
-            held,
-            self._beats,
-            leaving=self._draining.is_set(),
-            gone=gone,
-        )
 
 
 def _vanished(hand: Hand, error: NotFound) -> list[Ran]:

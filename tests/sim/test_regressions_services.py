@@ -19,7 +19,7 @@ from batchlab.ports import MAX_MESSAGE_BYTES, Outgoing
 from batchlab.protocol import naming, sizing, wire
 from batchlab.sim import invariants
 from batchlab.sim.runner import Play, Scene
-from batchlab.sim.world import World
+from batchlab.sim.world import MANAGER, World
 from tests.sim.scenes import (
     A,
     around,
@@ -158,10 +158,13 @@ def test_a_job_whose_split_was_never_heard_of_ends_with_a_ledger_equal_to_its_re
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """I3: its halves made all tasks terminal, the job ended, and the split was never folded."""
+    kills: list[int] = []
 
     def script(scene: Scene) -> Play:
-        # Quick at first: so the bundles become large, and then last too long to be run whole.
-        return Play(0.02 if scene.task < 20 else 1.5, 1)
+        if scene.task == 3 and len(kills) < 2:
+            kills.append(len(scene.bundle.tasks))
+            return Play(0.1, kills_worker=True)
+        return Play(0.1, 1)
 
     async def act(world: World) -> None:
         lost: list[BundleId] = []
@@ -172,17 +175,17 @@ def test_a_job_whose_split_was_never_heard_of_ends_with_a_ledger_equal_to_its_re
             return await real(queue, messages)
 
         around(monkeypatch, world.queue, "send", send)
-        await ends_well(world, job(stage(A), items=60))
+        await ends_well(world, job(stage(A, bundle=8), items=16))
         assert lost
+        assert world.clock.monotonic_s() < MANAGER.silence_s, "before the reconciler looks for it"
 
     in_world(act, script=script)
 
 
 def _without_splits(message: Outgoing, lost: list[BundleId]) -> Outgoing:
     events = wire.read_events_message(message.body)
-    split = [c for c in events.completions if any(f.bundle.stage == A for f in c.follows)]
-    lost += [c.bundle.id for c in split]
-    kept = tuple(c for c in events.completions if c not in split)
+    lost += [c.bundle.id for c in events.completions if c.follows]
+    kept = tuple(c for c in events.completions if not c.follows)
     return replace(message, body=wire.events_message(replace(events, completions=kept)))
 
 

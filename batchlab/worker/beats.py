@@ -1,0 +1,95 @@
+"""A worker's signs of life: who it is, how busy, and which messages it holds.
+
+Invariant (I6): soon after anything is taken or let go, the manager can know it, so that it can give
+back what an instance held when that dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from batchlab.errors import BackendError
+from batchlab.ports import Clock
+from batchlab.protocol import wire
+from batchlab.worker.hand import Hand
+from batchlab.worker.outbox import Outbox
+from batchlab.worker.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who the worker is: `worker` is new at every start, `instance` names its machine."""
+
+    worker: str
+    instance: str
+    pool: str
+    slots: int
+
+
+class Beats:
+    """Tells of `hands`, a dict shared with the worker's loop."""
+
+    def __init__(
+        self,
+        who: Identity,
+        hands: Mapping[str, Hand],
+        outbox: Outbox,
+        clock: Clock,
+        settings: WorkerSettings,
+    ) -> None:
+        self._who = who
+        self._hands = hands
+        self._outbox = outbox
+        self._clock = clock
+        self._settings = settings
+        self._due = asyncio.Event()
+        self._number = 0
+        self.leaving = False
+
+    def due(self) -> None:
+        """Something has changed: beat soon."""
+        self._due.set()
+
+    async def keep(self) -> None:
+        """Beat for ever: soon after a change, and now and then without one."""
+        while True:
+            try:
+                await self._outbox.event(self._beat())
+            except BackendError as error:
+                log.warning("no sign of life could be sent: %s", error)
+            await asyncio.sleep(self._settings.beat_gap_s)
+            try:
+                await asyncio.wait_for(self._due.wait(), self._settings.beat_s)
+            except TimeoutError:
+                continue
+            finally:
+                self._due.clear()
+
+    async def last(self) -> None:
+        """Say that everything has been given back."""
+        await self._outbox.event(self._beat(gone=True))
+
+    def _beat(self, *, gone: bool = False) -> wire.Beat:
+        self._number += 1
+        held = tuple(
+            wire.Held(h.queue, h.receipt, h.bundle.job, h.bundle.stage, h.bundle.id, h.running)
+            for h in self._hands.values()
+            if h.receipt is not None or h.running
+        )
+        return wire.Beat(
+            self._who.worker,
+            self._who.instance,
+            self._who.pool,
+            self._clock.now_s(),
+            self._who.slots,
+            sum(h.running for h in self._hands.values()),
+            held,
+            self._number,
+            leaving=self.leaving,
+            gone=gone,
+        )
