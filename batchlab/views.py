@@ -379,9 +379,9 @@ def _admit_stage(stage: StageDef, earlier: set[str]) -> None:
             f"Stage {stage.name} must have either a handler or a command.",
             remedy="Give it exactly one of the two.",
         )
-    if stage.slots < 1 or (stage.bundle is not None and stage.bundle < 1):
+    if stage.bundle is not None and stage.bundle < 1:
         raise UsageError(
-            f"Stage {stage.name} asks for bundles or slots of less than one.",
+            f"Stage {stage.name} asks for bundles of {stage.bundle} tasks.",
             remedy="Write 1 or more, or leave it out.",
         )
 
