@@ -66,8 +66,11 @@ class Folder:
 
     async def refresh(self, live: LiveJob) -> None:
         """Read the job and its stages from the ledger again."""
-        live.record = await self._ports.ledger.job(live.id)
-        live.stages = {s.counts.stage: s for s in await self._ports.ledger.stages(live.id)}
+        record = await self._ports.ledger.job(live.id)
+        stages = await self._ports.ledger.stages(live.id)
+        # Together: somebody who looks in between must not see an ended job with old counters.
+        live.record = record
+        live.stages = {s.counts.stage: s for s in stages}
         live.changed()
 
     async def _started(self, live: LiveJob) -> None:
