@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 _ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def ffmpeg() -> None:
+    """Needed by the media job; absent on a laptop, promised in CI."""
+    if shutil.which("ffmpeg") is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI promises ffmpeg, but it is not installed")
+        pytest.skip("ffmpeg is not installed")
 
 
 @pytest.fixture(scope="session")

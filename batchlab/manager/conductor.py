@@ -81,14 +81,13 @@ class Conductor:
             return
         if live.record.control is Control.PAUSE or live.record.state is JobState.SCHEDULED:
             return
-        if live.record.control is Control.RUN:
-            try:
-                for stage in live.job.stages:
-                    await self._plan(live, stage)
-                    await self._cut(live, stage)
-            except UsageError as error:
-                await self.stop(live, wire.Word(Control.CANCEL, JobState.FAILED, str(error)))
-                return
+        try:
+            for stage in live.job.stages:
+                await self._plan(live, stage)
+                await self._cut(live, stage)
+        except UsageError as error:
+            await self.stop(live, wire.Word(Control.CANCEL, JobState.FAILED, str(error)))
+            return
         verdict = judge(live.job, [s.counts for s in live.stages.values()])
         if verdict.stop:
             reason = await self._explained(live, verdict)

@@ -77,9 +77,8 @@ def test_transform_keeps_every_ride(bring_up: Bring, tmp_path: Path, shared_data
     assert got[0] - got[1] == 44
 
 
+@pytest.mark.usefixtures("ffmpeg")
 def test_media_keeps_every_frame(bring_up: Bring, tmp_path: Path, shared_data: Path) -> None:
-    if shutil.which("ffmpeg") is None:
-        pytest.skip("ffmpeg is not installed")
     job = copy("media", tmp_path)
     source = shared_data / "media" / "bigbuckbunny.mp4"
     shutil.copy(source, job / "data")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from batchlab.task import File
 from tests.examples_reference import contexts, gathered, handler
 
-pytestmark = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+pytestmark = pytest.mark.usefixtures("ffmpeg")
 
 segment = handler("media", "video:segment")
 transcode = handler("media", "video:transcode")
