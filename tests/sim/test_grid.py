@@ -14,6 +14,7 @@ import pytest
 from batchlab.model import (
     Failure,
     FailureKind,
+    JobId,
     JobState,
     LifecycleState,
     Pool,
@@ -214,3 +215,38 @@ def test_a_lost_ledger_is_rebuilt_equal_while_the_job_runs() -> None:
         await invariants.check_all(world, [made.id])
 
     in_world(act, script=takes(1.0))
+
+
+def test_a_job_of_higher_priority_overtakes() -> None:
+    async def act(world: World) -> None:
+        low = job(stage(A), items=300)
+        high = replace(job(stage(A), items=60), id=JobId("high"), token="h", priority=5)
+        await submitted(world, low)
+        await asyncio.sleep(30)
+        await submitted(world, high)
+        submitted_s = world.clock.monotonic_s()
+        await world.ended(high.id)
+        late = [s for s in world.starts if s[1] == low.id and s[0] > submitted_s + 15]
+        assert len(late) <= 5  # what was already in the queue, and no more
+        await world.ended(low.id)
+        await invariants.check_all(world, [low.id, high.id])
+
+    in_world(act, script=takes(1.0), pools=(Pool("default", 0, 2, 1),))
+
+
+def test_jobs_of_equal_priority_share() -> None:
+    """The noisy neighbour: a small job does not wait for the end of a large one."""
+
+    async def act(world: World) -> None:
+        large = job(stage(A), items=600)
+        small = replace(job(stage(A), items=20), id=JobId("small"), token="s")
+        await submitted(world, large)
+        await asyncio.sleep(60)
+        await submitted(world, small)
+        before_s = world.clock.monotonic_s()
+        await world.ended(small.id)
+        assert world.clock.monotonic_s() - before_s < 60
+        counts = (await world.ledger.stages(large.id))[0].counts
+        assert counts.succeeded < 400
+
+    in_world(act, script=takes(1.0), pools=(Pool("default", 0, 2, 1),))
