@@ -19,7 +19,7 @@ from batchlab.errors import BackendError, BatchlabError, NotFound, Refused, Unre
 if TYPE_CHECKING:
     import httpx
 
-    from batchlab.model import JobDef
+    from batchlab.jobdef import JobDef
     from batchlab.views import (
         ActivityView,
         FailureView,

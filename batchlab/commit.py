@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from batchlab.errors import AlreadyExists, NotFound
-from batchlab.model import Bundle, Follow, JobDef, Json, Outcome
+from batchlab.jobdef import JobDef
+from batchlab.model import Bundle, Follow, Json, Outcome
 from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, MAX_DELAY_S, MAX_MESSAGE_BYTES, Objects, Outgoing, Queue
 from batchlab.protocol import naming, wire

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from batchlab.jobdef import StageDef
 from batchlab.manager import by_hand
 from batchlab.manager.live import LiveJob, ManagerSettings, Outstanding, Seen
 from batchlab.manager.manager import Manager
@@ -21,7 +22,6 @@ from batchlab.model import (
     JobId,
     JobState,
     LifecycleState,
-    StageDef,
     StageName,
 )
 from batchlab.ports import JobRecord, StageRecord

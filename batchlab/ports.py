@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from batchlab.jobdef import JobDef
 from batchlab.model import (
     Activity,
     Bundle,
@@ -19,7 +20,6 @@ from batchlab.model import (
     Control,
     GroupView,
     Instance,
-    JobDef,
     JobId,
     JobState,
     Pool,

@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 
 from batchlab.errors import UsageError
-from batchlab.model import JobDef, JobId, Json, Outcome, StageName, TaskSet
+from batchlab.jobdef import JobDef
+from batchlab.model import JobId, Json, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import naming, values, wire

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchlab.errors import AlreadyExists, UsageError
-from batchlab.model import JobDef
+from batchlab.jobdef import JobDef
 from batchlab.patience import Patience
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming

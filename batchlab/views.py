@@ -17,9 +17,10 @@ from batchlab.protocol import naming
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from batchlab.jobdef import JobDef, StageDef
     from batchlab.manager.autoscaler import Backlog
     from batchlab.manager.live import LiveJob, Seen
-    from batchlab.model import Activity, Failure, GroupView, Instance, JobDef, Outcome, StageDef
+    from batchlab.model import Activity, Failure, GroupView, Instance, Outcome
     from batchlab.ports import BundleRecord, Depth, JobRecord, StageRecord
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")

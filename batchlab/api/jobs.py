@@ -15,9 +15,10 @@ from pydantic import BeforeValidator
 from batchlab import facts, views
 from batchlab.api.common import Leader, Limit, Wait, guarded
 from batchlab.errors import NotFound
+from batchlab.jobdef import JobDef
 from batchlab.manager.live import LiveJob
 from batchlab.manager.manager import Manager
-from batchlab.model import JobDef, JobId
+from batchlab.model import JobId
 from batchlab.ports import JobRecord
 from batchlab.protocol import wire
 from batchlab.why import why

@@ -20,7 +20,8 @@ from batchlab.cli.summary import SHOWN_FAILURES, Phases, Summary
 from batchlab.cli.watching import fetch_results, watch
 from batchlab.errors import Refused, UsageError
 from batchlab.home import Home
-from batchlab.model import JobDef, JobState
+from batchlab.jobdef import JobDef
+from batchlab.model import JobState
 from batchlab.results import definition
 from batchlab.views import FailureView, JobView
 

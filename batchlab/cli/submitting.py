@@ -18,7 +18,7 @@ from batchlab.home import Home
 
 if TYPE_CHECKING:
     from batchlab.backends import Backend
-    from batchlab.model import JobDef
+    from batchlab.jobdef import JobDef
     from batchlab.ports import Objects
     from batchlab.spec.jobfile import JobFile
     from batchlab.views import JobView

@@ -23,7 +23,8 @@ from batchlab.grid.incoming import Incoming, decoded
 from batchlab.grid.link import POLL_S, Link
 from batchlab.grid.outgoing import MAP, Outgoing
 from batchlab.home import find_home
-from batchlab.model import ENDED, JobDef, Pool, RetryRule, StageDef
+from batchlab.jobdef import JobDef, RetryRule, StageDef
+from batchlab.model import ENDED, Pool
 
 if TYPE_CHECKING:
     from batchlab.grid.result import JobResult

@@ -18,8 +18,9 @@ from typing import Any
 from batchlab.errors import AlreadyExists, UsageError
 from batchlab.grid.link import Link
 from batchlab.grid.shipping import Shipping
+from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.plans import PART_ITEMS, PartWriter
-from batchlab.model import JobDef, JobId, Json, StageDef, StageName, TaskSet
+from batchlab.model import JobId, Json, StageName, TaskSet
 from batchlab.protocol import naming, values, wire
 from batchlab.task import File, name_problem
 

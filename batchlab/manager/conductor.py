@@ -15,19 +15,11 @@ from functools import partial
 
 from batchlab.commit import Addressed, address, commit, committed, send_all
 from batchlab.errors import AlreadyExists, NotFound, UsageError
+from batchlab.jobdef import StageDef
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports, in_pool
 from batchlab.manager.plans import Plans
-from batchlab.model import (
-    Bundle,
-    Control,
-    JobId,
-    JobState,
-    Json,
-    StageDef,
-    StageName,
-    TaskSet,
-)
+from batchlab.model import Bundle, Control, JobId, JobState, Json, StageName, TaskSet
 from batchlab.ports import Cut, StageRecord
 from batchlab.protocol import naming, settle, sizing, wire
 from batchlab.protocol.policy import Verdict, judge

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from batchlab.errors import NotFound
+from batchlab.jobdef import JobDef
 from batchlab.manager.live import LiveJob, Ports
-from batchlab.model import Completion, JobDef, JobId, JobState
+from batchlab.model import Completion, JobId, JobState
 from batchlab.protocol import settle
 
 log = logging.getLogger(__name__)

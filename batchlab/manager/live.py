@@ -9,7 +9,8 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from batchlab.model import Bundle, BundleId, JobDef, JobId, StageName
+from batchlab.jobdef import JobDef
+from batchlab.model import Bundle, BundleId, JobId, StageName
 from batchlab.patience import Patience
 from batchlab.ports import (
     Clock,

@@ -11,9 +11,10 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import partial
 
 from batchlab.errors import AlreadyExists, NotFound, UsageError
+from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager import split
 from batchlab.manager.live import Ports
-from batchlab.model import JobDef, JobId, Json, StageDef, StageName, TaskSet
+from batchlab.model import JobId, Json, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import BundleRecord, Objects
 from batchlab.protocol import naming, wire

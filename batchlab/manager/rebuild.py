@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any
 
 from batchlab.errors import NotFound
+from batchlab.jobdef import JobDef
 from batchlab.manager.live import Ports
 from batchlab.manager.requests import Retry
-from batchlab.model import Completion, Control, JobDef, JobId, JobState
+from batchlab.model import Completion, Control, JobId, JobState
 from batchlab.ports import Cut
 from batchlab.protocol import naming, settle, wire
 

@@ -14,10 +14,11 @@ from functools import partial
 
 from batchlab.commit import commit, committed, follow_ups, send_all
 from batchlab.errors import Throttled, Unreachable
+from batchlab.jobdef import JobDef
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, ManagerSettings, Outstanding, Ports, in_pool
-from batchlab.model import Bundle, Control, JobDef, JobId, Outcome
+from batchlab.model import Bundle, Control, JobId, Outcome
 from batchlab.ports import MAX_BATCH, Depth, Message
 from batchlab.protocol import naming, settle, wire
 from batchlab.worker.suspects import starts_of

@@ -12,18 +12,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from batchlab.errors import AlreadyExists, Refused
+from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.live import LiveJob, Ports
-from batchlab.model import (
-    Bundle,
-    Control,
-    JobDef,
-    JobId,
-    JobState,
-    StageDef,
-    StageName,
-    TaskSet,
-)
+from batchlab.model import Bundle, Control, JobId, JobState, StageName, TaskSet
 from batchlab.ports import Cut, JobRecord, Reopening, StageRecord
 from batchlab.protocol import naming, wire
 

@@ -11,7 +11,8 @@ import json
 from collections.abc import AsyncIterator, Sequence
 
 from batchlab.errors import NotFound, UsageError
-from batchlab.model import InputDef, Json, SplitBy
+from batchlab.jobdef import InputDef, SplitBy
+from batchlab.model import Json
 from batchlab.ports import ObjectInfo, Objects
 from batchlab.protocol import values
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batchlab.model import JobDef, StageCounts
+from batchlab.jobdef import JobDef
+from batchlab.model import StageCounts
 
 
 @dataclass(frozen=True, slots=True)

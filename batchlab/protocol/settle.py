@@ -12,16 +12,15 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
+from batchlab.jobdef import JobDef, RetryRule
 from batchlab.model import (
     Bundle,
     Completion,
     Failure,
     FailureKind,
     Follow,
-    JobDef,
     Outcome,
     Ran,
-    RetryRule,
     StageName,
     TaskSet,
 )

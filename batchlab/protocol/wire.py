@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from batchlab.errors import BackendError
+from batchlab.jobdef import InputDef, JobDef, RetryRule, SplitBy, StageDef
 from batchlab.model import (
     Bundle,
     BundleId,
@@ -20,15 +21,10 @@ from batchlab.model import (
     Failure,
     FailureKind,
     Follow,
-    InputDef,
-    JobDef,
     JobId,
     JobState,
     Json,
     Outcome,
-    RetryRule,
-    SplitBy,
-    StageDef,
     StageName,
     TaskSet,
 )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchlab import submission
-from batchlab.model import JobDef, Pool
+from batchlab.jobdef import JobDef
+from batchlab.model import Pool
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.results import Fetched, Listed, fetch

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from batchlab.model import Bundle, Failure, JobDef, Json, Ran, StageDef
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.model import Bundle, Failure, Json, Ran
 from batchlab.ports import Clock
 from batchlab.worker.runner import Handle, Work
 

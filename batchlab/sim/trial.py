@@ -11,20 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from batchlab.errors import Refused
+from batchlab.jobdef import JobDef, RetryRule, StageDef
 from batchlab.manager.plans import PartWriter
-from batchlab.model import (
-    Failure,
-    FailureKind,
-    JobDef,
-    JobId,
-    JobState,
-    Json,
-    Pool,
-    RetryRule,
-    StageDef,
-    StageName,
-    TaskSet,
-)
+from batchlab.model import Failure, FailureKind, JobId, JobState, Json, Pool, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.sim import invariants
 from batchlab.sim.faults import FaultKind, FaultRates, Faults

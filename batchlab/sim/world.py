@@ -18,9 +18,10 @@ from batchlab.adapters.sim.queue import SimQueue
 from batchlab.adapters.sql.ledger import SqlLedger, open_memory
 from batchlab.errors import BackendError, Refused
 from batchlab.fleet.group import ManagedFleet
+from batchlab.jobdef import JobDef
 from batchlab.manager.live import ManagerSettings, Ports
 from batchlab.manager.manager import Manager
-from batchlab.model import GroupView, JobDef, JobId, Pool
+from batchlab.model import GroupView, JobId, Pool
 from batchlab.patience import Patience
 from batchlab.ports import Clock, JobRecord, Objects
 from batchlab.sim.actors import Actor

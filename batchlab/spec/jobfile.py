@@ -14,17 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchlab.errors import JobFileError
-from batchlab.model import (
-    FailureKind,
-    InputDef,
-    JobDef,
-    JobId,
-    Json,
-    RetryRule,
-    SplitBy,
-    StageDef,
-    StageName,
-)
+from batchlab.jobdef import InputDef, JobDef, RetryRule, SplitBy, StageDef
+from batchlab.model import FailureKind, JobId, Json, StageName
 from batchlab.spec import checks, paths, source, units
 from batchlab.spec.problems import JobFileErrors, Problem, suggest
 from batchlab.spec.schema import JobSpec, RetrySpec, StageSpec, is_text

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
-from batchlab.model import RetryRule
+from batchlab.jobdef import RetryRule
 from batchlab.spec import forms
 from batchlab.spec.problems import Loc
 

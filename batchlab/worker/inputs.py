@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any
 
 from batchlab.errors import NotFound
-from batchlab.model import Bundle, BundleId, JobDef, Json, Outcome, StageName, TaskSet
+from batchlab.jobdef import JobDef
+from batchlab.model import Bundle, BundleId, Json, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import naming, wire

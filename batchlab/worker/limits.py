@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from batchlab.model import FailureKind, StageDef
+from batchlab.jobdef import StageDef
+from batchlab.model import FailureKind
 from batchlab.worker.board import IMPORTING
 from batchlab.worker.child_process import ChildProcess, monotonic_s
 from batchlab.worker.processes import Sampler

@@ -15,17 +15,8 @@ from functools import partial
 
 from batchlab.commit import address, commit, follow_ups
 from batchlab.errors import BackendError, NotFound
-from batchlab.model import (
-    Control,
-    Failure,
-    FailureKind,
-    JobDef,
-    JobId,
-    Json,
-    Outcome,
-    Ran,
-    StageDef,
-)
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.model import Control, Failure, FailureKind, JobId, Json, Outcome, Ran
 from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, Clock, Message, Objects, Queue
 from batchlab.protocol import naming, settle, wire

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from batchlab.model import Bundle, JobDef, Json, Ran, StageDef
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.model import Bundle, Json, Ran
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from collections.abc import Awaitable, Callable
 
 from batchlab.commit import address
 from batchlab.errors import BackendError
-from batchlab.model import JobDef, JobId
+from batchlab.jobdef import JobDef
+from batchlab.model import JobId
 from batchlab.ports import MAX_BATCH, Clock, Objects, Queue
 from batchlab.protocol import naming
 from batchlab.worker.hand import Hand

@@ -16,21 +16,19 @@ from typing import Protocol
 import pytest
 
 from batchlab.adapters.sql import open_memory, open_sqlite
+from batchlab.jobdef import JobDef, RetryRule, StageDef
 from batchlab.model import (
     Bundle,
     Completion,
     Failure,
     FailureKind,
     Follow,
-    JobDef,
     JobId,
     JobState,
     Json,
     Outcome,
     Ran,
-    RetryRule,
     StageCounts,
-    StageDef,
     StageName,
     TaskSet,
 )

@@ -9,18 +9,14 @@ from pathlib import Path
 import pytest
 
 from batchlab.errors import NotFound
+from batchlab.jobdef import InputDef, JobDef, RetryRule, SplitBy, StageDef
 from batchlab.model import (
     ENDED,
     Control,
     FailureKind,
-    InputDef,
-    JobDef,
     JobId,
     JobState,
-    RetryRule,
-    SplitBy,
     StageCounts,
-    StageDef,
     StageName,
     TaskSet,
     may_move,

@@ -27,20 +27,10 @@ from batchlab.api import create_app, listen
 from batchlab.client import Client
 from batchlab.commit import commit
 from batchlab.fleet.group import ManagedFleet
+from batchlab.jobdef import InputDef, JobDef, RetryRule, StageDef
 from batchlab.manager.live import LiveJob, ManagerSettings, Outstanding, Ports
 from batchlab.manager.manager import Manager
-from batchlab.model import (
-    Failure,
-    FailureKind,
-    InputDef,
-    JobDef,
-    JobId,
-    Pool,
-    Ran,
-    RetryRule,
-    StageDef,
-    StageName,
-)
+from batchlab.model import Failure, FailureKind, JobId, Pool, Ran, StageName
 from batchlab.patience import Patience
 from batchlab.ports import Outgoing
 from batchlab.protocol import naming, settle, wire

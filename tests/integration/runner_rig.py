@@ -12,7 +12,8 @@ from typing import Any
 
 from batchlab.adapters.clock import WallClock
 from batchlab.adapters.sim.objects import SimObjects
-from batchlab.model import Bundle, Failure, JobDef, JobId, Json, Ran, StageDef, StageName, TaskSet
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.model import Bundle, Failure, JobId, Json, Ran, StageName, TaskSet
 from batchlab.ports import Objects
 from batchlab.worker import code
 from batchlab.worker.process_runner import ProcessRunner

@@ -23,8 +23,9 @@ from batchlab.errors import (
     Unreachable,
     UsageError,
 )
+from batchlab.jobdef import RetryRule, StageDef
 from batchlab.manager.live import LiveJob
-from batchlab.model import GroupView, JobId, Pool, RetryRule, StageDef, StageName
+from batchlab.model import GroupView, JobId, Pool, StageName
 from batchlab.protocol import wire
 from tests.integration.api_rig import MAP, TOKEN, Rig, job, later
 

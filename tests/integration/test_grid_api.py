@@ -14,7 +14,8 @@ import pytest
 
 from batchlab import File, Grid
 from batchlab.errors import JobFailed, TaskFailed, UsageError
-from batchlab.model import JobState, RetryRule
+from batchlab.jobdef import RetryRule
+from batchlab.model import JobState
 from tests.integration.grid_rig import newest, warm_grid
 
 

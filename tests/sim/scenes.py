@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import pytest
 
+from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.manager import Manager
-from batchlab.model import JobDef, JobId, JobState, Pool, StageDef, StageName
+from batchlab.model import JobId, JobState, Pool, StageName
 from batchlab.ports import JobRecord
 from batchlab.sim import invariants, trial
 from batchlab.sim.loop import SimLoop

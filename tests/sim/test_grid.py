@@ -11,15 +11,8 @@ from itertools import pairwise
 
 import pytest
 
-from batchlab.model import (
-    Failure,
-    FailureKind,
-    JobId,
-    JobState,
-    LifecycleState,
-    Pool,
-    RetryRule,
-)
+from batchlab.jobdef import RetryRule
+from batchlab.model import Failure, FailureKind, JobId, JobState, LifecycleState, Pool
 from batchlab.sim import invariants, trial
 from batchlab.sim.runner import Play, Scene
 from batchlab.sim.world import WORKER, World

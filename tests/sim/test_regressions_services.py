@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from batchlab.errors import Throttled, Unreachable
-from batchlab.model import BundleId, Failure, FailureKind, JobId, JobState, Pool, RetryRule
+from batchlab.jobdef import RetryRule
+from batchlab.model import BundleId, Failure, FailureKind, JobId, JobState, Pool
 from batchlab.ports import MAX_MESSAGE_BYTES, Outgoing
 from batchlab.protocol import naming, sizing, wire
 from batchlab.sim import invariants

@@ -10,10 +10,8 @@ import pytest
 
 from batchlab import spec
 from batchlab.errors import JobFileError
-from batchlab.model import (
-    JobDef,
-    JobId,
-)
+from batchlab.jobdef import JobDef
+from batchlab.model import JobId
 
 MINIMAL = """\
 name: j

@@ -15,18 +15,8 @@ from batchlab.adapters.objects import open_local
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.errors import UsageError
 from batchlab.home import Home
-from batchlab.model import (
-    Bundle,
-    Failure,
-    FailureKind,
-    JobDef,
-    JobId,
-    Json,
-    Outcome,
-    StageDef,
-    StageName,
-    TaskSet,
-)
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.model import Bundle, Failure, FailureKind, JobId, Json, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import naming, values, wire

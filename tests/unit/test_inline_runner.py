@@ -13,17 +13,8 @@ import pytest
 
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.errors import Unreachable
-from batchlab.model import (
-    Bundle,
-    FailureKind,
-    JobDef,
-    JobId,
-    Json,
-    Ran,
-    StageDef,
-    StageName,
-    TaskSet,
-)
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.model import Bundle, FailureKind, JobId, Json, Ran, StageName, TaskSet
 from batchlab.protocol import values
 from batchlab.sim.loop import SimClock, SimLoop
 from batchlab.worker import code

@@ -9,19 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab.errors import BackendError
+from batchlab.jobdef import InputDef, JobDef, RetryRule, SplitBy, StageDef
 from batchlab.model import (
     Bundle,
     BundleId,
     Failure,
     FailureKind,
-    InputDef,
-    JobDef,
     JobId,
     Outcome,
     Ran,
-    RetryRule,
-    SplitBy,
-    StageDef,
     StageName,
     TaskSet,
 )

@@ -13,16 +13,8 @@ import pytest
 import yaml
 
 from batchlab import spec
-from batchlab.model import (
-    FailureKind,
-    InputDef,
-    JobDef,
-    JobId,
-    RetryRule,
-    SplitBy,
-    StageDef,
-    StageName,
-)
+from batchlab.jobdef import InputDef, JobDef, RetryRule, SplitBy, StageDef
+from batchlab.model import FailureKind, JobId, StageName
 from batchlab.protocol import placeholders
 from batchlab.spec.schema import SECTIONS
 from batchlab.task import File

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab.errors import NotFound, UsageError
+from batchlab.jobdef import InputDef, SplitBy
 from batchlab.manager import split
-from batchlab.model import InputDef, Json, SplitBy
+from batchlab.model import Json
 from batchlab.ports import ObjectInfo, Objects
 from batchlab.protocol import values
 

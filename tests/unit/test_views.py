@@ -11,18 +11,9 @@ from typing import Any
 import pytest
 
 from batchlab.errors import UsageError
+from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.live import LiveJob, Seen
-from batchlab.model import (
-    Bundle,
-    Completion,
-    JobDef,
-    JobId,
-    JobState,
-    StageCounts,
-    StageDef,
-    StageName,
-    TaskSet,
-)
+from batchlab.model import Bundle, Completion, JobId, JobState, StageCounts, StageName, TaskSet
 from batchlab.ports import BundleRecord, JobRecord, StageRecord
 from batchlab.protocol import naming, wire
 from batchlab.views import admit, job_view, outcome_view

@@ -11,21 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab.facts import Facts
+from batchlab.jobdef import InputDef, JobDef, StageDef
 from batchlab.manager.live import LiveJob, ManagerSettings, Seen
 from batchlab.model import (
     Activity,
     Bundle,
     Control,
     GroupView,
-    InputDef,
     Instance,
-    JobDef,
     JobId,
     JobState,
     LifecycleState,
     Pool,
     StageCounts,
-    StageDef,
     StageName,
     TaskSet,
 )

@@ -25,10 +25,10 @@ from sqlalchemy import (
 from batchlab.adapters.sql.tables import bundles, jobs, stages
 from batchlab.adapters.sql.upserts import Upserts
 from batchlab.errors import NotFound
+from batchlab.jobdef import JobDef
 from batchlab.model import (
     ENDED,
     Control,
-    JobDef,
     JobId,
     JobState,
     StageCounts,

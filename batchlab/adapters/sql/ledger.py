@@ -26,7 +26,8 @@ from batchlab.adapters.sql.engines import Inline, OneThread, Run, as_writer, sql
 from batchlab.adapters.sql.tables import bundles, jobs, leases, stages
 from batchlab.adapters.sql.upserts import Upserts
 from batchlab.errors import BackendError, NotFound, Unreachable
-from batchlab.model import Completion, Control, JobDef, JobId, JobState, Json, StageName
+from batchlab.jobdef import JobDef
+from batchlab.model import Completion, Control, JobId, JobState, Json, StageName
 from batchlab.ports import BundleRecord, Cut, JobRecord, Reopening, StageRecord
 
 T = TypeVar("T")
