@@ -6,7 +6,6 @@ import itertools
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +62,12 @@ def test_the_signature_decides_how_a_handler_is_called(
     go(main())
 
 
-def test_ten_thousand_tiny_tasks_take_a_moment(tmp_path: Path) -> None:
+def test_ten_thousand_tiny_tasks_are_one_bundle_like_any(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             await rig.values([1])
-            began_s = time.perf_counter()
             got = await rig.values(list(range(10_000)), handler="acts:same")
-            took_s = time.perf_counter() - began_s
             assert got == list(range(10_000))
-            # About 0.1 s on an idle machine; this one may be busy.
-            assert took_s < 2
 
     go(main())
 

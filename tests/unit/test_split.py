@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import time
 from collections.abc import AsyncIterator, Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -305,11 +304,3 @@ def test_a_line_of_many_reads_is_one_part_and_read_in_growing_ranges() -> None:
     assert [item["stop"] - item["start"] for item in found] == [2, (20 << 20) + 1, 2]
     assert len(bucket.reads) < 20
     assert all(stop - start <= split.READ_BYTES for start, stop in bucket.reads)
-
-
-def test_lines_are_counted_at_the_speed_of_memory() -> None:
-    """A tenth of what is measured here, so that only a change of method fails: 100 MB/s."""
-    bucket = Bucket({"a": (b"x" * 60 + b"\n") * 1_000_000})
-    began = time.perf_counter()
-    assert len(tasks(bucket, SplitBy.LINES, 1000)) == 1000
-    assert time.perf_counter() - began < 0.61
