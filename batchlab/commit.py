@@ -7,7 +7,7 @@ own work away and goes on from what was committed, so everything after may be re
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -110,11 +110,23 @@ def batches(messages: Sequence[Outgoing]) -> list[list[Outgoing]]:
     return calls
 
 
-async def send_all(queue: Queue, messages: Sequence[Addressed], patience: Patience) -> None:
-    """Send every message, in as few calls as the limits allow."""
-    by_queue: dict[str, list[Outgoing]] = {}
+def by_queue(messages: Iterable[Addressed]) -> dict[str, list[Outgoing]]:
+    """What goes to each queue, in order."""
+    found: dict[str, list[Outgoing]] = {}
     for one in messages:
-        by_queue.setdefault(one.queue, []).append(one.message)
-    for name, outgoing in by_queue.items():
-        for call in batches(outgoing):
-            await patience(partial(queue.send, name, call))
+        found.setdefault(one.queue, []).append(one.message)
+    return found
+
+
+async def send_to(
+    queue: Queue, name: str, messages: Sequence[Outgoing], patience: Patience
+) -> None:
+    """Send every message to one queue, in as few calls as the limits allow."""
+    for call in batches(messages):
+        await patience(partial(queue.send, name, call))
+
+
+async def send_all(queue: Queue, messages: Sequence[Addressed], patience: Patience) -> None:
+    """Send every message to the queue it is addressed to."""
+    for name, outgoing in by_queue(messages).items():
+        await send_to(queue, name, outgoing, patience)

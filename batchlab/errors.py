@@ -2,17 +2,18 @@
 
 BatchlabError
 ├── UsageError              exit 2: the command or the job file is wrong
-│   └── JobFileError        names file, line and remedy
+│   ├── JobFileError        names file, line and remedy
+│   └── NotAValue           protocol.values: a value that cannot travel
 ├── BackendError            exit 3: a port could not do its work
 │   ├── Unreachable         the service behind the port does not answer
 │   ├── Throttled           try again later (S3 503, SQS throttling)
 │   ├── NotFound            no such object, queue or row
 │   ├── AlreadyExists       a conditional create lost (HTTP 412)
-│   ├── LeaseLost           the receipt handle is no longer ours
 │   └── TooLarge            over a limit of the service
 ├── JobFailed               exit 1: the job ended FAILED or CANCELLED
 │   └── TaskFailed          one task's failure, with the remote traceback
-└── Refused                 exit 2: the manager declines (state, duplicate token, unknown id)
+├── Refused                 exit 2: the manager declines (state, duplicate token, unknown id)
+└── SimulationError         sim.actors: a promise is broken, or the world is set up wrongly
 """
 
 from __future__ import annotations
@@ -81,10 +82,6 @@ class NotFound(BackendError):
 
 class AlreadyExists(BackendError):
     """A conditional create found the object there (HTTP 412)."""
-
-
-class LeaseLost(BackendError):
-    """The receipt handle is no longer ours: the message went to somebody else."""
 
 
 class TooLarge(BackendError):

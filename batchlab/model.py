@@ -59,14 +59,6 @@ def may_move(before: JobState, after: JobState) -> bool:
     return after in MOVES[before]
 
 
-class TaskState(StrEnum):
-    """The terminal states of a task: I1 says that each task gets exactly one."""
-
-    SUCCEEDED = "SUCCEEDED"
-    FAILED = "FAILED"
-    CANCELLED = "CANCELLED"
-
-
 class Control(StrEnum):
     """What a job's control object asks of the workers."""
 

@@ -16,6 +16,18 @@ if TYPE_CHECKING:
 
 WATCH_S = 1.0
 
+_POOL_COLUMNS = (
+    "pool",
+    "min",
+    "max",
+    "desired",
+    "inservice",
+    "pending",
+    "slots",
+    "backlog",
+    "set by",
+)
+
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -121,24 +133,13 @@ def _show_grid(view: GridView, home: Home, *, json: bool) -> None:
     leads = "leads" if view["leader"] else "does not lead yet"
     record = home.record()
     at = f" at {record.url}" if record else ""
-    columns = (
-        "pool",
-        "min",
-        "max",
-        "desired",
-        "inservice",
-        "pending",
-        "slots",
-        "backlog",
-        "set by",
-    )
     depths = [(q["name"], q["visible"], q["in_flight"], q["delayed"]) for q in view["queues"]]
     output.show(
         "\n".join(
             [
                 f"backend {view['backend']}, manager {view['owner']} {leads}{at}",
                 "",
-                output.table(columns, map(_pool_row, view["pools"])),
+                output.table(_POOL_COLUMNS, map(_pool_row, view["pools"])),
                 "",
                 output.table(("queue", "visible", "in flight", "delayed"), depths),
             ]
@@ -291,15 +292,4 @@ def _show_pools(pools: list[PoolView], whole: object, *, json: bool) -> None:
     if json:
         output.show_json(whole)
         return
-    columns = (
-        "pool",
-        "min",
-        "max",
-        "desired",
-        "inservice",
-        "pending",
-        "slots",
-        "backlog",
-        "set by",
-    )
-    output.show(output.table(columns, map(_pool_row, pools)))
+    output.show(output.table(_POOL_COLUMNS, map(_pool_row, pools)))

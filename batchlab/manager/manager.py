@@ -90,9 +90,7 @@ class Manager:
                 await self.ports.ledger.release(LEASE, self.owner)
 
     async def _prepare(self) -> None:
-        queue = self.ports.queue
-        spec = QueueSpec(naming.EVENTS, visibility_s=self.settings.visibility_s)
-        await self.ports.patience(lambda: queue.ensure(spec))
+        await self._ensure(QueueSpec(naming.EVENTS, visibility_s=self.settings.visibility_s))
         for pool in self.pools.values():
             dead = QueueSpec(naming.dead_letters(pool.name))
             await self._ensure(dead)

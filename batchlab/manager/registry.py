@@ -90,28 +90,27 @@ class Registry:
                 log.warning("they return when their visibility runs out: %s", error)
 
     async def _give_back(self, held: Sequence[wire.Held], *, explained: bool) -> None:
-        copied: list[wire.Held] = []
-        if explained:
-            copied = [one for one in held if one.receipt and self._waiting(one)]
-            await self._send_copies(copied)
-        for one_by_one, visible in ((copied, False), (held, True)):
-            by_queue: dict[str, list[str]] = {}
-            for one in one_by_one:
-                if one.receipt is not None and (not visible or one not in copied):
-                    by_queue.setdefault(one.queue, []).append(one.receipt)
-            for name, receipts in by_queue.items():
-                await self._return(name, receipts, visible=visible)
+        ours = [one for one in held if one.receipt]
+        copied = [one for one in ours if explained and self._waiting(one)]
+        await self._send_copies(copied)
+        await self._return(copied, visible=False)
+        await self._return([one for one in ours if one not in copied], visible=True)
 
-    async def _return(self, name: str, receipts: Sequence[str], *, visible: bool) -> None:
+    async def _return(self, held: Sequence[wire.Held], *, visible: bool) -> None:
         """Make messages visible again, or delete those of which a copy was sent."""
         queue, patience = self._ports.queue, self._ports.patience
-        for i in range(0, len(receipts), MAX_BATCH):
-            batch = receipts[i : i + MAX_BATCH]
-            if visible:
-                now = [(receipt, 0.0) for receipt in batch]
-                await patience(partial(queue.change_visibility, name, now))
-            else:
-                await patience(partial(queue.delete, name, batch))
+        receipts: dict[str, list[str]] = {}
+        for one in held:
+            if one.receipt:
+                receipts.setdefault(one.queue, []).append(one.receipt)
+        for name, all_of_it in receipts.items():
+            for i in range(0, len(all_of_it), MAX_BATCH):
+                batch = all_of_it[i : i + MAX_BATCH]
+                if visible:
+                    now = [(receipt, 0.0) for receipt in batch]
+                    await patience(partial(queue.change_visibility, name, now))
+                else:
+                    await patience(partial(queue.delete, name, batch))
 
     def _waiting(self, held: wire.Held) -> Bundle | None:
         live = self._lives.get(held.job)

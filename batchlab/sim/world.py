@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from batchlab.adapters.sim.launcher import SimLauncher
+from batchlab.adapters.sim.launcher import MemoryState, SimLauncher
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.adapters.sim.queue import SimQueue
 from batchlab.adapters.sql.ledger import SqlLedger, open_memory
@@ -43,19 +43,6 @@ MANAGER = ManagerSettings(drain_target_s=10.0, silence_s=120.0, control_lease_s=
 WORKER = WorkerSettings(control_lease_s=4.0)
 
 
-class MemoryStore:
-    """A fleet's state that outlives its manager."""
-
-    def __init__(self) -> None:
-        self.data: bytes | None = None
-
-    def load(self) -> bytes | None:
-        return self.data
-
-    def save(self, data: bytes) -> None:
-        self.data = data
-
-
 RunnerFactory = Callable[["World", Callable[[], None], Objects], Runner]
 
 
@@ -84,7 +71,7 @@ class World:
     starts: list[tuple[float, JobId, str, int]] = field(init=False, default_factory=list)
     """(time, job, stage, task) of every task that began."""
     managers: int = field(init=False, default=0)
-    _store: MemoryStore = field(init=False, default_factory=MemoryStore)
+    _store: MemoryState = field(init=False, default_factory=MemoryState)
 
     def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Generic, TypeVar
 
-from batchlab.commit import Addressed, batches
+from batchlab.commit import Addressed, by_queue, send_to
 from batchlab.model import Completion
 from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, Outgoing, Queue
@@ -68,10 +68,7 @@ class Outbox:
 
     async def send(self, messages: Sequence[Addressed]) -> None:
         """Send to whatever queues they are addressed to."""
-        by_queue: dict[str, list[Outgoing]] = {}
-        for one in messages:
-            by_queue.setdefault(one.queue, []).append(one.message)
-        for name, outgoing in by_queue.items():
+        for name, outgoing in by_queue(messages).items():
             group = self._sends.setdefault(name, _Group(partial(self._flush_sends, name)))
             await group.put(outgoing)
 
@@ -85,8 +82,8 @@ class Outbox:
         await self._events.put(event)
 
     async def _flush_sends(self, queue: str, groups: Sequence[Sequence[Outgoing]]) -> None:
-        for call in batches([m for group in groups for m in group]):
-            await self._patience(partial(self._queue.send, queue, call))
+        messages = [m for group in groups for m in group]
+        await send_to(self._queue, queue, messages, self._patience)
 
     async def _flush_deletes(self, queue: str, receipts: Sequence[str]) -> None:
         for i in range(0, len(receipts), MAX_BATCH):
@@ -94,8 +91,7 @@ class Outbox:
 
     async def _flush_events(self, events: Sequence[Completion | wire.Beat]) -> None:
         bodies = [Outgoing(wire.events_message(e)) for e in _pack(events)]
-        for call in batches(bodies):
-            await self._patience(partial(self._queue.send, naming.EVENTS, call))
+        await send_to(self._queue, naming.EVENTS, bodies, self._patience)
 
 
 def _pack(events: Sequence[Completion | wire.Beat]) -> list[wire.Events]:
