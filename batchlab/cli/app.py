@@ -14,13 +14,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from batchlab.cli import admin, grid, jobs, output, running, signals
+from batchlab.cli import admin, conform, grid, jobs, output, running, signals, sim
 from batchlab.errors import BatchlabError
 
 UNEXPECTED = 70
 """EX_SOFTWARE of sysexits.h: none of the codes that say something about a job."""
 
-_ORDER = ("demo", "init", "run", "job", "grid", "ledger", "schema", "doctor", "manager", "worker")
+_ORDER = (
+    *("demo", "init", "run", "job", "grid", "ledger", "schema", "doctor"),
+    *("sim", "conform", "manager", "worker"),
+)
 
 
 class _Commands(TyperGroup):
@@ -71,6 +74,8 @@ def batchlab(
 running.register(app)
 app.add_typer(jobs.app, name="job")
 app.add_typer(grid.app, name="grid")
+app.add_typer(sim.app, name="sim")
+conform.register(app)
 admin.register(app)
 
 
