@@ -45,6 +45,8 @@ _BUSY = re.compile(r"status code: (429|503|409)\b")
 _KINDS: tuple[tuple[re.Pattern[str], type[BackendError]], ...] = (
     (_BUSY, Throttled),
     (re.compile(r"HTTP error: |status code: 5\d\d\b"), Unreachable),
+    # A full disk is waited out like an outage.
+    (re.compile(r"No space left on device"), Unreachable),
     # A key below an object, on files.
     (re.compile(r"Not a directory"), NotFound),
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from pathlib import Path
 from batchlab.errors import AlreadyExists, BackendError
 from batchlab.model import Pool
 from batchlab.ports import Clock
+
+log = logging.getLogger(__name__)
 
 INSTANCE_VARIABLE = "BATCHLAB_INSTANCE"
 """Environment variable that holds an instance's id, in it and in what it starts."""
@@ -184,7 +187,11 @@ class ProcessLauncher:
         process.ended_s = self._clock.monotonic_s()
         process.gone.set()
         self.changed.set()
-        self._write(process.record)
+        try:
+            self._write(process.record)
+        except OSError as error:
+            # A full disk. A manager after us finds no such process, which says nearly as much.
+            log.warning("how instance %s ended is not kept: %s", process.record.instance, error)
 
     def _let_go(self, process: _Process) -> None:
         if process.kill is not None:

@@ -366,6 +366,11 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        kinds = {sqlite3.SQLITE_BUSY: Throttled, sqlite3.SQLITE_CANTOPEN: Unreachable}
+        kinds = {
+            sqlite3.SQLITE_BUSY: Throttled,
+            sqlite3.SQLITE_CANTOPEN: Unreachable,
+            # A full disk is waited out like an outage.
+            sqlite3.SQLITE_FULL: Unreachable,
+        }
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         raise kinds.get(code, BackendError)(f"The queue file: {error}.") from error

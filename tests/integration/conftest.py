@@ -19,8 +19,8 @@ def bring_up(tmp_path: Path) -> Iterator[Bring]:
     """Brings up a grid of real processes; checks afterwards that none is left."""
     grids: list[LocalGrid] = []
 
-    def bring(pools: Sequence[Pool] = ()) -> LocalGrid:
-        grids.append(LocalGrid(tmp_path / f"home-{len(grids)}", pools))
+    def bring(pools: Sequence[Pool] = (), folder: Path | None = None) -> LocalGrid:
+        grids.append(LocalGrid(folder or tmp_path / f"home-{len(grids)}", pools))
         return grids[-1]
 
     yield bring
