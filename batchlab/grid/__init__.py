@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -21,20 +20,19 @@ from batchlab.client import Client
 from batchlab.errors import JobFailed, TaskFailed, UsageError
 from batchlab.grid.incoming import Incoming, decoded
 from batchlab.grid.link import POLL_S, Link
-from batchlab.grid.outgoing import MAP, Outgoing
+from batchlab.grid.outgoing import MAP, Outgoing, job_name
 from batchlab.home import find_home
 from batchlab.jobdef import JobDef, RetryRule, StageDef
 from batchlab.model import ENDED, Pool
 
 if TYPE_CHECKING:
+    from batchlab.grid.executor import GridExecutor
     from batchlab.grid.result import JobResult
     from batchlab.views import JobView
 
 __all__ = ["Grid"]
 
 PathText = str | os.PathLike[str]
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 
 class Grid:
@@ -98,7 +96,7 @@ class Grid:
         _check_positive(timeout_s=timeout_s, bundle=bundle)
         stage = StageDef(MAP, timeout_s=timeout_s, retry=_rule(retry), bundle=bundle)
         job = self._outgoing.submit(
-            _name(function, name), function, items, stage, tolerant=return_exceptions
+            job_name(function, name), function, items, stage, tolerant=return_exceptions
         )
         results = self._results(job, ordered=ordered, return_exceptions=return_exceptions)
         # Started, or its end would not be noticed if nobody ever asks for a result.
@@ -127,6 +125,29 @@ class Grid:
             # Perhaps on the garbage collector's behalf, on any thread: nothing may wait here.
             incoming.drop()
             link.leave(job.id, cancel=not done)
+
+    def executor(
+        self,
+        *,
+        name: str | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: Iterable[Any] = (),
+    ) -> GridExecutor:
+        """A `concurrent.futures.Executor` whose calls run on the grid's workers.
+
+        `name` is for its jobs; by default they have their function's. `initializer(*initargs)` is
+        called in each worker process before its first call. UsageError where it cannot be pickled.
+        """
+        from batchlab.grid.executor import GridExecutor
+
+        return GridExecutor(
+            self,
+            self._link,
+            self._outgoing,
+            name=name,
+            initializer=initializer,
+            initargs=initargs,
+        )
 
     def run(
         self,
@@ -231,19 +252,6 @@ def _rule(retry: RetryRule | int | None) -> RetryRule:
         return retry
     _check_positive(retry=retry)
     return RetryRule(attempts=retry or 1)
-
-
-def _name(function: Callable[..., Any], name: str | None) -> str:
-    """The job's name: the given one if it may be one, else made from the function's."""
-    if name is None:
-        text = str(getattr(function, "__name__", "")).lower()
-        return re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:40] or "map"
-    if not _NAME.fullmatch(name):
-        raise UsageError(
-            f"{name!r} cannot name a job.",
-            remedy="Use up to 40 lower case letters, digits, - and _, no - or _ first.",
-        )
-    return name
 
 
 def _text(value: Any) -> str:

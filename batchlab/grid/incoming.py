@@ -15,7 +15,7 @@ from functools import partial
 from heapq import heappop, heappush
 from typing import Any
 
-from batchlab.errors import JobFailed, NotFound, TaskFailed
+from batchlab.errors import JobFailed, TaskFailed
 from batchlab.grid.link import POLL_S, Link
 from batchlab.model import Failure, Json, Outcome
 from batchlab.protocol import values, wire
@@ -77,20 +77,16 @@ class Incoming:
         listed, coming = self._listed, self._coming
         while listed and (len(coming) < AHEAD or listed[0][0] <= needed < coming[0][0]):
             at, seq, key = heappop(listed)
-            heappush(coming, (at, seq, self._link.start(self._fetch(key))))
+            heappush(coming, (at, seq, self._link.start(fetched(self._link, key))))
         if not coming or coming[0][0] > needed:
             return None
         return heappop(coming)[2].result()
 
-    async def _fetch(self, key: str) -> Outcome:
-        data = await self._link.patience(partial(self._link.objects.get, key))
-        return wire.outcome_from_json(wire.loads(data))
-
     def _listen(self, given: int) -> None:
         """Wait for outcomes; JobFailed where the job has ended and not all tasks have one."""
         now_s = self._link.clock.monotonic_s
-        gap_s = min(GAP_S, GAP_SHARE * (self._answered_s - self._began_s))
-        time.sleep(max(0.0, self._answered_s + gap_s - now_s()))
+        pause_s = gap_s(self._answered_s - self._began_s)
+        time.sleep(max(0.0, self._answered_s + pause_s - now_s()))
         page = self._link.call(
             lambda client: client.outcomes(self._job, after=self._after, wait_s=POLL_S)
         )
@@ -110,6 +106,16 @@ class Incoming:
             )
 
 
+def gap_s(watched_s: float) -> float:
+    """How long after an answer the next question may come, where the first came so long before."""
+    return min(GAP_S, GAP_SHARE * watched_s)
+
+
+async def fetched(link: Link, key: str) -> Outcome:
+    """The outcome in the object `key`."""
+    return wire.outcome_from_json(wire.loads(await link.patience(partial(link.objects.get, key))))
+
+
 def _first(one: OutcomeView) -> int:
     """A task from which on the outcome may be needed. Which of its tasks failed is not listed."""
     return int(one["bundle"].partition("-")[0]) if one["failed"] else one["tasks"][0][0]
@@ -125,11 +131,11 @@ def _runs(outcome: Outcome) -> Iterator[Run]:
             yield failure.task, [failed(outcome, failure)]
 
 
-def failed(outcome: Outcome, failure: Failure) -> TaskFailed:
+def failed(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFailed) -> TaskFailed:
     """The error that stands for a task's final failure."""
     attempt = outcome.bundle.attempt
     times = f" {attempt} times, at last" if attempt > 1 else ""
-    return TaskFailed(
+    return kind(
         f"Task {failure.task} of job {outcome.bundle.job} failed{times}: {failure.reason}",
         task=failure.task,
         traceback=failure.traceback,
@@ -165,7 +171,7 @@ def _refers(encoded: Json | TaskFailed) -> bool:
 
 def _decoded(task: int, encoded: Json | Failure | TaskFailed) -> Any:
     if isinstance(encoded, Failure):
-        raise NotFound(f"The result of task {task} cannot be had: {encoded.reason}")
+        return TaskFailed(f"The result of task {task} cannot be had: {encoded.reason}", task=task)
     try:
         return values.decode(encoded, _file)
     except Exception as error:  # noqa: BLE001 - unpickling runs whatever code the value names

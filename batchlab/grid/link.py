@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 POLL_S = 20.0
 PATIENCE_S = 20.0
 """How long a manager may fail to answer before its caller hears of it."""
+_OURS = "batchlab-grid"
+"""The event loop's thread and those of its pool have names that begin so."""
 ENDING_S = 3.0
 """How long closing waits for jobs to show that they have ended."""
 
@@ -46,7 +48,6 @@ class Link:
         self.home = home
         self.clock = backend.open_clock()
         self.ids = backend.open_ids()
-        self.objects = backend.open_objects(home)
         self.patience = backends.patience()
         self.ours = False
         """Whether we have brought up the grid, and end it."""
@@ -61,16 +62,18 @@ class Link:
         self._ending: deque[str] = deque(maxlen=64)
         self._folder: Path | None = None
         self._connect()
+        # Not before: only a grid that is up, or has been, says where its bucket is.
+        self.objects = backend.open_objects(home)
         self._loop = asyncio.new_event_loop()
         # A daemon, or the interpreter would wait for it before anybody is told to close.
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="batchlab-grid", daemon=True
-        )
+        self._loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix=_OURS))
+        self._thread = threading.Thread(target=self._loop.run_forever, name=_OURS, daemon=True)
         self._thread.start()
 
     # --- The manager -----------------------------------------------------------------------------
 
     def _connect(self) -> None:
+        self.backend.named_place(self.home)  # refuses another endpoint than this home's
         record = self.home.record()
         if record is None:
             record = services.start_manager(self.home, self.backend, pools=self._pools, parent=True)
@@ -94,6 +97,11 @@ class Link:
         """The manager's client; UsageError once closed."""
         self.check_open()
         return self._clients[-1]
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is the copy that a child of its process has got."""
+        return os.getpid() != self._pid
 
     def check_open(self) -> None:
         """UsageError once closed."""
@@ -192,9 +200,15 @@ class Link:
 
     def close(self) -> None:
         """Cancel what is left, end the grid if it is ours. May be called again."""
+        # A forked child has this object too, but the grid is its parent's.
+        if self._closed or self.forked:
+            return
+        if threading.current_thread().name.startswith(_OURS):
+            # The last reference may be dropped anywhere, and none of our threads can end itself.
+            threading.Thread(target=self.close, name="batchlab-close").start()
+            return
         with self._lock:
-            # A forked child has this object too, but the grid is its parent's.
-            if self._closed or os.getpid() != self._pid:
+            if self._closed:
                 return
             self._closed = True
         with ExitStack() as last:

@@ -1,13 +1,14 @@
-"""A map on its way to the grid: the function and the plan in the bucket, then the job.
+"""Items on their way to the grid: the function and the plan in the bucket, then the job.
 
-Invariant: payload before pointer, and nothing of a map that could not be submitted stays behind.
-The caller's items are drawn on the caller's thread, some at a time.
+Invariant: payload before pointer, and nothing of a job that could not be submitted stays behind.
+The items of a map are drawn on its caller's thread, some at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,9 @@ LARGE_BYTES = 128 * 1024
 need not read this."""
 
 
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
+
+
 @dataclass(slots=True)
 class Chunk:
     """Encoded items from index `first` on, and the files (path, key) that they refer to."""
@@ -40,13 +44,17 @@ class Chunk:
     items: list[Json]
     files: list[tuple[Path, str]]
 
+    def file(self, job: JobId) -> Callable[[File], Json]:
+        """What encodes a file that one of the items refers to."""
+        return partial(_reference, f"{naming.raw(job)}{self.first:08d}", self.files)
+
 
 class Outgoing:
-    """Submits maps of one grid."""
+    """Submits jobs of one grid that bring their own items."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._shipping = Shipping()
+        self.shipping = Shipping()
         self._stored: set[str] = set()
         """Keys of functions that are in the bucket."""
 
@@ -65,27 +73,37 @@ class Outgoing:
         fails. UsageError for what cannot be pickled, and whatever drawing the items raises, with
         nothing submitted.
         """
+        self._link.check_open()
+        pickled = self.shipping.function(function)
+        draft = self.draft(name, stage)
+        return self.send(draft, pickled, self._chunks(draft.id, items), tolerant=tolerant)
+
+    def draft(self, name: str, stage: StageDef) -> JobDef:
+        """A job that has an id, and nothing else of its own yet."""
         link = self._link
-        link.check_open()
-        pickled = self._shipping.function(function)
-        key = f"code/{hashlib.sha256(pickled).hexdigest()}.pkl"
         token = link.ids.fresh("map")
         job = naming.job_id(name, token)
+        return JobDef(job, name, (stage,), link.clock.now_s(), token=token)
+
+    def send(
+        self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], *, tolerant: bool
+    ) -> JobDef | None:
+        """Submit the job with its encoded items and its pickled handler; as `submit` otherwise."""
+        link, job = self._link, draft.id
+        (stage,) = draft.stages
+        key = f"code/{hashlib.sha256(pickled).hexdigest()}.pkl"
         try:
-            count = self._plan(job, key, pickled, items)
+            count = self._plan(job, key, pickled, chunks)
         except BaseException:
             link.run(self._remove(job))
             raise
         if not count:
             return None
-        made = JobDef(
-            job,
-            name,
-            (replace(stage, handler=f"pickle:{key}"),),
-            link.clock.now_s(),
+        made = replace(
+            draft,
+            stages=(replace(stage, handler=f"pickle:{key}"),),
             items=count,
             max_failures=count if tolerant else 0,
-            token=token,
         )
         link.follow(job)
         try:
@@ -100,12 +118,12 @@ class Outgoing:
             raise
         return made
 
-    def _plan(self, job: JobId, key: str, pickled: bytes, items: Iterable[Any]) -> int:
-        """Bring function and items into the bucket; how many items there are."""
+    def _plan(self, job: JobId, key: str, pickled: bytes, chunks: Iterable[Chunk]) -> int:
+        """Bring handler and items into the bucket; how many items there are."""
         run = self._link.run
         writer = PartWriter(self._link.objects, self._link.patience, job, MAP, 0)
         last: Chunk | None = None
-        for chunk in self._chunks(job, items):
+        for chunk in chunks:
             if last:
                 run(self._write(writer, job, last))
             last = chunk
@@ -118,9 +136,9 @@ class Outgoing:
     def _chunks(self, job: JobId, items: Iterable[Any]) -> Iterator[Chunk]:
         drawn, first = iter(items), 0
         while some := list(islice(drawn, PART_ITEMS)):
-            files: list[tuple[Path, str]] = []
-            file = partial(_reference, f"{naming.raw(job)}{first:08d}", files)
-            yield Chunk(first, self._shipping.items(some, first, file), files)
+            chunk = Chunk(first, [], [])
+            chunk.items += self.shipping.items(some, first, chunk.file(job))
+            yield chunk
             first += len(some)
 
     async def _write(self, writer: PartWriter, job: JobId, chunk: Chunk) -> None:
@@ -141,7 +159,7 @@ class Outgoing:
             *(
                 put(naming.part(job, MAP, 0, chunk.first + n).replace("part-", "item-"), n)
                 for n, item in enumerate(chunk.items)
-                if _is_large(item)
+                if _size(item) > LARGE_BYTES
             ),
         )
         for item in chunk.items:
@@ -166,10 +184,13 @@ class Outgoing:
                 await self._link.objects.delete([one.key for one in page])
 
 
-def _is_large(item: Json) -> bool:
+def _size(item: Json) -> int:
+    """Its length where it is encoded, roughly: of what may be large in it."""
+    if type(item) is list:
+        return sum(map(_size, item))
     if type(item) is dict:
-        return len(item.get("$pickle", "")) > LARGE_BYTES
-    return type(item) is str and len(item) > LARGE_BYTES
+        return len(item.get("$pickle", ""))
+    return len(item) if type(item) is str else 0
 
 
 def _reference(prefix: str, files: list[tuple[Path, str]], file: File) -> Json:
@@ -184,3 +205,16 @@ def _reference(prefix: str, files: list[tuple[Path, str]], file: File) -> Json:
     key = f"{prefix}/{len(files):06d}/{file.name}"
     files.append((file.path, key))
     return values.file_ref(key, file.name, file.size)
+
+
+def job_name(function: Callable[..., Any], name: str | None) -> str:
+    """The job's name: the given one if it may be one, else made from the function's."""
+    if name is None:
+        text = str(getattr(function, "__name__", "")).lower()
+        return re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:40] or "map"
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot name a job.",
+            remedy="Use up to 40 lower case letters, digits, - and _, no - or _ first.",
+        )
+    return name

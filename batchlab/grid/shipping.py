@@ -55,6 +55,13 @@ _Pickler = type(
 )
 
 
+def pickled(function: Callable[..., Any]) -> bytes:
+    """To be called within `Shipping.by_value`; raises whatever pickling raises."""
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(function)
+    return buffer.getvalue()
+
+
 class Shipping:
     """Knows which of this process's modules the workers do not have."""
 
@@ -68,11 +75,9 @@ class Shipping:
         name = getattr(function, "__qualname__", None) or repr(function)
         if not callable(function):
             raise UsageError(f"{name} is no function.", remedy="Give map something to call.")
-        with self._by_value():
+        with self.by_value():
             try:
-                buffer = io.BytesIO()
-                _Pickler(buffer).dump(function)
-                return buffer.getvalue()
+                return pickled(function)
             except Exception as error:
                 raise UsageError(
                     f"The function {name} cannot be sent to the workers: "
@@ -84,7 +89,7 @@ class Shipping:
     def items(self, items: Sequence[Any], first: int, file: Callable[[File], Json]) -> list[Json]:
         """Encoded items; UsageError naming the one that cannot be, counted from `first`."""
         done: list[Json] = []
-        with self._by_value():
+        with self.by_value():
             try:
                 for item in items:
                     done.append(values.encode_object(item, file))  # noqa: PERF401 - see below
@@ -98,7 +103,8 @@ class Shipping:
         return done
 
     @contextmanager
-    def _by_value(self) -> Iterator[None]:
+    def by_value(self) -> Iterator[None]:
+        """While in it, cloudpickle pickles by value what the workers cannot import."""
         with _REGISTRY:
             self._look_around()
             known = cloudpickle.list_registry_pickle_by_value()

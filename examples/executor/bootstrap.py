@@ -1,0 +1,27 @@
+"""How far a mean can be trusted: 200 resamples, each a call of joblib's Parallel."""
+
+import random
+
+import joblib
+
+import batchlab.grid.joblib  # registers the backend
+from batchlab import Grid
+
+WAITS = [3, 5, 8, 13, 2, 34, 7, 6, 21, 4, 9, 11]
+
+
+def resampled_mean(values: list[int], seed: int) -> float:
+    return sum(random.Random(seed).choices(values, k=len(values))) / len(values)
+
+
+def interval(values: list[int], resamples: int) -> tuple[float, float]:
+    """Between which 95 of 100 resampled means lie."""
+    calls = (joblib.delayed(resampled_mean)(values, seed) for seed in range(resamples))
+    means = sorted(joblib.Parallel(n_jobs=-1)(calls))
+    return means[resamples // 40], means[-resamples // 40]
+
+
+if __name__ == "__main__":
+    with Grid("local") as grid, joblib.parallel_config(batchlab.grid.joblib.NAME, grid=grid):
+        low, high = interval(WAITS, 200)
+    print(f"from {low:.2f} to {high:.2f} minutes")

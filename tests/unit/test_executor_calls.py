@@ -1,0 +1,259 @@
+"""An executor's call on its way: packed here, made by a worker, raised here again."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from typing import Any, NoReturn
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchlab.errors import TaskFailed
+from batchlab.grid.calls import Batch, CallFuture, RemoteTraceback, revived
+from batchlab.grid.packing import Call, Packed, Packer
+from batchlab.grid.shipping import Shipping
+from batchlab.manager.plans import PART_ITEMS
+from batchlab.model import JobId
+from batchlab.protocol import values
+from batchlab.worker.calls import Calls, Initializer, Raised, Timed
+
+JOB = JobId("job-1")
+
+
+def capture(*args: Any, **kwargs: Any) -> Any:
+    return args, kwargs
+
+
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Call:
+    return Call(CallFuture(), function, args, kwargs)
+
+
+def no_file(_: object) -> NoReturn:
+    raise AssertionError("there is no file")
+
+
+def made(packed: Packed) -> list[Any]:
+    """What a worker would make of them."""
+    handler = pickle.loads(packed.handler)
+    return [
+        handler([values.decode(part, no_file) for part in item] if type(item) is list else item)
+        for chunk in packed.chunks
+        for item in chunk.items
+    ]
+
+
+@pytest.fixture(scope="module")
+def shipping() -> Shipping:
+    return Shipping()
+
+
+@pytest.fixture
+def packer(shipping: Shipping) -> Packer:
+    return Packer(shipping, None)
+
+
+# --- Packing -------------------------------------------------------------------------------------
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+ANY = st.recursive(PLAIN | st.binary(), lambda inner: st.lists(inner) | st.tuples(inner))
+
+
+@given(st.lists(st.tuples(st.lists(ANY), st.dictionaries(st.text(), ANY)), max_size=5))
+def test_arguments_arrive_as_they_were_given(
+    shipping: Shipping, arguments: list[tuple[list[Any], dict[str, Any]]]
+) -> None:
+    packed = Packer(shipping, None).pack(JOB, [call(capture, *a, **k) for a, k in arguments])
+    assert made(packed) == [(tuple(args), kwargs) for args, kwargs in arguments]
+    assert not packed.rejected
+
+
+def test_a_function_of_several_calls_goes_into_the_table_once(packer: Packer) -> None:
+    packed = packer.pack(JOB, [call(capture, i) for i in range(3)] + [call(abs, -1)])
+    items = packed.chunks[0].items
+    assert items[:3] == [[0, 0], [0, 1], [0, 2]]
+    assert values.kind(items[3][0]) == "$pickle"
+    assert made(packed)[3] == 1
+
+
+def test_a_function_that_was_sent_before_goes_into_the_table(packer: Packer) -> None:
+    assert values.kind(packer.pack(JOB, [call(capture)]).chunks[0].items[0][0]) == "$pickle"
+    assert packer.pack(JOB, [call(capture)]).chunks[0].items == [[0]]
+
+
+def test_what_cannot_be_pickled_is_rejected_alone(packer: Packer) -> None:
+    calls = [
+        call(capture, 1),
+        call(capture, threading.Lock()),
+        call(threading.Lock().acquire),
+        call(5),  # type: ignore[arg-type]
+        call(capture, 2),
+    ]
+    packed = packer.pack(JOB, calls)
+    assert packed.futures == [calls[0].future, calls[4].future]
+    assert made(packed) == [((1,), {}), ((2,), {})]
+    assert [future for future, _ in packed.rejected] == [one.future for one in calls[1:4]]
+    assert [type(error) for _, error in packed.rejected] == [TypeError] * 3
+
+
+def test_many_calls_are_cut_into_chunks_that_name_their_first(packer: Packer) -> None:
+    calls = [call(abs, i) for i in range(PART_ITEMS + 1)]
+    calls.insert(0, call(abs, threading.Lock()))
+    packed = packer.pack(JOB, calls)
+    assert [(one.first, len(one.items)) for one in packed.chunks] == [
+        (0, PART_ITEMS),
+        (PART_ITEMS, 1),
+    ]
+
+
+def test_nothing_that_can_be_sent_makes_no_chunk(packer: Packer) -> None:
+    assert packer.pack(JOB, [call(abs, threading.Lock())]).chunks == []
+
+
+# --- On a worker ---------------------------------------------------------------------------------
+
+
+class Mine(Exception):
+    def __init__(self, a: int, *, b: int) -> None:
+        super().__init__(f"{a} and {b}")
+
+
+def fail(error: BaseException) -> NoReturn:
+    raise error
+
+
+def raised_by(function: Callable[..., Any], *args: Any) -> Raised:
+    raised = Calls([], None)([function, *args])
+    assert isinstance(raised, Raised)
+    return raised
+
+
+@pytest.mark.parametrize("error", [ValueError("a", 1), SystemExit(3), KeyboardInterrupt()])
+def test_what_a_call_raises_is_its_result_and_is_raised_here(error: BaseException) -> None:
+    again = revived(raised_by(fail, error))
+    assert (type(again), again.args) == (type(error), error.args)
+    assert isinstance(again.__cause__, RemoteTraceback)
+    assert "raise error" in str(again.__cause__)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        pytest.param(Mine(1, b=2), "Mine: 1 and 2", id="not-unpickled"),
+        pytest.param(ValueError(threading.Lock()), "ValueError: <unlocked", id="not-pickled"),
+    ],
+)
+def test_an_exception_that_cannot_travel_is_told_of(error: Exception, told: str) -> None:
+    again = revived(raised_by(fail, error))
+    assert isinstance(again, TaskFailed)
+    assert told in str(again)
+    assert "raise error" in again.traceback
+
+
+def test_a_pickle_that_is_no_exception_is_not_raised() -> None:
+    assert isinstance(revived(Raised("told", "", pickle.dumps("text"))), TaskFailed)
+
+
+def test_only_what_keeps_nothing_is_kept_from_call_to_call() -> None:
+    kept: list[int] = []
+    counting = functools.partial(kept.append, 1)
+    calls = Calls([pickle.dumps(counting), pickle.dumps(capture)], None)
+    assert calls([0]) is None
+    assert calls._function(0) is not calls._function(0)
+    assert calls._function(1) is calls._function(1)
+
+
+DONE: list[str] = []
+
+
+def note(owner: str) -> None:
+    DONE.append(owner)
+
+
+def test_the_initializer_runs_before_the_first_call_of_its_owner() -> None:
+    DONE.clear()
+
+    def of(owner: str) -> Calls:
+        return Calls([], Initializer(owner, pickle.dumps(functools.partial(note, owner))))
+
+    for owner in ("a", "a", "b", "a"):
+        assert of(owner)([abs, -1]) == 1
+    assert DONE == ["a", "b", "a"]
+
+
+def test_an_initializer_that_raises_is_tried_before_each_call() -> None:
+    broken = Initializer("broken", pickle.dumps(functools.partial(divmod, 1, 0)))
+    for _ in range(2):
+        raised = Calls([], broken)([abs, -1])
+        assert isinstance(raised, Raised)
+        assert raised.initializer
+        assert raised.told.startswith("ZeroDivisionError")
+
+
+def test_a_timed_call_says_how_long_it_ran() -> None:
+    result, took_s = Timed(functools.partial(abs, -2))()
+    assert result == 2
+    assert took_s > 0
+
+
+# --- Futures and batches -------------------------------------------------------------------------
+
+
+def a_batch(count: int) -> tuple[Batch, list[CallFuture], list[Batch]]:
+    looked: list[Batch] = []
+    batch = Batch(looked.append)
+    batch.calls = [call(abs, i) for i in range(count)]
+    return batch, [one.future for one in batch.calls], looked
+
+
+def test_a_call_is_cancelled_for_sure_until_it_is_claimed() -> None:
+    batch, futures, looked = a_batch(3)
+    assert futures[1].cancel()
+    assert [one.future for one in batch.claim()] == [futures[0], futures[2]]
+    assert list(batch.open.values()) == [futures[0], futures[2]]
+    assert [one.running() for one in futures] == [True, False, True]
+    assert not futures[0].cancel()
+    assert not futures[0].cancelled()
+    assert not looked
+
+
+def test_a_batch_is_looked_at_once_nothing_of_it_is_wanted() -> None:
+    batch, futures, looked = a_batch(3)
+    batch.claim()
+    batch.settle(futures[0])
+    futures[0].set_result(0)
+    futures[1].cancel()
+    futures[1].cancel()
+    assert not batch.abandoned
+    futures[2].cancel()
+    assert batch.abandoned
+    assert looked == [batch]
+
+
+def test_the_last_wanted_result_leaves_a_batch_that_is_not_wanted() -> None:
+    batch, futures, looked = a_batch(2)
+    batch.claim()
+    futures[0].cancel()
+    assert not batch.abandoned
+    batch.settle(futures[1])
+    assert batch.abandoned
+    assert not looked  # the thread looks by itself after each result
+
+
+def test_a_withdrawn_call_counts_as_cancelled() -> None:
+    batch, (future,), _ = a_batch(1)
+    told: list[Any] = []
+    future.add_done_callback(told.append)
+    batch.claim()
+    batch.settle(future)
+    future.withdraw()
+    assert told == [future]
+    assert future.cancelled()
+    assert future.cancel()
+    for ask in (future.result, future.exception):
+        with pytest.raises(CancelledError):
+            ask()

@@ -1,0 +1,290 @@
+"""The thread behind an executor, with a grid made up: whatever happens, every future ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError, Future
+from typing import Any, cast
+
+import pytest
+
+from batchlab.errors import JobFailed, TaskFailed, Unreachable, UsageError
+from batchlab.grid import pyexit
+from batchlab.grid.calls import BrokenGridExecutor, CallFuture, WorkerDied
+from batchlab.grid.dispatch import Dispatch
+from batchlab.grid.packing import Call
+from batchlab.grid.shipping import Shipping
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.model import Bundle, Failure, FailureKind, JobId, Outcome, StageName, TaskSet
+
+JOB = JobId("job-0")
+WAIT_S = 20.0
+
+
+class FakeGrid:
+    """Stands for link and outgoing: takes jobs, or fails as told, and never runs any."""
+
+    def __init__(self) -> None:
+        self.shipping = Shipping()
+        self.forked = False
+        self.closed = False
+        self.problem: BaseException | None = None
+        self.sent: list[tuple[str, int]] = []
+        """Each job, and how many calls it has."""
+        self.left: list[tuple[str, bool]] = []
+        self.go = threading.Event()
+        """Sending waits for it."""
+        self.go.set()
+        self._watched = threading.Semaphore(0)
+
+    def wait_for_job(self) -> None:
+        """Returns once for each job that has been sent, when its outcomes are listened for."""
+        assert self._watched.acquire(timeout=WAIT_S)
+
+    def check_open(self) -> None:
+        if self.closed:
+            raise UsageError("This grid is closed in this process.", remedy="Make another Grid.")
+
+    def start(self, doing: Coroutine[Any, Any, Any]) -> Future[None]:
+        doing.close()
+        self._watched.release()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def leave(self, job: str, *, cancel: bool) -> None:
+        self.left.append((job, cancel))
+
+    def draft(self, name: str, stage: StageDef) -> JobDef:
+        return JobDef(JobId(f"job-{len(self.sent)}"), name, (stage,), 0.0, token="t")
+
+    def send(self, draft: JobDef, pickled: bytes, chunks: Any, *, tolerant: bool) -> JobDef:
+        assert tolerant
+        assert self.go.wait(WAIT_S)
+        if self.problem:
+            raise self.problem
+        self.sent.append((draft.id, sum(len(chunk.items) for chunk in chunks)))
+        return draft
+
+
+@pytest.fixture
+def grid() -> FakeGrid:
+    return FakeGrid()
+
+
+@pytest.fixture
+def dispatch(grid: FakeGrid) -> Iterator[Dispatch]:
+    made = Dispatch(None, cast(Any, grid), cast(Any, grid), None, None)
+    yield made
+    grid.go.set()
+    made.abandon()
+    if thread := made._thread:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
+
+
+def submit(dispatch: Dispatch, function: Callable[..., Any] = abs, *args: Any) -> CallFuture:
+    future = CallFuture()
+    dispatch.submit(Call(future, function, args, {}))
+    return future
+
+
+def outcome(*values: Any, failed: tuple[Failure, ...] = (), first: int = 0) -> Outcome:
+    tasks = TaskSet.span(first, first + len(values))
+    bundle = Bundle(JOB, StageName("map"), tasks)
+    return Outcome(bundle, "e", "w", 0.0, 1.0, tasks, values, failed=failed)
+
+
+def view(state: str, reason: str = "") -> Any:
+    return {"state": state, "reason": reason}
+
+
+def test_results_come_once_however_often_they_are_listed(
+    grid: FakeGrid, dispatch: Dispatch
+) -> None:
+    calls = [Call(CallFuture(), abs, (i,), {}) for i in range(3)]
+    dispatch.submit_all(calls, bundle=None)
+    grid.wait_for_job()
+    dispatch.outcome(JOB, outcome(10, 11))
+    dispatch.outcome(JOB, outcome(99, 98))
+    dispatch.outcome(JOB, outcome(12, first=2))
+    assert [one.future.result(WAIT_S) for one in calls] == [10, 11, 12]
+    dispatch.shutdown(wait=True, cancel=False)
+    assert grid.left == [(JOB, False)]
+
+
+def test_calls_gather_while_others_are_on_their_way(grid: FakeGrid, dispatch: Dispatch) -> None:
+    grid.go.clear()
+    first = submit(dispatch, abs, 0)
+    until(first.running)
+    for i in range(50):
+        submit(dispatch, abs, i)
+    grid.go.set()
+    grid.wait_for_job()
+    grid.wait_for_job()
+    assert grid.sent == [("job-0", 1), ("job-1", 50)]
+
+
+def test_a_job_that_is_refused_fails_its_calls_and_no_others(
+    grid: FakeGrid, dispatch: Dispatch
+) -> None:
+    grid.problem = UsageError("No.", remedy="Yes.")
+    with pytest.raises(JobFailed, match="The call is lost: No"):
+        submit(dispatch).result(WAIT_S)
+    grid.problem = None
+    call = submit(dispatch)
+    grid.wait_for_job()
+    dispatch.outcome(JOB, outcome(5))
+    assert call.result(WAIT_S) == 5
+
+
+def test_a_manager_that_does_not_answer_breaks_the_executor(
+    grid: FakeGrid, dispatch: Dispatch
+) -> None:
+    call = submit(dispatch)
+    grid.wait_for_job()
+    dispatch.lost(JOB, Unreachable("It does not answer."))
+    error = call.exception(WAIT_S)
+    assert isinstance(error, BrokenGridExecutor)
+    with pytest.raises(BrokenGridExecutor, match="does not answer") as caught:
+        submit(dispatch)
+    assert caught.value is not error
+
+
+def test_what_has_not_been_sent_is_broken_too(grid: FakeGrid, dispatch: Dispatch) -> None:
+    grid.go.clear()
+    grid.problem = Unreachable("It does not answer.")
+    first = submit(dispatch)
+    until(first.running)
+    second, third = submit(dispatch), submit(dispatch)
+    assert second.cancel()
+    grid.go.set()
+    for call in (first, third):
+        assert isinstance(call.exception(WAIT_S), BrokenGridExecutor)
+    assert second.cancelled()
+
+
+def test_whatever_goes_wrong_while_sending_ends_the_calls(
+    grid: FakeGrid, dispatch: Dispatch
+) -> None:
+    grid.problem = MemoryError("none left")
+    with pytest.raises(JobFailed, match="none left"):
+        submit(dispatch).result(WAIT_S)
+
+
+def test_a_mistake_of_our_own_hangs_nobody(
+    grid: FakeGrid, dispatch: Dispatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = submit(dispatch)
+    grid.wait_for_job()
+    dispatch.outcome(JOB, cast(Any, "no outcome"))
+    assert isinstance(call.exception(WAIT_S), BrokenGridExecutor)
+    assert "an executor has failed" in caplog.text
+
+
+def test_a_closed_grid_refuses(grid: FakeGrid, dispatch: Dispatch) -> None:
+    call = submit(dispatch)
+    grid.wait_for_job()
+    grid.closed = True
+    dispatch.lost(JOB, CancelledError())
+    with pytest.raises(BrokenGridExecutor, match="The grid was closed"):
+        call.result(WAIT_S)
+    with pytest.raises(BrokenGridExecutor, match="closed in this process"):
+        submit(dispatch)
+
+
+def test_a_job_that_ends_early_says_how(grid: FakeGrid, dispatch: Dispatch) -> None:
+    call = submit(dispatch)
+    grid.wait_for_job()
+    dispatch.ended(JOB, view("CANCELLED", "by hand"))
+    with pytest.raises(JobFailed, match=r"Job job-0 ended CANCELLED \(by hand\) before"):
+        call.result(WAIT_S)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"), [(FailureKind.EXIT, WorkerDied), (FailureKind.TIMEOUT, TaskFailed)]
+)
+def test_a_failure_is_its_own_calls_only(
+    grid: FakeGrid, dispatch: Dispatch, kind: FailureKind, error: type[TaskFailed]
+) -> None:
+    calls = [Call(CallFuture(), abs, (i,), {}) for i in range(2)]
+    dispatch.submit_all(calls, bundle=None)
+    grid.wait_for_job()
+    dispatch.outcome(JOB, outcome(10, failed=(Failure(1, kind, "told"),)))
+    assert calls[0].future.result(WAIT_S) == 10
+    assert type(calls[1].future.exception(WAIT_S)) is error
+
+
+def test_a_failure_that_is_tried_again_is_not_the_end(grid: FakeGrid, dispatch: Dispatch) -> None:
+    call = submit(dispatch)
+    grid.wait_for_job()
+    dispatch.outcome(JOB, outcome(failed=(Failure(0, FailureKind.LOST, "told", final=False),)))
+    dispatch.outcome(JOB, outcome(4))
+    assert call.result(WAIT_S) == 4
+
+
+def test_without_room_for_a_thread_calls_are_sent_all_the_same(
+    grid: FakeGrid, dispatch: Dispatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while Python ends, from 3.12 on."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "batchlab-executor-send":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    call = submit(dispatch)
+    grid.wait_for_job()
+    dispatch.outcome(JOB, outcome(6))
+    assert call.result(WAIT_S) == 6
+
+
+def test_a_thread_that_is_interrupted_while_it_starts_is_not_counted_on(
+    grid: FakeGrid, dispatch: Dispatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C may come when the thread is there already: it ends, and the next call starts one."""
+    start = threading.Thread.start
+    late: list[threading.Thread] = []
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        late.append(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        submit(dispatch)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    late[0].join(WAIT_S)
+    assert not late[0].is_alive()
+    call = submit(dispatch)
+    grid.wait_for_job()
+    dispatch.outcome(JOB, outcome(6))
+    assert call.result(WAIT_S) == 6
+
+
+def test_a_forked_child_waits_for_nothing(grid: FakeGrid, dispatch: Dispatch) -> None:
+    submit(dispatch)
+    grid.forked = True
+    with dispatch._lock:
+        dispatch.shutdown(wait=True, cancel=True)
+    grid.forked = False
+
+
+def test_no_call_is_taken_while_python_ends(
+    dispatch: Dispatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pyexit, "begun", lambda: True)
+    with pytest.raises(RuntimeError, match="after interpreter shutdown"):
+        submit(dispatch)
