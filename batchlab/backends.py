@@ -8,24 +8,38 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import secrets
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from batchlab import package_data
-from batchlab.errors import UsageError
-from batchlab.home import Home
+from batchlab.errors import Unreachable, UsageError
+from batchlab.home import Home, Place
 from batchlab.manager.live import ManagerSettings
 from batchlab.model import Pool
 from batchlab.patience import Patience
-from batchlab.ports import Clock, Ids, Ledger, Objects, Queue
+from batchlab.ports import Clock, Ids, Ledger, Objects
 from batchlab.worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
+    from batchlab.adapters.ministack import Emulator
     from batchlab.adapters.process import ProcessLauncher
+    from batchlab.adapters.sqlite_queue import SqliteQueue
+    from batchlab.adapters.sqs import SqsQueue
     from batchlab.fleet.group import ManagedFleet
+
+VARIABLE = "BATCHLAB_ENDPOINT"
+"""Environment variable that names an endpoint where no option does."""
+
+_ENDPOINT = re.compile(
+    r"(?P<url>https?://[^/?#@\s]+)/?(?P<bucket>[a-z0-9][a-z0-9-]{1,26}[a-z0-9])?/?"
+)
+# The bucket's name begins the names of queues, of which SQS takes 80 characters without dots; that
+# of a pool's dead letters takes 51 of them.
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +55,15 @@ class Backend:
     manager: ManagerSettings
     worker: WorkerSettings
     pools: tuple[Pool, ...]
+    emulator: str | None = None
+    """What is started where no endpoint is named."""
+    endpoint: str | None = None
+    """What the user has named: a URL, perhaps with a bucket as its path."""
+
+    @property
+    def keeps_files(self) -> bool:
+        """Whether the bucket is a folder in the home, to be read without anybody's help."""
+        return self.objects == "files"
 
     def open_clock(self) -> Clock:
         from batchlab.adapters.clock import WallClock
@@ -53,25 +76,42 @@ class Backend:
         return RandomIds()
 
     def open_objects(self, home: Home) -> Objects:
-        _only("objects", self.objects, "files")
-        from batchlab.adapters.objects import open_local
+        """The bucket; Unreachable where the grid must have been up first to know of it."""
+        if self.keeps_files:
+            from batchlab.adapters.objects import open_local
 
-        home.make()
-        return open_local(home.objects)
+            home.make()
+            return open_local(home.objects)
+        _only("objects", self.objects, "s3")
+        from batchlab.adapters.aws import Endpoint
+        from batchlab.adapters.objects import open_s3
 
-    def open_queue(self, home: Home, clock: Clock) -> Queue:
-        _only("queue", self.queue, "sqlite")
-        from batchlab.adapters.sqlite_queue import SqliteQueue
+        place = self.place(home)
+        return open_s3(Endpoint(place.url), place.bucket)
 
-        home.make()
-        return SqliteQueue(home.queue_file, clock)
+    def open_queue(self, home: Home, clock: Clock) -> SqliteQueue | SqsQueue:
+        """The queues; Unreachable as `open_objects`."""
+        if self.queue == "sqlite":
+            from batchlab.adapters.sqlite_queue import SqliteQueue
+
+            home.make()
+            return SqliteQueue(home.queue_file, clock)
+        _only("queue", self.queue, "sqs")
+        from batchlab.adapters.aws import Endpoint
+        from batchlab.adapters.sqs import SqsQueue
+
+        place = self.place(home)
+        return SqsQueue(Endpoint(place.url), prefix=f"{place.bucket}-")
 
     def open_ledger(self, home: Home) -> Ledger:
         _only("ledger", self.ledger, "sqlite")
         from batchlab.adapters.sql import open_sqlite
 
         home.make()
-        return open_sqlite(home.ledger_file)
+        if self.keeps_files:
+            return open_sqlite(home.ledger_file)
+        home.of(self.name).mkdir(exist_ok=True)
+        return open_sqlite(home.of(self.name) / home.ledger_file.name)
 
     def open_launcher(self, home: Home, clock: Clock) -> ProcessLauncher:
         _only("fleet", self.fleet, "process")
@@ -98,6 +138,72 @@ class Backend:
             drain_s=self.worker.drain_s + 5.0,
         )
 
+    # --- The endpoint ----------------------------------------------------------------------------
+
+    def place(self, home: Home) -> Place:
+        """Where bucket and queues are; Unreachable where the grid has never been up."""
+        if place := home.place(self.name):
+            return place
+        raise Unreachable(
+            f"No grid on {self.name} has been up in {home.path}, so there is no bucket yet.",
+            remedy=f"Start one with `batchlab grid up --backend {self.name}`.",
+        )
+
+    def provide(self, home: Home, say: Callable[[str], None]) -> None:
+        """Do what takes long or may be refused before a manager is started, where the user sees
+        it: install the emulator (`say` hears of it), or look whether the named endpoint answers.
+        UsageError, BackendError."""
+        if named := self.named_place(home):
+            from batchlab.adapters.aws import Endpoint, check
+
+            check(Endpoint(named.url))
+        elif self.emulator:
+            from batchlab.adapters.ministack import provide
+
+            provide(say)
+
+    def named_place(self, home: Home) -> Place | None:
+        """The endpoint that the user has named, now or when this home was first used; None where
+        there is none. UsageError where it differs from where the bucket is."""
+        known = home.place(self.name)
+        named = _place(self.endpoint) if self.endpoint else None
+        if named is None:
+            return known if known and known.named else None
+        bucket = named.bucket or (known.bucket if known else _fresh_bucket())
+        wanted = replace(named, bucket=bucket)
+        if known is None or known == wanted:
+            return wanted
+        where = f"at {known.url}/{known.bucket}" if known.named else "in an emulator of its own"
+        raise UsageError(
+            f"The grid in {home.path} has its bucket {where}, not at {wanted.url}/{wanted.bucket}.",
+            remedy=f"Leave out --endpoint and {VARIABLE}, or name another folder with --home.",
+        )
+
+    def open_emulator(self, home: Home) -> Emulator | None:
+        """The grid's own emulator, None where an endpoint is named or none is needed."""
+        if self.emulator is None or self.named_place(home):
+            return None
+        _only("emulator", self.emulator, "ministack")
+        from batchlab.adapters.ministack import Emulator, install
+
+        home.make()
+        return Emulator(install(lambda _: None), home.of(self.name))
+
+    def settle(self, home: Home, emulator: Emulator | None) -> None:
+        """Write down where bucket and queues are, now that the endpoint answers, and make the
+        bucket; BackendError."""
+        place = self.named_place(home)
+        if emulator:
+            known = home.place(self.name)
+            place = Place(emulator.url, known.bucket if known else _fresh_bucket(), named=False)
+        if place is None:
+            return
+        from batchlab.adapters.aws import Endpoint, create_bucket
+
+        create_bucket(Endpoint(place.url), place.bucket)
+        home.of(self.name).mkdir(parents=True, exist_ok=True)
+        home.write_place(self.name, place)
+
 
 def patience() -> Patience:
     """For real backends: jitter that differs from process to process."""
@@ -109,14 +215,24 @@ def names() -> list[str]:
     return sorted(p.parent.name for p in package_data.folder("backends").glob("*/backend.toml"))
 
 
-def load(name: str) -> Backend:
-    """A backend's descriptor; UsageError naming those there are."""
+def load(name: str, endpoint: str | None = None) -> Backend:
+    """A backend's descriptor, with the endpoint that is named here or by BATCHLAB_ENDPOINT.
+
+    UsageError for a name that is none, and for an endpoint where there is no use for one.
+    """
     path = package_data.folder("backends") / name / "backend.toml"
     if name not in names():
         raise UsageError(
             f"There is no backend {name!r}.", remedy=f"There are {', '.join(names())}."
         )
     doc = tomllib.loads(path.read_text())
+    emulator = doc.get("emulator")
+    if endpoint and not emulator:
+        raise UsageError(
+            f"The backend {name} has no use for an endpoint.", remedy="Leave out --endpoint."
+        )
+    if emulator and (endpoint := endpoint or os.environ.get(VARIABLE)):
+        _place(endpoint)
     return Backend(
         name,
         doc["description"],
@@ -127,7 +243,27 @@ def load(name: str) -> Backend:
         ManagerSettings(**doc.get("manager", {})),
         WorkerSettings(**doc.get("worker", {})),
         tuple(_pool(p) for p in doc["pools"]),
+        emulator,
+        endpoint or None,
     )
+
+
+def client_environment(backend: Backend, home: Home) -> dict[str, str]:
+    """What lets any client of S3 and SQS find the grid's bucket and queues; nothing on files."""
+    if backend.keeps_files:
+        return {}
+    from batchlab.adapters.aws import Endpoint
+
+    place = backend.place(home)
+    at = Endpoint(place.url)
+    return {
+        "AWS_ENDPOINT_URL": place.url,
+        "AWS_ACCESS_KEY_ID": at.access_key,
+        "AWS_SECRET_ACCESS_KEY": at.secret_key,
+        "AWS_DEFAULT_REGION": at.region,
+        "BATCHLAB_BUCKET": place.bucket,
+        "BATCHLAB_QUEUES": f"{place.bucket}-",
+    }
 
 
 def with_pools(backend: Backend, pools: Sequence[Pool]) -> Backend:
@@ -139,6 +275,23 @@ def _pool(doc: dict[str, Any]) -> Pool:
     if doc.get("max_size") == "cpus":
         doc = {**doc, "max_size": max(2, os.cpu_count() or 1)}
     return Pool(**doc)
+
+
+def _place(endpoint: str) -> Place:
+    found = _ENDPOINT.fullmatch(endpoint)
+    if found is None:
+        # A name and password in it are for nobody's eyes.
+        shown = re.sub(r"//[^/@]*@", "//…@", endpoint)
+        raise UsageError(
+            f"The endpoint {shown!r} is not a URL with a bucket's name as its path.",
+            remedy="Write for example http://127.0.0.1:4566 or http://127.0.0.1:4566/my-bucket, "
+            "with 3 to 28 small letters, digits and hyphens.",
+        )
+    return Place(found["url"], found["bucket"] or "", named=True)
+
+
+def _fresh_bucket() -> str:
+    return f"batchlab-{secrets.token_hex(5)}"
 
 
 def _only(port: str, named: str, known: str) -> None:

@@ -61,16 +61,25 @@ class Client:
             import httpx
         secure = url.startswith("https:")
         self.url = url
-        self._http = httpx.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {token}"},
-            limits=httpx.Limits(keepalive_expiry=IDLE_S),
+        self._settings: dict[str, Any] = {
+            "base_url": url,
+            "headers": {"Authorization": f"Bearer {token}"},
             # Reading the system's certificates takes longer than all else here together. A bare
             # context trusts nobody, so nothing is lost should a redirect ever lead to https.
-            verify=secure or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+            "verify": secure or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
             # A proxy from the environment cannot reach this machine's own address.
-            trust_env=secure,
-        )
+            "trust_env": secure,
+        }
+        self._http = httpx.Client(**self._settings, limits=httpx.Limits(keepalive_expiry=IDLE_S))
+
+    def for_loop(self, connections: int) -> httpx.AsyncClient:
+        """A client of the same manager for an event loop, which closes it; its requests wait for
+        one of so many connections."""
+        import httpx
+
+        limits = httpx.Limits(max_connections=connections, keepalive_expiry=IDLE_S)
+        timeout = httpx.Timeout(ANSWER_S, connect=CONNECT_S, pool=None)
+        return httpx.AsyncClient(**self._settings, limits=limits, timeout=timeout)
 
     def close(self) -> None:
         """Close the pooled connections."""

@@ -7,20 +7,23 @@ Invariant: everything in it survives SIGKILL and can be looked at with `ls`.
     manager.json    the running manager  manager.lock    held while it runs
     token           the API's bearer token (0600)
     scratch/        the workers' unpacked code and task folders
+    ministack/      that backend's endpoint.json, ledger.sqlite, and its emulator's own state
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from dataclasses import fields as fields_of
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from batchlab.errors import Refused, UsageError
 from batchlab.protocol import naming
@@ -38,6 +41,16 @@ class ManagerRecord:
     pid: int
     owner: str
     backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a grid's bucket and queues are: at the endpoint `url`, in `bucket`. `named` by the
+    user, or else in an emulator of the grid's own."""
+
+    url: str
+    bucket: str
+    named: bool
 
 
 class Home:
@@ -70,9 +83,27 @@ class Home:
     def manager_log(self) -> Path:
         return self.path / "manager.log"
 
+    def of(self, backend: str) -> Path:
+        """What is one backend's alone. A ledger is of one bucket, so backends that share this
+        folder must not share it."""
+        return self.path / backend
+
+    def place(self, backend: str) -> Place | None:
+        """Where this backend's bucket and queues are, or were when the grid was last up; None
+        where it has never been up."""
+        fields = _read(self.of(backend) / "endpoint.json", Place)
+        return Place(**fields) if fields else None
+
+    def write_place(self, backend: str, place: Place) -> None:
+        """Say where they are; whole or not at all."""
+        _write(self.of(backend) / "endpoint.json", place)
+
     def make(self) -> None:
-        """Make the folder; UsageError where that is not possible."""
+        """Make the folder; UsageError where that is not possible, or what is in it could not be
+        written: found out later, by the workers, it would only be a grid that does nothing."""
         try:
+            for folder in (self.path, self.objects, self.fleet, self.scratch):
+                _check(folder)
             self.path.mkdir(parents=True, exist_ok=True)
             ignore = self.path / ".gitignore"
             if not ignore.exists():
@@ -80,50 +111,55 @@ class Home:
             (self.path / naming.MADE).touch()
         except OSError as error:
             raise UsageError(
-                f"The grid's folder {self.path} cannot be written: {error.strerror}.",
+                f"The grid's folder {error.filename or self.path} cannot be written: "
+                f"{error.strerror}.",
                 remedy="Name another with --home or BATCHLAB_HOME.",
             ) from error
 
     def token(self) -> str:
-        """The API's bearer token, made on first use and readable by its owner only."""
+        """The API's bearer token, made on first use and readable by its owner only; UsageError
+        where it cannot be read."""
         path = self.path / "token"
         self.make()
         try:
-            # Exclusive creation with the mode set at once: never readable by others, not even
-            # for a moment, and two processes agree on one token.
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            pass
-        else:
-            with os.fdopen(descriptor, "w") as file:
-                file.write(secrets.token_urlsafe(32))
-        return path.read_text().strip()
+            if not path.exists():
+                _make_token(path)
+            found = path.read_bytes().decode("ascii").strip()
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"The grid's token {path} cannot be read: {getattr(error, 'strerror', 'no text')}.",
+                remedy="Only who has made the grid can use it; a damaged token may be deleted "
+                "while the grid is down.",
+            ) from error
+        if not found:
+            raise UsageError(
+                f"The grid's token {path} is empty.", remedy="Delete it while the grid is down."
+            )
+        return found
 
     def record(self) -> ManagerRecord | None:
         """The manager that runs here; None where there is none (its lock is free), and while one
         that has only just started has not said yet where it listens."""
+        fields = _read(self.path / "manager.json", ManagerRecord)
+        if fields is None:
+            return None
+        record = ManagerRecord(**fields)
         try:
-            record = ManagerRecord(**json.loads((self.path / "manager.json").read_text()))
-            holder = (self.path / "manager.lock").read_text()
-        except (FileNotFoundError, json.JSONDecodeError):
+            holder = (self.path / "manager.lock").read_bytes()
+        except FileNotFoundError:
             return None
         # Else the next manager's lock would vouch for the record of the one before it, and a
         # SIGTERM go to a process that is long gone.
-        return record if holder == str(record.pid) and self._is_locked() else None
+        return record if holder == str(record.pid).encode() and self._is_locked() else None
 
     def last_owner(self) -> str | None:
         """The lease owner of the manager that ran here last, alive or not."""
-        try:
-            doc = json.loads((self.path / "manager.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
-        return str(doc["owner"])
+        fields = _read(self.path / "manager.json", ManagerRecord)
+        return str(fields["owner"]) if fields else None
 
     def write_record(self, record: ManagerRecord) -> None:
         """Say who is at home; whole or not at all."""
-        staged = self.path / "manager.json.new"
-        staged.write_text(json.dumps(asdict(record)))
-        staged.replace(self.path / "manager.json")
+        _write(self.path / "manager.json", record)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -162,6 +198,46 @@ class Home:
         except BlockingIOError:
             return True
         return False
+
+
+def _check(folder: Path) -> None:
+    """OSError where there is something that is no folder, or none that can be written."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+        # Asked of the kernel, which also knows of file systems that are read-only.
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
+def _make_token(path: Path) -> None:
+    """Never readable by others, not even for a moment; whole or not at all; and two processes
+    agree on one token."""
+    staged = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_urlsafe(32))
+    try:
+        with suppress(FileExistsError):  # another process was faster, and its token counts
+            path.hardlink_to(staged)
+    finally:
+        staged.unlink()
+
+
+def _read(path: Path, kind: type[ManagerRecord | Place]) -> dict[str, Any] | None:
+    """The fields that `_write` wrote; None where there is no such file, or it holds another
+    thing: then nobody is at home."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    names = {field.name for field in fields_of(kind)}
+    return found if isinstance(found, dict) and set(found) == names else None
+
+
+def _write(path: Path, fields: ManagerRecord | Place) -> None:
+    staged = path.with_name(f"{path.name}.new")
+    staged.write_text(json.dumps(asdict(fields)))
+    staged.replace(path)
 
 
 def find_home(option: Path | None) -> Home:

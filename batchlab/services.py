@@ -13,8 +13,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ from batchlab.home import Home, ManagerRecord
 from batchlab.manager.live import Ports
 from batchlab.manager.manager import LEASE, Manager
 from batchlab.model import Pool
+from batchlab.ports import QueueSpec
+from batchlab.protocol.naming import EVENTS
 
 if TYPE_CHECKING:
     from batchlab.adapters.process import ProcessLauncher
@@ -50,6 +53,38 @@ def manager_main(
 
 
 async def _manage(home: Home, backend: Backend, host: str, port: int, parent: int) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with _standing(home, backend):
+        await _lead(home, backend, host, port, parent, stop)
+
+
+@asynccontextmanager
+async def _standing(home: Home, backend: Backend) -> AsyncIterator[None]:
+    """With the backend's endpoint up, and kept up where it is an emulator of the grid's own."""
+    emulator = backend.open_emulator(home)
+    if emulator is None:
+        backend.settle(home, None)
+        yield
+        return
+    settle = partial(backend.settle, home, emulator)
+    try:
+        emulator.start()
+        settle()
+        supervising = asyncio.create_task(emulator.supervise(settle))
+        try:
+            yield
+        finally:
+            supervising.cancel()
+            await asyncio.gather(supervising, return_exceptions=True)
+    finally:
+        emulator.stop()
+
+
+async def _lead(
+    home: Home, backend: Backend, host: str, port: int, parent: int, stop: asyncio.Event
+) -> None:
     import uvicorn
 
     from batchlab.api import create_app, listen
@@ -57,9 +92,10 @@ async def _manage(home: Home, backend: Backend, host: str, port: int, parent: in
     clock, ids = backend.open_clock(), backend.open_ids()
     ledger = backend.open_ledger(home)
     launcher = backend.open_launcher(home, clock)
+    queue = backend.open_queue(home, clock)
     ports = Ports(
         backend.open_objects(home),
-        backend.open_queue(home, clock),
+        queue,
         backend.open_fleet(home, launcher, clock),
         ledger,
         clock,
@@ -67,19 +103,19 @@ async def _manage(home: Home, backend: Backend, host: str, port: int, parent: in
         backends.patience(),
     )
     owner = ids.fresh("manager")
-    if before := home.last_owner():
-        # We hold the folder's lock, so that manager is dead and its lease need not run out.
-        await ledger.release(LEASE, before)
+    # The first call of each: a file that is damaged, or of a newer batchlab, is told at once, not
+    # waited for like an outage. And we hold the folder's lock, so the manager before us is dead
+    # and its lease need not run out.
+    await ledger.release(LEASE, home.last_owner() or owner)
+    if backend.keeps_files:
+        await queue.ensure(QueueSpec(EVENTS, visibility_s=backend.manager.visibility_s))
     manager = Manager(ports, backend.manager, backend.pools, owner)
-    stop = asyncio.Event()
     app = create_app(manager, token=home.token(), backend_name=backend.name, on_shutdown=stop.set)
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="off")
     )
     listener = listen(host, port)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     # uvicorn takes SIGTERM and SIGINT for itself while it serves; its return ends us all the same.
     serving = loop.create_task(server.serve(sockets=[listener]))
     leading = loop.create_task(manager.run())
@@ -98,6 +134,7 @@ async def _manage(home: Home, backend: Backend, host: str, port: int, parent: in
         task.cancel()
     results = await asyncio.gather(leading, serving, stopping, *watching, return_exceptions=True)
     await _end_instances(launcher, backend.worker.drain_s)
+    await queue.close()
     await ledger.close()
     for result in results[:2]:
         if isinstance(result, Exception):
@@ -183,18 +220,27 @@ async def _drain_orphan(home: Home, drain: Callable[[], None]) -> None:
 
 
 def start_manager(
-    home: Home, backend: Backend, *, pools: Sequence[Pool] = (), parent: bool = False
+    home: Home,
+    backend: Backend,
+    *,
+    pools: Sequence[Pool] = (),
+    parent: bool = False,
+    say: Callable[[str], None] = log.info,
 ) -> ManagerRecord:
     """Start a manager process and wait until it answers; the one that runs already is taken.
 
-    With `parent` it ends when this process does. Raises Unreachable with the end of its log.
+    With `parent` it ends when this process does. `say` hears of what takes long. Raises
+    Unreachable with the end of its log, and what `Backend.provide` does.
     """
     if running := home.record():
         return running
     home.make()
+    backend.provide(home, say)
     # -P: the folder the command was called in must not provide modules.
     argv = [sys.executable, "-P", "-m", "batchlab", "manager", "--home", str(home.path)]
     argv += ["--backend", backend.name]
+    if backend.endpoint:
+        argv += ["--endpoint", backend.endpoint]
     for pool in pools:
         argv += ["--pool", f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}"]
     if parent:
@@ -216,7 +262,7 @@ def start_manager(
             break
         time.sleep(0.02)
     raise Unreachable(
-        f"The manager did not start: {_last_line(home.manager_log)}",
+        f"The manager did not start: {_last_line(home.manager_log).rstrip('.')}.",
         remedy=f"Its log is {home.manager_log}.",
     )
 
@@ -243,7 +289,7 @@ def stop_manager(home: Home, *, wait_s: float = 30.0) -> bool:
 
 def _last_line(path: Path) -> str:
     lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it ended without a word."
+    return lines[-1] if lines else "it ended without a word"
 
 
 def _log_to_stderr() -> None:

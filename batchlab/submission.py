@@ -97,12 +97,20 @@ async def _upload(
                 raise UsageError(
                     f"The input file {path} has vanished.", remedy="Put it back, or run again."
                 ) from error
+            except PermissionError as error:
+                raise UsageError(
+                    f"The input file {path} may not be read.", remedy="Make it readable for you."
+                ) from error
         done += 1
         size_bytes += uploaded_bytes
         if progress:
             progress(Uploaded(done, len(files), size_bytes))
 
-    async with asyncio.TaskGroup() as group:
-        for path, key in files:
-            group.create_task(one(path, key))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for path, key in files:
+                group.create_task(one(path, key))
+    except ExceptionGroup as several:
+        # One sentence for a person; the others end for the same reason, or by being cancelled.
+        raise several.exceptions[0] from several
     return [key for _, key in files]

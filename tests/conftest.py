@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.emulators import localstack, ministack, moto
+
+__all__ = ["ffmpeg", "localstack", "ministack", "moto", "shared_data"]
+
 _ROOT = Path(__file__).resolve().parent.parent
 
 

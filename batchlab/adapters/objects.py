@@ -11,9 +11,11 @@ import asyncio
 import os
 import re
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -28,7 +30,9 @@ from batchlab.ports import ObjectInfo
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
-    from obstore.store import ObjectStore
+    from obstore.store import ClientConfig, ObjectStore, S3Config
+
+    from batchlab.adapters.aws import Endpoint
 
 T = TypeVar("T")
 
@@ -41,6 +45,9 @@ _PARTS_AT_ONCE = 4
 # A file up to this size is read or written on the event loop, in 10 to 50 µs: a thread costs more.
 _IN_PLACE_BYTES = 64 * 1024
 
+_SILENCE = timedelta(seconds=30)
+
+_NO_BUCKET = "NoSuchBucket"
 _BUSY = re.compile(r"status code: (429|503|409)\b")
 _KINDS: tuple[tuple[re.Pattern[str], type[BackendError]], ...] = (
     (_BUSY, Throttled),
@@ -60,9 +67,18 @@ class ObstoreObjects:
     one; S3's is a hash. The object `a` excludes `a/b` on files; no key of the grid is so.
     """
 
-    def __init__(self, store: ObjectStore, root: Path | None = None) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        root: Path | None = None,
+        *,
+        make_bucket: Callable[[], None] | None = None,
+    ) -> None:
         self._store = store
         self._root = root
+        self._make_bucket = make_bucket
+        self._made = 0
+        self._making = threading.Lock()
         # Not obstore's own async calls: their futures are completed by Rust threads, which abort
         # the process (SIGABRT) if it ends just then; a process that exits right after a put did
         # so 6 times in 10. They also take 2 to 4 times the CPU of a thread of ours.
@@ -72,7 +88,22 @@ class ObstoreObjects:
         with _translated(key):
             if in_place:
                 return call()
-            return await asyncio.wrap_future(self._threads.submit(call))
+            return await asyncio.wrap_future(self._threads.submit(self._sure, call))
+
+    def _sure(self, call: Callable[[], T]) -> T:
+        """The result of `call`, for which a bucket that may be made is made where it is missing."""
+        made = self._made
+        try:
+            return call()
+        except (FileNotFoundError, BaseError) as error:
+            if self._make_bucket is None or _NO_BUCKET not in str(error):
+                raise
+        with self._making:
+            # Unless another thread has made it meanwhile.
+            if self._made == made:
+                self._make_bucket()
+                self._made += 1
+        return call()
 
     async def put(self, key: str, data: bytes, *, if_absent: bool = False) -> str:
         check_key(key)
@@ -254,6 +285,45 @@ def open_local(root: Path) -> ObstoreObjects:
     return ObstoreObjects(LocalStore(root), root)
 
 
+def open_s3(endpoint: Endpoint, bucket: str) -> ObstoreObjects:
+    """The bucket of that name; nothing is asked of the service yet.
+
+    At an endpoint's url a bucket that is not there is made, also later: an emulator that has lost
+    its state is empty, which is what the grid must see. On AWS a missing bucket is a BackendError
+    and never a NotFound, which would say that nothing has been committed.
+    """
+    from obstore.store import S3Store
+
+    from batchlab.adapters import aws
+
+    config: S3Config = {"region": endpoint.region, "conditional_put": "etag"}
+    if endpoint.url:
+        config["endpoint"] = endpoint.url
+    options: ClientConfig = {
+        "allow_http": endpoint.url is not None,
+        "connect_timeout": timedelta(seconds=aws.CONNECT_S),
+        "read_timeout": _SILENCE,
+        # Of a whole transfer, however large; the default is 30 s.
+        "timeout": timedelta(days=1),
+    }
+    if endpoint.url and endpoint.loopback:
+        # The only way to say "no proxy": one from the environment is else taken.
+        options |= {"proxy_url": endpoint.url, "proxy_excludes": endpoint.loopback}
+    store = S3Store(
+        bucket,
+        config=config,
+        client_options=options,
+        retry_config={
+            "max_retries": 3,
+            "backoff": {"init_backoff": timedelta(milliseconds=50)},
+            "retry_timeout": timedelta(seconds=10),
+        },
+        credential_provider=aws.credentials(endpoint),
+    )
+    make = partial(aws.create_bucket, endpoint, bucket) if endpoint.url else None
+    return ObstoreObjects(store, make_bucket=make)
+
+
 def _info(meta: ObjectMeta) -> ObjectInfo:
     return ObjectInfo(meta["path"], meta["size"], meta["e_tag"] or "")
 
@@ -269,6 +339,8 @@ def _translated(key: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if _NO_BUCKET in str(error):
+            raise BackendError("The bucket is not there.") from error
         raise NotFound(f"No object {key!r}.") from error
     except AlreadyExistsError as error:
         # 409 is a race that nobody has won yet, where 412 says that the key is taken.

@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from batchlab.adapters.pids import boot_id, start_ticks, stat
 from batchlab.errors import AlreadyExists, BackendError
 from batchlab.model import Pool
 from batchlab.ports import Clock
@@ -89,7 +90,7 @@ class ProcessLauncher:
         processes = self._adopted()
         if instance in processes:
             raise AlreadyExists(f"instance {instance} exists already")
-        record = _Record(instance, pool.name, self._clock.now_s(), _boot_id())
+        record = _Record(instance, pool.name, self._clock.now_s(), boot_id())
         process = _Process(record)
         argv = list(self._argv(pool, instance))
         try:
@@ -97,7 +98,7 @@ class ProcessLauncher:
             # without pid, and the instance is then found by its environment.
             self._write(record)
             record.pid = self._spawn(argv, pool, instance)
-            record.start_ticks = _start_ticks(record.pid) or 0
+            record.start_ticks = start_ticks(record.pid) or 0
             self._write(record)
             self._watch(process)
         except OSError as error:
@@ -215,12 +216,12 @@ class ProcessLauncher:
         record = process.record
         if record.ended is not None:
             self._ended(process, record.ended)
-        elif record.boot != _boot_id():
+        elif record.boot != boot_id():
             self._ended(process, "ended with a restart of the machine")
         else:
             if not record.pid:
                 record.pid = _leader_of(record.instance)
-                record.start_ticks = _start_ticks(record.pid) or 0
+                record.start_ticks = start_ticks(record.pid) or 0
             if self._watches(process):
                 self._write(record)
             else:
@@ -235,7 +236,7 @@ class ProcessLauncher:
         except ProcessLookupError:
             return False
         # Only now that the pidfd holds on to whatever has the number: before, it could change.
-        if _start_ticks(record.pid) != record.start_ticks:
+        if start_ticks(record.pid) != record.start_ticks:
             self._let_go(process)
             return False
         return True
@@ -259,28 +260,7 @@ class ProcessLauncher:
             return _Record(**json.loads(path.read_text()))
         except (ValueError, TypeError):
             # Cut short by a power failure, or of another version: look for it by its environment.
-            return _Record(path.stem, "", 0.0, _boot_id())
-
-
-def _boot_id() -> str:
-    """Start times count from the boot of the kernel, so they identify a process within one only."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _stat(pid: int) -> list[bytes]:
-    """The fields of a process's stat from the third on, empty where there is no such process."""
-    try:
-        content = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    # The second field is the name in parentheses, and may hold parentheses and blanks.
-    return content.rpartition(b")")[2].split()
-
-
-def _start_ticks(pid: int) -> int | None:
-    """When a process started, field 22: clock ticks since boot. None unless it lives."""
-    fields = _stat(pid)
-    return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
+            return _Record(path.stem, "", 0.0, boot_id())
 
 
 def _leader_of(instance: str) -> int:
@@ -294,7 +274,7 @@ def _leader_of(instance: str) -> int:
         except (PermissionError, FileNotFoundError, ProcessLookupError):
             # Another user's, or one that ended during the look: neither is ours.
             continue
-        fields = _stat(int(folder.name))
+        fields = stat(int(folder.name))
         # What an instance starts inherits its environment; field 6, the session, is its own pid.
         if wanted in environment and fields and fields[3] == folder.name.encode():
             return int(folder.name)
@@ -305,6 +285,6 @@ def _kill_group(record: _Record) -> None:
     """SIGKILL to the instance's process group, unless its number belongs to another by now."""
     # A leader that is gone is no proof that its group is empty; members keep the number taken. A
     # stranger could get it only between these two lines, after the kernel used up all others.
-    if _start_ticks(record.pid) in (None, record.start_ticks):
+    if start_ticks(record.pid) in (None, record.start_ticks):
         with suppress(ProcessLookupError):
             os.killpg(record.pid, signal.SIGKILL)

@@ -165,7 +165,7 @@ class SqliteMessages:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with _translated():
+        with _translated(self._path):
             db = self._db
             with self._my_turn():
                 db.execute("BEGIN IMMEDIATE")
@@ -207,7 +207,7 @@ class SqliteMessages:
 
     def receive(self, name: str, limit: int, visibility_s: float | None) -> Taken:
         # The first look takes no lock: idle receivers must not keep senders waiting.
-        with _translated():
+        with _translated(self._path):
             due_in_s = self._due_in_s(self._queue(name))
         if due_in_s is None or due_in_s > 0:
             return Taken(due_in_s=due_in_s)
@@ -320,7 +320,7 @@ class SqliteMessages:
         return refused
 
     def depth(self, name: str) -> Depth:
-        with _translated():
+        with _translated(self._path):
             queue, now_s = self._queue(name), self._clock.now_s()
         expired_s = now_s - queue.retention_s
         if queue.first_s is not None and queue.first_s <= expired_s:
@@ -328,7 +328,7 @@ class SqliteMessages:
             with self._transaction() as db:
                 gone = db.execute(_EXPIRE, (queue.id, expired_s)).rowcount
                 _grow(db, queue.id, -gone)
-        with _translated():
+        with _translated(self._path):
             row = self._db.execute(_DEPTH, (now_s, now_s, queue.id)).fetchone()
         if row is None:
             raise NotFound(f"No queue {name!r}.")
@@ -362,7 +362,7 @@ def _parsed(receipt: str) -> tuple[int, int]:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translated(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
@@ -373,4 +373,10 @@ def _translated() -> Iterator[None]:
             sqlite3.SQLITE_FULL: Unreachable,
         }
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        raise kinds.get(code, BackendError)(f"The queue file: {error}.") from error
+        damaged = code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+        raise kinds.get(code, BackendError)(
+            f"The queue file {path} cannot be used: {error}.",
+            remedy="Move it away and start the grid again: what was in it is sent anew."
+            if damaged
+            else "",
+        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from batchlab.cli import SERVICES, output
-from batchlab.cli.options import BackendOption, HomeOption, JsonOption, home_of
+from batchlab.cli.options import BackendOption, EndpointOption, HomeOption, JsonOption, home_of
 
 _PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 _ABOUT = {
@@ -63,7 +63,10 @@ def schema() -> None:
 
 
 def doctor(
-    home: HomeOption = None, backend: BackendOption = "local", json: JsonOption = False
+    home: HomeOption = None,
+    backend: BackendOption = "local",
+    endpoint: EndpointOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Check that a grid can run here.
 
@@ -74,7 +77,7 @@ def doctor(
     """
     from batchlab.cli.checkup import Level, examine
 
-    findings = examine(home_of(home), backend)
+    findings = examine(home_of(home), backend, endpoint)
     if json:
         output.show_json([one.to_json() for one in findings])
     else:

@@ -5,8 +5,10 @@ Invariant: nothing is left behind, and no check can make another one fail.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
+import secrets
 import shutil
 import socket
 import sqlite3
@@ -14,14 +16,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from batchlab.errors import BatchlabError
+from batchlab.errors import AlreadyExists, BackendError, BatchlabError
 from batchlab.home import Home
+from batchlab.ports import Outgoing, QueueSpec
+
+if TYPE_CHECKING:
+    from batchlab.adapters.aws import Endpoint
+    from batchlab.backends import Backend
 
 PYTHON = (3, 11)
 SQLITE = (3, 35)
@@ -58,11 +65,11 @@ class Finding:
         }
 
 
-def examine(home: Home, backend: str) -> list[Finding]:
+def examine(home: Home, backend: str, endpoint: str | None = None) -> list[Finding]:
     """Every check, in order."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("python", _python),
-        ("backend", lambda: _backend(backend)),
+        ("backend", lambda: _backend(home, backend, endpoint)),
         ("folder", lambda: _folder(home)),
         ("sqlite", lambda: _sqlite(home)),
         ("port", _port),
@@ -87,10 +94,87 @@ def _python() -> Iterator[Finding]:
     yield Finding("python", level, text, "" if level is Level.OK else "Use Python 3.11 or newer.")
 
 
-def _backend(name: str) -> Iterator[Finding]:
+def _backend(home: Home, name: str, endpoint: str | None) -> Iterator[Finding]:
     from batchlab import backends
 
-    yield Finding("backend", Level.OK, f"{name}: {backends.load(name).description}")
+    backend = backends.load(name, endpoint)
+    yield Finding("backend", Level.OK, f"{name}: {backend.description}")
+    if backend.emulator:
+        yield from _endpoint(home, backend)
+
+
+def _endpoint(home: Home, backend: Backend) -> Iterator[Finding]:
+    """The one that is named, that of the grid which is up, or an emulator started for this."""
+    if named := backend.named_place(home):
+        yield from _tried(named.url, "named")
+        return
+    from batchlab.adapters.ministack import VERSION, Emulator, find, provide
+    from batchlab.adapters.ministack_install import environment, installed_version
+
+    python = find()
+    if python is None:
+        text = f"MiniStack {VERSION} is not here yet; the first grid fetches it from PyPI by pip"
+        yield Finding("emulator", Level.WARN, text, f"It will be in {environment()}.")
+        return
+    provide(lambda _: None)
+    version = installed_version(python)
+    level = Level.OK if version == VERSION else Level.WARN
+    remedy = "" if level is Level.OK else f"batchlab was tested with {VERSION}."
+    yield Finding("emulator", level, f"MiniStack {version} in {python.parent.parent}", remedy)
+    record, place = home.record(), home.place(backend.name)
+    if record and record.backend == backend.name and place:
+        yield from _tried(place.url, "of the grid that is up")
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="batchlab-doctor-") as folder,
+        Emulator(python, Path(folder)) as emulator,
+    ):
+        yield from _tried(emulator.url, "started for this check")
+
+
+def _tried(url: str, whose: str) -> Iterator[Finding]:
+    from batchlab.adapters.aws import Endpoint, check
+
+    try:
+        check(Endpoint(url))
+    except BackendError as error:
+        yield Finding("endpoint", Level.FAIL, error.message, error.remedy)
+        return
+    faults = asyncio.run(_faults(Endpoint(url)))
+    text = f"{url} ({whose}): " + ("; ".join(faults) or "conditional creates and queues work")
+    if faults:
+        remedy = f"`batchlab conform --endpoint {url}` shows in detail what differs from AWS."
+        yield Finding("endpoint", Level.FAIL, text, remedy)
+    else:
+        yield Finding("endpoint", Level.OK, text)
+
+
+async def _faults(at: Endpoint) -> list[str]:
+    """What does not work there of what every job needs; BackendError where nothing does."""
+    from batchlab.adapters import aws
+    from batchlab.adapters.objects import open_s3
+    from batchlab.adapters.sqs import SqsQueue
+
+    faults = []
+    name = f"batchlab-doctor-{secrets.token_hex(5)}"
+    objects, queue = open_s3(at, name), SqsQueue(at)
+    try:
+        await objects.put("a", b"first", if_absent=True)
+        with suppress(AlreadyExists):
+            await objects.put("a", b"second", if_absent=True)
+            faults.append("a conditional create replaces what is there")
+        await queue.ensure(QueueSpec(name))
+        await queue.send(name, [Outgoing("sent")])
+        if [one.body for one in await queue.receive(name, wait_s=5)] != ["sent"]:
+            faults.append("a message that was sent is not received")
+    finally:
+        with suppress(BackendError):  # what made it fail is told, not this
+            await objects.delete(["a"])
+            await queue.remove(name)
+            with aws.translated("Bucket"):
+                aws.client(at, "s3", connections=1).delete_bucket(Bucket=name)
+        await queue.close()
+    return faults
 
 
 def _folder(home: Home) -> Iterator[Finding]:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import BackendOption, HomeOption, JsonOption, PoolOption, home_of
+from batchlab.cli.options import (
+    BackendOption,
+    EndpointOption,
+    HomeOption,
+    JsonOption,
+    PoolOption,
+    home_of,
+)
 
 if TYPE_CHECKING:
     from batchlab.home import Home
@@ -45,6 +52,7 @@ def up(
     pool: PoolOption = None,
     home: HomeOption = None,
     backend: BackendOption = "local",
+    endpoint: EndpointOption = None,
     json: JsonOption = False,
 ) -> None:
     """Bring a grid up and leave it up; jobs that have not ended go on.
@@ -64,7 +72,7 @@ def up(
             f"A grid is up in {place.path} already.",
             remedy="`batchlab grid scale` changes its limits; for other pools, take it down first.",
         )
-    with Session(place, backends.load(backend), pools, keep_up=True) as session:
+    with Session(place, backends.load(backend, endpoint), pools, keep_up=True) as session:
         session.start()
         view = session.call(lambda client: client.grid())
     output.say(f"A grid {'was up already' if was_up else 'is up'} in {place.path}.")
@@ -133,11 +141,14 @@ def _show_grid(view: GridView, home: Home, *, json: bool) -> None:
     leads = "leads" if view["leader"] else "does not lead yet"
     record = home.record()
     at = f" at {record.url}" if record else ""
+    place = home.place(view["backend"])
+    bucket = [f"bucket {place.bucket} at {place.url}"] if place else []
     depths = [(q["name"], q["visible"], q["in_flight"], q["delayed"]) for q in view["queues"]]
     output.show(
         "\n".join(
             [
                 f"backend {view['backend']}, manager {view['owner']} {leads}{at}",
+                *bucket,
                 "",
                 output.table(_POOL_COLUMNS, map(_pool_row, view["pools"])),
                 "",
@@ -158,6 +169,38 @@ def _pool_row(pool: PoolView) -> tuple[object, ...]:
         f"{pool['backlog_tasks']} tasks, {output.span(pool['backlog_s'])}",
         "hand" if pool["held_by_hand"] else "policy",
     )
+
+
+@app.command()
+def env(home: HomeOption = None, json: JsonOption = False) -> None:
+    """Print what lets the AWS CLI, and any other client of S3 and SQS, look into the grid.
+
+    Variables for a shell: the endpoint with its keys, the bucket, and what the names of its queues
+    begin with. For a grid that has an endpoint, so not on `local`.
+
+    \b
+    Example: eval "$(batchlab grid env)" && aws s3 ls "s3://$BATCHLAB_BUCKET/jobs/"
+    """
+    import shlex
+
+    from batchlab import backends
+    from batchlab.cli.session import Session
+    from batchlab.errors import UsageError
+
+    place = home_of(home)
+    with Session.attached(place) as session:
+        backend = session.backend
+    variables = backends.client_environment(backend, place)
+    if not variables:
+        raise UsageError(
+            f"A grid on {backend.name} has no endpoint.",
+            remedy=f"Its bucket is the folder {place.objects}.",
+        )
+    if json:
+        output.show_json(variables)
+    else:
+        for name, value in variables.items():
+            output.show(f"export {name}={shlex.quote(value)}")
 
 
 @app.command()

@@ -22,6 +22,16 @@ HomeOption = Annotated[
 BackendOption = Annotated[
     str, typer.Option("--backend", metavar="NAME", help="Where the grid lives.")
 ]
+EndpointOption = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint",
+        metavar="URL",
+        help="Where S3 and SQS are, perhaps with a bucket as the path, in place of an emulator of "
+        "the grid's own; without it BATCHLAB_ENDPOINT.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 OutOption = Annotated[
     Path | None,

@@ -39,6 +39,7 @@ class Request:
     home: Home
     backend: str
     again: str
+    endpoint: str | None = None
     out: Path | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
     resume: bool = False
@@ -57,13 +58,17 @@ def run(request: Request, phases: Phases) -> Summary:
             remedy="Use `batchlab grid scale POOL --max N`, or leave --workers out.",
         )
     with phases.phase("check"):
-        backend = backends.load(request.backend)
+        backend = backends.load(request.backend, request.endpoint)
         submission = Submission.of(request.file, request.overrides, request.home, backend)
-        earlier = asyncio.run(submission.latest())
-        number = choose(earlier, resume=request.resume, cache=request.cache)
         pools = pools_for(backend, submission.jobfile, request.workers)
     with Session(request.home, backend, pools, keep_up=request.keep_up) as session:
         try:
+            if not backend.keeps_files:
+                with phases.phase("start"):  # until then nobody knows of a bucket to look into
+                    session.start()
+            with phases.phase("check"):
+                earlier = asyncio.run(submission.latest())
+                number = choose(earlier, resume=request.resume, cache=request.cache)
             summary = _Runner(request, submission, session, phases).run(earlier, number)
         except Stopped:
             _say_what_next(request, session)

@@ -13,6 +13,7 @@ import typer
 from batchlab.cli import output
 from batchlab.cli.options import (
     BackendOption,
+    EndpointOption,
     FileArgument,
     HomeOption,
     JsonOption,
@@ -55,6 +56,7 @@ def run(
     ] = False,
     home: HomeOption = None,
     backend: BackendOption = "local",
+    endpoint: EndpointOption = None,
     seed: Annotated[
         int, typer.Option("--seed", help="With --backend sim: another seed, another course.")
     ] = 1,
@@ -72,6 +74,7 @@ def run(
     from batchlab.cli.submitting import overrides
 
     if backend == "sim":
+        from batchlab import backends
         from batchlab.cli import simulated
 
         if resume or cache or keep_up:
@@ -79,6 +82,7 @@ def run(
                 "The simulator keeps nothing to go on with.",
                 remedy="Leave out --resume, --cache and --keep-up.",
             )
+        backends.load(backend, endpoint)
         changes = overrides(set_ or ())
         simulated.run(file, out, changes, workers=workers, seed=seed, json=json)
         return
@@ -89,6 +93,7 @@ def run(
         file=file,
         home=home_of(home),
         backend=backend,
+        endpoint=endpoint,
         again=again(sys.argv[1:]),
         out=out,
         overrides=overrides(set_ or ()),
@@ -126,6 +131,7 @@ def demo(
     resume: ResumeOption = False,
     home: HomeOption = None,
     backend: BackendOption = "local",
+    endpoint: EndpointOption = None,
     json: JsonOption = False,
 ) -> None:
     """See it work on made-up insurance claims.
@@ -149,6 +155,7 @@ def demo(
         file=prepared.job_file,
         home=home_of(home),
         backend=backend,
+        endpoint=endpoint,
         again=again(sys.argv[1:]),
         out=out,
         resume=resume,

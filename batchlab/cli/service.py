@@ -35,7 +35,8 @@ def _manager(asked: argparse.Namespace) -> None:
     from batchlab.cli.pools import parse_all
     from batchlab.home import find_home
 
-    backend = backends.with_pools(backends.load(asked.backend), parse_all(asked.pool))
+    backend = backends.load(asked.backend, asked.endpoint)
+    backend = backends.with_pools(backend, parse_all(asked.pool))
     services.manager_main(
         find_home(asked.home), backend, host=asked.host, port=asked.port, parent=asked.parent
     )
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME:MIN-MAXxSLOTS",
         help="a pool of workers, in place of the backend's own; may be repeated",
     )
+    manager.add_argument("--endpoint", metavar="URL", help="where S3 and SQS are")
     manager.add_argument("--host", default="127.0.0.1", help="address to listen on")
     manager.add_argument("--port", type=int, default=0, help="port to listen on; 0: any free one")
     manager.add_argument(

@@ -116,16 +116,26 @@ class Session:
         return session
 
     def start(self) -> None:
-        """Take the grid that is up, or bring one up; returns when it can be talked to."""
+        """Take the grid that is up, or bring one up; returns when it can be talked to. Again it
+        does nothing."""
+        if self._client is None:
+            self._bring_up()
+
+    def _bring_up(self) -> None:
         from batchlab.services import start_manager
 
+        self.backend.named_place(self.home)  # refuses another endpoint than this home's
         record = self.home.record()
         if record is None:
             # Set before it is true: from now on there may be something to end.
             self.ours = not self._keep_up
             output.say(f"Starting a grid in {self.home.path}.")
             record = start_manager(
-                self.home, self.backend, pools=self._pools, parent=not self._keep_up
+                self.home,
+                self.backend,
+                pools=self._pools,
+                parent=not self._keep_up,
+                say=output.say,
             )
         if record.backend != self.backend.name:
             raise UsageError(
@@ -176,7 +186,7 @@ class Session:
             ) from error
         self._revivals_left -= 1
         output.say("The manager has ended; nothing is lost, and another one takes over.")
-        self.start()
+        self._bring_up()
 
     def __enter__(self) -> Self:
         return self

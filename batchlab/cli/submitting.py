@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ def overrides(texts: Iterable[str]) -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Submission:
     """A job file that has passed its checks, and where it is going."""
 
@@ -45,8 +46,13 @@ class Submission:
     packed: tuple[bytes, str]
     """The code as a zip, and its digest."""
     fingerprint: str
-    objects: Objects
+    home: Home
     backend: Backend
+
+    @cached_property
+    def objects(self) -> Objects:
+        """The bucket it goes to; may need the grid to be up."""
+        return self.backend.open_objects(self.home)
 
     @classmethod
     def of(cls, file: Path, params: Mapping[str, str], home: Home, backend: Backend) -> Submission:
@@ -57,7 +63,7 @@ class Submission:
         jobfile = spec.load(file, params)
         packed = code_digest(jobfile)
         fingerprint = spec.fingerprint(jobfile, packed[1])
-        return cls(jobfile, packed, fingerprint, backend.open_objects(home), backend)
+        return cls(jobfile, packed, fingerprint, home, backend)
 
     async def latest(self) -> runs.Run | None:
         """The last run of just this, None where there was none."""

@@ -143,8 +143,7 @@ async def test_an_unchanged_object_is_not_read_again(world: ObjectsWorld) -> Non
 @on_every_bucket
 async def test_a_listing_is_in_key_order(world: ObjectsWorld) -> None:
     keys = ["a!", "a", "a-b/x", "a-b/y/z", "a.b", "a0", "aa/b", "aß", "b/1", "b/10", "b/2", "B"]
-    for key in reversed(keys):
-        await world.objects.put(key, b"")
+    await world.fill(reversed(keys))
     assert await world.keys() == sorted(keys)
     for after in (*keys, "a/", "b/1/", "zzz", "A"):
         assert await world.keys(after=after) == sorted(key for key in keys if key > after)
@@ -153,8 +152,7 @@ async def test_a_listing_is_in_key_order(world: ObjectsWorld) -> None:
 @on_every_bucket
 async def test_a_prefix_need_not_end_at_a_slash(world: ObjectsWorld) -> None:
     keys = ["p/a/1", "p/a/2", "p/ab/3", "p/b", "pa"]
-    for key in keys:
-        await world.objects.put(key, b"")
+    await world.fill(keys)
     for prefix in ("p", "p/", "p/a", "p/a/", "p/ab", "p/b", "p/a/2", "q/"):
         assert await world.keys(prefix) == [key for key in keys if key.startswith(prefix)]
 
@@ -163,15 +161,14 @@ async def test_a_prefix_need_not_end_at_a_slash(world: ObjectsWorld) -> None:
 async def test_long_listings_come_in_pages_that_miss_and_repeat_nothing(
     world: ObjectsWorld,
 ) -> None:
-    keys = [f"outcomes/{number % 7:02x}/{number:05d}.json" for number in range(2500)]
-    for key in keys:
-        await world.objects.put(key, b"{}")
+    keys = [f"outcomes/{number % 7:02x}/{number:05d}.json" for number in range(world.many)]
+    await world.fill(keys)
     pages = [list(page) async for page in world.objects.list("outcomes/")]
     assert all(0 < len(page) <= 1000 for page in pages)
     listed = [info.key for page in pages for info in page]
     assert listed == sorted(keys)
     assert all(before < after for before, after in pairwise(listed))
-    assert await world.keys("outcomes/", after=listed[1234]) == listed[1235:]
+    assert await world.keys("outcomes/", after=listed[1034]) == listed[1035:]
 
 
 @on_every_bucket
@@ -184,9 +181,8 @@ async def test_listing_nothing_gives_no_page(world: ObjectsWorld) -> None:
 
 @on_every_bucket
 async def test_a_listing_goes_on_while_objects_come_and_go(world: ObjectsWorld) -> None:
-    keys = [f"k/{number:05d}" for number in range(1500)]
-    for key in keys:
-        await world.objects.put(key, b"")
+    keys = [f"k/{number:05d}" for number in range(world.many)]
+    await world.fill(keys)
     seen: list[str] = []
     async for page in world.objects.list("k/"):
         seen += [info.key for info in page]
@@ -201,12 +197,11 @@ async def test_a_listing_goes_on_while_objects_come_and_go(world: ObjectsWorld) 
 async def test_delete_takes_many_keys_and_does_not_mind_those_that_are_gone(
     world: ObjectsWorld,
 ) -> None:
-    keys = [f"d/{number:04d}" for number in range(1200)]
-    for key in keys:
-        await world.objects.put(key, b"")
+    keys = [f"d/{number:04d}" for number in range(world.many)]
+    await world.fill(keys)
     await world.objects.delete([])
-    await world.objects.delete(["d/none", *keys[:1100], "none", "d/0001/below"])
-    assert await world.keys() == keys[1100:]
+    await world.objects.delete(["d/none", *keys[:1020], "none", "d/0001/below"])
+    assert await world.keys() == keys[1020:]
     await world.objects.delete(keys)
     assert await world.keys() == []
 

@@ -29,12 +29,12 @@ async def test_a_message_arrives_as_it_was_sent(world: QueueWorld) -> None:
 
 @on_every_queue
 async def test_a_received_message_is_hidden_until_its_timeout(world: QueueWorld) -> None:
-    name = await world.make(visibility_s=3)
+    name = await world.make(visibility_s=2)
     await world.send(name, "a")
     (first,) = await world.receive(name)
     await world.advance(1)
     assert await world.empty(name)
-    await world.advance(3)
+    await world.advance(2)
     (second,) = await world.receive(name)
     assert (second.id, second.body, second.receive_count) == (first.id, "a", 2)
     assert second.sent_s == first.sent_s
@@ -45,10 +45,10 @@ async def test_a_received_message_is_hidden_until_its_timeout(world: QueueWorld)
 async def test_a_receive_may_choose_its_own_timeout(world: QueueWorld) -> None:
     name = await world.make(visibility_s=1)
     await world.send(name, "a")
-    await world.receive(name, visibility_s=4)
+    await world.receive(name, visibility_s=3)
     await world.advance(2)
     assert await world.empty(name)
-    await world.advance(3)
+    await world.advance(2)
     await world.receive(name)
 
 
@@ -62,11 +62,11 @@ async def test_a_timeout_of_zero_leaves_the_message_visible(world: QueueWorld) -
 
 @on_every_queue
 async def test_a_deleted_message_never_comes_again(world: QueueWorld) -> None:
-    name = await world.make(visibility_s=2)
+    name = await world.make(visibility_s=1)
     await world.send(name, "a", "b")
     held = await world.receive(name, 2)
     assert list(await world.queue.delete(name, [held[0].receipt])) == []
-    await world.advance(3)
+    await world.advance(2)
     assert bodies(await world.receive(name)) == [held[1].body]
     assert await world.empty(name)
 
@@ -89,33 +89,33 @@ async def test_every_receive_has_its_own_receipt_and_an_old_one_cannot_delete(
     world: QueueWorld,
 ) -> None:
     """Pain 6: deleting with a stale receipt must not lose the message somebody else works on."""
-    name = await world.make(visibility_s=2)
+    name = await world.make(visibility_s=1)
     await world.send(name, "a")
     (old,) = await world.receive(name)
-    await world.advance(3)
+    await world.advance(2)
     (new,) = await world.receive(name)
     assert old.receipt != new.receipt
     refused = await world.queue.delete(name, [old.receipt])
     if world.exact:
         assert list(refused) == [old.receipt]
-    await world.advance(3)
+    await world.advance(2)
     (again,) = await world.receive(name)
     assert (again.id, again.receive_count) == (old.id, 3)
 
 
 @on_every_queue
 async def test_an_old_receipt_cannot_change_visibility(world: QueueWorld) -> None:
-    name = await world.make(visibility_s=2)
+    name = await world.make(visibility_s=1)
     await world.send(name, "a")
     (old,) = await world.receive(name)
-    await world.advance(3)
-    (new,) = await world.receive(name, visibility_s=5)
+    await world.advance(2)
+    (new,) = await world.receive(name, visibility_s=2)
     for visibility_s in (0.0, 20.0):
         refused = await world.queue.change_visibility(name, [(old.receipt, visibility_s)])
         if world.exact:
             assert list(refused) == [old.receipt]
     assert await world.empty(name)
-    await world.advance(6)
+    await world.advance(3)
     assert [message.id for message in await world.receive(name)] == [new.id]
 
 
@@ -136,28 +136,28 @@ async def test_deleting_twice_and_deleting_nonsense_is_no_error(world: QueueWorl
 
 @on_every_queue
 async def test_a_receipt_belongs_to_its_queue(world: QueueWorld) -> None:
-    one, other = await world.make(visibility_s=2), await world.make()
+    one, other = await world.make(visibility_s=1), await world.make()
     await world.send(one, "a")
     await world.send(other, "b")
     (message,) = await world.receive(one)
     if world.exact:
         assert list(await world.queue.delete(other, [message.receipt])) == [message.receipt]
     assert bodies(await world.receive(other)) == ["b"]
-    await world.advance(3)
+    await world.advance(2)
     assert bodies(await world.receive(one)) == ["a"]
 
 
 @on_every_queue
 async def test_visibility_can_be_extended_again_and_again(world: QueueWorld) -> None:
     """Pain 2: a task that outlives the timeout does not run twice while its worker heartbeats."""
-    name = await world.make(visibility_s=3)
+    name = await world.make(visibility_s=2)
     await world.send(name, "a")
     (message,) = await world.receive(name)
-    for _ in range(4):
-        await world.advance(2)
-        assert list(await world.queue.change_visibility(name, [(message.receipt, 3)])) == []
+    for _ in range(3):
+        await world.advance(1)
+        assert list(await world.queue.change_visibility(name, [(message.receipt, 2)])) == []
         assert await world.empty(name)
-    await world.advance(4)
+    await world.advance(3)
     assert (await world.receive(name))[0].receive_count == 2
 
 
@@ -221,29 +221,29 @@ async def test_the_12_hours_begin_anew_with_each_receive(world: QueueWorld) -> N
 @on_every_queue
 async def test_a_delayed_message_waits_its_time(world: QueueWorld) -> None:
     name = await world.make()
-    await world.queue.send(name, [Outgoing("late", 3), Outgoing("now")])
+    await world.queue.send(name, [Outgoing("late", 2), Outgoing("now")])
     assert bodies(await world.receive(name)) == ["now"]
     assert await world.empty(name)
     assert (await world.queue.depth(name)).delayed == 1
-    await world.advance(4)
+    await world.advance(3)
     assert bodies(await world.receive(name)) == ["late"]
 
 
 @on_every_queue
 async def test_depth_counts_visible_in_flight_and_delayed(world: QueueWorld) -> None:
-    name = await world.make(visibility_s=5)
+    name = await world.make(visibility_s=3)
     assert await world.queue.depth(name) == Depth(0, 0, 0)
     await world.send(name, *"abcdef")
-    await world.send(name, "x", "y", delay_s=20)
+    await world.send(name, "x", "y", delay_s=6)
     assert await world.queue.depth(name) == Depth(visible=6, in_flight=0, delayed=2)
     held = await world.receive(name, 4)
     assert await world.queue.depth(name) == Depth(visible=2, in_flight=4, delayed=2)
     await world.queue.delete(name, [held[0].receipt])
     await world.queue.change_visibility(name, [(held[1].receipt, 0)])
     assert await world.queue.depth(name) == Depth(visible=3, in_flight=2, delayed=2)
-    await world.advance(6)
+    await world.advance(4)
     assert await world.queue.depth(name) == Depth(visible=5, in_flight=0, delayed=2)
-    await world.advance(20)
+    await world.advance(3)
     assert await world.queue.depth(name) == Depth(visible=7, in_flight=0, delayed=0)
 
 
@@ -291,7 +291,8 @@ async def test_a_message_received_too_often_goes_to_the_dead_letters(world: Queu
     assert (corpse.id, corpse.body) == (message.id, "poison")
     assert corpse.receive_count == 3
     assert corpse.sent_s == message.sent_s
-    assert corpse.first_received_s == pytest.approx(message.first_received_s, abs=1e-3)
+    if world.exact:
+        assert corpse.first_received_s == pytest.approx(message.first_received_s, abs=1e-3)
     assert list(await world.queue.delete(dead, [corpse.receipt])) == []
     assert await world.queue.depth(name) == await world.queue.depth(dead) == Depth(0, 0, 0)
 
@@ -342,9 +343,9 @@ async def test_ensuring_a_queue_again_keeps_its_messages_and_takes_the_new_attri
 ) -> None:
     name = await world.make(visibility_s=1000)
     await world.send(name, "a")
-    await world.queue.ensure(QueueSpec(name, visibility_s=2))
+    await world.queue.ensure(QueueSpec(name, visibility_s=1))
     (first,) = await world.receive(name)
-    await world.advance(3)
+    await world.advance(2)
     assert [message.id for message in await world.receive(name)] == [first.id]
 
 
@@ -368,15 +369,15 @@ async def test_a_purge_drops_everything(world: QueueWorld) -> None:
 async def test_a_queue_made_again_is_empty_and_old_receipts_mean_nothing_to_it(
     world: QueueWorld,
 ) -> None:
-    name = await world.make(visibility_s=2)
+    name = await world.make(visibility_s=1)
     await world.send(name, "a", "b")
     old = await world.receive(name, 2)
     await world.queue.remove(name)
     with pytest.raises(NotFound):
         await world.queue.depth(name)
-    await world.queue.ensure(QueueSpec(name, visibility_s=2))
+    await world.queue.ensure(QueueSpec(name, visibility_s=1))
     await world.send(name, "c", "d")
     assert bodies(await world.receive(name, 2)) == ["c", "d"]
     await world.queue.delete(name, receipts(old))
-    await world.advance(3)
+    await world.advance(2)
     assert bodies(await world.receive(name, 2)) == ["c", "d"]

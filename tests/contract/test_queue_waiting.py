@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 
 from batchlab.ports import Depth, Message, Outgoing
-from tests.contract.queue_worlds import QueueWorld, bodies, on_every_queue, receipts
+from tests.contract.queue_worlds import QueueWorld, bodies, on_every_queue_alone, receipts
 
 SOON_S = 0.5
 """Far more than a wake-up takes, far less than a wait that was not woken."""
@@ -30,7 +30,7 @@ def _waiter(world: QueueWorld, name: str, most: int = 10) -> asyncio.Task[list[M
     return asyncio.create_task(receive())
 
 
-@on_every_queue
+@on_every_queue_alone
 async def test_a_waiting_receive_ends_empty_when_its_time_is_over(world: QueueWorld) -> None:
     name = await world.make()
     began_s = _now_s()
@@ -38,7 +38,7 @@ async def test_a_waiting_receive_ends_empty_when_its_time_is_over(world: QueueWo
     assert 0.09 <= _now_s() - began_s < SOON_S
 
 
-@on_every_queue
+@on_every_queue_alone
 async def test_a_send_wakes_a_waiting_receive(world: QueueWorld) -> None:
     name = await world.make()
     waiter = _waiter(world, name)
@@ -49,7 +49,7 @@ async def test_a_send_wakes_a_waiting_receive(world: QueueWorld) -> None:
     assert _now_s() - began_s < SOON_S
 
 
-@on_every_queue
+@on_every_queue_alone
 async def test_a_receive_does_not_wait_for_a_full_batch(world: QueueWorld) -> None:
     name = await world.make()
     await world.send(name, "a")
@@ -58,7 +58,7 @@ async def test_a_receive_does_not_wait_for_a_full_batch(world: QueueWorld) -> No
     assert _now_s() - began_s < SOON_S
 
 
-@on_every_queue
+@on_every_queue_alone
 async def test_a_sleeping_receive_notices_a_delayed_message_in_time(world: QueueWorld) -> None:
     name = await world.make()
     waiter = _waiter(world, name)
@@ -66,20 +66,20 @@ async def test_a_sleeping_receive_notices_a_delayed_message_in_time(world: Queue
     began_s = _now_s()
     await world.queue.send(name, [Outgoing("a", 1.0)])
     assert bodies(await waiter) == ["a"]
-    assert 0.95 <= _now_s() - began_s < 1 + SOON_S
+    assert 0.95 <= _now_s() - began_s < 1 + SOON_S + world.late_s
 
 
-@on_every_queue
+@on_every_queue_alone
 async def test_a_sleeping_receive_notices_a_timeout_that_ran_out(world: QueueWorld) -> None:
     name = await world.make(visibility_s=1)
     await world.send(name, "a")
     began_s = _now_s()
     await world.receive(name)
     assert bodies(await _waiter(world, name)) == ["a"]
-    assert 0.95 <= _now_s() - began_s < 1 + SOON_S
+    assert 0.95 <= _now_s() - began_s < 1 + SOON_S + world.late_s
 
 
-@on_every_queue
+@on_every_queue_alone
 async def test_giving_a_message_back_wakes_a_waiting_receive(world: QueueWorld) -> None:
     """Pain 4: what a worker returns as it shuts down goes on at once elsewhere."""
     name = await world.make()
@@ -90,10 +90,10 @@ async def test_giving_a_message_back_wakes_a_waiting_receive(world: QueueWorld) 
     began_s = _now_s()
     await world.queue.change_visibility(name, [(held.receipt, 0)])
     assert [message.receive_count for message in await waiter] == [2]
-    assert _now_s() - began_s < SOON_S
+    assert _now_s() - began_s < SOON_S + world.late_s
 
 
-@on_every_queue
+@on_every_queue_alone
 async def test_dead_letters_wake_who_waits_for_them(world: QueueWorld) -> None:
     dead = await world.make()
     name = await world.make(visibility_s=1, dead_letters=dead, max_receives=1)
@@ -105,10 +105,10 @@ async def test_dead_letters_wake_who_waits_for_them(world: QueueWorld) -> None:
     began_s = _now_s()
     await world.empty(name)
     assert bodies(await waiter) == ["poison"]
-    assert _now_s() - began_s < SOON_S
+    assert _now_s() - began_s < SOON_S + world.late_s
 
 
-@on_every_queue
+@on_every_queue_alone
 async def test_each_of_many_waiting_receivers_gets_its_message(world: QueueWorld) -> None:
     name = await world.make()
     waiters = [_waiter(world, name, 1) for _ in range(12)]
@@ -120,7 +120,7 @@ async def test_each_of_many_waiting_receivers_gets_its_message(world: QueueWorld
     assert _now_s() - began_s < 2 * SOON_S
 
 
-@on_every_queue
+@on_every_queue_alone
 async def test_receivers_of_other_queues_sleep_on(world: QueueWorld) -> None:
     name, other = await world.make(), await world.make()
     bystander, waiter = _waiter(world, other), _waiter(world, name)
@@ -140,7 +140,7 @@ async def _cancelled(task: asyncio.Task[list[Message]]) -> list[Message]:
     return []
 
 
-@on_every_queue
+@on_every_queue_alone
 async def test_a_cancelled_receive_swallows_no_message(world: QueueWorld) -> None:
     """Pain 4: messages fetched just before a warm stop must not hide for the full timeout."""
     name = await world.make()
@@ -157,10 +157,11 @@ async def test_a_cancelled_receive_swallows_no_message(world: QueueWorld) -> Non
     left = 15 - len(got)
     got += await world.receive(name, left) if left else []
     assert sorted(bodies(got), key=int) == [str(number) for number in range(15)]
-    assert {message.receive_count for message in got} == {1}
+    if world.exact:
+        assert {message.receive_count for message in got} == {1}
 
 
-@on_every_queue
+@on_every_queue_alone
 async def test_a_cancelled_receive_passes_its_wake_up_on(world: QueueWorld) -> None:
     name = await world.make()
     for number in range(10):
@@ -176,6 +177,6 @@ async def test_a_cancelled_receive_passes_its_wake_up_on(world: QueueWorld) -> N
         else:
             got = await second
         assert bodies(got) == [str(number)]
-        assert _now_s() - began_s < SOON_S
+        assert _now_s() - began_s < SOON_S + world.late_s
         await world.queue.delete(name, receipts(got))
     assert await world.queue.depth(name) == Depth(0, 0, 0)

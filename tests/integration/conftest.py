@@ -19,8 +19,15 @@ def bring_up(tmp_path: Path) -> Iterator[Bring]:
     """Brings up a grid of real processes; checks afterwards that none is left."""
     grids: list[LocalGrid] = []
 
-    def bring(pools: Sequence[Pool] = (), folder: Path | None = None) -> LocalGrid:
-        grids.append(LocalGrid(folder or tmp_path / f"home-{len(grids)}", pools))
+    def bring(
+        pools: Sequence[Pool] = (),
+        folder: Path | None = None,
+        *,
+        backend: str = "local",
+        endpoint: str | None = None,
+    ) -> LocalGrid:
+        home = folder or tmp_path / f"home-{len(grids)}"
+        grids.append(LocalGrid(home, pools, backend=backend, endpoint=endpoint))
         return grids[-1]
 
     yield bring

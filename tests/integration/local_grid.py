@@ -1,4 +1,4 @@
-"""A real grid on the `local` backend for tests: manager and workers are real processes."""
+"""A real grid for tests, on any backend: manager and workers are real processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from batchlab import backends, results, services, submission
 from batchlab.client import Client
 from batchlab.home import Home
 from batchlab.model import Pool
+from batchlab.ports import Objects
 from batchlab.results import Listed
 from batchlab.spec.jobfile import load
 from batchlab.views import JobView
@@ -25,12 +27,23 @@ ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
 class LocalGrid:
     """A grid in `folder`; `stop` ends it."""
 
-    def __init__(self, folder: Path, pools: Sequence[Pool] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        pools: Sequence[Pool] = (),
+        *,
+        backend: str = "local",
+        endpoint: str | None = None,
+    ) -> None:
         self.home = Home(folder)
-        self.backend = backends.load("local")
+        self.backend = backends.load(backend, endpoint)
         self.pools = pools
-        self.objects = self.backend.open_objects(self.home)
         self.client = self._start()
+
+    @cached_property
+    def objects(self) -> Objects:
+        """Its bucket."""
+        return self.backend.open_objects(self.home)
 
     def _start(self) -> Client:
         record = services.start_manager(self.home, self.backend, pools=self.pools, parent=True)
@@ -114,6 +127,15 @@ class LocalGrid:
             if "worker" in words and "--instance" in words
         }
 
+    def emulator(self) -> int:
+        """The pid of the grid's own emulator."""
+        (pid,) = [
+            pid
+            for pid, words in processes_of(self.home.path).items()
+            if any("ministack_guard" in word for word in words)
+        ]
+        return pid
+
     def kill_worker(self, *, within_s: float = 20.0) -> str:
         """SIGKILL one worker; answers its instance."""
         deadline_s = time.monotonic() + within_s
@@ -126,7 +148,9 @@ class LocalGrid:
 
 
 def processes_of(home: Path) -> dict[int, list[str]]:
-    """Command lines of the living processes that belong to the grid in `home`, by pid."""
+    """Command lines of the living processes that belong to the grid in `home`, by pid: manager,
+    workers, emulator."""
+    emulators = f"{home}/ministack/"
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -135,12 +159,18 @@ def processes_of(home: Path) -> dict[int, list[str]]:
                 state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if str(home) in words and state != "Z":
+            ours = any(word == str(home) or word.startswith(emulators) for word in words)
+            if ours and state != "Z":
                 found[int(entry.name)] = words
     return found
 
 
 def outcomes(grid: LocalGrid, job: str) -> list[dict[str, Any]]:
     """Every committed outcome of a job, as its document."""
-    folder = grid.home.objects / "jobs" / job
-    return [json.loads(p.read_text()) for p in sorted(folder.glob("*/outcomes/*/*.json"))]
+
+    async def read() -> list[dict[str, Any]]:
+        keys = [one.key async for page in grid.objects.list(f"jobs/{job}/") for one in page]
+        found = [key for key in keys if key.split("/")[3:4] == ["outcomes"]]
+        return [json.loads(await grid.objects.get(key)) for key in sorted(found)]
+
+    return asyncio.run(read())

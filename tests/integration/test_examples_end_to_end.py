@@ -102,9 +102,15 @@ def frames(video: Path) -> int:
     return int(json.loads(answer.stdout)["streams"][0]["nb_read_frames"])
 
 
-def test_sort_of_more_than_a_workers_memory(bring_up: Bring, tmp_path: Path) -> None:
+@pytest.fixture
+def sort_bytes() -> int:
+    """Of the file to sort: more than a worker's memory."""
+    return 128 * 1024 * 1024
+
+
+def test_sort_of_one_large_file(bring_up: Bring, tmp_path: Path, sort_bytes: int) -> None:
     job = copy("sort", tmp_path)
-    write_records(job / "data", seed=3, size_bytes=128 * 1024 * 1024)
+    write_records(job / "data", seed=3, size_bytes=sort_bytes)
     (source,) = (job / "data").iterdir()
     grid = bring_up(TWO)
     view = grid.wait(grid.submit(job / "job.yaml")["id"], within_s=180)

@@ -7,7 +7,7 @@ Invariant: no operation awaits anything, so each is atomic, and equal calls give
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from batchlab.adapters.limits import check_key, check_prefix
@@ -30,6 +30,8 @@ class SimObjects:
         self._unsorted: list[str] = []
         self._gone = 0
         self._writes = 0
+        self.written: Callable[[str, bytes | None, bytes, bool], None] = lambda *_: None
+        """Told (key, what was there before, data, if_absent) of each write."""
 
     async def put(self, key: str, data: bytes, *, if_absent: bool = False) -> str:
         check_key(key)
@@ -39,6 +41,8 @@ class SimObjects:
             self._gone -= 1
         elif if_absent:
             raise AlreadyExists(f"Object {key!r} exists.")
+        before = self._objects.get(key)
+        self.written(key, before[0] if before else None, data, if_absent)
         self._writes += 1
         etag = f'"{self._writes:x}"'
         self._objects[key] = (bytes(data), etag)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import OrderedDict, deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from heapq import heappop, heappush
 
 from batchlab.adapters.limits import (
@@ -21,6 +21,7 @@ from batchlab.adapters.limits import (
     check_receive,
     check_send,
 )
+from batchlab.adapters.sim.queue_state import Entry, QueueState, Waiter, entry_of
 from batchlab.errors import NotFound, Throttled
 from batchlab.ports import MAX_VISIBILITY_S, Clock, Depth, Message, Outgoing, QueueSpec
 
@@ -29,69 +30,6 @@ _DISORDER = 32
 
 # An epoch second as a float is this exact; a timer may fire that much too early.
 _TICK_S = 1e-6
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """A message in its queue; `visible` says where it is, `visible_s` until when it is hidden."""
-
-    number: int
-    body: str
-    sent_s: float
-    visible_s: float
-    visible: bool = False
-    receives: int = 0
-    received_s: float = 0.0
-    first_received_s: float = 0.0
-
-    @property
-    def receipt(self) -> str:
-        return f"{self.number}.{self.receives}"
-
-
-class _Bag:
-    """Numbers to pick from at random; adding, removing and picking take constant time."""
-
-    def __init__(self) -> None:
-        self._numbers: list[int] = []
-        self._places: dict[int, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def add(self, number: int) -> None:
-        self._places[number] = len(self._numbers)
-        self._numbers.append(number)
-
-    def discard(self, number: int) -> None:
-        place = self._places.pop(number, None)
-        if place is None:
-            return
-        last = self._numbers.pop()
-        if last != number:
-            self._numbers[place] = last
-            self._places[last] = place
-
-    def pick(self, rng: random.Random) -> int | None:
-        return self._numbers[rng.randrange(len(self._numbers))] if self._numbers else None
-
-
-@dataclass(slots=True, eq=False)
-class _Queue:
-    """`ready` holds visible numbers in order of arrival, `window` those next in turn, both with
-    leftovers of messages that are gone; `hidden` is a heap by `visible_s`, with leftovers too."""
-
-    spec: QueueSpec
-    entries: OrderedDict[int, _Entry] = field(default_factory=OrderedDict)
-    everyone: _Bag = field(default_factory=_Bag)
-    in_flight: _Bag = field(default_factory=_Bag)
-    ready: deque[int] = field(default_factory=deque)
-    window: list[int] = field(default_factory=list)
-    visible: int = 0
-    hidden: list[tuple[float, int]] = field(default_factory=list)
-    waiters: OrderedDict[int, asyncio.Future[None]] = field(default_factory=OrderedDict)
-    timer: asyncio.TimerHandle | None = None
-    timer_s: float = 0.0
 
 
 class SimQueue:
@@ -104,14 +42,18 @@ class SimQueue:
     def __init__(
         self, clock: Clock, rng: random.Random, *, max_in_flight: int = MAX_IN_FLIGHT
     ) -> None:
+        self.lapsed: Callable[[str, str], None] = lambda _queue, _receipt: None
+        """Told (queue, receipt) when the visibility timeout of a message in flight runs out."""
         self._clock = clock
         self._rng = rng
         self._max_in_flight = max_in_flight
-        self._queues: dict[str, _Queue] = {}
+        self._queues: dict[str, QueueState] = {}
         self._sent = 0
         self._waits = 0
+        # A service's timers belong to no client: they go off though the client is frozen.
+        self._context = copy_context()
 
-    def _found(self, name: str) -> _Queue:
+    def _found(self, name: str) -> QueueState:
         try:
             queue = self._queues[name]
         except KeyError as error:
@@ -121,6 +63,8 @@ class SimQueue:
             due_s, number = heappop(queue.hidden)
             entry = queue.entries.get(number)
             if entry is not None and not entry.visible and entry.visible_s == due_s:
+                if entry.receives:
+                    self.lapsed(name, entry.receipt)
                 self._show(queue, entry)
         while queue.entries:
             oldest = next(iter(queue.entries.values()))
@@ -129,34 +73,37 @@ class SimQueue:
             self._forget(queue, oldest)
         return queue
 
-    def _show(self, queue: _Queue, entry: _Entry) -> None:
+    def _show(self, queue: QueueState, entry: Entry) -> None:
         entry.visible = True
         queue.visible += 1
         queue.in_flight.discard(entry.number)
         queue.ready.append(entry.number)
 
-    def _hide(self, queue: _Queue, entry: _Entry, until_s: float) -> None:
+    def _hide(self, queue: QueueState, entry: Entry, until_s: float) -> None:
         entry.visible_s = until_s
         heappush(queue.hidden, (until_s, entry.number))
 
-    def _forget(self, queue: _Queue, entry: _Entry) -> None:
+    def _forget(self, queue: QueueState, entry: Entry) -> None:
         del queue.entries[entry.number]
         queue.everyone.discard(entry.number)
         queue.in_flight.discard(entry.number)
         queue.visible -= entry.visible
 
-    def _stir(self, queue: _Queue) -> None:
-        """Wake one waiter if there is something for it; it stirs again when it has taken."""
-        if queue.visible and len(queue.in_flight) < self._max_in_flight:
-            while queue.waiters:
-                _, waiter = queue.waiters.popitem(last=False)
-                if not waiter.done():
-                    waiter.set_result(None)
-                    return
-        elif queue.waiters:
+    def _stir(self, queue: QueueState) -> None:
+        """Hand what there is to those who wait, first come first: a service does not ask whether
+        the one it answers is still there."""
+        while queue.waiters and queue.visible and len(queue.in_flight) < self._max_in_flight:
+            number, waiter = next(iter(queue.waiters.items()))
+            if not waiter.given.done():
+                messages = self._take(queue, waiter.limit, waiter.visibility_s)
+                if not messages:
+                    break
+                waiter.given.set_result(messages)
+            del queue.waiters[number]
+        if queue.waiters:
             self._arm(queue)
 
-    def _arm(self, queue: _Queue) -> None:
+    def _arm(self, queue: QueueState) -> None:
         """Have the queue looked at when its next hidden message appears."""
         while queue.hidden:
             due_s, number = queue.hidden[0]
@@ -172,10 +119,10 @@ class SimQueue:
             queue.timer.cancel()
         queue.timer_s = due_s
         queue.timer = asyncio.get_running_loop().call_later(
-            max(0.0, due_s - self._clock.now_s()), self._appeared, queue
+            max(0.0, due_s - self._clock.now_s()), self._appeared, queue, context=self._context
         )
 
-    def _appeared(self, queue: _Queue) -> None:
+    def _appeared(self, queue: QueueState) -> None:
         queue.timer = None
         if self._queues.get(queue.spec.name) is queue:
             self._stir(self._found(queue.spec.name))
@@ -187,14 +134,14 @@ class SimQueue:
         if spec.name in self._queues:
             self._queues[spec.name].spec = spec
         else:
-            self._queues[spec.name] = _Queue(spec)
+            self._queues[spec.name] = QueueState(spec)
 
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         check_send(messages)
         found, now_s = self._found(queue), self._clock.now_s()
         for message in messages:
             self._sent += 1
-            entry = _Entry(self._sent, message.body, now_s, now_s)
+            entry = Entry(self._sent, message.body, now_s, now_s)
             self._enter(found, entry)
             if message.delay_s > 0:
                 self._hide(found, entry, now_s + message.delay_s)
@@ -202,7 +149,7 @@ class SimQueue:
                 self._show(found, entry)
         self._stir(found)
 
-    def _enter(self, queue: _Queue, entry: _Entry) -> None:
+    def _enter(self, queue: QueueState, entry: Entry) -> None:
         queue.entries[entry.number] = entry
         queue.everyone.add(entry.number)
 
@@ -215,39 +162,47 @@ class SimQueue:
         visibility_s: float | None = None,
     ) -> Sequence[Message]:
         check_receive(max_messages, wait_s, visibility_s)
-        ends_s = asyncio.get_running_loop().time() + wait_s
-        while True:
-            found = self._found(queue)
-            messages = self._take(found, max_messages, visibility_s)
-            if messages:
-                self._stir(found)
-                return messages
-            if asyncio.get_running_loop().time() >= ends_s - _TICK_S:
-                break
-            await self._wait(found, ends_s)
-        if wait_s == 0 and len(found.in_flight) >= self._max_in_flight:
+        found = self._found(queue)
+        messages = self._take(found, max_messages, visibility_s)
+        self._stir(found)
+        if not messages and wait_s > _TICK_S:
+            return await self._wait(queue, wait_s, max_messages, visibility_s)
+        if not messages and len(found.in_flight) >= self._max_in_flight:
             raise Throttled(f"Queue {queue!r} has too many messages in flight.")
         return messages
 
-    async def _wait(self, queue: _Queue, ends_s: float) -> None:
-        loop = asyncio.get_running_loop()
+    async def _wait(
+        self, name: str, wait_s: float, limit: int, visibility_s: float | None
+    ) -> list[Message]:
+        loop, queue = asyncio.get_running_loop(), self._queues[name]
         self._waits += 1
-        number, waiter = self._waits, loop.create_future()
+        number, waiter = self._waits, Waiter(limit, visibility_s, loop.create_future())
         queue.waiters[number] = waiter
         self._arm(queue)
-        timer = loop.call_at(ends_s, _settle, waiter)
+        timer = loop.call_later(wait_s, _settle, waiter.given, context=self._context)
         try:
-            await waiter
+            messages = await waiter.given
         except asyncio.CancelledError:
-            if not waiter.cancelled():
-                # Woken and cancelled at once: what woke it is another waiter's.
-                self._stir(queue)
+            if waiter.given.done() and not waiter.given.cancelled():
+                self._take_back(queue, waiter.given.result() or [])
             raise
         finally:
             timer.cancel()
             queue.waiters.pop(number, None)
+        if messages is None:
+            self._found(name)
+        return messages or []
 
-    def _take(self, queue: _Queue, limit: int, visibility_s: float | None) -> list[Message]:
+    def _take_back(self, queue: QueueState, messages: Sequence[Message]) -> None:
+        """Handed over and cancelled in one instant: as if it had never been received."""
+        for message in messages:
+            entry = entry_of(queue, message.receipt)
+            if entry is not None and not entry.visible:
+                entry.receives -= 1
+                self._show(queue, entry)
+        self._stir(queue)
+
+    def _take(self, queue: QueueState, limit: int, visibility_s: float | None) -> list[Message]:
         spec, now_s = queue.spec, self._clock.now_s()
         limit = min(limit, self._max_in_flight - len(queue.in_flight))
         dead = self._queues.get(spec.dead_letters or "")
@@ -265,7 +220,7 @@ class SimQueue:
                 messages.append(self._receive(queue, entry, now_s, hidden_s))
         return messages
 
-    def _draw(self, queue: _Queue) -> _Entry | None:
+    def _draw(self, queue: QueueState) -> Entry | None:
         while True:
             while queue.ready and len(queue.window) < _DISORDER:
                 queue.window.append(queue.ready.popleft())
@@ -279,7 +234,7 @@ class SimQueue:
             if entry is not None:
                 return entry
 
-    def _receive(self, queue: _Queue, entry: _Entry, now_s: float, hidden_s: float) -> Message:
+    def _receive(self, queue: QueueState, entry: Entry, now_s: float, hidden_s: float) -> Message:
         entry.visible = False
         queue.visible -= 1
         entry.receives += 1
@@ -302,7 +257,7 @@ class SimQueue:
         found = self._found(queue)
         refused = []
         for receipt in receipts:
-            entry = _entry(found, receipt)
+            entry = entry_of(found, receipt)
             if entry is None:
                 refused.append(receipt)
             else:
@@ -317,7 +272,7 @@ class SimQueue:
         found, now_s = self._found(queue), self._clock.now_s()
         refused = []
         for receipt, visibility_s in changes:
-            entry, until_s = _entry(found, receipt), now_s + visibility_s
+            entry, until_s = entry_of(found, receipt), now_s + visibility_s
             if entry is None or entry.visible or until_s > entry.received_s + MAX_VISIBILITY_S:
                 refused.append(receipt)
             elif visibility_s > 0:
@@ -343,7 +298,26 @@ class SimQueue:
         if found is not None:
             # Who still waits there shall see that it is gone.
             for waiter in found.waiters.values():
-                _settle(waiter)
+                _settle(waiter.given)
+
+    # --- What a test sees and does ---------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """The queues there are."""
+        return sorted(self._queues)
+
+    def body(self, queue: str, receipt: str) -> str | None:
+        """The body of the message of which this is the latest receipt."""
+        entry = entry_of(self._queues[queue], receipt) if queue in self._queues else None
+        return entry.body if entry is not None else None
+
+    def held_s(self, queue: str, receipt: str) -> float:
+        """For how long the message will still be hidden by the receive that gave this receipt: 0
+        where it is visible, gone, or somebody else's."""
+        entry = entry_of(self._queues[queue], receipt) if queue in self._queues else None
+        if entry is None or entry.visible:
+            return 0.0
+        return max(0.0, entry.visible_s - self._clock.now_s())
 
     def redeliver(self, queue: str, rng: random.Random) -> str | None:
         """A fault: a random message in flight is visible again although its holder works on it.
@@ -367,13 +341,23 @@ class SimQueue:
         self._forget(found, found.entries[number])
         return str(number)
 
+    def expire(self, queue: str, age_s: float) -> int:
+        """A fault: messages sent longer than `age_s` ago are past their retention; how many."""
+        found, now_s = self._found(queue), self._clock.now_s()
+        old = [entry for entry in found.entries.values() if entry.sent_s + age_s <= now_s]
+        for entry in old:
+            self._forget(found, entry)
+        return len(old)
 
-def _settle(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+    def shuffle(self, queue: str, rng: random.Random) -> bool:
+        """A fault: what is visible changes its order; False where no two messages are."""
+        found = self._found(queue)
+        waiting = [number for number in (*found.window, *found.ready) if number in found.entries]
+        rng.shuffle(waiting)
+        found.window, found.ready = [], deque(waiting)
+        return len(waiting) > 1
 
 
-def _entry(queue: _Queue, receipt: str) -> _Entry | None:
-    number, _, _ = receipt.partition(".")
-    entry = queue.entries.get(int(number)) if number.isdecimal() else None
-    return entry if entry is not None and entry.receipt == receipt else None
+def _settle(given: asyncio.Future[list[Message] | None]) -> None:
+    if not given.done():
+        given.set_result(None)

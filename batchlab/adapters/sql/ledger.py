@@ -7,6 +7,7 @@ database, unless it asked for that (`Inline`). The statements are in job_rows an
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -209,4 +210,16 @@ def _translated(engine: Engine) -> Iterator[None]:
         raise Unreachable(f"The ledger {name} does not answer: {error.orig}.") from error
     except SQLAlchemyError as error:
         said = error.orig if isinstance(error, DBAPIError) else error
-        raise BackendError(f"The ledger {name} cannot be used: {said}.") from error
+        raise BackendError(
+            f"The ledger {name} cannot be used: {said}.", remedy=_remedy(said)
+        ) from error
+
+
+def _remedy(said: BaseException | None) -> str:
+    code = getattr(said, "sqlite_errorcode", 0) & 0xFF
+    if code not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        return ""
+    return (
+        "Move it away and start the grid again; `batchlab ledger rebuild` then makes it anew from "
+        "the bucket."
+    )

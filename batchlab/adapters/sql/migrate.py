@@ -55,7 +55,7 @@ def _version(connection: Connection) -> str | None:
     found = connection.execute(select(versions.c.version_num)).scalar() or ""
     if found > HEAD:
         raise BackendError(
-            f"{connection.engine.url.database} was written by a newer batchlab (schema {found}); "
-            "install that version or use another folder."
+            f"{connection.engine.url.database} was written by a newer batchlab (schema {found}).",
+            remedy="Install that version, or name another folder with --home.",
         )
     return found

@@ -1,0 +1,229 @@
+"""What the AWS adapters share: `Endpoint`, boto3 clients for it, and what botocore's errors mean.
+
+Invariant: with an endpoint's url nothing of the user's AWS configuration is used, and no credential
+of theirs is sent to it; without one, everything is found where boto3 finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, cast, overload
+from urllib.parse import urlsplit
+
+from batchlab.errors import BackendError, NotFound, Throttled, TooLarge, Unreachable
+
+# botocore takes a quarter of a second to import: only who calls AWS pays for it.
+if TYPE_CHECKING:
+    from botocore.exceptions import ClientError
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.literals import BucketLocationConstraintType
+    from mypy_boto3_s3.type_defs import CreateBucketConfigurationTypeDef
+    from mypy_boto3_sqs import SQSClient
+    from obstore.store import S3Credential, S3CredentialProvider
+
+CONNECT_S = 5.0
+ANSWER_S = 15.0
+"""Longer than any call here takes a service that is well."""
+
+_THROTTLED = {
+    "KmsThrottled",
+    "OverLimit",
+    "QueueDeletedRecently",
+    "RequestLimitExceeded",
+    "RequestThrottled",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "TooManyRequests",
+}
+_MISSING = {"NonExistentQueue", "QueueDoesNotExist", "NoSuchBucket"}
+_TOO_LARGE = {"BatchRequestTooLong", "TooManyEntriesInBatchRequest"}
+_DENIED = {
+    "AccessDenied",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidClientTokenId",
+    "SignatureDoesNotMatch",
+    "UnrecognizedClient",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """AWS in `region`; with `url`, what answers there in its place (an emulator, another S3).
+
+    The keys are for that url only: on AWS boto3's chain finds credentials.
+    """
+
+    url: str | None = None
+    region: str = "us-east-1"
+    access_key: str = "test"
+    secret_key: str = field(default="test", repr=False)
+
+    @property
+    def loopback(self) -> str:
+        """The url's host where that is this machine, which no proxy can reach; else ""."""
+        host = urlsplit(self.url or "").hostname or ""
+        return host if host in ("127.0.0.1", "::1", "localhost") else ""
+
+
+def credentials(endpoint: Endpoint) -> S3CredentialProvider:
+    """The same credentials as `client` has, for obstore."""
+    if endpoint.url is None:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        with translated("AWS"):
+            return Boto3CredentialProvider()
+    given: S3Credential = {
+        "access_key_id": endpoint.access_key,
+        "secret_access_key": endpoint.secret_key,
+        "token": None,
+        "expires_at": None,
+    }
+    return lambda: given
+
+
+@overload
+def client(endpoint: Endpoint, service: Literal["sqs"], *, connections: int) -> SQSClient: ...
+@overload
+def client(endpoint: Endpoint, service: Literal["s3"], *, connections: int) -> S3Client: ...
+def client(
+    endpoint: Endpoint, service: Literal["sqs", "s3"], *, connections: int
+) -> SQSClient | S3Client:
+    """A client that makes each call once: patience is the callers'."""
+    import boto3
+    import botocore.session
+    from botocore.config import Config
+
+    config = Config(
+        connect_timeout=CONNECT_S,
+        read_timeout=ANSWER_S,
+        max_pool_connections=connections,
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        # A quarter of a call's CPU, to check types that mypy has checked.
+        parameter_validation=False,
+        s3={"addressing_style": "path"} if endpoint.url else {},
+        # None would be what the environment says.
+        proxies={} if endpoint.loopback else None,
+    )
+    with translated("AWS"):
+        if endpoint.url is None:
+            return boto3.Session(region_name=endpoint.region).client(service, config=config)
+        # A profile named in the environment must neither be needed nor found.
+        nobody = botocore.session.Session(session_vars={"profile": (None, None, None, None)})
+        session = boto3.Session(
+            endpoint.access_key,
+            endpoint.secret_key,
+            region_name=endpoint.region,
+            botocore_session=nobody,
+        )
+        return session.client(service, endpoint_url=endpoint.url, config=config)
+
+
+def code_of(error: ClientError) -> str:
+    """The error's code, as `plain` writes it."""
+    return plain(str(error.response.get("Error", {}).get("Code", "")))
+
+
+def plain(code: str) -> str:
+    """An error code without the name of its service and "Exception": "NonExistentQueue"."""
+    return code.rpartition(".")[2].removesuffix("Exception")
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turns botocore's errors into batchlab's; `what` is the subject of their sentence."""
+    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+    from botocore.exceptions import ConnectionError as NoConnection
+    from botocore.parsers import ResponseParserError
+
+    try:
+        yield
+    except ClientError as error:
+        raise _refusal(what, error) from error
+    except (HTTPClientError, NoConnection) as error:
+        raise Unreachable(f"{what}: {error}") from error
+    except ResponseParserError as error:
+        # Something answers, but not the service: a proxy, or one that is just starting.
+        raise Unreachable(f"{what}: the answer is not one of AWS.") from error
+    except BotoCoreError as error:
+        raise BackendError(f"{what}: {error}", remedy="Check AWS's configuration.") from error
+
+
+def _refusal(what: str, error: ClientError) -> BackendError:
+    code = code_of(error)
+    message = str(error.response.get("Error", {}).get("Message", "")).strip() or code
+    text = f"{what}: {message.rstrip('.')} ({code})."
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    if code in _MISSING:
+        return NotFound(text)
+    if code in _TOO_LARGE:
+        return TooLarge(text)
+    if code in _THROTTLED or status in (429, 503):
+        return Throttled(text)
+    if code in _DENIED:
+        return BackendError(text, remedy="Check the credentials and their permissions.")
+    return Unreachable(text) if status >= 500 else BackendError(text)
+
+
+def check(endpoint: Endpoint) -> None:
+    """Ask S3 and SQS at the endpoint's url for what costs nothing; Unreachable in a sentence for
+    whoever has named it."""
+    s3, sqs = client(endpoint, "s3", connections=1), client(endpoint, "sqs", connections=1)
+    try:
+        _answers(endpoint, "S3", lambda: s3.list_buckets()["Buckets"])
+        _answers(endpoint, "SQS", lambda: sqs.list_queues(QueueNamePrefix="batchlab-"))
+    finally:
+        s3.close()
+        sqs.close()
+
+
+def _answers(endpoint: Endpoint, service: str, ask: Callable[[], object]) -> None:
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        HTTPClientError,
+        ReadTimeoutError,
+    )
+    from botocore.exceptions import ConnectionError as NoConnection
+    from botocore.parsers import ResponseParserError
+
+    try:
+        ask()
+        return
+    except ReadTimeoutError as error:
+        cause: Exception = error
+        text = f"{endpoint.url} accepts connections, and then does not answer."
+    except (HTTPClientError, NoConnection) as error:
+        cause, text = error, f"Nothing answers at {endpoint.url}."
+    except (ClientError, ResponseParserError, BotoCoreError, KeyError) as error:
+        code = code_of(error) if isinstance(error, ClientError) else ""
+        # An answer that it cannot read has its HTTP status for a code.
+        told = f" (it says {code})" if code and not code.isdigit() else ""
+        cause, text = error, f"{endpoint.url} does not answer as {service} does{told}."
+    raise Unreachable(
+        text, remedy="Start an emulator of S3 and SQS there, or name the URL of another."
+    ) from cause
+
+
+def create_bucket(endpoint: Endpoint, bucket: str) -> None:
+    """Create the bucket; no error where it is ours already."""
+    from botocore.exceptions import ClientError
+
+    s3 = client(endpoint, "s3", connections=1)
+    try:
+        with translated(f"Bucket {bucket!r}"):
+            try:
+                if endpoint.region == "us-east-1":
+                    s3.create_bucket(Bucket=bucket)
+                else:
+                    region = cast("BucketLocationConstraintType", endpoint.region)
+                    place: CreateBucketConfigurationTypeDef = {"LocationConstraint": region}
+                    s3.create_bucket(Bucket=bucket, CreateBucketConfiguration=place)
+            except ClientError as error:
+                if code_of(error) != "BucketAlreadyOwnedByYou":
+                    raise
+    finally:
+        s3.close()

@@ -1,0 +1,30 @@
+"""Processes that are known beyond the life of whoever started them (Linux).
+
+Invariant: a pid counts only together with the kernel's start time and boot id, so a recycled
+number is never mistaken for the process that had it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def boot_id() -> str:
+    """Start times count from the boot of the kernel, so they identify a process within one only."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def stat(pid: int) -> list[bytes]:
+    """The fields of a process's stat from the third on, empty where there is no such process."""
+    try:
+        content = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    # The second field is the name in parentheses, and may hold parentheses and blanks.
+    return content.rpartition(b")")[2].split()
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process started, field 22: clock ticks since boot. None unless it lives."""
+    fields = stat(pid)
+    return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None

@@ -1,0 +1,335 @@
+"""SQS itself, on AWS or behind an emulator's endpoint: `SqsQueue(endpoint, prefix="grid-")`.
+
+Invariant: messages that this process has been given reach a caller, or go back at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+from botocore.exceptions import ClientError
+
+from batchlab.adapters.aws import Endpoint, client, code_of, plain, translated
+from batchlab.adapters.limits import (
+    check_batch,
+    check_changes,
+    check_queue_name,
+    check_receive,
+    check_send,
+)
+from batchlab.errors import BackendError, NotFound, Throttled
+from batchlab.ports import (
+    MAX_MESSAGE_BYTES,
+    MAX_VISIBILITY_S,
+    Depth,
+    Message,
+    Outgoing,
+    QueueSpec,
+)
+
+if TYPE_CHECKING:
+    from mypy_boto3_sqs.literals import QueueAttributeNameType
+    from mypy_boto3_sqs.type_defs import (
+        BatchResultErrorEntryTypeDef,
+        DeleteMessageBatchRequestEntryTypeDef,
+        MessageTypeDef,
+        ReceiveMessageRequestTypeDef,
+    )
+
+T = TypeVar("T")
+
+BILLED_POLL_S = 5
+FREE_POLL_S = 1
+"""A long poll is made of requests this long, the first where AWS bills each of them.
+
+A request cannot be taken back: while it is open this process cannot end, and if it is killed, the
+service gives the next messages to nobody, for their whole visibility timeout."""
+
+_FRACTION_S = 0.1
+"""What is left of a wait below a second is polled at this pace: SQS waits whole seconds."""
+
+_RECEIVES = 32
+_CALLS = 16
+
+# What SQS and its emulators call a receipt that is not, or no longer, one of a message in flight.
+_BAD_RECEIPT = {
+    "InvalidParameterValue",
+    "MessageNotInflight",
+    "MissingParameter",
+    "ReceiptHandleIsInvalid",
+}
+# LocalStack takes the blame for this one.
+_BAD_BODY = {"InvalidMessageContents"}
+
+
+class SqsQueue:
+    """The Queue port over boto3; a queue's name in SQS is `prefix` and its name here.
+
+    boto3 blocks, so each call takes a thread: at most 32 receives at once, which keep no other
+    call waiting. SQS knows whole seconds only: times are rounded up.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, prefix: str = "") -> None:
+        self._sqs = client(endpoint, "sqs", connections=_RECEIVES + _CALLS)
+        self._prefix = prefix
+        self._poll_s = BILLED_POLL_S if endpoint.url is None else FREE_POLL_S
+        self._urls: dict[str, str] = {}
+        self._receiving = ThreadPoolExecutor(_RECEIVES, thread_name_prefix="sqs-receive")
+        self._calling = ThreadPoolExecutor(_CALLS, thread_name_prefix="sqs")
+
+    async def close(self) -> None:
+        """End the threads, after what they still have to do, and close the connections."""
+        await asyncio.to_thread(self._receiving.shutdown)
+        await asyncio.to_thread(self._calling.shutdown)
+        self._sqs.close()
+
+    async def _run(self, queue: str, call: Callable[[str], T]) -> T:
+        return await asyncio.wrap_future(self._calling.submit(self._at, queue, call))
+
+    def _at(self, queue: str, call: Callable[[str], T]) -> T:
+        """The result of `call` for the queue's url."""
+        try:
+            with translated(f"Queue {queue!r}"):
+                url = self._urls.get(queue)
+                if url is None:
+                    url = self._sqs.get_queue_url(QueueName=self._prefix + queue)["QueueUrl"]
+                    self._urls[queue] = url
+                return call(url)
+        except NotFound:
+            self._urls.pop(queue, None)
+            raise
+
+    async def ensure(self, spec: QueueSpec) -> None:
+        check_queue_name(self._prefix + spec.name)
+        redrive = ""
+        if spec.dead_letters is not None:
+            arn = await self._run(spec.dead_letters, self._arn)
+            redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": spec.max_receives})
+        await asyncio.wrap_future(self._calling.submit(self._ensure, spec, redrive))
+
+    def _arn(self, url: str) -> str:
+        answer = self._sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])
+        return answer["Attributes"]["QueueArn"]
+
+    def _ensure(self, spec: QueueSpec, redrive: str) -> None:
+        wanted: dict[QueueAttributeNameType, str] = {
+            "VisibilityTimeout": str(math.ceil(spec.visibility_s)),
+            "MessageRetentionPeriod": str(math.ceil(spec.retention_s)),
+            "MaximumMessageSize": str(MAX_MESSAGE_BYTES),
+        }
+        if redrive:
+            wanted["RedrivePolicy"] = redrive
+        with translated(f"Queue {spec.name!r}"):
+            try:
+                answer = self._sqs.create_queue(
+                    QueueName=self._prefix + spec.name, Attributes=wanted
+                )
+                self._urls[spec.name] = answer["QueueUrl"]
+                if redrive:
+                    return
+            except ClientError as error:
+                if code_of(error) not in ("QueueNameExists", "QueueAlreadyExists"):
+                    raise
+        # It is there with other attributes, or perhaps with a redrive policy that it shall lose:
+        # what a request does not name, CreateQueue does not compare.
+        wanted["RedrivePolicy"] = redrive
+        self._at(
+            spec.name, lambda url: self._sqs.set_queue_attributes(QueueUrl=url, Attributes=wanted)
+        )
+
+    async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
+        check_send(messages)
+        if messages:
+            await self._run(queue, lambda url: self._send(url, messages))
+
+    def _send(self, url: str, messages: Sequence[Outgoing]) -> None:
+        answer = self._sqs.send_message_batch(
+            QueueUrl=url,
+            Entries=[
+                {
+                    "Id": str(number),
+                    "MessageBody": message.body,
+                    "DelaySeconds": math.ceil(message.delay_s),
+                }
+                for number, message in enumerate(messages)
+            ],
+        )
+        for failed in answer.get("Failed", ()):
+            raise _failure(failed)
+
+    async def receive(
+        self,
+        queue: str,
+        *,
+        max_messages: int = 10,
+        wait_s: float = 20.0,
+        visibility_s: float | None = None,
+    ) -> Sequence[Message]:
+        check_receive(max_messages, wait_s, visibility_s)
+        whole_s, fraction_s = divmod(wait_s, 1)
+        while whole_s:
+            poll_s = min(whole_s, self._poll_s)
+            if messages := await self._take(queue, max_messages, int(poll_s), visibility_s):
+                return messages
+            whole_s -= poll_s
+        while not (messages := await self._take(queue, max_messages, 0, visibility_s)):
+            if fraction_s <= 0:
+                break
+            await asyncio.sleep(min(fraction_s, _FRACTION_S))
+            fraction_s -= _FRACTION_S
+        return messages
+
+    async def _take(
+        self, queue: str, limit: int, poll_s: int, visibility_s: float | None
+    ) -> list[Message]:
+        taking = self._receiving.submit(
+            self._at, queue, lambda url: self._take_now(url, limit, poll_s, visibility_s)
+        )
+        try:
+            return await asyncio.wrap_future(taking)
+        except asyncio.CancelledError:
+            # The request goes on, and its messages would stay hidden for a visibility timeout.
+            # Submitted now and not when it ends: a process that is ending takes no new work.
+            self._receiving.submit(self._take_back, queue, taking)
+            raise
+
+    def _take_now(
+        self, url: str, limit: int, poll_s: int, visibility_s: float | None
+    ) -> list[Message]:
+        request: ReceiveMessageRequestTypeDef = {
+            "QueueUrl": url,
+            "MaxNumberOfMessages": limit,
+            "WaitTimeSeconds": poll_s,
+            "MessageSystemAttributeNames": [
+                "ApproximateReceiveCount",
+                "SentTimestamp",
+                "ApproximateFirstReceiveTimestamp",
+            ],
+        }
+        if visibility_s is not None:
+            request["VisibilityTimeout"] = math.ceil(visibility_s)
+        answer = self._sqs.receive_message(**request)
+        return [_message(found) for found in answer.get("Messages", ())]
+
+    def _take_back(self, queue: str, taking: Future[list[Message]]) -> None:
+        try:
+            if messages := taking.result():
+                changes = [(message.receipt, 0.0) for message in messages]
+                self._at(queue, lambda url: self._change(url, changes))
+        except (concurrent.futures.CancelledError, BackendError):
+            # Nothing was taken, or what was comes back at its timeout: late, not lost.
+            return
+
+    async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
+        check_batch(receipts)
+        return await self._run(queue, lambda url: self._delete(url, receipts))
+
+    def _delete(self, url: str, receipts: Sequence[str]) -> list[str]:
+        def delete(some: Sequence[str]) -> Sequence[BatchResultErrorEntryTypeDef]:
+            entries: list[DeleteMessageBatchRequestEntryTypeDef] = [
+                {"Id": str(number), "ReceiptHandle": receipt} for number, receipt in enumerate(some)
+            ]
+            return self._sqs.delete_message_batch(QueueUrl=url, Entries=entries).get("Failed", ())
+
+        return _refused(delete, receipts)
+
+    async def change_visibility(
+        self, queue: str, changes: Sequence[tuple[str, float]]
+    ) -> Sequence[str]:
+        check_changes(changes)
+        return await self._run(queue, lambda url: self._change(url, changes))
+
+    def _change(self, url: str, changes: Sequence[tuple[str, float]]) -> list[str]:
+        def change(
+            some: Sequence[tuple[str, float]],
+        ) -> Sequence[BatchResultErrorEntryTypeDef]:
+            answer = self._sqs.change_message_visibility_batch(
+                QueueUrl=url,
+                Entries=[
+                    {
+                        "Id": str(number),
+                        "ReceiptHandle": receipt,
+                        "VisibilityTimeout": math.ceil(visibility_s),
+                    }
+                    for number, (receipt, visibility_s) in enumerate(some)
+                ],
+            )
+            return answer.get("Failed", ())
+
+        # Not every emulator knows the cap.
+        fit = [one for one in changes if one[1] <= MAX_VISIBILITY_S]
+        over = [receipt for receipt, visibility_s in changes if visibility_s > MAX_VISIBILITY_S]
+        return over + [receipt for receipt, _ in _refused(change, fit)]
+
+    async def depth(self, queue: str) -> Depth:
+        return await self._run(queue, self._depth)
+
+    def _depth(self, url: str) -> Depth:
+        names: list[QueueAttributeNameType] = [
+            "ApproximateNumberOfMessages",
+            "ApproximateNumberOfMessagesNotVisible",
+            "ApproximateNumberOfMessagesDelayed",
+        ]
+        answer = self._sqs.get_queue_attributes(QueueUrl=url, AttributeNames=names)
+        return Depth(*(int(answer["Attributes"][name]) for name in names))
+
+    async def purge(self, queue: str) -> None:
+        await self._run(queue, self._purge)
+
+    def _purge(self, url: str) -> None:
+        try:
+            self._sqs.purge_queue(QueueUrl=url)
+        except ClientError as error:
+            if code_of(error) != "PurgeQueueInProgress":
+                raise
+
+    async def remove(self, queue: str) -> None:
+        try:
+            await self._run(queue, lambda url: self._sqs.delete_queue(QueueUrl=url))
+        except NotFound:
+            return
+
+
+def _message(found: MessageTypeDef) -> Message:
+    facts = found["Attributes"]
+    return Message(
+        id=found["MessageId"],
+        body=found["Body"],
+        receipt=found["ReceiptHandle"],
+        receive_count=int(facts["ApproximateReceiveCount"]),
+        sent_s=int(facts["SentTimestamp"]) / 1000,
+        first_received_s=int(facts["ApproximateFirstReceiveTimestamp"]) / 1000,
+    )
+
+
+def _failure(failed: BatchResultErrorEntryTypeDef) -> BackendError:
+    ours = failed["SenderFault"] or plain(failed["Code"]) in _BAD_BODY
+    text = (failed.get("Message") or failed["Code"]).rstrip(".")
+    return (BackendError if ours else Throttled)(f"SQS refused a part of a call: {text}.")
+
+
+def _refused(
+    call: Callable[[Sequence[T]], Sequence[BatchResultErrorEntryTypeDef]], entries: Sequence[T]
+) -> list[T]:
+    """Those entries whose receipts the service refuses."""
+    if not entries:
+        return []
+    try:
+        answer = call(entries)
+    except ClientError as error:
+        if code_of(error) not in _BAD_RECEIPT:
+            raise
+        if len(entries) == 1:
+            return list(entries)
+        # One bad receipt has spoilt the call for the others.
+        return [bad for entry in entries for bad in _refused(call, [entry])]
+    for failed in answer:
+        if plain(failed["Code"]) not in _BAD_RECEIPT:
+            raise _failure(failed)
+    return [entries[int(failed["Id"])] for failed in answer]

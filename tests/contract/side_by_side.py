@@ -1,0 +1,60 @@
+"""Checks that mostly wait for time to pass, run side by side before their tests ask for them.
+
+Invariant: a test reports its own check and no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Future, wait
+from typing import Any, Generic, TypeVar
+
+AT_ONCE = 8
+CHECK_S = 120.0
+
+W = TypeVar("W")
+
+
+class SideBySide(Generic[W]):
+    """Runs async checks of a world in an event loop of its own thread.
+
+    Those in `ahead` are started at once, a few at a time; `close` ends what still runs.
+    """
+
+    def __init__(self, world: W, ahead: Iterable[Callable[[W], Coroutine[Any, Any, None]]]) -> None:
+        self.world = world
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="checks")
+        self._thread.start()
+        self._few = asyncio.Semaphore(AT_ONCE)
+        self._ahead = {check: self._started(check) for check in ahead}
+
+    def _started(self, check: Callable[[W], Coroutine[Any, Any, None]]) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(self._checked(check), self._loop)
+
+    async def _checked(self, check: Callable[[W], Coroutine[Any, Any, None]]) -> None:
+        async with self._few:
+            await asyncio.wait_for(check(self.world), CHECK_S)
+
+    def run(self, check: Callable[[W], Coroutine[Any, Any, None]]) -> None:
+        """Raise what the check raises; one that was not started ahead runs now, and alone."""
+        if check not in self._ahead:
+            wait(self._ahead.values())
+            self._started(check).result()
+        else:
+            self._ahead[check].result()
+
+    def close(self) -> None:
+        """End the checks and the thread."""
+        asyncio.run_coroutine_threadsafe(self._cancelled(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _cancelled(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)

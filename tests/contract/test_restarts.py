@@ -1,0 +1,100 @@
+"""An emulator that is killed between two calls, and comes up again at the same address.
+
+The same adapters go on: what it has kept is there, what it has lost is missed as something that is
+not there, and may be made again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.ministack import Emulator
+from batchlab.adapters.objects import open_s3
+from batchlab.adapters.sqs import SqsQueue
+from batchlab.errors import NotFound, Unreachable
+from batchlab.ports import Outgoing, QueueSpec
+from tests.emulators import (
+    EMULATORS,
+    localstack_python,
+    localstack_server,
+    ministack_python,
+    moto_server,
+)
+
+
+class Killable(Protocol):
+    """A server of S3 and SQS that a test may end and start."""
+
+    def start(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class World:
+    """One such server, and whether it keeps its objects when it is killed."""
+
+    def __init__(self, server: Killable, endpoint: Endpoint, *, keeps_objects: bool) -> None:
+        self.server = server
+        self.endpoint = endpoint
+        self.keeps_objects = keeps_objects
+
+
+@pytest.fixture(params=EMULATORS)
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+    """A server of its own, that runs."""
+    if request.param == "ministack":
+        with Emulator(ministack_python(), tmp_path) as emulator:
+            yield World(emulator, Endpoint(emulator.url), keeps_objects=True)
+        return
+    if request.param == "localstack":
+        server = localstack_server(localstack_python(), tmp_path)
+    else:
+        server = moto_server(tmp_path)
+    try:
+        server.start()
+        yield World(server, server.endpoint, keeps_objects=False)
+    finally:
+        server.kill()
+
+
+def test_what_a_killed_emulator_has_lost_is_missed_and_may_be_made_again(world: World) -> None:
+    async def go_on() -> None:
+        bucket = f"kept-{os.getpid()}"
+        objects, queue = open_s3(world.endpoint, bucket), SqsQueue(world.endpoint)
+        try:
+            await objects.put("folder/a", b"first", if_absent=True)
+            await queue.ensure(QueueSpec("q"))
+            await queue.send("q", [Outgoing("before")])
+            (held,) = await queue.receive("q")
+            waiting = asyncio.create_task(queue.receive("q", wait_s=10))
+            await asyncio.sleep(0)  # its request is on its way, or just about to be
+            await asyncio.to_thread(world.server.kill)
+            await asyncio.to_thread(world.server.start)
+            with pytest.raises((NotFound, Unreachable)):
+                await waiting
+            # What is lost is not mistaken for empty.
+            with pytest.raises(NotFound):
+                await queue.send("q", [Outgoing("lost")])
+            with pytest.raises(NotFound):
+                await queue.delete("q", [held.receipt])
+            await queue.ensure(QueueSpec("q"))
+            await queue.send("q", [Outgoing("after")])
+            await queue.delete("q", [held.receipt])  # which may be refused, and deletes nothing
+            assert [one.body for one in await queue.receive("q")] == ["after"]
+            if world.keeps_objects:
+                assert await objects.get("folder/a") == b"first"
+            else:
+                with pytest.raises(NotFound):
+                    await objects.get("folder/a")
+                await objects.put("folder/a", b"again", if_absent=True)
+        finally:
+            await queue.close()
+
+    asyncio.run(go_on())

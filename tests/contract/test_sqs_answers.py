@@ -1,0 +1,288 @@
+"""What the SQS adapter asks, and what it makes of answers that no emulator gives."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import pytest
+
+from batchlab.adapters.sqs import SqsQueue
+from batchlab.errors import BackendError, NotFound, Throttled, TooLarge, Unreachable
+from batchlab.ports import Depth, Outgoing, QueueSpec
+from tests.contract.sqs_script import Answer, Script, refusal, scripted
+
+T = TypeVar("T")
+Calls = list[tuple[str, dict[str, Any]]]
+
+
+def _asked(script: Script, call: Callable[[SqsQueue], Awaitable[T]]) -> tuple[T, Calls]:
+    """What the adapter makes of it, and what it has asked."""
+
+    async def run() -> tuple[T, Calls]:
+        with scripted(script) as (endpoint, calls):
+            queue = SqsQueue(endpoint, prefix="grid-")
+            try:
+                return await call(queue), calls
+            finally:
+                await queue.close()
+
+    return asyncio.run(run())
+
+
+def _says(*answer: Any) -> Script:
+    return lambda _operation, _sent: (answer[0], answer[1])
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (refusal("QueueDoesNotExist"), NotFound),
+        (refusal("AWS.SimpleQueueService.NonExistentQueue"), NotFound),
+        (refusal("RequestThrottled"), Throttled),
+        (refusal("ThrottlingException"), Throttled),
+        (refusal("OverLimit", 403), Throttled),
+        (refusal("KmsThrottled"), Throttled),
+        (refusal("QueueDeletedRecently"), Throttled),
+        (refusal("ServiceUnavailable", 503), Throttled),
+        (refusal("InternalFailure", 500), Unreachable),
+        ((502, "<html>Bad gateway</html>"), Unreachable),
+        (refusal("BatchRequestTooLong"), TooLarge),
+        (refusal("AccessDeniedException", 403), BackendError),
+        (refusal("InvalidClientTokenId", 403), BackendError),
+        (refusal("UnsupportedOperation"), BackendError),
+    ],
+)
+def test_a_refusal_says_what_to_do_next(answer: Answer, kind: type[BackendError]) -> None:
+    with pytest.raises(BackendError) as caught:
+        _asked(_says(*answer), lambda queue: queue.depth("q"))
+    assert type(caught.value) is kind
+    assert caught.value.__cause__ is not None
+    assert "'q'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_who_is_denied_is_told_to_look_at_the_credentials() -> None:
+    with pytest.raises(BackendError, match="credentials"):
+        _asked(_says(*refusal("AccessDenied", 403)), lambda queue: queue.depth("q"))
+
+
+def test_each_call_is_made_once() -> None:
+    """Patience is the callers': a second one below it would multiply the load on what is busy."""
+    calls: Calls = []
+
+    def busy(operation: str, sent: dict[str, Any]) -> Answer:
+        calls.append((operation, sent))
+        return refusal("ServiceUnavailable", 503)
+
+    with pytest.raises(Throttled):
+        _asked(busy, lambda queue: queue.send("q", [Outgoing("a")]))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("failed", "kind"),
+    [
+        ({"Code": "InternalError", "SenderFault": False}, Throttled),
+        ({"Code": "InvalidMessageContents", "SenderFault": True}, BackendError),
+        # LocalStack's.
+        ({"Code": "InvalidMessageContents", "SenderFault": False}, BackendError),
+    ],
+)
+def test_a_batch_sent_in_part_is_not_sent(failed: dict[str, Any], kind: type[BackendError]) -> None:
+    answer = {
+        "Successful": [{"Id": "0", "MessageId": "m", "MD5OfMessageBody": "x"}],
+        "Failed": [{"Id": "1", "Message": "No.", **failed}],
+    }
+    with pytest.raises(BackendError, match="No") as caught:
+        _asked(_says(200, answer), lambda queue: queue.send("q", [Outgoing("a"), Outgoing("b")]))
+    assert type(caught.value) is kind
+
+
+def test_refused_receipts_are_told_apart_from_a_service_that_fails() -> None:
+    def answer(code: str, *, ours: bool) -> Script:
+        failed = [{"Id": "1", "Code": code, "SenderFault": ours}]
+        return _says(200, {"Successful": [{"Id": "0"}], "Failed": failed})
+
+    for code in ("ReceiptHandleIsInvalid", "InvalidParameterValueException"):
+        refused, _ = _asked(answer(code, ours=True), lambda queue: queue.delete("q", ["a", "b"]))
+        assert list(refused) == ["b"]
+    for call in (
+        lambda queue: queue.delete("q", ["a", "b"]),
+        lambda queue: queue.change_visibility("q", [("a", 1.0), ("b", 1.0)]),
+    ):
+        with pytest.raises(Throttled):
+            _asked(answer("InternalError", ours=False), call)
+
+
+def test_a_receipt_that_spoils_the_call_does_not_spoil_the_others() -> None:
+    def answer(_: str, sent: dict[str, Any]) -> Answer:
+        if any(entry["ReceiptHandle"] == "bad" for entry in sent["Entries"]):
+            return refusal("ReceiptHandleIsInvalid", 404)
+        return 200, {"Successful": [{"Id": entry["Id"]} for entry in sent["Entries"]]}
+
+    refused, calls = _asked(answer, lambda queue: queue.delete("q", ["a", "bad", "b"]))
+    assert list(refused) == ["bad"]
+    deleted = [[entry["ReceiptHandle"] for entry in sent["Entries"]] for _, sent in calls]
+    assert deleted == [["a", "bad", "b"], ["a"], ["bad"], ["b"]]
+
+
+def test_times_are_whole_seconds_and_rounded_up() -> None:
+    def answer(operation: str, _: dict[str, Any]) -> Answer:
+        return 200, {"Successful": [], "Messages": []}
+
+    async def calls(queue: SqsQueue) -> None:
+        await queue.send("q", [Outgoing("a"), Outgoing("b", 0.2), Outgoing("c", 900)])
+        await queue.change_visibility("q", [("a", 0.0), ("b", 0.5), ("c", 43_200.0)])
+        await queue.receive("q", wait_s=0, visibility_s=29.5)
+
+    _, asked = _asked(answer, calls)
+    assert [entry["DelaySeconds"] for entry in asked[0][1]["Entries"]] == [0, 1, 900]
+    assert [entry["VisibilityTimeout"] for entry in asked[1][1]["Entries"]] == [0, 1, 43_200]
+    assert asked[2][1]["VisibilityTimeout"] == 30
+
+
+def test_more_than_12_hours_are_refused_without_being_asked_for() -> None:
+    def answer(_: str, sent: dict[str, Any]) -> Answer:
+        return 200, {"Successful": [{"Id": entry["Id"]} for entry in sent["Entries"]]}
+
+    changes = [("a", 43_201.0), ("b", 1.0)]
+    refused, asked = _asked(answer, lambda queue: queue.change_visibility("q", changes))
+    assert list(refused) == ["a"]
+    assert [entry["ReceiptHandle"] for entry in asked[0][1]["Entries"]] == ["b"]
+
+
+def test_a_long_wait_is_made_of_short_polls() -> None:
+    """A process that ends, or is killed, waits for or loses what one request takes, not 20 s."""
+    _, asked = _asked(_says(200, {}), lambda queue: queue.receive("q", wait_s=4.15))
+    assert [sent["WaitTimeSeconds"] for _, sent in asked] == [1, 1, 1, 1, 0, 0, 0]
+    _, asked = _asked(_says(200, {}), lambda queue: queue.receive("q", wait_s=0))
+    assert [sent["WaitTimeSeconds"] for _, sent in asked] == [0]
+
+
+def test_receives_that_wait_keep_no_other_call_waiting() -> None:
+    async def calls(queue: SqsQueue) -> float:
+        waiting = [asyncio.create_task(queue.receive("q")) for _ in range(40)]
+        await asyncio.sleep(0.2)
+        began_s = time.monotonic()
+        await queue.depth("q")
+        took_s = time.monotonic() - began_s
+        for one in waiting:
+            one.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        return took_s
+
+    def answer(operation: str, _: dict[str, Any]) -> Answer:
+        if operation == "ReceiveMessage":
+            time.sleep(1)
+            return 200, {}
+        names = ("", "NotVisible", "Delayed")
+        return 200, {"Attributes": {f"ApproximateNumberOfMessages{name}": "0" for name in names}}
+
+    took_s, _ = _asked(answer, calls)
+    assert took_s < 0.8
+
+
+def test_nothing_is_asked_for_no_entries() -> None:
+    async def calls(queue: SqsQueue) -> None:
+        await queue.send("q", [])
+        assert list(await queue.delete("q", [])) == []
+        assert list(await queue.change_visibility("q", [])) == []
+
+    assert _asked(_says(500, "no"), calls) == (None, [])
+
+
+def test_a_purge_that_is_under_way_is_a_purge() -> None:
+    _asked(_says(*refusal("PurgeQueueInProgress", 403)), lambda queue: queue.purge("q"))
+
+
+def test_a_queue_that_is_there_gets_all_its_attributes_anew() -> None:
+    def answer(operation: str, _: dict[str, Any]) -> Answer:
+        if operation == "CreateQueue":
+            return refusal("QueueNameExists")
+        return 200, {"Attributes": {"QueueArn": "arn:of-the-dead"}}
+
+    spec = QueueSpec("q", visibility_s=29.5, retention_s=60, dead_letters="dead", max_receives=3)
+    _, asked = _asked(answer, lambda queue: queue.ensure(spec))
+    assert [operation for operation, _ in asked] == [
+        "GetQueueAttributes",
+        "CreateQueue",
+        "SetQueueAttributes",
+    ]
+    create, change = asked[1][1], asked[2][1]
+    assert create["QueueName"] == "grid-q"
+    assert change["QueueUrl"].endswith("/grid-q")
+    assert (
+        create["Attributes"]
+        == change["Attributes"]
+        == {
+            "VisibilityTimeout": "30",
+            "MessageRetentionPeriod": "60",
+            # The default is 1 MiB, which would hide what a call cannot carry.
+            "MaximumMessageSize": "262144",
+            "RedrivePolicy": '{"deadLetterTargetArn": "arn:of-the-dead", "maxReceiveCount": 3}',
+        }
+    )
+
+
+def test_nothing_of_the_users_aws_configuration_reaches_an_endpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "AKIAREAL",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_SESSION_TOKEN": "real-token",
+        "AWS_PROFILE": "not-there",
+        "AWS_REGION": "eu-west-1",
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "http_proxy": "http://127.0.0.1:9",
+    }.items():
+        monkeypatch.setenv(name, value)
+    counts = {"": 1, "NotVisible": 2, "Delayed": 3}
+    attributes = {f"ApproximateNumberOfMessages{name}": str(n) for name, n in counts.items()}
+    depth, asked = _asked(_says(200, {"Attributes": attributes}), lambda queue: queue.depth("q"))
+    assert depth == Depth(1, 2, 3)
+    assert "Credential=test/" in asked[0][1]["authorization"]
+    assert "/us-east-1/sqs/" in asked[0][1]["authorization"]
+    assert asked[0][1]["token"] is None
+
+
+def test_a_cancelled_receive_gives_back_what_its_request_still_brings() -> None:
+    """Pain 4: I6: what was fetched just before a warm stop must not hide for the full timeout."""
+    message = {
+        "MessageId": "m",
+        "Body": "a",
+        "ReceiptHandle": "held",
+        "Attributes": {
+            "ApproximateReceiveCount": "1",
+            "SentTimestamp": "1000",
+            "ApproximateFirstReceiveTimestamp": "2000",
+        },
+    }
+
+    def answer(operation: str, sent: dict[str, Any]) -> Answer:
+        if operation == "ReceiveMessage":
+            time.sleep(0.3)
+            return 200, {"Messages": [message]}
+        return 200, {"Successful": [{"Id": "0"}]}
+
+    async def calls(queue: SqsQueue) -> None:
+        receive = asyncio.create_task(queue.receive("q"))
+        await asyncio.sleep(0.1)
+        receive.cancel()
+        began_s = time.monotonic()
+        with contextlib.suppress(asyncio.CancelledError):
+            await receive
+        assert time.monotonic() - began_s < 0.15
+
+    _, asked = _asked(answer, calls)
+    assert [operation for operation, _ in asked] == [
+        "ReceiveMessage",
+        "ChangeMessageVisibilityBatch",
+    ]
+    (entry,) = asked[1][1]["Entries"]
+    assert (entry["ReceiptHandle"], entry["VisibilityTimeout"]) == ("held", 0)

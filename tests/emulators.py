@@ -1,0 +1,176 @@
+"""Emulators of S3 and SQS: fixtures that give the Endpoint of a server of the test run's own.
+
+Each pytest worker starts its own, once, and ends it. One that is not installed skips its tests on
+a laptop and fails them in CI.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.ministack import Emulator, find, install
+
+EMULATORS = ("ministack", "localstack", "moto")
+"""The fixtures, by the names of what they start."""
+
+LOCALSTACK_PYTHON = "BATCHLAB_LOCALSTACK_PYTHON"
+"""Environment variable: the Python that localstack-core is installed for."""
+
+START_S = 90.0
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class Server:
+    """An emulator's process on a port of its own, `start` and `kill` as often as a test likes."""
+
+    def __init__(
+        self, command: Sequence[str], folder: Path, *, port: int, env: Mapping[str, str] = {}
+    ) -> None:
+        self.endpoint = Endpoint(f"http://127.0.0.1:{port}")
+        self._command = command
+        self._log = folder / "server.log"
+        (folder / "tmp").mkdir(parents=True, exist_ok=True)
+        # Nothing of the user's AWS_* variables.
+        self._env = {
+            "PATH": os.environ.get("PATH", ""),
+            "HOME": str(folder),
+            "TMPDIR": str(folder / "tmp"),
+            **env,
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+        deadline_s = time.monotonic() + START_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline_s:
+                self.kill()
+                pytest.fail(f"did not start: {self._log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.05)
+
+    def _answers(self) -> bool:
+        assert self.endpoint.url is not None
+        try:
+            with urllib.request.urlopen(self.endpoint.url, timeout=5):
+                return True
+        except urllib.error.HTTPError as error:
+            error.close()
+            return True
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        """SIGKILL; it keeps no state."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def _end_with_parent() -> None:
+    """A test run that is killed ends no fixture, and would leave its servers behind."""
+    pr_set_pdeathsig = 1
+    if _LIBC.prctl(pr_set_pdeathsig, signal.SIGKILL):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def moto_server(folder: Path) -> Server:
+    """moto from the development environment, not started yet."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    return Server(command, folder, port=port)
+
+
+def localstack_server(python: str, folder: Path) -> Server:
+    """LocalStack from the environment of that Python, not started yet."""
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    env = {
+        "GATEWAY_LISTEN": address,
+        "LOCALSTACK_HOST": address,
+        "SERVICES": "s3,sqs",
+        "EAGER_SERVICE_LOADING": "1",
+        "SQS_ENDPOINT_STRATEGY": "off",
+        "SQS_DISABLE_CLOUDWATCH_METRICS": "1",
+        "DISABLE_EVENTS": "1",
+        "SKIP_SSL_CERT_DOWNLOAD": "1",
+    }
+    return Server([python, "-m", "localstack.runtime.main"], folder, port=port, env=env)
+
+
+def ministack_python() -> Path:
+    """The Python that MiniStack is installed for; skips or fails where there is none."""
+    if found := find():
+        return found
+    if os.environ.get("CI"):
+        return install(print)
+    pytest.skip("MiniStack is not installed")
+
+
+def localstack_python() -> str:
+    """The Python that LocalStack is installed for; skips or fails where there is none."""
+    if python := os.environ.get(LOCALSTACK_PYTHON):
+        return python
+    if os.environ.get("CI"):
+        pytest.fail(f"CI promises LocalStack, but {LOCALSTACK_PYTHON} is not set")
+    pytest.skip(f"{LOCALSTACK_PYTHON} names no Python with LocalStack")
+
+
+def _served(server: Server) -> Iterator[Endpoint]:
+    try:
+        server.start()
+        yield server.endpoint
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def ministack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """MiniStack, as the backend of that name runs it."""
+    with Emulator(ministack_python(), tmp_path_factory.mktemp("ministack")) as emulator:
+        yield Endpoint(emulator.url)
+
+
+@pytest.fixture(scope="session")
+def localstack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """LocalStack 4.14."""
+    folder = tmp_path_factory.mktemp("localstack")
+    yield from _served(localstack_server(localstack_python(), folder))
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """moto's server."""
+    yield from _served(moto_server(tmp_path_factory.mktemp("moto")))
