@@ -1,0 +1,138 @@
+"""What a check is, and the three ways in which it can end.
+
+Invariant: a check tries one rule of AWS's and ends silently (the endpoint agrees), with Differs
+(what was seen instead) or with Untried (why the rule could not be put to the test).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import ClientError
+
+if TYPE_CHECKING:
+    from batchlab.conform.site import Site
+
+Run = Callable[["Site"], Coroutine[Any, Any, None] | None]
+"""What a check does with its site: a function, or a coroutine function where it uses a port."""
+
+LIMIT_S = 40.0
+"""A check that takes longer is given up, where it need not wait for counts to settle."""
+
+
+class Differs(Exception):
+    """The endpoint does something else; the text is one clause saying what."""
+
+
+class Untried(Exception):
+    """The rule could not be put to the test; the text is one clause saying why."""
+
+
+class Severity(StrEnum):
+    """Whether batchlab would break a promise where the rule does not hold."""
+
+    NEEDED = "needed"
+    NOTED = "noted"
+    """batchlab copes either way, or refuses by itself what the service should refuse."""
+
+
+class Verdict(StrEnum):
+    """How a check came out."""
+
+    AGREES = "agrees"
+    DIFFERS = "differs"
+    UNTRIED = "untried"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One rule. `source` names AWS's own page of it, `promise` what of batchlab stands on it, and
+    `otherwise` what follows where it does not hold."""
+
+    name: str
+    severity: Severity
+    rule: str
+    source: str
+    promise: str
+    otherwise: str
+    run: Run
+
+    @property
+    def follows(self) -> str:
+        """What follows for batchlab where the rule does not hold, and why it may be nothing."""
+        why = self.promise.removeprefix("none: ")
+        return f"nothing: {why}" if self.otherwise == "nothing" else self.otherwise
+
+    @property
+    def service(self) -> str:
+        """`s3` or `sqs`."""
+        return self.name.partition("-")[0]
+
+
+class Table(list[Check]):
+    """The checks of one file, in order; `Table.check` puts the decorated function in."""
+
+    def check(
+        self,
+        name: str,
+        severity: Severity,
+        *,
+        rule: str,
+        source: str,
+        promise: str,
+        otherwise: str,
+    ) -> Callable[[Run], Run]:
+        def add(run: Run) -> Run:
+            self.append(Check(name, severity, rule, source, promise, otherwise, run))
+            return run
+
+        return add
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back on the wire; `code` is empty where the call was accepted."""
+
+    call: str
+    status: int
+    code: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    body: bytes = b""
+
+    def __str__(self) -> str:
+        if not self.code:
+            return f"{self.call} is accepted"
+        # Without a body (HEAD, 304) boto3 puts the status where the code would be.
+        told = self.code if self.code == str(self.status) else f"{self.status} {self.code}"
+        return f"{self.call} answers {told}"
+
+    def accepted(self) -> Answer:
+        """This, or Differs where the call was refused."""
+        if self.code:
+            raise Differs(str(self))
+        return self
+
+    def refused(self, status: int, *codes: str) -> None:
+        """Differs unless the call was refused with this status and one of these codes."""
+        if not self.code or self.status != status or (codes and self.code not in codes):
+            raise Differs(str(self))
+
+
+def answer(call: str, request: Callable[[], Mapping[str, Any]]) -> Answer:
+    """The answer to one request, be it an error; `call` is AWS's name of the action."""
+    try:
+        data = request()
+    except ClientError as error:
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        return Answer(call, status, error.response["Error"]["Code"], error.response)
+    body = data["Body"].read() if call == "GetObject" else b""
+    return Answer(call, data["ResponseMetadata"]["HTTPStatusCode"], data=data, body=body)
+
+
+def expect(holds: bool, observed: str) -> None:
+    """Differs with what was `observed` unless it `holds`."""
+    if not holds:
+        raise Differs(observed)

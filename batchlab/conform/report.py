@@ -1,0 +1,123 @@
+"""What came of a run, for programs and for the page on emulators.
+
+Invariant: nothing in it changes from one run to the next unless the endpoint does, so a page that
+was written by it can be compared with a new run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from batchlab.conform.check import Check, Severity, Verdict
+from batchlab.conform.run import Result
+from batchlab.conform.sources import linked, pages
+
+ALL_CHECKS = "every check"
+"""The name of the section that lists them."""
+
+
+def of(
+    results: Sequence[Result], verdict: Verdict, severity: str | None = None, service: str = ""
+) -> int:
+    """How many came out so, of those of this severity and service."""
+    return sum(
+        one.verdict is verdict
+        and severity in (None, one.check.severity)
+        and service in ("", one.check.service)
+        for one in results
+    )
+
+
+def relied_on(results: Sequence[Result]) -> bool:
+    """Whether everything that batchlab needs was seen to hold."""
+    return all(
+        one.verdict is Verdict.AGREES or one.check.severity is Severity.NOTED for one in results
+    )
+
+
+def agrees(results: Sequence[Result]) -> bool:
+    """Whether nothing was seen to differ, and all that batchlab needs was seen at all."""
+    return relied_on(results) and not of(results, Verdict.DIFFERS)
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """All about one check."""
+    check = result.check
+    return {
+        "check": check.name,
+        "service": check.service,
+        "severity": check.severity.value,
+        "verdict": result.verdict.value,
+        "observed": result.observed,
+        "rule": check.rule,
+        "source": check.source,
+        "pages": [url for _, url in pages(check.source) if url],
+        "promise": check.promise,
+        "follows": check.follows,
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def verdict_text(results: Sequence[Result]) -> str:
+    """The run in a sentence or two."""
+    parts = []
+    for severity, what in (
+        (Severity.NEEDED, "that batchlab needs"),
+        (Severity.NOTED, "that it does without"),
+    ):
+        some = [one for one in results if one.check.severity is severity]
+        held = of(some, Verdict.AGREES)
+        if some:
+            parts.append(f"{held} of {len(some)} rules {what} {'holds' if held == 1 else 'hold'}")
+    untried = of(results, Verdict.UNTRIED)
+    return "; ".join(parts) + "." + (f" {untried} could not be tried." if untried else "")
+
+
+def section(name: str, results: Sequence[Result]) -> str:
+    """A run as a section of the page."""
+    lines = [f"### {name}", "", verdict_text(results)]
+    for verdict, title in ((Verdict.DIFFERS, "seen here"), (Verdict.UNTRIED, "why not tried")):
+        rows = [
+            (
+                f"`{one.check.name}`",
+                one.check.severity.value,
+                one.check.rule,
+                one.observed,
+                one.check.follows,
+            )
+            for one in results
+            if one.verdict is verdict
+        ]
+        if rows:
+            head = ("check", "", "AWS's rule", title, "what follows for batchlab")
+            lines += ["", *_table(head, rows)]
+    return "\n".join(lines)
+
+
+def list_section(checks: Iterable[Check]) -> str:
+    """The checks themselves as a section of the page."""
+    rows = [
+        (f"`{one.name}`", one.severity.value, one.rule, linked(one.source), one.promise)
+        for one in checks
+    ]
+    head = ("check", "", "AWS's rule", "where AWS says so", "what of batchlab stands on it")
+    return "\n".join([f"### {ALL_CHECKS.capitalize()}", "", *_table(head, rows)])
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(head), line(["---"] * len(head)), *map(line, rows)]
+
+
+def merged(page: str, name: str, text: str) -> str:
+    """`page` with the section `name` replaced, or added at the end."""
+    begin, end = f"<!-- conform: {name} -->", "<!-- conform end -->"
+    block = f"{begin}\n{text}\n{end}"
+    found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", page, re.DOTALL)
+    if found is None:
+        return f"{page.rstrip()}\n\n{block}\n".lstrip()
+    return page[: found.start()] + block + page[found.end() :]

@@ -1,0 +1,131 @@
+"""Runs checks side by side, since most of them wait, and says how each came out.
+
+Invariant: no check can hold up the run or make another one fail: each has a thread of its own,
+which is left behind where it takes too long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    FlexibleChecksumError,
+    IncompleteReadError,
+)
+from botocore.parsers import ResponseParserError
+
+from batchlab.conform.check import LIMIT_S, Check, Differs, Untried, Verdict
+from batchlab.conform.site import Site
+from batchlab.conform.target import Target
+from batchlab.errors import BatchlabError, Throttled, Unreachable
+
+AT_ONCE = 32
+
+_THROTTLING = ("SlowDown", "RequestThrottled", "ThrottlingException", "Throttling")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a check came out; `observed` is empty where the endpoint agrees."""
+
+    check: Check
+    verdict: Verdict
+    observed: str
+    seconds: float
+
+
+def run(
+    target: Target,
+    checks: Sequence[Check],
+    *,
+    tell: Callable[[Result], None] = lambda _: None,
+    at_once: int = AT_ONCE,
+    limit_s: float | None = None,
+) -> list[Result]:
+    """Try every check, `at_once` side by side; the results in the order of `checks`.
+
+    `tell` hears of each as it ends. A check that takes longer than `limit_s` is given up.
+    """
+    limit_s = LIMIT_S + 2 * target.settles_s if limit_s is None else limit_s
+    # SQS's checks mostly wait, so they begin; S3's fill the time.
+    waiting = deque(sorted(checks, key=lambda check: check.service, reverse=True))
+    running: dict[str, tuple[Check, float]] = {}
+    ended: queue.SimpleQueue[Result] = queue.SimpleQueue()
+    results: dict[str, Result] = {}
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            check = waiting.popleft()
+            running[check.name] = (check, time.monotonic())
+            # Daemons, not an executor: its threads are joined when the process ends.
+            threading.Thread(
+                target=lambda check=check: ended.put(_tried(target, check)),
+                name=f"conform-{check.name}",
+                daemon=True,
+            ).start()
+        for result in (*_next(ended), *_overdue(running, limit_s)):
+            # One that was given up may still end: then nobody waits for it any more.
+            if running.pop(result.check.name, None) is not None:
+                results[result.check.name] = result
+                tell(result)
+    return [results[check.name] for check in checks]
+
+
+def _next(ended: queue.SimpleQueue[Result]) -> Iterator[Result]:
+    try:
+        yield ended.get(timeout=0.2)
+    except queue.Empty:
+        return
+
+
+def _overdue(running: dict[str, tuple[Check, float]], limit_s: float) -> list[Result]:
+    now_s = time.monotonic()
+    return [
+        Result(check, Verdict.UNTRIED, f"it takes longer than {limit_s:.0f} s", now_s - begun_s)
+        for check, begun_s in running.values()
+        if now_s - begun_s > limit_s
+    ]
+
+
+def _tried(target: Target, check: Check) -> Result:
+    begun_s = time.monotonic()
+    verdict, observed = _verdict(target, check)
+    return Result(check, verdict, observed, time.monotonic() - begun_s)
+
+
+def _verdict(target: Target, check: Check) -> tuple[Verdict, str]:
+    try:
+        with target.making() if check.service == "s3" else nullcontext():
+            coroutine = check.run(Site(target, check.name))
+            if coroutine is not None:
+                asyncio.run(coroutine)
+    except Differs as difference:
+        return Verdict.DIFFERS, str(difference)
+    except Untried as reason:
+        return Verdict.UNTRIED, str(reason)
+    except ClientError as error:
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        code = error.response["Error"]["Code"]
+        verdict = Verdict.UNTRIED if code in _THROTTLING else Verdict.DIFFERS
+        return verdict, f"{error.operation_name} answers {status} {code}"
+    except (FlexibleChecksumError, IncompleteReadError):
+        return Verdict.DIFFERS, "an object arrives damaged"
+    except ResponseParserError:
+        return Verdict.DIFFERS, "it answers what boto3 cannot read"
+    except (BotoCoreError, Throttled, Unreachable) as error:
+        return Verdict.UNTRIED, f"there is no answer: {type(error).__name__}"
+    except BatchlabError as error:
+        return Verdict.DIFFERS, str(error)
+    except (LookupError, TypeError, ValueError) as error:
+        return Verdict.DIFFERS, f"an answer is malformed: {type(error).__name__}: {error}"
+    except Exception as error:  # noqa: BLE001 - told as the reason why nothing is known
+        return Verdict.UNTRIED, f"the check itself fails: {type(error).__name__}: {error}"
+    return Verdict.AGREES, ""

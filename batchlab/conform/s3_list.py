@@ -1,0 +1,226 @@
+"""S3: listings, their order and pages, and which keys there may be."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import pairwise
+
+from batchlab.conform.check import Severity, Table, expect
+from batchlab.conform.site import Site
+
+NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
+
+MANY = 1100
+AT_ONCE = 100
+
+ODD_KEYS = (
+    *("a b", "grüße/日本", "😀", "100%25", "100%", "a+b=c&d", "x#y", "#1/z", "q?*[]{}^`"),
+    *("t~'\"<>|", "..a", "a..", "\\", "a", "A", "a;b:c,d@e$f!(g)", "é", "e\u0301"),
+)
+"""The last two look alike and are not the same."""
+
+ORDERED = ("A", "B", "a", "a!", "a-b/x", "a.b", "a/b", "a0", "aa/b", "b/1", "b/10", "b/2")
+
+S3_LIST = Table()
+
+
+def _fill(site: Site, *keys: str) -> None:
+    for key in keys:
+        site.put(key, b"1").accepted()
+
+
+@S3_LIST.check(
+    "s3-list-order",
+    NEEDED,
+    rule="ListObjectsV2 gives keys in ascending order of their UTF-8 bytes.",
+    source="S3 User Guide, listing object keys",
+    promise="Objects.list in key order",
+    otherwise="a listing that goes on after the last key seen skips objects",
+)
+def list_order(site: Site) -> None:
+    _fill(site, *reversed(ORDERED))
+    expect(site.keys() == sorted(ORDERED), "the order is another")
+
+
+@S3_LIST.check(
+    "s3-list-pages",
+    NEEDED,
+    rule="A page holds at most MaxKeys keys; IsTruncated and NextContinuationToken lead to the"
+    " next, and the pages together hold every key once.",
+    source="S3 API, ListObjectsV2",
+    promise="Objects.list, I3",
+    otherwise="a rebuilt ledger misses outcomes",
+)
+def list_pages(site: Site) -> None:
+    keys = [f"{number % 3}/{number:02d}" for number in range(25)]
+    _fill(site, *keys)
+    first = site.page(most=7)
+    expect(len(site.keys_of(first)) == 7, "the first page does not hold MaxKeys keys")
+    expect(bool(first.data.get("IsTruncated")), "a page that is not the last says it is")
+    expect(bool(first.data.get("NextContinuationToken")), "it gives no token for the next page")
+    expect(site.keys(most=7) == sorted(keys), "the pages miss or repeat keys")
+
+
+@S3_LIST.check(
+    "s3-list-1000",
+    NEEDED,
+    rule="A page holds at most 1,000 keys, and the listing goes on behind it.",
+    source="S3 API, ListObjectsV2",
+    promise="Objects.list, I3",
+    otherwise="a rebuilt ledger misses outcomes",
+)
+async def list_1000(site: Site) -> None:
+    keys = [f"{number % 7}/{number:04d}" for number in range(MANY)]
+    # Through the adapter: a thousand puts of boto3's would take longer than all other checks.
+    for start in range(0, MANY, AT_ONCE):
+        some = keys[start : start + AT_ONCE]
+        await asyncio.gather(*(site.objects.put(site.own(key), b"1") for key in some))
+    first = site.page()
+    expect(len(site.keys_of(first)) <= 1000, "a page holds more than 1,000 keys")
+    found = site.keys()
+    expect(all(a < b for a, b in pairwise(found)), "pages repeat keys, or are not in order")
+    expect(found == sorted(keys), "the pages miss keys")
+
+
+@S3_LIST.check(
+    "s3-list-after",
+    NEEDED,
+    rule="StartAfter leaves out the keys up to and including the one named, which need not exist.",
+    source="S3 API, ListObjectsV2",
+    promise="Objects.list(after)",
+    otherwise="the collector misses outcomes, or reads all of them at every look",
+)
+def list_after(site: Site) -> None:
+    _fill(site, *ORDERED)
+    for after in (*ORDERED, "a/", "b/1/", "zzz"):
+        expected = [key for key in sorted(ORDERED) if key > after]
+        expect(site.keys(after=after) == expected, "it leaves out other keys")
+    expected = [key for key in sorted(ORDERED) if key > "a"]
+    expect(site.keys(after="a", most=3) == expected, "the pages after the first are wrong")
+
+
+@S3_LIST.check(
+    "s3-list-after-unicode",
+    NOTED,
+    rule="StartAfter compares the UTF-8 bytes of keys, beyond ASCII too.",
+    source="S3 User Guide, listing object keys",
+    promise="Objects.list(after); the grid goes on after keys of its own, which are ASCII",
+    otherwise="a listing that goes on after the name of an input file misses some",
+)
+def list_after_unicode(site: Site) -> None:
+    keys = ("a!", "aa", "aß", "日", "😀")
+    _fill(site, *keys)
+    for after in (*keys, "a", "a-"):
+        expected = [key for key in sorted(keys, key=str.encode) if key.encode() > after.encode()]
+        expect(site.keys(after=after) == expected, "it leaves out other keys")
+
+
+@S3_LIST.check(
+    "s3-list-pages-unicode",
+    NEEDED,
+    rule="Pages hold every key once and in order, beyond ASCII too.",
+    source="S3 API, ListObjectsV2",
+    promise="Objects.list, I2: users name their input files",
+    otherwise="input files are missed or read twice",
+)
+def list_pages_unicode(site: Site) -> None:
+    keys = sorted((*ODD_KEYS, *(f"ß{n}" for n in range(9)), "a!", "日"), key=str.encode)
+    _fill(site, *keys)
+    for most in (2, 5):
+        expect(site.keys(most=most) == keys, "the pages miss or repeat keys, or are not in order")
+
+
+@S3_LIST.check(
+    "s3-list-prefix",
+    NEEDED,
+    rule="Prefix is matched character by character: it need not end at a slash.",
+    source="S3 API, ListObjectsV2",
+    promise="Objects.list(prefix)",
+    otherwise="one job's listing holds another's objects, or misses its own",
+)
+def list_prefix(site: Site) -> None:
+    keys = ("p/a/1", "p/a/2", "p/ab/3", "p/b", "pa")
+    _fill(site, *keys)
+    for prefix in ("p", "p/", "p/a", "p/a/", "p/ab", "p/b", "p/a/2"):
+        expected = [key for key in keys if key.startswith(prefix)]
+        expect(site.keys(prefix) == expected, "it gives other keys")
+    found = site.page("q/").data
+    expect(not found.get("Contents") and found.get("KeyCount") == 0, "nothing is not nothing")
+
+
+@S3_LIST.check(
+    "s3-list-changing",
+    NEEDED,
+    rule="While objects come and go, keys that are there all along are listed once each.",
+    source="S3 API, ListObjectsV2; S3 User Guide, data consistency model",
+    promise="Objects.list, I3",
+    otherwise="a ledger rebuilt while jobs run misses outcomes",
+)
+def list_changing(site: Site) -> None:
+    keys = [f"k/{number:02d}" for number in range(20)]
+    _fill(site, *keys)
+    first = site.page(most=8)
+    site.delete_many(keys[:5]).accepted()
+    site.put("k/00.5", b"1").accepted()
+    site.put("z", b"1").accepted()
+    found = site.keys_of(first)
+    token = first.data.get("NextContinuationToken", "")
+    for _ in range(10):
+        if not token:
+            break
+        page = site.page(most=8, token=token)
+        found += site.keys_of(page)
+        token = page.data.get("NextContinuationToken", "")
+    expect([key for key in found if key in keys] == keys, "it misses or repeats keys")
+
+
+@S3_LIST.check(
+    "s3-keys-odd",
+    NEEDED,
+    rule="A key is any sequence of Unicode characters, and comes back as it was put: no folding"
+    " of case or accents, no decoding.",
+    source="S3 User Guide, naming objects",
+    promise="Objects: keys are UTF-8",
+    otherwise="inputs and results with such names are lost or mixed up",
+)
+def keys_odd(site: Site) -> None:
+    for key in ODD_KEYS:
+        found = site.put(key, key.encode())
+        expect(not found.code, f"{key!r}: {found}")
+    for key in ODD_KEYS:
+        expect(site.get(key).body == key.encode(), f"{key!r} does not come back")
+    listed = site.keys()
+    expect(set(listed) == set(ODD_KEYS), "a listing gives other names")
+    site.delete_many(ODD_KEYS).accepted()
+    expect(site.keys() == [], "some cannot be deleted by their names")
+
+
+@S3_LIST.check(
+    "s3-key-length",
+    NOTED,
+    rule="A key has at most 1,024 bytes; a longer one answers 400 KeyTooLongError.",
+    source="S3 User Guide, naming objects",
+    promise="none: the keys of a grid are short, but users name input files",
+    otherwise="a name that works here is refused by AWS",
+)
+def key_length(site: Site) -> None:
+    # In segments: some store each as a file of that name.
+    room = 1024 - len(site.named("")["Key"].encode())
+    longest = ("x" * 99 + "/") * (room // 100) + "y" * (room % 100)
+    site.put(longest, b"1").accepted()
+    site.put(longest + "z", b"1").refused(400, "KeyTooLongError")
+
+
+@S3_LIST.check(
+    "s3-key-below",
+    NOTED,
+    rule="There may be an object a and an object a/b: a key is a name, not a path.",
+    source="S3 User Guide, naming objects",
+    promise="none: no key of the grid lies below another",
+    otherwise="raw data with such names cannot be uploaded",
+)
+def key_below(site: Site) -> None:
+    site.put("a", b"1").accepted()
+    site.put("a/b", b"2").accepted()
+    expect(site.get("a").body == b"1" and site.get("a/b").body == b"2", "one is lost")
+    expect(site.keys() == ["a", "a/b"], "one is not listed")

@@ -1,0 +1,174 @@
+"""S3 through batchlab's own adapter: what the Objects port promises, on this endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+from batchlab.conform.check import Differs, Severity, Table, expect
+from batchlab.conform.s3_list import ODD_KEYS, ORDERED
+from batchlab.conform.site import Site
+from batchlab.errors import AlreadyExists, NotFound
+
+NEEDED = Severity.NEEDED
+
+RACERS = 16
+UPLOAD_BYTES = 17 * 1024 * 1024
+"""Three parts."""
+
+S3_PORTS = Table()
+
+
+@S3_PORTS.check(
+    "s3-port-create",
+    NEEDED,
+    rule="The loser of a conditional create is told AlreadyExists, also where 16 race.",
+    source="S3 User Guide, conditional writes",
+    promise="I1, Objects.put(if_absent)",
+    otherwise="two workers both commit one bundle, or one takes the other's commit for an outage",
+)
+async def port_create(site: Site) -> None:
+    objects = site.objects
+
+    async def create(key: str, who: int) -> int | None:
+        try:
+            await objects.put(key, bytes([who]), if_absent=True)
+        except AlreadyExists:
+            return None
+        return who
+
+    for number in range(5):
+        key = site.own(f"outcome-{number}")
+        results = await asyncio.gather(*(create(key, who) for who in range(RACERS)))
+        winners = [who for who in results if who is not None]
+        expect(len(winners) == 1, "not exactly one is told that it won")
+        expect(await objects.get(key) == bytes(winners), "the object is not the winner's")
+
+
+@S3_PORTS.check(
+    "s3-port-ranges",
+    NEEDED,
+    rule="A range is cut off at the end of the object, and empty behind it.",
+    source="S3 API, GetObject",
+    promise="Objects.get_range",
+    otherwise="the last part of an input, or an empty input, fails its task",
+)
+async def port_ranges(site: Site) -> None:
+    objects, at = site.objects, site.own
+    await objects.put(at("ten"), b"0123456789")
+    await objects.put(at("empty"), b"")
+    for start, stop in ((0, 3), (7, 20), (9, 10), (10, 12), (50, 60), (4, 4), (0, 10)):
+        expected = b"0123456789"[start:stop]
+        expect(await objects.get_range(at("ten"), start, stop) == expected, "it gives other bytes")
+    expect(await objects.get_range(at("empty"), 0, 1024) == b"", "nothing is not nothing")
+
+
+@S3_PORTS.check(
+    "s3-port-unchanged",
+    NEEDED,
+    rule="An object is read again only if its ETag has changed.",
+    source="S3 User Guide, conditional reads",
+    promise="I4, Objects.get_if_changed",
+    otherwise="workers do not see that a job is cancelled, or read at every look",
+)
+async def port_unchanged(site: Site) -> None:
+    objects, at = site.objects, site.own
+    etag = await objects.put(at("control"), b"run")
+    expect(await objects.get_if_changed(at("control"), etag) is None, "an unchanged one is read")
+    after = await objects.put(at("control"), b"cancel")
+    found = await objects.get_if_changed(at("control"), etag)
+    expect(found == (b"cancel", after), "a changed one is not read")
+
+
+@S3_PORTS.check(
+    "s3-port-missing",
+    NEEDED,
+    rule="What is not there is NotFound for every read, and no error for a delete.",
+    source="S3 API, GetObject, HeadObject, DeleteObjects",
+    promise="Objects raises NotFound",
+    otherwise="a bundle without an outcome looks like an outage",
+)
+async def port_missing(site: Site) -> None:
+    objects, at = site.objects, site.own
+    reads: list[Callable[[], Awaitable[object]]] = [
+        partial(objects.get, at("nothing")),
+        partial(objects.get_range, at("nothing"), 0, 1),
+        partial(objects.get_if_changed, at("nothing"), None),
+        partial(objects.get_if_changed, at("nothing"), '"0123"'),
+    ]
+    for read in reads:
+        try:
+            await read()
+        except NotFound:
+            continue
+        raise Differs("a read gives something")
+    expect(await objects.head(at("nothing")) is None, "a head gives something")
+    await objects.delete([at("nothing")])
+
+
+@S3_PORTS.check(
+    "s3-port-list",
+    NEEDED,
+    rule="A listing gives the keys under any prefix, after any key, in order.",
+    source="S3 API, ListObjectsV2",
+    promise="Objects.list",
+    otherwise="a rebuilt ledger misses outcomes",
+)
+async def port_list(site: Site) -> None:
+    objects, at = site.objects, site.own
+    keys = [at(key) for key in sorted(ORDERED)]
+    for key in keys:
+        await objects.put(key, b"1")
+    for prefix in ("", "a", "a/", "b/1", "q/"):
+        for after in ("", "a", "a/", "b/1", "zzz"):
+            pages = objects.list(at(prefix), after=at(after) if after else "")
+            found = [info.key async for page in pages for info in page]
+            expected = [key for key in keys if key.startswith(at(prefix)) and key > at(after)]
+            expect(found == expected, "it gives other keys")
+
+
+@S3_PORTS.check(
+    "s3-port-keys",
+    NEEDED,
+    rule="Keys with spaces, accents and signs come back as they were put.",
+    source="S3 User Guide, naming objects",
+    promise="Objects: keys are UTF-8",
+    otherwise="inputs and results with such names are lost or mixed up",
+)
+async def port_keys(site: Site) -> None:
+    objects, at = site.objects, site.own
+    keys = {at(key): key.encode() for key in ODD_KEYS}
+    for key, data in keys.items():
+        await objects.put(key, data)
+    for key, data in keys.items():
+        expect(await objects.get(key) == data, f"{data.decode()!r} does not come back")
+    listed = {info.key async for page in objects.list(at("")) for info in page}
+    expect(listed == keys.keys(), "a listing gives other names")
+    await objects.delete(list(keys))
+    expect([page async for page in objects.list(at(""))] == [], "some cannot be deleted")
+
+
+@S3_PORTS.check(
+    "s3-port-upload",
+    NEEDED,
+    rule="A file that is uploaded in parts comes down as it was.",
+    source="S3 User Guide, multipart upload",
+    promise="Objects.upload and download",
+    otherwise="large inputs and results are damaged",
+)
+async def port_upload(site: Site) -> None:
+    with tempfile.TemporaryDirectory(prefix="batchlab-conform-") as name:
+        await _up_and_down(site, Path(name))
+
+
+async def _up_and_down(site: Site, folder: Path) -> None:
+    objects, at = site.objects, site.own
+    source, target = folder / "up", folder / "down"
+    content = bytes(range(256)) * (UPLOAD_BYTES // 256)
+    source.write_bytes(content)
+    expect(await objects.upload(at("big"), source) == len(content), "it reports another size")
+    expect(await objects.download(at("big"), target) == len(content), "another size comes down")
+    expect(target.read_bytes() == content, "another content comes down")

@@ -1,0 +1,222 @@
+"""S3: reads, ranges, conditional reads and deletes."""
+
+from __future__ import annotations
+
+from batchlab.conform.check import Severity, Table, answer, expect
+from batchlab.conform.site import Site
+
+NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
+
+TEN = b"0123456789"
+
+S3_READ = Table()
+
+
+@S3_READ.check(
+    "s3-read-own-write",
+    NEEDED,
+    rule="A new object is read, headed and listed at once, over any connection.",
+    source="S3 User Guide, data consistency model",
+    promise="Objects: read-after-write",
+    otherwise="a worker does not find the inputs or the outcome it was told of",
+)
+def read_own_write(site: Site) -> None:
+    for number in range(20):
+        key, data = f"{number:02d}", str(number).encode()
+        site.put(key, data).accepted()
+        expect(site.get(key).body == data, "a read right after the write misses it")
+        expect(not site.head(key).code, "a head right after the write misses it")
+        expect(site.keys(key) == [key], "a listing right after the write misses it")
+
+
+@S3_READ.check(
+    "s3-read-own-overwrite",
+    NEEDED,
+    rule="After an overwrite has been answered every read gives the new object.",
+    source="S3 User Guide, data consistency model",
+    promise="I4, Objects: read-after-write",
+    otherwise="a worker starts tasks of a job whose cancellation was acknowledged",
+)
+def read_own_overwrite(site: Site) -> None:
+    for number in range(20):
+        data = str(number).encode()
+        etag = site.put("a", data).accepted().data.get("ETag")
+        found = site.get("a").accepted()
+        expect(found.body == data, "a read right after it gives the old object")
+        expect(found.data.get("ETag") == etag, "a read right after it gives the old ETag")
+
+
+@S3_READ.check(
+    "s3-read-own-delete",
+    NEEDED,
+    rule="After a delete has been answered the object is neither read nor listed.",
+    source="S3 User Guide, data consistency model",
+    promise="Objects.delete",
+    otherwise="what was cleared away comes back",
+)
+def read_own_delete(site: Site) -> None:
+    for number in range(10):
+        key = f"{number:02d}"
+        site.put(key, b"1").accepted()
+        site.delete(key).accepted()
+        site.get(key).refused(404, "NoSuchKey")
+        expect(site.keys(key) == [], "it is still listed")
+
+
+@S3_READ.check(
+    "s3-get-missing",
+    NEEDED,
+    rule="GetObject of a key that is not there answers 404 NoSuchKey.",
+    source="S3 API, GetObject",
+    promise="Objects.get raises NotFound",
+    otherwise="a bundle without an outcome looks like an outage",
+)
+def get_missing(site: Site) -> None:
+    site.get("nothing").refused(404, "NoSuchKey")
+    site.get("nothing", IfNoneMatch='"0123"').refused(404, "NoSuchKey")
+
+
+@S3_READ.check(
+    "s3-head-missing",
+    NEEDED,
+    rule="HeadObject of a key that is not there answers 404 without a body.",
+    source="S3 API, HeadObject",
+    promise="Objects.head gives None",
+    otherwise="what is not there looks like an outage",
+)
+def head_missing(site: Site) -> None:
+    site.head("nothing").refused(404)
+
+
+@S3_READ.check(
+    "s3-bucket-missing",
+    NOTED,
+    rule="Any read of a bucket that is not there answers 404 NoSuchBucket.",
+    source="S3 API, error responses",
+    promise="errors name what is missing",
+    otherwise="a wrong bucket name is told as a missing object",
+)
+def bucket_missing(site: Site) -> None:
+    bucket = f"{site.target.run}-nothing"
+    s3 = site.target.s3
+    answer("GetObject", lambda: dict(s3.get_object(Bucket=bucket, Key="a"))).refused(
+        404, "NoSuchBucket"
+    )
+    answer("ListObjectsV2", lambda: s3.list_objects_v2(Bucket=bucket)).refused(404, "NoSuchBucket")
+
+
+@S3_READ.check(
+    "s3-range",
+    NEEDED,
+    rule="GetObject with Range: bytes=3-5 answers 206 with these bytes, both ends included, and"
+    " their Content-Range.",
+    source="S3 API, GetObject",
+    promise="Objects.get_range",
+    otherwise="a worker reads the wrong part of its input",
+)
+def range_inside(site: Site) -> None:
+    site.put("a", TEN).accepted()
+    found = site.get("a", Range="bytes=3-5").accepted()
+    expect(found.body == b"345", "it gives other bytes")
+    expect(found.status == 206, f"the status is {found.status}")
+    expect(found.data.get("ContentRange") == "bytes 3-5/10", "the Content-Range is another")
+
+
+@S3_READ.check(
+    "s3-range-cut",
+    NEEDED,
+    rule="A range that reaches behind the end is cut off there.",
+    source="S3 API, GetObject; RFC 9110, range requests",
+    promise="Objects.get_range",
+    otherwise="the last part of an input cannot be read",
+)
+def range_cut(site: Site) -> None:
+    site.put("a", TEN).accepted()
+    found = site.get("a", Range="bytes=7-99").accepted()
+    expect(found.body == b"789", "it gives other bytes")
+    expect(found.status == 206, f"the status is {found.status}")
+
+
+@S3_READ.check(
+    "s3-range-behind",
+    NOTED,
+    rule="A range that begins behind the end answers 416 InvalidRange.",
+    source="S3 API, GetObject",
+    promise="Objects.get_range; the adapter looks at the size itself",
+    otherwise="one more request where a part is empty",
+)
+def range_behind(site: Site) -> None:
+    site.put("a", TEN).accepted()
+    site.put("empty", b"").accepted()
+    site.get("a", Range="bytes=100-200").refused(416, "InvalidRange")
+    site.get("empty", Range="bytes=0-9").refused(416, "InvalidRange")
+
+
+@S3_READ.check(
+    "s3-get-unchanged",
+    NEEDED,
+    rule="GetObject with If-None-Match and the object's own ETag answers 304 without the body.",
+    source="S3 User Guide, conditional reads",
+    promise="Objects.get_if_changed",
+    otherwise="workers fetch the control object at every look",
+)
+def get_unchanged(site: Site) -> None:
+    etag = str(site.put("a", b"1").accepted().data.get("ETag"))
+    site.get("a", IfNoneMatch=etag).refused(304)
+
+
+@S3_READ.check(
+    "s3-get-changed",
+    NEEDED,
+    rule="GetObject with If-None-Match and an older ETag gives the new object.",
+    source="S3 User Guide, conditional reads",
+    promise="I4, Objects.get_if_changed",
+    otherwise="workers do not see that a job is cancelled",
+)
+def get_changed(site: Site) -> None:
+    etag = str(site.put("a", b"run").accepted().data.get("ETag"))
+    site.put("a", b"cancel").accepted()
+    found = site.get("a", IfNoneMatch=etag).accepted()
+    expect(found.body == b"cancel", "it gives the old object")
+
+
+@S3_READ.check(
+    "s3-delete-missing",
+    NEEDED,
+    rule="DeleteObject of a key that is not there answers 204, as if it had been.",
+    source="S3 API, DeleteObject",
+    promise="Objects.delete",
+    otherwise="clearing away cannot be repeated after a crash",
+)
+def delete_missing(site: Site) -> None:
+    found = site.delete("nothing").accepted()
+    expect(found.status == 204, f"the status is {found.status}")
+
+
+@S3_READ.check(
+    "s3-delete-many",
+    NEEDED,
+    rule="DeleteObjects removes the keys it names, and reports one that is not there as deleted.",
+    source="S3 API, DeleteObjects",
+    promise="Objects.delete",
+    otherwise="clearing away stops half-way, or cannot be repeated",
+)
+def delete_many(site: Site) -> None:
+    for key in ("a", "b", "c"):
+        site.put(key, b"1").accepted()
+    done = site.delete_many(["a", "nothing", "c"]).accepted().data
+    expect(not done.get("Errors"), "a key that is not there is an error")
+    expect(len(done.get("Deleted", ())) == 3, "it does not report every key as deleted")
+    expect(site.keys() == ["b"], "other objects are left than should be")
+
+
+@S3_READ.check(
+    "s3-delete-over-1000",
+    NOTED,
+    rule="DeleteObjects with more than 1,000 keys answers 400 MalformedXML.",
+    source="S3 API, DeleteObjects",
+    promise="none: the adapter sends at most 1,000",
+    otherwise="nothing",
+)
+def delete_over_1000(site: Site) -> None:
+    site.delete_many([f"{n:04d}" for n in range(1001)]).refused(400, "MalformedXML")

@@ -1,0 +1,182 @@
+"""S3: multipart uploads, whole, aborted and conditional."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from batchlab.conform.check import Answer, Severity, Table, answer, expect
+from batchlab.conform.site import Site
+
+NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
+
+SMALLEST_PART = 5 * 1024 * 1024
+
+S3_UPLOAD = Table()
+
+
+class Upload:
+    """One multipart upload to a key of the check's own."""
+
+    def __init__(self, site: Site, key: str) -> None:
+        self._s3: Any = site.target.s3
+        named = site.named(key)
+        begun = answer("CreateMultipartUpload", lambda: self._s3.create_multipart_upload(**named))
+        self._named = {**named, "UploadId": begun.accepted().data["UploadId"]}
+        self._parts: list[dict[str, object]] = []
+
+    def part(self, data: bytes) -> Answer:
+        """Upload the next part."""
+        number = len(self._parts) + 1
+        found = answer(
+            "UploadPart",
+            lambda: self._s3.upload_part(**self._named, PartNumber=number, Body=data),
+        )
+        self._parts.append({"PartNumber": number, "ETag": found.data.get("ETag")})
+        return found
+
+    def complete(self, *, if_absent: bool = False, etags: Sequence[str] = ()) -> Answer:
+        """Put the parts together; `etags` in place of the ones that were answered."""
+        parts = self._parts
+        if etags:
+            parts = [{**one, "ETag": etag} for one, etag in zip(parts, etags, strict=True)]
+        more = {"IfNoneMatch": "*"} if if_absent else {}
+        return answer(
+            "CompleteMultipartUpload",
+            lambda: self._s3.complete_multipart_upload(
+                **self._named, MultipartUpload={"Parts": parts}, **more
+            ),
+        )
+
+    def abort(self) -> Answer:
+        """Give up."""
+        return answer(
+            "AbortMultipartUpload", lambda: self._s3.abort_multipart_upload(**self._named)
+        )
+
+
+def _begun(site: Site, key: str, *parts: bytes) -> Upload:
+    upload = Upload(site, key)
+    for data in parts or (b"data",):
+        upload.part(data).accepted()
+    return upload
+
+
+@S3_UPLOAD.check(
+    "s3-multipart-whole",
+    NEEDED,
+    rule="A completed multipart upload is one object: its parts in order of their numbers.",
+    source="S3 User Guide, multipart upload",
+    promise="Objects.upload",
+    otherwise="large inputs and results are damaged",
+)
+def multipart_whole(site: Site) -> None:
+    parts = (b"1" * SMALLEST_PART, b"2" * SMALLEST_PART, b"three")
+    _begun(site, "a", *parts).complete().accepted()
+    expect(site.get("a").accepted().body == b"".join(parts), "it has another content")
+    expect(site.get("a", Range="bytes=5242879-5242880").body == b"12", "ranges are off")
+
+
+@S3_UPLOAD.check(
+    "s3-multipart-unseen",
+    NEEDED,
+    rule="Until it is completed an upload is neither read nor listed, and what it will replace is"
+    " still there.",
+    source="S3 User Guide, multipart upload",
+    promise="Objects: a key holds one whole object or none",
+    otherwise="a worker reads half an input",
+)
+def multipart_unseen(site: Site) -> None:
+    upload = _begun(site, "new")
+    site.get("new").refused(404, "NoSuchKey")
+    expect(site.keys() == [], "it is listed")
+    upload.complete().accepted()
+    replacing = _begun(site, "new", b"other")
+    expect(site.get("new").body == b"data", "what it will replace is gone")
+    replacing.complete().accepted()
+    expect(site.get("new").body == b"other", "what it should replace is still there")
+
+
+@S3_UPLOAD.check(
+    "s3-multipart-abort",
+    NOTED,
+    rule="After AbortMultipartUpload there is no object, and UploadPart answers 404 NoSuchUpload.",
+    source="S3 API, AbortMultipartUpload",
+    promise="Objects.upload that failed leaves nothing",
+    otherwise="parts that nobody sees are paid for",
+)
+def multipart_abort(site: Site) -> None:
+    upload = _begun(site, "a")
+    upload.abort().accepted()
+    site.get("a").refused(404, "NoSuchKey")
+    upload.part(b"more").refused(404, "NoSuchUpload")
+
+
+@S3_UPLOAD.check(
+    "s3-multipart-small-part",
+    NOTED,
+    rule="Every part but the last has at least 5 MiB; else completing answers 400 EntityTooSmall.",
+    source="S3 User Guide, multipart upload limits",
+    promise="none: the adapter's parts have 8 MiB",
+    otherwise="an upload that works here is refused by AWS",
+)
+def multipart_small_part(site: Site) -> None:
+    _begun(site, "a", b"1", b"2").complete().refused(400, "EntityTooSmall")
+
+
+@S3_UPLOAD.check(
+    "s3-multipart-wrong-part",
+    NOTED,
+    rule="Completing with an ETag that is not the part's answers 400 InvalidPart.",
+    source="S3 API, CompleteMultipartUpload",
+    promise="Objects.upload",
+    otherwise="a part that was overwritten meanwhile goes unnoticed",
+)
+def multipart_wrong_part(site: Site) -> None:
+    upload = _begun(site, "a")
+    upload.complete(etags=['"00000000000000000000000000000000"']).refused(400, "InvalidPart")
+
+
+@S3_UPLOAD.check(
+    "s3-multipart-create-taken",
+    NOTED,
+    rule="CompleteMultipartUpload with If-None-Match: * on a key that was taken meanwhile answers"
+    " 412 PreconditionFailed and leaves the object alone.",
+    source="S3 User Guide, conditional writes",
+    promise="none yet: what is committed is put in one piece",
+    otherwise="outcomes must never be uploaded in parts",
+)
+def multipart_create_taken(site: Site) -> None:
+    upload = _begun(site, "a")
+    site.put("a", b"first").accepted()
+    upload.complete(if_absent=True).refused(412, "PreconditionFailed")
+    expect(site.get("a").body == b"first", "refused, but the object has changed")
+
+
+@S3_UPLOAD.check(
+    "s3-multipart-create-free",
+    NOTED,
+    rule="CompleteMultipartUpload with If-None-Match: * on a key that is free stores the object.",
+    source="S3 User Guide, conditional writes",
+    promise="none yet: what is committed is put in one piece",
+    otherwise="outcomes must never be uploaded in parts",
+)
+def multipart_create_free(site: Site) -> None:
+    _begun(site, "a").complete(if_absent=True).accepted()
+    expect(site.get("a").body == b"data", "it has another content")
+
+
+@S3_UPLOAD.check(
+    "s3-multipart-create-conflict",
+    NOTED,
+    rule="CompleteMultipartUpload with If-None-Match: * answers 409 ConditionalRequestConflict"
+    " where a delete of the key came in between; the upload must begin anew.",
+    source="S3 User Guide, conditional writes",
+    promise="409 is told as Throttled and tried again",
+    otherwise="409 is never seen before production",
+)
+def multipart_create_conflict(site: Site) -> None:
+    site.put("a", b"first").accepted()
+    upload = _begun(site, "a")
+    site.delete("a").accepted()
+    upload.complete(if_absent=True).refused(409, "ConditionalRequestConflict")

@@ -1,0 +1,273 @@
+"""An endpoint as one check sees it: keys and queues of its own, and short words for the calls.
+
+Invariant: no two checks share a key or a queue, so they may run at the same time in any order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from batchlab.adapters.sqs import SqsQueue
+from batchlab.conform.check import Answer, Differs, Untried, answer
+
+if TYPE_CHECKING:
+    from batchlab.adapters.objects import ObstoreObjects
+    from batchlab.conform.target import Target
+    from batchlab.ports import QueueSpec
+
+WAKES_S = 8.0
+"""A waiting receive ends within this time once there is a message, or it was not woken: with room
+for a busy machine."""
+
+_COUNTS = {
+    "ApproximateNumberOfMessages": "visible",
+    "ApproximateNumberOfMessagesNotVisible": "in flight",
+    "ApproximateNumberOfMessagesDelayed": "delayed",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One message as it came on the wire."""
+
+    id: str
+    body: str
+    receipt: str
+    count: int
+    times_ms: tuple[int, int]
+    """When it was sent, and first received."""
+    raw: Mapping[str, Any]
+
+
+class Site:
+    """What check `name` may use of `target`."""
+
+    def __init__(self, target: Target, name: str) -> None:
+        self.target = target
+        self.lag_s = target.lag_s
+        self.arrives_s = target.arrives_s
+        self._name = name
+        self._prefix = f"{target.run}/{name}/"
+        self._numbers = itertools.count()
+
+    # --- S3 ---------------------------------------------------------------------------------------
+
+    def named(self, key: str) -> dict[str, str]:
+        """Bucket and key, as a request names them."""
+        return {"Bucket": self.target.bucket, "Key": self._prefix + key}
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False, **more: str) -> Answer:
+        """PutObject; `if_absent` sends `If-None-Match: *`."""
+        if if_absent:
+            more["IfNoneMatch"] = "*"
+        request: Any = {**self.named(key), "Body": data, **more}
+        return answer("PutObject", lambda: self.target.s3.put_object(**request))
+
+    def get(self, key: str, **more: str) -> Answer:
+        """GetObject with its body, over other connections than `put`."""
+        request: Any = {**self.named(key), **more}
+        return answer("GetObject", lambda: cast("Any", self.target.other_s3.get_object(**request)))
+
+    def head(self, key: str) -> Answer:
+        """HeadObject, over other connections than `put`."""
+        request: Any = self.named(key)
+        return answer("HeadObject", lambda: self.target.other_s3.head_object(**request))
+
+    def delete(self, key: str) -> Answer:
+        """DeleteObject."""
+        request: Any = self.named(key)
+        return answer("DeleteObject", lambda: self.target.s3.delete_object(**request))
+
+    def delete_many(self, keys: Sequence[str]) -> Answer:
+        """DeleteObjects."""
+        objects: Any = [{"Key": self._prefix + key} for key in keys]
+        bucket = self.target.bucket
+        return answer(
+            "DeleteObjects",
+            lambda: self.target.s3.delete_objects(Bucket=bucket, Delete={"Objects": objects}),
+        )
+
+    def page(self, prefix: str = "", *, after: str = "", token: str = "", most: int = 0) -> Answer:
+        """ListObjectsV2: one page of this check's keys."""
+        request: Any = {"Bucket": self.target.bucket, "Prefix": self._prefix + prefix}
+        if after:
+            request["StartAfter"] = self._prefix + after
+        if token:
+            request["ContinuationToken"] = token
+        if most:
+            request["MaxKeys"] = most
+        return answer(
+            "ListObjectsV2", lambda: self.target.other_s3.list_objects_v2(**request)
+        ).accepted()
+
+    def keys_of(self, page: Answer) -> list[str]:
+        """The keys on a page, without what they have in common."""
+        return [one["Key"].removeprefix(self._prefix) for one in page.data.get("Contents", ())]
+
+    def keys(self, prefix: str = "", *, after: str = "", most: int = 0) -> list[str]:
+        """The keys on every page."""
+        found: list[str] = []
+        token = ""
+        for _ in range(200):
+            page = self.page(prefix, after=after, token=token, most=most)
+            found += self.keys_of(page)
+            token = page.data.get("NextContinuationToken", "")
+            if not page.data.get("IsTruncated"):
+                return found
+        raise Differs("a listing has no end")
+
+    def own(self, key: str) -> str:
+        """The whole key of one of this check's objects, for the adapter."""
+        return self._prefix + key
+
+    @property
+    def objects(self) -> ObstoreObjects:
+        """batchlab's own adapter on the bucket."""
+        return self.target.objects
+
+    # --- SQS --------------------------------------------------------------------------------------
+
+    def new_name(self) -> str:
+        """A name for a queue that no other check uses."""
+        return f"{self.target.run}-{self._name}-{next(self._numbers)}"
+
+    def queue(self, name: str = "", **attributes: str) -> OwnQueue:
+        """A new queue with these attributes."""
+        name = name or self.new_name()
+        made = self.target.create_queue(name, attributes)
+        return OwnQueue(self.target, name, made["QueueUrl"])
+
+    @asynccontextmanager
+    async def port(self) -> AsyncIterator[SqsQueue]:
+        """batchlab's own adapter; its queues have names of this check's own."""
+        queue = _PortQueue(self.target, f"{self.new_name()}-")
+        try:
+            yield queue
+        finally:
+            await queue.close()
+
+    def until(self, holds: Callable[[], bool]) -> bool:
+        """Whether it comes to hold while counts and attributes settle."""
+        ends_s = time.monotonic() + self.target.settles_s
+        while not holds():
+            if time.monotonic() > ends_s:
+                return False
+            time.sleep(0.2)
+        return True
+
+
+class _PortQueue(SqsQueue):
+    """The adapter, its queues on the list of what to remove."""
+
+    def __init__(self, target: Target, prefix: str) -> None:
+        super().__init__(target.endpoint, prefix=prefix)
+        self._target = target
+        self._prefix_of_all = prefix
+
+    async def ensure(self, spec: QueueSpec) -> None:
+        with self._target.making():
+            self._target.remember(self._prefix_of_all + spec.name)
+            await super().ensure(spec)
+
+
+class OwnQueue:
+    """A queue of one check's own."""
+
+    def __init__(self, target: Target, name: str, url: str) -> None:
+        self.sqs = target.sqs
+        self.arrives_s = target.arrives_s
+        self.name = name
+        self.url = url
+
+    def call(self, name: str, **request: Any) -> Answer:
+        """Any action on this queue, named as AWS names it."""
+        method = getattr(self.sqs, _snake(name))
+        return answer(name, lambda: method(QueueUrl=self.url, **request))
+
+    def send(self, body: str, **more: Any) -> Answer:
+        """SendMessage."""
+        return self.call("SendMessage", MessageBody=body, **more)
+
+    def send_batch(self, *bodies: str, **more: Any) -> Answer:
+        """SendMessageBatch, its entries numbered from "0"."""
+        entries = [{"Id": str(i), "MessageBody": body, **more} for i, body in enumerate(bodies)]
+        return self.call("SendMessageBatch", Entries=entries)
+
+    def receive(self, most: int = 10, *, wait_s: int = 0, **more: Any) -> list[Received]:
+        """One ReceiveMessage."""
+        got = self.call(
+            "ReceiveMessage",
+            MaxNumberOfMessages=most,
+            WaitTimeSeconds=wait_s,
+            MessageSystemAttributeNames=["All"],
+            **more,
+        ).accepted()
+        return [_received(one) for one in got.data.get("Messages", ())]
+
+    def take(self, count: int = 1, *, after_s: float = 0.0, **more: Any) -> list[Received]:
+        """`count` messages that can be received `after_s` from now; Differs where they do not
+        come."""
+        found: list[Received] = []
+        ends_s = time.monotonic() + after_s + self.arrives_s
+        while len(found) < count:
+            found += self.receive(min(10, count - len(found)), wait_s=1, **more)
+            if len(found) < count and time.monotonic() > ends_s:
+                raise Differs(f"{len(found)} of {count} messages came")
+        return found
+
+    def one(self, **more: Any) -> Received:
+        """The next message."""
+        return self.take(**more)[0]
+
+    def empty(self, wait_s: int = 1) -> bool:
+        """Whether a receive finds nothing."""
+        return not self.receive(wait_s=wait_s)
+
+    def delete(self, receipt: str) -> Answer:
+        """DeleteMessage."""
+        return self.call("DeleteMessage", ReceiptHandle=receipt)
+
+    def hide(self, receipt: str, seconds: int) -> Answer:
+        """ChangeMessageVisibility."""
+        return self.call(
+            "ChangeMessageVisibility", ReceiptHandle=receipt, VisibilityTimeout=seconds
+        )
+
+    def attributes(self) -> Mapping[str, str]:
+        """GetQueueAttributes, all of them."""
+        got = self.call("GetQueueAttributes", AttributeNames=["All"]).accepted()
+        return cast("Mapping[str, str]", got.data.get("Attributes", {}))
+
+    def counts(self) -> dict[str, int]:
+        """The three approximate counts."""
+        found = self.attributes()
+        return {name: int(found.get(key, -1)) for key, name in _COUNTS.items()}
+
+    def arn(self) -> str:
+        """The queue's ARN, by which a redrive policy names it."""
+        found = self.attributes().get("QueueArn")
+        if found is None:
+            raise Untried("the queue has no ARN")
+        return found
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+
+
+def _received(raw: Mapping[str, Any]) -> Received:
+    facts = raw.get("Attributes", {})
+    times = ("SentTimestamp", "ApproximateFirstReceiveTimestamp")
+    return Received(
+        raw["MessageId"],
+        raw["Body"],
+        raw["ReceiptHandle"],
+        int(facts.get("ApproximateReceiveCount", 0)),
+        (int(facts.get(times[0], 0)), int(facts.get(times[1], 0))),
+        raw,
+    )

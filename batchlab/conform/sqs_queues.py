@@ -1,0 +1,366 @@
+"""SQS: queues, their attributes, counts, dead letters and purge."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from urllib.parse import urlsplit
+
+from batchlab.conform.check import Answer, Differs, Severity, Table, Untried, answer, expect
+from batchlab.conform.site import OwnQueue, Received, Site
+
+NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
+
+NO_QUEUE = "AWS.SimpleQueueService.NonExistentQueue"
+
+SQS_QUEUES = Table()
+
+
+def _create(site: Site, name: str, **attributes: str) -> Answer:
+    return answer("CreateQueue", partial(site.target.create_queue, name, attributes))
+
+
+@SQS_QUEUES.check(
+    "sqs-create-same",
+    NEEDED,
+    rule="CreateQueue with the name and attributes of a queue that is there gives its URL and"
+    " leaves its messages alone.",
+    source="SQS API, CreateQueue",
+    promise="Queue.ensure may be repeated",
+    otherwise="a manager that starts again fails, or loses messages",
+)
+def create_same(site: Site) -> None:
+    name = site.new_name()
+    first = site.queue(name, VisibilityTimeout="40")
+    first.send("a").accepted()
+    second = site.queue(name, VisibilityTimeout="40")
+    expect(second.url == first.url, "it gives another URL")
+    second.one()
+
+
+@SQS_QUEUES.check(
+    "sqs-create-different",
+    NEEDED,
+    rule="CreateQueue with the name of a queue that is there and other attributes answers 400"
+    " QueueAlreadyExists.",
+    source="SQS API, CreateQueue; recorded answers of AWS",
+    promise="Queue.ensure brings the attributes to what they should be",
+    otherwise="a changed visibility timeout never takes effect",
+)
+def create_different(site: Site) -> None:
+    queue = site.queue(VisibilityTimeout="40")
+    _create(site, queue.name, VisibilityTimeout="41").refused(400, "QueueAlreadyExists")
+
+
+@SQS_QUEUES.check(
+    "sqs-queue-missing",
+    NEEDED,
+    rule=f"Any action on a queue that is not there answers 400 {NO_QUEUE}.",
+    source="SQS API, common errors; recorded answers of AWS",
+    promise="Queue raises NotFound",
+    otherwise="a queue that was removed looks like an outage, and is waited for",
+)
+def queue_missing(site: Site) -> None:
+    sqs = site.target.sqs
+    name = site.new_name()
+    answer("GetQueueUrl", lambda: sqs.get_queue_url(QueueName=name)).refused(400, NO_QUEUE)
+    there = site.queue()
+    nowhere = OwnQueue(site.target, name, there.url.replace(there.name, name))
+    for found in (
+        nowhere.send("a"),
+        nowhere.send_batch("a"),
+        nowhere.call("ReceiveMessage"),
+        nowhere.call("GetQueueAttributes", AttributeNames=["All"]),
+        nowhere.call("PurgeQueue"),
+        nowhere.call("DeleteQueue"),
+    ):
+        found.refused(400, NO_QUEUE)
+
+
+@SQS_QUEUES.check(
+    "sqs-queue-url",
+    NEEDED,
+    rule="GetQueueUrl gives the URL that CreateQueue gave.",
+    source="SQS API, GetQueueUrl",
+    promise="Queue: queues are addressed by name",
+    otherwise="manager and workers use different queues",
+)
+def queue_url(site: Site) -> None:
+    queue = site.queue()
+    found = site.target.sqs.get_queue_url(QueueName=queue.name)["QueueUrl"]
+    expect(found == queue.url, "it gives another one")
+
+
+@SQS_QUEUES.check(
+    "sqs-queue-url-host",
+    NOTED,
+    rule="A queue's URL can be called as it is.",
+    source="SQS Developer Guide, queue and message identifiers",
+    promise="none: boto3 calls the endpoint it was given",
+    otherwise="other clients do not reach the queue",
+)
+def queue_url_host(site: Site) -> None:
+    if site.target.endpoint.url is None:
+        raise Untried("the URLs of AWS's own queues are what they are")
+    host = urlsplit(site.queue().url).netloc
+    expect(host == urlsplit(site.target.endpoint.url).netloc, "it names another host or port")
+
+
+@SQS_QUEUES.check(
+    "sqs-queue-name",
+    NOTED,
+    rule="A queue's name has 1 to 80 letters, digits, - or _; others answer 400"
+    " InvalidParameterValue.",
+    source="SQS API, CreateQueue",
+    promise="none: the adapter refuses others",
+    otherwise="nothing",
+)
+def queue_name(site: Site) -> None:
+    run = site.target.run
+    for name in (f"{run} spaces", f"{run}.dot", f"{run}-{'x' * (80 - len(run))}"):
+        _create(site, name).refused(400, "InvalidParameterValue")
+
+
+@SQS_QUEUES.check(
+    "sqs-attributes-update",
+    NEEDED,
+    rule="SetQueueAttributes takes effect on the messages that are received from then on (within a"
+    " minute).",
+    source="SQS API, SetQueueAttributes",
+    promise="Queue.ensure brings the attributes to what they should be",
+    otherwise="a changed visibility timeout never takes effect",
+)
+def attributes_update(site: Site) -> None:
+    queue = site.queue(VisibilityTimeout="600")
+    queue.call("SetQueueAttributes", Attributes={"VisibilityTimeout": "1"}).accepted()
+    seen = site.until(lambda: queue.attributes().get("VisibilityTimeout") == "1")
+    expect(seen, "GetQueueAttributes gives the old one")
+    time.sleep(site.lag_s)
+    queue.send("a").accepted()
+    first = queue.one()
+    expect(queue.one().id == first.id, "the old timeout counts")
+
+
+@SQS_QUEUES.check(
+    "sqs-attributes-refused",
+    NOTED,
+    rule="A VisibilityTimeout over 12 h or a retention under 60 s answers 400"
+    " InvalidAttributeValue.",
+    source="SQS API, SetQueueAttributes",
+    promise="none: the grid's settings stay within them",
+    otherwise="a setting that works here is refused by AWS",
+)
+def attributes_refused(site: Site) -> None:
+    queue = site.queue()
+    for name, value in (("VisibilityTimeout", "43201"), ("MessageRetentionPeriod", "59")):
+        found = queue.call("SetQueueAttributes", Attributes={name: value})
+        found.refused(400, "InvalidAttributeValue")
+
+
+@SQS_QUEUES.check(
+    "sqs-counts",
+    NEEDED,
+    rule="Visible, in flight and delayed messages are counted, approximately and within a minute.",
+    source="SQS Developer Guide, available CloudWatch metrics; SQS API, GetQueueAttributes",
+    promise="Queue.depth: the autoscaler's backlog",
+    otherwise="the fleet does not grow, or never shrinks",
+)
+def counts(site: Site) -> None:
+    queue = site.queue(VisibilityTimeout="300")
+    queue.send_batch("a", "b", "c", "d", "e").accepted()
+    queue.send_batch("late", "later", DelaySeconds=300).accepted()
+    held = queue.take(2)
+    expected = {"visible": 3, "in flight": 2, "delayed": 2}
+    expect(site.until(lambda: queue.counts() == expected), "other counts, of 3, 2 and 2")
+    queue.delete(held[0].receipt).accepted()
+    queue.hide(held[1].receipt, 0).accepted()
+    expected = {"visible": 4, "in flight": 0, "delayed": 2}
+    expect(site.until(lambda: queue.counts() == expected), "other counts, of 4, 0 and 2")
+
+
+@SQS_QUEUES.check(
+    "sqs-purge",
+    NEEDED,
+    rule="PurgeQueue drops every message, hidden and delayed ones too (within a minute); what is"
+    " sent afterwards arrives.",
+    source="SQS API, PurgeQueue",
+    promise="Queue.purge",
+    otherwise="messages of a cleared grid come back",
+)
+def purge(site: Site) -> None:
+    queue = site.queue(VisibilityTimeout="2")
+    queue.send_batch("a", "b", "c").accepted()
+    queue.send("late", DelaySeconds=2).accepted()
+    queue.one()
+    queue.call("PurgeQueue").accepted()
+    time.sleep(site.lag_s)
+    expect(queue.empty(wait_s=4), "some come after it")
+    queue.send("after").accepted()
+    expect(queue.one().body == "after", "something else comes after it")
+
+
+@SQS_QUEUES.check(
+    "sqs-purge-twice",
+    NOTED,
+    rule="A second PurgeQueue within 60 s answers 403 AWS.SimpleQueueService.PurgeQueueInProgress.",
+    source="SQS API, PurgeQueue",
+    promise="none: the grid purges by hand only",
+    otherwise="nothing",
+)
+def purge_twice(site: Site) -> None:
+    queue = site.queue()
+    queue.call("PurgeQueue").accepted()
+    queue.call("PurgeQueue").refused(403, "AWS.SimpleQueueService.PurgeQueueInProgress")
+
+
+@SQS_QUEUES.check(
+    "sqs-recreate",
+    NOTED,
+    rule="For 60 s after DeleteQueue a CreateQueue of that name answers 400"
+    " AWS.SimpleQueueService.QueueDeletedRecently.",
+    source="SQS API, CreateQueue",
+    promise="none yet: a grid keeps its queues",
+    otherwise="a grid taken down and up again within a minute fails on AWS only",
+)
+def recreate(site: Site) -> None:
+    queue = site.queue()
+    queue.call("DeleteQueue").accepted()
+    _create(site, queue.name).refused(400, "AWS.SimpleQueueService.QueueDeletedRecently")
+
+
+def _redrive(dead: OwnQueue, receives: int) -> str:
+    return json.dumps({"deadLetterTargetArn": dead.arn(), "maxReceiveCount": receives})
+
+
+def _dead(site: Site, receives: int) -> tuple[OwnQueue, OwnQueue, Received]:
+    """Two queues, and a message that was received `receives` times and then not deleted."""
+    dead = site.queue()
+    queue = site.queue(VisibilityTimeout="0", RedrivePolicy=_redrive(dead, receives))
+    queue.send("poison").accepted()
+    for number in range(1, receives + 1):
+        held = queue.one()
+        expect(held.count == number, f"receive {number} counts {held.count}")
+    return queue, dead, held
+
+
+def _corpse(queue: OwnQueue, dead: OwnQueue) -> Received:
+    # Emulators move at the next receive, AWS by itself.
+    expect(queue.empty(), "it is received more often than maxReceiveCount")
+    return dead.one()
+
+
+@SQS_QUEUES.check(
+    "sqs-dead-letter",
+    NEEDED,
+    rule="A message that was received maxReceiveCount times goes to the dead-letter queue in place"
+    " of being received once more, with its body.",
+    source="SQS Developer Guide, dead-letter queues",
+    promise="I7: poison ends as FAILED tasks",
+    otherwise="a bundle that cannot be read circulates for ever",
+)
+def dead_letter(site: Site) -> None:
+    queue, dead, _ = _dead(site, 2)
+    expect(_corpse(queue, dead).body == "poison", "another body arrives there")
+    expect(queue.empty(), "it is in both queues")
+
+
+@SQS_QUEUES.check(
+    "sqs-dead-letter-history",
+    NOTED,
+    rule="A dead letter keeps its message id, the time it was sent, and its count of receives.",
+    source="SQS Developer Guide, dead-letter queues; recorded answers of AWS",
+    promise="none: the bundle's history is in its body and in the bucket",
+    otherwise="a dead letter looks younger than it is",
+)
+def dead_letter_history(site: Site) -> None:
+    queue, dead, held = _dead(site, 1)
+    corpse = _corpse(queue, dead)
+    expect(corpse.id == held.id, "it has another id")
+    expect(corpse.times_ms[0] == held.times_ms[0], "it has another time of sending")
+    expect(corpse.count == held.count + 1, "its receives are counted anew")
+
+
+@SQS_QUEUES.check(
+    "sqs-dead-letter-source",
+    NOTED,
+    rule="A dead letter names the queue it comes from in DeadLetterQueueSourceArn.",
+    source="SQS API, ReceiveMessage; recorded answers of AWS",
+    promise="none: the body names its stage",
+    otherwise="nothing",
+)
+def dead_letter_source(site: Site) -> None:
+    queue, dead, _ = _dead(site, 1)
+    facts = _corpse(queue, dead).raw.get("Attributes", {})
+    expect(facts.get("DeadLetterQueueSourceArn") == queue.arn(), "it does not")
+
+
+@SQS_QUEUES.check(
+    "sqs-dead-letter-neighbours",
+    NEEDED,
+    rule="Messages that go to the dead-letter queue do not keep the others from being received.",
+    source="SQS Developer Guide, dead-letter queues",
+    promise="poison does not hold up its neighbours",
+    otherwise="a stage stands still behind its poison",
+)
+def dead_letter_neighbours(site: Site) -> None:
+    dead = site.queue()
+    queue = site.queue(VisibilityTimeout="600", RedrivePolicy=_redrive(dead, 1))
+    queue.send_batch(*(f"poison-{number}" for number in range(10))).accepted()
+    for one in queue.take(10):
+        queue.hide(one.receipt, 0).accepted()
+    queue.send("good").accepted()
+    expect(queue.one().body == "good", "a dead letter comes in place of the good one")
+    arrived: set[str] = set()
+    ends_s = time.monotonic() + site.arrives_s
+    while len(arrived) < 10 and time.monotonic() < ends_s:
+        # Emulators move them only when somebody receives.
+        expect(not queue.receive(), "a dead letter is received once more")
+        arrived |= {one.body for one in dead.receive(wait_s=1)}
+    expect(len(arrived) == 10, f"{10 - len(arrived)} of 10 do not arrive there")
+
+
+@SQS_QUEUES.check(
+    "sqs-dead-letter-missing",
+    NOTED,
+    rule="A RedrivePolicy that names a queue that is not there answers 400.",
+    source="SQS Developer Guide, dead-letter queues",
+    promise="Queue.ensure: dead letters exist already",
+    otherwise="a wrong name is found when the first poison is lost",
+)
+def dead_letter_missing(site: Site) -> None:
+    queue = site.queue()
+    target = f"{queue.arn()}-nowhere"
+    policy = json.dumps({"deadLetterTargetArn": target, "maxReceiveCount": 3})
+    queue.call("SetQueueAttributes", Attributes={"RedrivePolicy": policy}).refused(400)
+
+
+@SQS_QUEUES.check(
+    "sqs-dead-letter-limits",
+    NOTED,
+    rule="maxReceiveCount is 1 to 1,000; others answer 400.",
+    source="SQS API, SetQueueAttributes",
+    promise="none: the grid's setting lies between",
+    otherwise="nothing",
+)
+def dead_letter_limits(site: Site) -> None:
+    queue, dead = site.queue(), site.queue()
+    for receives in (0, 1001):
+        policy = _redrive(dead, receives)
+        queue.call("SetQueueAttributes", Attributes={"RedrivePolicy": policy}).refused(400)
+
+
+@SQS_QUEUES.check(
+    "sqs-dead-letter-off",
+    NOTED,
+    rule="Setting RedrivePolicy to an empty text removes it.",
+    source="recorded answers of AWS",
+    promise="Queue.ensure without dead letters",
+    otherwise="messages go on to a queue that nobody looks at",
+)
+def dead_letter_off(site: Site) -> None:
+    dead = site.queue()
+    queue = site.queue(RedrivePolicy=_redrive(dead, 3))
+    queue.call("SetQueueAttributes", Attributes={"RedrivePolicy": ""}).accepted()
+    if not site.until(lambda: "RedrivePolicy" not in queue.attributes()):
+        raise Differs("accepted, but the policy is still there")

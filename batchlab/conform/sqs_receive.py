@@ -1,0 +1,346 @@
+"""SQS: receiving, waiting and waking, visibility and its changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from batchlab.conform.check import Answer, Severity, Table, expect
+from batchlab.conform.site import WAKES_S, OwnQueue, Received, Site
+from batchlab.conform.sqs_send import EARLY_S
+
+NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
+
+POLL_S = 12
+"""A long poll that is not woken ends well after `WAKES_S`, and well before a check is given up."""
+SANE_MS = 300_000
+
+SQS_RECEIVE = Table()
+
+
+@SQS_RECEIVE.check(
+    "sqs-hidden",
+    NEEDED,
+    rule="A received message is given to nobody else during its visibility timeout.",
+    source="SQS Developer Guide, visibility timeout",
+    promise="a bundle runs on one worker at a time",
+    otherwise="every bundle runs on several workers",
+)
+def hidden(site: Site) -> None:
+    queue = site.queue(VisibilityTimeout="30")
+    queue.send("a").accepted()
+    queue.one()
+    expect(queue.empty(wait_s=2), "it is received again at once")
+
+
+@SQS_RECEIVE.check(
+    "sqs-redelivery",
+    NEEDED,
+    rule="A message that was not deleted is received again when its visibility timeout has run"
+    " out, with the same id and body.",
+    source="SQS Developer Guide, visibility timeout",
+    promise="I2: a killed worker's bundles come back",
+    otherwise="a killed worker's bundles are lost",
+)
+def redelivery(site: Site) -> None:
+    queue = site.queue(VisibilityTimeout="2")
+    queue.send("a").accepted()
+    begun_s = time.monotonic()
+    first = queue.one()
+    second = queue.one(after_s=2)
+    expect(time.monotonic() - begun_s > 2 - EARLY_S, "it comes before its timeout")
+    expect((second.id, second.body) == (first.id, "a"), "it has another id or body")
+
+
+@SQS_RECEIVE.check(
+    "sqs-receive-count",
+    NEEDED,
+    rule="ApproximateReceiveCount is 1 at the first receive and grows by one with each.",
+    source="SQS API, ReceiveMessage",
+    promise="Message.receive_count: suspects and poison are found by it",
+    otherwise="a task that kills its workers is tried for ever",
+)
+def receive_count(site: Site) -> None:
+    queue = site.queue(VisibilityTimeout="0")
+    queue.send("a").accepted()
+    for number in (1, 2, 3):
+        expect(queue.one().count == number, f"it is not {number} at receive {number}")
+
+
+@SQS_RECEIVE.check(
+    "sqs-new-handle",
+    NOTED,
+    rule="Every receive of a message gives it another receipt handle.",
+    source="SQS Developer Guide, queue and message identifiers",
+    promise="none: the commit decides, not the delete",
+    otherwise="a late worker gives back or deletes what its successor holds",
+)
+def new_handle(site: Site) -> None:
+    queue = site.queue(VisibilityTimeout="0")
+    queue.send("a").accepted()
+    handles = {queue.one().receipt for _ in range(3)}
+    expect(len(handles) == 3, "the same handle comes again")
+
+
+@SQS_RECEIVE.check(
+    "sqs-times",
+    NEEDED,
+    rule="SentTimestamp and ApproximateFirstReceiveTimestamp are milliseconds since the epoch, and"
+    " stay what they are when the message comes again.",
+    source="SQS API, ReceiveMessage",
+    promise="Message.sent_s, first_received_s",
+    otherwise="waiting times in reports are wrong",
+)
+def times(site: Site) -> None:
+    queue = site.queue(VisibilityTimeout="1")
+    queue.send("a").accepted()
+    now_ms = site.target.clock.now_s() * 1000
+    first = queue.one()
+    sent_ms, received_ms = first.times_ms
+    expect(sent_ms > 0 and received_ms > 0, "one is missing")
+    expect(abs(sent_ms - now_ms) < SANE_MS, "the time it was sent is minutes off")
+    expect(sent_ms <= received_ms + 50, "it is received before it is sent")
+    expect(queue.one().times_ms == first.times_ms, "they change when it comes again")
+
+
+@SQS_RECEIVE.check(
+    "sqs-receive-visibility",
+    NEEDED,
+    rule="A receive's own VisibilityTimeout counts in place of the queue's.",
+    source="SQS API, ReceiveMessage",
+    promise="Queue.receive(visibility_s)",
+    otherwise="messages come back while they are worked on, or much too late",
+)
+def receive_visibility(site: Site) -> None:
+    queue = site.queue(VisibilityTimeout="1")
+    queue.send("a").accepted()
+    queue.one(VisibilityTimeout=30)
+    expect(queue.empty(wait_s=3), "the queue's timeout counts")
+
+
+@SQS_RECEIVE.check(
+    "sqs-receive-zero",
+    NOTED,
+    rule="A receive with VisibilityTimeout 0 leaves the message visible.",
+    source="SQS API, ReceiveMessage; recorded answers of AWS",
+    promise="none: a worker keeps what it receives",
+    otherwise="nothing",
+)
+def receive_zero(site: Site) -> None:
+    queue = site.queue(VisibilityTimeout="30")
+    queue.send("a").accepted()
+    queue.one(VisibilityTimeout=0)
+    queue.one(VisibilityTimeout=30)
+    expect(queue.empty(), "the second receive does not hide it")
+
+
+@SQS_RECEIVE.check(
+    "sqs-extend",
+    NEEDED,
+    rule="ChangeMessageVisibility sets a new timeout from now, again and again.",
+    source="SQS API, ChangeMessageVisibility",
+    promise="Queue.change_visibility: heartbeats",
+    otherwise="a task longer than the timeout runs twice",
+)
+def extend(site: Site) -> None:
+    queue = site.queue(VisibilityTimeout="2")
+    queue.send("a").accepted()
+    held = queue.one()
+    for seconds in (300, 200):
+        queue.hide(held.receipt, seconds).accepted()
+    time.sleep(2.5)
+    expect(queue.empty(wait_s=1), "it comes back although it was extended")
+    queue.hide(held.receipt, 1).accepted()
+    queue.one(after_s=1)
+
+
+@SQS_RECEIVE.check(
+    "sqs-give-back",
+    NEEDED,
+    rule="ChangeMessageVisibility to 0 makes the message visible at once.",
+    source="SQS Developer Guide, visibility timeout",
+    promise="I6: a leaving worker gives its work back at once",
+    otherwise="unfinished work waits for a timeout",
+)
+def give_back(site: Site) -> None:
+    queue = site.queue(VisibilityTimeout="600")
+    queue.send("a").accepted()
+    held = queue.one()
+    queue.hide(held.receipt, 0).accepted()
+    again = queue.one()
+    expect((again.id, again.count) == (held.id, held.count + 1), "another message comes")
+
+
+def _woken(queue: OwnQueue, call: Callable[[], Answer]) -> Received:
+    """What a sleeping receive gets because of `call`."""
+    with ThreadPoolExecutor(1, thread_name_prefix="conform-poll") as threads:
+        polling = threads.submit(queue.receive, wait_s=POLL_S)
+        time.sleep(0.5)
+        begun_s = time.monotonic()
+        call().accepted()
+        found = polling.result()
+    expect(bool(found), "a waiting receive ends empty")
+    expect(time.monotonic() - begun_s < WAKES_S, "a waiting receive sleeps on")
+    return found[0]
+
+
+@SQS_RECEIVE.check(
+    "sqs-wake",
+    NEEDED,
+    rule="A long poll ends as soon as a message is sent.",
+    source="SQS Developer Guide, short and long polling",
+    promise="Queue.receive(wait_s)",
+    otherwise="every bundle waits up to 20 s for a worker that is idle",
+)
+def wake(site: Site) -> None:
+    queue = site.queue()
+    expect(_woken(queue, lambda: queue.send("a")).body == "a", "something else comes")
+
+
+@SQS_RECEIVE.check(
+    "sqs-wake-given-back",
+    NEEDED,
+    rule="A long poll ends as soon as a message is made visible by ChangeMessageVisibility.",
+    source="SQS Developer Guide, short and long polling",
+    promise="I6: what is given back goes on at once elsewhere",
+    otherwise="unfinished work waits up to 20 s",
+)
+def wake_given_back(site: Site) -> None:
+    queue = site.queue(VisibilityTimeout="600")
+    queue.send("a").accepted()
+    held = queue.one()
+    found = _woken(queue, lambda: queue.hide(held.receipt, 0))
+    expect(found.id == held.id, "something else comes")
+
+
+@SQS_RECEIVE.check(
+    "sqs-wake-due",
+    NEEDED,
+    rule="A long poll ends when a delayed message becomes due, or a hidden one's timeout runs out.",
+    source="SQS Developer Guide, short and long polling",
+    promise="Queue.receive(wait_s)",
+    otherwise="retries and a killed worker's bundles wait up to 20 s more",
+)
+def wake_due(site: Site) -> None:
+    delayed = site.queue()
+    delayed.send("a", DelaySeconds=1).accepted()
+    hidden = site.queue(VisibilityTimeout="1")
+    hidden.send("b").accepted()
+    hidden.one()
+    with ThreadPoolExecutor(2, thread_name_prefix="conform-poll") as threads:
+        begun_s = time.monotonic()
+        polls = [threads.submit(one.receive, wait_s=POLL_S) for one in (delayed, hidden)]
+        found = [[one.body for one in poll.result()] for poll in polls]
+        took_s = time.monotonic() - begun_s
+    expect(found[0] == ["a"], "a waiting receive misses a delayed message that is due")
+    expect(found[1] == ["b"], "a waiting receive misses a timeout that runs out")
+    expect(took_s < 1 + WAKES_S, "a waiting receive notices it late")
+
+
+@SQS_RECEIVE.check(
+    "sqs-wait-empty",
+    NEEDED,
+    rule="A long poll of an empty queue ends empty after WaitTimeSeconds, and not before.",
+    source="SQS Developer Guide, short and long polling",
+    promise="requests are billed: an idle worker makes three a minute",
+    otherwise="idle workers ask without a pause",
+)
+def wait_empty(site: Site) -> None:
+    queue = site.queue()
+    begun_s = time.monotonic()
+    expect(queue.empty(wait_s=4), "a message comes from nowhere")
+    took_s = time.monotonic() - begun_s
+    expect(took_s > 4 - EARLY_S, "it ends at once")
+    expect(took_s < 4 + WAKES_S, "it ends much later")
+
+
+@SQS_RECEIVE.check(
+    "sqs-wait-partial",
+    NEEDED,
+    rule="A long poll ends with the first messages; it does not wait for as many as it asks for.",
+    source="SQS API, ReceiveMessage",
+    promise="Queue.receive: waits for the first",
+    otherwise="a few bundles wait up to 20 s",
+)
+def wait_partial(site: Site) -> None:
+    queue = site.queue()
+    queue.send("a").accepted()
+    begun_s = time.monotonic()
+    expect(len(queue.receive(10, wait_s=POLL_S)) == 1, "it ends without the message")
+    expect(time.monotonic() - begun_s < WAKES_S, "it waits for more")
+
+
+@SQS_RECEIVE.check(
+    "sqs-wait-21",
+    NOTED,
+    rule="WaitTimeSeconds over 20 answers 400 InvalidParameterValue.",
+    source="SQS API, ReceiveMessage",
+    promise="none: the adapter refuses it",
+    otherwise="nothing",
+)
+def wait_21(site: Site) -> None:
+    queue = site.queue()
+    queue.send("a").accepted()
+    queue.call("ReceiveMessage", WaitTimeSeconds=21).refused(400, "InvalidParameterValue")
+
+
+@SQS_RECEIVE.check(
+    "sqs-receive-11",
+    NOTED,
+    rule="MaxNumberOfMessages over 10 answers 400 InvalidParameterValue.",
+    source="SQS API, ReceiveMessage",
+    promise="none: the adapter refuses it",
+    otherwise="nothing",
+)
+def receive_11(site: Site) -> None:
+    queue = site.queue()
+    queue.call("ReceiveMessage", MaxNumberOfMessages=11).refused(400, "InvalidParameterValue")
+
+
+@SQS_RECEIVE.check(
+    "sqs-receive-most",
+    NEEDED,
+    rule="A receive never gives more than MaxNumberOfMessages.",
+    source="SQS API, ReceiveMessage",
+    promise="Queue.receive(max_messages)",
+    otherwise="a worker holds bundles it has no slots for",
+)
+def receive_most(site: Site) -> None:
+    queue = site.queue()
+    queue.send_batch(*"abcdefghij").accepted()
+    queue.send_batch(*"klmnopqrst").accepted()
+    seen = 0
+    for most in (1, 3, 10):
+        found = len(queue.receive(most, wait_s=1))
+        expect(found <= most, "it gives more")
+        seen += found
+    expect(seen > 0, "no message comes")
+
+
+@SQS_RECEIVE.check(
+    "sqs-share",
+    NEEDED,
+    rule="Of many receivers each message reaches one; now and then it may reach two.",
+    source="SQS Developer Guide, at-least-once delivery",
+    promise="I2: nothing is lost between workers that receive at once",
+    otherwise="bundles are lost",
+)
+def share(site: Site) -> None:
+    queue = site.queue(VisibilityTimeout="60")
+    sent = {str(number) for number in range(60)}
+    for start in range(0, 60, 10):
+        queue.send_batch(*map(str, range(start, start + 10))).accepted()
+
+    def receiver() -> list[str]:
+        got: list[str] = []
+        while found := queue.receive(3, wait_s=1):
+            got += [one.body for one in found]
+            for one in found:
+                queue.delete(one.receipt).accepted()
+        return got
+
+    with ThreadPoolExecutor(6, thread_name_prefix="conform-share") as threads:
+        receivers = [threads.submit(receiver) for _ in range(6)]
+        got = [body for one in receivers for body in one.result()]
+    expect(set(got) == sent, f"{len(sent - set(got))} of 60 reach nobody")

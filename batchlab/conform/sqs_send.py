@@ -1,0 +1,345 @@
+"""SQS: sending, its limits and batches, and delays."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+from batchlab.conform.check import Answer, Severity, Table, Untried, expect
+from batchlab.conform.site import OwnQueue, Site
+from batchlab.ports import MAX_MESSAGE_BYTES
+
+NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
+
+MIB = 1024 * 1024
+EARLY_S = 0.3
+"""How much too early a delay may end before it counts as wrong: clocks and rounding."""
+
+SQS_SEND = Table()
+
+
+@SQS_SEND.check(
+    "sqs-body",
+    NEEDED,
+    rule="A body of any Unicode text, line breaks and tabs included, arrives as it was sent, and"
+    " its MD5 is answered.",
+    source="SQS API, SendMessage",
+    promise="Queue.send",
+    otherwise="bundles arrive damaged",
+)
+def body(site: Site) -> None:
+    text = '{"text": "Grüße, 日本 😀 \\u0001", "quote": "\'", "xml": "<a>&amp;</a>", "n": "\r\n\t"}'
+    queue = site.queue()
+    sent = queue.send(text).accepted().data
+    md5 = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+    expect(sent.get("MD5OfMessageBody") == md5, "the MD5 answered is not the body's")
+    found = queue.one()
+    expect(found.body == text, "another body arrives")
+    expect(found.id == sent.get("MessageId"), "the message has another id than was answered")
+
+
+@SQS_SEND.check(
+    "sqs-body-control",
+    NOTED,
+    rule="A body with a control character other than tab and line breaks answers 400"
+    " InvalidMessageContents.",
+    source="SQS API, SendMessage",
+    promise="none: JSON escapes them",
+    otherwise="a body that works here is refused by AWS",
+)
+def body_control(site: Site) -> None:
+    queue = site.queue()
+    for sign in ("\0", "\x0b", "\x1f", "\uffff"):
+        queue.send(f"a{sign}b").refused(400, "InvalidMessageContents")
+
+
+@SQS_SEND.check(
+    "sqs-body-empty",
+    NOTED,
+    rule="An empty body answers 400 MissingParameter.",
+    source="SQS API, SendMessage; recorded answers of AWS",
+    promise="none: no message of the grid is empty",
+    otherwise="nothing",
+)
+def body_empty(site: Site) -> None:
+    site.queue().send("").refused(400, "MissingParameter")
+
+
+@SQS_SEND.check(
+    "sqs-body-256k",
+    NEEDED,
+    rule="A message may have 256 KiB (and up to 1 MiB).",
+    source="SQS Developer Guide, message quotas",
+    promise="Queue.send: 256 KiB a call",
+    otherwise="large bundles cannot be sent",
+)
+def body_256k(site: Site) -> None:
+    queue = site.queue()
+    queue.send("x" * MAX_MESSAGE_BYTES).accepted()
+    expect(len(queue.one().body) == MAX_MESSAGE_BYTES, "another body arrives")
+
+
+@SQS_SEND.check(
+    "sqs-body-over-1m",
+    NOTED,
+    rule="A message of more than 1 MiB answers 400 InvalidParameterValue.",
+    source="SQS Developer Guide, message quotas",
+    promise="none: the adapter refuses more than 256 KiB",
+    otherwise="nothing",
+)
+def body_over_1m(site: Site) -> None:
+    site.queue().send("x" * (MIB + 1)).refused(400, "InvalidParameterValue")
+
+
+@SQS_SEND.check(
+    "sqs-body-over-own-limit",
+    NOTED,
+    rule="A message larger than the queue's MaximumMessageSize answers 400 InvalidParameterValue.",
+    source="SQS API, SetQueueAttributes",
+    promise="none: the adapter refuses more than 256 KiB",
+    otherwise="nothing",
+)
+def body_over_own_limit(site: Site) -> None:
+    queue = site.queue(MaximumMessageSize="1024")
+    queue.send("x" * 1024).accepted()
+    queue.send("x" * 1025).refused(400, "InvalidParameterValue")
+
+
+@SQS_SEND.check(
+    "sqs-batch-10",
+    NEEDED,
+    rule="A batch of 10 is sent whole, and its answer names every entry by the id it was given.",
+    source="SQS API, SendMessageBatch",
+    promise="Queue.send",
+    otherwise="bundles are lost, or sent again although they arrived",
+)
+def batch_10(site: Site) -> None:
+    queue = site.queue()
+    bodies = [f"body-{n}" for n in range(10)]
+    sent = queue.send_batch(*bodies).accepted().data
+    ids = {one["Id"] for one in sent.get("Successful", ())}
+    expect(ids == {str(n) for n in range(10)}, "the answer does not name every entry")
+    expect(not sent.get("Failed"), "some entries failed")
+    expect(sorted(one.body for one in queue.take(10)) == bodies, "others arrive than were sent")
+
+
+@SQS_SEND.check(
+    "sqs-batch-11",
+    NOTED,
+    rule="A batch of more than 10 answers 400 AWS.SimpleQueueService.TooManyEntriesInBatchRequest.",
+    source="SQS API, SendMessageBatch",
+    promise="none: the adapter refuses more than 10",
+    otherwise="nothing",
+)
+def batch_11(site: Site) -> None:
+    found = site.queue().send_batch(*"abcdefghijk")
+    found.refused(400, "AWS.SimpleQueueService.TooManyEntriesInBatchRequest")
+
+
+@SQS_SEND.check(
+    "sqs-batch-same-ids",
+    NOTED,
+    rule="A batch in which two entries have one id answers 400"
+    " AWS.SimpleQueueService.BatchEntryIdsNotDistinct.",
+    source="SQS API, SendMessageBatch",
+    promise="none: the adapter numbers its entries",
+    otherwise="nothing",
+)
+def batch_same_ids(site: Site) -> None:
+    entries = [{"Id": "a", "MessageBody": "1"}, {"Id": "a", "MessageBody": "2"}]
+    found = site.queue().call("SendMessageBatch", Entries=entries)
+    found.refused(400, "AWS.SimpleQueueService.BatchEntryIdsNotDistinct")
+
+
+@SQS_SEND.check(
+    "sqs-batch-empty",
+    NOTED,
+    rule="A batch without entries answers 400 AWS.SimpleQueueService.EmptyBatchRequest.",
+    source="SQS API, SendMessageBatch",
+    promise="none: the adapter sends no empty batch",
+    otherwise="nothing",
+)
+def batch_empty(site: Site) -> None:
+    found = site.queue().call("SendMessageBatch", Entries=[])
+    found.refused(400, "AWS.SimpleQueueService.EmptyBatchRequest")
+
+
+@SQS_SEND.check(
+    "sqs-batch-256k",
+    NEEDED,
+    rule="A batch may have 256 KiB in all (and up to 1 MiB).",
+    source="SQS Developer Guide, message quotas",
+    promise="Queue.send: 256 KiB a call",
+    otherwise="large bundles cannot be sent together",
+)
+def batch_256k(site: Site) -> None:
+    queue = site.queue()
+    half = "x" * (MAX_MESSAGE_BYTES // 2)
+    sent = queue.send_batch(half, half).accepted().data
+    expect(len(sent.get("Successful", ())) == 2, "some entries failed")
+    expect([one.body for one in queue.take(2)] == [half, half], "other bodies arrive")
+
+
+@SQS_SEND.check(
+    "sqs-batch-over-1m",
+    NOTED,
+    rule="A batch of more than 1 MiB in all answers 400"
+    " AWS.SimpleQueueService.BatchRequestTooLong.",
+    source="SQS Developer Guide, message quotas",
+    promise="none: the adapter refuses more than 256 KiB",
+    otherwise="nothing",
+)
+def batch_over_1m(site: Site) -> None:
+    found = site.queue().send_batch("x" * (MIB // 2), "x" * (MIB // 2), "y")
+    found.refused(400, "AWS.SimpleQueueService.BatchRequestTooLong")
+
+
+_BAD_ENTRIES: tuple[dict[str, Any], ...] = (
+    {"MessageBody": "a\x01b"},
+    {"MessageBody": "x" * 2000},
+    {"MessageBody": "a", "DelaySeconds": 901},
+)
+
+
+def _half_bad(site: Site, bad: dict[str, Any]) -> tuple[OwnQueue, Answer]:
+    queue = site.queue(MaximumMessageSize="1024")
+    entries = [{"Id": "good", "MessageBody": "good"}, {"Id": "bad", **bad}]
+    return queue, queue.call("SendMessageBatch", Entries=entries)
+
+
+def _first_refused(site: Site) -> tuple[OwnQueue, Any]:
+    """A queue that was sent a batch of a good and a bad entry, and what it says has failed."""
+    # What counts as bad is another check's matter: the first that this endpoint refuses will do.
+    for bad in _BAD_ENTRIES:
+        queue, found = _half_bad(site, bad)
+        if failed := found.accepted().data.get("Failed"):
+            return queue, failed
+    raise Untried("no entry that AWS refuses is refused")
+
+
+@SQS_SEND.check(
+    "sqs-batch-told",
+    NEEDED,
+    rule="An entry of a batch that is not sent is told: under Failed, or by refusing the batch.",
+    source="SQS API, SendMessageBatch",
+    promise="Queue.send: all or an exception",
+    otherwise="a bundle that was not sent counts as sent, until the reconciler misses it",
+)
+def batch_told(site: Site) -> None:
+    for bad in _BAD_ENTRIES:
+        queue, found = _half_bad(site, bad)
+        if found.code:
+            continue
+        failed = {one["Id"] for one in found.data.get("Failed", ())}
+        expect("good" not in failed, "a good entry fails")
+        late = "DelaySeconds" in bad
+        told = ["good"] if "bad" in failed or late else [bad["MessageBody"], "good"]
+        arrived = sorted(one.body for one in queue.take(len(told)))
+        expect(arrived == sorted(told), "what arrives is not what was told")
+
+
+@SQS_SEND.check(
+    "sqs-batch-partial",
+    NOTED,
+    rule="Where one entry of a batch is bad the others are sent; the answer is 200 and names the"
+    " bad one under Failed.",
+    source="SQS API, SendMessageBatch",
+    promise="none: after an exception some may have been sent",
+    otherwise="one bad message holds up its neighbours",
+)
+def batch_partial(site: Site) -> None:
+    queue, failed = _first_refused(site)
+    expect([one["Id"] for one in failed] == ["bad"], "a good entry failed too")
+    expect([one.body for one in queue.take()] == ["good"], "the good entry does not arrive")
+    expect(queue.empty(), "the bad entry arrives as well")
+
+
+@SQS_SEND.check(
+    "sqs-batch-fault",
+    NOTED,
+    rule="An entry under Failed says whether it is the sender's fault, as a bad body is.",
+    source="SQS API, BatchResultErrorEntry",
+    promise="none: the adapter knows a bad body by its code as well",
+    otherwise="what can never be sent looks as if it were worth another try",
+)
+def batch_fault(site: Site) -> None:
+    _, failed = _first_refused(site)
+    expect(failed[0].get("SenderFault") is True, "it is not told as the sender's fault")
+
+
+@SQS_SEND.check(
+    "sqs-message-attributes",
+    NOTED,
+    rule="Message attributes leave the body and its MD5 alone, and come only to who asks.",
+    source="SQS Developer Guide, message metadata",
+    promise="none: the grid uses no message attributes",
+    otherwise="messages of other programs cannot be read",
+)
+def message_attributes(site: Site) -> None:
+    queue = site.queue()
+    attributes = {"trace": {"DataType": "String", "StringValue": "abc"}}
+    queue.send("a", MessageAttributes=attributes).accepted()
+    found = queue.one()
+    md5 = hashlib.md5(b"a", usedforsecurity=False).hexdigest()
+    expect(found.body == "a", "another body arrives")
+    expect(found.raw.get("MD5OfBody") == md5, "the MD5 is not the body's")
+    expect("MessageAttributes" not in found.raw, "they come unasked")
+
+
+@SQS_SEND.check(
+    "sqs-delay",
+    NEEDED,
+    rule="A message with DelaySeconds is received after that time, and not before.",
+    source="SQS Developer Guide, message timers",
+    promise="Queue.send(delay_s): backoff waits in the queue",
+    otherwise="a task is retried without its backoff, or never",
+)
+def delay(site: Site) -> None:
+    queue = site.queue()
+    begun_s = time.monotonic()
+    queue.send("much later", DelaySeconds=600).accepted()
+    queue.send("late", DelaySeconds=2).accepted()
+    _only_late(queue, begun_s)
+
+
+@SQS_SEND.check(
+    "sqs-delay-each",
+    NEEDED,
+    rule="Every entry of a batch has its own DelaySeconds.",
+    source="SQS API, SendMessageBatch",
+    promise="Queue.send(delay_s)",
+    otherwise="a task is retried without its backoff, or held up by another's",
+)
+def delay_each(site: Site) -> None:
+    queue = site.queue(VisibilityTimeout="600")
+    begun_s = time.monotonic()
+    entries = [
+        {"Id": "0", "MessageBody": "now"},
+        {"Id": "1", "MessageBody": "late", "DelaySeconds": 2},
+        {"Id": "2", "MessageBody": "much later", "DelaySeconds": 600},
+    ]
+    queue.call("SendMessageBatch", Entries=entries).accepted()
+    expect(queue.one().body == "now", "the one without delay does not come first")
+    _only_late(queue, begun_s)
+
+
+def _only_late(queue: OwnQueue, begun_s: float) -> None:
+    found = queue.take()
+    expect([one.body for one in found] == ["late"], "something else comes")
+    expect(time.monotonic() - begun_s > 2 - EARLY_S, "it comes too early")
+    # On a slow machine two seconds pass unnoticed, ten minutes do not.
+    queue.delete(found[0].receipt)
+    expect(queue.empty(), "one comes that is not due")
+
+
+@SQS_SEND.check(
+    "sqs-delay-901",
+    NOTED,
+    rule="A DelaySeconds over 900 answers 400 InvalidParameterValue.",
+    source="SQS API, SendMessage",
+    promise="none: the adapter refuses it; longer delays are chained",
+    otherwise="nothing",
+)
+def delay_901(site: Site) -> None:
+    site.queue().send("a", DelaySeconds=901).refused(400, "InvalidParameterValue")

@@ -1,0 +1,229 @@
+"""The endpoint under test: its clients, and what the run has made there.
+
+Invariant: everything made carries the run's own name and is remembered before it is made, so that
+`close` removes it however the run ended, and nothing is made once `close` has begun. boto3 does not
+retry: what is seen is the first answer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from urllib.parse import urlsplit
+
+import boto3
+from botocore.exceptions import ClientError
+
+from batchlab.adapters import aws
+from batchlab.adapters.objects import open_s3
+from batchlab.conform.check import Untried, answer
+from batchlab.conform.cleaner import Cleaner
+from batchlab.errors import Unreachable, UsageError
+
+if TYPE_CHECKING:
+    from botocore.client import BaseClient
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_sqs import SQSClient
+
+    from batchlab.adapters.aws import Endpoint
+    from batchlab.adapters.objects import ObstoreObjects
+    from batchlab.ports import Clock
+
+CONNECTIONS = 64
+
+C = TypeVar("C", bound="BaseClient")
+
+
+def endpoint(url: str | None, region: str | None) -> Endpoint:
+    """The endpoint at `url`, AWS itself where that is None; UsageError where it is neither.
+
+    Of the user's AWS configuration an endpoint gets the keys and the region that the environment
+    names, and nothing of a profile; without any, the keys that every emulator takes.
+    """
+    if region and not re.fullmatch("[a-z0-9-]+", region):
+        raise UsageError(
+            f"{region} is not the name of a region.", remedy="Write for example eu-west-1."
+        )
+    if url is None:
+        return _in_aws(region)
+    try:
+        parts = urlsplit(url)
+        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        named = False
+    if not named or parts.path.strip("/") or parts.query or parts.fragment or parts.username:
+        raise UsageError(
+            f"{url} is not the address of an endpoint.",
+            remedy="It is http:// or https://, a host and perhaps a port: http://127.0.0.1:4566.",
+        )
+    if (parts.hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws")):
+        raise UsageError(
+            f"{url} is AWS itself.", remedy="If that is meant, say --aws in its place."
+        )
+    env = os.environ.get
+    place = region or env("AWS_REGION") or env("AWS_DEFAULT_REGION") or "us-east-1"
+    keys = (env("AWS_ACCESS_KEY_ID") or "", env("AWS_SECRET_ACCESS_KEY") or "")
+    return aws.Endpoint(url.rstrip("/"), place, *(keys if all(keys) else ()))
+
+
+def _in_aws(region: str | None) -> Endpoint:
+    session = boto3.Session(region_name=region)
+    if session.get_credentials() is None:
+        raise UsageError(
+            "There are no AWS credentials.",
+            remedy="Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+        )
+    return aws.Endpoint(None, session.region_name or "us-east-1")
+
+
+class Target:
+    """S3 and SQS at an endpoint.
+
+    `run` is a short name that no other run has. With `bucket` that bucket is used and kept,
+    without it one is made and removed.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, run: str, clock: Clock, bucket: str = "") -> None:
+        self.endpoint = endpoint
+        self.run = run
+        self.clock = clock
+        self.bucket = bucket or run
+        self.lag_s = 60.0 if endpoint.url is None else 0.0
+        """How long purges and new attributes may take to reach every part of AWS's SQS."""
+        self.settles_s = self.lag_s + 10.0
+        """How long counts may be wrong."""
+        self.arrives_s = 12.0
+        """A message that can be received is received within this, on a busy machine as well."""
+        self.s3: S3Client
+        self.other_s3: S3Client
+        """A client with connections of its own, for reading what the first has written."""
+        self.sqs: SQSClient
+        self._objects: ObstoreObjects
+        self._keep_bucket = bool(bucket)
+        self._changed = threading.Condition()
+        self._queues: dict[str, str] = {}
+        """The URLs of the queues by their names; empty until it is known."""
+        self._makers = 0
+        self._bucket_made = False
+        self._closed = False
+
+    @property
+    def place(self) -> str:
+        """Where it is, for a person."""
+        return self.endpoint.url or f"AWS in {self.endpoint.region}"
+
+    @property
+    def objects(self) -> ObstoreObjects:
+        """batchlab's own adapter on the bucket."""
+        self._see_that_it_is_open()
+        return self._objects
+
+    def _see_that_it_is_open(self, **_: object) -> None:
+        if self._closed:
+            raise Untried("the run has ended")
+
+    def open(self, services: Collection[str]) -> None:
+        """See that these services answer, and make the bucket; BackendError where they do not."""
+        if "s3" in services:
+            self.s3, self.other_s3 = (
+                self._own(aws.client(self.endpoint, "s3", connections=CONNECTIONS))
+                for _ in range(2)
+            )
+            self._objects = open_s3(self.endpoint, self.bucket)
+            with self._answering("S3"):
+                self._open_bucket()
+        if "sqs" in services:
+            self.sqs = self._own(aws.client(self.endpoint, "sqs", connections=CONNECTIONS))
+            with self._answering("SQS"):
+                # Asked first: where nothing answers nothing can have been made.
+                answer("GetQueueUrl", lambda: self.sqs.get_queue_url(QueueName=self.run))
+                self.create_queue(self.run, {})
+
+    def _own(self, client: C) -> C:
+        """A client of the run's: it makes no call after the end, and none to what only calls
+        itself AWS."""
+        told = client.meta.endpoint_url
+        if self.endpoint.url is None and ".amazonaws." not in told:
+            raise UsageError(
+                f"The AWS configuration names {told} in place of AWS.",
+                remedy="Unset AWS_ENDPOINT_URL, or name it with --endpoint.",
+            )
+        client.meta.events.register("before-call", self._see_that_it_is_open)
+        return client
+
+    def _open_bucket(self) -> None:
+        # Asked first: where nothing answers nothing can have been made.
+        there = answer("HeadBucket", lambda: self.s3.head_bucket(Bucket=self.bucket))
+        if not self._keep_bucket:
+            self._bucket_made = True
+            aws.create_bucket(self.endpoint, self.bucket)
+            return
+        if there.status == 404:
+            raise UsageError(
+                f"There is no bucket {self.bucket} at {self.place}.",
+                remedy="Leave --bucket out, and one is made and removed.",
+            )
+        if self.s3.get_bucket_versioning(Bucket=self.bucket).get("Status"):
+            raise UsageError(
+                f"The bucket {self.bucket} keeps old versions of its objects, and would keep ours.",
+                remedy="Leave --bucket out, and one is made and removed.",
+            )
+
+    @contextmanager
+    def _answering(self, service: str) -> Iterator[None]:
+        try:
+            with aws.translated(f"{service} at {self.place}"):
+                yield
+        except Unreachable as error:
+            raise Unreachable(
+                f"No {service} answers at {self.place}.",
+                remedy="Start what should answer there, or correct the address.",
+            ) from error
+
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        """Something may be made in here: `close` waits for the end of it."""
+        with self._changed:
+            # A check that was given up wakes after the cleaning.
+            self._see_that_it_is_open()
+            self._makers += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._makers -= 1
+                self._changed.notify_all()
+
+    def create_queue(self, name: str, attributes: dict[str, str]) -> Mapping[str, Any]:
+        """CreateQueue, on the list of what to remove."""
+        with self.making():
+            known = name in self._queues
+            self.remember(name)
+            try:
+                made = self.sqs.create_queue(QueueName=name, Attributes=cast("Any", attributes))
+            except ClientError:
+                if not known:
+                    del self._queues[name]
+                raise
+            self._queues[name] = made["QueueUrl"]
+            return made
+
+    def remember(self, queue: str) -> None:
+        """A queue of this name is about to be made, within `making`."""
+        self._queues.setdefault(queue, "")
+
+    def close(self) -> list[str]:
+        """Remove all that was made; returns what could not be."""
+        with self._changed:
+            self._closed = True
+            # As long as the slowest request may take.
+            self._changed.wait_for(lambda: not self._makers, aws.ANSWER_S)
+        cleaner = Cleaner(self.endpoint)
+        left = cleaner.queues(self._queues)
+        if self._bucket_made or self._keep_bucket:
+            left += cleaner.objects(self.bucket, f"{self.run}/", with_bucket=self._bucket_made)
+        return left
