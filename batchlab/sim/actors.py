@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from batchlab.errors import BatchlabError
 
@@ -27,6 +27,15 @@ class ActorKilled(BaseException):
 
     Not an Exception: a retry loop's `except Exception` must not bring the dead back.
     """
+
+
+@runtime_checkable
+class Freezer(Protocol):
+    """What an event loop must have for its actors to freeze; SimLoop has it."""
+
+    def freeze(self, actor: Actor) -> None: ...
+
+    def thaw(self, actor: Actor) -> None: ...
 
 
 class Actor:
@@ -73,7 +82,20 @@ class Actor:
                 remedy="Wrap its ports with Faults, whose rates may all be 0.",
             )
         self.alive = False
+        self.thaw()
         self._reap(0)
+
+    def freeze(self) -> None:
+        """SIGSTOP: nothing of it runs until it is thawed or killed; nothing where it is dead."""
+        loop = asyncio.get_running_loop()
+        if self.alive and isinstance(loop, Freezer):
+            loop.freeze(self)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        loop = asyncio.get_running_loop()
+        if isinstance(loop, Freezer):
+            loop.thaw(self)
 
     def adopt(self, task: asyncio.Task[Any]) -> None:
         """Called by the loop for every task created in this actor's context."""

@@ -1,7 +1,8 @@
-"""Which port calls go wrong, and how: drawn from a seed, or replayed from a list.
+"""Which port calls and world events go wrong, and how: drawn from a seed, or replayed from a list.
 
-Invariant: every call has an identity (actor, number of the call), and what is drawn for it depends
-on nothing else. So a fault can be left out, and latencies and chances elsewhere stay the same.
+Invariant: every call and every look at the sky has an identity (actor, number), and what is drawn
+for it depends on nothing else. So a fault can be left out, and latencies and chances elsewhere
+stay the same.
 """
 
 from __future__ import annotations
@@ -9,54 +10,148 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 LATENCY_S = (0.002, 0.020)
 DELAY_S = (1.0, 60.0)
+LATE_S = (1.0, 300.0)
+
+SKY = "weather"
+"""Label, and name of the actor, of what happens to the world and is nobody's call."""
+
+USER = "user"
+"""Label of what a user asks for."""
+
+CREATE = "objects.create"
+"""Label of a conditional put."""
 
 
 class FaultKind(StrEnum):
-    """What may happen to a port call; the values name the fields of FaultRates."""
+    """What may happen to a port call (`label` empty: to any; else to those of that label), to the
+    world (SKY) or through a user (USER). The values name the fields of Weather; `meaning` says in
+    words what happens."""
 
-    KILL_BEFORE = "kill_before"
-    KILL_AFTER = "kill_after"
-    THROTTLED = "throttled"
-    UNREACHABLE = "unreachable"
-    ANSWER_LOST = "answer_lost"
-    DELAYED = "delayed"
-    DUPLICATED = "duplicated"
-    LOST = "lost"
-    DROPPED = "dropped"
+    label: str
+    meaning: str
+
+    def __new__(cls, value: str, label: str, meaning: str) -> FaultKind:
+        kind = str.__new__(cls, value)
+        kind._value_ = value
+        kind.label = label
+        kind.meaning = meaning
+        return kind
+
+    KILL_BEFORE = "kill_before", "", "a process is killed before its port call takes effect"
+    KILL_AFTER = (
+        *("kill_after", ""),
+        "a process is killed after its port call's effect, before it sees the answer",
+    )
+    THROTTLED = "throttled", "", "a port call is refused for now (S3 503, SQS throttling)"
+    UNREACHABLE = "unreachable", "", "a port call is not answered, and has no effect"
+    ANSWER_LOST = "answer_lost", "", "a port call takes effect, but its answer is lost"
+    DELAYED = "delayed", "", "a port call's request or answer takes up to a minute"
+    CONFLICT = "conflict", CREATE, "a conditional put is answered 409: nobody has won yet"
+    DUPLICATED = "duplicated", "queue.send", "one of the messages sent arrives twice"
+    LOST = "lost", "queue.send", "one of the messages sent never arrives, though the call succeeds"
+    LATE = "late", "queue.send", "one of the messages sent arrives up to five minutes late"
+    DROPPED = "dropped", "queue.receive", "messages are received, but the answer arrives empty"
+    REDELIVERED = (
+        *("redelivered", SKY),
+        "a message in flight is delivered again though its holder works on it",
+    )
+    VANISHED = "vanished", SKY, "a message is lost from its queue"
+    PURGED = "purged", SKY, "a queue is purged: tasks, events or dead letters"
+    EXPIRED = "expired", SKY, "a queue's messages older than a while are past their retention"
+    REMOVED = "removed", SKY, "a queue is gone, as after the restart of an emulator"
+    SHUFFLED = "shuffled", SKY, "a queue's waiting messages change their order"
+    CLOCK_JUMPED = "clock_jumped", SKY, "a process's wall clock jumps forwards or backwards"
+    STALLED = "stalled", SKY, "a process freezes for 5 to 60 s and then goes on"
+    CRASHED = "crashed", SKY, "an instance dies, booting, idle or busy"
+    SPOT_NOTICE = "spot_notice", SKY, "an instance is told to drain, and is killed 120 s later"
+    SPOT_KILL = "spot_kill", SKY, "a Spot instance is taken away without a notice"
+    NO_CAPACITY = "no_capacity", SKY, "no instance can be launched for a while"
+    SCALED_IN = "scaled_in", SKY, "a person terminates an instance, busy or not"
+    SCALED_BY_HAND = "scaled_by_hand", SKY, "a person sets a pool's capacity or limits for a while"
+    SECOND_MANAGER = "second_manager", SKY, "another manager starts beside the leader"
+    MANAGER_STOPPED = "manager_stopped", SKY, "a manager is ended by SIGTERM"
+    LEDGER_LOST = "ledger_lost", SKY, "the ledger is emptied, and a while later rebuilt"
+    LEDGER_REBUILT = "ledger_rebuilt", SKY, "the ledger is rebuilt while jobs run"
+    CANCELLED = "cancelled", USER, "a user cancels a job"
+    PAUSED = "paused", USER, "a user pauses a job"
+    RESUMED = "resumed", USER, "a user resumes a job"
+    RETRIED = "retried", USER, "a user retries a job"
+    RESUBMITTED = "resubmitted", USER, "a user submits a job again under its token"
+
+    def applies(self, label: str) -> bool:
+        """Whether it can happen at a call or look of that label."""
+        if not self.label:
+            return label not in (SKY, USER)
+        return label == self.label
 
 
 @dataclass(frozen=True, slots=True)
-class FaultRates:
-    """Probability of each fault per port call that it applies to."""
+class Weather:
+    """Probability of each kind of fault per port call, look at the sky, or thought of a user.
+
+    With `varied` each seed chooses which kinds it has, and how heavily.
+    """
 
     kill_before: float = 0.0
-    """The actor is killed before the call takes effect."""
     kill_after: float = 0.0
-    """The actor is killed after the effect, before it sees the answer."""
     throttled: float = 0.0
-    """Throttled is raised, without effect."""
     unreachable: float = 0.0
-    """Unreachable is raised, without effect."""
     answer_lost: float = 0.0
-    """Unreachable is raised, after the effect."""
     delayed: float = 0.0
-    """The request or the answer takes very long."""
+    conflict: float = 0.0
     duplicated: float = 0.0
-    """Queue.send: one of the messages is sent twice."""
     lost: float = 0.0
-    """Queue.send: one of the messages is not sent, though the call succeeds."""
+    late: float = 0.0
     dropped: float = 0.0
-    """Queue.receive: messages are received, but the answer is empty."""
+    redelivered: float = 0.0
+    vanished: float = 0.0
+    purged: float = 0.0
+    expired: float = 0.0
+    removed: float = 0.0
+    shuffled: float = 0.0
+    clock_jumped: float = 0.0
+    stalled: float = 0.0
+    crashed: float = 0.0
+    spot_notice: float = 0.0
+    spot_kill: float = 0.0
+    no_capacity: float = 0.0
+    scaled_in: float = 0.0
+    scaled_by_hand: float = 0.0
+    second_manager: float = 0.0
+    manager_stopped: float = 0.0
+    ledger_lost: float = 0.0
+    ledger_rebuilt: float = 0.0
+    cancelled: float = 0.0
+    paused: float = 0.0
+    resumed: float = 0.0
+    retried: float = 0.0
+    resubmitted: float = 0.0
+    varied: bool = False
+
+    def rate(self, kind: FaultKind) -> float:
+        rate: float = getattr(self, kind.value)
+        return rate
+
+    def of_seed(self, rng: random.Random, *, heaviness: float = 1.0) -> Weather:
+        """This weather as one seed has it: `varied` chooses kinds, and how often they happen."""
+        if not self.varied:
+            return self
+        rates = {k.value: self.rate(k) * rng.choice(_SHARES) * heaviness for k in FaultKind}
+        return replace(self, **rates, varied=False)
+
+
+_SHARES = (0.0, 0.0, 0.3, 1.0, 2.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The fault `kind` at the `call`th port call (from 1) of the actors named `actor`."""
+    """The fault `kind` at the `call`th port call (from 1) of the actors named `actor`, or at the
+    `call`th look at the sky or thought of a user."""
 
     actor: str
     call: int
@@ -75,13 +170,6 @@ class Point:
     pick: float
 
 
-_APPLIES = {
-    FaultKind.DUPLICATED: "queue.send",
-    FaultKind.LOST: "queue.send",
-    FaultKind.DROPPED: "queue.receive",
-}
-
-
 class Faults:
     """The faults of one run, shared by all wrapped ports; it also gives calls their latency.
 
@@ -92,15 +180,16 @@ class Faults:
     def __init__(
         self,
         rng: random.Random,
-        rates: FaultRates = FaultRates(),
+        rates: Weather = Weather(),
         *,
         budget: Mapping[FaultKind, int] | None = None,
         latency_s: tuple[float, float] = LATENCY_S,
         delay_s: tuple[float, float] = DELAY_S,
     ) -> None:
-        """Raises ValueError where the rates sum up to more than 1."""
-        if sum(getattr(rates, field.name) for field in fields(rates)) > 1:
-            raise ValueError(f"fault rates sum up to more than 1: {rates}")
+        """Raises ValueError where the rates at one kind of call sum up to more than 1."""
+        for label in sorted({kind.label for kind in FaultKind}):
+            if sum(rates.rate(kind) for kind in FaultKind if kind.applies(label)) > 1:
+                raise ValueError(f"fault rates sum up to more than 1: {rates}")
         self.injected: list[Fault] = []
         """What has been injected, in order; from_list replays it."""
         self._seed = rng.getrandbits(64)
@@ -163,21 +252,26 @@ class Faults:
 
     def strike(self, point: Point, label: str) -> FaultKind | None:
         """Which fault, if any, happens now to the call `label` ("queue.send") at `point`."""
+        kind = self.due(point, label)
+        if kind is not None:
+            self.happened(point, kind)
+        return kind
+
+    def due(self, point: Point, label: str) -> FaultKind | None:
+        """What `strike` would answer; `happened` must follow where it does happen."""
         if self._script is None:
             kind = self._drawn(point.chance, label)
         else:
             kind = self._script.get((point.actor, point.call))
-            if kind is not None and _APPLIES.get(kind, label) != label:
+            if kind is not None and not kind.applies(label):
                 kind = None
-        if kind is None:
-            return None
-        left = self._budget.get(kind)
-        if left is not None:
-            if left <= 0:
-                return None
-            self._budget[kind] = left - 1
+        return None if kind is None or self._budget.get(kind, 1) <= 0 else kind
+
+    def happened(self, point: Point, kind: FaultKind) -> None:
+        """Note that it has been injected."""
+        if kind in self._budget:
+            self._budget[kind] -= 1
         self.injected.append(Fault(point.actor, point.call, kind))
-        return kind
 
     def delay_s(self, point: Point) -> tuple[float, float]:
         """What DELAYED adds to the request and to the answer: one of them is 0."""
@@ -191,8 +285,8 @@ class Faults:
         if ladder is None:
             ladder, top = [], 0.0
             for kind in FaultKind:
-                rate: float = getattr(self._rates, kind.value)
-                if rate > 0 and _APPLIES.get(kind, label) == label:
+                rate = self._rates.rate(kind)
+                if rate > 0 and kind.applies(label):
                     top += rate
                     ladder.append((top, kind))
             self._ladders[label] = ladder

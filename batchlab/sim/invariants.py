@@ -7,20 +7,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 from batchlab.adapters.sql.ledger import SqlLedger, open_memory
+from batchlab.jobdef import JobDef
 from batchlab.manager.live import Ports
 from batchlab.manager.rebuild import rebuild
-from batchlab.model import GroupView, JobId, Json, LifecycleState, Outcome
+from batchlab.model import FailureKind, GroupView, JobId, JobState, Json, LifecycleState, Outcome
 from batchlab.patience import Patience
-from batchlab.ports import Objects
-from batchlab.protocol import naming, wire
-from batchlab.sim.actors import SimulationError
-from batchlab.sim.world import World
+from batchlab.ports import Fleet, Objects
+from batchlab.protocol import naming, settle, wire
+from batchlab.sim.clocks import SimIds
+from batchlab.sim.fates import Fates, inputs_of, value_of
+from batchlab.sim.watch import Violated
 
+if TYPE_CHECKING:
+    from batchlab.sim.plans import Plan
+    from batchlab.sim.world import World
 
-class Violated(SimulationError):
-    """An invariant does not hold."""
+__all__ = ["Violated"]
 
 
 def _require(holds: bool, name: str, facts: str) -> None:
@@ -32,9 +37,22 @@ async def check_all(world: World, jobs: Sequence[JobId]) -> None:
     """I1, I2, I3 and I7 for these jobs, which must have ended."""
     for job in jobs:
         await check_ended(world.ledger, job)
-        await check_terminal_states(world.objects, world.ledger, job)
+        outcomes = await outcomes_of(world.objects, job)
+        check_terminal_states(job, outcomes)
+        check_attempts(job, outcomes)
+        await check_listed(world.ledger, job)
         await check_counts(world.ledger, job)
     await check_rebuild(world)
+
+
+async def check_trial(world: World, plan: Plan) -> None:
+    """Every promise, on a world that has come to rest."""
+    check_at_rest(await world.groups())
+    await check_all(world, [job.id for job in plan.jobs])
+    fates = Fates(world.seed, plan.run_s)
+    for job in plan.jobs:
+        await check_results(world, job)
+        check_failures(world, fates, job, await outcomes_of(world.objects, job.id))
 
 
 async def check_ended(ledger: SqlLedger, job: JobId) -> None:
@@ -54,10 +72,10 @@ async def outcomes_of(objects: Objects, job: JobId) -> list[Outcome]:
     return found
 
 
-async def check_terminal_states(objects: Objects, ledger: SqlLedger, job: JobId) -> None:
-    """I1: exactly one terminal state and one committed result per task and round."""
+def check_terminal_states(job: JobId, outcomes: Sequence[Outcome]) -> None:
+    """I1: exactly one terminal state per task and round."""
     counted: Counter[tuple[str, int, int]] = Counter()
-    for outcome in await outcomes_of(objects, job):
+    for outcome in outcomes:
         key = (outcome.bundle.stage, outcome.bundle.round)
         for task in outcome.succeeded:
             counted[(*key, task)] += 1
@@ -67,7 +85,13 @@ async def check_terminal_states(objects: Objects, ledger: SqlLedger, job: JobId)
             counted[(*key, task)] += 1
     twice = [key for key, times in sorted(counted.items()) if times > 1]
     _require(not twice, "I1", f"{job}: more than one terminal state: {twice[:5]}")
-    # A later round takes the place of an earlier one; tasks whose upstream failed have no outcome.
+
+
+async def check_listed(ledger: SqlLedger, job: JobId) -> None:
+    """I1: exactly one committed result for each task that succeeded.
+
+    A later round takes the place of an earlier one; tasks whose upstream failed have no outcome.
+    """
     for stage in await ledger.stages(job):
         name, c = stage.counts.stage, stage.counts
         rows = await ledger.bundles(job, stage=name, done=True)
@@ -77,6 +101,24 @@ async def check_terminal_states(objects: Objects, ledger: SqlLedger, job: JobId)
             "I1",
             f"{job}/{name}: {c.succeeded} succeeded, but {len(listed)} results are committed",
         )
+
+
+def check_attempts(job: JobId, outcomes: Sequence[Outcome]) -> None:
+    """Worker loss, Spot interruption and throttling never count against a task's attempts: before
+    the n-th there are n - 1 committed failures of its own."""
+    failed = {
+        (o.bundle.stage, o.bundle.round, f.task, o.bundle.attempt)
+        for o in outcomes
+        for f in o.failed
+        if not f.final
+    }
+    for bundle in (o.bundle for o in outcomes if o.bundle.attempt > 1):
+        before = {
+            (bundle.stage, bundle.round, task, attempt)
+            for task in bundle.tasks
+            for attempt in range(1, bundle.attempt)
+        }
+        _require(before <= failed, "Attempts", f"{job}: {bundle.id} counts what was no failure")
 
 
 async def check_counts(ledger: SqlLedger, job: JobId) -> None:
@@ -94,16 +136,10 @@ async def check_rebuild(world: World) -> None:
     """I3: a ledger rebuilt from the bucket equals the one that grew."""
     again = open_memory()
     rng = world.rng("rebuild")
-    assert world.manager is not None
-    ports = Ports(
-        world.objects,
-        world.queue,
-        world.manager.ports.fleet,
-        again,
-        world.clock,
-        world.manager.ports.ids,
-        Patience(rng),
-    )
+    # No manager's: it may just have died. A rebuild asks the bucket and no fleet.
+    no_fleet = cast(Fleet, None)
+    ids, patience = SimIds(rng), Patience(rng)
+    ports = Ports(world.objects, world.queue, no_fleet, again, world.clock, ids, patience)
     await rebuild(ports)
     grown, rebuilt = await world.ledger.dump(), await again.dump()
     for table in grown:
@@ -132,16 +168,20 @@ def check_no_start_after(world: World, job: JobId, acknowledged_s: float) -> Non
 
 
 def check_bounds(groups: Sequence[GroupView]) -> None:
-    """I5, first part, at any time: never outside [min, max]."""
+    """I5, first part, at any time: never outside [min, max], but for busy ones that a person's
+    lower limit left behind: protection forbids to take those."""
     for view in groups:
-        alive = sum(
-            i.state in (LifecycleState.PENDING, LifecycleState.IN_SERVICE) for i in view.instances
-        )
+        alive = [
+            i
+            for i in view.instances
+            if i.state in (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
+        ]
         pool = view.pool
+        fits = len(alive) <= pool.max_size or all(i.protected for i in alive)
         _require(
-            pool.min_size <= view.desired <= pool.max_size and alive <= pool.max_size,
+            pool.min_size <= view.desired <= pool.max_size and fits,
             "I5",
-            f"{pool.name}: {alive} alive, desired {view.desired}",
+            f"{pool.name}: {len(alive)} alive, desired {view.desired}",
         )
 
 
@@ -158,6 +198,57 @@ def check_at_rest(groups: Sequence[GroupView]) -> None:
             "I5",
             f"{view.pool.name}: {len(alive)} alive and desired {view.desired} long after the work",
         )
+
+
+async def check_results(world: World, job: JobDef) -> None:
+    """Every result is what its input makes it, and every gather had all there was to gather.
+
+    A stage after one that is doomed may have run less than that, but nothing else; a job that
+    succeeded has run it all.
+    """
+    record = await world.ledger.job(job.id)
+    found: dict[str, Mapping[int, Json]] = {}
+    for stage in job.stages:
+        inputs = inputs_of(job, stage, found)
+        got = await results_of(world.objects, world.ledger, job.id, stage.name)
+        found[stage.name] = got
+        extra = sorted(set(got) - set(inputs))
+        _require(not extra, "I1", f"{job.id}/{stage.name}: tasks {extra[:5]} had nothing to run on")
+        right = {task: value_of(stage.name, inputs[task]) for task in got}
+        wrong = [(task, got[task], right[task]) for task in sorted(got) if got[task] != right[task]]
+        _require(not wrong, "I1", f"{job.id}/{stage.name}: (task, result, right) {wrong[:3]}")
+        lost = sorted(set(inputs) - set(got))
+        counts = next(
+            s.counts for s in await world.ledger.stages(job.id) if s.counts.stage == stage.name
+        )
+        _require(
+            record.state is not JobState.SUCCEEDED or len(lost) <= counts.failed + counts.cancelled,
+            "I1",
+            f"{job.id}/{stage.name}: the job succeeded without tasks {lost[:5]}",
+        )
+
+
+def check_failures(world: World, fates: Fates, job: JobDef, outcomes: Sequence[Outcome]) -> None:
+    """A task fails for what it does, or because it lost its workers, and for nothing else."""
+    for outcome in outcomes:
+        for failure in outcome.failed:
+            bundle = outcome.bundle
+            fate = fates.of(job.id, bundle.stage, failure.task)
+            name = f"{job.id}/{bundle.stage} task {failure.task}"
+            if failure.kind is FailureKind.LOST:
+                lost = world.watch.lost_starts(job.id, bundle.stage, failure.task, bundle.round)
+                _require(
+                    lost >= settle.LOSS_LIMIT,
+                    "I7",
+                    f"{name} was condemned ({failure.reason}), but lost {lost} workers",
+                )
+                continue
+            meant = failure.kind is FailureKind.EXCEPTION and bundle.attempt <= fate.unlucky
+            _require(meant, "I7", f"{name} failed: {failure.reason}")
+            attempts = job.stage(bundle.stage).retry.attempts
+            spent = bundle.attempt >= attempts or world.watch.was_cancelled(job.id)
+            told = f"{name} is FAILED after {bundle.attempt} of {attempts} attempts"
+            _require(spent or not failure.final, "Attempts", told)
 
 
 async def results_of(

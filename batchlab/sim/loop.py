@@ -11,7 +11,6 @@ import gc
 import heapq
 import itertools
 import math
-import random
 import threading
 import weakref
 from collections import deque
@@ -19,7 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextvars import Context
 from typing import Any, NoReturn, TypeVar, TypeVarTuple
 
-from batchlab.sim.actors import CANCEL_ROUNDS, CURRENT, ActorKilled, SimulationError
+from batchlab.sim.actors import CANCEL_ROUNDS, CURRENT, Actor, ActorKilled, SimulationError
 from batchlab.sim.tasks import SimTask
 
 T = TypeVar("T")
@@ -77,8 +76,9 @@ class SimLoop(asyncio.BaseEventLoop):
         self._limit_steps = math.inf
         self._tasks: dict[SimTask, None] = {}
         self._failed: list[weakref.ref[SimTask]] = []
-        self._crashes: list[Crashed] = []
+        self._crashes: list[SimulationError] = []
         self._ending = False
+        self._frozen: dict[Actor, deque[Any]] = {}
 
     def __del__(self) -> None:
         """Silences the base's complaint about loops that were not closed."""
@@ -174,12 +174,22 @@ class SimLoop(asyncio.BaseEventLoop):
         for _ in range(len(ready)):
             handle = ready.popleft()
             if not handle._cancelled:
+                if self._frozen and self._parked(handle):
+                    continue
                 handle._run()
                 # A failed task's traceback may hold this handle; without the way back to the task
                 # no cycle keeps the failure from surfacing at once.
                 handle._callback = None
         if before // _YOUNG_STEPS != self.steps // _YOUNG_STEPS:
             gc.collect(2 if before // _FULL_STEPS != self.steps // _FULL_STEPS else 1)
+
+    def _parked(self, handle: Any) -> bool:
+        actor = handle._context.get(CURRENT)
+        waiting = self._frozen.get(actor) if actor is not None else None
+        if waiting is None:
+            return False
+        waiting.append(handle)
+        return True
 
     def _pop(self) -> None:
         timer = heapq.heappop(self._timers)[2]
@@ -206,6 +216,24 @@ class SimLoop(asyncio.BaseEventLoop):
         names = [str(task) for task in itertools.islice(self._tasks, _NAMED)]
         more = len(self._tasks) - len(names)
         return f"Waiting: {', '.join(names)}{f' and {more} more' if more else ''}."
+
+    # --- freezing and failing ---
+
+    def freeze(self, actor: Actor) -> None:
+        """From now on nothing of the actor runs, as after SIGSTOP: its timers come due, and answers
+        arrive, but it sees them only once it is thawed."""
+        self._frozen.setdefault(actor, deque())
+
+    def thaw(self, actor: Actor) -> None:
+        """What has become due meanwhile runs now, in the order in which it became so."""
+        self._ready.extend(self._frozen.pop(actor, ()))
+
+    def is_frozen(self, actor: Actor) -> bool:
+        return actor in self._frozen
+
+    def fail(self, error: SimulationError) -> None:
+        """End the run with `error`, whoever is running: no code under test can swallow it."""
+        self._crashes.append(error)
 
     # --- tasks ---
 
@@ -254,13 +282,15 @@ class SimLoop(asyncio.BaseEventLoop):
         crash.__cause__ = error
         self._crashes.append(crash)
 
-    def _switch_off(self) -> list[Crashed]:
+    def _switch_off(self) -> list[SimulationError]:
         """End every task at this instant; returns the exceptions that nobody has looked at."""
         self._limit_s = self._limit_steps = math.inf
         self._ending = True
         for task in self._tasks:
             if task.actor is not None:
                 task.actor.alive = False
+        for actor in list(self._frozen):
+            self.thaw(actor)
         self.run_until_complete(self.create_task(self._cancel_all(), name="switch off"))
         self._ending = False
         for failed in self._failed:
@@ -339,35 +369,3 @@ for _name in (
     *("getaddrinfo", "getnameinfo", "sock_accept", "sock_connect", "sock_recv", "sock_sendall"),
 ):
     setattr(SimLoop, _name, _no_outside)
-
-
-class SimClock:
-    """One actor's Clock: virtual time, with a wall clock that may be wrong and may jump."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, epoch_s: float) -> None:
-        """`epoch_s` is the wall-clock time at the loop's time 0, in epoch seconds."""
-        self._loop = loop
-        self._epoch_s = epoch_s
-
-    def now_s(self) -> float:
-        """Epoch seconds as this actor believes them."""
-        return self._epoch_s + self._loop.time()
-
-    def monotonic_s(self) -> float:
-        """Virtual seconds since the loop was made; jumps do not touch it."""
-        return self._loop.time()
-
-    def jump(self, seconds: float) -> None:
-        """Set the wall clock forward, or back if negative."""
-        self._epoch_s += seconds
-
-
-class SimIds:
-    """Ids drawn from a seeded source; hand each actor its own, or interleavings change ids."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
-
-    def fresh(self, kind: str) -> str:
-        """A new id with the prefix `kind`."""
-        return f"{kind}-{self._rng.getrandbits(64):016x}"

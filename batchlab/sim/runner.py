@@ -41,14 +41,14 @@ Script = Callable[[Scene], Play]
 
 
 class ScriptedRunner:
-    """A Runner whose tasks follow a script. `started` hears of each start (I4 is checked there);
-    `die` is called by a task that kills its worker."""
+    """A Runner whose tasks follow a script. `started` hears of each start, and what it returns is
+    called at the task's end; `die` is called by a task that kills its worker."""
 
     def __init__(
         self,
         script: Script,
         clock: Clock,
-        started: Callable[[Scene], None],
+        started: Callable[[Scene], Callable[[], None]],
         die: Callable[[], None],
     ) -> None:
         self._script = script
@@ -66,12 +66,13 @@ class ScriptedRunner:
             scene = Scene(work.job, work.stage, work.bundle, task, item)
             play = self._script(scene)
             handle.running = task
-            self._started(scene)
+            ended = self._started(scene)
             if not await self._last(play.run_s, handle):
                 return
             handle.running = None
             if play.kills_worker:
                 self._die()
+            ended()
             yield Ran(task, play.run_s, play.value, play.failure)
 
     async def close(self) -> None:

@@ -11,24 +11,27 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
-from batchlab.adapters.sim.launcher import MemoryState, SimLauncher
+from batchlab.adapters.sim.launcher import SimLauncher
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.adapters.sim.queue import SimQueue
 from batchlab.adapters.sql.ledger import SqlLedger, open_memory
-from batchlab.errors import BackendError, Refused
-from batchlab.fleet.group import ManagedFleet
+from batchlab.errors import BackendError, NotFound, Refused
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import ManagerSettings, Ports
 from batchlab.manager.manager import Manager
 from batchlab.model import GroupView, JobId, Pool
 from batchlab.patience import Patience
-from batchlab.ports import Clock, JobRecord, Objects
-from batchlab.sim.actors import Actor
+from batchlab.ports import Fleet, JobRecord, Objects
+from batchlab.sim.actors import CURRENT, Actor, ActorKilled
+from batchlab.sim.clocks import SimClock, SimIds, SkewedClock
 from batchlab.sim.faults import Faults
+from batchlab.sim.fleet import FleetState, SimFleet
 from batchlab.sim.log import EventLog
-from batchlab.sim.loop import SimClock, SimIds
+from batchlab.sim.loop import Crashed, SimLoop
 from batchlab.sim.runner import Scene, Script, ScriptedRunner
+from batchlab.sim.watch import Start, Watch
 from batchlab.sim.wrappers import wrap
 from batchlab.worker.beats import Identity
 from batchlab.worker.loop import Worker
@@ -43,13 +46,25 @@ MANAGER = ManagerSettings(drain_target_s=10.0, silence_s=120.0, control_lease_s=
 WORKER = WorkerSettings(control_lease_s=4.0)
 
 
+T = TypeVar("T")
 RunnerFactory = Callable[["World", Callable[[], None], Objects], Runner]
+
+
+@dataclass(slots=True)
+class Post:
+    """A manager in its process."""
+
+    manager: Manager
+    actor: Actor
+    clock: SkewedClock
+    task: asyncio.Task[None]
 
 
 @dataclass(slots=True)
 class World:
     """A grid to be run on the current SimLoop. `script` says what simulated tasks do;
-    `make_runner` replaces them by something else (real handlers)."""
+    `make_runner` replaces them by something else (real handlers). Each process's wall clock is off
+    by up to `skew_s`; the services' is right."""
 
     seed: int
     pools: Sequence[Pool]
@@ -59,65 +74,120 @@ class World:
     manager_settings: ManagerSettings = MANAGER
     worker_settings: WorkerSettings = WORKER
     logged: bool = True
+    skew_s: float = 0.0
     log: EventLog | None = field(init=False)
     objects: SimObjects = field(init=False)
     queue: SimQueue = field(init=False)
     ledger: SqlLedger = field(init=False)
     clock: SimClock = field(init=False)
     launcher: SimLauncher = field(init=False)
-    manager: Manager | None = field(init=False, default=None)
-    manager_actor: Actor | None = field(init=False, default=None)
+    watch: Watch = field(init=False)
+    posts: list[Post] = field(init=False, default_factory=list)
+    """Managers that run, oldest first."""
     workers: dict[str, SimWorker] = field(init=False, default_factory=dict)
     starts: list[tuple[float, JobId, str, int]] = field(init=False, default_factory=list)
     """(time, job, stage, task) of every task that began."""
     managers: int = field(init=False, default=0)
-    _store: MemoryState = field(init=False, default_factory=MemoryState)
+    rebuilding: int = field(init=False, default=0)
+    """Rebuilds of the ledger that are due or under way: until then it need not be whole."""
+    _state: FleetState = field(init=False, default_factory=FleetState)
 
     def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()
+        assert isinstance(loop, SimLoop)
         self.log = EventLog(loop.time) if self.logged else None
         self.clock = SimClock(loop, EPOCH_S)
         self.objects = SimObjects()
         self.queue = SimQueue(self.clock, self.rng("queue"))
         self.ledger = open_memory()
         self.launcher = SimLauncher(self._boot, self.rng("boot"))
+        visibility_s = self.worker_settings.visibility_s
+        self.watch = Watch(self.clock, self.queue, loop.fail, loop.is_frozen, visibility_s)
+        self.objects.written = self.watch.written
+        self.queue.lapsed = self.watch.lapsed
 
     def rng(self, name: str) -> random.Random:
         """An independent stream of the seed. A text seed is hashed the same in every process."""
         return random.Random(f"{self.seed}/{name}")  # noqa: S311 - simulation
 
+    def note(self, actor: str, event: str) -> None:
+        """Say in the log what is no port call."""
+        if self.log is not None:
+            self.log.add(actor, event)
+
     # --- Actors ----------------------------------------------------------------------------------
 
+    @property
+    def post(self) -> Post | None:
+        """The living manager that leads, the youngest where several believe so, or none does."""
+        living = [post for post in self.posts if post.actor.alive]
+        leading = [post for post in living if post.manager.is_leader.is_set()]
+        known = leading or living
+        return known[-1] if known else None
+
+    @property
+    def manager(self) -> Manager | None:
+        return self.post.manager if self.post else None
+
+    @property
+    def manager_actor(self) -> Actor | None:
+        return self.post.actor if self.post else None
+
     def start_manager(self) -> asyncio.Task[None]:
-        """Start a manager, the first or the next."""
+        """Start a manager, the first, the next, or one more beside the one that leads."""
         self.managers += 1
-        actor = Actor("manager")
-        rng = self.rng(f"manager/{self.managers}")
+        owner = f"manager-{self.managers}"
+        actor = Actor(owner)
+        rng = self.rng(owner)
         ids = SimIds(rng)
-        patience = Patience(rng)
-        fleet = ManagedFleet(
-            wrap(self.launcher, "launcher", actor, self.faults, self.log),
-            self.clock,
+        clock = self._clock_of(rng)
+        fleet = SimFleet(
+            self._wrapped(self.launcher, "launcher", actor),
+            clock,
             ids,
-            self._store,
+            self._state,
             drain_s=self.worker_settings.drain_s + 5.0,
+            fail=self.watch.fail,
         )
         ports = Ports(
-            wrap(self.objects, "objects", actor, self.faults, self.log),
-            wrap(self.queue, "queue", actor, self.faults, self.log),
-            fleet,
-            wrap(self.ledger, "ledger", actor, self.faults, self.log),
-            self.clock,
+            self._wrapped(self.objects, "objects", actor),
+            self._wrapped(self.queue, "queue", actor),
+            cast(Fleet, fleet),
+            self._wrapped(self.ledger, "ledger", actor),
+            clock,
             ids,
-            patience,
+            Patience(rng),
         )
-        owner = f"manager-{self.managers}"
-        self.manager = Manager(ports, self.manager_settings, self.pools, owner)
-        self.manager_actor = actor
-        return actor.spawn(self.manager.run(), name=owner)
+        manager = Manager(ports, self.manager_settings, self.pools, owner)
+        fleet.registry = manager.registry
+        task = actor.spawn(manager.run(), name=owner)
+        post = Post(manager, actor, clock, task)
+        self.posts.append(post)
+        task.add_done_callback(lambda _: self._ended(post))
+        return task
+
+    def _ended(self, post: Post) -> None:
+        """Whether killed, stopped or deposed: its process is gone, with all that it was asked."""
+        self.posts.remove(post)
+        self._look_at_death(post.actor, post.task)
+        post.actor.kill()
+
+    def _look_at_death(self, actor: Actor, life: asyncio.Task[None]) -> None:
+        """A process may end because no service answers it; anything else is a bug in it."""
+        error = None if life.cancelled() else life.exception()
+        if error is not None and actor.alive and not _of_services(error):
+            crash = Crashed(f"{actor.name} ended with an error of its own: {error!r}")
+            crash.__cause__ = error
+            self.watch.fail(crash)
+
+    def _clock_of(self, rng: random.Random) -> SkewedClock:
+        return SkewedClock(self.clock, rng.uniform(-self.skew_s, self.skew_s))
+
+    def _wrapped(self, inner: T, port: str, actor: Actor) -> T:
+        return wrap(inner, port, actor, self.faults, self.log, self.watch)
 
     async def supervise(self) -> None:
-        """Start a manager, and the next one some time after it dies, for ever."""
+        """Start a manager, and the next one some time after it ends, for ever."""
         rng = self.rng("supervisor")
         while True:
             await asyncio.wait([self.start_manager()])
@@ -135,8 +205,17 @@ class World:
         assert self.script is not None
         return ScriptedRunner(self.script, self.clock, self._started, die)
 
-    def _started(self, scene: Scene) -> None:
-        self.starts.append((self.clock.monotonic_s(), scene.job.id, scene.stage.name, scene.task))
+    def _started(self, scene: Scene) -> Callable[[], None]:
+        now_s = self.clock.monotonic_s()
+        job, stage = scene.job.id, scene.stage.name
+        self.starts.append((now_s, job, stage, scene.task))
+        start = Start(now_s, CURRENT.get(), job, stage, scene.task, scene.bundle.round)
+        self.watch.started(start)
+
+        def ended() -> None:
+            start.ended_s = self.clock.monotonic_s()
+
+        return ended
 
     # --- The user --------------------------------------------------------------------------------
 
@@ -144,15 +223,15 @@ class World:
         """Make a request of whichever manager leads, again and again until it is answered, as a
         person would. A request that the manager refuses is answered."""
         while True:
-            manager, actor = self.manager, self.manager_actor
-            if manager and actor and actor.alive and manager.is_leader.is_set():
-                task = actor.spawn(_made(call, manager), name=name)
+            post = self.post
+            if post and post.manager.is_leader.is_set():
+                task = post.actor.spawn(_made(call, post.manager), name=name)
                 await asyncio.wait([task])
                 if not task.cancelled():
                     error = task.exception()
                     if error is None or isinstance(error, Refused):
                         return error if error else task.result()
-                    if actor.alive and not isinstance(error, BackendError):
+                    if post.actor.alive and not isinstance(error, BackendError):
                         raise error
             await asyncio.sleep(1.0)
 
@@ -160,11 +239,18 @@ class World:
         """Submit a job until it is accepted."""
         await self.ask(lambda m: m.requests.submit(job), f"submit {job.id}")
 
+    async def find(self, job: JobId) -> JobRecord | None:
+        """The job as the ledger has it now; None while that knows of none."""
+        try:
+            return await self.ledger.job(job)
+        except NotFound:
+            return None
+
     async def ended(self, job: JobId) -> JobRecord:
         """Wait for the end of a job."""
         while True:
-            record = await self.ledger.job(job)
-            if record.state.ended:
+            record = await self.find(job)
+            if record is not None and record.state.ended:
                 return record
             await asyncio.sleep(1.0)
 
@@ -172,6 +258,12 @@ class World:
         """The fleet as the leader sees it."""
         assert self.manager is not None
         return await self.manager.ports.fleet.describe()
+
+
+def _of_services(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_of_services, error.exceptions))
+    return isinstance(error, BackendError | ActorKilled)
 
 
 async def _made(call: Callable[[Manager], object], manager: Manager) -> object:
@@ -186,15 +278,16 @@ class SimWorker:
         self.ended: str | None = None
         self.instance = instance
         self.actor = Actor(f"worker-{instance}")
-        clock: Clock = world.clock
+        self._world = world
         rng = world.rng(f"worker/{instance}")
-        objects = wrap(world.objects, "objects", self.actor, world.faults, world.log)
-        queue = wrap(world.queue, "queue", self.actor, world.faults, world.log)
+        self.clock = world._clock_of(rng)
+        objects = world._wrapped(world.objects, "objects", self.actor)
+        queue = world._wrapped(world.queue, "queue", self.actor)
         self.worker = Worker(
             Identity(f"w-{instance}", instance, pool.name, pool.slots),
             objects,
             queue,
-            clock,
+            self.clock,
             world.runner(self._die, objects),
             Patience(rng),
             world.worker_settings,
@@ -211,6 +304,7 @@ class SimWorker:
         """SIGKILL, from outside."""
         if self.ended is None:
             self.ended = reason
+            self._world.watch.killed.add(self.actor)
             self.actor.kill()
 
     def _die(self) -> None:
@@ -219,4 +313,11 @@ class SimWorker:
     def _over(self, life: asyncio.Task[None]) -> None:
         """It has drained, or a fault has killed its actor."""
         if self.ended is None:
-            self.ended = "exit -9" if life.cancelled() or life.exception() else "exit 0"
+            self._world._look_at_death(self.actor, life)
+            crashed = life.cancelled() or life.exception()
+            self.ended = "exit -9" if crashed else "exit 0"
+            if crashed:
+                self._world.watch.killed.add(self.actor)
+            else:
+                self._world.watch.left(self.actor)
+            self.actor.kill()

@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from functools import partial
 from typing import Any, TypeVar, cast
 
 from batchlab.errors import Throttled, Unreachable
+from batchlab.ports import MAX_DELAY_S
 from batchlab.sim.actors import Actor, ActorKilled
-from batchlab.sim.faults import FaultKind, Faults, Point
+from batchlab.sim.faults import CREATE, LATE_S, FaultKind, Faults, Point
 from batchlab.sim.log import EventLog, brief
+from batchlab.sim.watch import Watch
 
 T = TypeVar("T")
 
@@ -32,7 +35,12 @@ _INSTANT = Point("", 0, 0.0, 0.0, 1.0, 0.0)
 
 
 def wrap(
-    inner: T, port: str, actor: Actor, faults: Faults | None = None, log: EventLog | None = None
+    inner: T,
+    port: str,
+    actor: Actor,
+    faults: Faults | None = None,
+    log: EventLog | None = None,
+    watch: Watch | None = None,
 ) -> T:
     """`inner` as `actor` sees it; `port` names it in the log, and "queue" gets a queue's faults.
 
@@ -44,23 +52,25 @@ def wrap(
         return inner
     # A dynamic proxy behind the type of what it stands for: delegates written out for five
     # protocols would be 40 methods that say nothing and must follow every change of ports.py.
-    return cast(T, _Port(inner, port, actor, faults, log))
+    return cast(T, _Port(inner, port, actor, faults, log, watch))
 
 
 class _Port:
     def __init__(
         self,
-        inner: object,
+        inner: Any,
         port: str,
         actor: Actor,
         faults: Faults | None,
         log: EventLog | None,
+        watch: Watch | None,
     ) -> None:
         self._inner = inner
         self._port = port
         self._actor = actor
         self._faults = faults
         self._log = log
+        self._watch = watch
 
     def __getattr__(self, name: str) -> Any:
         # Only reached the first time: the method is kept on the instance, found without a detour.
@@ -115,15 +125,16 @@ class _Port:
             if point.request_s:
                 await asyncio.sleep(point.request_s)
             if faults is not None:
-                kind = faults.strike(point, label)
+                kind = faults.strike(point, CREATE if kwargs.get("if_absent") else label)
             if kind is None or faults is None:
                 result = await target(*args, **kwargs)
             else:
-                if kind is FaultKind.DELAYED:
-                    late_s, extra_s = faults.delay_s(point)
-                    await asyncio.sleep(late_s)
-                self._before(point, kind, label, shown)
+                late_s, extra_s = faults.delay_s(point) if kind is FaultKind.DELAYED else (0.0, 0.0)
+                self._disturbed(late_s + extra_s)
+                await self._before(point, kind, late_s, label, shown)
                 result = await _effect(kind, point, target, args, kwargs)
+            if self._watch is not None:
+                self._watch.called(self._actor, label, args, result)
         except asyncio.CancelledError:
             self._note(point, kind, label, shown, _Mark.CANCELLED)
             raise
@@ -135,14 +146,36 @@ class _Port:
         if kind is FaultKind.KILL_AFTER:
             self._die()
         if point.answer_s or extra_s:
-            await asyncio.sleep(point.answer_s + extra_s)
+            taken = result if label == "queue.receive" and kind is not FaultKind.ANSWER_LOST else []
+            await self._answer(point.answer_s + extra_s, args, taken)
+        if kind is not None:
+            self._disturbed(0.0)
         if kind is FaultKind.ANSWER_LOST:
             raise Unreachable(f"{label}: the answer was lost.") from error
         if error is not None:
             raise error
         return result
 
-    def _before(self, point: Point, kind: FaultKind, label: str, shown: Any) -> None:
+    async def _answer(self, takes_s: float, args: tuple[Any, ...], taken: Sequence[Any]) -> None:
+        try:
+            await asyncio.sleep(takes_s)
+        except asyncio.CancelledError:
+            # The port's promise: who cancels a receive swallows no message. An adapter of SQS can
+            # only make it visible again; the dead cannot even do that.
+            if taken and self._actor.alive:
+                back = [(message.receipt, 0.0) for message in taken]
+                await self._inner.change_visibility(args[0], back)
+            raise
+
+    def _disturbed(self, for_s: float) -> None:
+        if self._watch is not None:
+            self._watch.disturbed(self._actor, for_s)
+
+    async def _before(
+        self, point: Point, kind: FaultKind, late_s: float, label: str, shown: Any
+    ) -> None:
+        if late_s:
+            await asyncio.sleep(late_s)
         if kind is FaultKind.KILL_BEFORE:
             self._note(point, kind, label, shown, _Mark.KILLED)
             self._die()
@@ -150,6 +183,8 @@ class _Port:
             raise Throttled(f"{label} is throttled.")
         if kind is FaultKind.UNREACHABLE:
             raise Unreachable(f"{label} does not answer.")
+        if kind is FaultKind.CONFLICT:
+            raise Throttled(f"{label}: 409, another request for this key is under way.")
 
     def _check(self) -> None:
         if not self._actor.alive:
@@ -185,7 +220,7 @@ async def _effect(
     if kind is FaultKind.DROPPED:
         await target(*args, **kwargs)
         return []
-    if kind is FaultKind.LOST or kind is FaultKind.DUPLICATED:
+    if kind in (FaultKind.LOST, FaultKind.DUPLICATED, FaultKind.LATE):
         return await _send(kind, point, target, *args, **kwargs)
     return await target(*args, **kwargs)
 
@@ -197,10 +232,16 @@ async def _send(
     queue: str,
     messages: Sequence[Any],
 ) -> None:
-    chosen = int(point.pick * len(messages))
+    chosen, fraction = divmod(point.pick * len(messages), 1)
+    one = messages[int(chosen)]
     rest = [message for i, message in enumerate(messages) if i != chosen]
     if kind is FaultKind.DUPLICATED:
         await target(queue, messages)
-        await target(queue, messages[chosen : chosen + 1])
-    elif rest:
+        await target(queue, [one])
+        return
+    if rest:
         await target(queue, rest)
+    if kind is FaultKind.LATE:
+        low, high = LATE_S
+        late_s = min(MAX_DELAY_S, one.delay_s + low + (high - low) * fraction)
+        await target(queue, [replace(one, delay_s=late_s)])

@@ -17,15 +17,21 @@ from batchlab.manager.manager import Manager
 from batchlab.model import JobId, JobState, Pool, StageName
 from batchlab.ports import JobRecord
 from batchlab.sim import invariants, trial
+from batchlab.sim.fates import value_of
 from batchlab.sim.loop import SimLoop
 from batchlab.sim.runner import Play, Script
+from batchlab.sim.users import bring_items
 from batchlab.sim.world import EPOCH_S, MANAGER, WORKER, World
 
 T = TypeVar("T")
 
 UNHURRIED: dict[str, Any] = {
-    "manager_settings": replace(MANAGER, tick_s=20.0, wait_s=20.0, control_lease_s=60.0),
-    "worker_settings": replace(WORKER, visibility_s=120.0, wait_s=20.0, control_lease_s=60.0),
+    "manager_settings": replace(
+        MANAGER, tick_s=20.0, wait_s=20.0, control_lease_s=60.0, lease_ttl_s=60.0
+    ),
+    "worker_settings": replace(
+        WORKER, visibility_s=120.0, wait_s=20.0, control_lease_s=60.0, beat_s=60.0
+    ),
 }
 """For scenes of many virtual hours, which would otherwise be mostly polling."""
 
@@ -49,7 +55,7 @@ def in_world(
     **settings: Any,
 ) -> T:
     async def main() -> T:
-        world = World(1, pools, script=script, faults=trial.calm(1), **settings)
+        world = World(1, pools, script=script, faults=trial.calm(1), logged=False, **settings)
         supervisor = asyncio.create_task(world.supervise())
         try:
             return await act(world)
@@ -62,11 +68,11 @@ def in_world(
 
 
 def takes(run_s: float) -> Script:
-    return lambda scene: Play(run_s, trial.value_of(scene.stage.name, scene.item))
+    return lambda scene: Play(run_s, value_of(scene.stage.name, scene.item))
 
 
 async def submitted(world: World, made: JobDef) -> None:
-    await trial.bring_items(world, made)
+    await bring_items(world, made)
     await world.submit(made)
 
 

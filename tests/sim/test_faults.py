@@ -10,7 +10,7 @@ import pytest
 
 from batchlab.errors import AlreadyExists, Throttled, Unreachable
 from batchlab.sim.actors import Actor
-from batchlab.sim.faults import Fault, FaultKind, FaultRates, Faults
+from batchlab.sim.faults import Fault, FaultKind, Faults, Weather
 from batchlab.sim.loop import SimLoop
 from batchlab.sim.wrappers import wrap
 from tests.sim.rig import at, caught
@@ -112,7 +112,7 @@ def test_a_dropped_receive_leaves_the_message_in_flight() -> None:
 
 
 def test_a_budget_ends_faults_of_its_kind_only() -> None:
-    rates = FaultRates(throttled=0.5, unreachable=0.3)
+    rates = Weather(throttled=0.5, unreachable=0.3)
     faults = Faults(random.Random(1), rates, budget={FaultKind.THROTTLED: 3})
 
     async def main() -> None:
@@ -127,7 +127,7 @@ def test_a_budget_ends_faults_of_its_kind_only() -> None:
 
 
 def test_rates_are_met_and_queue_faults_spare_other_ports() -> None:
-    faults = Faults(random.Random(1), FaultRates(throttled=0.2, lost=0.3, dropped=0.3))
+    faults = Faults(random.Random(1), Weather(throttled=0.2, lost=0.3, dropped=0.3))
 
     async def main() -> None:
         port = wrap(ToyStore(), "objects", Actor("a"), faults)
@@ -141,4 +141,4 @@ def test_rates_are_met_and_queue_faults_spare_other_ports() -> None:
 
 def test_impossible_rates_are_refused() -> None:
     with pytest.raises(ValueError, match="more than 1"):
-        Faults(random.Random(1), FaultRates(kill_before=0.6, throttled=0.6))
+        Faults(random.Random(1), Weather(kill_before=0.6, throttled=0.6))

@@ -12,10 +12,9 @@ import pytest
 from batchlab.adapters.clock import RandomIds, WallClock
 from batchlab.ports import Clock, Ids
 from batchlab.sim.actors import Actor, SimulationError
+from batchlab.sim.clocks import SimClock, SimIds
 from batchlab.sim.loop import (
     Deadlock,
-    SimClock,
-    SimIds,
     SimLoop,
     StepLimit,
     TimeLimit,

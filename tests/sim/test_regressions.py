@@ -16,8 +16,9 @@ import pytest
 from batchlab.errors import Refused
 from batchlab.model import Control, Failure, FailureKind, JobId, JobState
 from batchlab.protocol import naming, wire
-from batchlab.sim import invariants, trial
+from batchlab.sim import invariants
 from batchlab.sim.runner import Play, Scene
+from batchlab.sim.users import bring_items
 from batchlab.sim.world import EPOCH_S, World
 from tests.sim.scenes import (
     A,
@@ -126,7 +127,7 @@ def test_two_submissions_at_once_with_one_token_make_one_live_job() -> None:
 
     async def act(world: World) -> None:
         made = job(stage(A), items=40)
-        await trial.bring_items(world, made)
+        await bring_items(world, made)
         await leader(world)
         await asyncio.gather(world.submit(made), world.submit(made))
         assert conducting(made.id) == 1

@@ -48,7 +48,7 @@ def test_the_toy_survives_every_fault_over_many_seeds() -> None:
         toy = rough(seed)
         assert toy.store.writes == len(toy.store.objects) == toy.items
         seen |= set(toy.faults.counts)
-    assert seen == set(FaultKind)
+    assert seen == {kind for kind in FaultKind if ROUGH.rate(kind)}
 
 
 # --- replay ---

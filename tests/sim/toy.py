@@ -14,20 +14,21 @@ from dataclasses import dataclass, field
 
 from batchlab.errors import AlreadyExists, BackendError
 from batchlab.sim.actors import Actor
-from batchlab.sim.faults import FaultRates, Faults
+from batchlab.sim.faults import Faults, Weather
 from batchlab.sim.log import EventLog
 from batchlab.sim.loop import SimLoop
 from batchlab.sim.wrappers import wrap
 
 VISIBILITY_S = 30.0
 LATE_S = (1.0, 90.0)
-ROUGH = FaultRates(
+ROUGH = Weather(
     kill_before=0.01,
     kill_after=0.01,
     throttled=0.02,
     unreachable=0.02,
     answer_lost=0.02,
     delayed=0.02,
+    conflict=0.05,
     duplicated=0.1,
     lost=0.1,
     dropped=0.05,

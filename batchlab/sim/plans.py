@@ -1,0 +1,183 @@
+"""What one seed asks for: pools, jobs, settings, and how much of everything.
+
+Invariant: a plan is a function of its seed alone, whatever the weather.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from batchlab.jobdef import JobDef, RetryRule, StageDef
+from batchlab.manager.live import ManagerSettings
+from batchlab.model import JobId, Pool, StageName
+from batchlab.sim.world import EPOCH_S, MANAGER, WORKER
+from batchlab.worker.settings import WorkerSettings
+
+A, B, C, D = (StageName(name) for name in "abcd")
+
+LONG_SHARE = 0.015
+"""Of the seeds, those with tasks longer than SQS lets anybody hold a message."""
+
+MOST_WORK_S = 600.0
+"""A world's tasks take at most about this long on the instances that it has at most: faults are
+early, and what comes long after them is only more of the same."""
+
+LIMIT_S = 12_000.0
+LONG_LIMIT_S = 20 * 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`run_s` are the times that a task may take. `heaviness` scales how often port calls go wrong,
+    `pace` how long weather and users wait from one act to the next: a world of many hours has many
+    calls, and its last hour should have its faults too. `limit_s` is when all must have ended (I7).
+    """
+
+    pools: tuple[Pool, ...]
+    jobs: tuple[JobDef, ...]
+    run_s: tuple[float, ...]
+    manager: ManagerSettings
+    worker: WorkerSettings
+    skew_s: float = 0.0
+    heaviness: float = 1.0
+    pace: float = 1.0
+    limit_s: float = LIMIT_S
+
+
+def draw(seed: int) -> Plan:
+    """The plan of a seed."""
+    rng = random.Random(f"{seed}/plan")  # noqa: S311 - simulation
+    if rng.random() < LONG_SHARE:
+        return _long(seed, rng)
+    pools = [_pool("default", rng.randint(1, 4), rng)]
+    if rng.random() < 0.3:
+        pools.append(_pool("second", 2, rng))
+    jobs = tuple(_job(seed, number, rng, pools) for number in range(rng.choice([1, 1, 2, 3])))
+    manager, worker = _settings(rng)
+    run_s = rng.choice([(0.01, 0.1, 1.0, 1.0, 20.0), (0.1, 1.0, 5.0), (0.5, 15.0, 60.0)])
+    while _work_s(pools, jobs, run_s) > MOST_WORK_S:
+        jobs = tuple(replace(job, items=(job.items or 0) // 2) for job in jobs)
+    return Plan(
+        tuple(pools),
+        jobs,
+        run_s,
+        manager,
+        worker,
+        skew_s=rng.choice([0.0, 0.0, 0.5, 20.0]),
+        heaviness=rng.choice([0.1, 0.3, 1.0, 1.0]),
+        pace=rng.choice([0.5, 1.0, 1.0, 3.0]),
+    )
+
+
+def _work_s(pools: Sequence[Pool], jobs: Sequence[JobDef], run_s: Sequence[float]) -> float:
+    """How long the pool with most to do is busy, if all its instances are."""
+    slots = {pool.name: pool.max_size * pool.slots for pool in pools}
+    return max(
+        sum(
+            (job.items or 0) * min(stage.slots, pool.slots) * sum(run_s) / len(run_s)
+            for job in jobs
+            for stage in job.stages
+            if stage.pool == pool.name
+        )
+        / slots[pool.name]
+        for pool in pools
+    )
+
+
+def _pool(name: str, max_size: int, rng: random.Random) -> Pool:
+    min_size = rng.choice([0, 0, 0, 1])
+    return Pool(name, min_size, max_size, rng.choice([1, 2, 4]), boot_s=rng.choice([0, 5, 20]))
+
+
+def _settings(rng: random.Random) -> tuple[ManagerSettings, WorkerSettings]:
+    visibility_s = rng.choice([6.0, 15.0, 30.0, 30.0, 60.0])
+    wait_s = rng.choice([1.0, 20.0, 20.0])
+    manager = replace(
+        MANAGER,
+        visibility_s=visibility_s,
+        silence_s=rng.choice([30.0, 120.0, 120.0, 300.0]),
+        wait_s=wait_s,
+        idle_s=rng.choice([1.0, 5.0, 20.0]),
+        cooldown_in_s=rng.choice([1.0, 10.0]),
+        max_receives=rng.choice([2, 5, 10]),
+    )
+    worker = replace(
+        WORKER,
+        visibility_s=visibility_s,
+        wait_s=wait_s,
+        drain_s=rng.choice([1.0, 20.0]),
+    )
+    return manager, worker
+
+
+def _long(seed: int, rng: random.Random) -> Plan:
+    """A world of many hours, unhurried: else it would be mostly polling."""
+    pools = [Pool("default", 0, 2, rng.choice([1, 2]), boot_s=20)]
+    stages = rng.choice(
+        [(_stage(A, rng, pools),), (_stage(A, rng, pools), _stage(B, rng, pools, A))]
+    )
+    job = JobDef(
+        JobId("job-0"), "job-0", stages, EPOCH_S, items=rng.choice([1, 2, 3]), token=f"{seed}"
+    )
+    manager = replace(
+        MANAGER, visibility_s=120.0, tick_s=20.0, lease_ttl_s=60.0, control_lease_s=60.0
+    )
+    return Plan(
+        tuple(pools),
+        (job,),
+        (11.0 * 3600, 13.0 * 3600, 15.0 * 3600),
+        manager,
+        replace(WORKER, visibility_s=120.0, beat_s=60.0, control_lease_s=60.0),
+        skew_s=rng.choice([0.0, 20.0]),
+        heaviness=rng.choice([0.0, 0.03, 0.1]),
+        pace=rng.choice([50.0, 150.0]),
+        limit_s=LONG_LIMIT_S,
+    )
+
+
+def _stage(
+    name: StageName,
+    rng: random.Random,
+    pools: Sequence[Pool],
+    *after: StageName,
+    gather: str | None = None,
+) -> StageDef:
+    pool = rng.choice(pools)
+    return StageDef(
+        name,
+        after,
+        gather,
+        handler="sim:task",
+        retry=RetryRule(attempts=rng.choice([1, 3]), backoff_s=rng.choice([0.5, 30.0])),
+        slots=rng.choice([1, 1, pool.slots]),
+        bundle=rng.choice([None, None, 1, 7]),
+        pool=pool.name,
+    )
+
+
+def _job(seed: int, number: int, rng: random.Random, pools: Sequence[Pool]) -> JobDef:
+    def stage(name: StageName, *after: StageName, gather: str | None = None) -> StageDef:
+        return _stage(name, rng, pools, *after, gather=gather)
+
+    shapes = [
+        (stage(A),),
+        (stage(A), stage(B, A)),
+        (stage(A), stage(B, A), stage(C, B, gather="*")),
+        (stage(A), stage(B, A), stage(C, B, gather="key")),
+        (stage(A), stage(B, A), stage(C, A), stage(D, B, C)),
+        (stage(A), stage(B, A, gather="key"), stage(C, B), stage(D, C, gather="*")),
+    ]
+    return JobDef(
+        JobId(f"job-{number}"),
+        f"job-{number}",
+        rng.choice(shapes),
+        EPOCH_S + number,
+        items=rng.choice([0, 1, 2, 5, 30, 120]),
+        max_failures=rng.choice([0, 0, 1000]),
+        fail_fast=rng.random() < 0.3,
+        priority=rng.choice([0, 0, 5]),
+        token=f"{seed}-{number}",
+        start_at_s=EPOCH_S + 40 if rng.random() < 0.05 else None,
+    )

@@ -1,0 +1,129 @@
+"""A user who submits a job and does not wait politely.
+
+Invariant: in the end somebody has seen to it that the job can end, and waits until it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from functools import partial
+
+from batchlab.errors import Refused
+from batchlab.jobdef import JobDef
+from batchlab.manager.manager import Manager
+from batchlab.manager.plans import PartWriter
+from batchlab.model import Control, JobState, TaskSet
+from batchlab.patience import Patience
+from batchlab.sim.faults import USER, FaultKind, Faults
+from batchlab.sim.world import World
+
+THOUGHTS = 8
+"""A user thinks so often of asking for something."""
+
+PAUSES_S = (0.0, 0.1, 1.0, 5.0, 20.0)
+"""From one thought to the next, about."""
+
+LOOK_S = 10.0
+"""How often a user who waits looks at the job."""
+
+
+async def bring_items(world: World, job: JobDef) -> None:
+    """Write the plan's parts, as a client does before it submits a job that brings its items."""
+    patience = Patience(world.rng(f"client/{job.id}"))
+    for stage in job.roots():
+        writer = PartWriter(world.objects, patience, job.id, stage.name, 0)
+        for item in range(job.items or 0):
+            await writer.add(item)
+        await writer.commit(TaskSet())
+
+
+class User:
+    """The user of one job; `pace` stretches the pauses between requests."""
+
+    def __init__(self, world: World, job: JobDef, faults: Faults, pace: float) -> None:
+        self._world = world
+        self._job = job
+        self._faults = faults
+        self._pace = pace
+        self._name = f"{USER} {job.id}"
+        self._requests: list[asyncio.Task[object]] = []
+        self._verbs: dict[FaultKind, Callable[[], asyncio.Task[object]]] = {
+            FaultKind.CANCELLED: self._cancel,
+            FaultKind.PAUSED: partial(self._ask, "pause"),
+            FaultKind.RESUMED: partial(self._ask, "resume"),
+            FaultKind.RETRIED: self._retry,
+            FaultKind.RESUBMITTED: self._submit,
+        }
+
+    async def use(self) -> None:
+        """Submit the job, meddle with it, and wait for its end."""
+        rng = self._world.rng(self._name)
+        await asyncio.sleep(rng.choice([0.0, 0.0, 3.0, 30.0]))
+        await bring_items(self._world, self._job)
+        await self._submit()
+        for _ in range(THOUGHTS):
+            await self._think()
+        for request in self._requests:
+            await request
+        record = await self._see_to_the_end()
+        if record is not JobState.SUCCEEDED and rng.random() < 0.5:
+            await self._retry()
+            await self._see_to_the_end()
+
+    async def _think(self) -> None:
+        point = self._faults.next(self._name)
+        rng = random.Random(point.pick)  # noqa: S311 - simulation
+        await asyncio.sleep(rng.choice(PAUSES_S) * rng.uniform(0.5, 1.5) * self._pace)
+        kind = self._faults.due(point, USER)
+        if kind is None:
+            return
+        self._faults.happened(point, kind)
+        self._world.note(self._name, kind.value)
+        request = self._verbs[kind]()
+        self._requests.append(request)
+        if rng.random() < 0.7:
+            await request
+
+    async def _see_to_the_end(self) -> JobState:
+        while True:
+            record = await self._world.find(self._job.id)
+            if record is not None and record.state.ended:
+                return record.state
+            if record is not None and record.control is Control.PAUSE:
+                await self._ask("resume")
+            await asyncio.sleep(max(1.0, self._pace / 10))  # a look costs more than all else
+
+    def _submit(self) -> asyncio.Task[object]:
+        return self._start(lambda m: m.requests.submit(self._job), "submit", lambda _: None)
+
+    def _ask(self, verb: str) -> asyncio.Task[object]:
+        job = self._job.id
+        return self._start(lambda m: getattr(m.requests, verb)(job), verb, lambda _: None)
+
+    def _cancel(self) -> asyncio.Task[object]:
+        job, acknowledged = self._job.id, self._world.watch.cancel_asked(self._job.id)
+
+        def told(answer: object) -> None:
+            if not isinstance(answer, Refused):
+                acknowledged()
+
+        return self._start(lambda m: m.requests.cancel(job), "cancel", told)
+
+    def _retry(self) -> asyncio.Task[object]:
+        job, answered = self._job.id, self._world.watch.retry_asked(self._job.id)
+        return self._start(lambda m: m.requests.retry(job), "retry", lambda _: answered())
+
+    def _start(
+        self,
+        call: Callable[[Manager], object],
+        verb: str,
+        told: Callable[[object], None],
+    ) -> asyncio.Task[object]:
+        async def ask() -> object:
+            answer = await self._world.ask(call, f"{verb} {self._job.id}")
+            told(answer)
+            return answer
+
+        return asyncio.create_task(ask(), name=f"{self._name} asks to {verb}")

@@ -1,0 +1,342 @@
+"""The promises that can be checked while they are kept: at each write, send, delete and start.
+
+Invariant: the watch only looks. What it knows comes from the effects of port calls, as the services
+behind the ports saw them, so it holds for whatever code runs above.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from batchlab.adapters.sim.queue import SimQueue
+from batchlab.model import Bundle, Control, JobId, StageCounts, StageName
+from batchlab.ports import MAX_VISIBILITY_S, Clock, Message, StageRecord
+from batchlab.protocol import naming, wire
+from batchlab.sim.actors import Actor, SimulationError
+
+Name = tuple[str, str, str]
+"""(job, stage, bundle id)."""
+
+TOLERANCE_S = 1.0
+
+
+class Violated(SimulationError):
+    """A promise does not hold."""
+
+
+@dataclass(slots=True)
+class Hold:
+    """A task message in an actor's hands, since `received_s`; its holder last asked at `asked_s`
+    for `visibility_s` more."""
+
+    actor: Actor
+    bundle: Name
+    received_s: float
+    asked_s: float
+    visibility_s: float
+
+
+@dataclass(slots=True)
+class Start:
+    """A task that began. `ended_s` is None while it runs, and for ever where its worker died."""
+
+    at_s: float
+    actor: Actor | None
+    job: JobId
+    stage: StageName
+    task: int
+    round: int
+    ended_s: float | None = None
+
+
+@dataclass(slots=True)
+class Watch:
+    """Told by ports, services and runners; `fail` ends the run with what is wrong."""
+
+    clock: Clock
+    queue: SimQueue
+    fail: Callable[[SimulationError], None]
+    frozen: Callable[[Actor], bool]
+    visibility_s: float
+    """What workers ask for; less is a message given back."""
+    starts: list[Start] = field(default_factory=list)
+    killed: set[Actor] = field(default_factory=set)
+    """Workers that ended otherwise than by draining."""
+    _planned: set[Name] = field(default_factory=set)
+    _committed: set[Name] = field(default_factory=set)
+    _words: dict[str, list[tuple[float, Control]]] = field(default_factory=dict)
+    _holds: dict[tuple[str, str], Hold] = field(default_factory=dict)
+    _settled_s: dict[tuple[Actor, Name], float] = field(default_factory=dict)
+    _disturbed_s: dict[Actor, float] = field(default_factory=dict)
+    _forbidden: dict[JobId, float] = field(default_factory=dict)
+    _retries: dict[JobId, list[int]] = field(default_factory=dict)
+    _counts: dict[tuple[JobId, StageName], tuple[int, StageCounts]] = field(default_factory=dict)
+
+    def _require(self, holds: bool, promise: str, facts: str) -> None:
+        if not holds:
+            self.fail(Violated(f"{promise} is violated: {facts}"))
+
+    # --- The bucket ------------------------------------------------------------------------------
+
+    def written(self, key: str, before: bytes | None, data: bytes, if_absent: bool) -> None:
+        """I1: what is committed never changes, and is committed by a conditional put."""
+        parts = key.split("/")
+        if parts[0] != "jobs":
+            return
+        job, kind = parts[1], parts[2]
+        if kind == "control.json":
+            word = wire.word_from_bytes(data).control
+            self._words.setdefault(job, []).append((self.clock.monotonic_s(), word))
+            return
+        if kind not in ("spec.json", "retries", "final"):
+            kind = parts[3]
+        if kind in ("starts", "running", "files", "logs"):
+            return
+        self._require(before in (None, data), "I1", f"{key} has changed after its commit")
+        # Parts come before the manifest that commits them; whoever plans writes the same ones.
+        conditional = if_absent or parts[-1].startswith(("part-", "group-"))
+        self._require(conditional, "I1", f"{key} is written without a condition")
+        self._learn(kind, parts[-2], data)
+
+    def _learn(self, kind: str, folder: str, data: bytes) -> None:
+        if kind == "outcomes":
+            outcome = wire.outcome_from_json(wire.loads(data))
+            name = _name(outcome.bundle)
+            self._require(name in self._planned, "I1", f"{name} is committed, but not planned")
+            self._committed.add(name)
+            self._planned.update(_name(follow.bundle) for follow in outcome.follows)
+        elif folder == "cuts":
+            self._plan(wire.cut_from_json(wire.loads(data)).bundles)
+        elif kind == "retries":
+            for cut in wire.loads(data)["cuts"]:
+                self._plan(wire.cut_from_json(cut).bundles)
+
+    def _plan(self, bundles: Sequence[Bundle]) -> None:
+        self._planned.update(map(_name, bundles))
+
+    # --- Port calls ------------------------------------------------------------------------------
+
+    def disturbed(self, actor: Actor, for_s: float = 0.0) -> None:
+        """A fault has hit it now, and lasts: what it fails to do in time has an excuse."""
+        until_s = self.clock.monotonic_s() + for_s
+        self._disturbed_s[actor] = max(until_s, self._disturbed_s.get(actor, 0.0))
+
+    def called(self, actor: Actor, label: str, args: Sequence[Any], result: Any) -> None:
+        """A port call of `actor` has taken effect."""
+        if label == "queue.receive":
+            self._received(actor, args[0], result)
+        elif label == "queue.send":
+            self._sends(actor, args[0], args[1])
+        elif label == "queue.delete":
+            self._deletes(actor, args[0], args[1])
+        elif label == "queue.change_visibility":
+            self._extends(args[0], args[1])
+        elif label == "objects.delete":
+            gone = [key for key in args[0] if "/starts/" not in key]
+            self._require(not gone, "I1", f"{actor.name} deletes {gone}")
+
+    def _received(self, actor: Actor, queue: str, messages: Sequence[Message]) -> None:
+        now_s = self.clock.monotonic_s()
+        if not _carries_tasks(queue):
+            return
+        for message in messages:
+            name = _name_in(message.body)
+            if name in self._planned:
+                hold = Hold(actor, name, now_s, now_s, self.visibility_s)
+                self._holds[queue, message.receipt] = hold
+
+    def _sends(self, actor: Actor, queue: str, messages: Sequence[Any]) -> None:
+        now_s = self.clock.monotonic_s()
+        for message in messages:
+            if queue == naming.EVENTS:
+                for told in _told_in(message.body):
+                    self._require(
+                        told in self._committed,
+                        "step 3",
+                        f"{actor.name} tells of {told} before it is committed",
+                    )
+                    self._settled_s[actor, told] = now_s
+            elif (name := _name_in(message.body)) is not None:
+                self._require(
+                    name in self._planned,
+                    "step 3",
+                    f"{actor.name} sends {name}, which follows from nothing that is committed",
+                )
+                self._settled_s[actor, name] = now_s
+
+    def _deletes(self, actor: Actor, queue: str, receipts: Sequence[str]) -> None:
+        for receipt in receipts:
+            hold = self._holds.pop((queue, receipt), None)
+            if hold is None:
+                continue
+            # A manager sends its copy before it knows what the dead worker held; so at any time.
+            since_s = hold.received_s if hold.actor is actor else 0.0
+            done = self._settled_s.get((actor, hold.bundle), -1.0) >= since_s
+            self._require(
+                done or self._was_stopped(hold),
+                "step 4",
+                f"{actor.name} deletes {hold.bundle}, and has neither told of it nor sent it again",
+            )
+
+    def _was_stopped(self, hold: Hold) -> bool:
+        """Whether its job was to be cancelled or paused at some time since it was received."""
+        words = self._words.get(hold.bundle[0], [])
+        last = [word for at_s, word in words if at_s <= hold.received_s][-1:]
+        later = [word for at_s, word in words if at_s > hold.received_s]
+        return any(word is not Control.RUN for word in (*last, *later))
+
+    def _extends(self, queue: str, changes: Sequence[tuple[str, float]]) -> None:
+        now_s = self.clock.monotonic_s()
+        for receipt, visibility_s in changes:
+            hold = self._holds.get((queue, receipt))
+            if hold is None:
+                continue
+            hold.asked_s, hold.visibility_s = now_s, visibility_s
+            beyond = now_s + visibility_s > hold.received_s + MAX_VISIBILITY_S
+            self._require(
+                not beyond or self._excused(hold.actor, hold.received_s),
+                "12 h",
+                f"{hold.actor.name} asks to hold {hold.bundle} longer than SQS lets anybody",
+            )
+
+    def lapsed(self, queue: str, receipt: str) -> None:
+        """Nobody loses a message to its timeout who could have extended it."""
+        hold = self._holds.pop((queue, receipt), None)
+        if hold is None or hold.visibility_s < self.visibility_s or not hold.actor.alive:
+            return
+        self._require(
+            self._excused(hold.actor, hold.asked_s),
+            "heartbeat",
+            f"the visibility of {hold.bundle} ran out in the hands of {hold.actor.name}, which is "
+            f"alive and was not disturbed since {hold.asked_s:.3f}",
+        )
+
+    def _excused(self, actor: Actor, since_s: float) -> bool:
+        disturbed_s = self._disturbed_s.get(actor, -1.0)
+        return self.frozen(actor) or disturbed_s >= since_s - TOLERANCE_S
+
+    def left(self, actor: Actor) -> None:
+        """I6: who has drained and left holds nothing, unless its own calls went astray.
+
+        A message given back with a short wait is given back: the holder asked for that.
+        """
+        for (queue, receipt), hold in list(self._holds.items()):
+            if hold.actor is not actor or hold.visibility_s < self.visibility_s:
+                continue
+            self._require(
+                not self.queue.held_s(queue, receipt) or self._excused(actor, hold.received_s),
+                "I6",
+                f"{actor.name} has left, and {hold.bundle} waits for its timeout",
+            )
+
+    # --- Tasks -----------------------------------------------------------------------------------
+
+    def started(self, start: Start) -> None:
+        """I4: no task starts after its job's cancellation has been acknowledged."""
+        self.starts.append(start)
+        forbidden_s = self._forbidden.get(start.job)
+        self._require(
+            forbidden_s is None,
+            "I4",
+            f"{start.job}: its cancellation was acknowledged at {forbidden_s}, and task "
+            f"{start.task} of stage {start.stage} starts",
+        )
+
+    def lost_starts(self, job: JobId, stage: str, task: int, round_: int) -> int:
+        """How many workers started the task and were killed, or disturbed since."""
+        return len(
+            {
+                start.actor
+                for start in self.starts
+                if start.task == task
+                and (start.job, start.stage, start.round) == (job, stage, round_)
+                and self._came_to_grief(start)
+            }
+        )
+
+    def _came_to_grief(self, start: Start) -> bool:
+        actor = start.actor
+        return actor is not None and (actor in self.killed or self._excused(actor, start.at_s))
+
+    def cancel_asked(self, job: JobId) -> Callable[[], None]:
+        """A user asks; what this returns is to be called once the cancellation is acknowledged.
+
+        It counts only where no retry was asked for meanwhile: then nobody can tell what came last.
+        """
+        before = list(self._retries.setdefault(job, [0, 0]))
+
+        def acknowledged() -> None:
+            if self._retries[job] == before and before[0] == before[1]:
+                self._forbidden[job] = self.clock.monotonic_s()
+
+        return acknowledged
+
+    def was_cancelled(self, job: JobId) -> bool:
+        """Whether it was ever to be cancelled, by a user or for its failures."""
+        return any(word is Control.CANCEL for _, word in self._words.get(job, []))
+
+    def retry_asked(self, job: JobId) -> Callable[[], None]:
+        """A user asks to run a job again; what this returns is called when that is answered."""
+        counts = self._retries.setdefault(job, [0, 0])
+        counts[0] += 1
+        self._forbidden.pop(job, None)
+
+        def answered() -> None:
+            counts[1] += 1
+
+        return answered
+
+    # --- The ledger ------------------------------------------------------------------------------
+
+    def forget_counts(self) -> None:
+        """The ledger is made anew, so its counters begin again."""
+        self._counts.clear()
+
+    def counted(self, job: JobId, round_: int, stages: Sequence[StageRecord]) -> None:
+        """I2 all along: never more ended than planned, and counters do not fall within a round."""
+        for record in stages:
+            now = record.counts
+            if now.planned is not None:
+                told = f"{job}/{now.stage}: {now.planned} planned, {now.terminal} ended"
+                self._require(now.terminal <= now.planned, "I2", told)
+            before_round, before = self._counts.get((job, now.stage), (-1, now))
+            self._counts[job, now.stage] = round_, now
+            if before_round != round_:
+                continue
+            for what in ("succeeded", "failed", "cancelled"):
+                was, is_ = getattr(before, what), getattr(now, what)
+                told = f"{job}/{now.stage}: {what} fell from {was} to {is_} in round {round_}"
+                self._require(is_ >= was, "I2", told)
+
+
+def _carries_tasks(queue: str) -> bool:
+    return queue.startswith("tasks-") and not queue.endswith("-dead")
+
+
+def _name(bundle: Bundle) -> Name:
+    return bundle.job, bundle.stage, bundle.id
+
+
+def _name_in(body: str) -> Name | None:
+    """The bundle that a task message carries; None where it is none of ours."""
+    try:
+        return _name(wire.bundle_from_json(json.loads(body)["b"]))
+    except Exception:  # noqa: BLE001 - scenes send malformed ones on purpose
+        return None
+
+
+def _told_in(body: str) -> list[Name]:
+    """The bundles of whose outcomes an event tells."""
+    try:
+        doc: Mapping[str, Any] = json.loads(body)
+        told = [wire.bundle_from_json(one["b"]) for one in doc.get("c", ())]
+        keys = [key.split("/") for key in doc.get("k", ())]
+        return [
+            *map(_name, told),
+            *((key[1], key[2], key[-1].removesuffix(".json")) for key in keys),
+        ]
+    except Exception:  # noqa: BLE001 - as above
+        return []

@@ -1,0 +1,86 @@
+"""Finds for each planted bug a seed that shows it, for CI to try first, and writes the docs' table.
+
+    python -m tests.sim.mutants.calibrate [--afresh] [WORD…]
+
+Which seed shows a mutant depends on every draw that the simulator makes: run it again after a
+change of the simulator. WORDs choose mutants whose names contain one of them; without --afresh a
+seed that still shows its mutant is kept. Exit code 1 where no seed shows a mutant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from batchlab.sim.plans import LIMIT_S, Plan, draw
+from tests.sim.mutants import MUTANTS
+from tests.sim.mutants.kit import ENOUGH, KNOWN, Known, Mutant, hunt, known
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "planted-bugs.md"
+BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+
+SMALL = 150
+"""Worlds of at most so many tasks are searched first, since CI looks at the seed again and again.
+"""
+
+
+def rows(found: dict[str, Known]) -> str:
+    """The table of planted bugs, as Markdown."""
+    lines = ["| mutant | what is broken | promise | seed |", "| --- | --- | --- | ---: |"]
+    for mutant in MUTANTS:
+        one = found[mutant.name]
+        lines.append(f"| {mutant.name} | {mutant.broken} | {one.promise} | {one.seed} |")
+    return "\n".join(lines)
+
+
+def table_in(page: str) -> str:
+    """The table that the page has."""
+    return page.split(BEGIN)[1].split(END)[0].strip()
+
+
+def _small_first() -> list[int]:
+    return sorted(range(ENOUGH), key=lambda seed: not _is_small(draw(seed)))
+
+
+def _is_small(plan: Plan) -> bool:
+    tasks = sum((job.items or 0) * len(job.stages) for job in plan.jobs)
+    return tasks <= SMALL and plan.limit_s <= LIMIT_S
+
+
+def _calibrated(mutant: Mutant, before: Known | None) -> Known | None:
+    kept = [] if before is None else [before.seed]
+    for seeds in (kept, _small_first()):
+        found = hunt(mutant, seeds)
+        if found.caught:
+            return Known(found.caught.seed, found.caught.promise)
+        for other in found.others[:3]:
+            print(f"  {mutant.name}, seed {other.seed}: {other.text}", flush=True)
+    return None
+
+
+def main(arguments: Sequence[str]) -> int:
+    words = [word for word in arguments if word != "--afresh"]
+    found, missed = known(), 0
+    for mutant in MUTANTS:
+        if words and not any(word in mutant.name for word in words):
+            continue
+        one = _calibrated(mutant, None if "--afresh" in arguments else found.get(mutant.name))
+        print(f"{mutant.name}: {f'seed {one.seed}, {one.promise}' if one else 'NONE'}", flush=True)
+        if one is None:
+            missed += 1
+            continue
+        found[mutant.name] = one
+        # After each, so that an interrupted search is not lost.
+        kept = {m.name: asdict(found[m.name]) for m in MUTANTS if m.name in found}
+        KNOWN.write_text(json.dumps(kept, indent=1) + "\n")
+    if len(known()) == len(MUTANTS):
+        page = PAGE.read_text()
+        PAGE.write_text(page.replace(table_in(page), rows(known())))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,94 @@
+"""Bugs in what keeps the counts and the capacity: ledger, events, fleet.
+
+Each docstring says what somebody would have written, and then which promise that breaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import Connection
+
+from batchlab.adapters.sql import bundle_rows
+from batchlab.adapters.sql.upserts import Upserts
+from batchlab.fleet import decisions
+from batchlab.manager import autoscaler
+from batchlab.manager.autoscaler import Autoscaler, Backlog
+from batchlab.model import Completion, GroupView, Pool
+from tests.sim.mutants.kit import Plant, planted
+
+# --- Events and counters -------------------------------------------------------------------------
+
+
+@planted("I1", "I2", "I3")
+def events_counted_without_dedupe(plant: Plant) -> None:
+    """Every completion that comes is counted. An event that comes twice counts twice (I2)."""
+    original = bundle_rows._complete
+
+    @plant.everywhere(original)
+    def _complete(
+        connection: Connection, upserts: Upserts, completions: Sequence[Completion]
+    ) -> list[bool]:
+        original(connection, upserts, completions)
+        return [True] * len(completions)
+
+
+@planted("I1", "I2", "I3")
+def dedupe_across_calls_only(plant: Plant) -> None:
+    """The ledger is asked which completions are new, and all of them are counted. Two copies in
+    one call are both new (I2)."""
+    original = bundle_rows._complete
+
+    @plant.everywhere(original)
+    def _complete(
+        connection: Connection, upserts: Upserts, completions: Sequence[Completion]
+    ) -> list[bool]:
+        new = original(connection, upserts, completions)
+        fresh = {
+            (c.bundle.job, c.bundle.stage, c.bundle.id)
+            for c, n in zip(completions, new, strict=True)
+            if n
+        }
+        return [(c.bundle.job, c.bundle.stage, c.bundle.id) in fresh for c in completions]
+
+
+# --- Capacity ------------------------------------------------------------------------------------
+
+
+@planted("I5")
+def scale_in_takes_a_busy_one(plant: Plant) -> None:
+    """Scale-in lowers the desired capacity and lets the group choose. It takes the newest, busy or
+    not (I5)."""
+
+    @plant.method(Autoscaler, "protect_the_busy")
+    async def protect_the_busy(self: Autoscaler, view: GroupView) -> None:
+        pass
+
+    @plant.method(Autoscaler, "_shrink")
+    async def _shrink(self: Autoscaler, view: GroupView, desired: int, why: str) -> None:
+        await self._ports.fleet.set_desired(view.pool.name, desired, cause=why)
+
+
+@planted("I5")
+def desired_without_a_maximum(plant: Plant) -> None:
+    """Capacity follows the backlog, however large (I5)."""
+    original = autoscaler.wanted
+
+    @plant.everywhere(original)
+    def wanted(backlog: Backlog, view: GroupView, drain_target_s: float) -> tuple[int, str]:
+        _, why = original(backlog, view, drain_target_s)
+        needed = backlog.seconds / (drain_target_s * view.pool.slots)
+        return max(view.pool.min_size, round(needed)), why
+
+    @plant.everywhere(decisions.clamp)
+    def clamp(pool: Pool, desired: int) -> int:
+        return desired
+
+
+@planted("I5")
+def scale_in_forgotten(plant: Plant) -> None:
+    """Capacity grows with the backlog and never comes down (I5)."""
+
+    @plant.method(Autoscaler, "_may_shrink")
+    def _may_shrink(self: Autoscaler, pool: str, backlog: Backlog, now_s: float) -> bool:
+        return False

@@ -1,0 +1,138 @@
+"""Bugs in what an execution comes to and in how things are named: retries, chains, ids.
+
+Each docstring says what somebody would have written, and then which promise that breaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from batchlab.jobdef import JobDef
+from batchlab.model import (
+    Bundle,
+    BundleId,
+    Completion,
+    Follow,
+    Outcome,
+    Ran,
+    StageName,
+    TaskSet,
+)
+from batchlab.protocol import settle
+from batchlab.worker.hand import Hand
+from batchlab.worker.loop import Worker
+from tests.sim.mutants.kit import Plant, planted
+
+
+@planted("I7")
+def retry_under_the_same_id(plant: Plant) -> None:
+    """A bundle's id does not say which attempt it is. A retry finds its first attempt's outcome
+    and forwards that, again and again (I7)."""
+
+    @plant.property(Bundle, "id")
+    def id_(self: Bundle) -> BundleId:
+        t = self.tasks
+        return BundleId(f"{t.first:08d}-{t.last:08d}.{self.round}")
+
+
+@planted("I7")
+def round_without_an_id(plant: Plant) -> None:
+    """A bundle's id does not say which of the user's retries it belongs to. The new round finds
+    the old outcomes and nothing runs again (I7)."""
+
+    @plant.property(Bundle, "id")
+    def id_(self: Bundle) -> BundleId:
+        t = self.tasks
+        return BundleId(f"{t.first:08d}-{t.last:08d}.{self.attempt}")
+
+
+@planted("I1", "I2", "I3", "I7")
+def id_by_the_first_task(plant: Plant) -> None:
+    """A bundle's id names its first task only. The first half of a split bundle is taken for the
+    bundle itself (I7)."""
+
+    @plant.property(Bundle, "id")
+    def id_(self: Bundle) -> BundleId:
+        return BundleId(f"{self.tasks.first:08d}.{self.round}.{self.attempt}")
+
+
+@planted("Attempts")
+def retry_counts_worker_loss(plant: Plant) -> None:
+    """A delivery that ended without an outcome uses up one of the task's own attempts. A task that
+    would have succeeded at its next try is FAILED (attempts)."""
+    original = Worker._commit
+
+    @plant.method(Worker, "_commit")
+    async def _commit(
+        self: Worker,
+        hand: Hand,
+        job: JobDef,
+        started_s: float,
+        ran: Sequence[Ran],
+        *,
+        cancelled: bool = False,
+    ) -> Outcome:
+        lost = hand.suspicion
+        stages = tuple(
+            replace(stage, retry=replace(stage.retry, attempts=stage.retry.attempts - lost))
+            for stage in job.stages
+        )
+        less = replace(job, stages=stages)
+        return await original(self, hand, less, started_s, ran, cancelled=cancelled)
+
+
+@planted("I1", "I2", "I3", "I7")
+def split_off_task_run_as_well(plant: Plant) -> None:
+    """What is split off begins with the task that ended last, to be sure that none is left out.
+    That task ends twice (I1, I2)."""
+    original = settle._split
+
+    @plant.everywhere(original)
+    def _split(bundle: Bundle, rest: TaskSet) -> list[Follow]:
+        if rest and rest.first - 1 in bundle.tasks:
+            rest = TaskSet.union([rest, TaskSet.span(rest.first - 1, rest.first)])
+        return original(bundle, rest)
+
+
+@planted("I1", "I2", "I3", "I7")
+def rest_of_a_bundle_forgotten(plant: Plant) -> None:
+    """A bundle that was stopped early commits what has run, and nobody follows for the rest.
+    Those tasks never end (I7)."""
+
+    @plant.everywhere(settle._split)
+    def _split(bundle: Bundle, rest: TaskSet) -> list[Follow]:
+        return []
+
+
+@planted("I1", "I2", "I3", "I7")
+def chain_hands_on_failed_tasks(plant: Plant) -> None:
+    """The next stage's bundle has all tasks of this one's. Those that failed are counted as
+    cancelled there and run as well (I2)."""
+    original = settle.chain
+
+    @plant.everywhere(original)
+    def chain(job: JobDef, bundle: Bundle, succeeded: TaskSet) -> list[Follow]:
+        return original(job, bundle, bundle.tasks if succeeded else succeeded)
+
+
+@planted("I7")
+def casualties_not_counted(plant: Plant) -> None:
+    """Only tasks that ran are counted. Where one has failed, the stage after it waits for its
+    result for ever (I7)."""
+
+    @plant.everywhere(settle.casualties)
+    def casualties(job: JobDef, done: Completion) -> dict[StageName, int]:
+        return {}
+
+
+@planted("I1", "I2", "I3", "I7")
+def failure_final_and_retried(plant: Plant) -> None:
+    """A failed attempt is counted as the task's end although a retry follows. The task ends
+    twice (I1, I2)."""
+    original = settle.completion
+
+    @plant.everywhere(original)
+    def completion(outcome: Outcome) -> Completion:
+        failed = TaskSet.of(one.task for one in outcome.failed)
+        return replace(original(outcome), failed=failed)

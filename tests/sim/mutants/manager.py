@@ -1,0 +1,283 @@
+"""Bugs in a manager: plans, cuts, the end of a job, cancel and retry, the search for the lost.
+
+Each docstring says what somebody would have written, and then which promise that breaks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from batchlab.commit import commit
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.manager import rebuild, requests
+from batchlab.manager.conductor import Conductor
+from batchlab.manager.folding import Folder
+from batchlab.manager.live import LiveJob, Outstanding, Ports
+from batchlab.manager.manager import Manager
+from batchlab.manager.plans import PartWriter
+from batchlab.manager.reconciler import Reconciler
+from batchlab.manager.requests import Requests
+from batchlab.model import Completion, Control, JobId, StageName, TaskSet
+from batchlab.ports import Cut, Depth, JobRecord
+from batchlab.protocol import naming, settle, wire
+from batchlab.worker.inputs import Manifest
+from tests.sim.mutants.kit import Plant, planted
+
+# --- Planning and cutting ------------------------------------------------------------------------
+
+
+@planted("I1", "I2", "I3", "I7")
+def gather_on_message_count(plant: Plant) -> None:
+    """A counter grows with every completion that is received, and the gather fires when it has
+    reached the number of tasks. An event that comes twice fires it early (I1: results are left
+    out)."""
+    heard: Counter[tuple[JobId, StageName]] = Counter()
+    fold, plan = Folder.fold, Conductor._plan
+
+    @plant.method(Folder, "fold")
+    async def _fold(self: Folder, completions: Sequence[Completion]) -> None:
+        for one in completions:
+            if not one.bundle.round:
+                ended = len(one.succeeded) + len(one.failed) + len(one.cancelled)
+                heard[one.bundle.job, one.bundle.stage] += ended
+        await fold(self, completions)
+
+    @plant.method(Conductor, "_plan")
+    async def _plan(self: Conductor, live: LiveJob, stage: StageDef) -> None:
+        if not stage.chained and live.stages[stage.name].counts.planned is None:
+            for name in stage.after:
+                counts = live.stages[name].counts
+                if not counts.ended and heard[live.id, name] >= (counts.planned or 10**9):
+                    ended = replace(counts, cancelled=counts.planned or 0)
+                    live.stages[name] = replace(live.stages[name], counts=ended)
+        await plan(self, live, stage)
+
+
+@planted("I1", "I2", "I3", "I7")
+def plan_without_conditional_put(plant: Plant) -> None:
+    """Plans and cuts are put without If-None-Match. A manager that does not know yet that another
+    one leads overwrites what that one has acted on (I1, I3)."""
+
+    @plant.method(PartWriter, "commit")
+    async def _commit(self: PartWriter, skipped: TaskSet) -> Manifest:
+        await self._flush()
+        made = Manifest(self._count, tuple(self._starts), skipped, self._round)
+        key = naming.manifest(self._job, self._stage, self._round)
+        await self._patience(lambda: self._objects.put(key, made.to_bytes()))
+        return made
+
+    @plant.method(Conductor, "_commit_cut")
+    async def _commit_cut(self: Conductor, live: LiveJob, cut: Cut) -> Cut:
+        key = naming.cut(cut.job, cut.stage, cut.round, cut.seq)
+        data = wire.to_bytes(wire.cut_to_json(cut))
+        await self._ports.patience(lambda: self._ports.objects.put(key, data))
+        await self._ports.ledger.add_cut(cut)
+        now_s = self._ports.clock.monotonic_s()
+        live.expect((bundle, now_s) for bundle in cut.bundles)
+        return cut
+
+
+@planted("step 3")
+def cut_sent_before_committed(plant: Plant) -> None:
+    """Bundles are sent as soon as they are cut, and the cut is put afterwards. The next leader
+    cuts the same tasks into other bundles (I1, I2)."""
+    original = Conductor._commit_cut
+
+    @plant.method(Conductor, "_commit_cut")
+    async def _commit_cut(self: Conductor, live: LiveJob, cut: Cut) -> Cut:
+        await self.send(live, cut.bundles)
+        return await original(self, live, cut)
+
+
+@planted("I3", "step 3")
+def cut_only_in_memory_and_ledger(plant: Plant) -> None:
+    """The cut is written to the ledger only, which is there for that. A ledger rebuilt from the
+    bucket does not know its bundles (I3)."""
+
+    @plant.method(Conductor, "_commit_cut")
+    async def _commit_cut(self: Conductor, live: LiveJob, cut: Cut) -> Cut:
+        await self._ports.ledger.add_cut(cut)
+        now_s = self._ports.clock.monotonic_s()
+        live.expect((bundle, now_s) for bundle in cut.bundles)
+        return cut
+
+
+@planted("I2", "I7")
+def chained_stage_planned_once(plant: Plant) -> None:
+    """The stages that follow item by item get their number of tasks right after the first stage's
+    plan is committed. A manager that dies in between leaves them without one for ever (I7), or
+    until failures make it a negative one (I2)."""
+    plan, first_cut = Conductor._plan, Conductor._first_cut
+
+    @plant.method(Conductor, "_plan")
+    async def _plan(self: Conductor, live: LiveJob, stage: StageDef) -> None:
+        if not stage.chained:
+            await plan(self, live, stage)
+
+    @plant.method(Conductor, "_first_cut")
+    async def _first_cut(self: Conductor, live: LiveJob, stage: StageDef, tasks: TaskSet) -> None:
+        await first_cut(self, live, stage, tasks)
+        for fed in live.job.fed_by(stage.name):
+            await self._ports.ledger.set_planned(live.id, fed.name, len(tasks))
+        await self._folder.refresh(live)
+
+
+# --- Ending --------------------------------------------------------------------------------------
+
+
+@planted("I3")
+def ended_by_its_counters(plant: Plant) -> None:
+    """A job has ended when its counters say that every task has. The event of a split bundle that
+    was lost is never looked for (I3)."""
+
+    @plant.method(Conductor, "_accounted")
+    async def _accounted(self: Conductor, live: LiveJob) -> bool:
+        return True
+
+
+@planted("I4")
+def cancel_that_only_marks_the_ledger(plant: Plant) -> None:
+    """A cancellation is a column in the ledger. Workers do not read the ledger and go on starting
+    tasks (I4)."""
+
+    @plant.method(Conductor, "forbid")
+    async def forbid(self: Conductor, live: LiveJob, word: wire.Word) -> None:
+        await self._ports.ledger.set_control(live.id, Control.CANCEL)
+        live.record = replace(live.record, control=Control.CANCEL)
+
+
+@planted("I4")
+def cancel_acknowledged_at_once(plant: Plant) -> None:
+    """A cancellation is acknowledged when the control object is written. Workers that have looked
+    just before start tasks until they look again (I4)."""
+    original = Conductor.forbid
+
+    @plant.method(Conductor, "forbid")
+    async def forbid(self: Conductor, live: LiveJob, word: wire.Word) -> None:
+        settings, self._settings = self._settings, replace(self._settings, control_lease_s=0.0)
+        try:
+            await original(self, live, word)
+        finally:
+            self._settings = settings
+
+
+@planted("I1", "I2", "I3")
+def seal_that_believes_itself(plant: Plant) -> None:
+    """A cancelled job's outstanding bundles are counted as CANCELLED, whatever their workers have
+    committed in the meantime (I3)."""
+
+    @plant.method(Conductor, "_seal")
+    async def _seal(self: Conductor, live: LiveJob) -> Mapping[StageName, int]:
+        await self._folder.refresh(live)
+        now_s = self._ports.clock.now_s()
+        for one in live.all_outstanding():
+            draft = settle.sealed(one.bundle, execution="seal", worker="manager", now_s=now_s)
+            await commit(self._ports.objects, draft, self._ports.patience)
+            await self._folder.fold([settle.completion(draft)])
+        return {
+            name: (record.counts.planned or 0) - record.counts.terminal
+            for name, record in live.stages.items()
+        }
+
+
+# --- What a user asks for ------------------------------------------------------------------------
+
+
+@planted("I1", "I2", "I3")
+def retry_runs_all_again(plant: Plant) -> None:
+    """A retry runs the whole stage again, as it would a new one. What had succeeded has a second
+    result (I1, I2)."""
+
+    @plant.method(Requests, "_succeeded")
+    async def _succeeded(self: Requests, job: JobId, stage: StageName) -> TaskSet:
+        return TaskSet()
+
+
+@planted("I7")
+def retry_forgotten_by_the_next_leader(plant: Plant) -> None:
+    """A retry re-opens the job in the ledger, and then sends its bundles. A manager that dies in
+    between leaves a running job without a bundle (I7)."""
+
+    @plant.everywhere(requests.cuts_of_round)
+    async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
+        return ()
+
+
+# --- The lost ------------------------------------------------------------------------------------
+
+
+@planted("I7")
+def reconciler_that_never_looks(plant: Plant) -> None:
+    """Queues do not lose messages, so nobody looks for silent bundles. One that was lost, or never
+    sent, is waited for for ever (I7)."""
+
+    @plant.method(Reconciler, "look_for_the_silent")
+    async def look_for_the_silent(self: Reconciler, depths: Mapping[str, Depth]) -> None:
+        pass
+
+
+@planted("I1", "I2", "step 3")
+def reconciler_sends_committed_bundles_as_new(plant: Plant) -> None:
+    """A silent bundle is sent again as its next attempt, committed or not. Its tasks end under
+    both names (I1)."""
+
+    @plant.method(Reconciler, "_recover")
+    async def _recover(self: Reconciler, live: LiveJob, silent: list[Outstanding]) -> None:
+        for one in silent:
+            one.heard_s = self._ports.clock.monotonic_s()
+        again = [replace(one.bundle, attempt=one.bundle.attempt + 1) for one in silent]
+        await self._conductor.send(live, again)
+
+
+@planted("I7")
+def reconciler_that_gives_up(plant: Plant) -> None:
+    """A silent bundle is FAILED as lost. Its tasks have not failed (I1)."""
+
+    @plant.method(Reconciler, "_recover")
+    async def _recover(self: Reconciler, live: LiveJob, silent: list[Outstanding]) -> None:
+        now_s = self._ports.clock.now_s()
+        for one in silent:
+            draft = settle.poisoned(
+                one.bundle, "not heard of", execution="lost", worker="manager", now_s=now_s
+            )
+            outcome = await commit(self._ports.objects, draft, self._ports.patience)
+            await self.forward(live.job, outcome)
+
+
+@planted("I3", "I7")
+def new_leader_expects_nothing(plant: Plant) -> None:
+    """A new leader conducts its jobs from what it hears. What is outstanding and was lost under
+    the old one is not looked for (I7)."""
+    original = Manager._adopt
+
+    @plant.method(Manager, "_adopt")
+    async def _adopt(self: Manager, record: JobRecord) -> LiveJob:
+        live = await original(self, record)
+        live.outstanding.clear()
+        return live
+
+
+# --- The rebuild ---------------------------------------------------------------------------------
+
+
+@planted("I3")
+def rebuild_forgets_casualties(plant: Plant) -> None:
+    """A rebuild folds what the outcomes say, and not what they make impossible further on (I3)."""
+    original = rebuild._rebuild_round
+
+    @plant.everywhere(original)
+    async def _rebuild_round(
+        ports: Ports,
+        job: JobDef,
+        round_: int,
+        cuts: list[Cut],
+        completions: list[Completion],
+    ) -> None:
+        alone = replace(job, stages=tuple(replace(s, after=()) for s in job.stages))
+        for cut in cuts:
+            for stage in job.fed_by(cut.stage):
+                if cut.planned is not None:
+                    await ports.ledger.set_planned(job.id, stage.name, cut.planned)
+        await original(ports, alone, round_, cuts, completions)

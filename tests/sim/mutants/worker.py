@@ -1,0 +1,310 @@
+"""Bugs in a worker: the commit, the forwarding, the delete, and what it does with its messages.
+
+Each docstring says what somebody would have written, and then which promise that breaks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from batchlab import commit as product
+from batchlab.commit import Addressed, follow_ups
+from batchlab.jobdef import JobDef
+from batchlab.manager.reconciler import Reconciler
+from batchlab.model import Bundle, Control, Follow, JobId, Json, Outcome, Ran, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import MAX_VISIBILITY_S, Message, Objects
+from batchlab.protocol import naming, settle, wire
+from batchlab.worker.controls import Controls
+from batchlab.worker.hand import Hand
+from batchlab.worker.loop import Worker
+from batchlab.worker.suspects import Suspects
+from batchlab.worker.tenure import Tenure
+from tests.sim.mutants.kit import Plant, planted
+
+# --- The commit ----------------------------------------------------------------------------------
+
+
+@planted("I1", "I2", "I3")
+def unconditional_commit(plant: Plant) -> None:
+    """The outcome is put without If-None-Match, so the last writer wins. The ledger and the
+    follow-ups know the first one (I3); where two executions split differently, tasks end twice."""
+
+    @plant.everywhere(product.commit)
+    async def commit(objects: Objects, outcome: Outcome, patience: Patience) -> Outcome:
+        key = naming.outcome(outcome.bundle)
+        data = wire.to_bytes(wire.outcome_to_json(outcome))
+        await patience(lambda: objects.put(key, data))
+        return outcome
+
+
+@planted("I1", "I2", "I3")
+def loser_forwards_its_own_outcome(plant: Plant) -> None:
+    """On 412 the worker goes on with what it has computed itself. What follows, and what the
+    ledger counts, is then not what was committed (I1, I3)."""
+    original = product.commit
+
+    @plant.everywhere(product.commit)
+    async def commit(objects: Objects, outcome: Outcome, patience: Patience) -> Outcome:
+        await original(objects, outcome, patience)
+        return outcome
+
+
+@planted("step 4")
+def no_forwarding_on_412(plant: Plant) -> None:
+    """A worker that finds the outcome there takes the bundle for done and deletes the message.
+    If the one that committed died before it forwarded, what follows is stuck (I6)."""
+    original = Worker._finish
+
+    @plant.method(Worker, "_finish")
+    async def _finish(
+        self: Worker,
+        hand: Hand,
+        job: JobDef,
+        outcome: Outcome,
+        items: Sequence[Json] | None = None,
+    ) -> None:
+        if outcome.execution == hand.execution:
+            await original(self, hand, job, outcome, items)
+        else:
+            await self._delete(hand)
+
+
+@planted("step 4")
+def delete_before_commit(plant: Plant) -> None:
+    """The message is deleted when its tasks have run, and then the outcome is put. A crash in
+    between leaves neither a message nor an outcome (I6)."""
+    original = Worker._commit
+
+    @plant.method(Worker, "_commit")
+    async def _commit(
+        self: Worker,
+        hand: Hand,
+        job: JobDef,
+        started_s: float,
+        ran: Sequence[Ran],
+        *,
+        cancelled: bool = False,
+    ) -> Outcome:
+        await self._delete(hand)
+        return await original(self, hand, job, started_s, ran, cancelled=cancelled)
+
+
+@planted("step 4")
+def delete_on_receive(plant: Plant) -> None:
+    """The message is deleted as soon as it is received: at most once. A worker that dies takes
+    it along (I6), and a bundle that kills its workers is never suspected of it (I7)."""
+    original = Worker._serve
+
+    @plant.method(Worker, "_serve")
+    async def _serve(self: Worker, hand: Hand) -> None:
+        await self._delete(hand)
+        await original(self, hand)
+
+
+@planted("I1", "I2", "step 3")
+def forward_before_commit(plant: Plant) -> None:
+    """Follow-ups and event are sent as soon as the tasks have run, and then the outcome is put.
+    Where another outcome is there already, both were forwarded (I1, I2)."""
+    original = Worker._commit
+
+    @plant.method(Worker, "_commit")
+    async def _commit(
+        self: Worker,
+        hand: Hand,
+        job: JobDef,
+        started_s: float,
+        ran: Sequence[Ran],
+        *,
+        cancelled: bool = False,
+    ) -> Outcome:
+        now_s = self._clock.now_s()
+        draft = settle.settle(
+            job,
+            hand.bundle,
+            ran,
+            execution=hand.execution,
+            worker=self.who.worker,
+            started_s=started_s or now_s,
+            ended_s=max(started_s, now_s),
+            cancelled=cancelled,
+        )
+        await self._outbox.send(follow_ups(job, draft, now_s=now_s))
+        await self._outbox.event(settle.completion(draft))
+        return await original(self, hand, job, started_s, ran, cancelled=cancelled)
+
+
+@planted("I1", "ValueError")
+def inputs_by_position(plant: Plant) -> None:
+    """A follow-up gets its inputs by their position in the bundle, not by task. After a split or
+    a failed task the inputs are another task's (I1: a wrong result is committed)."""
+
+    @plant.everywhere(product.follow_ups)
+    def follow_ups(
+        job: JobDef,
+        outcome: Outcome,
+        *,
+        now_s: float,
+        items: dict[int, Json] | None = None,
+    ) -> list[Addressed]:
+        def inputs(stage: str, count: int) -> Sequence[Json] | None:
+            known = outcome.values if stage != outcome.bundle.stage else [*(items or {}).values()]
+            return known[:count] if len(known) >= count else None
+
+        return [
+            product.address(
+                job,
+                f.bundle,
+                items=inputs(f.bundle.stage, len(f.bundle.tasks)),
+                delay_s=f.delay_s,
+                now_s=now_s,
+            )
+            for f in outcome.follows
+        ]
+
+
+# --- Messages ------------------------------------------------------------------------------------
+
+
+@planted("heartbeat")
+def no_heartbeat(plant: Plant) -> None:
+    """Nobody extends the visibility of a message that is being worked on. It comes back while its
+    tasks run; seen often enough, an innocent task is condemned as poison (I1)."""
+
+    @plant.method(Tenure, "_extend")
+    async def _extend(self: Tenure) -> None:
+        pass
+
+
+@planted("12 h", "heartbeat")
+def hand_over_after_the_cap(plant: Plant) -> None:
+    """The hand-over to the watchdog comes after the 12 hours at which SQS takes the receipt away.
+    The message comes back while its task runs (I1, I6)."""
+    original = Tenure._hand_over_old
+
+    @plant.method(Tenure, "_hand_over_old")
+    async def _hand_over_old(self: Tenure, job_of: Callable[[JobId], Awaitable[JobDef]]) -> None:
+        self._settings = replace(self._settings, hand_over_s=MAX_VISIBILITY_S * 1.05)
+        await original(self, job_of)
+
+
+@planted("I6")
+def drain_forgets_what_was_prefetched(plant: Plant) -> None:
+    """A draining worker exits with the messages in its hands that it has not begun. They wait for
+    their visibility timeout (I6)."""
+    original = Worker._send_again
+
+    @plant.method(Worker, "_send_again")
+    async def _send_again(
+        self: Worker,
+        hand: Hand,
+        job: JobDef,
+        *,
+        items: Sequence[Json] | None = None,
+        delay_s: float = 0.0,
+        watchdog: bool = False,
+    ) -> None:
+        if not self._draining.is_set():
+            await original(self, hand, job, items=items, delay_s=delay_s, watchdog=watchdog)
+
+
+# --- Control -------------------------------------------------------------------------------------
+
+
+@planted("I4")
+def control_looked_at_once_per_bundle(plant: Plant) -> None:
+    """The control object is read before a bundle starts, and not again while it runs. Later tasks
+    of the bundle start after the cancellation was acknowledged (I4)."""
+    current = Controls.current
+
+    @plant.method(Controls, "current")
+    async def _current(self: Controls, job: JobId) -> tuple[Control, float]:
+        return (await current(self, job))[0], math.inf
+
+    @plant.method(Controls, "poll")
+    async def poll(self: Controls) -> None:
+        await asyncio.get_running_loop().create_future()
+
+
+# --- Suspects ------------------------------------------------------------------------------------
+
+
+@planted("I7")
+def poison_without_a_limit(plant: Plant) -> None:
+    """A bundle that comes back is simply run again, also from the dead letters. A task that kills
+    its workers does so for ever (I7)."""
+
+    @plant.method(Suspects, "verdict")
+    async def verdict(self: Suspects, hand: Hand) -> Outcome | None:
+        return await product.committed(self._objects, hand.bundle, self._patience)
+
+    @plant.method(Reconciler, "_condemned")
+    async def _condemned(self: Reconciler, bundle: Bundle, message: Message) -> Outcome | None:
+        return None
+
+
+@planted("I7")
+def start_noted_after_the_run(plant: Plant) -> None:
+    """The start of a suspect is written down when it has ended, with the rest of what is known by
+    then. The starts that matter are those that end without a word (I7)."""
+
+    @plant.method(Suspects, "begin")
+    async def begin(self: Suspects, hand: Hand) -> None:
+        pass
+
+
+@planted("I1", "I7")
+def neighbours_of_poison_condemned(plant: Plant) -> None:
+    """A bundle that lost its workers is FAILED as a whole. The neighbours of the task that kills
+    are lost with it (I1: FAILED without having failed)."""
+
+    @plant.method(Suspects, "verdict")
+    async def verdict(self: Suspects, hand: Hand) -> Outcome | None:
+        done = await product.committed(self._objects, hand.bundle, self._patience)
+        if done or hand.suspicion < settle.LOSS_LIMIT:
+            return done
+        judged = settle.poisoned(
+            hand.bundle,
+            "killed its workers",
+            execution=hand.execution,
+            worker=self._worker,
+            now_s=self._clock.now_s(),
+        )
+        return await product.commit(self._objects, judged, self._patience)
+
+
+@planted("I1", "I7")
+def receives_counted_as_starts(plant: Plant) -> None:
+    """A task is condemned by how often its message was received. One that lay prefetched in
+    workers that died, or waited out an outage, is blamed (I1: FAILED without having failed)."""
+
+    @plant.method(Suspects, "verdict")
+    async def verdict(self: Suspects, hand: Hand) -> Outcome | None:
+        done = await product.committed(self._objects, hand.bundle, self._patience)
+        if done or hand.suspicion < settle.LOSS_LIMIT:
+            return done
+        condemn = partial(settle.poisoned, reason="it was received too often")
+        judge = settle.bisect if len(hand.bundle.tasks) > 1 else condemn
+        now_s = self._clock.now_s()
+        judged = judge(hand.bundle, execution=hand.execution, worker=self._worker, now_s=now_s)
+        return await product.commit(self._objects, judged, self._patience)
+
+
+@planted("I1", "I2", "I3", "I7")
+def halves_that_overlap(plant: Plant) -> None:
+    """A bundle is halved with the middle in both parts. A task of it ends twice (I1, I2)."""
+    original = settle.bisect
+
+    @plant.everywhere(settle.bisect)
+    def bisect(bundle: Bundle, *, execution: str, worker: str, now_s: float) -> Outcome:
+        made = original(bundle, execution=execution, worker=worker, now_s=now_s)
+        first, second = made.follows
+        if len(first.bundle.tasks) == 1:
+            return made
+        middle = TaskSet.span(first.bundle.tasks.last, first.bundle.tasks.last + 1)
+        wider = TaskSet.union([middle, second.bundle.tasks])
+        return replace(made, follows=(first, Follow(replace(second.bundle, tasks=wider))))

@@ -1,0 +1,87 @@
+"""Work in several processes: nothing is lost, nothing is left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from itertools import count
+
+import pytest
+
+from batchlab.sim import crew
+from batchlab.sim.crew import Died, spread
+
+
+def square(item: int) -> int:
+    return item * item
+
+
+def deadly(item: int) -> int:
+    if item % 4 == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if item % 4 == 3:
+        os._exit(7)
+    return item
+
+
+def endless(item: int) -> int:
+    signal.alarm(1)  # in place of the alarm that spread has set
+    while True:
+        pass
+
+
+def mask(item: int) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_every_item_comes_back_with_its_result() -> None:
+    assert dict(spread(square, range(50), 2)) == {item: item * item for item in range(50)}
+    assert list(spread(square, [], 2)) == []
+
+
+def test_a_process_that_dies_costs_its_item_only() -> None:
+    found = dict(spread(deadly, range(9), 2))
+    assert found.keys() == set(range(9))
+    assert {item for item, result in found.items() if result == item} == {0, 2, 4, 6, 8}
+    assert found[1] == found[5] == Died(-signal.SIGKILL)
+    assert found[3] == found[7] == Died(7)
+
+
+def test_an_item_that_never_ends_costs_its_process() -> None:
+    assert list(spread(endless, [0], 1)) == [(0, Died(-signal.SIGALRM))]
+    assert crew.ENDLESS_S > 60
+
+
+def test_a_source_without_end_is_taken_from_as_needed_and_closing_ends_all() -> None:
+    items = count()
+    results = spread(square, items, 2)
+    seen = [next(results)[0] for _ in range(20)]
+    assert len(set(seen)) == 20
+    assert next(items) < 25
+    assert multiprocessing.active_children()
+    results.close()
+    assert not multiprocessing.active_children()
+
+
+def test_ctrl_c_in_the_terminal_is_the_parents_affair() -> None:
+    assert list(spread(mask, [0], 1)) == [(0, True)]
+    assert not mask(0)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_it_ends_at_once_when_the_consumer_fails(processes: int) -> None:
+    def consume() -> None:
+        results = spread(time.sleep, [0.0, 600.0, 600.0, 600.0], processes)
+        try:
+            next(results)
+            raise ZeroDivisionError
+        finally:
+            results.close()
+
+    begun_s = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        consume()
+    assert time.monotonic() - begun_s < 60
+    assert not multiprocessing.active_children()

@@ -1,0 +1,160 @@
+"""The promises over many seeds of every kind of fault, and what a campaign tells of them.
+
+BATCHLAB_SEEDS and BATCHLAB_FROM take it further than the 500 seeds from 0 that are usual.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from unittest.mock import patch
+
+import pytest
+
+from batchlab.errors import UsageError
+from batchlab.model import JobId
+from batchlab.sim import fuzz, invariants
+from batchlab.sim.crew import Died
+from batchlab.sim.faults import Fault, FaultKind
+from batchlab.sim.fuzz import Failure, Tally, Tried
+from batchlab.sim.watch import Violated
+from batchlab.sim.world import World
+
+FIRST = int(os.environ.get("BATCHLAB_FROM", "0"))
+SEEDS = int(os.environ.get("BATCHLAB_SEEDS", "500"))
+AT_ONCE = 10
+QUICK_S = 20.0
+
+
+@pytest.mark.parametrize("first", range(FIRST, FIRST + SEEDS, AT_ONCE))
+def test_no_promise_is_broken_in_any_weather(first: int) -> None:
+    """I1 to I7 in random worlds. Answers pains 2, 4, 6, 7 and 14, wherever a fault may strike."""
+    for seed in range(first, min(first + AT_ONCE, FIRST + SEEDS)):
+        with fuzz.silence():
+            failure = fuzz.try_seed(seed, "all").failure
+            if failure:
+                found = fuzz.fewest(failure, "all", time.monotonic, limit_s=QUICK_S)
+                command = fuzz.command(failure, "all", found.parts if found else None)
+                pytest.fail(f"seed {seed}: {failure.text}\n{command}\n{failure.trace}")
+
+
+def test_every_kind_of_fault_happens() -> None:
+    """Seeds in which nothing goes wrong prove nothing."""
+    missing = set(FaultKind)
+    with fuzz.silence():
+        for seed in range(FIRST, FIRST + SEEDS):
+            missing -= {fault.kind for fault in fuzz.try_seed(seed, "all").faults}
+            if not missing:
+                return
+    pytest.fail(f"in {SEEDS} seeds from {FIRST} never happened: {sorted(missing)}")
+
+
+# --- What a seed tells ---------------------------------------------------------------------------
+
+
+def test_the_sums_do_not_depend_on_the_number_of_processes() -> None:
+    sums = []
+    for processes in (1, 2):
+        tally = Tally()
+        for tried in fuzz.campaign(range(1000, 1008), "storm", processes):
+            tally.add(tried)
+        sums.append(tally)
+    one, two = sums
+    assert one == two
+    assert one.seeds == 8
+    assert not one.failures
+    assert min(one.tasks, one.starts, one.virtual_ms, one.times.total()) > 0
+    assert one.managers >= one.seeds
+    assert set(one.worlds) == set(one.times)
+    assert max(one.worlds.values()) <= one.seeds
+
+
+def test_the_weather_decides_what_happens() -> None:
+    kinds = set()
+    with fuzz.silence():
+        for seed in range(4):
+            kinds |= {fault.kind for fault in fuzz.try_seed(seed, "crashes").faults}
+    assert kinds == {FaultKind.KILL_BEFORE, FaultKind.KILL_AFTER}
+
+
+def test_all_that_happened_replays_it() -> None:
+    with fuzz.silence():
+        first = fuzz.try_seed(6, "all")
+        again = fuzz.replay(6, "all", first.faults)
+    assert first.faults
+    assert again == first
+
+
+def test_a_failed_seed_counts_by_its_faults_and_is_listed_by_number() -> None:
+    lost, killed = Fault("a", 1, FaultKind.LOST), Fault("b", 2, FaultKind.KILL_AFTER)
+    tally = Tally()
+    for seed, faults in ((9, (lost, lost)), (3, (lost, killed))):
+        tally.add(Tried(seed, faults, None, Failure(seed, "I1", "I1 is violated: x", faults)))
+    assert [failure.seed for failure in tally.failures] == [3, 9]
+    assert tally.seeds == 2
+    assert tally.times == {FaultKind.LOST: 3, FaultKind.KILL_AFTER: 1}
+    assert tally.worlds == {FaultKind.LOST: 2, FaultKind.KILL_AFTER: 1}
+
+
+def test_a_seed_whose_process_dies_is_a_failure() -> None:
+    with patch.object(fuzz, "spread", lambda work, seeds, processes: iter([(7, Died(-9))])):
+        (tried,) = fuzz.campaign([7], "all", 1)
+    assert tried.failure is not None
+    assert "exit code -9" in tried.failure.text
+
+
+def test_no_world_is_left_in_memory() -> None:
+    """A campaign of any length takes the same memory, also where seeds fail."""
+
+    async def broken(world: World, jobs: Sequence[JobId]) -> None:
+        raise Violated("I3 is violated: planted")
+
+    with fuzz.silence():
+        kept = [fuzz.try_seed(1, "storm")]
+        with patch.object(invariants, "check_all", broken):
+            kept.append(fuzz.try_seed(1, "storm"))
+    assert kept[0].failure is None
+    assert kept[1].failure is not None
+    gc.collect()
+    assert not [one for one in gc.get_objects() if isinstance(one, World)]
+
+
+# --- Faults as text ------------------------------------------------------------------------------
+
+
+def test_faults_can_be_written_and_read_and_a_shell_leaves_them_alone() -> None:
+    with fuzz.silence():
+        faults = list(fuzz.try_seed(6, "all").faults)
+    text = fuzz.written(faults)
+    assert fuzz.read(text) == faults
+    assert shlex.quote(text) == text
+    assert fuzz.read(fuzz.written([])) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "'' is no fault"),
+        ("manager", "'manager' is no fault"),
+        ("manager:x:lost", "'manager:x:lost' is no fault"),
+        ("manager:1:lost,", "'' is no fault"),
+        ("manager:1:spilled", "no fault 'spilled'"),
+    ],
+)
+def test_what_is_no_fault_is_refused_with_a_remedy(text: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told) as refused:
+        fuzz.read(text)
+    assert refused.value.remedy
+
+
+def test_the_command_names_only_what_is_not_usual() -> None:
+    faults = (Fault("a", 1, FaultKind.LOST), Fault("b", 2, FaultKind.KILL_AFTER))
+    failure = Failure(12, "I1", "I1 is violated: x", faults)
+    assert fuzz.command(failure, "all") == "batchlab sim replay 12"
+    assert fuzz.command(failure, "all", faults) == "batchlab sim replay 12"
+    assert fuzz.command(failure, "storm", faults[1:]) == (
+        "batchlab sim replay 12 --only b:2:kill_after --weather storm"
+    )

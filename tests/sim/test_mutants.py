@@ -1,0 +1,93 @@
+"""Every planted bug is caught by the simulator, by a promise that it breaks."""
+
+from __future__ import annotations
+
+import pytest
+
+from batchlab.worker.loop import Worker
+from tests.sim.mutants import MUTANTS
+from tests.sim.mutants.calibrate import PAGE, rows, table_in
+from tests.sim.mutants.kit import (
+    AND_MORE,
+    ENOUGH,
+    PATIENT,
+    Hunt,
+    Mutant,
+    Plant,
+    Unfit,
+    hunt,
+    known,
+    mutated,
+    seeds_for,
+    unmutated,
+)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda one: one.name.replace(" ", "-"))
+def test_a_planted_bug_is_caught(mutant: Mutant) -> None:
+    """A simulation that finds nothing proves something only if it would find this (all pains)."""
+    found = hunt(mutant, seeds_for(mutant))
+    assert found.caught, f"no promise of {set(mutant.shows)} in {ENOUGH} seeds: {found.others}"
+
+
+# --- The kit -------------------------------------------------------------------------------------
+
+
+def test_a_mutant_of_something_renamed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Unfit, match="no method _gone"):
+        Plant(monkeypatch).method(Worker, "_gone")
+
+
+def test_a_mutant_with_other_parameters_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def _leave(self: Worker, quickly: bool) -> None: ...
+
+    with pytest.raises(Unfit, match="other parameters"):
+        Plant(monkeypatch).method(Worker, "_leave")(_leave)
+
+
+def test_a_mutants_own_error_is_no_catch() -> None:
+    """Otherwise one that has gone stale would pass for caught, since it crashes its worker."""
+
+    def plant(plant: Plant) -> None:
+        @plant.method(Worker, "_leave")
+        async def _leave(self: Worker) -> None:
+            self.gone()  # type: ignore[attr-defined]
+
+    with pytest.raises(Unfit, match="stale"):
+        hunt(Mutant("stale", plant, frozenset({"I7"})), range(10))
+
+
+def test_a_mutant_that_changes_nothing_is_not_caught() -> None:
+    idle = Mutant("idle", lambda _: None, frozenset({"I1", "I7"}))
+    assert hunt(idle, range(3)) == Hunt(None, ())
+
+
+def test_a_catch_by_another_promise_does_not_count() -> None:
+    """It would hide that a check for what the mutant breaks has gone."""
+    name = "scale in forgotten"
+    real = next(one for one in MUTANTS if one.name == name)
+    found = hunt(Mutant(name, real.plant, frozenset({"I3"})), [known()[name].seed])
+    assert found.caught is None
+    assert [other.promise for other in found.others] == ["I5"]
+
+
+def test_a_world_that_goes_on_for_ever_is_caught_early() -> None:
+    """I7, long before its limit of virtual time."""
+    name = "reconciler that never looks"
+    hanging = next(one for one in MUTANTS if one.name == name)
+    seed = known()[name].seed
+    seen, plain = mutated(hanging, seed), unmutated(seed)
+    assert seen.failure is not None
+    assert (seen.failure.promise, plain.failure) == ("I7", None)
+    assert plain.steps < seen.steps < PATIENT * plain.steps + 2 * AND_MORE
+
+
+def test_the_product_is_whole_after_a_mutant() -> None:
+    before = Worker._serve
+    mutated(next(one for one in MUTANTS if one.name == "delete on receive"), 1)
+    assert Worker._serve is before
+
+
+def test_the_page_has_the_table_that_the_calibration_writes() -> None:
+    """`python -m tests.sim.mutants.calibrate` writes both."""
+    assert table_in(PAGE.read_text()) == rows(known())

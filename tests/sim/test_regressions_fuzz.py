@@ -1,0 +1,56 @@
+"""Bugs that random worlds have found, each as the smallest scene that shows it.
+
+Each docstring says what went wrong before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+from batchlab.manager import by_hand
+from batchlab.model import Pool
+from batchlab.sim.world import MANAGER, World
+from tests.sim.scenes import A, ended_well, in_world, job, leader, stage, submitted, takes
+
+
+def test_copies_that_run_side_by_side_do_not_condemn_their_task() -> None:
+    """Each start counted as the death of a worker. A task of which enough copies ran was FAILED by
+    the next copy as one that kills its workers, and none of them had died."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), items=1)
+        await submitted(world, made)
+        while not world.starts:
+            await asyncio.sleep(1)
+        live = (await leader(world)).lives[made.id]
+        (one,) = live.all_outstanding()
+        copies = [replace(one.bundle, losses=1)] * 6
+        await (await leader(world)).conductor.send(live, copies)
+        await ended_well(world, made)
+        assert len(world.starts) >= 4
+
+    in_world(act, script=takes(300.0), pools=(Pool("default", 6, 6, 1),))
+
+
+def test_a_request_by_hand_spares_who_has_become_busy_since_the_last_tick() -> None:
+    """The group heard at each tick who is busy. A capacity set by hand in between took an instance
+    with work in hand although an idle one was there."""
+
+    async def act(world: World) -> None:
+        manager = await leader(world)
+        while len(manager.registry.idle("default")) < 4:
+            await asyncio.sleep(1)
+        made = job(stage(A, bundle=1), items=3)
+        await submitted(world, made)
+        while len(manager.registry.busy("default")) < 3:
+            await asyncio.sleep(0.1)
+        (idle,) = manager.registry.idle("default")
+        await world.ask(lambda m: by_hand.scale(m, "default", min_size=0, desired=3), "scale")
+        await ended_well(world, made)
+        assert len(world.starts) == 3
+        assert [name for name, one in world.workers.items() if one.ended] == [idle]
+
+    seldom = replace(MANAGER, tick_s=30.0)
+    pools = (Pool("default", 4, 4, 1),)
+    in_world(act, script=takes(40.0), pools=pools, manager_settings=seldom)
