@@ -85,7 +85,7 @@ class Autoscaler:
     async def scale(self, view: GroupView) -> None:
         """Bring one pool's group to what its backlog asks for."""
         pool = view.pool.name
-        await self._protect_the_busy(view)
+        await self.protect_the_busy(view)
         if pool in self.held:
             return
         backlog = self.backlog(pool)
@@ -121,7 +121,8 @@ class Autoscaler:
             target = view.desired - len(idle) - rest
             await self._ports.fleet.set_desired(pool, target, cause=why)
 
-    async def _protect_the_busy(self, view: GroupView) -> None:
+    async def protect_the_busy(self, view: GroupView) -> None:
+        """Tell the group who is busy by now; to be done before it is asked to shrink (I5)."""
         pool = view.pool.name
         alive = {i.id for i in view.instances if i.state is LifecycleState.IN_SERVICE}
         busy = frozenset(self._registry.busy(pool)) & alive

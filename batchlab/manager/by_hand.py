@@ -51,6 +51,7 @@ async def scale(
             "A pool is either scaled by hand or by the policy.", remedy="Leave one of the two out."
         )
     view = await group(manager, pool)
+    await manager.autoscaler.protect_the_busy(view)
     if min_size is not None or max_size is not None:
         await _limit(manager, view, min_size, max_size)
     if auto:

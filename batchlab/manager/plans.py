@@ -17,13 +17,14 @@ from batchlab.manager.live import Ports
 from batchlab.model import JobId, Json, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import BundleRecord, Objects
-from batchlab.protocol import naming, wire
-from batchlab.worker.inputs import Manifest
+from batchlab.protocol import naming, values, wire
+from batchlab.worker.inputs import Manifest, is_gather
 
 PART_ITEMS = 4096
 PART_BYTES = 1_000_000
-GROUP_BYTES = 100_000
-"""A gathered group larger than this is an object of its own, so that a part stays small."""
+ITEM_BYTES = 100_000
+"""A larger item (a record of 100 MB, a gathered group) is an object of its own, so that a part
+stays small, and only the worker that needs it holds it in memory."""
 
 
 class Plans:
@@ -53,7 +54,7 @@ class Plans:
         if stage.gather == "*":
             items: AsyncIterator[Json] = self._gather_all(job, stage)
         elif stage.gather is not None:
-            items = self._gather_by(job, stage, round, stage.gather)
+            items = self._gather_by(job, stage, stage.gather)
         else:
             return await self._join(job, stage, round, planned)
         return await self._write(job, stage.name, round, items)
@@ -69,9 +70,7 @@ class Plans:
         }
         yield {"$gather": bundles}
 
-    async def _gather_by(
-        self, job: JobDef, stage: StageDef, round: int, field: str
-    ) -> AsyncIterator[Json]:
+    async def _gather_by(self, job: JobDef, stage: StageDef, field: str) -> AsyncIterator[Json]:
         groups: dict[str, list[Json]] = {}
         for upstream in stage.after:
             async for task, value in self._values(job, upstream):
@@ -83,15 +82,8 @@ class Plans:
                             remedy=f"Return objects with {field!r}, or lists of them.",
                         )
                     groups.setdefault(str(element[field]), []).append(element)
-        for number, key in enumerate(sorted(groups)):
-            group = groups[key]
-            if len(wire.dumps(group)) <= GROUP_BYTES:
-                yield group
-                continue
-            name = naming.part(job.id, stage.name, round, number).replace("part-", "group-")
-            data = wire.to_bytes(group)
-            await self._ports.patience(partial(self._ports.objects.put, name, data))
-            yield {"$value": name}
+        for key in sorted(groups):
+            yield groups[key]
 
     async def _join(
         self, job: JobDef, stage: StageDef, round: int, planned: Mapping[StageName, int]
@@ -173,9 +165,14 @@ class PartWriter:
         """Append the next task's input."""
         if not self._items:
             self._starts.append(self._count)
+        data = wire.to_bytes(item)
+        if len(data) > ITEM_BYTES and not is_gather(item):
+            key = naming.item(self._job, self._stage, self._round, self._count)
+            await self._patience(partial(self._objects.put, key, data))
+            item, data = values.value_ref(key), b""
         self._items.append(item)
         self._count += 1
-        self._bytes += len(wire.dumps(item))
+        self._bytes += len(data)
         if len(self._items) >= PART_ITEMS or self._bytes >= PART_BYTES:
             await self._flush()
 

@@ -21,7 +21,6 @@ from batchlab.manager.live import LiveJob, ManagerSettings, Outstanding, Ports, 
 from batchlab.model import Bundle, Control, JobId, Outcome
 from batchlab.ports import MAX_BATCH, Depth, Message
 from batchlab.protocol import naming, settle, wire
-from batchlab.worker.suspects import starts_of
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +120,7 @@ class Reconciler:
 
     async def _judge(self, message: Message) -> None:
         """What becomes of a dead letter. Receives alone condemn nothing: an outage of the bucket
-        uses them up too. So a task alone fails only where it was started often enough."""
+        uses them up too. So a task alone goes back to the workers, who know what killed them."""
         try:
             bundle = wire.read_task_message(message.body).bundle
             job = (await self._ports.ledger.job(bundle.job)).job
@@ -148,9 +147,8 @@ class Reconciler:
         if len(bundle.tasks) > 1:
             draft = settle.bisect(bundle, execution=execution, worker="manager", now_s=now_s)
         else:
-            starts = await starts_of(self._ports.objects, bundle)
             deliveries = bundle.losses + message.receive_count - 1
-            if starts < settle.LOSS_LIMIT and deliveries < DELIVERY_LIMIT:
+            if deliveries < DELIVERY_LIMIT:
                 return None
             reason = (
                 f"was delivered {deliveries} times, the last {message.receive_count - 1} within "

@@ -71,15 +71,22 @@ class Requests:
         self._adopt = adopt
 
     async def submit(self, job: JobDef) -> JobRecord:
-        """Accept a job; the same client token again answers with the job it made."""
+        """Accept a job; the same client token again answers with the job it made, and is Refused
+        for a job that is another."""
         objects, patience = self._ports.objects, self._ports.patience
         try:
             data = wire.to_bytes(wire.job_to_json(job))
             await patience(lambda: objects.put(naming.spec(job.id), data, if_absent=True))
         except AlreadyExists:
-            job = wire.job_from_json(
+            known = wire.job_from_json(
                 wire.loads(await patience(lambda: objects.get(naming.spec(job.id))))
             )
+            if _content(known) != _content(job):
+                raise Refused(
+                    f"Job {job.id} is another one, submitted with the same client token.",
+                    remedy="Give each job a token of its own.",
+                ) from None
+            job = known
         now_s = self._ports.clock.now_s()
         later = job.start_at_s is not None and job.start_at_s > now_s
         state = JobState.SCHEDULED if later else JobState.SUBMITTED
@@ -111,7 +118,9 @@ class Requests:
         """Go on. Workers dropped the messages of a paused job, so all outstanding are sent."""
         live = self._live(job, "resumed")
         if live.record.control is Control.RUN:
-            raise Refused(f"Job {job} is not paused.")
+            raise Refused(
+                f"Job {job} is not paused.", remedy="`batchlab job why` says what it does."
+            )
         await self._control(live, Control.RUN)
         await self._move(live, JobState.RUNNABLE)
         # Copies, which a worker checks for an outcome: some may not have been dropped yet.
@@ -126,7 +135,10 @@ class Requests:
         if not record.state.ended:
             raise Refused(f"Job {job} is still {record.state}.", remedy="Wait, or cancel it first.")
         if record.state is JobState.SUCCEEDED:
-            raise Refused(f"Job {job} SUCCEEDED: there is nothing to run again.")
+            raise Refused(
+                f"Job {job} SUCCEEDED: there is nothing to run again.",
+                remedy="Submit its file again to run all of it anew.",
+            )
         round_ = record.round + 1
         made = await self._plan_retry(record, round_)
         objects, patience = self._ports.objects, self._ports.patience
@@ -225,7 +237,10 @@ class Requests:
     async def _control(self, live: LiveJob, control: Control) -> None:
         async with live.control_lock:
             if live.record.control is Control.CANCEL:
-                raise Refused(f"Job {live.id} is being cancelled.")
+                raise Refused(
+                    f"Job {live.id} is being cancelled.",
+                    remedy="Once it has ended, `batchlab job retry` runs what is left of it.",
+                )
             data = wire.word_to_bytes(wire.Word(control))
             put = partial(self._ports.objects.put, naming.control(live.id), data)
             await self._ports.patience(put)
@@ -236,6 +251,11 @@ class Requests:
         if await self._ports.ledger.move_job(live.id, state):
             live.record = replace(live.record, state=state)
         live.changed()
+
+
+def _content(job: JobDef) -> bytes:
+    """What a job is, but for the times at which it was submitted and is to start."""
+    return wire.to_bytes(wire.job_to_json(replace(job, submitted_s=0.0, start_at_s=None)))
 
 
 def _voided(before: StageRecord) -> Reopening:

@@ -69,6 +69,11 @@ def part(job: JobId, stage: StageName, round: int, number: int) -> str:
     return f"jobs/{job}/{stage}/plan/{round:04d}/part-{number:06d}.json"
 
 
+def item(job: JobId, stage: StageName, round: int, task: int) -> str:
+    """An input too large for its part."""
+    return f"jobs/{job}/{stage}/plan/{round:04d}/item-{task:08d}.json"
+
+
 def cut(job: JobId, stage: StageName, round: int, seq: int) -> str:
     """The commit of one decision on which tasks travel together."""
     return f"jobs/{job}/{stage}/plan/{round:04d}/cuts/{seq:08d}.json"

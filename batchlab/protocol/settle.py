@@ -49,7 +49,10 @@ def retries(rule: RetryRule, failure: Failure, attempt: int) -> bool:
 def backoff_s(rule: RetryRule, bundle: Bundle) -> float:
     """Wait before the try after `bundle`'s, seconds; the jitter is derived from the bundle's id,
     so that whoever computes it gets the same."""
-    base = min(rule.max_backoff_s, rule.backoff_s * rule.factor ** (bundle.attempt - 1))
+    try:
+        base = min(rule.max_backoff_s, rule.backoff_s * rule.factor ** (bundle.attempt - 1))
+    except OverflowError:
+        base = rule.max_backoff_s if rule.backoff_s else 0.0
     digest = hashlib.sha256(f"{bundle.job}/{bundle.stage}/{bundle.id}".encode()).digest()
     unit = int.from_bytes(digest[:4]) / 2**32
     return float(base * (1 + rule.jitter * (2 * unit - 1)))

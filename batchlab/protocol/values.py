@@ -25,6 +25,7 @@ from batchlab.task import File
 Json = Any
 
 MAX_DEPTH = 200
+_MAX_PATH = 12
 # Python refuses to write longer integers as text (4,300 digits).
 _MAX_INT_BITS = 14_000
 
@@ -125,7 +126,10 @@ def encode(value: object, file: Callable[[File], Json] = no_files, *, what: str 
     try:
         return _encode(value, file, 0)
     except _Odd as odd:
-        where = what + "".join(reversed(odd.where))
+        path = odd.where[::-1]
+        if len(path) > _MAX_PATH:
+            path[_MAX_PATH // 2 : -_MAX_PATH // 2] = ["…"]
+        where = what + "".join(path)
         raise NotAValue(
             f"{where} is {odd.what}.",
             remedy="JSON knows null, true, false, numbers, text, lists and dicts; "

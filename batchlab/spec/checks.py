@@ -117,7 +117,8 @@ def _gathers(subject: Subject) -> Iterator[Problem]:
 
 def _code(subject: Subject) -> Iterator[Problem]:
     if not paths.is_folder(subject.code):
-        message = f"The code folder {subject.code} does not exist."
+        what = "is a file" if paths.is_file(subject.code) else "does not exist"
+        message = f"The code folder {subject.code} {what}."
         yield Problem(("code",), message, "Write a folder relative to the job file.")
 
 
@@ -196,13 +197,25 @@ def _input_files(subject: Subject) -> Iterator[Problem]:
         if is_url(pattern):
             if not re.match(r"s3://[a-z0-9][a-z0-9.-]+(/|$)", pattern):
                 remedy = "Write s3://bucket/prefix, or a local pattern."
-                yield Problem(loc, f"'{pattern}' is no URL of an S3 bucket.", remedy)
-        elif not paths.matches(pattern, subject.folder):
-            message = f"No file matches '{pattern}', looked for in {subject.folder}."
-            remedy = "Write a pattern relative to the job file, such as data/*.csv."
-            if paths.is_folder(subject.folder / pattern):
-                remedy = f"It is a folder: write '{pattern.rstrip('/')}/*'."
-            yield Problem(loc, message, remedy)
+                what = units.shown(pattern)
+                yield Problem(loc, f"{what} is no URL of an S3 bucket.", remedy)
+        else:
+            yield from _matches(loc, pattern, subject.folder)
+
+
+def _matches(loc: Loc, pattern: str, folder: Path) -> Iterator[Problem]:
+    found = paths.matches(pattern, folder)
+    if not found:
+        message = f"No file matches {units.shown(pattern)}, looked for in {folder}."
+        remedy = "Write a pattern relative to the job file, such as data/*.csv."
+        if pattern and paths.is_folder(folder / pattern):
+            remedy = f"It is a folder: write '{pattern.rstrip('/')}/*'."
+        yield Problem(loc, message, remedy)
+    # The first one will do: whoever has many has one reason for all.
+    unfit = next((path for path in found if paths.unfit(path.name)), None)
+    if unfit is not None:
+        message = f"The name of the input file {str(unfit)!r} {paths.unfit(unfit.name)}."
+        yield Problem(loc, message, "Rename it, or write a pattern that leaves it out.")
 
 
 _ANY = ("stages", "*")

@@ -24,6 +24,8 @@ from batchlab.spec import units
 from batchlab.task import name_problem
 
 MIN_MEMORY_BYTES = 16 * 1024 * 1024
+MOST_TASKS = 10**12
+"""Of any count of tasks: more is a slip."""
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 PARAM_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
@@ -68,13 +70,13 @@ def _task_size(value: object) -> int | str:
     if isinstance(value, str):
         units.size_bytes(value)
         return value
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= units.LARGEST_BYTES:
         return value
-    raise ValueError(f"{value!r} is no size of a task")
+    raise ValueError(f"{units.shown(value)} is no size of a task")
 
 
 def _allowance(value: object) -> int | str:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TASKS:
         return value
     if (
         isinstance(value, str)
@@ -82,7 +84,7 @@ def _allowance(value: object) -> int | str:
         and float(value.strip(" %")) <= 100
     ):
         return value
-    raise ValueError(f"{value!r} is no number of tasks")
+    raise ValueError(f"{units.shown(value)} is no number of tasks")
 
 
 def _start(value: object) -> str:

@@ -79,14 +79,20 @@ def _ask_finders(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
 def _missing_in(source: Path, module: str, function: str, code: Path) -> tuple[str, str] | None:
     try:
         names = set(_names(source, code, frozenset()))
-    except (SyntaxError, ValueError, RecursionError, OSError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
         line = f" line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        what = error.msg if isinstance(error, SyntaxError) else error
+        # The parser says MemoryError where its own stack has no room for the nesting.
+        what = error.msg if isinstance(error, SyntaxError) else str(error) or "it nests too deeply"
         return f"{source.name}{line} cannot be read as Python: {what}.", "Mend the module."
     if function in names or _ANY in names:
         return None
     close = nearest(function, names)
-    remedy = f"Did you mean '{module}:{close}'?" if close else f"Define {function} in {source}."
+    if close:
+        remedy = f"Did you mean '{module}:{close}'?"
+    elif source.is_relative_to(code):
+        remedy = f"Define {function} in {source}."
+    else:
+        remedy = f"Name a function of {source}."
     return f"The handler does not exist: {source.name} has no '{function}'.", remedy
 
 

@@ -125,19 +125,29 @@ def fingerprint(jobfile: JobFile, code_digest: str) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        # A pipe would be waited for, and a device might never end.
+        if path.exists() and not path.is_file():
+            raise _unreadable(path, "it is no file")
+        with path.open(encoding="utf-8") as file:
+            return file.read(source.MAX_CHARACTERS + 1)
     except FileNotFoundError as error:
         raise JobFileError(
             "There is no such job file.",
             file=str(path),
             remedy="Write its path, or make one with `batchlab init`.",
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobFileError(
-            f"The job file cannot be read: {error}.",
-            file=str(path),
-            remedy="Write the path of a text file in UTF-8.",
-        ) from error
+    except UnicodeDecodeError as error:
+        raise _unreadable(path, f"it is not UTF-8 text, from byte {error.start} on") from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from error
+
+
+def _unreadable(path: Path, why: str) -> JobFileError:
+    return JobFileError(
+        f"The job file cannot be read: {why}.",
+        file=str(path),
+        remedy="Write the path of a text file in UTF-8.",
+    )
 
 
 def _errors(path: Path, document: source.Document, problems: Sequence[Problem]) -> JobFileErrors:

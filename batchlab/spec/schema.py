@@ -48,8 +48,9 @@ class InputSpec(_Model):
 
     files: forms.OneOrMany = Field(
         min_length=1,
-        description="Raw data: local patterns relative to the job file (`**` crosses folders; "
-        "hidden files need a pattern that names the dot), or `s3://bucket/prefix` URLs, which "
+        description="Raw data: local patterns relative to the job file (`**` crosses folders, "
+        "each of them once, however many links lead there; hidden files need a pattern that names "
+        "the dot), or `s3://bucket/prefix` URLs, which "
         "are not looked at before the job starts. One or a list. Matches of one pattern are "
         "sorted by path; a file that several patterns match is taken once.",
         examples=["data/*.csv"],
@@ -86,6 +87,7 @@ class RetrySpec(_Model):
     attempts: int = Field(
         default=_RULE.attempts,
         ge=1,
+        le=9999,
         description="Number of tries in all; 1 means no retry.",
         examples=[3],
     )
@@ -97,6 +99,7 @@ class RetrySpec(_Model):
     factor: float = Field(
         default=_RULE.factor,
         ge=1,
+        le=1000,
         description="What each further wait is multiplied by.",
         examples=[2.0],
     )
@@ -138,7 +141,11 @@ class ResourcesSpec(_Model):
     """What one task needs of its worker."""
 
     slots: int = Field(
-        default=1, ge=1, description="Task slots it takes; a worker has one per CPU.", examples=[2]
+        default=1,
+        ge=1,
+        le=9999,
+        description="Task slots it takes; a worker has one per CPU.",
+        examples=[2],
     )
     memory: forms.Memory | None = Field(
         default=None,

@@ -153,7 +153,9 @@ def _scalar(node: ScalarNode) -> Json:
     try:
         if node.tag == _TAG + "int":
             # A leading zero is decimal in YAML 1.2, and int(text, 0) refuses it.
-            return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+            whole = int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+            str(whole)  # ValueError where it has more digits than Python writes
+            return whole
         number = float(text) if node.tag == _TAG + "float" else math.nan
     except ValueError:
         number = math.nan

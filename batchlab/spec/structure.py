@@ -19,6 +19,7 @@ from batchlab.model import Json
 from batchlab.spec import forms
 from batchlab.spec.problems import Loc, Problem, nearest, suggest
 from batchlab.spec.schema import SECTIONS, JobSpec, general
+from batchlab.spec.units import shown
 
 _STAND_INS: Mapping[str, Json] = {
     "name": "unnamed",
@@ -141,7 +142,7 @@ def _kind_of(value: Json) -> str:
     for kind, name in (
         (bool, "true or false"),
         (str, "text"),
-        (int | float, str(value)),
+        (int | float, shown(value)),
         (list, "a list"),
         (dict, "a mapping"),
     ):
@@ -163,7 +164,9 @@ def _explain(error: ErrorDetails) -> Problem:
         return Problem(loc, context["message"], context["remedy"])
     if kind == "literal_error":
         words = re.findall(r"'([^']*)'", context["expected"])
-        return Problem(loc, f"'{name}' cannot be '{value}'.", suggest(str(value), words, "values"))
+        return Problem(
+            loc, f"'{name}' cannot be {shown(value)}.", suggest(str(value), words, "values")
+        )
     if kind == "string_pattern_mismatch":
         return _pattern(loc, name, str(value), context["pattern"])
     if kind == "string_too_long":
@@ -173,7 +176,7 @@ def _explain(error: ErrorDetails) -> Problem:
         return Problem(loc, f"'{name}' is empty.", _example(loc))
     if kind in _BOUNDS:
         bound = f"{_BOUNDS[kind]} {context['ge' if 'ge' in context else 'le']:g}"
-        return Problem(loc, f"'{name}' must be {bound}, not {value}.", _example(loc))
+        return Problem(loc, f"'{name}' must be {bound}, not {shown(value)}.", _example(loc))
     wanted = _KINDS.get(kind.split("_")[0])
     what = f"An entry of '{name}'" if isinstance(loc[-1], int) else f"'{name}'"
     if wanted is None:
@@ -189,12 +192,12 @@ def _pattern(loc: Loc, name: str, value: str, pattern: str) -> Problem:
     if pattern == forms.PARAM_PATTERN:
         # pydantic places an error of a dict's key under "[key]".
         return Problem(
-            loc[:-1], f"No parameter can be named '{value}': {takes}", _example(loc[:-1])
+            loc[:-1], f"No parameter can be named {shown(value)}: {takes}", _example(loc[:-1])
         )
     slug = re.sub(r"[^a-z0-9_]+", "-", value.lower()).strip("-_")[:40]
     rename = slug if pattern == forms.NAME_PATTERN else ""
     remedy = f"Write {rename}." if rename else _example(loc)
-    return Problem(loc, f"'{name}' cannot be '{value}': {takes}", remedy)
+    return Problem(loc, f"'{name}' cannot be {shown(value)}: {takes}", remedy)
 
 
 def _blamed(error: ErrorDetails) -> Loc:

@@ -5,13 +5,17 @@ Invariant: a text without a unit is refused, never guessed at; a plain number ha
 
 from __future__ import annotations
 
-import math
 import re
 from datetime import datetime
 
 DURATION_FORMS = "30s, 5m, 1h30m, 2d, 250ms or a number of seconds"
 SIZE_FORMS = "512 MiB, 8 GiB, 100 MB or a number of bytes"
 AT_FORMS = "+10m or a time with its zone such as 2026-01-31T06:00:00Z"
+
+LONGEST_S = 100 * 366 * 86_400.0
+LARGEST_BYTES = 2**60
+_LAST_YEAR = 9998
+"""Beyond these a number is a slip, and some store, timer or calendar could not hold it."""
 
 DURATION_PATTERN = r"^\s*(\d+(\.\d+)?\s*(ms|s|m|min|h|d)\s*)+$"
 SIZE_PATTERN = r"^\s*\d+(\.\d+)?\s*([KMGT]i?)?B\s*$"
@@ -22,33 +26,40 @@ _PIECE = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|min|s|m|h|d)")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
 
 
-def _number(value: object) -> float | None:
-    """`value` as a number that is finite and not negative, None for everything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if math.isfinite(value) and value >= 0 else None
+def shown(value: object) -> str:
+    """`value` in an error, where a slip may have made it long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:40]}…{text[-10:]}"
 
 
 def seconds(value: object) -> float:
-    """A duration in seconds; ValueError naming the accepted forms."""
+    """A duration in seconds; ValueError where it is none, or longer than a century."""
     if isinstance(value, str) and re.match(DURATION_PATTERN, value):
-        return sum(float(n) * _SECONDS[unit] for n, unit in _PIECE.findall(value))
-    number = _number(value)
-    if number is None:
-        raise ValueError(f"{value!r} is not a duration")
+        number: float = sum(float(n) * _SECONDS[unit] for n, unit in _PIECE.findall(value))
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise ValueError(f"{shown(value)} is not a duration")
+    else:
+        number = value
+    if number > LONGEST_S:
+        raise ValueError(f"{shown(value)} is longer than a century")
     return float(number)
 
 
 def size_bytes(value: object) -> int:
-    """A size in bytes (KiB = 1024, kB = 1000); ValueError naming the accepted forms."""
+    """A size in bytes (KiB = 1024, kB = 1000); ValueError where it is none, or over 1 EiB."""
+    number: float | None = None
     if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
-        number, prefix, binary = match.groups()
+        digits, prefix, binary = match.groups()
         if prefix or not binary:
             base = 1024 if binary else 1000
-            return int(float(number) * base ** _STEPS[prefix.upper()])
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is not a size")
-    return value
+            number = float(digits) * base ** _STEPS[prefix.upper()]
+    elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        number = value
+    if number is None:
+        raise ValueError(f"{shown(value)} is not a size")
+    if number > LARGEST_BYTES:
+        raise ValueError(f"{shown(value)} is larger than any disk")
+    return int(number)
 
 
 def start_s(text: str, now_s: float) -> float:
@@ -58,7 +69,9 @@ def start_s(text: str, now_s: float) -> float:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise ValueError(f"{text!r} is not a start time") from None
+        raise ValueError(f"{shown(text)} is not a start time") from None
     if moment.tzinfo is None:
         raise ValueError(f"{text!r} has no time zone")
+    if moment.year > _LAST_YEAR:
+        raise ValueError(f"{text!r} is too far away")
     return moment.timestamp()

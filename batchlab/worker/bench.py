@@ -7,6 +7,7 @@ the store. Imported by every child process: standard library only.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -20,6 +21,7 @@ Json = Any
 INLINE_BYTES = 32 * 1024
 """Encoded values up to this size stay inline; larger ones become objects of their own."""
 
+_SHORT = 1 << 64
 _PLAIN = frozenset({type(None), bool, int, float, str})
 _NOTHING: list[tuple[str, str]] = []
 _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -88,7 +90,7 @@ class Bench:
         )
         try:
             value = self._call(item if type(item) in _PLAIN else _decode(item), ctx)
-            if type(value) is int and not ctx.saved:
+            if type(value) is int and not ctx.saved and -_SHORT < value < _SHORT:
                 return Done(str(value), _NOTHING)
             return self._keep(value, ctx)
         finally:
@@ -158,7 +160,8 @@ class Outputs:
         if file.path in self._refs:
             return self._refs[file.path]
         if not file.path.is_file():
-            raise values.NotAValue(f"The result names the file {file.path}, which does not exist.")
+            what = "is no regular file" if os.path.lexists(file.path) else "does not exist"
+            raise values.NotAValue(f"The result names the file {file.path}, which {what}.")
         name = self._name(file)
         path = self._own(file.path, name)
         key = f"{self._prefix}/{name}"

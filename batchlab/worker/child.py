@@ -93,6 +93,8 @@ class Child:
             self._answer(json.dumps(["import", problem.fault, {"span": span}]))
             return "import"
         self._exit_if_forked()
+        # Taken after loading: what a module sets for itself stays.
+        habits = Habits()
         memory = Memory(job["memory_bytes"])
         must_start = job["must_start"]
         for task, item in job["items"]:
@@ -106,6 +108,7 @@ class Child:
                 return "worn out"
             must_start = False
             log_at = self._task(bench, task, item, log_at)
+            habits.restore()
         return "done"
 
     def _task(self, bench: Bench, task: int, item: Any, log_at: int) -> int:
@@ -220,6 +223,22 @@ class Output:
 
 def _stream(fd: int) -> IO[str]:
     return open(fd, "w", 1, "utf-8", "backslashreplace", closefd=False)
+
+
+class Habits:
+    """What the kernel keeps for this process and a task may have changed: its umask, its alarms.
+
+    Python's own state (modules, os.environ) is left alone: handlers keep things there on purpose.
+    """
+
+    def __init__(self) -> None:
+        self._umask = os.umask(0)
+        os.umask(self._umask)
+
+    def restore(self) -> None:
+        os.umask(self._umask)
+        # Or it would ring for the next task, which has no handler for it.
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class Memory:

@@ -6,12 +6,14 @@ or complete and exactly what its digest says. Nothing in a zip can write outside
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -28,6 +30,11 @@ _SKIPPED = frozenset(
 _MARKS = ("pyvenv.cfg", naming.MADE)
 """Files by which a virtual environment, a grid's home and fetched results are known: whatever
 they are called, they would change a job's code with every run."""
+_BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)
+"""What zipfile raises for a zip that is damaged, encrypted, or packed in a way it does not know."""
+_BAD_NAMES = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EILSEQ, None)
+"""The zip's own fault: names that clash or are too long, and what bz2 says of bad data. All else
+is this machine's."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CHUNK = 1024 * 1024
 
@@ -54,22 +61,41 @@ def pack(folder: Path, data: Collection[Path] = ()) -> bytes:
 
     Caches, virtual environments, version control and folders that batchlab made stay out, and so
     does `data` (absolute paths): the job's input, which reaches the tasks by itself.
-    UsageError for a link that leaves the folder, for what is neither file nor folder, and beyond
-    512 MiB or 20,000 files.
+    UsageError for a link that leaves the folder, for what is neither file nor folder or cannot be
+    read, for a name that no worker would unpack, and beyond 512 MiB or 20,000 files.
     """
     root = folder.resolve()
     if not root.is_dir():
         raise UsageError(f"The code folder {folder} does not exist.")
     left_out = {path.resolve() for path in data}
-    files = [path for path in _files(root, root) if path not in left_out]
-    files.sort(key=lambda path: path.relative_to(root).as_posix())
-    total = sum(path.stat().st_size for path in files)
-    if len(files) > MAX_FILES or total > MAX_BYTES:
+    try:
+        return _packed(_chosen(folder, root, left_out), root)
+    except OSError as error:
         raise UsageError(
-            f"The code folder {folder} holds {len(files)} files, {total / 2**20:.0f} MiB; "
-            f"the limits are {MAX_FILES} and {MAX_BYTES / 2**20:.0f} MiB.",
-            remedy="Keep data out of it: data is the job's input.",
-        )
+            f"{error.filename or folder} cannot be read: {error.strerror}.",
+            remedy="Make it readable for you, or keep it out of the code folder.",
+        ) from error
+
+
+def _chosen(folder: Path, root: Path, left_out: Collection[Path]) -> list[Path]:
+    """The files to pack, in the order of their names."""
+    files: list[Path] = []
+    total = 0
+    for path in _files(root, root):
+        if path not in left_out:
+            files.append(path)
+            total += path.stat().st_size
+        # Not at the end: it may be somebody's whole disk.
+        if len(files) > MAX_FILES or total > MAX_BYTES:
+            raise UsageError(
+                f"The code folder {folder} holds too much: "
+                f"the limits are {MAX_FILES} files and {MAX_BYTES / 2**20:.0f} MiB.",
+                remedy="Keep data out of it: data is the job's input.",
+            )
+    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _packed(files: Collection[Path], root: Path) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in files:
@@ -88,8 +114,13 @@ def _files(folder: Path, root: Path) -> Iterator[Path]:
             continue
         if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
             raise UsageError(
-                f"{path} is a link that leaves the code folder, or leads to a folder.",
-                remedy="Put the files themselves there.",
+                f"{path} is a link that leaves the code folder, or leads to a folder or nowhere.",
+                remedy="Put the files themselves there, or name a folder without it in 'code'.",
+            )
+        if not _is_portable(path.name):
+            raise UsageError(
+                f"{str(path)!r} has a backslash in its name, or one that is not UTF-8.",
+                remedy="Rename it, or name a folder without it in 'code'.",
             )
         if path.is_dir():
             yield from _files(path, root)
@@ -97,6 +128,14 @@ def _files(folder: Path, root: Path) -> Iterator[Path]:
             yield path
         else:
             raise UsageError(f"{path} is neither a file nor a folder.", remedy="Delete it.")
+
+
+def _is_portable(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\\" not in name
 
 
 def unpack(data: bytes, digest: str, target: Path) -> None:
@@ -115,12 +154,16 @@ def unpack(data: bytes, digest: str, target: Path) -> None:
         _extract(data, staged)
         staged.chmod(0o755)
         staged.rename(target)
-    except zipfile.BadZipFile as error:
+    except _BAD_ZIP as error:
         raise UsageError(f"The code zip cannot be read: {error}.") from error
-    except OSError:
+    except OSError as error:
+        # Where it is there now, another process was faster: what is there has the same digest.
         if not target.is_dir():
+            if error.errno in _BAD_NAMES:
+                raise UsageError(
+                    f"The code zip cannot be unpacked: {error.strerror or error}."
+                ) from error
             raise
-        # Another process was faster: what is there has the same digest.
     finally:
         shutil.rmtree(staged, ignore_errors=True)  # gone already, unless something failed above
 
@@ -147,7 +190,7 @@ def _extract(data: bytes, folder: Path) -> None:
 def _safe(entry: zipfile.ZipInfo) -> PurePosixPath:
     name = PurePosixPath(entry.filename)
     mode = entry.external_attr >> 16
-    if name.is_absolute() or ".." in name.parts or "\\" in entry.filename or ":" in name.parts[:1]:
+    if not name.name or name.is_absolute() or ".." in name.parts or "\\" in entry.filename:
         raise UsageError(f"The code zip names {entry.filename!r}, which leaves its folder.")
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise UsageError(f"The code zip holds {entry.filename!r}, which is a link or a device.")

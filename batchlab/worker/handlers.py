@@ -42,18 +42,23 @@ def fault(
     traceback: str = "",
     exit_code: int | None = None,
 ) -> Fault:
-    """The fields of a Failure, with text that any store can hold."""
+    """The fields of a Failure, with text that any store and any terminal can hold."""
     return {
         "kind": kind,
-        "reason": _clip(_utf8(reason), _REASON),
-        "error": _utf8(error),
-        "traceback": _clip(_utf8(traceback), _TRACE),
+        "reason": _visible(" ".join(_clip(reason, _REASON).split())),
+        "error": _visible(error),
+        "traceback": "\n".join(map(_visible, _clip(traceback, _TRACE).split("\n"))),
         "exit_code": exit_code,
     }
 
 
-def _utf8(text: str) -> str:
-    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+def _visible(text: str) -> str:
+    """`text` with what cannot be printed escaped: half characters, colours, NUL."""
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() or character == "\t" else repr(character)[1:-1]
 
 
 def _clip(text: str, limit: int) -> str:
@@ -73,13 +78,13 @@ def load(handler: str, function: str | None) -> Call:
     """
     try:
         found = _unpickled(Path(function)) if function else _imported(handler)
+        if not callable(found):
+            raise Problem("import", f"{handler} is no function but of type {type(found).__name__}.")
+        return _adapted(handler, found)
     except Problem:
         raise
     except BaseException as error:  # user code runs on import
         raise _import_problem(handler, error) from error
-    if not callable(found):
-        raise Problem("import", f"{handler} is no function but of type {type(found).__name__}.")
-    return _adapted(handler, found)
 
 
 def _imported(handler: str) -> Any:
@@ -195,6 +200,8 @@ def _explain(error: BaseException) -> Fault:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error}"  # with file and line, but not the line itself
     lines = traceback.format_exception_only(type(error), error)
     return " ".join("".join(lines).split())
 

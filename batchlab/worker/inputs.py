@@ -68,7 +68,7 @@ class Inputs:
             number = bisect_right(manifest.starts, task) - 1
             part = await self._part(bundle, manifest.round, number)
             item = part[task - manifest.starts[number]]
-            found.append(await self._gathered(job, item) if _is_gather(item) else item)
+            found.append(await self._gathered(job, item) if is_gather(item) else item)
         return found
 
     async def values(
@@ -129,5 +129,6 @@ class Inputs:
         return self._parts[key]
 
 
-def _is_gather(item: Json) -> bool:
+def is_gather(item: Json) -> bool:
+    """Whether the item stands for the results of whole stages."""
     return isinstance(item, dict) and "$gather" in item

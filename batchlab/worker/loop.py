@@ -29,7 +29,7 @@ from batchlab.worker.outbox import Outbox
 from batchlab.worker.runner import Runner, Work
 from batchlab.worker.settings import WorkerSettings
 from batchlab.worker.slots import Slots
-from batchlab.worker.suspects import Suspects
+from batchlab.worker.suspects import RunsElsewhereError, Suspects
 from batchlab.worker.tenure import Tenure
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,6 @@ class Worker:
         self._outbox = Outbox(queue, patience)
         self._inputs = Inputs(objects, patience)
         self._controls = Controls(objects, clock, settings.control_lease_s, self._looked)
-        self._suspects = Suspects(objects, clock, patience, who.worker)
         self._slots = Slots(who.slots)
         self._jobs: dict[JobId, JobDef] = {}
         self._hands: dict[str, Hand] = {}
@@ -78,6 +77,9 @@ class Worker:
         self._draining = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
+        self._suspects = Suspects(
+            objects, clock, patience, who.worker, settings.visibility_s, self._draining
+        )
 
     def drain(self) -> None:
         """Stop receiving; finish or give back what is in hand; then `run` returns (I6)."""
@@ -92,6 +94,7 @@ class Worker:
                 group.create_task(self._tenure.keep(self._job), name="tenure"),
                 group.create_task(self._controls.poll(), name="controls"),
                 group.create_task(self._beats.keep(), name="beats"),
+                group.create_task(self._suspects.keep(), name="suspects"),
             ]
             await self._draining.wait()
             fetcher.cancel()
@@ -178,6 +181,7 @@ class Worker:
         finally:
             if watched:
                 self._controls.unwatch(hand.bundle.job)
+            self._suspects.end(hand)
             self._hands.pop(hand.execution, None)
             self._beats.due()
             self._room.set()
@@ -205,7 +209,11 @@ class Worker:
             ):
                 await self._send_again(hand, job, delay_s=self._settings.watchdog_s, watchdog=True)
                 return
-            done = await self._suspects.verdict(hand)
+            try:
+                done = await self._suspects.verdict(hand)
+            except RunsElsewhereError:
+                await self._send_again(hand, job, delay_s=self._settings.visibility_s)
+                return
             if done:
                 await self._finish(hand, job, done, None)
                 return

@@ -1,13 +1,18 @@
 """Care with bundles that came back without an outcome: some of them kill their workers.
 
-Invariant (I7): such a bundle is halved until its tasks stand alone; a task alone that was started
-LOSS_LIMIT times without an outcome is FAILED. Only starts that were written down count, so a
-message that lay prefetched in a dying worker is not blamed, and a task's own retries are untouched.
+Invariant (I7): such a bundle is halved until its tasks stand alone; a task alone that LOSS_LIMIT
+workers have started, all of them silent since, is FAILED. Only starts that were written down count,
+so a message that lay prefetched in a dying worker is not blamed, and a task's own retries are
+untouched. A worker that lives renews what it wrote: copies that run side by side blame nobody.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 
 from batchlab.commit import commit, committed
@@ -26,18 +31,46 @@ def marker(worker: str, now_s: float) -> bytes:
     return wire.to_bytes({"v": wire.VERSION, "worker": worker, "at_s": now_s})
 
 
+class RunsElsewhereError(BackendError):
+    """Too many have started the bundle to start it once more, but some of them may live."""
+
+
 class Suspects:
     """The careful path of one worker."""
 
-    def __init__(self, objects: Objects, clock: Clock, patience: Patience, worker: str) -> None:
+    def __init__(
+        self,
+        objects: Objects,
+        clock: Clock,
+        patience: Patience,
+        worker: str,
+        stale_s: float,
+        leaving: asyncio.Event,
+    ) -> None:
+        """A start that is not renewed for `stale_s` is one of a worker that has died; once
+        `leaving` is set, nobody waits for that."""
         self._objects = objects
         self._clock = clock
         self._patience = patience
         self._worker = worker
+        self._stale_s = stale_s
+        self._leaving = leaving
+        self._begun: dict[str, None] = {}
+        """Keys of the starts that this worker has written and not come to an end with."""
+
+    async def keep(self) -> None:
+        """Renew the starts of what runs, for ever."""
+        while True:
+            await asyncio.sleep(self._stale_s / 4)
+            for key in list(self._begun):
+                try:
+                    await self._write(key)
+                except BackendError as error:
+                    log.warning("a start is not renewed: %s", error)
 
     async def verdict(self, hand: Hand) -> Outcome | None:
         """What has become of the bundle: its outcome if there is one or must be one now, None
-        where it should be run."""
+        where it should be run. RunsElsewhereError where that is to be asked again later."""
         bundle = hand.bundle
         done = await committed(self._objects, bundle, self._patience)
         if done:
@@ -50,27 +83,63 @@ class Suspects:
                     bundle, execution=hand.execution, worker=self._worker, now_s=now_s
                 )
         else:
-            starts = await self._starts(bundle)
-            if starts >= settle.LOSS_LIMIT:
+            killed = await self._killed(bundle)
+            if killed >= settle.LOSS_LIMIT:
                 judged = settle.poisoned(
                     bundle,
-                    f"killed its worker {starts} times: each started it and ended without a word",
+                    f"killed its worker {killed} times: each started it and ended without a word",
                     execution=hand.execution,
                     worker=self._worker,
                     now_s=now_s,
                 )
         return await commit(self._objects, judged, self._patience) if judged else None
 
+    async def _killed(self, bundle: Bundle) -> int:
+        """How many workers have started it and died, where that is enough to condemn it.
+
+        Told by what changes and not by the times in it: clocks differ.
+        """
+        before = await self._starts(bundle)
+        if len(before) < settle.LOSS_LIMIT:
+            return len(before)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._leaving.wait(), self._stale_s)
+        after = await self._starts(bundle)
+        dead = [one for one, seen in before.items() if one != self._worker and after[one] == seen]
+        if len(dead) < settle.LOSS_LIMIT or self._leaving.is_set():
+            raise RunsElsewhereError(f"{bundle.id} may be running in one of {len(after)} workers")
+        return len(dead)
+
+    async def _starts(self, bundle: Bundle) -> Mapping[str, frozenset[str]]:
+        """Versions of the starts by worker, without those that this worker itself knows to have
+        come to nothing."""
+        prefix = naming.starts(bundle)
+        found: dict[str, frozenset[str]] = defaultdict(frozenset)
+        async for page in self._objects.list(prefix):
+            for info in page:
+                worker = info.key.removeprefix(prefix).rpartition("-")[0]
+                if worker != self._worker or info.key in self._begun:
+                    found[worker] |= {info.etag}
+        return found
+
     async def begin(self, hand: Hand) -> None:
         """Write down that a suspect is being started, before it is."""
         if len(hand.bundle.tasks) == 1:
             key = naming.starts(hand.bundle) + hand.execution
-            data = marker(self._worker, self._clock.now_s())
-            await self._patience(partial(self._objects.put, key, data))
+            self._begun[key] = None
+            await self._patience(partial(self._write, key))
+
+    async def _write(self, key: str) -> None:
+        await self._objects.put(key, marker(self._worker, self._clock.now_s()))
+
+    def end(self, hand: Hand) -> None:
+        """It has ended, in whatever way but the death of this worker."""
+        self._begun.pop(naming.starts(hand.bundle) + hand.execution, None)
 
     async def withdraw(self, hand: Hand) -> None:
         """The start came to nothing through no fault of the task: the worker is leaving, or a
         service did not answer."""
+        self.end(hand)
         if hand.suspicion and len(hand.bundle.tasks) == 1:
             key = naming.starts(hand.bundle) + hand.execution
             try:
@@ -87,11 +156,3 @@ class Suspects:
             return False
         age_s = self._clock.now_s() - float(wire.loads(data)["at_s"])
         return age_s < stale_s
-
-    async def _starts(self, bundle: Bundle) -> int:
-        return await starts_of(self._objects, bundle)
-
-
-async def starts_of(objects: Objects, bundle: Bundle) -> int:
-    """How often a suspect was started without an outcome."""
-    return sum([len(page) async for page in objects.list(naming.starts(bundle))])
