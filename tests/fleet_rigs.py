@@ -22,7 +22,8 @@ from batchlab.errors import BackendError
 from batchlab.fleet.group import ManagedFleet
 from batchlab.model import GroupView, Instance, LifecycleState, Pool
 from batchlab.ports import Clock, Fleet, Launcher
-from batchlab.sim.loop import SimClock, SimLoop
+from batchlab.sim.clocks import SimClock
+from batchlab.sim.loop import SimLoop
 
 STEADY = Pool("steady", max_size=4)
 """Drains at once when asked to."""

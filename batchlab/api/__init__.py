@@ -5,6 +5,7 @@ Invariant: no rules live here. A request becomes one call of the manager, an ans
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ from starlette.exceptions import HTTPException
 from batchlab import __version__
 from batchlab.api import grid, jobs, results
 from batchlab.api.common import Served, answer
-from batchlab.errors import BatchlabError
+from batchlab.errors import BatchlabError, UsageError
 from batchlab.manager.manager import Manager
 
 
@@ -41,12 +42,22 @@ def create_app(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket to serve the application on; port 0 takes a free one.
+    """A socket to serve the application on; port 0 takes a free one. UsageError where the address
+    is taken, or none of this machine's.
 
     With Nagle's algorithm every answer over a kept connection waits 40 ms for the client's delayed
     acknowledgement. asyncio turns it off only for sockets whose protocol number is set, which
     `create_server` does not do; accepted connections inherit the option from here.
     """
-    listener = socket.create_server((host, port))
+    try:
+        listener = socket.create_server((host, port))
+    except (OSError, OverflowError) as error:
+        number = getattr(error, "errno", None) or 0
+        # A name that cannot be resolved has a negative number, which strerror does not know.
+        why = os.strerror(number) if number > 0 else str(error).partition(" (")[0]
+        raise UsageError(
+            f"{host}:{port} cannot be listened on: {why.rstrip('.')}.",
+            remedy="Name another with --host or --port; port 0 takes any that is free.",
+        ) from error
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener

@@ -53,7 +53,7 @@ def complain(error: BatchlabError) -> None:
         where = ""
         if isinstance(one, JobFileError) and one.file:
             where = f"{one.file}:{one.line}: " if one.line else f"{one.file}: "
-        say(f"{where or 'Error: '}{clean(one.message)}")
+        say(clean(f"{where or 'Error: '}{one.message}"))
         if one.remedy:
             say(f"  {clean(one.remedy)}")
 

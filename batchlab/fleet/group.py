@@ -22,6 +22,8 @@ from batchlab.fleet.state import ActivityLog, Group, Member, Store, decode, enco
 from batchlab.model import Activity, GroupView, Instance, LifecycleState, Pool
 from batchlab.ports import Clock, Ids, Launcher
 
+MOST_INSTANCES = 99_999
+"""Of one pool: more is a slip."""
 HEALTH_GRACE_S = 60.0
 DRAIN_S = 30.0
 
@@ -65,10 +67,14 @@ class ManagedFleet:
                 self._changes.dead.append(member.instance)
 
     async def ensure(self, pool: Pool) -> None:
-        """Create the group with desired = min, or change it; Refused unless 0 ≤ min ≤ max."""
+        """Create the group with desired = min, or change it; Refused unless 0 ≤ min ≤ max, and
+        max is a number that somebody could mean."""
         limits = f"min: {pool.min_size}, max: {pool.max_size}"
-        if not 0 <= pool.min_size <= pool.max_size:
-            raise Refused(f"pool {pool.name!r} cannot have limits {limits}")
+        if not 0 <= pool.min_size <= pool.max_size <= MOST_INSTANCES:
+            raise Refused(
+                f"The pool {pool.name!r} cannot have the limits {limits}.",
+                remedy=f"Give it 0 ≤ min ≤ max ≤ {MOST_INSTANCES}.",
+            )
         group = self._groups.get(pool.name)
         if group is None:
             self._groups[pool.name] = self._changes.found(pool)

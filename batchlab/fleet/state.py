@@ -186,8 +186,9 @@ def decode(data: bytes) -> tuple[dict[str, Group], ActivityLog]:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise BackendError(
-            f"the fleet's saved state cannot be read: {error}",
-            remedy="Move it away to start anew; instances still running are then terminated.",
+            f"The fleet's saved state cannot be read: {error}.",
+            remedy="Move it away (fleet/groups.json in the grid's folder) to start anew; instances "
+            "still running are then terminated.",
         ) from error
     return {group.pool.name: group for group in groups}, log
 

@@ -16,7 +16,8 @@ from batchlab.errors import Unreachable
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.model import Bundle, FailureKind, JobId, Json, Ran, StageName, TaskSet
 from batchlab.protocol import values
-from batchlab.sim.loop import SimClock, SimLoop
+from batchlab.sim.clocks import SimClock
+from batchlab.sim.loop import SimLoop
 from batchlab.worker import code
 from batchlab.worker.inline_runner import InlineRunner
 from batchlab.worker.runner import Handle, Work

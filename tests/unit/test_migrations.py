@@ -146,8 +146,8 @@ def test_a_database_of_a_newer_batchlab_is_refused_and_not_touched(tmp_path: Pat
     with pytest.raises(BackendError) as caught:
         _open(path)
     assert str(caught.value) == (
-        f"{path} was written by a newer batchlab (schema 0007); "
-        "install that version or use another folder."
+        f"{path} was written by a newer batchlab (schema 0007). "
+        "Install that version, or name another folder with --home."
     )
     with closing(sqlite3.connect(path)) as connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}

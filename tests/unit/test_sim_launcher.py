@@ -13,7 +13,8 @@ from batchlab.errors import BackendError
 from batchlab.fleet.group import ManagedFleet
 from batchlab.model import Pool
 from batchlab.sim.actors import CURRENT, Actor
-from batchlab.sim.loop import SimClock, SimLoop
+from batchlab.sim.clocks import SimClock
+from batchlab.sim.loop import SimLoop
 from tests.fleet_rigs import CountedIds, ScriptedInstance, in_service
 
 SLOW = Pool("steady", max_size=1_000, boot_s=100.0)

@@ -1,0 +1,72 @@
+"""batchlab as a peer of the benchmark harness: two instances of one slot each, nothing tuned.
+
+`run.py` puts this file among the harness's adapters. Its interface is the harness's `Adapter`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tasks
+from adapters.base import Adapter, tree
+from workloads import Lost
+
+from batchlab import Grid
+from batchlab.errors import TaskFailed
+from batchlab.home import Home
+
+
+class Batchlab(Adapter):
+    """`backend` is one of batchlab's; any but `local` is pointed at the harness's emulator."""
+
+    def start(self, workers: int = 2, reliable: bool = False, warm: bool = True) -> None:
+        """There is one set of settings: what is fast is also what survives."""
+        backend = self.kw["backend"]
+        if backend != "local":
+            os.environ["BATCHLAB_ENDPOINT"] = self.cfg["aws_endpoint"]
+        self.home = Home(Path(self.cfg["work"]) / "grid")
+        self.grid = Grid(backend, home=self.home.path, workers=workers, warm=True)
+        self.executor = self.grid.executor()
+        if warm:
+            self.warm_up(workers)
+
+    def map(
+        self,
+        fn: str,
+        args: Sequence[tuple[Any, ...]],
+        timeout: float = 240.0,
+        on_first: Callable[[], None] | None = None,
+    ) -> list[Any]:
+        function = tasks.FUNCS[fn]
+
+        def called(item: tuple[Any, ...]) -> Any:
+            return function(*item)
+
+        results: list[Any] = []
+        for value in self.grid.map(called, args, name=fn.replace("_", "-"), return_exceptions=True):
+            if on_first and not results:
+                on_first()
+            results.append(Lost(str(value)) if isinstance(value, TaskFailed) else value)
+        return results
+
+    def call(self, fn: str, args: tuple[Any, ...]) -> Any:
+        return self.executor.submit(tasks.FUNCS[fn], *args).result()
+
+    def node_pids(self, pid: int) -> list[int]:
+        """The worker process that this child belongs to, with all of its children."""
+        record = self.home.record()
+        assert record is not None
+        while (parent := _parent(pid)) not in (record.pid, 1):
+            pid = parent
+        return list(tree(pid))
+
+    def stop(self) -> None:
+        self.executor.shutdown()
+        self.grid.close()
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

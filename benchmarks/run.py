@@ -1,0 +1,93 @@
+"""Run batchlab beside its peers, on this machine, with the peers' own harness.
+
+    python benchmarks/run.py --harness FOLDER --peers batchlab_local,dask --workloads W1,W5
+
+The harness is copied to a scratch folder, where batchlab joins its adapters; the copy is run, and
+its results are written to `benchmarks/results/`. Peers need the harness's virtual environments
+(its README says how to install them), named by --venvs; batchlab runs in this project's own.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PEERS = {f"batchlab_{backend}": backend for backend in ("local", "ministack")}
+
+# Joined to the end of the harness's registry of adapters.
+_JOIN = """
+for _name, _backend in %r.items():
+    PEERS[_name] = ("batchlab_peer", "Batchlab", {"backend": _backend})
+_venv_of, _needs = venv_of, needs
+def venv_of(name):
+    return "batchlab" if name.startswith("batchlab_") else _venv_of(name)
+def needs(name):
+    return {"aws"} if name == "batchlab_ministack" else _needs(name)
+"""
+
+
+def main() -> None:
+    """Parse, prepare, run; the harness prints each measurement as it is made."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--harness", type=Path, default=ROOT.parent / "shared" / "bench")
+    parser.add_argument("--venvs", type=Path, help="the harness's virtual environments")
+    parser.add_argument(
+        "--peers", default=",".join(PEERS), help="comma list, as the harness has it"
+    )
+    parser.add_argument("--workloads", default="all", help="comma list of W1 … W7N, or all")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "latest.json")
+    options, others = parser.parse_known_args()
+    if not (options.harness / "run.py").is_file():
+        sys.exit(f"No harness in {options.harness}; name its folder with --harness.")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as name:
+        scratch = Path(name)
+        harness, venvs = scratch / "harness", scratch / "venvs"
+        join(options.harness, harness)
+        venvs.mkdir()
+        (venvs / "v_batchlab").symlink_to(Path(sys.prefix))
+        for one in options.venvs.iterdir() if options.venvs else ():
+            (venvs / one.name).symlink_to(one.resolve())
+        with emulator(scratch / "emulator", options.peers.split(",")) as endpoint:
+            command = [sys.executable, str(harness / "run.py"), "--peer", options.peers]
+            command += ["--workload", options.workloads, "--json", str(options.json.resolve())]
+            command += ["--venvs", str(venvs), "--scratch", str(scratch / "scratch")]
+            command += ["--aws-endpoint", endpoint, *others]
+            environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
+            sys.exit(subprocess.run(command, env=environment, check=False).returncode)
+
+
+def join(source: Path, harness: Path) -> None:
+    """Copy the harness and put batchlab among its adapters."""
+    shutil.copytree(source, harness, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    for path in [harness, *harness.rglob("*")]:
+        path.chmod(path.stat().st_mode | 0o200)
+    shutil.copy(HERE / "batchlab_peer.py", harness / "adapters")
+    with (harness / "adapters" / "__init__.py").open("a") as registry:
+        registry.write(_JOIN % PEERS)
+
+
+@contextmanager
+def emulator(folder: Path, peers: Sequence[str]) -> Iterator[str]:
+    """The endpoint of a MiniStack of our own, where one of the peers needs it."""
+    if not any("sqs" in peer or peer == "batchlab_ministack" for peer in peers):
+        yield "http://127.0.0.1:9"
+        return
+    from batchlab.adapters.ministack import Emulator, install
+
+    with Emulator(install(print), folder) as running:
+        yield running.url
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+"""How a property is tried: the same examples on every machine, however slow it is."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+PROPERTY = settings(derandomize=True, deadline=None, database=None, max_examples=150)
+SLOW = settings(PROPERTY, max_examples=40)
+"""Where an example takes long."""
