@@ -59,7 +59,6 @@ class Autoscaler:
         self._registry = registry
         self._shrunk_s: dict[str, float] = {}
         self._idle_since_s: dict[str, float] = {}
-        self._protected: dict[str, frozenset[str]] = {}
         self.held: dict[str, int] = {}
         """Pools whose capacity a person has set by hand; the policy leaves them alone."""
 
@@ -124,11 +123,10 @@ class Autoscaler:
     async def protect_the_busy(self, view: GroupView) -> None:
         """Tell the group who is busy by now; to be done before it is asked to shrink (I5)."""
         pool = view.pool.name
-        alive = {i.id for i in view.instances if i.state is LifecycleState.IN_SERVICE}
-        busy = frozenset(self._registry.busy(pool)) & alive
-        before = self._protected.get(pool, frozenset()) & alive
-        if on := sorted(busy - before):
+        alive = [i for i in view.instances if i.state is LifecycleState.IN_SERVICE]
+        busy = frozenset(self._registry.busy(pool))
+        # By what the group says and not by what we told it: another manager may have led meanwhile.
+        if on := sorted(i.id for i in alive if i.id in busy and not i.protected):
             await self._ports.fleet.protect(pool, on, on=True)
-        if off := sorted(before - busy):
+        if off := sorted(i.id for i in alive if i.id not in busy and i.protected):
             await self._ports.fleet.protect(pool, off, on=False)
-        self._protected[pool] = busy

@@ -17,7 +17,7 @@ from batchlab.commit import Addressed, address, commit, committed, send_all
 from batchlab.errors import AlreadyExists, NotFound, UsageError
 from batchlab.jobdef import StageDef
 from batchlab.manager.folding import Folder
-from batchlab.manager.live import LiveJob, ManagerSettings, Ports, in_pool
+from batchlab.manager.live import LiveJob, ManagerSettings, Ports, in_pool, move
 from batchlab.manager.plans import Plans
 from batchlab.model import Bundle, Control, JobId, JobState, Json, StageName, TaskSet
 from batchlab.ports import Cut, StageRecord
@@ -112,7 +112,7 @@ class Conductor:
             return
         manifest = await self.plans.existing(live.job, stage.name, round_)
         if manifest is None and not stage.after and live.job.input is not None:
-            await self._move(live, JobState.PENDING)
+            await move(self._ports, live, JobState.PENDING)
             manifest = await self.plans.of_input(live.job, stage)
         elif manifest is None and stage.after:
             planned = {u: live.stages[u].counts.planned or 0 for u in stage.after}
@@ -130,7 +130,7 @@ class Conductor:
         await self._commit_cut(live, cut)
         await self._folder.refresh(live)
         if live.record.state in (JobState.SUBMITTED, JobState.PENDING):
-            await self._move(live, JobState.RUNNABLE)
+            await move(self._ports, live, JobState.RUNNABLE)
         self._on_plan()
 
     def _doomed(self, live: LiveJob) -> bool:
@@ -338,11 +338,6 @@ class Conductor:
             if len(outcomes) < len(outstanding):
                 return False
         return True
-
-    async def _move(self, live: LiveJob, state: JobState) -> None:
-        if await self._ports.ledger.move_job(live.id, state):
-            live.record = replace(live.record, state=state)
-            live.changed()
 
 
 def _runs(live: LiveJob) -> bool:

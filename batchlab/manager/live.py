@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from batchlab.jobdef import JobDef
-from batchlab.model import Bundle, BundleId, JobId, StageName
+from batchlab.model import Bundle, BundleId, JobId, JobState, StageName
 from batchlab.patience import Patience
 from batchlab.ports import (
     Clock,
@@ -126,6 +126,18 @@ class LiveJob:
     def left(self, pool: str) -> int:
         """Tasks of stages in `pool` that are planned but not yet cut into bundles."""
         return sum(len(self.stages[s.name].left) for s in self.job.stages if s.pool == pool)
+
+
+async def move(ports: Ports, live: LiveJob, state: JobState) -> None:
+    """Move the job to `state`, where it may; memory then says what the ledger says.
+
+    "No" may be the answer to a second try, after the first one's answer was lost.
+    """
+    if not await ports.ledger.move_job(live.id, state):
+        state = (await ports.ledger.job(live.id)).state
+    if live.record.state is not state:
+        live.record = replace(live.record, state=state)
+        live.changed()
 
 
 def in_pool(lives: Mapping[JobId, LiveJob], pool: str) -> int:

@@ -17,7 +17,7 @@ from batchlab.manager.autoscaler import Autoscaler
 from batchlab.manager.collector import Collector
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.folding import Folder
-from batchlab.manager.live import LiveJob, ManagerSettings, Ports
+from batchlab.manager.live import LiveJob, ManagerSettings, Ports, move
 from batchlab.manager.rebuild import rebuild
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.registry import Registry
@@ -224,7 +224,7 @@ class Manager:
         now_s = self.ports.clock.now_s()
         for live in list(self.lives.values()):
             if live.record.state is JobState.SCHEDULED and (live.job.start_at_s or 0) <= now_s:
-                await self._move(live, JobState.SUBMITTED)
+                await move(self.ports, live, JobState.SUBMITTED)
                 live.poke.set()
 
     async def _show_start(self, live: LiveJob) -> None:
@@ -233,12 +233,7 @@ class Manager:
             return
         pools = {stage.pool for stage in live.job.stages}
         if any(self.groups[p].instances for p in sorted(pools) if p in self.groups):
-            await self._move(live, JobState.STARTING)
-
-    async def _move(self, live: LiveJob, state: JobState) -> None:
-        if await self.ports.ledger.move_job(live.id, state):
-            live.record = replace(live.record, state=state)
-            live.changed()
+            await move(self.ports, live, JobState.STARTING)
 
     # --- Repairs ---------------------------------------------------------------------------------
 

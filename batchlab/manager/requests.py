@@ -14,7 +14,7 @@ from functools import partial
 from batchlab.errors import AlreadyExists, Refused
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.conductor import Conductor
-from batchlab.manager.live import LiveJob, Ports
+from batchlab.manager.live import LiveJob, Ports, move
 from batchlab.model import Bundle, Control, JobId, JobState, StageName, TaskSet
 from batchlab.ports import Cut, JobRecord, Reopening, StageRecord
 from batchlab.protocol import naming, wire
@@ -112,7 +112,7 @@ class Requests:
         """Running tasks end, no further one starts, until `resume`."""
         live = self._live(job, "paused")
         await self._control(live, Control.PAUSE)
-        await self._move(live, JobState.PAUSED)
+        await move(self._ports, live, JobState.PAUSED)
 
     async def resume(self, job: JobId) -> None:
         """Go on. Workers dropped the messages of a paused job, so all outstanding are sent."""
@@ -122,7 +122,7 @@ class Requests:
                 f"Job {job} is not paused.", remedy="`batchlab job why` says what it does."
             )
         await self._control(live, Control.RUN)
-        await self._move(live, JobState.RUNNABLE)
+        await move(self._ports, live, JobState.RUNNABLE)
         # Copies, which a worker checks for an outcome: some may not have been dropped yet.
         again = [replace(one.bundle, losses=1) for one in live.all_outstanding()]
         await self._conductor.send(live, again)
@@ -246,11 +246,7 @@ class Requests:
             await self._ports.patience(put)
             await self._ports.ledger.set_control(live.id, control)
             live.record = replace(live.record, control=control)
-
-    async def _move(self, live: LiveJob, state: JobState) -> None:
-        if await self._ports.ledger.move_job(live.id, state):
-            live.record = replace(live.record, state=state)
-        live.changed()
+            live.changed()
 
 
 def _content(job: JobDef) -> bytes:

@@ -1,7 +1,7 @@
 """The managers' fleet in the simulator: its state outlives them, and its decisions are looked at.
 
-Invariant: only the manager that took the state last can change it; one that was leader before and
-has not noticed is refused, as by a conditional put.
+Invariant: only the manager that read the state last can change it; another one is refused, as by a
+conditional put, and reads it again before its next change.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ class FleetState:
 
 
 class _Turn:
-    """One manager's Store. Loading it takes it from whoever had it."""
+    """One manager's Store. Loading it takes it from whoever had it, who is told when it saves."""
 
-    def __init__(self, state: FleetState) -> None:
+    def __init__(self, state: FleetState, taken: Callable[[], None]) -> None:
         self._state = state
+        self._taken = taken
         self._turn = 0
 
     def load(self) -> bytes | None:
@@ -48,6 +49,7 @@ class _Turn:
 
     def save(self, data: bytes) -> None:
         if self._turn != self._state.turns:
+            self._taken()
             raise BackendError("Another manager keeps the fleet now.")
         self._state.store.save(data)
 
@@ -78,12 +80,16 @@ class SimFleet:
                 self._launcher,
                 self._clock,
                 self._ids,
-                _Turn(self._state),
+                _Turn(self._state, self._forget),
                 drain_s=self._drain_s,
                 fail=self._fail,
                 busy_and_idle=self._busy_and_idle,
             )
         return getattr(self._made, name)
+
+    def _forget(self) -> None:
+        """What was read is old. A manager may have lost the lead and got it back unnoticed."""
+        self._made = None
 
     def _busy_and_idle(self, pool: str) -> tuple[set[str], set[str]]:
         if self.registry is None:

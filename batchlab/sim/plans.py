@@ -122,14 +122,19 @@ def _long(seed: int, rng: random.Random) -> Plan:
         JobId("job-0"), "job-0", stages, EPOCH_S, items=rng.choice([1, 2, 3]), token=f"{seed}"
     )
     manager = replace(
-        MANAGER, visibility_s=120.0, tick_s=20.0, lease_ttl_s=60.0, control_lease_s=60.0
+        MANAGER,
+        visibility_s=900.0,
+        silence_s=1800.0,
+        tick_s=120.0,
+        lease_ttl_s=600.0,
+        control_lease_s=300.0,
     )
     return Plan(
         tuple(pools),
         (job,),
         (11.0 * 3600, 13.0 * 3600, 15.0 * 3600),
         manager,
-        replace(WORKER, visibility_s=120.0, beat_s=60.0, control_lease_s=60.0),
+        replace(WORKER, visibility_s=900.0, beat_s=300.0, control_lease_s=300.0),
         skew_s=rng.choice([0.0, 20.0]),
         heaviness=rng.choice([0.0, 0.03, 0.1]),
         pace=rng.choice([50.0, 150.0]),
@@ -174,7 +179,7 @@ def _job(seed: int, number: int, rng: random.Random, pools: Sequence[Pool]) -> J
         f"job-{number}",
         rng.choice(shapes),
         EPOCH_S + number,
-        items=rng.choice([0, 1, 2, 5, 30, 120]),
+        items=rng.choice([0, 1, 2, 5, 20, 50]),
         max_failures=rng.choice([0, 0, 1000]),
         fail_fast=rng.random() < 0.3,
         priority=rng.choice([0, 0, 5]),

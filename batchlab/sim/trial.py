@@ -69,7 +69,7 @@ BUDGET = dict.fromkeys(FaultKind, 12)
 """After these many the weather is fair, so that a world comes to rest."""
 
 STEPS = 5_000_000
-LOOK_S = 5.0
+LOOK_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)

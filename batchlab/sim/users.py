@@ -93,7 +93,7 @@ class User:
                 return record.state
             if record is not None and record.control is Control.PAUSE:
                 await self._ask("resume")
-            await asyncio.sleep(max(1.0, self._pace / 10))  # a look costs more than all else
+            await asyncio.sleep(max(4.0, self._pace / 10))  # a look costs more than all else
 
     def _submit(self) -> asyncio.Task[object]:
         return self._start(lambda m: m.requests.submit(self._job), "submit", lambda _: None)

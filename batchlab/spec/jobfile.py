@@ -21,6 +21,8 @@ from batchlab.spec.problems import JobFileErrors, Problem, suggest
 from batchlab.spec.schema import JobSpec, RetrySpec, StageSpec, is_text
 from batchlab.spec.structure import validate
 
+_MOST_TOLD = 50
+"""Mistakes of one file: nobody reads more, and the first may be the cause of all."""
 _TASK_SIZES = {"file": 1, "lines": 1000, "bytes": 8 * 1024 * 1024, "items": 1}
 
 
@@ -158,7 +160,13 @@ def _errors(path: Path, document: source.Document, problems: Sequence[Problem]) 
         errors[line, problem.message] = JobFileError(
             problem.message, file=str(path), line=line, remedy=problem.remedy
         )
-    return JobFileErrors([errors[key] for key in sorted(errors, key=lambda key: key[0] or 0)])
+    told = [errors[key] for key in sorted(errors, key=lambda key: key[0] or 0)]
+    if len(told) > _MOST_TOLD:
+        more = f"There are {len(told) - _MOST_TOLD} more mistakes."
+        told[_MOST_TOLD:] = [
+            JobFileError(more, file=str(path), remedy="Mend the first ones first.")
+        ]
+    return JobFileErrors(told)
 
 
 def _override(

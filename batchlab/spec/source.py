@@ -160,9 +160,13 @@ def _scalar(node: ScalarNode) -> Json:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        shown = text if len(text) <= 40 else f"{text[:40]}…"
-        raise ScalarRefused(f"{shown} is no value of a job file.", "Write it in quotes as text.")
+        what = f"{_clipped(text)} is no value of a job file."
+        raise ScalarRefused(what, "Write it in quotes as text.")
     return number
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:40]}…"
 
 
 class _Reader:
@@ -182,7 +186,7 @@ class _Reader:
         if isinstance(node, MappingNode) and node.tag == _TAG + "map":
             pairs = self._pairs(node, loc)
             return {key: self._child(loc, key, at, child) for key, (at, child) in pairs.items()}
-        self._refuse(loc, f"The tag {node.tag} has no meaning here.", "Delete the tag.")
+        self._refuse(loc, f"The tag {_clipped(node.tag)} has no meaning here.", "Delete the tag.")
         return None
 
     def _child(self, loc: Loc, name: str | int, key: Node | None, node: Node) -> Json:
@@ -201,6 +205,8 @@ class _Reader:
     def _pairs(self, node: MappingNode, loc: Loc) -> dict[str, tuple[Node, Node]]:
         """The mapping's own keys after those it merges, the first of several merged ones."""
         self._values += len(node.value)
+        if self._values > _MAX_VALUES:
+            raise _TooMuch
         own: dict[str, tuple[Node, Node]] = {}
         merged: dict[str, tuple[Node, Node]] = {}
         for key, child in node.value:
@@ -215,7 +221,7 @@ class _Reader:
                 again = (*loc, key.value, "again")
                 self._document.lines[(*loc, key.value)] = (first, first)
                 self._document.lines[again] = (key.start_mark.line + 1,) * 2
-                message = f"'{key.value}' is already on line {first}."
+                message = f"'{_clipped(key.value)}' is already on line {first}."
                 self._refuse(again, message, "Delete one of the two.")
             else:
                 own[key.value] = (key, child)

@@ -27,6 +27,18 @@ def folder_for_a_file(folder: Path) -> None:
 
 NOTATION = [
     Case(
+        "long tag",
+        "writes a tag of 10,000 letters",
+        "has no meaning here",
+        job(JOB + "tags: !" + "t" * 10_000 + " {}\n"),
+    ),
+    Case(
+        "many mistakes",
+        "pastes 1,000 lines of something else",
+        "There are 951 more mistakes",
+        job(JOB + "".join(f"key{i}: 1\n" for i in range(1001))),
+    ),
+    Case(
         "no file",
         "names a file that is not there",
         "no such job file",

@@ -12,7 +12,7 @@ from concurrent.futures import Future, wait
 from typing import Any, Generic, TypeVar
 
 AT_ONCE = 8
-CHECK_S = 120.0
+CHECK_S = 300.0
 
 W = TypeVar("W")
 

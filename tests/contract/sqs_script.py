@@ -53,8 +53,12 @@ def scripted(script: Script) -> Iterator[tuple[Endpoint, list[tuple[str, dict[st
         def log_message(self, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = False
+    class Server(ThreadingHTTPServer):
+        daemon_threads = False
+        # Of connections that nobody has accepted yet: beyond 5, the default, they are tried again.
+        request_queue_size = 128
+
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import pytest
 
-from batchlab.adapters.sqs import SqsQueue
+from batchlab.adapters.sqs import _RECEIVES, SqsQueue
 from batchlab.errors import BackendError, NotFound, Throttled, TooLarge, Unreachable
 from batchlab.ports import Depth, Outgoing, QueueSpec
 from tests.contract.sqs_script import Answer, Script, refusal, scripted
+
+LONG_S = 60.0
+"""Only a test that fails waits for so long."""
 
 T = TypeVar("T")
 Calls = list[tuple[str, dict[str, Any]]]
@@ -164,26 +167,29 @@ def test_a_long_wait_is_made_of_short_polls() -> None:
 
 
 def test_receives_that_wait_keep_no_other_call_waiting() -> None:
-    async def calls(queue: SqsQueue) -> float:
-        waiting = [asyncio.create_task(queue.receive("q")) for _ in range(40)]
-        await asyncio.sleep(0.2)
-        began_s = time.monotonic()
-        await queue.depth("q")
-        took_s = time.monotonic() - began_s
-        for one in waiting:
-            one.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        return took_s
+    arrived, answered = threading.Semaphore(0), threading.Event()
+
+    async def calls(queue: SqsQueue) -> Depth:
+        waiting = [asyncio.create_task(queue.receive("q")) for _ in range(_RECEIVES + 8)]
+        for _ in range(_RECEIVES):
+            assert await asyncio.to_thread(arrived.acquire, timeout=LONG_S)
+        try:
+            return await asyncio.wait_for(queue.depth("q"), LONG_S)
+        finally:
+            for one in waiting:
+                one.cancel()
+            answered.set()
+            await asyncio.gather(*waiting, return_exceptions=True)
 
     def answer(operation: str, _: dict[str, Any]) -> Answer:
         if operation == "ReceiveMessage":
-            time.sleep(1)
+            arrived.release()
+            answered.wait()
             return 200, {}
         names = ("", "NotVisible", "Delayed")
         return 200, {"Attributes": {f"ApproximateNumberOfMessages{name}": "0" for name in names}}
 
-    took_s, _ = _asked(answer, calls)
-    assert took_s < 0.8
+    assert _asked(answer, calls)[0] == Depth(0, 0, 0)
 
 
 def test_nothing_is_asked_for_no_entries() -> None:
@@ -264,20 +270,25 @@ def test_a_cancelled_receive_gives_back_what_its_request_still_brings() -> None:
         },
     }
 
+    arrived, answered = threading.Event(), threading.Event()
+
     def answer(operation: str, sent: dict[str, Any]) -> Answer:
         if operation == "ReceiveMessage":
-            time.sleep(0.3)
+            arrived.set()
+            answered.wait()
             return 200, {"Messages": [message]}
         return 200, {"Successful": [{"Id": "0"}]}
 
     async def calls(queue: SqsQueue) -> None:
         receive = asyncio.create_task(queue.receive("q"))
-        await asyncio.sleep(0.1)
+        assert await asyncio.to_thread(arrived.wait, LONG_S)
         receive.cancel()
-        began_s = time.monotonic()
-        with contextlib.suppress(asyncio.CancelledError):
-            await receive
-        assert time.monotonic() - began_s < 0.15
+        try:
+            # It does not wait for its request, which has no answer yet.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait_for(receive, LONG_S)
+        finally:
+            answered.set()
 
     _, asked = _asked(answer, calls)
     assert [operation for operation, _ in asked] == [

@@ -23,6 +23,7 @@ from tests.integration.conform_sabotages_sqs import SQS_SABOTAGES
 SABOTAGES = {**S3_SABOTAGES, **SQS_SABOTAGES}
 
 AT_ONCE = 10
+"""Few: moto's waiting receives spin."""
 LIMIT_S = 300.0
 
 
@@ -52,21 +53,40 @@ def _only_for(run: str, layer: Mapping[str, str]) -> Sabotage:
     return spoil
 
 
-def _tried(moto: Endpoint, number: int, names: Set[str], layer: Mapping[str, str]) -> list[Result]:
+def _tried(moto: Endpoint, name: str, layer: Mapping[str, str], names: Set[str]) -> list[Result]:
     assert moto.url is not None
     checks = [check for check in CHECKS if check.name in names]
     assert {check.name for check in checks} == names
-    name = f"sabotage-{number}"
     with proxy(moto.url, _only_for(name, layer)) as address:
         target = Target(Endpoint(address), run=name, clock=WallClock())
         # Where nothing is spoiled messages do come, on a busy machine later.
         target.arrives_s = target.settles_s = 2.0 if layer else 20.0
         try:
             target.open({check.service for check in checks})
-            # Few at once: moto's waiting receives spin, and what is slow looks like what waits.
             return run(target, checks, at_once=AT_ONCE, limit_s=LIMIT_S)
         finally:
             target.close()
+
+
+def _unexpected(
+    moto: Endpoint, number: int, layer: Mapping[str, str], names: Set[str]
+) -> dict[str, str]:
+    """What came out otherwise than it should, by the names of the checks."""
+    expected = Verdict.DIFFERS if layer else Verdict.AGREES
+    found: dict[str, str] = {}
+    # What is slow looks like what waits: on a busy machine a few may need a second try, alone.
+    for again in ("", "-again"):
+        results = _tried(moto, f"sabotage-{number}{again}", layer, names)
+        assert all(one.observed for one in results if one.verdict is Verdict.DIFFERS)
+        found = {
+            one.check.name: f"{layer.get(one.check.name)}: {one.verdict.value} {one.observed}"
+            for one in results
+            if one.verdict is not expected
+        }
+        names = found.keys()
+        if not 0 < len(names) <= 3:
+            break
+    return found
 
 
 def test_every_check_that_is_needed_is_spoiled() -> None:
@@ -82,16 +102,9 @@ def test_what_is_spoiled_is_noticed_and_nothing_else_is(moto: Endpoint) -> None:
     tried = [(every, {}), *((layer.keys(), layer) for layer in layers)]
     with ThreadPoolExecutor(len(tried)) as threads:
         runs = [
-            threads.submit(_tried, moto, number, names, layer)
+            threads.submit(_unexpected, moto, number, layer, names)
             for number, (names, layer) in enumerate(tried)
         ]
     unspoiled, *spoiled = [one.result() for one in runs]
-    assert {one.check.name: one.observed for one in unspoiled if one.observed} == {}
-    assert {one.verdict for one in unspoiled} == {Verdict.AGREES}
-    overlooked = {
-        f"{layer[one.check.name]}: {one.check.name} {one.verdict.value} {one.observed}"
-        for layer, results in zip(layers, spoiled, strict=True)
-        for one in results
-        if one.verdict is not Verdict.DIFFERS or not one.observed
-    }
-    assert overlooked == set()
+    assert unspoiled == {}
+    assert spoiled == [{} for _ in layers]

@@ -75,9 +75,9 @@ class Trial:
         self.starts.touch()
         self.job = self.grid.submit(folder / "job.yaml")["id"]
 
-    def has_begun(self, tasks: int) -> bool:
-        """Whether so many tasks have begun at least once."""
-        return len(set(self.starts.read_text().split())) >= tasks
+    def begun(self) -> int:
+        """How many tasks have begun at least once."""
+        return len(set(self.starts.read_text().split()))
 
     def may_lose_a_worker(self) -> bool:
         """Whether no task has been begun as often, and never ended, that one more time would show
@@ -113,14 +113,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def kill_each_second(trial: Trial, stop: threading.Event) -> None:
-    """SIGKILL one worker every second, until told to stop."""
+    """SIGKILL one worker every second that has seen a new task begun, until told to stop.
+
+    On a machine that is too busy to bring a worker up within seconds, nothing would else be done.
+    """
+    before = 0
     while not stop.wait(1.0):
+        begun = trial.begun()
         # The oldest: a new one that dies before it is up would only slow the test down.
         for pid in sorted(trial.grid.workers().values())[:1]:
-            if trial.may_lose_a_worker():
+            if begun > before and trial.may_lose_a_worker():
                 with suppress(ProcessLookupError):  # it has just ended by itself
                     os.kill(pid, signal.SIGKILL)
                     trial.done["workers killed"] += 1
+                    before = begun
 
 
 def fill(disk: Path) -> None:
@@ -166,10 +172,10 @@ def do_harm(trial: Trial, harm: Sequence[tuple[str, Callable[[], object]]], task
     killer.start()
     try:
         for number, (name, act) in enumerate(harm, 1):
-            wait_for(partial(trial.has_begun, number * tasks // (len(harm) + 1)))
+            wait_for(partial(has_begun, trial, number * tasks // (len(harm) + 1)))
             act()
             trial.done[name] += 1
-        wait_for(partial(trial.has_begun, tasks))
+        wait_for(partial(has_begun, trial, tasks))
     finally:
         stop.set()
         killer.join()
@@ -214,6 +220,10 @@ def purge(grid: LocalGrid) -> None:
             await queue.close()
 
     asyncio.run(drop())
+
+
+def has_begun(trial: Trial, tasks: int) -> bool:
+    return trial.begun() >= tasks
 
 
 def wait_for(condition: Callable[[], bool], within_s: float = 240.0) -> None:

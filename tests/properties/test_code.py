@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from pathlib import Path
 
@@ -63,4 +62,4 @@ def test_a_code_folder_arrives_whole_or_is_refused(tree: dict[str, bytes]) -> No
         here = Path(place) / "here"
         code.unpack(data, hashlib.sha256(data).hexdigest(), here)
         assert found(here) == laid
-        assert set(os.listdir(place)) == {"there", "here"}
+        assert {path.name for path in Path(place).iterdir()} == {"there", "here"}

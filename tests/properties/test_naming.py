@@ -75,6 +75,9 @@ def test_keys_are_distinct_and_stay_below_their_job(
             which = bundle.id if kind >= 8 else str(number) if kind >= 2 else ""
             what = (kind, name, stage if kind >= 4 else "", which)
             assert seen.setdefault(key, what) == what, f"{key} is of two things"
+        # Without its slash the prefix of one bundle would be that of another as well.
+        for prefix in (naming.raw(job), naming.files(bundle, "w-1"), naming.starts(bundle)):
+            assert prefix.endswith("/")
     prefixes = [key for key in seen if key.endswith("/")]
     for prefix, key in product(prefixes, seen):
         # Whoever lists a prefix must not find what is of another kind.

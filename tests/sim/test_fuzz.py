@@ -18,8 +18,9 @@ from batchlab.errors import UsageError
 from batchlab.model import JobId
 from batchlab.sim import fuzz, invariants
 from batchlab.sim.crew import Died
-from batchlab.sim.faults import Fault, FaultKind
+from batchlab.sim.faults import USER, Fault, FaultKind
 from batchlab.sim.fuzz import Failure, Tally, Tried
+from batchlab.sim.plans import draw
 from batchlab.sim.watch import Violated
 from batchlab.sim.world import World
 
@@ -44,8 +45,9 @@ def test_no_promise_is_broken_in_any_weather(first: int) -> None:
 def test_every_kind_of_fault_happens() -> None:
     """Seeds in which nothing goes wrong prove nothing."""
     missing = set(FaultKind)
+    tasks = {n: sum(job.items or 0 for job in draw(n).jobs) for n in range(FIRST, FIRST + SEEDS)}
     with fuzz.silence():
-        for seed in range(FIRST, FIRST + SEEDS):
+        for seed in (seed for seed, number in tasks.items() if 3 < number < 60):
             missing -= {fault.kind for fault in fuzz.try_seed(seed, "all").faults}
             if not missing:
                 return
@@ -77,7 +79,8 @@ def test_the_weather_decides_what_happens() -> None:
     with fuzz.silence():
         for seed in range(4):
             kinds |= {fault.kind for fault in fuzz.try_seed(seed, "crashes").faults}
-    assert kinds == {FaultKind.KILL_BEFORE, FaultKind.KILL_AFTER}
+    of_users = {kind for kind in FaultKind if kind.label == USER}
+    assert kinds - of_users == {FaultKind.KILL_BEFORE, FaultKind.KILL_AFTER}
 
 
 def test_all_that_happened_replays_it() -> None:

@@ -7,11 +7,26 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
+import pytest
+
+from batchlab.errors import Unreachable
 from batchlab.manager import by_hand
-from batchlab.model import Pool
-from batchlab.sim.world import MANAGER, World
-from tests.sim.scenes import A, ended_well, in_world, job, leader, stage, submitted, takes
+from batchlab.model import JobId, JobState, Pool
+from batchlab.sim.world import EPOCH_S, MANAGER, World
+from tests.sim.scenes import (
+    A,
+    around,
+    ended_well,
+    ends_well,
+    in_world,
+    job,
+    leader,
+    stage,
+    submitted,
+    takes,
+)
 
 
 def test_copies_that_run_side_by_side_do_not_condemn_their_task() -> None:
@@ -54,3 +69,26 @@ def test_a_request_by_hand_spares_who_has_become_busy_since_the_last_tick() -> N
     seldom = replace(MANAGER, tick_s=30.0)
     pools = (Pool("default", 4, 4, 1),)
     in_world(act, script=takes(40.0), pools=pools, manager_settings=seldom)
+
+
+def test_a_scheduled_job_starts_although_the_answer_to_its_move_was_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second try was told that there was nothing to move, so the manager went on to believe the
+    job to be SCHEDULED, and never conducted it."""
+
+    async def act(world: World) -> None:
+        lost: list[JobState] = []
+
+        async def move_job(real: Any, job: JobId, state: JobState, **more: Any) -> object:
+            answer = await real(job, state, **more)
+            if state is JobState.SUBMITTED and not lost:
+                lost.append(state)
+                raise Unreachable("The connection was reset.")
+            return answer
+
+        around(monkeypatch, world.ledger, "move_job", move_job)
+        await ends_well(world, job(stage(A), items=3, start_at_s=EPOCH_S + 30))
+        assert lost
+
+    in_world(act, script=takes(1.0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -104,7 +105,10 @@ def test_what_is_busy_is_protected_and_what_became_idle_is_not_any_more() -> Non
     asyncio.run(policy.scale(group("b1", "i1")))
     assert recorder.protected == [("b1", True)]
     policy._registry.workers["b1"] = policy._registry.workers["i1"]
-    asyncio.run(policy.scale(group("b1", "i1")))
+    told = group("b1", "i1")
+    first, second = told.instances
+    told = replace(told, instances=(replace(first, protected=True), second))
+    asyncio.run(policy.scale(told))
     assert recorder.protected == [("b1", True), ("b1", False)]
 
 

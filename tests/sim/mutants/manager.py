@@ -127,16 +127,6 @@ def chained_stage_planned_once(plant: Plant) -> None:
 # --- Ending --------------------------------------------------------------------------------------
 
 
-@planted("I3")
-def ended_by_its_counters(plant: Plant) -> None:
-    """A job has ended when its counters say that every task has. The event of a split bundle that
-    was lost is never looked for (I3)."""
-
-    @plant.method(Conductor, "_accounted")
-    async def _accounted(self: Conductor, live: LiveJob) -> bool:
-        return True
-
-
 @planted("I4")
 def cancel_that_only_marks_the_ledger(plant: Plant) -> None:
     """A cancellation is a column in the ledger. Workers do not read the ledger and go on starting
