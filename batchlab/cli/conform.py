@@ -95,7 +95,7 @@ def conform(
         ),
     ] = None,
 ) -> None:
-    """Check that S3 and SQS somewhere behave as AWS's do, where batchlab relies on it.
+    """Check that an S3 and SQS endpoint behaves as AWS does.
 
     Each check stands for a rule of AWS's: 'needed' where batchlab would break a promise without
     it, else 'noted'. What it makes there is named batchlab-conform-*, and removed at the end.

@@ -40,7 +40,7 @@ WeatherOption = Annotated[
 
 @app.callback()
 def sim_() -> None:
-    """Try the grid's promises in the simulator, over random worlds full of faults.
+    """Try the grid's promises in simulated worlds full of faults.
 
     \b
     Example: batchlab sim fuzz --seeds 500

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from batchlab.errors import NotFound
 from batchlab.jobdef import JobDef
-from batchlab.manager.live import LiveJob, Ports
+from batchlab.manager.live import LiveJob, Ports, move
 from batchlab.model import Completion, JobId, JobState
 from batchlab.protocol import settle
 
@@ -67,8 +66,13 @@ class Folder:
 
     async def refresh(self, live: LiveJob) -> None:
         """Read the job and its stages from the ledger again."""
-        record = await self._ports.ledger.job(live.id)
-        stages = await self._ports.ledger.stages(live.id)
+        before = None
+        # Who has changed the record meanwhile knows more than what was read: a cancellation would
+        # be forgotten.
+        while live.record is not before:
+            before = live.record
+            record = await self._ports.ledger.job(live.id)
+            stages = await self._ports.ledger.stages(live.id)
         # Together: somebody who looks in between must not see an ended job with old counters.
         live.record = record
         live.stages = {s.counts.stage: s for s in stages}
@@ -76,8 +80,7 @@ class Folder:
 
     async def _started(self, live: LiveJob) -> None:
         if live.record.state in _WAITING:
-            await self._ports.ledger.move_job(live.id, JobState.RUNNING)
-            live.record = replace(live.record, state=JobState.RUNNING)
+            await move(self._ports, live, JobState.RUNNING)
 
     async def _job(self, job: JobId) -> JobDef | None:
         live = self._lives.get(job)

@@ -236,7 +236,7 @@ def check_failures(world: World, fates: Fates, job: JobDef, outcomes: Sequence[O
             fate = fates.of(job.id, bundle.stage, failure.task)
             name = f"{job.id}/{bundle.stage} task {failure.task}"
             if failure.kind is FailureKind.LOST:
-                lost = world.watch.lost_starts(job.id, bundle.stage, failure.task, bundle.round)
+                lost = world.watch.lost_starts(bundle, failure.task)
                 _require(
                     lost >= settle.LOSS_LIMIT,
                     "I7",

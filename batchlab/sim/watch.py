@@ -7,6 +7,7 @@ behind the ports saw them, so it holds for whatever code runs above.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,17 @@ from batchlab.model import Bundle, Control, JobId, StageCounts, StageName
 from batchlab.ports import MAX_VISIBILITY_S, Clock, Message, StageRecord
 from batchlab.protocol import naming, wire
 from batchlab.sim.actors import Actor, SimulationError
+from batchlab.sim.faults import LATENCY_S
+from batchlab.worker.tenure import RETURN_S
 
 Name = tuple[str, str, str]
 """(job, stage, bundle id)."""
 
 TOLERANCE_S = 1.0
+
+BEGIN_S = 2 * LATENCY_S[1]
+"""The longest from a written start to the task's, where nothing goes wrong: the answer of that
+write, and a look at the control object."""
 
 
 class Violated(SimulationError):
@@ -29,14 +36,15 @@ class Violated(SimulationError):
 
 @dataclass(slots=True)
 class Hold:
-    """A task message in an actor's hands, since `received_s`; its holder last asked at `asked_s`
-    for `visibility_s` more."""
+    """A task message in an actor's hands, since `received_s`, received for the `receives`th time;
+    its holder last asked at `asked_s` for more time, where `given_back` to be rid of it then."""
 
     actor: Actor
     bundle: Name
+    receives: int
     received_s: float
     asked_s: float
-    visibility_s: float
+    given_back: bool = False
 
 
 @dataclass(slots=True)
@@ -61,10 +69,12 @@ class Watch:
     fail: Callable[[SimulationError], None]
     frozen: Callable[[Actor], bool]
     visibility_s: float
-    """What workers ask for; less is a message given back."""
+    """What workers ask for to keep a message; see `_gives_back` for what they ask for otherwise."""
     starts: list[Start] = field(default_factory=list)
-    killed: set[Actor] = field(default_factory=set)
+    _killed_s: dict[Actor, float] = field(default_factory=dict)
     """Workers that ended otherwise than by draining."""
+    _written: dict[str, tuple[Actor, float]] = field(default_factory=dict)
+    """By whom and when each start marker was first written; without those that were withdrawn."""
     _planned: set[Name] = field(default_factory=set)
     _committed: set[Name] = field(default_factory=set)
     _words: dict[str, list[tuple[float, Control]]] = field(default_factory=dict)
@@ -134,7 +144,11 @@ class Watch:
             self._deletes(actor, args[0], args[1])
         elif label == "queue.change_visibility":
             self._extends(args[0], args[1])
+        elif label == "objects.put" and "/starts/" in args[0]:
+            self._written.setdefault(args[0], (actor, self.clock.monotonic_s()))
         elif label == "objects.delete":
+            for key in args[0]:
+                self._written.pop(key, None)
             gone = [key for key in args[0] if "/starts/" not in key]
             self._require(not gone, "I1", f"{actor.name} deletes {gone}")
 
@@ -145,7 +159,7 @@ class Watch:
         for message in messages:
             name = _name_in(message.body)
             if name in self._planned:
-                hold = Hold(actor, name, now_s, now_s, self.visibility_s)
+                hold = Hold(actor, name, message.receive_count, now_s, now_s)
                 self._holds[queue, message.receipt] = hold
 
     def _sends(self, actor: Actor, queue: str, messages: Sequence[Any]) -> None:
@@ -194,7 +208,7 @@ class Watch:
             hold = self._holds.get((queue, receipt))
             if hold is None:
                 continue
-            hold.asked_s, hold.visibility_s = now_s, visibility_s
+            hold.asked_s, hold.given_back = now_s, self._gives_back(hold, visibility_s)
             beyond = now_s + visibility_s > hold.received_s + MAX_VISIBILITY_S
             self._require(
                 not beyond or self._excused(hold.actor, hold.received_s),
@@ -202,10 +216,15 @@ class Watch:
                 f"{hold.actor.name} asks to hold {hold.bundle} longer than SQS lets anybody",
             )
 
+    def _gives_back(self, hold: Hold, visibility_s: float) -> bool:
+        """Less than what keeps it, or the wait after so many receives, which outgrows a timeout as
+        short as some worlds have. Where both are equal nobody can tell, so it is in its favour."""
+        return visibility_s < self.visibility_s or visibility_s == RETURN_S * hold.receives
+
     def lapsed(self, queue: str, receipt: str) -> None:
         """Nobody loses a message to its timeout who could have extended it."""
         hold = self._holds.pop((queue, receipt), None)
-        if hold is None or hold.visibility_s < self.visibility_s or not hold.actor.alive:
+        if hold is None or hold.given_back or not hold.actor.alive:
             return
         self._require(
             self._excused(hold.actor, hold.asked_s),
@@ -221,10 +240,10 @@ class Watch:
     def left(self, actor: Actor) -> None:
         """I6: who has drained and left holds nothing, unless its own calls went astray.
 
-        A message given back with a short wait is given back: the holder asked for that.
+        A message given back with a wait is given back: the holder asked for that.
         """
         for (queue, receipt), hold in list(self._holds.items()):
-            if hold.actor is not actor or hold.visibility_s < self.visibility_s:
+            if hold.actor is not actor or hold.given_back:
                 continue
             self._require(
                 not self.queue.held_s(queue, receipt) or self._excused(actor, hold.received_s),
@@ -245,21 +264,34 @@ class Watch:
             f"{start.task} of stage {start.stage} starts",
         )
 
-    def lost_starts(self, job: JobId, stage: str, task: int, round_: int) -> int:
-        """How many workers started the task and were killed, or disturbed since."""
-        return len(
-            {
-                start.actor
-                for start in self.starts
-                if start.task == task
-                and (start.job, start.stage, start.round) == (job, stage, round_)
-                and self._came_to_grief(start)
-            }
-        )
+    def killed(self, actor: Actor) -> None:
+        """A worker has ended otherwise than by draining."""
+        self._killed_s[actor] = self.clock.monotonic_s()
+
+    def lost_starts(self, bundle: Bundle, task: int) -> int:
+        """How many workers started the task of this bundle and were killed, or disturbed since.
+
+        A start is written down before the task begins. Who is killed between the two, by a
+        neighbour, looks to everybody else like one that has started it.
+        """
+        where = bundle.job, bundle.stage, task, bundle.round
+        lost = {
+            start.actor
+            for start in self.starts
+            if (start.job, start.stage, start.task, start.round) == where
+            and self._came_to_grief(start)
+        }
+        for key, (actor, at_s) in self._written.items():
+            died_s = self._killed_s.get(actor, math.inf)
+            if key.startswith(naming.starts(bundle)) and (
+                died_s <= at_s + BEGIN_S or self._excused(actor, at_s)
+            ):
+                lost.add(actor)
+        return len(lost)
 
     def _came_to_grief(self, start: Start) -> bool:
         actor = start.actor
-        return actor is not None and (actor in self.killed or self._excused(actor, start.at_s))
+        return actor is not None and (actor in self._killed_s or self._excused(actor, start.at_s))
 
     def cancel_asked(self, job: JobId) -> Callable[[], None]:
         """A user asks; what this returns is to be called once the cancellation is acknowledged.

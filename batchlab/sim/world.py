@@ -304,7 +304,7 @@ class SimWorker:
         """SIGKILL, from outside."""
         if self.ended is None:
             self.ended = reason
-            self._world.watch.killed.add(self.actor)
+            self._world.watch.killed(self.actor)
             self.actor.kill()
 
     def _die(self) -> None:
@@ -317,7 +317,7 @@ class SimWorker:
             crashed = life.cancelled() or life.exception()
             self.ended = "exit -9" if crashed else "exit 0"
             if crashed:
-                self._world.watch.killed.add(self.actor)
+                self._world.watch.killed(self.actor)
             else:
                 self._world.watch.left(self.actor)
             self.actor.kill()

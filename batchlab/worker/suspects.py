@@ -57,16 +57,21 @@ class Suspects:
         self._leaving = leaving
         self._begun: dict[str, None] = {}
         """Keys of the starts that this worker has written and not come to an end with."""
+        self._renewing = asyncio.Lock()
 
     async def keep(self) -> None:
         """Renew the starts of what runs, for ever."""
         while True:
             await asyncio.sleep(self._stale_s / 4)
             for key in list(self._begun):
-                try:
-                    await self._write(key)
-                except BackendError as error:
-                    log.warning("a start is not renewed: %s", error)
+                # Under the lock: written after its withdrawal it would stay, as a death's does.
+                async with self._renewing:
+                    if key not in self._begun:
+                        continue
+                    try:
+                        await self._write(key)
+                    except BackendError as error:
+                        log.warning("a start is not renewed: %s", error)
 
     async def verdict(self, hand: Hand) -> Outcome | None:
         """What has become of the bundle: its outcome if there is one or must be one now, None
@@ -123,7 +128,10 @@ class Suspects:
         return found
 
     async def begin(self, hand: Hand) -> None:
-        """Write down that a suspect is being started, before it is."""
+        """Write down that a suspect is being started, before it is.
+
+        A worker that dies in between counts as one that has started it: nobody can tell.
+        """
         if len(hand.bundle.tasks) == 1:
             key = naming.starts(hand.bundle) + hand.execution
             self._begun[key] = None
@@ -143,7 +151,8 @@ class Suspects:
         if hand.suspicion and len(hand.bundle.tasks) == 1:
             key = naming.starts(hand.bundle) + hand.execution
             try:
-                await self._objects.delete([key])
+                async with self._renewing:
+                    await self._objects.delete([key])
             except BackendError as error:
                 # One start too many is counted; it takes three to condemn.
                 log.warning("the start of %s is not taken back: %s", hand.bundle.id, error)

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures as cf
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -332,8 +333,10 @@ def test_a_forked_process_is_refused_and_does_no_harm(
 def test_ctrl_c_in_a_block_cancels_its_calls(grid: Grid, home: Path, tmp_path: Path) -> None:
     """Pain 11: interrupted, and the jobs ran on."""
     script = f"""
+        import faulthandler
         from batchlab import Grid
         from time import sleep
+        faulthandler.dump_traceback_later(25)
         with Grid("local", home={str(home)!r}) as grid:
             with grid.executor(name="interrupted") as executor:
                 calls = [executor.submit(sleep, 60) for _ in range(100)]
@@ -345,7 +348,11 @@ def test_ctrl_c_in_a_block_cancels_its_calls(grid: Grid, home: Path, tmp_path: P
         assert process.stdout.readline()
         until(lambda: any(one["name"] == "interrupted" for one in grid.client.jobs()))
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        try:
+            _, errors = process.communicate(timeout=30)
+        except subprocess.TimeoutExpired as late:
+            process.kill()
+            pytest.fail(f"still there: {late.stderr!r}")
     assert errors.splitlines()[-1] == "KeyboardInterrupt"
     jobs = [one["id"] for one in grid.client.jobs() if one["name"] == "interrupted"]
     assert {grid.wait(job).state for job in jobs} == {"CANCELLED"}

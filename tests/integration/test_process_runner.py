@@ -151,7 +151,7 @@ def test_sys_exit_is_a_failure_with_its_code(
         ("generator", "result is of type generator"),
         ("surrogate", "UTF-8 cannot hold"),
         ("missing", "/nowhere/at/all, which does not exist"),
-        ("folder", "0/scratch, which does not exist"),
+        ("folder", "0/scratch, which is no regular file"),
     ],
 )
 def test_a_result_that_cannot_travel_is_a_failure_that_says_why(

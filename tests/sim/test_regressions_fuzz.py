@@ -92,3 +92,28 @@ def test_a_scheduled_job_starts_although_the_answer_to_its_move_was_lost(
         assert lost
 
     in_world(act, script=takes(1.0))
+
+
+def test_a_cancellation_is_not_forgotten_by_a_read_that_was_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The manager read a job from the ledger, the user's cancellation was acknowledged meanwhile,
+    and what had been read took its place: no worker ran the job, and it never ended."""
+
+    async def act(world: World) -> None:
+        async def read(original: Any, *args: Any) -> object:
+            record = await original(*args)
+            await asyncio.sleep(3)
+            return record
+
+        around(monkeypatch, world.ledger, "job", read)
+        made = job(stage(A), items=1)
+        await submitted(world, made)
+        live = (await leader(world)).lives[made.id]
+        while not live.outstanding:
+            await asyncio.sleep(0.1)
+        await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        async with asyncio.timeout(100):
+            assert (await world.ended(made.id)).state is JobState.CANCELLED
+
+    in_world(act, script=takes(1.0))

@@ -1,0 +1,126 @@
+"""Starts of suspects: which of them are held against a task, and what the simulator makes of it.
+
+Each docstring says what went wrong before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+
+from batchlab.model import Bundle, FailureKind, JobId, JobState, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import Message
+from batchlab.protocol import naming, wire
+from batchlab.sim import invariants
+from batchlab.sim.actors import CURRENT, Actor
+from batchlab.sim.fates import Fates
+from batchlab.sim.runner import Play, Scene
+from batchlab.sim.watch import BEGIN_S
+from batchlab.sim.world import World
+from batchlab.worker.hand import Hand
+from batchlab.worker.suspects import Suspects
+from tests.sim.scenes import A, around, ended, in_world, job, leader, stage, submitted, takes
+
+STALE_S = 20.0
+
+
+def suspect(task: int) -> Bundle:
+    return Bundle(JobId("job"), A, TaskSet.of([task]), losses=1)
+
+
+def in_hand(bundle: Bundle) -> Hand:
+    message = Message("m", "", "receipt", 1, 0.0, 0.0)
+    return Hand("tasks", message, wire.TaskMessage(bundle), f"w-{bundle.id}", 0.0, 0.0, "receipt")
+
+
+def test_a_start_that_is_withdrawn_while_it_is_renewed_does_not_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The renewal was written after the delete. What was left looked like the start of a worker
+    that has died: three of them, and an innocent task was FAILED as poison."""
+
+    async def act(world: World) -> None:
+        written: list[str] = []
+        renewed: list[str] = []
+
+        async def put(real: Any, key: str, *args: Any, **options: Any) -> object:
+            if key in written:
+                renewed.append(key)
+                await asyncio.sleep(3)
+            written.append(key)
+            return await real(key, *args, **options)
+
+        around(monkeypatch, world.objects, "put", put)
+        suspects = Suspects(
+            world.objects, world.clock, Patience(random.Random(1)), "w", STALE_S, asyncio.Event()
+        )
+        under_way, next_in_turn = in_hand(suspect(0)), in_hand(suspect(1))
+        for hand in (under_way, next_in_turn):
+            await suspects.begin(hand)
+        keeper = asyncio.create_task(suspects.keep())
+        while not renewed:
+            await asyncio.sleep(1)
+        await asyncio.gather(suspects.withdraw(under_way), suspects.withdraw(next_in_turn))
+        await asyncio.sleep(STALE_S)
+        keeper.cancel()
+        assert [one.key async for page in world.objects.list("jobs/") for one in page] == []
+        assert renewed == [naming.starts(under_way.bundle) + under_way.execution]
+
+    in_world(act, script=takes(1.0))
+
+
+def test_a_worker_killed_between_a_written_start_and_the_task_has_lost_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A neighbour killed the worker as the start was being acknowledged. The grid holds that
+    against the task, as it must; the check saw only tasks that ran, and called it a mistake."""
+
+    def script(scene: Scene) -> Play:
+        return Play(0.1, kills_worker=True)
+
+    async def act(world: World) -> None:
+        async def put(real: Any, key: str, *args: Any, **options: Any) -> object:
+            answer = await real(key, *args, **options)
+            dying = CURRENT.get()
+            if "/starts/" in key and dying:
+                asyncio.get_running_loop().call_later(0.0, dying.kill)
+            return answer
+
+        around(monkeypatch, world.objects, "put", put)
+        made = job(stage(A), items=1)
+        await submitted(world, made)
+        assert (await ended(world, made)).state is JobState.FAILED
+        assert len(world.starts) == 1
+        outcomes = await invariants.outcomes_of(world.objects, made.id)
+        assert [f.kind for o in outcomes for f in o.failed] == [FailureKind.LOST]
+        invariants.check_failures(world, Fates(1, [0.1]), made, outcomes)
+
+    in_world(act, script=script)
+
+
+def test_a_start_counts_only_where_its_worker_died_at_once() -> None:
+    """One written while the task waits, or withdrawn, is no excuse for condemning it."""
+
+    async def act(world: World) -> None:
+        bundle = suspect(0)
+        await leader(world)
+
+        async def lost(worker: str, *, after_s: float = 0.0, withdrawn: bool = False) -> int:
+            actor, key = Actor(worker), naming.starts(bundle) + worker
+            world.watch.called(actor, "objects.put", (key, b""), '"1"')
+            if withdrawn:
+                world.watch.called(actor, "objects.delete", ([key],), None)
+            await asyncio.sleep(after_s)
+            world.watch.killed(actor)
+            return world.watch.lost_starts(bundle, 0)
+
+        assert await lost("w-waits", after_s=2 * BEGIN_S) == 0
+        assert await lost("w-gives-back", withdrawn=True) == 0
+        assert await lost("w-begins") == 1
+        assert world.watch.lost_starts(suspect(1), 1) == 0
+
+    in_world(act, script=takes(1.0))
