@@ -248,9 +248,10 @@ class Manager:
             await asyncio.gather(*conducting, return_exceptions=True)
             self.lives.clear()
             count = await rebuild(self.ports)
-        for record in await self.ports.ledger.jobs(active=True, limit=10_000):
-            if record.job.id not in self.lives:
-                await self._adopt(record)
+            # Still in quiet: adopting writes, and a second rebuild may be waiting to clear.
+            for record in await self.ports.ledger.jobs(active=True, limit=10_000):
+                if record.job.id not in self.lives:
+                    await self._adopt(record)
         return count
 
 

@@ -117,3 +117,37 @@ def test_a_cancellation_is_not_forgotten_by_a_read_that_was_under_way(
             assert (await world.ended(made.id)).state is JobState.CANCELLED
 
     in_world(act, script=takes(1.0))
+
+
+def test_rebuilds_that_are_asked_for_at_once_come_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first one still adopted its jobs when the second had cleared the ledger, and cut tasks
+    that the second one had not planned yet."""
+
+    async def act(world: World) -> None:
+        clears, seen = 0, []
+
+        async def clear(original: Any) -> None:
+            nonlocal clears
+            clears += 1
+            await original()
+
+        async def read(original: Any, *args: Any, **kwargs: Any) -> object:
+            before = clears
+            await asyncio.sleep(0.2)
+            seen.append(clears == before)
+            return await original(*args, **kwargs)
+
+        around(monkeypatch, world.ledger, "clear", clear)
+        around(monkeypatch, world.ledger, "bundles", read)  # a part of adopting
+        made = job(stage(A, bundle=1), items=30)
+        await submitted(world, made)
+        while len(world.starts) < 5:
+            await asyncio.sleep(1)
+        asking = [world.ask(lambda m: m.rebuild_ledger(), f"rebuild {n}") for n in range(3)]
+        await asyncio.gather(*asking)
+        assert (clears, set(seen)) == (3, {True})
+        await ended_well(world, made)
+
+    in_world(act, script=takes(5.0))
