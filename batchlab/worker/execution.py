@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
+from collections import Counter
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ from batchlab.errors import BackendError, NotFound
 from batchlab.model import Failure, FailureKind, Json, Ran
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming
+from batchlab.protocol.settle import LOSS_LIMIT
 from batchlab.worker import logs, materialise
 from batchlab.worker.bench import Request
 from batchlab.worker.board import IMPORTING
@@ -70,6 +73,8 @@ class Execution:
         self._started = False
         self._barren = 0
         """Requests in a row that ended no task."""
+        self._slain: Counter[int] = Counter()
+        """How often each task's process was ended by SIGKILL, which no limit of ours had sent."""
         self._inputs = materialise.Inputs(objects, folder, asyncio.to_thread)
         self._storing: set[asyncio.Task[Ran]] = set()
         self._uploads = asyncio.Semaphore(_UPLOADS)
@@ -196,6 +201,8 @@ class Execution:
             return False
         if why == "worn out":
             await self._drop_child()
+        if why == "slain":
+            return True
         self._barren = self._barren + 1 if len(self._left) == before else 0
         if self._barren > 1 and self._pending:
             # Nobody was running, twice: without somebody to blame this would never end.
@@ -251,6 +258,11 @@ class Execution:
         if self._killed:
             return "told"
         if verdict is None:
+            if code == -signal.SIGKILL and task in self._pending:
+                # By somebody outside, or by the kernel for memory: perhaps not the task's fault.
+                self._slain[task] += 1
+                if self._slain[task] < LOSS_LIMIT:
+                    return "slain"
             verdict = Verdict(task, FailureKind.CRASH, _crash(code), monotonic_s() - since_s)
         exit_code = code if verdict.kind is FailureKind.CRASH else None
         if verdict.task == IMPORTING:
@@ -357,8 +369,10 @@ def _span_of(task: int, extra: dict[str, Any]) -> list[tuple[int, int, int]]:
 def _crash(code: int) -> str:
     if code == EXIT_PIPE_LOST:
         return "closed the file descriptors of its process"
-    hint = "; the machine may have run out of memory" if code == -9 else ""
-    return f"killed its process: {describe_exit(code)}{hint}"
+    told = f"killed its process: {describe_exit(code)}"
+    if code == -signal.SIGKILL:
+        told += f" {LOSS_LIMIT} times; the machine may have run out of memory"
+    return told
 
 
 def _make(folder: Path) -> None:

@@ -70,7 +70,7 @@ RESULTS = [
 PROCESSES = [
     Act("segfaults", "crash", "killed its process: exit -11 (SIGSEGV)"),
     Act("ends_its_process", "crash", "killed its process: exit 0"),
-    Act("kills_itself", "crash", "exit -9 (SIGKILL); the machine may have run out of memory"),
+    Act("kills_itself", "crash", "exit -9 (SIGKILL) 3 times; the machine may have run out of mem"),
     Act("becomes_another_program", "crash", "killed its process: exit 5"),
     Act("stops_itself", "timeout", "ran longer than its timeout of 2 s"),
     Act("loops", "timeout", "ran longer than its timeout of 2 s"),

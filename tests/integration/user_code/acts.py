@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -90,6 +91,15 @@ def do_die(ctx: Context, code: int) -> None:
 def do_signal(ctx: Context, number: int) -> None:
     os.kill(os.getpid(), number)
     time.sleep(30)
+
+
+def do_slain(ctx: Context, times: int) -> str:
+    """SIGKILL the first so many times that it is run."""
+    begun = Path(ctx.params["counter"]).read_text().split().count(str(ctx.task))
+    if begun <= times:
+        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(30)
+    return "spared"
 
 
 def do_segfault(ctx: Context) -> None:
