@@ -7,6 +7,7 @@ whatever ends the child, the worker knows which task was running, and since when
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 
 BOOTING = -3
@@ -29,6 +30,9 @@ class Board:
             # not by a signal at the first access.
             path.write_bytes(bytes(_BYTES))
         with path.open("r+b") as file:
+            # mmap keeps a copy of the descriptor, with this offset: what a handler writes into
+            # descriptors that it does not know goes behind the page.
+            os.lseek(file.fileno(), 0, os.SEEK_END)
             self._map = mmap.mmap(file.fileno(), _BYTES)
         page = memoryview(self._map)
         self._ints = page.cast("q")

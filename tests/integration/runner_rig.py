@@ -69,7 +69,7 @@ class Rig:
     async def values(self, items: Sequence[Json], **how: Any) -> list[Any]:
         """The values in task order, "kind: reason" in the place of a Failure."""
         ran = await self.run(items, **how)
-        assert [one.task for one in ran] == list(range(len(items)))
+        assert [one.task for one in ran] == list(range(len(items))), ran
         return [
             f"{one.failure.kind}: {one.failure.reason}" if one.failure else one.value for one in ran
         ]
