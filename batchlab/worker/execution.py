@@ -263,7 +263,9 @@ class Execution:
                 self._slain[task] += 1
                 if self._slain[task] < LOSS_LIMIT:
                     return "slain"
-            verdict = Verdict(task, FailureKind.CRASH, _crash(code), monotonic_s() - since_s)
+            verdict = Verdict(
+                task, FailureKind.CRASH, _crash(code, self._slain[task]), monotonic_s() - since_s
+            )
         exit_code = code if verdict.kind is FailureKind.CRASH else None
         if verdict.task == IMPORTING:
             reason = f"Loading the handler {verdict.reason}."
@@ -366,12 +368,13 @@ def _span_of(task: int, extra: dict[str, Any]) -> list[tuple[int, int, int]]:
     return [(task, start, end)] if end > start else []
 
 
-def _crash(code: int) -> str:
+def _crash(code: int, times: int) -> str:
     if code == EXIT_PIPE_LOST:
         return "closed the file descriptors of its process"
     told = f"killed its process: {describe_exit(code)}"
     if code == -signal.SIGKILL:
-        told += f" {LOSS_LIMIT} times; the machine may have run out of memory"
+        told += f" {times} times" if times else ""
+        told += "; the machine may have run out of memory"
     return told
 
 

@@ -230,6 +230,22 @@ def test_a_module_that_kills_its_process_fails_the_bundle_at_once(tmp_path: Path
     go(main())
 
 
+def test_a_module_that_is_killed_while_it_loads_is_not_said_to_have_run(tmp_path: Path) -> None:
+    async def main() -> None:
+        folder = tmp_path / "code"
+        folder.mkdir()
+        (folder / "deadly.py").write_text("import os\nos.kill(os.getpid(), 9)\ndef run(item): ...")
+        async with opened(tmp_path) as rig:
+            [ran] = await rig.run([1], handler="deadly:run", folder=folder)
+            assert ran.failure is not None
+            assert ran.failure.reason == (
+                "Loading the handler killed its process: exit -9 (SIGKILL); "
+                "the machine may have run out of memory."
+            )
+
+    go(main())
+
+
 @pytest.mark.parametrize("gone", ["missing", "damaged", "no key"])
 def test_code_that_cannot_be_had_is_a_failure_of_the_tasks(tmp_path: Path, gone: str) -> None:
     async def main() -> None:
