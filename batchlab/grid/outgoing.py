@@ -20,7 +20,7 @@ from batchlab.errors import AlreadyExists, UsageError
 from batchlab.grid.link import Link
 from batchlab.grid.shipping import Shipping
 from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager.plans import PART_ITEMS, PartWriter
+from batchlab.manager.plans import ITEM_BYTES, PART_ITEMS, PartWriter
 from batchlab.model import JobId, Json, StageName, TaskSet
 from batchlab.protocol import naming, values, wire
 from batchlab.task import File, name_problem
@@ -28,10 +28,6 @@ from batchlab.task import File, name_problem
 MAP = StageName("map")
 
 UPLOADS_AT_ONCE = 16
-LARGE_BYTES = 128 * 1024
-"""An item that is longer when encoded becomes an object of its own: the manager reads plans, and
-need not read this."""
-
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
@@ -157,9 +153,10 @@ class Outgoing:
         await asyncio.gather(
             *(upload(path, key) for path, key in chunk.files),
             *(
-                put(naming.part(job, MAP, 0, chunk.first + n).replace("part-", "item-"), n)
+                # As the writer would, but several at once.
+                put(naming.item(job, MAP, 0, chunk.first + n), n)
                 for n, item in enumerate(chunk.items)
-                if _size(item) > LARGE_BYTES
+                if _size(item) > ITEM_BYTES
             ),
         )
         for item in chunk.items:
