@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from batchlab.adapters.sql.ledger import SqlLedger, open_memory
+from batchlab.fleet.state import COUNTED
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import Ports
 from batchlab.manager.rebuild import rebuild
-from batchlab.model import FailureKind, GroupView, JobId, JobState, Json, LifecycleState, Outcome
+from batchlab.model import FailureKind, GroupView, Instance, JobId, JobState, Json, Outcome
 from batchlab.patience import Patience
 from batchlab.ports import Fleet, Objects
 from batchlab.protocol import naming, settle, wire
@@ -167,16 +168,16 @@ def check_no_start_after(world: World, job: JobId, acknowledged_s: float) -> Non
     _require(not late, "I4", f"{job}: acknowledged at {acknowledged_s}, started {late[:3]}")
 
 
+def counted(view: GroupView) -> list[Instance]:
+    """Those of its instances that count against its capacity."""
+    return [instance for instance in view.instances if instance.state in COUNTED]
+
+
 def check_bounds(groups: Sequence[GroupView]) -> None:
     """I5, first part, at any time: never outside [min, max], but for busy ones that a person's
     lower limit left behind: protection forbids to take those."""
     for view in groups:
-        alive = [
-            i
-            for i in view.instances
-            if i.state in (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
-        ]
-        pool = view.pool
+        alive, pool = counted(view), view.pool
         fits = len(alive) <= pool.max_size or all(i.protected for i in alive)
         _require(
             pool.min_size <= view.desired <= pool.max_size and fits,
@@ -188,15 +189,11 @@ def check_bounds(groups: Sequence[GroupView]) -> None:
 def check_at_rest(groups: Sequence[GroupView]) -> None:
     """I5, last part: the fleet reaches min after the work ends."""
     for view in groups:
-        alive = [
-            i.id
-            for i in view.instances
-            if i.state in (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
-        ]
+        alive = len(counted(view))
         _require(
-            len(alive) == view.desired == view.pool.min_size,
+            alive == view.desired == view.pool.min_size,
             "I5",
-            f"{view.pool.name}: {len(alive)} alive and desired {view.desired} long after the work",
+            f"{view.pool.name}: {alive} alive and desired {view.desired} long after the work",
         )
 
 
@@ -207,6 +204,7 @@ async def check_results(world: World, job: JobDef) -> None:
     succeeded has run it all.
     """
     record = await world.ledger.job(job.id)
+    ended = {one.counts.stage: one.counts for one in await world.ledger.stages(job.id)}
     found: dict[str, Mapping[int, Json]] = {}
     for stage in job.stages:
         inputs = inputs_of(job, stage, found)
@@ -218,9 +216,7 @@ async def check_results(world: World, job: JobDef) -> None:
         wrong = [(task, got[task], right[task]) for task in sorted(got) if got[task] != right[task]]
         _require(not wrong, "I1", f"{job.id}/{stage.name}: (task, result, right) {wrong[:3]}")
         lost = sorted(set(inputs) - set(got))
-        counts = next(
-            s.counts for s in await world.ledger.stages(job.id) if s.counts.stage == stage.name
-        )
+        counts = ended[stage.name]
         _require(
             record.state is not JobState.SUCCEEDED or len(lost) <= counts.failed + counts.cancelled,
             "I1",

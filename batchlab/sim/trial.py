@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from batchlab.model import JobState
@@ -185,10 +185,6 @@ async def _rest(world: World, longest_s: float) -> None:
         manager = world.manager
         if manager and manager.is_leader.is_set() and not manager.lives:
             groups = await world.groups()
-            if all(v.desired == v.pool.min_size == _alive(v.instances) for v in groups):
+            if all(v.desired == v.pool.min_size == len(invariants.counted(v)) for v in groups):
                 return
         await asyncio.sleep(max(1.0, longest_s / 100))
-
-
-def _alive(instances: Sequence[object]) -> int:
-    return sum(getattr(i, "state", "") in ("Pending", "InService") for i in instances)

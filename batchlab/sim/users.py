@@ -25,8 +25,8 @@ THOUGHTS = 8
 PAUSES_S = (0.0, 0.1, 1.0, 5.0, 20.0)
 """From one thought to the next, about."""
 
-LOOK_S = 10.0
-"""How often a user who waits looks at the job."""
+LOOK_S = 4.0
+"""How often a user who waits looks at the job, at least: a look costs more than all else."""
 
 
 async def bring_items(world: World, job: JobDef) -> None:
@@ -93,7 +93,7 @@ class User:
                 return record.state
             if record is not None and record.control is Control.PAUSE:
                 await self._ask("resume")
-            await asyncio.sleep(max(4.0, self._pace / 10))  # a look costs more than all else
+            await asyncio.sleep(max(LOOK_S, self._pace / 10))
 
     def _submit(self) -> asyncio.Task[object]:
         return self._start(lambda m: m.requests.submit(self._job), "submit", lambda _: None)

@@ -107,7 +107,7 @@ class Watch:
             return
         self._require(before in (None, data), "I1", f"{key} has changed after its commit")
         # Parts come before the manifest that commits them; whoever plans writes the same ones.
-        conditional = if_absent or parts[-1].startswith(("part-", "group-"))
+        conditional = if_absent or parts[-1].startswith(("part-", "item-"))
         self._require(conditional, "I1", f"{key} is written without a condition")
         self._learn(kind, parts[-2], data)
 

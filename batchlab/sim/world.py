@@ -85,8 +85,6 @@ class World:
     posts: list[Post] = field(init=False, default_factory=list)
     """Managers that run, oldest first."""
     workers: dict[str, SimWorker] = field(init=False, default_factory=dict)
-    starts: list[tuple[float, JobId, str, int]] = field(init=False, default_factory=list)
-    """(time, job, stage, task) of every task that began."""
     managers: int = field(init=False, default=0)
     rebuilding: int = field(init=False, default=0)
     """Rebuilds of the ledger that are due or under way: until then it need not be whole."""
@@ -109,6 +107,11 @@ class World:
     def rng(self, name: str) -> random.Random:
         """An independent stream of the seed. A text seed is hashed the same in every process."""
         return random.Random(f"{self.seed}/{name}")  # noqa: S311 - simulation
+
+    @property
+    def starts(self) -> list[tuple[float, JobId, str, int]]:
+        """(time, job, stage, task) of every task that began."""
+        return [(one.at_s, one.job, one.stage, one.task) for one in self.watch.starts]
 
     def note(self, actor: str, event: str) -> None:
         """Say in the log what is no port call."""
@@ -208,7 +211,6 @@ class World:
     def _started(self, scene: Scene) -> Callable[[], None]:
         now_s = self.clock.monotonic_s()
         job, stage = scene.job.id, scene.stage.name
-        self.starts.append((now_s, job, stage, scene.task))
         start = Start(now_s, CURRENT.get(), job, stage, scene.task, scene.bundle.round)
         self.watch.started(start)
 
