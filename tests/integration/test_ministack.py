@@ -17,7 +17,6 @@ from batchlab import Grid
 from batchlab.adapters.aws import Endpoint
 from batchlab.adapters.ministack import Emulator
 from batchlab.adapters.objects import open_s3
-from batchlab.adapters.sql.ledger import open_sqlite
 from batchlab.datagen import ClaimsFacts
 from batchlab.errors import AlreadyExists, BackendError, UsageError
 from batchlab.home import Home
@@ -35,6 +34,7 @@ from tests.integration.test_examples_end_to_end import (
 from tests.integration.test_rough_treatment import (
     check,
     claims,
+    contents,
     under_way,
 )
 
@@ -194,17 +194,6 @@ def test_a_grid_taken_down_finds_all_again_and_rebuilds_its_ledger_from_it(
     assert grid.client.rebuild() == 1
     grid.stop()
     assert contents(ledger) == before
-
-
-def contents(file: Path) -> object:
-    async def read() -> object:
-        ledger = open_sqlite(file)
-        try:
-            return await ledger.dump()
-        finally:
-            await ledger.close()
-
-    return asyncio.run(read())
 
 
 def test_an_emulator_without_an_owner_ends_by_itself(python: Path, tmp_path: Path) -> None:

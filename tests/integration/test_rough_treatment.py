@@ -94,7 +94,7 @@ def test_a_deleted_ledger_is_rebuilt_equal(
     grid = bring_up(TWO)
     view = grid.run(path)
     grid.stop()
-    before = dump(grid)
+    before = contents(grid.home.ledger_file)
     for file in grid.home.path.glob("ledger.sqlite*"):
         file.unlink()
     grid.client = grid._start()
@@ -102,13 +102,13 @@ def test_a_deleted_ledger_is_rebuilt_equal(
     assert grid.client.rebuild() == 1
     check(grid, grid.client.job(view["id"]), tmp_path / "out", facts)
     grid.stop()
-    assert dump(grid) == before
+    assert contents(grid.home.ledger_file) == before
     grid.client = grid._start()
 
 
-def dump(grid: LocalGrid) -> object:
+def contents(ledger_file: Path) -> object:
     async def read() -> object:
-        ledger = open_sqlite(grid.home.ledger_file)
+        ledger = open_sqlite(ledger_file)
         try:
             return await ledger.dump()
         finally:
