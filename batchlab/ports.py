@@ -309,6 +309,15 @@ class Reopening:
     replan: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A lease as it stands: every renewal changes `beat`. One that is seen unchanged for as long
+    as it lasts has run out, by the watch of whoever sees it; no two clocks have to agree."""
+
+    owner: str
+    beat: int
+
+
 class Ledger(Protocol):
     """The projection of the bucket that people and the planner read.
 
@@ -386,8 +395,9 @@ class Ledger(Protocol):
         """End the job: `closed` tasks of each stage never came to be and count as cancelled (a
         stage without a plan gets planned = closed). False where it has ended before."""
 
-    async def lease(self, name: str, owner: str, *, now_s: float, ttl_s: float) -> bool:
-        """Take or renew the lease; False while somebody else's has not run out."""
+    async def lease(self, name: str, owner: str, *, over: Lease | None = None) -> Lease:
+        """Take the lease where it is free, renew it where it is ours, or take it over where it
+        still stands as `over`, seen earlier. Answers how it stands now, ours or not."""
 
     async def release(self, name: str, owner: str) -> None:
         """Give the lease back if it is ours."""

@@ -66,10 +66,7 @@ class Manager:
 
     async def run(self) -> None:
         """Lead until cancelled; returns when the lease is lost. Waits for it first."""
-        while True:
-            if await self._lease():
-                break
-            await asyncio.sleep(self.settings.lease_ttl_s / 3)
+        await self._take_lease()
         try:
             await self._prepare()
             async with asyncio.TaskGroup() as group:
@@ -107,20 +104,32 @@ class Manager:
     async def _ensure(self, spec: QueueSpec) -> None:
         await self.ports.patience(lambda: self.ports.queue.ensure(spec))
 
-    async def _lease(self) -> bool:
-        now_s = self.ports.clock.now_s()
-        ttl_s = self.settings.lease_ttl_s
-        return await self.ports.ledger.lease(LEASE, self.owner, now_s=now_s, ttl_s=ttl_s)
+    async def _take_lease(self) -> None:
+        """Wait until nobody has the lease, or its holder has not renewed it for as long as it
+        lasts by our own clock. No two clocks have to agree."""
+        ttl_s, clock = self.settings.lease_ttl_s, self.ports.clock
+        seen, since_s = None, clock.monotonic_s()
+        while True:
+            is_over = clock.monotonic_s() - since_s >= ttl_s
+            stands = await self.ports.ledger.lease(
+                LEASE, self.owner, over=seen if is_over else None
+            )
+            if stands.owner == self.owner:
+                return
+            if stands != seen:
+                seen, since_s = stands, clock.monotonic_s()
+            await asyncio.sleep(ttl_s / 3)
 
     async def _keep_lease(self) -> None:
         while True:
             await asyncio.sleep(self.settings.lease_ttl_s / 3)
             try:
                 async with asyncio.timeout(self.settings.lease_ttl_s * 2 / 3):
-                    if not await self._lease():
-                        return
+                    stands = await self.ports.ledger.lease(LEASE, self.owner)
             except TimeoutError:
-                return  # it has run out; whoever reaches the ledger first takes it
+                return  # it has run out; a standby may have taken it
+            if stands.owner != self.owner:
+                return
 
     async def _adopt(self, record: JobRecord) -> LiveJob:
         """Conduct a job: new, taken over from the leader before us, or re-opened."""

@@ -46,7 +46,6 @@ class Sky:
         self._pace = pace
         self._after: list[asyncio.Task[None]] = []
         self._shortages = 0
-        self._jumps: list[tuple[SkewedClock, float]] = []
         self._acts: dict[FaultKind, Act] = {
             FaultKind.REDELIVERED: self._redeliver,
             FaultKind.VANISHED: self._drop,
@@ -83,7 +82,6 @@ class Sky:
                 self._world.note(SKY, f"#{point.call} {kind.value} {hit}")
         for task in self._after:
             await task
-        self._set_managers_right()
 
     def _later(self, coro: Coroutine[Any, Any, None], name: str) -> None:
         self._after.append(asyncio.create_task(coro, name=name))
@@ -154,17 +152,7 @@ class Sky:
         actor, clock = hit
         seconds = rng.choice(JUMPS_S) * rng.uniform(0.5, 1.0)
         clock.off_s += seconds
-        self._jumps.append((clock, seconds))
         return f"{actor.name} by {seconds:.3f} s"
-
-    def _set_managers_right(self) -> None:
-        """Two managers whose clocks stay apart by more than a lease take it from each other for
-        ever, and neither comes to shrink the fleet: a known gap, and somebody mends such clocks."""
-        managers = {id(post.clock) for post in self._world.posts}
-        if len(managers) > 1:
-            for clock, seconds in self._jumps:
-                if id(clock) in managers:
-                    clock.off_s -= seconds
 
     async def _stall(self, rng: random.Random) -> str | None:
         hit = self._a_process(rng)

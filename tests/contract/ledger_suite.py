@@ -241,8 +241,8 @@ async def _race(path: Path, owner: str) -> None:
     ledger = open_sqlite(path)
     print("ready", flush=True)
     sys.stdin.readline()
-    won = await ledger.lease("leader", owner, now_s=1_000.0, ttl_s=10.0)
-    print(owner if won else "", flush=True)
+    stands = await ledger.lease("leader", owner)
+    print(owner if stands.owner == owner else "", flush=True)
     await ledger.close()
 
 

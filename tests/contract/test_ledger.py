@@ -259,51 +259,50 @@ async def test_planned_is_set_where_it_is_not_known(ledger: DumpingLedger) -> No
 
 
 @on_every_ledger
-async def test_a_lease_is_its_owners_until_it_runs_out(ledger: DumpingLedger) -> None:
-    assert await ledger.lease("leader", "a", now_s=100.0, ttl_s=10.0)
-    assert not await ledger.lease("leader", "b", now_s=109.9, ttl_s=10.0)
-    assert await ledger.lease("leader", "a", now_s=105.0, ttl_s=10.0)
-    assert not await ledger.lease("leader", "b", now_s=114.9, ttl_s=10.0), "it was renewed"
-    assert await ledger.lease("leader", "b", now_s=115.0, ttl_s=10.0)
-    assert not await ledger.lease("leader", "a", now_s=116.0, ttl_s=10.0), "it was taken over"
+async def test_a_lease_is_its_owners_who_renews_it(ledger: DumpingLedger) -> None:
+    first = await ledger.lease("leader", "a")
+    assert first.owner == "a"
+    assert await ledger.lease("leader", "b") == first, "b is told, and nothing changes"
+    renewed = await ledger.lease("leader", "a")
+    assert (renewed.owner, renewed != first) == ("a", True)
 
 
 @on_every_ledger
-async def test_a_lease_of_a_time_before_the_clock_was_set_back_is_free(
-    ledger: DumpingLedger,
-) -> None:
-    """Pain 1: else the grid would stand still until the old time comes round."""
-    await ledger.lease("leader", "a", now_s=5_000.0, ttl_s=10.0)
-    assert not await ledger.lease("leader", "b", now_s=4_991.0, ttl_s=10.0), "clocks differ a bit"
-    assert await ledger.lease("leader", "b", now_s=100.0, ttl_s=10.0)
-    assert not await ledger.lease("leader", "c", now_s=101.0, ttl_s=10.0)
+async def test_a_lease_is_taken_over_only_as_it_was_seen(ledger: DumpingLedger) -> None:
+    seen = await ledger.lease("leader", "a")
+    renewed = await ledger.lease("leader", "a")
+    assert await ledger.lease("leader", "b", over=seen) == renewed, "it was renewed since"
+    taken = await ledger.lease("leader", "b", over=renewed)
+    assert taken.owner == "b"
+    assert await ledger.lease("leader", "c", over=renewed) == taken, "one of two takes it over"
+    assert await ledger.lease("leader", "a") == taken, "a renewal is no taking over"
 
 
 @on_every_ledger
 async def test_a_lease_given_back_is_free_at_once(ledger: DumpingLedger) -> None:
-    await ledger.lease("leader", "a", now_s=100.0, ttl_s=10.0)
+    await ledger.lease("leader", "a")
     await ledger.release("leader", "b")
-    assert not await ledger.lease("leader", "b", now_s=101.0, ttl_s=10.0), "not b's to give back"
+    assert (await ledger.lease("leader", "b")).owner == "a", "not b's to give back"
     await ledger.release("leader", "a")
     await ledger.release("leader", "a")
-    assert await ledger.lease("leader", "b", now_s=101.0, ttl_s=10.0)
+    assert (await ledger.lease("leader", "b")).owner == "b"
 
 
 @on_every_ledger
 async def test_leases_of_other_names_are_other_leases(ledger: DumpingLedger) -> None:
-    assert await ledger.lease("leader", "a", now_s=100.0, ttl_s=10.0)
-    assert await ledger.lease("scheduler", "b", now_s=100.0, ttl_s=10.0)
+    assert (await ledger.lease("leader", "a")).owner == "a"
+    assert (await ledger.lease("scheduler", "b")).owner == "b"
 
 
 @on_every_ledger
 async def test_clear_forgets_the_jobs_and_keeps_the_leases(ledger: DumpingLedger) -> None:
     await submit(ledger)
     await fold(ledger, done(bundle(0, 5), bundle(0, 5, stage=INDEX)))
-    await ledger.lease("leader", "a", now_s=100.0, ttl_s=10.0)
+    held = await ledger.lease("leader", "a")
     last = max(r.seq or 0 for r in await ledger.bundles(JOB.id))
     await ledger.clear()
     assert await ledger.dump() == {"jobs": [], "stages": [], "bundles": []}
-    assert not await ledger.lease("leader", "b", now_s=101.0, ttl_s=10.0)
+    assert await ledger.lease("leader", "b") == held
     await submit(ledger)
     await fold(ledger, done(bundle(0, 5)))
     assert await ledger.bundles(JOB.id, after_seq=last), "a watcher goes on where it was"

@@ -240,6 +240,27 @@ def test_a_retry_is_finished_by_the_next_leader(monkeypatch: pytest.MonkeyPatch)
     in_world(act, script=script)
 
 
+@pytest.mark.parametrize("off_s", [-3600.0, 3600.0])
+def test_two_managers_whose_clocks_stay_apart_do_not_take_the_lead_from_each_other(
+    off_s: float,
+) -> None:
+    """Simulator, seed 223: they did for ever, and neither came to shrink the fleet."""
+
+    async def act(world: World) -> None:
+        first = await leader(world)
+        world.start_manager()
+        standby = world.posts[-1]
+        standby.clock.off_s += off_s
+        await asyncio.sleep(600)
+        assert first.is_leader.is_set()
+        assert not standby.manager.is_leader.is_set()
+        kill_manager(world)
+        await asyncio.sleep(30)
+        assert standby.manager.is_leader.is_set(), "it waits for the lease by its own watch"
+
+    in_world(act, script=takes(0.5))
+
+
 def test_the_lead_is_taken_over_although_the_clock_was_set_back_by_an_hour() -> None:
     """Pain 1: the dead leader's lease seemed to last another hour, and nobody led until then."""
 

@@ -29,7 +29,7 @@ from batchlab.adapters.sql.upserts import Upserts
 from batchlab.errors import BackendError, NotFound, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.model import Completion, Control, JobId, JobState, Json, StageName
-from batchlab.ports import BundleRecord, Cut, JobRecord, Reopening, StageRecord
+from batchlab.ports import BundleRecord, Cut, JobRecord, Lease, Reopening, StageRecord
 
 T = TypeVar("T")
 
@@ -140,11 +140,17 @@ class SqlLedger:
 
     # --- The rest --------------------------------------------------------------------------------
 
-    async def lease(self, name: str, owner: str, *, now_s: float, ttl_s: float) -> bool:
-        values = {"name": name, "owner": owner, "until_s": now_s + ttl_s, "now_s": now_s}
-        return await self._write(
-            lambda c: c.execute(self._upserts.take_lease, values).first() is not None
-        )
+    async def lease(self, name: str, owner: str, *, over: Lease | None = None) -> Lease:
+        seen = over or Lease("", 0)
+        values: dict[str, str | int] = {"name": name, "owner": owner}
+        values |= {"over_owner": seen.owner, "over_beat": seen.beat}
+        stands = select(leases.c.owner, leases.c.beat).where(leases.c.name == name)
+
+        def take(connection: Connection) -> Lease:
+            row = connection.execute(self._upserts.take_lease, values).first()
+            return Lease(*(row or connection.execute(stands).one()))
+
+        return await self._write(take)
 
     async def release(self, name: str, owner: str) -> None:
         ours = delete(leases).where(leases.c.name == name, leases.c.owner == owner)

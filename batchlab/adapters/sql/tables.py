@@ -22,7 +22,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-HEAD = "0001"
+HEAD = "0002"
 """The newest migration. Versions are numbered, so that an older program can tell a newer schema."""
 
 metadata = MetaData()
@@ -114,7 +114,7 @@ leases = Table(
     metadata,
     Column("name", Text, nullable=False),
     Column("owner", Text, nullable=False),
-    Column("until_s", Double, nullable=False),
+    Column("beat", BigInteger, nullable=False),
     PrimaryKeyConstraint("name", name="leases_pk"),
 )
 

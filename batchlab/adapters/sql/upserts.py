@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Insert, bindparam, or_
+from sqlalchemy import Insert, and_, bindparam, or_
 from sqlalchemy.sql.dml import ReturningInsert
 
 from batchlab.adapters.sql.tables import bundles, counters, jobs, leases
@@ -28,7 +28,8 @@ class Upserts:
     take_seqs: ReturningInsert[Any]
     """Reserve `count` sequence numbers; returns the last."""
     take_lease: ReturningInsert[Any]
-    """Unless somebody else has it beyond `now_s`."""
+    """If it is free or the owner's already, or stands at `over_owner` and `over_beat`; returns how
+    it stands then."""
 
     @classmethod
     def of(cls, dialect: str) -> Upserts:
@@ -49,20 +50,19 @@ class Upserts:
                 index_elements=[*counters.primary_key],
                 set_={"value": counters.c.value + take_seqs.excluded.value},
             ).returning(counters.c.value),
-            lease.values({name: bindparam(name) for name in ("name", "owner", "until_s")})
+            lease.values({"name": bindparam("name"), "owner": bindparam("owner"), "beat": 1})
             .on_conflict_do_update(
                 index_elements=[*leases.primary_key],
-                set_={name: lease.excluded[name] for name in ("owner", "until_s")},
+                set_={"owner": lease.excluded.owner, "beat": leases.c.beat + 1},
                 where=or_(
                     leases.c.owner == lease.excluded.owner,
-                    leases.c.until_s <= bindparam("now_s"),
-                    # It would outlast two of ours, so the clock has been set back since: nobody
-                    # has renewed it, and nobody should wait for the old time to come round.
-                    leases.c.until_s
-                    > lease.excluded.until_s + lease.excluded.until_s - bindparam("now_s"),
+                    and_(
+                        leases.c.owner == bindparam("over_owner"),
+                        leases.c.beat == bindparam("over_beat"),
+                    ),
                 ),
             )
-            .returning(leases.c.name),
+            .returning(leases.c.owner, leases.c.beat),
         )
 
 

@@ -1,0 +1,21 @@
+"""A lease is renewed by a count, no longer until a time: no two clocks have to agree."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    # Whoever held it holds it no longer: the ledger is migrated while no manager runs.
+    op.drop_table("leases")
+    op.create_table(
+        "leases",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("owner", sa.Text(), nullable=False),
+        sa.Column("beat", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("name", name="leases_pk"),
+    )
