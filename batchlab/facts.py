@@ -125,12 +125,12 @@ async def gather(manager: Manager, job: JobId) -> Facts:
     fleet, ledger = manager.ports.fleet, manager.ports.ledger
     groups = await by_hand.groups(manager)
     activities = {pool: await fleet.activities(pool, limit=ACTIVITIES) for pool in groups}
-    record, stages = await ledger.job(job), await ledger.stages(job)
+    rows = await ledger.rows(job)
     # Last, and without waiting in between, so that what is in memory is of one moment.
     live = manager.lives.get(job)
     return Facts(
-        record=live.record if live else record,
-        stages=list(live.stages.values()) if live else stages,
+        record=live.record if live else rows.job,
+        stages=list(live.stages.values()) if live else rows.stages,
         now_s=manager.ports.clock.now_s(),
         monotonic_s=manager.ports.clock.monotonic_s(),
         settings=manager.settings,

@@ -310,6 +310,30 @@ class Reopening:
 
 
 @dataclass(frozen=True, slots=True)
+class JobRows:
+    """A job's row and those of its stages, in order, as of one moment."""
+
+    job: JobRecord
+    stages: tuple[StageRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a write came to: the rows after it, and whether it has changed them."""
+
+    rows: JobRows
+    is_new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """What folding came to: which completions were new, and the rows of their jobs after it."""
+
+    new: Sequence[bool]
+    jobs: Mapping[JobId, JobRows]
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """A lease as it stands: every renewal changes `beat`. One that is seen unchanged for as long
     as it lasts has run out, by the watch of whoever sees it; no two clocks have to agree."""
@@ -323,10 +347,11 @@ class Ledger(Protocol):
 
     Every method is one transaction and may be repeated: what is already there is left alone.
     Readers see whole transactions. Facts about single tasks are not here but in the outcomes.
+    Writes on the way of every bundle answer with the rows they leave, which saves reading them.
     """
 
-    async def add_job(self, job: JobDef, *, state: JobState) -> JobRecord:
-        """Insert the job with its stages; an existing id or token returns the existing row."""
+    async def add_job(self, job: JobDef, *, state: JobState) -> Written:
+        """Insert the job with its stages; an existing id or token leaves the existing rows."""
 
     async def job(self, job: JobId) -> JobRecord:
         """One job; NotFound."""
@@ -343,22 +368,23 @@ class Ledger(Protocol):
     async def set_control(self, job: JobId, control: Control) -> None:
         """Record what the control object says."""
 
-    async def stages(self, job: JobId) -> Sequence[StageRecord]:
-        """The job's stages in order."""
+    async def rows(self, job: JobId) -> JobRows:
+        """The job with its stages; NotFound."""
 
-    async def add_cut(self, cut: Cut) -> bool:
-        """Record a cut and its bundles as planned; False where this cut is already known.
+    async def add_cut(self, cut: Cut) -> Written:
+        """Record a cut and its bundles as planned, which makes a job RUNNABLE that was SUBMITTED
+        or PENDING; a cut that is known, or older than one that is, changes nothing.
 
         A stage whose `plan_round` is older than the cut's takes the cut's round.
         """
 
-    async def set_planned(self, job: JobId, stage: StageName, planned: int) -> None:
+    async def set_planned(self, job: JobId, stage: StageName, planned: int) -> Written:
         """Set a stage's number of planned tasks where it is not known yet (chained stages)."""
 
     async def fold(
         self, completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]
-    ) -> Sequence[bool]:
-        """Fold outcomes, each exactly once however often it comes; answers which were new.
+    ) -> Folded:
+        """Fold outcomes, each exactly once however often it comes. A job that waited is RUNNING.
 
         Counters of the bundle's stage grow by what it says, those named in the completion's
         `casualties` grow in `cancelled`, and its `follows` become planned bundles (a follow that
@@ -391,9 +417,9 @@ class Ledger(Protocol):
         reason: str,
         ended_s: float,
         closed: Mapping[StageName, int],
-    ) -> bool:
+    ) -> Written:
         """End the job: `closed` tasks of each stage never came to be and count as cancelled (a
-        stage without a plan gets planned = closed). False where it has ended before."""
+        stage without a plan gets planned = closed). Changes nothing where it has ended before."""
 
     async def lease(self, name: str, owner: str, *, over: Lease | None = None) -> Lease:
         """Take the lease where it is free, renew it where it is ours, or take it over where it

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator
 
 from batchlab import facts, views
 from batchlab.api.common import Leader, Limit, Wait, guarded
-from batchlab.errors import NotFound
+from batchlab.errors import NotFound, UsageError
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import LiveJob
 from batchlab.manager.manager import Manager
@@ -39,14 +39,17 @@ PostedJob = Annotated[JobDef, BeforeValidator(_of_our_version), Body()]
 async def submit(manager: Leader, job: PostedJob, response: Response) -> views.JobView:
     """Accept a job: 201 where it is new, 200 where the id or client token is known already."""
     try:
-        await manager.ports.ledger.job(job.id)
-        response.status_code = 200
-    except NotFound:
         views.admit(job, {name: pool.slots for name, pool in manager.pools.items()})
-    record = await manager.requests.submit(job)
-    if record.job.id != job.id:
+    except UsageError as error:
+        # A job that is known stays accepted, though this grid would not accept it today.
+        try:
+            await manager.ports.ledger.job(job.id)
+        except NotFound:
+            raise error from None
+    written = await manager.requests.submit(job)
+    if not written.is_new:
         response.status_code = 200
-    return await _view(manager, record)
+    return await _view(manager, written.rows.job)
 
 
 @router.get("/jobs")
@@ -112,8 +115,8 @@ async def _view(manager: Manager, record: JobRecord) -> views.JobView:
     if live:
         workers = manager.registry.workers.values()
         return views.job_view(live.record, list(live.stages.values()), live, workers)
-    ledger = manager.ports.ledger
-    return views.job_view(await ledger.job(job), await ledger.stages(job))
+    rows = await manager.ports.ledger.rows(job)
+    return views.job_view(rows.job, rows.stages)
 
 
 async def news(live: LiveJob, version: int, wait_s: float) -> None:

@@ -36,19 +36,23 @@ async def outcomes(
     end_s = loop.time() + wait_s
     while True:
         live = manager.lives.get(job)
-        version = live.version if live else 0
         # Read before the outcomes: what comes between the two must not be missed.
-        ended = (await manager.ports.ledger.job(job)).state.ended
-        found = await manager.ports.ledger.bundles(
-            job, stage=stage, done=True, after_seq=after, limit=limit
-        )
+        folds = live.folds if live else 0
+        record = live.record if live else await manager.ports.ledger.job(job)
+        ended = record.state.ended
+        found: Sequence[BundleRecord] = ()
+        if folds or live is None:
+            found = await manager.ports.ledger.bundles(
+                job, stage=stage, done=True, after_seq=after, limit=limit
+            )
         left_s = end_s - loop.time()
         if found or ended or live is None or left_s <= 0:
             return {
-                "outcomes": [views.outcome_view(record) for record in found],
+                "outcomes": [views.outcome_view(one) for one in found],
                 "ended": ended and len(found) < limit,
             }
-        await news(live, version, left_s)
+        while live.folds == folds and not live.record.state.ended and loop.time() < end_s:
+            await news(live, live.version, end_s - loop.time())
 
 
 @router.get("/jobs/{job}/failures")

@@ -44,10 +44,11 @@ class Conductor:
         lives: Mapping[JobId, LiveJob],
         folder: Folder,
         slots_of: Mapping[str, int],
-        on_plan: Callable[[], None],
+        on_plan: Callable[[str], None],
     ) -> None:
-        """`slots_of` gives the slots that a pool has or can soon have; `on_plan` is called when
-        a stage's number of tasks has become known, so that capacity can be had for it."""
+        """`slots_of` gives the slots that a pool has or can soon have; `on_plan` is called with
+        the pool of a stage whose number of tasks has become known, so that capacity can be had
+        for it."""
         self._ports = ports
         self._settings = settings
         self._lives = lives
@@ -99,8 +100,8 @@ class Conductor:
             # dies in between would leave a stage that never ends.
             upstream = live.stages[stage.after[0]].counts.planned
             if upstream is not None:
-                await self._ports.ledger.set_planned(live.id, stage.name, upstream)
-                await self._folder.refresh(live)
+                set_planned = self._ports.ledger.set_planned
+                await self._folder.write(live, partial(set_planned, live.id, stage.name, upstream))
             return
         # The raw input does not change from round to round; what is gathered may.
         round_ = live.record.round if stage.after else 0
@@ -126,12 +127,11 @@ class Conductor:
         await self._first_cut(live, stage, tasks)
 
     async def _first_cut(self, live: LiveJob, stage: StageDef, tasks: TaskSet) -> None:
-        cut = Cut(live.id, stage.name, live.record.round, 0, (), tasks, len(tasks))
-        await self._commit_cut(live, cut)
-        await self._folder.refresh(live)
-        if live.record.state in (JobState.SUBMITTED, JobState.PENDING):
-            await move(self._ports, live, JobState.RUNNABLE)
-        self._on_plan()
+        round_ = live.record.round
+        bundles, left = self._wave(live, stage, tasks, round_)
+        cut = Cut(live.id, stage.name, round_, 0, bundles, left, len(tasks))
+        await self._commit_and_send(live, cut)
+        self._on_plan(stage.pool)
 
     def _doomed(self, live: LiveJob) -> bool:
         return judge(live.job, [s.counts for s in live.stages.values()]).failed
@@ -142,27 +142,29 @@ class Conductor:
         """Commit and send bundles while there is room for them in the pool's queue."""
         while live.record.control is Control.RUN:
             record = live.stages[stage.name]
-            room = self._room(live, stage)
-            sizes = sizing.wave(
-                len(record.left),
-                max(1, self._slots_of.get(stage.pool, 1) // stage.slots),
-                record.counts.mean_s,
-                stage.bundle,
-                room,
-            )
-            if not sizes:
+            round_ = record.plan_round
+            bundles, left = self._wave(live, stage, record.left, round_)
+            if not bundles:
                 return
-            left = record.left
-            bundles: list[Bundle] = []
-            for size in sizes:
-                tasks, left = left.take(size)
-                bundles.append(Bundle(live.id, stage.name, tasks, round=record.plan_round))
-            cut = Cut(
-                live.id, stage.name, record.plan_round, record.cut_seq + 1, tuple(bundles), left
-            )
-            cut = await self._commit_cut(live, cut)
-            await self._folder.refresh(live)
-            await self.send(live, cut.bundles)
+            cut = Cut(live.id, stage.name, round_, record.cut_seq + 1, bundles, left)
+            await self._commit_and_send(live, cut)
+
+    def _wave(
+        self, live: LiveJob, stage: StageDef, left: TaskSet, round_: int
+    ) -> tuple[tuple[Bundle, ...], TaskSet]:
+        """The bundles of the next cut, as far as there is room, and the tasks left after it."""
+        sizes = sizing.wave(
+            len(left),
+            max(1, self._slots_of.get(stage.pool, 1) // stage.slots),
+            live.stages[stage.name].counts.mean_s,
+            stage.bundle,
+            self._room(live, stage),
+        )
+        bundles: list[Bundle] = []
+        for size in sizes:
+            tasks, left = left.take(size)
+            bundles.append(Bundle(live.id, stage.name, tasks, round=round_))
+        return tuple(bundles), left
 
     def _room(self, live: LiveJob, stage: StageDef) -> int:
         """Bundles of this stage that may be sent now.
@@ -170,11 +172,11 @@ class Conductor:
         Jobs of the highest priority with something to cut share the window evenly; others wait.
         """
         pool = stage.pool
-        rivals = [one for one in self._lives.values() if one.left(pool) and _runs(one)]
-        top = max((one.job.priority for one in rivals), default=live.job.priority)
-        if live.job.priority < top:
+        others = (one for one in self._lives.values() if one is not live)
+        rivals = [one for one in others if one.left(pool) and _runs(one)]
+        if any(one.job.priority > live.job.priority for one in rivals):
             return 0
-        peers = sum(one.job.priority == top for one in rivals) or 1
+        peers = 1 + sum(one.job.priority == live.job.priority for one in rivals)
         window = WINDOW * self._slots_of.get(pool, 1) + 1
         share = max(1, window // peers) - in_pool({live.id: live}, pool)
         return min(share, window - in_pool(self._lives, pool)) if peers == 1 else share
@@ -189,10 +191,14 @@ class Conductor:
             )
         except AlreadyExists:
             cut = wire.cut_from_json(wire.loads(await patience(lambda: objects.get(key))))
-        await self._ports.ledger.add_cut(cut)
+        await self._folder.write(live, partial(self._ports.ledger.add_cut, cut))
         now_s = self._ports.clock.monotonic_s()
         live.expect((bundle, now_s) for bundle in cut.bundles)
         return cut
+
+    async def _commit_and_send(self, live: LiveJob, cut: Cut) -> None:
+        cut = await self._commit_cut(live, cut)
+        await self.send(live, cut.bundles)
 
     async def send(self, live: LiveJob, bundles: Sequence[Bundle]) -> None:
         """Put bundles on their pool's queue, with their inputs where these are small."""
@@ -297,7 +303,8 @@ class Conductor:
             await patience(lambda: objects.put(key, wire.to_bytes(doc), if_absent=True))
         except AlreadyExists:
             doc = wire.loads(await patience(lambda: objects.get(key)))
-        await self._ports.ledger.finish(
+        finish = partial(
+            self._ports.ledger.finish,
             live.id,
             JobState(doc["state"]),
             round=round_,
@@ -305,7 +312,7 @@ class Conductor:
             ended_s=doc["ended_s"],
             closed=doc["closed"],
         )
-        await self._folder.refresh(live)
+        await self._folder.write(live, finish)
         live.ended.set()
         live.poke.set()
 

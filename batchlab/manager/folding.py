@@ -7,17 +7,16 @@ follows it. Events may come twice, late, in any order, or not at all (see the re
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from batchlab.errors import NotFound
 from batchlab.jobdef import JobDef
-from batchlab.manager.live import LiveJob, Ports, move
-from batchlab.model import Completion, JobId, JobState
+from batchlab.manager.live import LiveJob, Ports
+from batchlab.model import Completion, JobId
+from batchlab.ports import JobRecord, JobRows, Written
 from batchlab.protocol import settle
 
 log = logging.getLogger(__name__)
-
-_WAITING = (JobState.SUBMITTED, JobState.PENDING, JobState.RUNNABLE, JobState.STARTING)
 
 
 class Folder:
@@ -42,15 +41,17 @@ class Folder:
             known.append((one, job))
         if not known:
             return
-        new = await self._ports.ledger.fold(
+        before = {one.id: one.record for one in self._lives.values()}
+        folded = await self._ports.ledger.fold(
             [one for one, _ in known], [settle.casualties(job, one) for one, job in known]
         )
         now_s = self._ports.clock.monotonic_s()
         touched: dict[JobId, LiveJob] = {}
-        for (one, _), is_new in zip(known, new, strict=True):
+        for (one, _), is_new in zip(known, folded.new, strict=True):
             live = self._lives.get(one.bundle.job)
             if live is not None:
                 touched[live.id] = live
+                live.folds += 1
                 # Or not new, but to us: the ledger's first answer was lost, and we asked again.
                 if is_new or one.bundle.id in live.outstanding.get(one.bundle.stage, {}):
                     live.expect((f.bundle, now_s + f.delay_s) for f in one.follows)
@@ -60,27 +61,30 @@ class Folder:
             if live := self._lives.get(one.bundle.job):
                 live.settled(one.bundle)
         for live in touched.values():
-            await self._started(live)
-            await self.refresh(live)
+            await self._follow(live, before.get(live.id), folded.jobs[live.id])
             live.poke.set()
+
+    async def write(self, live: LiveJob, call: Callable[[], Awaitable[Written]]) -> bool:
+        """Change the job in the ledger; memory then says what the ledger says. Whether it was
+        new."""
+        before = live.record
+        written = await call()
+        await self._follow(live, before, written.rows)
+        return written.is_new
 
     async def refresh(self, live: LiveJob) -> None:
         """Read the job and its stages from the ledger again."""
-        before = None
+        before = live.record
+        await self._follow(live, before, await self._ports.ledger.rows(live.id))
+
+    async def _follow(self, live: LiveJob, before: JobRecord | None, rows: JobRows) -> None:
+        """Take these rows, for which the ledger was asked when the record was `before`."""
         # Who has changed the record meanwhile knows more than what was read: a cancellation would
         # be forgotten.
         while live.record is not before:
             before = live.record
-            record = await self._ports.ledger.job(live.id)
-            stages = await self._ports.ledger.stages(live.id)
-        # Together: somebody who looks in between must not see an ended job with old counters.
-        live.record = record
-        live.stages = {s.counts.stage: s for s in stages}
-        live.changed()
-
-    async def _started(self, live: LiveJob) -> None:
-        if live.record.state in _WAITING:
-            await move(self._ports, live, JobState.RUNNING)
+            rows = await self._ports.ledger.rows(live.id)
+        live.take(rows)
 
     async def _job(self, job: JobId) -> JobDef | None:
         live = self._lives.get(job)

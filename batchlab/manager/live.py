@@ -17,6 +17,7 @@ from batchlab.ports import (
     Fleet,
     Ids,
     JobRecord,
+    JobRows,
     Ledger,
     Objects,
     Queue,
@@ -90,6 +91,8 @@ class LiveJob:
     """What the backend answered when the job was last conducted, where that failed."""
     version: int = 0
     """Grows with everything a watcher could see, and never is what an earlier manager has shown."""
+    folds: int = 0
+    """Grows with every outcome folded; 0 while the ledger has none of the job."""
     _news: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     @property
@@ -99,6 +102,13 @@ class LiveJob:
     @property
     def id(self) -> JobId:
         return self.record.job.id
+
+    def take(self, rows: JobRows) -> None:
+        """What the ledger says now."""
+        # Together: somebody who looks in between must not see an ended job with old counters.
+        self.record = rows.job
+        self.stages = {s.counts.stage: s for s in rows.stages}
+        self.changed()
 
     def changed(self) -> None:
         """A watcher could see something new: everybody who waits for news wakes."""

@@ -17,14 +17,14 @@ from batchlab.manager.autoscaler import Autoscaler
 from batchlab.manager.collector import Collector
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.folding import Folder
-from batchlab.manager.live import LiveJob, ManagerSettings, Ports, move
+from batchlab.manager.live import LiveJob, ManagerSettings, Ports, in_pool, move
 from batchlab.manager.rebuild import rebuild
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.registry import Registry
 from batchlab.manager.requests import Requests, cuts_of_round
 from batchlab.model import GroupView, JobId, JobState, LifecycleState, Pool
 from batchlab.patience import patiently
-from batchlab.ports import Depth, JobRecord, QueueSpec
+from batchlab.ports import Depth, QueueSpec, Written
 from batchlab.protocol import naming
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Manager:
         self._hurry = asyncio.Event()
         folder = Folder(ports, self.lives)
         self.registry = Registry(ports, self.lives)
-        self.conductor = Conductor(ports, settings, self.lives, folder, self._slots, self.hurry)
+        self.conductor = Conductor(ports, settings, self.lives, folder, self._slots, self._on_plan)
         self.requests = Requests(ports, self.conductor, self.lives, self._adopt)
         self.autoscaler = Autoscaler(ports, settings, self.lives, self.registry)
         self._quiet = asyncio.Lock()
@@ -72,7 +72,7 @@ class Manager:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 for record in await self.ports.ledger.jobs(active=True, limit=10_000):
-                    await self._adopt(record)
+                    await self._take_up(record.job.id)
                 group.create_task(self._collector.collect(), name="collect")
                 group.create_task(self._tick_for_ever(), name="tick")
                 self.is_leader.set()
@@ -131,25 +131,30 @@ class Manager:
             if stands.owner != self.owner:
                 return
 
-    async def _adopt(self, record: JobRecord) -> LiveJob:
+    async def _take_up(self, job: JobId) -> None:
+        """Conduct a job that was conducted before."""
+        await self._adopt(Written(await self.ports.ledger.rows(job), is_new=False))
+
+    async def _adopt(self, found: Written) -> LiveJob:
         """Conduct a job: new, taken over from the leader before us, or re-opened."""
-        ledger = self.ports.ledger
-        job = record.job
+        ledger, rows = self.ports.ledger, found.rows
+        job = rows.job.job
         # A retry is two steps in the ledger; the leader before us may have died between them.
-        for cut in await cuts_of_round(self.ports, record):
-            await ledger.add_cut(cut)
-        stages = {s.counts.stage: s for s in await ledger.stages(job.id)}
+        for cut in await cuts_of_round(self.ports, rows.job):
+            rows = (await ledger.add_cut(cut)).rows
         # From the clock, or a watcher of the manager before us would take our news for old.
         live = LiveJob(
-            record,
-            stages,
+            rows.job,
+            {s.counts.stage: s for s in rows.stages},
             since_s=self.ports.clock.monotonic_s(),
             version=int(self.ports.clock.now_s() * 1000),
+            folds=0 if found.is_new else 1,
         )
-        # What a crashed leader planned but did not send is looked for well before `silence_s`.
-        heard_s = self.ports.clock.monotonic_s() - 0.75 * self.settings.silence_s
-        planned = await ledger.bundles(job.id, done=False)
-        live.expect((r.bundle, heard_s) for r in planned)
+        if not found.is_new:
+            # What a crashed leader planned but did not send is looked for well before `silence_s`.
+            heard_s = self.ports.clock.monotonic_s() - 0.75 * self.settings.silence_s
+            planned = await ledger.bundles(job.id, done=False)
+            live.expect((r.bundle, heard_s) for r in planned)
         known = self.lives.get(job.id)
         if known and not known.ended.is_set():
             return known  # two submissions with one token came at once
@@ -200,9 +205,15 @@ class Manager:
             self._hurry.clear()
 
     def hurry(self) -> None:
-        """Something has happened that the next tick must not wait for: an instance has died, a
-        stage has been planned."""
+        """Something has happened that the next tick must not wait for, such as the death of an
+        instance."""
         self._hurry.set()
+
+    def _on_plan(self, pool: str) -> None:
+        """A stage has been planned: new capacity, where it takes any, must not wait."""
+        alive = _alive(self.groups[pool]) if pool in self.groups else 0
+        if in_pool(self.lives, pool) > alive:
+            self.hurry()
 
     async def tick(self) -> None:
         """One round of everything periodic."""
@@ -226,8 +237,7 @@ class Manager:
             live.poke.set()
 
     def _capacity(self, view: GroupView) -> int:
-        alive = sum(i.state is LifecycleState.IN_SERVICE for i in view.instances)
-        return max(alive * view.pool.slots, 0) or _soon(view.pool)
+        return _alive(view) or _soon(view.pool)
 
     async def _start_scheduled(self) -> None:
         now_s = self.ports.clock.now_s()
@@ -260,12 +270,18 @@ class Manager:
             # Still in quiet: adopting writes, and a second rebuild may be waiting to clear.
             for record in await self.ports.ledger.jobs(active=True, limit=10_000):
                 if record.job.id not in self.lives:
-                    await self._adopt(record)
+                    await self._take_up(record.job.id)
         return count
 
 
 class _LeaseLostError(Exception):
     """Ends the leader's task group."""
+
+
+def _alive(view: GroupView) -> int:
+    """Slots of the instances that are in service."""
+    alive = sum(i.state is LifecycleState.IN_SERVICE for i in view.instances)
+    return alive * view.pool.slots
 
 
 def _soon(pool: Pool) -> int:

@@ -91,8 +91,6 @@ async def _rebuild_round(
     for i in range(0, len(completions), _FOLDED_AT_ONCE):
         batch = completions[i : i + _FOLDED_AT_ONCE]
         await ledger.fold(batch, [settle.casualties(job, one) for one in batch])
-    if completions:
-        await ledger.move_job(job.id, JobState.RUNNING)
     try:
         doc = await _doc(ports, naming.final(job.id, round_))
     except NotFound:

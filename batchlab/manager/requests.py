@@ -16,7 +16,7 @@ from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.live import LiveJob, Ports, move
 from batchlab.model import Bundle, Control, JobId, JobState, StageName, TaskSet
-from batchlab.ports import Cut, JobRecord, Reopening, StageRecord
+from batchlab.ports import Cut, JobRecord, Reopening, StageRecord, Written
 from batchlab.protocol import naming, wire
 
 log = logging.getLogger(__name__)
@@ -63,14 +63,14 @@ class Requests:
         ports: Ports,
         conductor: Conductor,
         lives: dict[JobId, LiveJob],
-        adopt: Callable[[JobRecord], Awaitable[LiveJob]],
+        adopt: Callable[[Written], Awaitable[LiveJob]],
     ) -> None:
         self._ports = ports
         self._conductor = conductor
         self._lives = lives
         self._adopt = adopt
 
-    async def submit(self, job: JobDef) -> JobRecord:
+    async def submit(self, job: JobDef) -> Written:
         """Accept a job; the same client token again answers with the job it made, and is Refused
         for a job that is another."""
         objects, patience = self._ports.objects, self._ports.patience
@@ -96,10 +96,11 @@ class Requests:
             await patience(lambda: objects.put(naming.control(job.id), run, if_absent=True))
         except AlreadyExists:
             log.info("job %s is already known", job.id)
-        record = await self._ports.ledger.add_job(job, state=state)
+        written = await self._ports.ledger.add_job(job, state=state)
+        record = written.rows.job
         if not record.state.ended and job.id not in self._lives:
-            await self._adopt(record)
-        return record
+            await self._adopt(written)
+        return written
 
     async def cancel(self, job: JobId) -> None:
         """Returns once no task of the job can start any more (I4); Refused where it has ended."""
@@ -150,13 +151,14 @@ class Requests:
         run = wire.word_to_bytes(wire.Word(Control.RUN))
         await patience(lambda: objects.put(naming.control(job), run))
         await self._ports.ledger.reopen(job, round_, made.reopened)
-        live = await self._adopt(await self._ports.ledger.job(job))
+        live = await self._adopt(Written(await self._ports.ledger.rows(job), is_new=False))
         await self._conductor.send(live, [b for cut in made.cuts for b in cut.bundles])
         return live.record
 
     async def _plan_retry(self, record: JobRecord, round_: int) -> Retry:
         """What round `round_` takes back and runs, stage by stage in the order of the list."""
-        stages = {s.counts.stage: s for s in await self._ports.ledger.stages(record.job.id)}
+        rows = await self._ports.ledger.rows(record.job.id)
+        stages = {s.counts.stage: s for s in rows.stages}
         void: set[StageName] = set()
         redone: set[StageName] = set()
         reopened: list[Reopening] = []

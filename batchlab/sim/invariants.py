@@ -93,7 +93,7 @@ async def check_listed(ledger: SqlLedger, job: JobId) -> None:
 
     A later round takes the place of an earlier one; tasks whose upstream failed have no outcome.
     """
-    for stage in await ledger.stages(job):
+    for stage in (await ledger.rows(job)).stages:
         name, c = stage.counts.stage, stage.counts
         rows = await ledger.bundles(job, stage=name, done=True)
         listed = {(r.bundle.round, t) for r in rows if r.completion for t in r.completion.succeeded}
@@ -124,7 +124,7 @@ def check_attempts(job: JobId, outcomes: Sequence[Outcome]) -> None:
 
 async def check_counts(ledger: SqlLedger, job: JobId) -> None:
     """I2: planned = succeeded + failed + cancelled."""
-    for stage in await ledger.stages(job):
+    for stage in (await ledger.rows(job)).stages:
         c = stage.counts
         _require(
             c.planned == c.succeeded + c.failed + c.cancelled,
@@ -204,7 +204,7 @@ async def check_results(world: World, job: JobDef) -> None:
     succeeded has run it all.
     """
     record = await world.ledger.job(job.id)
-    ended = {one.counts.stage: one.counts for one in await world.ledger.stages(job.id)}
+    ended = {one.counts.stage: one.counts for one in (await world.ledger.rows(job.id)).stages}
     found: dict[str, Mapping[int, Json]] = {}
     for stage in job.stages:
         inputs = inputs_of(job, stage, found)

@@ -70,7 +70,7 @@ async def _main(jobfile: JobFile, pools: Sequence[Pool], seed: int, out: Path) -
 
 async def _told(world: World, job: JobDef) -> tuple[JobView, list[Listed]]:
     record = await world.ledger.job(job.id)
-    view = job_view(record, await world.ledger.stages(job.id))
+    view = job_view(record, (await world.ledger.rows(job.id)).stages)
     rows = await world.ledger.bundles(job.id, done=True)
     return view, [Listed.of(outcome_view(row)) for row in rows]
 

@@ -148,11 +148,11 @@ async def submit(ledger: Ledger, job: JobDef = JOB) -> None:
 
 async def fold(ledger: Ledger, *completions: Completion) -> list[bool]:
     """Fold them in one call, without casualties."""
-    return list(await ledger.fold(completions, [{} for _ in completions]))
+    return list((await ledger.fold(completions, [{} for _ in completions])).new)
 
 
 async def stage_of(ledger: Ledger, stage: StageName = RESIZE) -> StageRecord:
-    return next(s for s in await ledger.stages(JOB.id) if s.counts.stage == stage)
+    return next(s for s in (await ledger.rows(JOB.id)).stages if s.counts.stage == stage)
 
 
 async def counts_of(ledger: Ledger, stage: StageName = RESIZE) -> StageCounts:

@@ -21,7 +21,7 @@ from batchlab.model import (
     TaskSet,
     may_move,
 )
-from batchlab.ports import Cut, JobRecord, StageRecord
+from batchlab.ports import Cut, JobRecord, JobRows, StageRecord, Written
 from tests.contract.ledger_suite import (
     INDEX,
     JOB,
@@ -47,11 +47,11 @@ NOBODY = JobId("nobody")
 
 @on_every_ledger
 async def test_a_new_job_is_there_with_its_stages_in_order(ledger: DumpingLedger) -> None:
-    record = await ledger.add_job(JOB, state=JobState.SUBMITTED)
-    assert record == await ledger.job(JOB.id) == JobRecord(JOB, JobState.SUBMITTED)
-    assert list(await ledger.stages(JOB.id)) == [
-        StageRecord(StageCounts(name)) for name in (RESIZE, INDEX, TOTAL)
-    ]
+    written = await ledger.add_job(JOB, state=JobState.SUBMITTED)
+    assert await ledger.job(JOB.id) == JobRecord(JOB, JobState.SUBMITTED)
+    stages = tuple(StageRecord(StageCounts(name)) for name in (RESIZE, INDEX, TOTAL))
+    assert await ledger.rows(JOB.id) == JobRows(JobRecord(JOB, JobState.SUBMITTED), stages)
+    assert written == Written(await ledger.rows(JOB.id), is_new=True)
     assert list(await ledger.bundles(JOB.id)) == []
 
 
@@ -83,7 +83,7 @@ async def test_a_job_that_is_not_there_is_not_found(ledger: DumpingLedger) -> No
     stranger = replace(bundle(0, 1), job=NOBODY)
     for call in (
         ledger.job(NOBODY),
-        ledger.stages(NOBODY),
+        ledger.rows(NOBODY),
         ledger.move_job(NOBODY, JobState.RUNNING),
         ledger.set_control(NOBODY, Control.PAUSE),
         ledger.set_planned(NOBODY, RESIZE, 1),
@@ -106,7 +106,8 @@ async def test_adding_a_job_again_answers_with_what_became_of_it(ledger: Dumping
     await ledger.move_job(JOB.id, JobState.RUNNING)
     before = await ledger.dump()
     again = await ledger.add_job(replace(JOB, name="changed"), state=JobState.SCHEDULED)
-    assert again == JobRecord(JOB, JobState.RUNNING)
+    assert again.rows.job == JobRecord(JOB, JobState.RUNNING)
+    assert again == Written(await ledger.rows(JOB.id), is_new=False)
     assert await ledger.dump() == before
 
 
@@ -116,7 +117,7 @@ async def test_a_client_token_makes_one_job(ledger: DumpingLedger) -> None:
     first = replace(JOB, token="once")
     await submit(ledger, first)
     second = await ledger.add_job(replace(first, id=JobId("other")), state=JobState.SUBMITTED)
-    assert second.job == first
+    assert (second.rows.job.job, second.is_new) == (first, False)
     assert [r.job.id for r in await ledger.jobs()] == [first.id]
 
 
@@ -197,7 +198,7 @@ async def test_a_cut_plans_its_bundles_and_says_what_is_left(ledger: DumpingLedg
     one, other = bundle(0, 10), bundle(20, 30)
     left = TaskSet(((30, 40), (50, 90)))
     planned = replace(cut(0, one, other, left=left), planned=90)
-    assert await ledger.add_cut(planned)
+    assert (await ledger.add_cut(planned)).is_new
     assert await stage_of(ledger) == StageRecord(
         StageCounts(RESIZE, planned=90), cut_seq=0, left=left
     )
@@ -209,15 +210,33 @@ async def test_a_cut_plans_its_bundles_and_says_what_is_left(ledger: DumpingLedg
 
 
 @on_every_ledger
+async def test_a_cut_makes_a_job_runnable_and_an_outcome_makes_it_running(
+    ledger: DumpingLedger,
+) -> None:
+    """By what has happened, not by who remembers to say so; what somebody has decided stays."""
+    for state in (one for one in JobState if not one.ended):
+        job, of = replace(JOB, id=JobId(state.lower())), bundle(0, 5)
+        of = replace(of, job=job.id)
+        await ledger.add_job(job, state=state)
+        rows = (await ledger.add_cut(replace(cut(0, of), job=job.id))).rows
+        is_new = state in (JobState.SUBMITTED, JobState.PENDING)
+        assert rows.job.state is (JobState.RUNNABLE if is_new else state)
+        folded = await ledger.fold([done(of)], [{}])
+        assert folded.jobs == {job.id: await ledger.rows(job.id)}
+        waited = is_new or state in (JobState.RUNNABLE, JobState.STARTING)
+        assert folded.jobs[job.id].job.state is (JobState.RUNNING if waited else state)
+
+
+@on_every_ledger
 async def test_a_cut_that_is_known_or_older_changes_nothing(ledger: DumpingLedger) -> None:
     await submit(ledger)
     first = replace(cut(0, bundle(0, 5), left=TaskSet.span(5, 9)), planned=9)
     second = cut(1, bundle(5, 7), left=TaskSet.span(7, 9))
-    assert await ledger.add_cut(first)
-    assert await ledger.add_cut(second)
+    assert (await ledger.add_cut(first)).is_new
+    assert (await ledger.add_cut(second)).is_new
     before = await ledger.dump()
     for known in (first, second, replace(first, bundles=(bundle(8, 9),))):
-        assert not await ledger.add_cut(known)
+        assert not (await ledger.add_cut(known)).is_new
     assert await ledger.dump() == before
 
 
@@ -228,12 +247,12 @@ async def test_a_later_rounds_cut_takes_over_and_counts_from_its_own(
     await submit(ledger)
     await ledger.add_cut(replace(cut(0), planned=40))
     await ledger.add_cut(cut(7))
-    assert await ledger.add_cut(cut(0, round=2, left=TaskSet.span(3, 9)))
+    assert (await ledger.add_cut(cut(0, round=2, left=TaskSet.span(3, 9)))).is_new
     record = await stage_of(ledger)
     assert (record.plan_round, record.cut_seq, record.left) == (2, 0, TaskSet.span(3, 9))
     assert record.counts.planned == 40, "a cut without `planned` leaves it"
     for old in (cut(8), cut(0, round=1), cut(99, round=1)):
-        assert not await ledger.add_cut(old)
+        assert not (await ledger.add_cut(old)).is_new
 
 
 @on_every_ledger
@@ -241,7 +260,7 @@ async def test_a_cut_leaves_a_bundle_that_is_done_already(ledger: DumpingLedger)
     await submit(ledger)
     early = done(bundle(0, 5))
     await fold(ledger, early)
-    assert await ledger.add_cut(cut(0, bundle(0, 5), bundle(5, 6)))
+    assert (await ledger.add_cut(cut(0, bundle(0, 5), bundle(5, 6)))).is_new
     records = await ledger.bundles(JOB.id)
     assert [r.completion for r in records] == [early, None]
 

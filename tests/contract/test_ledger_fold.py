@@ -183,7 +183,7 @@ async def test_one_call_may_fold_several_jobs(ledger: DumpingLedger) -> None:
     await submit(ledger, twin)
     mine, its = bundle(0, 5), replace(bundle(0, 5), job=twin.id)
     assert await fold(ledger, done(its, failed=5), done(mine)) == [True, True]
-    assert [(await ledger.stages(j))[0].counts.failed for j in (JOB.id, twin.id)] == [0, 5]
+    assert [(await ledger.rows(j)).stages[0].counts.failed for j in (JOB.id, twin.id)] == [0, 5]
     assert [r.bundle for r in await ledger.bundles(twin.id)] == [its]
 
 

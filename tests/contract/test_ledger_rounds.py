@@ -37,7 +37,7 @@ from tests.contract.ledger_suite import (
 async def _finish(
     ledger: DumpingLedger, state: JobState = JobState.FAILED, *, round: int = 0, **closed: int
 ) -> bool:
-    return await ledger.finish(
+    written = await ledger.finish(
         JOB.id,
         state,
         round=round,
@@ -45,6 +45,8 @@ async def _finish(
         ended_s=50.0 + round,
         closed={StageName(name): count for name, count in closed.items()},
     )
+    assert written.rows == await ledger.rows(JOB.id)
+    return written.is_new
 
 
 @on_every_ledger
@@ -56,7 +58,7 @@ async def test_the_end_counts_what_never_came_to_be_as_cancelled(ledger: Dumping
     assert await _finish(ledger, resize=6, index=3)
     record = await ledger.job(JOB.id)
     assert (record.state, record.reason, record.ended_s) == (JobState.FAILED, "end of 0", 50.0)
-    assert [(s.counts.planned, s.counts.terminal) for s in await ledger.stages(JOB.id)] == [
+    assert [(s.counts.planned, s.counts.terminal) for s in (await ledger.rows(JOB.id)).stages] == [
         (10, 10),
         (3, 3),
         (0, 0),
@@ -154,8 +156,10 @@ async def test_a_void_plan_is_unknown_again_and_its_cuts_stay_out(ledger: Dumpin
     assert record.counts.planned is None
     assert record.counts.terminal == 0
     assert (record.cut_seq, record.left) == (-1, TaskSet())
-    assert not await ledger.add_cut(replace(cut(0, bundle(0, 5)), planned=10))
-    assert await ledger.add_cut(replace(cut(0, round=1, left=TaskSet.span(0, 8)), planned=8))
+    assert not (await ledger.add_cut(replace(cut(0, bundle(0, 5)), planned=10))).is_new
+    assert (
+        await ledger.add_cut(replace(cut(0, round=1, left=TaskSet.span(0, 8)), planned=8))
+    ).is_new
     record = await stage_of(ledger)
     assert (record.plan_round, record.cut_seq, record.counts.planned) == (1, 0, 8)
 
@@ -184,7 +188,7 @@ async def test_rounds_may_follow_each_other_until_all_is_done(ledger: DumpingLed
     for round_ in range(1, 5):
         assert await ledger.reopen(JOB.id, round_, [Reopening(RESIZE, failed=5 - round_)])
         again = replace(bundle(0, 5 - round_), round=round_)
-        assert await ledger.add_cut(cut(0, again, round=round_))
+        assert (await ledger.add_cut(cut(0, again, round=round_))).is_new
         await fold(ledger, done(again, failed=4 - round_))
         counts = await counts_of(ledger)
         assert (counts.planned, counts.terminal, counts.succeeded) == (4, 4, round_)

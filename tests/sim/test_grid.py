@@ -93,7 +93,7 @@ def test_a_task_that_kills_its_workers_fails_alone_and_its_neighbours_succeed() 
     async def act(world: World) -> None:
         made = job(stage(A, bundle=20), items=60)
         assert await run_to_end(world, made) is JobState.FAILED
-        (counts,) = [s.counts for s in await world.ledger.stages(made.id)]
+        (counts,) = [s.counts for s in (await world.ledger.rows(made.id)).stages]
         assert (counts.succeeded, counts.failed) == (59, 1)
         record = await world.ledger.job(made.id)
         assert "task 37" in record.reason
@@ -212,7 +212,7 @@ def test_jobs_of_equal_priority_share() -> None:
         before_s = world.clock.monotonic_s()
         await world.ended(small.id)
         assert world.clock.monotonic_s() - before_s < 60
-        counts = (await world.ledger.stages(large.id))[0].counts
+        counts = (await world.ledger.rows(large.id)).stages[0].counts
         assert counts.succeeded < 400
 
     in_world(act, script=takes(1.0), pools=(Pool("default", 0, 2, 1),))

@@ -172,7 +172,7 @@ def test_counters_are_right_when_the_leader_dies_before_feeding_a_stage_of_a_can
         await submitted(world, made)
         record = await ended(world, made)
         assert (died, record.state) == ([1], JobState.CANCELLED)
-        for one in await world.ledger.stages(made.id):
+        for one in (await world.ledger.rows(made.id)).stages:
             counts = one.counts
             assert counts.planned == 30
             assert min(counts.succeeded, counts.failed, counts.cancelled) >= 0
@@ -338,7 +338,7 @@ def test_tasks_whose_inputs_have_vanished_fail_with_a_reason_and_other_jobs_go_o
         assert record.state is JobState.FAILED
         assert "its input is gone" in record.reason
         assert (await ended(world, other)).state is JobState.SUCCEEDED
-        (counts,) = [s.counts for s in await world.ledger.stages(made.id)]
+        (counts,) = [s.counts for s in (await world.ledger.rows(made.id)).stages]
         assert counts.succeeded > 0
         assert counts.failed > 0
         await invariants.check_all(world, [made.id, other.id])

@@ -15,11 +15,11 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, bindparam, case, or_, select, update
 
-from batchlab.adapters.sql.job_rows import US
+from batchlab.adapters.sql.job_rows import US, set_running
 from batchlab.adapters.sql.tables import bundles, stages
 from batchlab.adapters.sql.upserts import Upserts
 from batchlab.model import Bundle, Completion, JobId, StageName
-from batchlab.ports import BundleRecord
+from batchlab.ports import BundleRecord, Folded
 from batchlab.protocol import wire
 
 _first, _last = stages.c.first_start_s, stages.c.last_end_s
@@ -107,7 +107,7 @@ def fold(
     upserts: Upserts,
     completions: Sequence[Completion],
     casualties: Sequence[Mapping[StageName, int]],
-) -> list[bool]:
+) -> Folded:
     new = _complete(connection, upserts, completions)
     growth: dict[tuple[JobId, StageName], _Growth] = defaultdict(_Growth)
     for c, lost, is_new in zip(completions, casualties, new, strict=True):
@@ -122,7 +122,7 @@ def fold(
     plan(connection, upserts, follows)
     if growth:
         connection.execute(_grow, [growth[key].parameters(*key) for key in sorted(growth)])
-    return new
+    return Folded(new, set_running(connection, dict.fromkeys(c.bundle.job for c in completions)))
 
 
 def _complete(

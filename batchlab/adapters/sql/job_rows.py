@@ -7,8 +7,9 @@ counters once, since the row itself says how far it has come.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import (
@@ -36,7 +37,7 @@ from batchlab.model import (
     TaskSet,
     may_move,
 )
-from batchlab.ports import Cut, JobRecord, Reopening, StageRecord
+from batchlab.ports import Cut, JobRecord, JobRows, Reopening, StageRecord, Written
 from batchlab.protocol import wire
 
 US = 1_000_000
@@ -46,6 +47,19 @@ _NO_TASKS = wire.dumps(wire.tasks_to_json(TaskSet()))
 
 _job = select(jobs).where(jobs.c.id == bindparam("job"))
 _change_job = update(jobs).where(jobs.c.id == bindparam("b_job"))
+_make_runnable = _change_job.where(
+    jobs.c.state.in_([JobState.SUBMITTED.value, JobState.PENDING.value])
+).values(state=JobState.RUNNABLE.value, reason="")
+_make_running = _change_job.where(
+    jobs.c.state.in_(
+        [
+            JobState.SUBMITTED.value,
+            JobState.PENDING.value,
+            JobState.RUNNABLE.value,
+            JobState.STARTING.value,
+        ]
+    )
+).values(state=JobState.RUNNING.value, reason="")
 _stages = select(stages).where(stages.c.job == bindparam("job")).order_by(stages.c.position)
 _change_stage = update(stages).where(
     stages.c.job == bindparam("b_job"), stages.c.stage == bindparam("b_stage")
@@ -77,7 +91,7 @@ class End:
     closed: Mapping[StageName, int]
 
 
-def add_job(connection: Connection, upserts: Upserts, job: JobDef, state: JobState) -> JobRecord:
+def add_job(connection: Connection, upserts: Upserts, job: JobDef, state: JobState) -> Written:
     row = {
         "id": job.id,
         "token": job.token or None,
@@ -89,7 +103,7 @@ def add_job(connection: Connection, upserts: Upserts, job: JobDef, state: JobSta
         "round": 0,
     }
     if connection.execute(upserts.add_job, row).first() is None:
-        return _existing(connection, job)
+        return Written(_existing(connection, job), is_new=False)
     connection.execute(
         insert(stages),
         [
@@ -109,15 +123,15 @@ def add_job(connection: Connection, upserts: Upserts, job: JobDef, state: JobSta
             for position, stage in enumerate(job.stages)
         ],
     )
-    return JobRecord(job, state)
+    return Written(rows_of(connection, job.id), is_new=True)
 
 
-def _existing(connection: Connection, job: JobDef) -> JobRecord:
-    by_id = connection.execute(_job, {"job": job.id}).mappings().first()
-    if by_id:
-        return _job_record(by_id)
-    by_token = select(jobs).where(jobs.c.token == job.token)
-    return _job_record(connection.execute(by_token).mappings().one())
+def _existing(connection: Connection, job: JobDef) -> JobRows:
+    found = connection.execute(_job, {"job": job.id}).mappings().first()
+    if found is None:
+        by_token = select(jobs).where(jobs.c.token == job.token)
+        found = connection.execute(by_token).mappings().one()
+    return rows_of(connection, JobId(found["id"]))
 
 
 def find_job(connection: Connection, job: JobId) -> JobRecord:
@@ -145,6 +159,15 @@ def move_job(connection: Connection, job: JobId, state: JobState, reason: str) -
     values: dict[str, Any] = {"state": state.value, "reason": _plain(reason)}
     connection.execute(_change_job.values(values), {"b_job": job})
     return True
+
+
+def set_running(connection: Connection, found: Iterable[JobId]) -> dict[JobId, JobRows]:
+    """These jobs, of which a task has ended; one that waited is RUNNING now."""
+    rows: dict[JobId, JobRows] = {}
+    for job in found:
+        connection.execute(_make_running, {"b_job": job})
+        rows[job] = rows_of(connection, job)
+    return rows
 
 
 def set_control(connection: Connection, job: JobId, control: Control) -> None:
@@ -187,10 +210,10 @@ def reopen(connection: Connection, job: JobId, round: int, reopened: Sequence[Re
     return True
 
 
-def finish(connection: Connection, job: JobId, end: End) -> bool:
+def finish(connection: Connection, job: JobId, end: End) -> Written:
     row = _job_row(connection, job)
     if end.round != row["round"] or JobState(row["state"]).ended:
-        return False
+        return Written(rows_of(connection, job), is_new=False)
     connection.execute(
         _change_job.values(state=end.state.value, reason=_plain(end.reason), ended_s=end.ended_s),
         {"b_job": job},
@@ -200,25 +223,23 @@ def finish(connection: Connection, job: JobId, end: End) -> bool:
         _close,
         [{"b_job": job, "b_stage": name, "closed": end.closed.get(name, 0)} for name in names],
     )
-    return True
+    return Written(rows_of(connection, job), is_new=True)
 
 
 # --- Stages --------------------------------------------------------------------------------------
 
 
-def stages_of(connection: Connection, job: JobId) -> list[StageRecord]:
-    found = [_stage_record(r) for r in connection.execute(_stages, {"job": job}).mappings()]
-    if not found:
-        _job_row(connection, job)
-    return found
+def rows_of(connection: Connection, job: JobId) -> JobRows:
+    record = find_job(connection, job)
+    found = connection.execute(_stages, {"job": job}).mappings()
+    return JobRows(record, tuple(_stage_record(row) for row in found))
 
 
-def set_planned(connection: Connection, job: JobId, stage: StageName, planned: int) -> None:
-    _stage_row(connection, job, stage)
-    connection.execute(
-        _change_stage.where(stages.c.planned.is_(None)).values(planned=planned),
-        {"b_job": job, "b_stage": stage},
-    )
+def set_planned(connection: Connection, job: JobId, stage: StageName, planned: int) -> Written:
+    is_new = _stage_row(connection, job, stage)["planned"] is None
+    if is_new:
+        connection.execute(_change_stage.values(planned=planned), {"b_job": job, "b_stage": stage})
+    return Written(rows_of(connection, job), is_new)
 
 
 def take_cut(connection: Connection, cut: Cut) -> bool:
@@ -234,6 +255,7 @@ def take_cut(connection: Connection, cut: Cut) -> bool:
     if cut.planned is not None:
         values["planned"] = cut.planned
     connection.execute(_change_stage.values(values), {"b_job": cut.job, "b_stage": cut.stage})
+    connection.execute(_make_runnable, {"b_job": cut.job})
     return True
 
 
@@ -257,13 +279,19 @@ def _stage_row(connection: Connection, job: JobId, stage: StageName) -> RowMappi
 
 def _job_record(row: RowMapping) -> JobRecord:
     return JobRecord(
-        wire.job_from_json(wire.loads(row["spec"])),
+        _job_def(row["spec"]),
         JobState(row["state"]),
         row["reason"],
         Control(row["control"]),
         row["round"],
         row["ended_s"],
     )
+
+
+@lru_cache(256)
+def _job_def(spec: str) -> JobDef:
+    """Read again and again along with counters, while a job's definition never changes."""
+    return wire.job_from_json(wire.loads(spec))
 
 
 def _stage_record(row: RowMapping) -> StageRecord:

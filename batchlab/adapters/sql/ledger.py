@@ -29,7 +29,7 @@ from batchlab.adapters.sql.upserts import Upserts
 from batchlab.errors import BackendError, NotFound, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.model import Completion, Control, JobId, JobState, Json, StageName
-from batchlab.ports import BundleRecord, Cut, JobRecord, Lease, Reopening, StageRecord
+from batchlab.ports import BundleRecord, Cut, Folded, JobRecord, JobRows, Lease, Reopening, Written
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class SqlLedger:
 
     # --- Jobs ------------------------------------------------------------------------------------
 
-    async def add_job(self, job: JobDef, *, state: JobState) -> JobRecord:
+    async def add_job(self, job: JobDef, *, state: JobState) -> Written:
         return await self._write(lambda c: job_rows.add_job(c, self._upserts, job, state))
 
     async def job(self, job: JobId) -> JobRecord:
@@ -92,35 +92,34 @@ class SqlLedger:
         reason: str,
         ended_s: float,
         closed: Mapping[StageName, int],
-    ) -> bool:
-        """Also False where the job is in another round: then it is not its end."""
+    ) -> Written:
+        """Changes nothing either where the job is in another round: then it is not its end."""
         end = job_rows.End(state, round, reason, ended_s, closed)
         return await self._write(lambda c: job_rows.finish(c, job, end))
 
     # --- Stages and bundles ----------------------------------------------------------------------
 
-    async def stages(self, job: JobId) -> Sequence[StageRecord]:
-        """Also raises NotFound."""
-        return await self._read(lambda c: job_rows.stages_of(c, job))
+    async def rows(self, job: JobId) -> JobRows:
+        return await self._read(lambda c: job_rows.rows_of(c, job))
 
-    async def add_cut(self, cut: Cut) -> bool:
-        def add(connection: Connection) -> bool:
-            if not job_rows.take_cut(connection, cut):
-                return False
-            bundle_rows.plan(connection, self._upserts, cut.bundles)
-            return True
+    async def add_cut(self, cut: Cut) -> Written:
+        def add(connection: Connection) -> Written:
+            is_new = job_rows.take_cut(connection, cut)
+            if is_new:
+                bundle_rows.plan(connection, self._upserts, cut.bundles)
+            return Written(job_rows.rows_of(connection, cut.job), is_new)
 
         return await self._write(add)
 
-    async def set_planned(self, job: JobId, stage: StageName, planned: int) -> None:
-        await self._write(lambda c: job_rows.set_planned(c, job, stage, planned))
+    async def set_planned(self, job: JobId, stage: StageName, planned: int) -> Written:
+        return await self._write(lambda c: job_rows.set_planned(c, job, stage, planned))
 
     async def fold(
         self, completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]
-    ) -> Sequence[bool]:
+    ) -> Folded:
         """Also raises NotFound, and then folds none of them, where one's job is not there."""
         if not completions:
-            return []
+            return Folded([], {})
         return await self._write(
             lambda c: bundle_rows.fold(c, self._upserts, completions, casualties)
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from batchlab.commit import commit
 from batchlab.jobdef import JobDef, StageDef
@@ -20,7 +21,7 @@ from batchlab.manager.plans import PartWriter
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.requests import Requests
 from batchlab.model import Completion, Control, JobId, StageName, TaskSet
-from batchlab.ports import Cut, Depth, JobRecord
+from batchlab.ports import Cut, Depth, JobRecord, JobRows, Written
 from batchlab.protocol import naming, settle, wire
 from batchlab.worker.inputs import Manifest
 from tests.sim.mutants.kit import Plant, planted
@@ -73,7 +74,7 @@ def plan_without_conditional_put(plant: Plant) -> None:
         key = naming.cut(cut.job, cut.stage, cut.round, cut.seq)
         data = wire.to_bytes(wire.cut_to_json(cut))
         await self._ports.patience(lambda: self._ports.objects.put(key, data))
-        await self._ports.ledger.add_cut(cut)
+        await self._folder.write(live, partial(self._ports.ledger.add_cut, cut))
         now_s = self._ports.clock.monotonic_s()
         live.expect((bundle, now_s) for bundle in cut.bundles)
         return cut
@@ -98,7 +99,7 @@ def cut_only_in_memory_and_ledger(plant: Plant) -> None:
 
     @plant.method(Conductor, "_commit_cut")
     async def _commit_cut(self: Conductor, live: LiveJob, cut: Cut) -> Cut:
-        await self._ports.ledger.add_cut(cut)
+        await self._folder.write(live, partial(self._ports.ledger.add_cut, cut))
         now_s = self._ports.clock.monotonic_s()
         live.expect((bundle, now_s) for bundle in cut.bundles)
         return cut
@@ -243,8 +244,8 @@ def new_leader_expects_nothing(plant: Plant) -> None:
     original = Manager._adopt
 
     @plant.method(Manager, "_adopt")
-    async def _adopt(self: Manager, record: JobRecord) -> LiveJob:
-        live = await original(self, record)
+    async def _adopt(self: Manager, found: Written) -> LiveJob:
+        live = await original(self, found)
         live.outstanding.clear()
         return live
 
@@ -278,10 +279,6 @@ def older_read_wins(plant: Plant) -> None:
     """What was read from the ledger takes the place of what is in memory. A cancellation that was
     acknowledged while the read was under way is forgotten (I4, I7)."""
 
-    @plant.method(Folder, "refresh")
-    async def _refresh(self: Folder, live: LiveJob) -> None:
-        record = await self._ports.ledger.job(live.id)
-        stages = await self._ports.ledger.stages(live.id)
-        live.record = record
-        live.stages = {s.counts.stage: s for s in stages}
-        live.changed()
+    @plant.method(Folder, "_follow")
+    async def _follow(self: Folder, live: LiveJob, before: JobRecord | None, rows: JobRows) -> None:
+        live.take(rows)
