@@ -283,7 +283,7 @@ class Conductor:
     async def _finish(
         self, live: LiveJob, state: JobState, reason: str, closed: Mapping[StageName, int]
     ) -> None:
-        round_ = live.record.round
+        round_ = live.round
         doc: dict[str, Json] = {
             "v": wire.VERSION,
             "state": state.value,

@@ -76,6 +76,8 @@ class Folder:
         # Together: somebody who looks in between must not see an ended job with old counters.
         live.record = record
         live.stages = {s.counts.stage: s for s in stages}
+        if record.round > live.round:
+            live.ended.set()  # what was conducted here has ended, and a retry has begun the next
         live.changed()
 
     async def _started(self, live: LiveJob) -> None:

@@ -90,7 +90,12 @@ class LiveJob:
     """What the backend answered when the job was last conducted, where that failed."""
     version: int = 0
     """Grows with everything a watcher could see, and never is what an earlier manager has shown."""
+    round: int = field(init=False)
+    """The only one that is conducted here; the record may already show a later one."""
     _news: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+
+    def __post_init__(self) -> None:
+        self.round = self.record.round
 
     @property
     def job(self) -> JobDef:

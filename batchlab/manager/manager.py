@@ -151,8 +151,10 @@ class Manager:
         planned = await ledger.bundles(job.id, done=False)
         live.expect((r.bundle, heard_s) for r in planned)
         known = self.lives.get(job.id)
-        if known and not known.ended.is_set():
-            return known  # two submissions with one token came at once
+        # Two submissions with one token came at once; or a retry came so soon after the job's end
+        # that the round before has not been taken off yet: then the new one takes its place.
+        if known and not known.ended.is_set() and known.round >= live.round:
+            return known
         self.lives[job.id] = live
         if self._group is not None:
             live.conducting = self._group.create_task(self._conduct(live), name=f"job {job.id}")

@@ -18,6 +18,7 @@ from batchlab.sim.world import EPOCH_S, MANAGER, World
 from tests.sim.scenes import (
     A,
     around,
+    ended,
     ended_well,
     ends_well,
     in_world,
@@ -117,6 +118,30 @@ def test_a_cancellation_is_not_forgotten_by_a_read_that_was_under_way(
             assert (await world.ended(made.id)).state is JobState.CANCELLED
 
     in_world(act, script=takes(1.0))
+
+
+def test_a_retry_that_comes_right_after_the_end_is_conducted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The manager had ended the job in the ledger and not heard so yet. It took the new round for
+    the one that it was about to end, and the job never ended."""
+
+    async def act(world: World) -> None:
+        async def finish(original: Any, *args: Any, **kwargs: Any) -> object:
+            answer = await original(*args, **kwargs)
+            await asyncio.sleep(5)
+            return answer
+
+        around(monkeypatch, world.ledger, "finish", finish)
+        made = job(stage(A), items=3)
+        await submitted(world, made)
+        await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        assert (await ended(world, made)).state is JobState.CANCELLED
+        await world.ask(lambda m: m.requests.retry(made.id), "retry")
+        await ended_well(world, made)
+        assert world.managers == 1
+
+    in_world(act, script=takes(5.0))
 
 
 def test_rebuilds_that_are_asked_for_at_once_come_one_after_the_other(
