@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from batchlab.errors import BackendError, NotFound, Refused
 from batchlab.manager.autoscaler import Autoscaler
-from batchlab.manager.collector import Collector
+from batchlab.manager.collector import Collector, events_queue
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports, move
@@ -87,7 +87,7 @@ class Manager:
                 await self.ports.ledger.release(LEASE, self.owner)
 
     async def _prepare(self) -> None:
-        await self._ensure(QueueSpec(naming.EVENTS, visibility_s=self.settings.visibility_s))
+        await self._ensure(events_queue(self.settings))
         for pool in self.pools.values():
             dead = QueueSpec(naming.dead_letters(pool.name))
             await self._ensure(dead)

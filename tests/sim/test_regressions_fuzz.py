@@ -14,6 +14,7 @@ import pytest
 from batchlab.errors import Unreachable
 from batchlab.manager import by_hand
 from batchlab.model import JobId, JobState, Pool
+from batchlab.protocol import naming
 from batchlab.sim.world import EPOCH_S, MANAGER, World
 from tests.sim.scenes import (
     A,
@@ -140,6 +141,24 @@ def test_a_retry_that_comes_right_after_the_end_is_conducted(
         await world.ask(lambda m: m.requests.retry(made.id), "retry")
         await ended_well(world, made)
         assert world.managers == 1
+
+    in_world(act, script=takes(5.0))
+
+
+def test_an_events_queue_that_is_gone_is_made_again() -> None:
+    """The manager waited for the tick to notice, which asks the other queues. Nobody was heard any
+    more: jobs ended by what the reconciler found, and the fleet never came down."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A, bundle=1), items=20)
+        await submitted(world, made)
+        while len(world.starts) < 3:
+            await asyncio.sleep(1)
+        await world.queue.remove(naming.EVENTS)
+        assert (await ended(world, made, within_s=100)).state is JobState.SUCCEEDED
+        async with asyncio.timeout(100):
+            while any(view.instances for view in await world.groups()):
+                await asyncio.sleep(1)
 
     in_world(act, script=takes(5.0))
 
