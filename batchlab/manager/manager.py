@@ -59,6 +59,8 @@ class Manager:
         self.conductor = Conductor(ports, settings, self.lives, folder, self._slots, self.hurry)
         self.requests = Requests(ports, self.conductor, self.lives, self._adopt)
         self.autoscaler = Autoscaler(ports, settings, self.lives, self.registry)
+        self._adopted_s = 0.0
+        """Monotonic; when the ledger was last asked for jobs that nobody conducts."""
         self._quiet = asyncio.Lock()
         self._collector = Collector(ports, settings, self.lives, folder, self.registry, self._quiet)
         self._reconciler = Reconciler(ports, settings, self.lives, folder, self.conductor)
@@ -71,8 +73,7 @@ class Manager:
             await self._prepare()
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                for record in await self.ports.ledger.jobs(active=True, limit=10_000):
-                    await self._adopt(record)
+                await self._adopt_active()
                 group.create_task(self._collector.collect(), name="collect")
                 group.create_task(self._tick_for_ever(), name="tick")
                 self.is_leader.set()
@@ -130,6 +131,13 @@ class Manager:
                 return  # it has run out; a standby may have taken it
             if stands.owner != self.owner:
                 return
+
+    async def _adopt_active(self) -> None:
+        """Conduct every job that has not ended."""
+        self._adopted_s = self.ports.clock.monotonic_s()
+        for record in await self.ports.ledger.jobs(active=True, limit=10_000):
+            if record.job.id not in self.lives:
+                await self._adopt(record)
 
     async def _adopt(self, record: JobRecord) -> LiveJob:
         """Conduct a job: new, taken over from the leader before us, or re-opened."""
@@ -223,6 +231,10 @@ class Manager:
             self.depths[name] = await self.ports.queue.depth(naming.tasks_queue(name))
             await self._reconciler.drain_dead_letters(name)
         await self._reconciler.look_for_the_silent(self.depths)
+        # The leader before us may have begun or re-opened a job after we looked, before it knew
+        # that it no longer leads.
+        if self.ports.clock.monotonic_s() - self._adopted_s >= self.settings.silence_s:
+            await self._adopt_active()
         for live in list(self.lives.values()):
             await self._show_start(live)
             live.poke.set()
@@ -260,9 +272,7 @@ class Manager:
             self.lives.clear()
             count = await rebuild(self.ports)
             # Still in quiet: adopting writes, and a second rebuild may be waiting to clear.
-            for record in await self.ports.ledger.jobs(active=True, limit=10_000):
-                if record.job.id not in self.lives:
-                    await self._adopt(record)
+            await self._adopt_active()
         return count
 
 

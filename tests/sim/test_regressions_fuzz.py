@@ -13,8 +13,9 @@ import pytest
 
 from batchlab.errors import Unreachable
 from batchlab.manager import by_hand
-from batchlab.model import JobId, JobState, Pool
-from batchlab.protocol import naming
+from batchlab.model import Control, JobId, JobState, Pool
+from batchlab.protocol import naming, wire
+from batchlab.sim.users import bring_items
 from batchlab.sim.world import EPOCH_S, MANAGER, World
 from tests.sim.scenes import (
     A,
@@ -143,6 +144,26 @@ def test_a_retry_that_comes_right_after_the_end_is_conducted(
         assert world.managers == 1
 
     in_world(act, script=takes(5.0))
+
+
+def test_a_job_that_another_manager_has_begun_is_conducted() -> None:
+    """A manager that had lost its lease and did not know so yet re-opened a job, and ended. The
+    leader had looked into the ledger before, and the job never ended."""
+
+    async def act(world: World) -> None:
+        await leader(world)
+        made = job(stage(A), items=3)
+        await bring_items(world, made)
+        for key, data in (
+            (naming.spec(made.id), wire.to_bytes(wire.job_to_json(made))),
+            (naming.control(made.id), wire.word_to_bytes(wire.Word(Control.RUN))),
+        ):
+            await world.objects.put(key, data, if_absent=True)
+        await world.ledger.add_job(made, state=JobState.SUBMITTED)
+        await ended_well(world, made)
+        assert world.managers == 1
+
+    in_world(act, script=takes(1.0))
 
 
 def test_an_events_queue_that_is_gone_is_made_again() -> None:
