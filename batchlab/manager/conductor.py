@@ -59,6 +59,7 @@ class Conductor:
 
     async def conduct(self, live: LiveJob) -> None:
         """Advance the job whenever it is poked, until it has ended."""
+        await self.heed(live)
         while not live.ended.is_set():
             live.poke.clear()
             await self.advance(live)
@@ -68,6 +69,9 @@ class Conductor:
 
     async def advance(self, live: LiveJob) -> None:
         """Do everything that can be done for the job now."""
+        if live.doubtful:
+            live.doubtful = False  # where this fails, `conduct` begins with it
+            await self.heed(live)
         if live.record.control is Control.CANCEL:
             await self.stop(live, wire.Word(Control.CANCEL))
             return
@@ -85,6 +89,8 @@ class Conductor:
             reason = await self._explained(live, verdict)
             await self.stop(live, wire.Word(Control.CANCEL, JobState.FAILED, reason))
         elif all(s.counts.ended for s in live.stages.values()) and await self._accounted(live):
+            if live.doubtful:
+                return  # until the next time, which heeds the word
             state = JobState.FAILED if verdict.failed else JobState.SUCCEEDED
             await self._finish(live, state, await self._explained(live, verdict), {})
 
@@ -104,7 +110,7 @@ class Conductor:
             return
         # The raw input does not change from round to round; what is gathered may.
         round_ = live.record.round if stage.after else 0
-        if any(not live.stages[u].counts.ended for u in stage.after):
+        if live.doubtful or any(not live.stages[u].counts.ended for u in stage.after):
             return
         if stage.gather is not None and self._doomed(live):
             # Totals over a part of the input would look like totals over all of it.
@@ -238,6 +244,30 @@ class Conductor:
                 live.record = replace(live.record, control=Control.CANCEL)
         await asyncio.sleep(self._settings.control_lease_s * 1.1)
         live.forbidden = True
+
+    async def heed(self, live: LiveJob) -> None:
+        """Take note of the word that the workers follow.
+
+        A manager that died, or is leader no longer, may have written it and told nobody else.
+        """
+        async with live.control_lock:
+            if live.record.control is Control.CANCEL:
+                return
+            get = partial(self._ports.objects.get, naming.control(live.id))
+            try:
+                control = wire.word_from_bytes(await self._ports.patience(get)).control
+            except NotFound:
+                return  # somebody has removed the job's objects
+            if control is live.record.control:
+                return
+            log.warning("%s: the word is %s, which the ledger did not know", live.id, control)
+            await self._ports.ledger.set_control(live.id, control)
+            live.record = replace(live.record, control=control)
+            live.changed()
+        if control is not Control.CANCEL:
+            paused = control is Control.PAUSE
+            await move(self._ports, live, JobState.PAUSED if paused else JobState.RUNNABLE)
+        live.poke.set()
 
     async def _seal(self, live: LiveJob) -> Mapping[StageName, int]:
         """Commit CANCELLED for every outstanding bundle; whoever committed before us counts.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from batchlab.errors import NotFound
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import LiveJob, Ports, move
-from batchlab.model import Completion, JobId, JobState
+from batchlab.model import Completion, Control, JobId, JobState
 from batchlab.protocol import settle
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,10 @@ class Folder:
                 log.error("dropped a completion of a stage that job %s does not have", job.id)
                 continue
             known.append((one, job))
+            live = self._lives.get(job.id)
+            # Before it is counted: a stage must not seem to have come to its end by this.
+            if live is not None and one.cancelled and live.record.control is not Control.CANCEL:
+                live.doubtful = True
         if not known:
             return
         new = await self._ports.ledger.fold(

@@ -86,6 +86,9 @@ class LiveJob:
     conducting: asyncio.Task[None] | None = None
     forbidden: bool = False
     """The cancellation is acknowledged: no worker can start a task of it any more."""
+    doubtful: bool = False
+    """Workers cancel tasks of it though nobody has asked us to: its control object is to be read.
+    """
     trouble: str = ""
     """What the backend answered when the job was last conducted, where that failed."""
     version: int = 0
