@@ -366,7 +366,8 @@ class Ledger(Protocol):
         """Change state by the table of moves; False where it has no such arrow (or no change)."""
 
     async def set_control(self, job: JobId, control: Control) -> None:
-        """Record what the control object says."""
+        """Record what the control object says; nothing is asked of a job that has ended, whatever
+        that says: there the call changes nothing, and the control is RUN."""
 
     async def rows(self, job: JobId) -> JobRows:
         """The job with its stages; NotFound."""

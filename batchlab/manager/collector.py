@@ -12,10 +12,15 @@ from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports
 from batchlab.manager.registry import Registry
 from batchlab.model import Completion, JobId
-from batchlab.ports import MAX_BATCH, Message
+from batchlab.ports import MAX_BATCH, Message, QueueSpec
 from batchlab.protocol import naming, settle, wire
 
 log = logging.getLogger(__name__)
+
+
+def events_queue(settings: ManagerSettings) -> QueueSpec:
+    """The queue of completions and beats, as it is to be."""
+    return QueueSpec(naming.EVENTS, visibility_s=settings.visibility_s)
 
 
 class Collector:
@@ -47,10 +52,18 @@ class Collector:
             except BackendError as error:
                 if isinstance(error, (Throttled, Unreachable)):
                     self._excuse_all()
-                # What was received comes again when its visibility runs out. A queue that is
-                # not there is made again by the tick.
+                # What was received comes again when its visibility runs out.
                 log.warning("events wait for the backend: %s", error)
                 await asyncio.sleep(self._settings.tick_s)
+                if isinstance(error, NotFound):
+                    await self._make_queue()
+
+    async def _make_queue(self) -> None:
+        """Nobody else would notice that the events queue is gone."""
+        try:
+            await self._ports.queue.ensure(events_queue(self._settings))
+        except BackendError as error:
+            log.warning("the events queue is not there and cannot be made yet: %s", error)
 
     async def _collect_once(self) -> None:
         queue, patience = self._ports.queue, self._ports.patience

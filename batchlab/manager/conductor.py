@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 
 from batchlab.commit import Addressed, address, commit, committed, send_all
-from batchlab.errors import AlreadyExists, NotFound, UsageError
+from batchlab.errors import AlreadyExists, BackendError, NotFound, UsageError
 from batchlab.jobdef import StageDef
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports, in_pool, move
@@ -69,6 +69,8 @@ class Conductor:
 
     async def advance(self, live: LiveJob) -> None:
         """Do everything that can be done for the job now."""
+        if live.doubtful:
+            await self._make_sure(live)
         if live.record.control is Control.CANCEL:
             await self.stop(live, wire.Word(Control.CANCEL))
             return
@@ -86,6 +88,8 @@ class Conductor:
             reason = await self._explained(live, verdict)
             await self.stop(live, wire.Word(Control.CANCEL, JobState.FAILED, reason))
         elif all(s.counts.ended for s in live.stages.values()) and await self._accounted(live):
+            if live.doubtful:
+                return  # until the next time, which heeds the word
             state = JobState.FAILED if verdict.failed else JobState.SUCCEEDED
             await self._finish(live, state, await self._explained(live, verdict), {})
 
@@ -105,7 +109,7 @@ class Conductor:
             return
         # The raw input does not change from round to round; what is gathered may.
         round_ = live.record.round if stage.after else 0
-        if any(not live.stages[u].counts.ended for u in stage.after):
+        if live.doubtful or any(not live.stages[u].counts.ended for u in stage.after):
             return
         if stage.gather is not None and self._doomed(live):
             # Totals over a part of the input would look like totals over all of it.
@@ -245,6 +249,38 @@ class Conductor:
         await asyncio.sleep(self._settings.control_lease_s * 1.1)
         live.forbidden = True
 
+    async def _make_sure(self, live: LiveJob) -> None:
+        live.doubtful = False  # first: a doubt that comes meanwhile stays
+        try:
+            await self.heed(live)
+        except BackendError:
+            live.doubtful = True
+            raise
+
+    async def heed(self, live: LiveJob) -> None:
+        """Take note of the word that the workers follow.
+
+        A manager that died, or is leader no longer, may have written it and told nobody else.
+        """
+        async with live.control_lock:
+            if live.record.control is Control.CANCEL:
+                return
+            get = partial(self._ports.objects.get, naming.control(live.id))
+            try:
+                control = wire.word_from_bytes(await self._ports.patience(get)).control
+            except NotFound:
+                return  # somebody has removed the job's objects
+            if control is live.record.control:
+                return
+            log.warning("%s: the word is %s, which the ledger did not know", live.id, control)
+            await self._ports.ledger.set_control(live.id, control)
+            live.record = replace(live.record, control=control)
+            live.changed()
+        if control is not Control.CANCEL:
+            paused = control is Control.PAUSE
+            await move(self._ports, live, JobState.PAUSED if paused else JobState.RUNNABLE)
+        live.poke.set()
+
     async def _seal(self, live: LiveJob) -> Mapping[StageName, int]:
         """Commit CANCELLED for every outstanding bundle; whoever committed before us counts.
 
@@ -289,7 +325,7 @@ class Conductor:
     async def _finish(
         self, live: LiveJob, state: JobState, reason: str, closed: Mapping[StageName, int]
     ) -> None:
-        round_ = live.record.round
+        round_ = live.round
         doc: dict[str, Json] = {
             "v": wire.VERSION,
             "state": state.value,

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from batchlab.errors import NotFound
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import LiveJob, Ports
-from batchlab.model import Completion, JobId
+from batchlab.model import Completion, Control, JobId
 from batchlab.ports import JobRecord, JobRows, Written
 from batchlab.protocol import settle
 
@@ -39,6 +39,10 @@ class Folder:
                 log.error("dropped a completion of a stage that job %s does not have", job.id)
                 continue
             known.append((one, job))
+            live = self._lives.get(job.id)
+            # Before it is counted: a stage must not seem to have come to its end by this.
+            if live is not None and one.cancelled and live.record.control is not Control.CANCEL:
+                live.doubtful = True
         if not known:
             return
         before = {one.id: one.record for one in self._lives.values()}
@@ -84,6 +88,8 @@ class Folder:
         while live.record is not before:
             before = live.record
             rows = await self._ports.ledger.rows(live.id)
+        if rows.job.round > live.round:
+            live.ended.set()  # what was conducted here has ended, and a retry has begun the next
         live.take(rows)
 
     async def _job(self, job: JobId) -> JobDef | None:

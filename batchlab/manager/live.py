@@ -87,13 +87,21 @@ class LiveJob:
     conducting: asyncio.Task[None] | None = None
     forbidden: bool = False
     """The cancellation is acknowledged: no worker can start a task of it any more."""
+    doubtful: bool = False
+    """Its control object is to be read: somebody else has conducted the job before, or workers
+    cancel tasks of it though nobody has asked us to."""
     trouble: str = ""
     """What the backend answered when the job was last conducted, where that failed."""
     version: int = 0
     """Grows with everything a watcher could see, and never is what an earlier manager has shown."""
     folds: int = 0
     """Grows with every outcome folded; 0 while the ledger has none of the job."""
+    round: int = field(init=False)
+    """The only one that is conducted here; the record may already show a later one."""
     _news: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+
+    def __post_init__(self) -> None:
+        self.round = self.record.round
 
     @property
     def job(self) -> JobDef:

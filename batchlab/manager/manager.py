@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from batchlab.errors import BackendError, NotFound, Refused
 from batchlab.manager.autoscaler import Autoscaler
-from batchlab.manager.collector import Collector
+from batchlab.manager.collector import Collector, events_queue
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports, in_pool, move
@@ -59,6 +59,8 @@ class Manager:
         self.conductor = Conductor(ports, settings, self.lives, folder, self._slots, self._on_plan)
         self.requests = Requests(ports, self.conductor, self.lives, self._adopt)
         self.autoscaler = Autoscaler(ports, settings, self.lives, self.registry)
+        self._adopted_s = 0.0
+        """Monotonic; when the ledger was last asked for jobs that nobody conducts."""
         self._quiet = asyncio.Lock()
         self._collector = Collector(ports, settings, self.lives, folder, self.registry, self._quiet)
         self._reconciler = Reconciler(ports, settings, self.lives, folder, self.conductor)
@@ -71,8 +73,7 @@ class Manager:
             await self._prepare()
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                for record in await self.ports.ledger.jobs(active=True, limit=10_000):
-                    await self._take_up(record.job.id)
+                await self._adopt_active()
                 group.create_task(self._collector.collect(), name="collect")
                 group.create_task(self._tick_for_ever(), name="tick")
                 self.is_leader.set()
@@ -87,7 +88,7 @@ class Manager:
                 await self.ports.ledger.release(LEASE, self.owner)
 
     async def _prepare(self) -> None:
-        await self._ensure(QueueSpec(naming.EVENTS, visibility_s=self.settings.visibility_s))
+        await self._ensure(events_queue(self.settings))
         for pool in self.pools.values():
             dead = QueueSpec(naming.dead_letters(pool.name))
             await self._ensure(dead)
@@ -131,9 +132,13 @@ class Manager:
             if stands.owner != self.owner:
                 return
 
-    async def _take_up(self, job: JobId) -> None:
-        """Conduct a job that was conducted before."""
-        await self._adopt(Written(await self.ports.ledger.rows(job), is_new=False))
+    async def _adopt_active(self) -> None:
+        """Conduct every job that has not ended."""
+        self._adopted_s = self.ports.clock.monotonic_s()
+        for record in await self.ports.ledger.jobs(active=True, limit=10_000):
+            if record.job.id not in self.lives:
+                rows = await self.ports.ledger.rows(record.job.id)
+                await self._adopt(Written(rows, is_new=False))
 
     async def _adopt(self, found: Written) -> LiveJob:
         """Conduct a job: new, taken over from the leader before us, or re-opened."""
@@ -148,6 +153,7 @@ class Manager:
             {s.counts.stage: s for s in rows.stages},
             since_s=self.ports.clock.monotonic_s(),
             version=int(self.ports.clock.now_s() * 1000),
+            doubtful=not found.is_new,
             folds=0 if found.is_new else 1,
         )
         if not found.is_new:
@@ -156,8 +162,10 @@ class Manager:
             planned = await ledger.bundles(job.id, done=False)
             live.expect((r.bundle, heard_s) for r in planned)
         known = self.lives.get(job.id)
-        if known and not known.ended.is_set():
-            return known  # two submissions with one token came at once
+        # Two submissions with one token came at once; or a retry came so soon after the job's end
+        # that the round before has not been taken off yet: then the new one takes its place.
+        if known and not known.ended.is_set() and known.round >= live.round:
+            return known
         self.lives[job.id] = live
         if self._group is not None:
             live.conducting = self._group.create_task(self._conduct(live), name=f"job {job.id}")
@@ -232,6 +240,10 @@ class Manager:
             self.depths[name] = await self.ports.queue.depth(naming.tasks_queue(name))
             await self._reconciler.drain_dead_letters(name)
         await self._reconciler.look_for_the_silent(self.depths)
+        # The leader before us may have begun or re-opened a job after we looked, before it knew
+        # that it no longer leads.
+        if self.ports.clock.monotonic_s() - self._adopted_s >= self.settings.silence_s:
+            await self._adopt_active()
         for live in list(self.lives.values()):
             await self._show_start(live)
             live.poke.set()
@@ -268,9 +280,7 @@ class Manager:
             self.lives.clear()
             count = await rebuild(self.ports)
             # Still in quiet: adopting writes, and a second rebuild may be waiting to clear.
-            for record in await self.ports.ledger.jobs(active=True, limit=10_000):
-                if record.job.id not in self.lives:
-                    await self._take_up(record.job.id)
+            await self._adopt_active()
         return count
 
 

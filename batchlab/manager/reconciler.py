@@ -80,6 +80,9 @@ class Reconciler:
         return self._settings.silence_s * PATIENCE_WITH_A_FULL_QUEUE
 
     async def _recover(self, live: LiveJob, silent: list[Outstanding]) -> None:
+        await self._conductor.heed(live)
+        if live.record.control is not Control.RUN:
+            return  # workers drop its messages, so of course they are silent
         again: list[Bundle] = []
         for one in silent:
             outcome = await committed(self._ports.objects, one.bundle, self._ports.patience)

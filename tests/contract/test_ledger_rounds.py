@@ -102,6 +102,16 @@ async def test_a_reason_may_hold_any_text(ledger: DumpingLedger) -> None:
     assert (await ledger.job(JOB.id)).reason.startswith(reason)
 
 
+@on_every_ledger
+async def test_nothing_is_asked_of_a_job_that_has_ended(ledger: DumpingLedger) -> None:
+    """A pause that comes too late must not show: whether it did depended on who was faster."""
+    await submit(ledger)
+    await ledger.set_control(JOB.id, Control.CANCEL)
+    await _finish(ledger, JobState.CANCELLED)
+    await ledger.set_control(JOB.id, Control.PAUSE)
+    assert (await ledger.job(JOB.id)).control is Control.RUN
+
+
 async def _failed_job(ledger: DumpingLedger) -> None:
     """10 planned: 4 succeeded, 1 failed, 5 cancelled; the two later stages alike or unplanned."""
     await submit(ledger)

@@ -12,16 +12,23 @@ from typing import Any
 import pytest
 
 from batchlab.errors import Unreachable
+from batchlab.jobdef import JobDef
 from batchlab.manager import by_hand
-from batchlab.model import JobId, JobState, Pool
+from batchlab.model import Control, JobId, JobState, Pool
+from batchlab.protocol import naming, wire
+from batchlab.sim import invariants
+from batchlab.sim.users import bring_items
 from batchlab.sim.world import EPOCH_S, MANAGER, World
 from tests.sim.scenes import (
     A,
+    B,
     around,
+    ended,
     ended_well,
     ends_well,
     in_world,
     job,
+    kill_manager,
     leader,
     stage,
     submitted,
@@ -119,6 +126,68 @@ def test_a_cancellation_is_not_forgotten_by_a_read_that_was_under_way(
     in_world(act, script=takes(1.0))
 
 
+def test_a_retry_that_comes_right_after_the_end_is_conducted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The manager had ended the job in the ledger and not heard so yet. It took the new round for
+    the one that it was about to end, and the job never ended."""
+
+    async def act(world: World) -> None:
+        async def finish(original: Any, *args: Any, **kwargs: Any) -> object:
+            answer = await original(*args, **kwargs)
+            await asyncio.sleep(5)
+            return answer
+
+        around(monkeypatch, world.ledger, "finish", finish)
+        made = job(stage(A), items=3)
+        await submitted(world, made)
+        await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        assert (await ended(world, made)).state is JobState.CANCELLED
+        await world.ask(lambda m: m.requests.retry(made.id), "retry")
+        await ended_well(world, made)
+        assert world.managers == 1
+
+    in_world(act, script=takes(5.0))
+
+
+def test_a_job_that_another_manager_has_begun_is_conducted() -> None:
+    """A manager that had lost its lease and did not know so yet re-opened a job, and ended. The
+    leader had looked into the ledger before, and the job never ended."""
+
+    async def act(world: World) -> None:
+        await leader(world)
+        made = job(stage(A), items=3)
+        await bring_items(world, made)
+        for key, data in (
+            (naming.spec(made.id), wire.to_bytes(wire.job_to_json(made))),
+            (naming.control(made.id), wire.word_to_bytes(wire.Word(Control.RUN))),
+        ):
+            await world.objects.put(key, data, if_absent=True)
+        await world.ledger.add_job(made, state=JobState.SUBMITTED)
+        await ended_well(world, made)
+        assert world.managers == 1
+
+    in_world(act, script=takes(1.0))
+
+
+def test_an_events_queue_that_is_gone_is_made_again() -> None:
+    """The manager waited for the tick to notice, which asks the other queues. Nobody was heard any
+    more: jobs ended by what the reconciler found, and the fleet never came down."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A, bundle=1), items=20)
+        await submitted(world, made)
+        while len(world.starts) < 3:
+            await asyncio.sleep(1)
+        await world.queue.remove(naming.EVENTS)
+        assert (await ended(world, made, within_s=100)).state is JobState.SUCCEEDED
+        async with asyncio.timeout(100):
+            while any(view.instances for view in await world.groups()):
+                await asyncio.sleep(1)
+
+    in_world(act, script=takes(5.0))
+
+
 def test_rebuilds_that_are_asked_for_at_once_come_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -149,5 +218,72 @@ def test_rebuilds_that_are_asked_for_at_once_come_one_after_the_other(
         await asyncio.gather(*asking)
         assert (clears, set(seen)) == (3, {True})
         await ended_well(world, made)
+
+    in_world(act, script=takes(5.0))
+
+
+# --- Words that only the bucket has --------------------------------------------------------------
+
+
+async def _written(world: World, made: JobDef, word: wire.Word) -> None:
+    """What a manager writes before it tells the ledger; this one does not come to that."""
+    await world.objects.put(naming.control(made.id), wire.word_to_bytes(word))
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_cancellation_that_only_the_workers_have_heard_of_ends_the_job(dies: bool) -> None:
+    """Its manager had died, or was leader no longer, before it told the ledger. Workers ended tasks
+    as CANCELLED and dropped the messages of the others, which the leader sent again, for ever. A
+    total was planned over what was left."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A, bundle=1), stage(B, A, gather="*"), items=30)
+        await submitted(world, made)
+        while len(world.starts) < 10:
+            await asyncio.sleep(1)
+        await _written(world, made, wire.Word(Control.CANCEL, reason="its user had enough"))
+        if dies:
+            kill_manager(world)
+        record = await ended(world, made)
+        assert (record.state, record.reason) == (JobState.CANCELLED, "its user had enough")
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(5.0))
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_pause_that_only_the_workers_have_heard_of_can_be_resumed(dies: bool) -> None:
+    """Workers dropped the job's messages, and the leader sent them again, for ever."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A, bundle=1), items=10)
+        await submitted(world, made)
+        while len(world.starts) < 3:
+            await asyncio.sleep(1)
+        await _written(world, made, wire.Word(Control.PAUSE))
+        if dies:
+            kill_manager(world)
+        async with asyncio.timeout(500):
+            while (await world.ledger.job(made.id)).state is not JobState.PAUSED:
+                await asyncio.sleep(1)
+        begun = len(world.starts)
+        await asyncio.sleep(300)
+        assert len(world.starts) == begun
+        await world.ask(lambda m: m.requests.resume(made.id), "resume")
+        await ended_well(world, made)
+
+    in_world(act, script=takes(5.0))
+
+
+def test_a_pause_that_comes_too_late_leaves_no_trace() -> None:
+    """A manager wrote the word and died; the job's last task ended, and so did the job. A ledger
+    rebuilt from the bucket said that its user had paused it (I3)."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), items=1)
+        await submitted(world, made)
+        await ended_well(world, made)
+        await _written(world, made, wire.Word(Control.PAUSE))
+        await invariants.check_all(world, [made.id])
 
     in_world(act, script=takes(5.0))

@@ -171,8 +171,8 @@ def set_running(connection: Connection, found: Iterable[JobId]) -> dict[JobId, J
 
 
 def set_control(connection: Connection, job: JobId, control: Control) -> None:
-    _job_row(connection, job)
-    connection.execute(_change_job.values(control=control.value), {"b_job": job})
+    if not JobState(_job_row(connection, job)["state"]).ended:
+        connection.execute(_change_job.values(control=control.value), {"b_job": job})
 
 
 def reopen(connection: Connection, job: JobId, round: int, reopened: Sequence[Reopening]) -> bool:
@@ -215,7 +215,12 @@ def finish(connection: Connection, job: JobId, end: End) -> Written:
     if end.round != row["round"] or JobState(row["state"]).ended:
         return Written(rows_of(connection, job), is_new=False)
     connection.execute(
-        _change_job.values(state=end.state.value, reason=_plain(end.reason), ended_s=end.ended_s),
+        _change_job.values(
+            state=end.state.value,
+            reason=_plain(end.reason),
+            control=Control.RUN.value,
+            ended_s=end.ended_s,
+        ),
         {"b_job": job},
     )
     names = connection.execute(select(stages.c.stage).where(stages.c.job == job)).scalars()
