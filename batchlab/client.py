@@ -6,13 +6,15 @@ batchlab's own errors.
 
 from __future__ import annotations
 
+import json
 import ssl
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import TYPE_CHECKING, Any, Self, cast
-from urllib.parse import quote
+from urllib.parse import quote, urlencode, urlsplit
 
 from batchlab.errors import BackendError, BatchlabError, NotFound, Refused, Unreachable, UsageError
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import httpx
 
     from batchlab.jobdef import JobDef
+    from batchlab.model import Json
     from batchlab.views import (
         ActivityView,
         FailureView,
@@ -36,9 +39,13 @@ ANSWER_S = 60.0
 """Beyond what a long poll waits by itself."""
 REBUILD_S = 3600.0
 IDLE_S = 2.0
-"""A pooled connection idle for longer is not used again: the server closes it after 5 s, and a
+"""A kept connection idle for longer is not used again: the server closes it after 5 s, and a
 request that meets that moment fails."""
 
+BAD = 300
+"""HTTP statuses from here on are errors: the manager redirects nobody."""
+
+_JSON = {"Content-Type": "application/json"}
 _ERRORS: dict[int, type[BatchlabError]] = {
     401: Refused,
     404: NotFound,
@@ -49,41 +56,42 @@ _ERRORS: dict[int, type[BatchlabError]] = {
 
 
 class Client:
-    """A connection pool to one manager, usable from several threads; a context manager.
+    """Connections to one manager, usable from several threads; a context manager.
 
     Every method raises Unreachable where the manager does not answer, NotFound for an unknown id,
     Refused where the manager declines, UsageError where the request is wrong, and BackendError
-    where the manager cannot do its work at the moment. Times are seconds.
+    where the manager cannot do its work at the moment. Times are seconds. No proxy is used.
     """
 
     def __init__(self, url: str, token: str) -> None:
-        with _without_its_command_line():
-            import httpx
-        secure = url.startswith("https:")
         self.url = url
-        self._settings: dict[str, Any] = {
-            "base_url": url,
-            "headers": {"Authorization": f"Bearer {token}"},
-            # Reading the system's certificates takes longer than all else here together. A bare
-            # context trusts nobody, so nothing is lost should a redirect ever lead to https.
-            "verify": secure or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-            # A proxy from the environment cannot reach this machine's own address.
-            "trust_env": secure,
-        }
-        self._http = httpx.Client(**self._settings, limits=httpx.Limits(keepalive_expiry=IDLE_S))
+        parts = urlsplit(url)
+        self._host = parts.netloc
+        # Reading the system's certificates takes longer than all else here together.
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._headers = {"Authorization": f"Bearer {token}"}
+        self._idle: deque[tuple[float, HTTPConnection]] = deque()
+        """When each was last used (monotonic), and the connection; the last used comes last."""
 
     def for_loop(self, connections: int) -> httpx.AsyncClient:
         """A client of the same manager for an event loop, which closes it; its requests wait for
         one of so many connections."""
         import httpx
 
-        limits = httpx.Limits(max_connections=connections, keepalive_expiry=IDLE_S)
-        timeout = httpx.Timeout(ANSWER_S, connect=CONNECT_S, pool=None)
-        return httpx.AsyncClient(**self._settings, limits=limits, timeout=timeout)
+        return httpx.AsyncClient(
+            base_url=self.url,
+            headers=self._headers,
+            # A bare context trusts nobody, so nothing is lost should a redirect lead to https.
+            verify=self._tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+            trust_env=False,
+            limits=httpx.Limits(max_connections=connections, keepalive_expiry=IDLE_S),
+            timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S, pool=None),
+        )
 
     def close(self) -> None:
-        """Close the pooled connections."""
-        self._http.close()
+        """Close the kept connections."""
+        while self._idle:
+            self._idle.pop()[1].close()
 
     def __enter__(self) -> Self:
         return self
@@ -107,11 +115,26 @@ class Client:
 
     # --- Jobs ------------------------------------------------------------------------------------
 
-    def submit(self, job: JobDef) -> JobView:
-        """Submit a job; again with the same client token answers with the job that is known."""
-        from batchlab.protocol import wire
+    def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> JobView:
+        """Submit a job, with its encoded items where it brings some and they are few; again with
+        the same client token answers with the job that is known."""
+        return cast("JobView", self._call("POST", "/v1/jobs", body=_submission(job, items)))
 
-        return cast("JobView", self._call("POST", "/v1/jobs", body=wire.job_to_json(job)))
+    def submit_and_hear(
+        self,
+        job: JobDef,
+        items: Sequence[Json] | None,
+        accepted: Callable[[], None],
+        *,
+        wait_s: float,
+    ) -> OutcomesView:
+        """Submit a job as `submit`, and wait so long for its first outcomes. `accepted` is called
+        once it is known to the grid."""
+        body = _submission(job, items)
+        with self._answer("POST", "/v1/jobs", body, ANSWER_S, {"wait_s": wait_s}) as response:
+            self._document(response.readline())
+            accepted()
+            return cast("OutcomesView", self._document(response.read()))
 
     def jobs(
         self, *, limit: int = 100, before: str | None = None, active: bool = False
@@ -213,25 +236,69 @@ class Client:
         **query: str | float | None,
     ) -> Any:
         """The answer's JSON. What is None in `query` is left out."""
-        import httpx
+        with self._answer(method, path, body, answer_s, query) as response:
+            return self._document(response.read())
 
-        wait_s = float(query.get("wait_s") or 0.0)
+    def _document(self, content: bytes) -> Any:
         try:
-            response = self._http.request(
-                method,
-                path,
-                json=body,
-                params={key: value for key, value in query.items() if value is not None},
-                timeout=httpx.Timeout(answer_s + wait_s, connect=CONNECT_S),
-            )
-        except httpx.TransportError as error:
+            return json.loads(content)
+        except ValueError:
+            raise _no_manager(self.url, 200) from None
+
+    @contextmanager
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        answer_s: float,
+        query: Mapping[str, str | float | None],
+    ) -> Iterator[HTTPResponse]:
+        """The answer, where it is a good one. Read to its end, its connection is used again."""
+        given = {key: _text(value) for key, value in query.items() if value is not None}
+        target = f"{path}?{urlencode(given)}" if given else path
+        data = None if body is None else json.dumps(body).encode()
+        headers = self._headers if data is None else {**self._headers, **_JSON}
+        connection: HTTPConnection | None = None
+        try:
+            connection = self._connected()
+            connection.sock.settimeout(answer_s + float(given.get("wait_s", 0.0)))
+            connection.request(method, target, data, headers)
+            response = connection.getresponse()
+            if response.status >= BAD:
+                raise _error(f"{self.url}{target}", response.status, response.read())
+            yield response
+            if response.isclosed() and not response.will_close:
+                self._idle.append((time.monotonic(), connection))
+                connection = None
+        except (OSError, HTTPException) as error:
             raise Unreachable(
                 f"The manager at {self.url} does not answer: {_told(error)}.",
                 remedy="`batchlab grid up` starts one here.",
             ) from error
-        if response.is_success:
-            return response.json()
-        raise _error(response)
+        finally:
+            if connection:
+                connection.close()
+
+    def _connected(self) -> HTTPConnection:
+        with suppress(IndexError):  # other threads take connections too
+            while True:
+                used_s, connection = self._idle.pop()
+                if time.monotonic() - used_s < IDLE_S:
+                    return connection
+                connection.close()
+        if self._tls:
+            connection = HTTPSConnection(self._host, timeout=CONNECT_S, context=self._tls)
+        else:
+            connection = HTTPConnection(self._host, timeout=CONNECT_S)
+        connection.connect()
+        return connection
+
+
+def _submission(job: JobDef, items: Sequence[Json] | None) -> Json:
+    from batchlab.protocol import wire
+
+    return {"job": wire.job_to_json(job), "items": items}
 
 
 def _of(job: str, what: str = "") -> str:
@@ -242,27 +309,21 @@ def _told(error: Exception) -> str:
     return str(error).rstrip(".") or type(error).__name__
 
 
-def _error(response: httpx.Response) -> BatchlabError:
-    kind = _ERRORS.get(response.status_code, BackendError)
+def _error(url: str, status: int, content: bytes) -> BatchlabError:
+    kind = _ERRORS.get(status, BackendError)
     try:
-        problem = response.json()
+        problem = json.loads(content)
         return kind(problem["error"], remedy=problem["remedy"])
     except (ValueError, KeyError, TypeError):
-        return BackendError(
-            f"{response.url} answered with HTTP {response.status_code}, but not as a manager does.",
-            remedy="Is another program listening there?",
-        )
+        return _no_manager(url, status)
 
 
-@contextmanager
-def _without_its_command_line() -> Iterator[None]:
-    """Import httpx without its own command line, which needs click and rich: more than half of
-    the time that importing httpx takes, and for nothing. Where they are missing httpx does
-    without, and a None in sys.modules is how Python says so."""
-    modules = cast("dict[str, ModuleType | None]", sys.modules)
-    before = modules.setdefault("httpx._main", None)
-    try:
-        yield
-    finally:
-        if before is None:
-            modules.pop("httpx._main", None)
+def _no_manager(url: str, status: int) -> BackendError:
+    return BackendError(
+        f"{url} answered with HTTP {status}, but not as a manager does.",
+        remedy="Is another program listening there?",
+    )
+
+
+def _text(value: str | float) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -60,8 +60,10 @@ def address(
     delay_s: float = 0.0,
     now_s: float,
     watchdog: bool = False,
+    introduce: bool = False,
 ) -> Addressed:
-    """The message for `bundle`; a delay beyond SQS's longest goes on by `not_before_s`."""
+    """The message for `bundle`; a delay beyond SQS's longest goes on by `not_before_s`. With
+    `introduce` it tells its worker of the job too."""
     if items is not None and len(json.dumps(items)) > INLINE_BYTES:
         items = None
     body = wire.task_message(
@@ -70,6 +72,7 @@ def address(
             items,
             now_s + delay_s if delay_s > MAX_DELAY_S else None,
             watchdog,
+            job if introduce else None,
         )
     )
     pool = job.stage(bundle.stage).pool

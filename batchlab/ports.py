@@ -327,9 +327,13 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """What folding came to: which completions were new, and the rows of their jobs after it."""
+    """What folding came to: which completions were new, and the rows of their jobs after it.
+
+    The i-th completion, where it was new, has the seq `first_seq` + i; nobody else has any between.
+    """
 
     new: Sequence[bool]
+    first_seq: int
     jobs: Mapping[JobId, JobRows]
 
 
@@ -350,8 +354,9 @@ class Ledger(Protocol):
     Writes on the way of every bundle answer with the rows they leave, which saves reading them.
     """
 
-    async def add_job(self, job: JobDef, *, state: JobState) -> Written:
-        """Insert the job with its stages; an existing id or token leaves the existing rows."""
+    async def add_job(self, job: JobDef, *, state: JobState, cut: Cut | None = None) -> Written:
+        """Insert the job with its stages, and its first cut where that is known; an existing id
+        or token leaves the existing rows."""
 
     async def job(self, job: JobId) -> JobRecord:
         """One job; NotFound."""

@@ -1,22 +1,22 @@
 """Endpoints of jobs: submit them, watch them, steer them.
 
-Invariant: whoever waits for news is woken by it, not by polling.
+Invariant: an answer shows the job as it is once the request has taken effect.
 """
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import suppress
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import Body, Response
+from fastapi.responses import StreamingResponse
 from pydantic import BeforeValidator
 
 from batchlab import facts, views
-from batchlab.api.common import Leader, Limit, Wait, guarded
+from batchlab.api.common import MOST, Leader, Limit, Wait, guarded
+from batchlab.api.waiting import news, page
 from batchlab.errors import NotFound, UsageError
 from batchlab.jobdef import JobDef
-from batchlab.manager.live import LiveJob
 from batchlab.manager.manager import Manager
 from batchlab.model import JobId
 from batchlab.ports import JobRecord
@@ -25,6 +25,8 @@ from batchlab.why import why
 
 router = guarded()
 
+NDJSON = "application/x-ndjson"
+
 
 def _of_our_version(doc: Any) -> Any:
     if isinstance(doc, dict) and doc.get("v") != wire.VERSION:
@@ -32,12 +34,24 @@ def _of_our_version(doc: Any) -> Any:
     return doc
 
 
-PostedJob = Annotated[JobDef, BeforeValidator(_of_our_version), Body()]
+PostedJob = Annotated[JobDef, BeforeValidator(_of_our_version), Body(embed=True)]
+Items = Annotated[list[Any] | None, Body(embed=True)]
 
 
-@router.post("/jobs", status_code=201)
-async def submit(manager: Leader, job: PostedJob, response: Response) -> views.JobView:
-    """Accept a job: 201 where it is new, 200 where the id or client token is known already."""
+@router.post("/jobs", status_code=201, response_model=views.JobView)
+async def submit(
+    manager: Leader,
+    job: PostedJob,
+    response: Response,
+    items: Items = None,
+    wait_s: Wait = 0.0,
+) -> Any:
+    """Accept a job: 201 where it is new, 200 where the id or client token is known already.
+
+    A job without an input brings its items: a few here, encoded as in a plan; more in the bucket.
+    With `wait_s` the answer has two lines of JSON: the job at once, and its first outcomes, as
+    from /outcomes, as soon as there are some.
+    """
     try:
         views.admit(job, {name: pool.slots for name, pool in manager.pools.items()})
     except UsageError as error:
@@ -46,10 +60,24 @@ async def submit(manager: Leader, job: PostedJob, response: Response) -> views.J
             await manager.ports.ledger.job(job.id)
         except NotFound:
             raise error from None
-    written = await manager.requests.submit(job)
-    if not written.is_new:
-        response.status_code = 200
-    return await _view(manager, written.rows.job)
+    if items is not None and (job.items != len(items) or job.input is not None):
+        raise UsageError(
+            f"Job {job.id} comes with {len(items)} items, but says otherwise.",
+            remedy="Let `items` of the job be their number, and give it no input.",
+        )
+    written = await manager.requests.submit(job, items)
+    status = 201 if written.is_new else 200
+    view = await _view(manager, written.rows.job)
+    if wait_s:
+        return StreamingResponse(_lines(manager, view, wait_s), status, media_type=NDJSON)
+    response.status_code = status
+    return view
+
+
+async def _lines(manager: Manager, view: views.JobView, wait_s: float) -> AsyncIterator[str]:
+    yield wire.dumps(view) + "\n"
+    outcomes = await page(manager, JobId(view["id"]), None, None, MOST, wait_s)
+    yield wire.dumps(outcomes) + "\n"
 
 
 @router.get("/jobs")
@@ -117,8 +145,3 @@ async def _view(manager: Manager, record: JobRecord) -> views.JobView:
         return views.job_view(live.record, list(live.stages.values()), live, workers)
     rows = await manager.ports.ledger.rows(job)
     return views.job_view(rows.job, rows.stages)
-
-
-async def news(live: LiveJob, version: int, wait_s: float) -> None:
-    with suppress(TimeoutError):
-        await asyncio.wait_for(live.news(version), wait_s)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from batchlab import views
 from batchlab.api.common import MOST, Leader, Limit, Wait, guarded
-from batchlab.api.jobs import news
+from batchlab.api.waiting import page
 from batchlab.commit import committed
 from batchlab.manager.manager import Manager
 from batchlab.model import JobId, Outcome, StageName
@@ -32,27 +32,7 @@ async def outcomes(
 ) -> views.OutcomesView:
     """Outcomes in the order in which they were folded, those after seq `after`; with `wait_s` the
     answer waits for the first one."""
-    loop = asyncio.get_running_loop()
-    end_s = loop.time() + wait_s
-    while True:
-        live = manager.lives.get(job)
-        # Read before the outcomes: what comes between the two must not be missed.
-        folds = live.folds if live else 0
-        record = live.record if live else await manager.ports.ledger.job(job)
-        ended = record.state.ended
-        found: Sequence[BundleRecord] = ()
-        if folds or live is None:
-            found = await manager.ports.ledger.bundles(
-                job, stage=stage, done=True, after_seq=after, limit=limit
-            )
-        left_s = end_s - loop.time()
-        if found or ended or live is None or left_s <= 0:
-            return {
-                "outcomes": [views.outcome_view(one) for one in found],
-                "ended": ended and len(found) < limit,
-            }
-        while live.folds == folds and not live.record.state.ended and loop.time() < end_s:
-            await news(live, live.version, end_s - loop.time())
+    return await page(manager, job, stage, after, limit, wait_s)
 
 
 @router.get("/jobs/{job}/failures")

@@ -107,6 +107,8 @@ class Batch:
         self.job = ""
         self.open: dict[int, CallFuture] = {}
         """By task, those that are not done."""
+        self.rejected: list[tuple[CallFuture, Exception]] = []
+        """Calls that could not be sent."""
         self.ending = False
         self._look = look
         self._lock = threading.Lock()

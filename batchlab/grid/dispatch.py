@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from batchlab.errors import BackendError, JobFailed, TaskFailed, Unreachable, UsageError
 from batchlab.grid import pyexit
 from batchlab.grid.calls import Batch, BrokenGridExecutor, CallFuture, death, revived
-from batchlab.grid.incoming import decoded
+from batchlab.grid.incoming import decoded, outcomes
 from batchlab.grid.link import Link
 from batchlab.grid.outgoing import MAP, Outgoing, job_name
 from batchlab.grid.packing import Call, Packer
@@ -31,14 +31,15 @@ from batchlab.model import Json, Outcome
 from batchlab.worker.calls import Initializer, Raised
 
 if TYPE_CHECKING:
-    from batchlab.views import JobView
+    from batchlab.views import JobView, OutcomesView
 
 log = logging.getLogger(__name__)
 
 MOST = 10_000
 """Calls in one batch: its first ones run while the next batch is being pickled."""
 
-Rejected = list[tuple[CallFuture, Exception]]
+FIRST_S = 0.2
+"""So long the request that submits a batch waits for first results: short calls need no other."""
 
 
 class Dispatch:
@@ -201,27 +202,56 @@ class Dispatch:
 
     def _send(self, batch: Batch) -> None:
         """On a thread of its own: pickling may take long, and so may a busy manager."""
-        rejected: Rejected = []
         problem: BaseException | None = None
         try:
             if calls := batch.claim():
-                rejected = self._submit(batch, calls)
+                self._submit(batch, calls)
         except BaseException as error:  # noqa: BLE001 - it ends the batch, wherever it came from
             problem = error
-        self._events.put(partial(self._sent, batch, rejected, problem))
+        if not batch.job:
+            self._events.put(partial(self._sent, batch, problem))
+        elif problem:
+            self._events.put(partial(self._lost, batch, problem))
 
-    def _submit(self, batch: Batch, calls: Sequence[Call]) -> Rejected:
+    def _submit(self, batch: Batch, calls: Sequence[Call]) -> None:
         stage = StageDef(MAP, retry=RetryRule(attempts=1), bundle=batch.bundle)
         draft = self._outgoing.draft(job_name(calls[0].function, self._name), stage)
         packed = self._packer.pack(draft.id, calls)
         batch.open = dict(enumerate(packed.futures))
-        self._outgoing.send(draft, packed.handler, packed.chunks, tolerant=True)
-        batch.job = draft.id
-        return packed.rejected
+        batch.rejected = packed.rejected
 
-    def _sent(self, batch: Batch, rejected: Rejected, problem: BaseException | None) -> None:
+        def accepted() -> None:
+            if not batch.job:
+                batch.job = draft.id
+                self._events.put(partial(self._sent, batch, None))
+
+        try:
+            page = self._outgoing.send(
+                draft, packed.handler, packed.chunks, accepted, wait_s=FIRST_S
+            )
+            after = self._hear(batch, page) if page else None
+        except (BackendError, UsageError):
+            if not batch.job:
+                raise
+            after = None  # it was accepted: whoever watches it from now on meets the same error
+        if batch.job:
+            self._events.put(partial(self._watch_on, batch, after))
+
+    def _hear(self, batch: Batch, page: OutcomesView) -> int | None:
+        """Hand on the first outcomes; the seq of the last."""
+
+        async def read() -> None:
+            async for outcome in outcomes(self._link, page["outcomes"]):
+                self.outcome(batch.job, outcome)
+
+        self._link.run(read())
+        return page["outcomes"][-1]["seq"] if page["outcomes"] else None
+
+    def _sent(self, batch: Batch, problem: BaseException | None) -> None:
+        """The batch is on the grid, or will never be."""
         with self._lock:
             self._sending = False
+        rejected, batch.rejected = batch.rejected, []
         for future, rejection in rejected:
             rejection.add_note("The call could not be sent. Give it plain data, or what makes it.")
             _end(future, error=rejection)
@@ -230,13 +260,17 @@ class Dispatch:
         elif batch.open:
             self._batches[batch.job] = batch
             self._watch = self._watch or Watch(self._link, self)
-            self._watch.add(batch.job)
             if self._broken:
                 self._fail(batch, self._error)
             elif self._abandoned:
                 self._abandon()
             else:
                 self._look(batch)
+
+    def _watch_on(self, batch: Batch, after: int | None) -> None:
+        """Nothing has been heard of the batch after that seq."""
+        if batch.job in self._batches and self._watch:
+            self._watch.add(batch.job, after)
 
     # --- What the watch hears, on the link's thread ----------------------------------------------
 

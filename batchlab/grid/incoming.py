@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from heapq import heappop, heappush
@@ -114,6 +114,16 @@ def gap_s(watched_s: float) -> float:
 async def fetched(link: Link, key: str) -> Outcome:
     """The outcome in the object `key`."""
     return wire.outcome_from_json(wire.loads(await link.patience(partial(link.objects.get, key))))
+
+
+async def outcomes(link: Link, listed: Sequence[OutcomeView]) -> AsyncIterator[Outcome]:
+    """These outcomes, read some at a time."""
+    # Others hold no result: all their tasks are tried again, split off or cancelled.
+    keys = [one["key"] for one in listed if one["tasks"] or one["failed"]]
+    for first in range(0, len(keys), AHEAD):
+        some = (fetched(link, key) for key in keys[first : first + AHEAD])
+        for outcome in await asyncio.gather(*some):
+            yield outcome
 
 
 def _first(one: OutcomeView) -> int:

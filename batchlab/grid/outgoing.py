@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from batchlab.errors import AlreadyExists, UsageError
 from batchlab.grid.link import Link
@@ -25,9 +26,20 @@ from batchlab.model import JobId, Json, StageName, TaskSet
 from batchlab.protocol import naming, values, wire
 from batchlab.task import File, name_problem
 
+if TYPE_CHECKING:
+    from batchlab.client import Client
+    from batchlab.views import OutcomesView
+
+T = TypeVar("T")
+
 MAP = StageName("map")
 
 UPLOADS_AT_ONCE = 16
+
+FEW = 1000
+FEW_BYTES = 30_000
+"""Items that go along with their job's submission, roughly. All of it then travels in a message or
+two; and what the manager writes in one object, it reads again should a worker be lost."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
@@ -43,6 +55,14 @@ class Chunk:
     def file(self, job: JobId) -> Callable[[File], Json]:
         """What encodes a file that one of the items refers to."""
         return partial(_reference, f"{naming.raw(job)}{self.first:08d}", self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A job to submit, and its items where they are few."""
+
+    job: JobDef
+    few: list[Json] | None
 
 
 class Outgoing:
@@ -72,7 +92,11 @@ class Outgoing:
         self._link.check_open()
         pickled = self.shipping.function(function)
         draft = self.draft(name, stage)
-        return self.send(draft, pickled, self._chunks(draft.id, items), tolerant=tolerant)
+        made = self._made(draft, pickled, self._chunks(draft.id, items), tolerant=tolerant)
+        if made is None:
+            return None
+        self._submitted(made.job, lambda client: client.submit(made.job, made.few))
+        return made.job
 
     def draft(self, name: str, stage: StageDef) -> JobDef:
         """A job that has an id, and nothing else of its own yet."""
@@ -82,14 +106,33 @@ class Outgoing:
         return JobDef(job, name, (stage,), link.clock.now_s(), token=token)
 
     def send(
+        self,
+        draft: JobDef,
+        pickled: bytes,
+        chunks: Iterable[Chunk],
+        accepted: Callable[[], None],
+        *,
+        wait_s: float,
+    ) -> OutcomesView | None:
+        """Submit the job with its encoded items and its pickled handler; as `submit` otherwise.
+        It is tolerant. Waits so long for its first outcomes; `accepted` may be called twice."""
+        made = self._made(draft, pickled, chunks, tolerant=True)
+        if made is None:
+            return None
+        return self._submitted(
+            made.job,
+            lambda client: client.submit_and_hear(made.job, made.few, accepted, wait_s=wait_s),
+        )
+
+    def _made(
         self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], *, tolerant: bool
-    ) -> JobDef | None:
-        """Submit the job with its encoded items and its pickled handler; as `submit` otherwise."""
+    ) -> _Made | None:
+        """The job, with what it needs in the bucket; None where it has no item."""
         link, job = self._link, draft.id
         (stage,) = draft.stages
         key = f"code/{hashlib.sha256(pickled).hexdigest()}.pkl"
         try:
-            count = self._plan(job, key, pickled, chunks)
+            count, few = self._bring(job, key, pickled, chunks)
         except BaseException:
             link.run(self._remove(job))
             raise
@@ -101,21 +144,27 @@ class Outgoing:
             items=count,
             max_failures=count if tolerant else 0,
         )
-        link.follow(job)
+        return _Made(made, few)
+
+    def _submitted(self, job: JobDef, submit: Callable[[Client], T]) -> T:
+        link = self._link
+        link.follow(job.id)
         try:
-            link.call(lambda client: client.submit(made))
+            return link.call(submit)
         except UsageError:
-            link.leave(job, cancel=False)
-            link.run(self._remove(job))
+            link.leave(job.id, cancel=False)
+            link.run(self._remove(job.id))
             raise
         except BaseException:
             # It may have arrived all the same.
-            link.leave(job, cancel=True)
+            link.leave(job.id, cancel=True)
             raise
-        return made
 
-    def _plan(self, job: JobId, key: str, pickled: bytes, chunks: Iterable[Chunk]) -> int:
-        """Bring handler and items into the bucket; how many items there are."""
+    def _bring(
+        self, job: JobId, key: str, pickled: bytes, chunks: Iterable[Chunk]
+    ) -> tuple[int, list[Json] | None]:
+        """Bring the handler into the bucket, and the items but for a few, which go along with
+        the submission; how many there are, and those few."""
         run = self._link.run
         writer = PartWriter(self._link.objects, self._link.patience, job, MAP, 0)
         last: Chunk | None = None
@@ -124,10 +173,14 @@ class Outgoing:
                 run(self._write(writer, job, last))
             last = chunk
         if last is None:
-            return 0
+            return 0, None
+        if not last.first and not last.files and _is_few(last.items):
+            if key not in self._stored:
+                run(self._store(key, pickled))
+            return len(last.items), last.items
         # The last chunk along with the rest: most maps have one chunk, and pay for one trip.
         run(self._commit(writer, job, last, key, pickled))
-        return last.first + len(last.items)
+        return last.first + len(last.items), None
 
     def _chunks(self, job: JobId, items: Iterable[Any]) -> Iterator[Chunk]:
         drawn, first = iter(items), 0
@@ -167,18 +220,23 @@ class Outgoing:
     ) -> None:
         await self._write(writer, job, last)
         if key not in self._stored:
-            put = partial(self._link.objects.put, key, pickled, if_absent=True)
-            try:
-                await self._link.patience(put)
-            except AlreadyExists:
-                self._stored.add(key)  # named by its content, so what is there is the same
-            self._stored.add(key)
+            await self._store(key, pickled)
         await writer.commit(TaskSet())
+
+    async def _store(self, key: str, pickled: bytes) -> None:
+        put = partial(self._link.objects.put, key, pickled, if_absent=True)
+        with suppress(AlreadyExists):  # named by its content, so what is there is the same
+            await self._link.patience(put)
+        self._stored.add(key)
 
     async def _remove(self, job: JobId) -> None:
         for prefix in (f"jobs/{job}/", naming.raw(job)):
             async for page in self._link.objects.list(prefix):
                 await self._link.objects.delete([one.key for one in page])
+
+
+def _is_few(items: Sequence[Json]) -> bool:
+    return len(items) <= FEW and sum(map(_size, items)) + 8 * len(items) <= FEW_BYTES
 
 
 def _size(item: Json) -> int:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from batchlab.client import Client
 from batchlab.errors import BackendError, NotFound, Refused, Unreachable, UsageError
-from batchlab.grid.incoming import AHEAD, fetched, gap_s
+from batchlab.grid.incoming import gap_s, outcomes
 from batchlab.grid.link import PATIENCE_S, POLL_S, Link
 from batchlab.model import ENDED, Outcome
 
@@ -57,11 +57,12 @@ class Watch:
         """Open while there are jobs: whoever forgets us need not close anything."""
         self._url = ""
 
-    def add(self, job: str) -> None:
-        """Watch this job, from its first outcome on. UsageError once the link is closed."""
+    def add(self, job: str, after: int | None) -> None:
+        """Watch this job for outcomes folded after that seq, or for all of them. UsageError once
+        the link is closed."""
         self._link.check_open()
         self._jobs.add(job)
-        self._link.start(self._follow(job))
+        self._link.start(self._follow(job, after))
 
     def drop(self, job: str) -> None:
         """Nothing more is to be heard of it, because it has ended or is about to."""
@@ -88,10 +89,10 @@ class Watch:
                 http, self._http = self._http, None
                 await http.aclose()
 
-    async def _follow(self, job: str) -> None:
+    async def _follow(self, job: str, after: int | None) -> None:
         try:
             async with self._asking():
-                view = await self._hear(job)
+                view = await self._hear(job, after)
         except asyncio.CancelledError:  # the loop ends
             self._listener.lost(job, Unreachable("The grid was closed."))
             raise
@@ -101,23 +102,18 @@ class Watch:
             if view:
                 self._listener.ended(job, view)
 
-    async def _hear(self, job: str) -> JobView | None:
+    async def _hear(self, job: str, after: int | None) -> JobView | None:
         """Hand on every outcome; the job as it has ended, None once it is dropped."""
         now_s = self._link.clock.monotonic_s
         began_s = now_s()
-        after: int | None = None
         while job in self._jobs:
             page = await self._page(job, after)
             answered_s = now_s()
             listed = page["outcomes"]
             if page["ended"] and not listed:
                 return await self._again(lambda client: client.job(job))
-            # Others hold no result: all their tasks are tried again, split off or cancelled.
-            keys = [one["key"] for one in listed if one["tasks"] or one["failed"]]
-            for first in range(0, len(keys), AHEAD):
-                some = (fetched(self._link, key) for key in keys[first : first + AHEAD])
-                for outcome in await asyncio.gather(*some):
-                    self._listener.outcome(job, outcome)
+            async for outcome in outcomes(self._link, listed):
+                self._listener.outcome(job, outcome)
             after = listed[-1]["seq"] if listed else after
             await asyncio.sleep(max(0.0, answered_s + gap_s(answered_s - began_s) - now_s()))
         return None

@@ -16,20 +16,17 @@ from functools import partial
 from batchlab.commit import Addressed, address, commit, committed, send_all
 from batchlab.errors import AlreadyExists, BackendError, NotFound, UsageError
 from batchlab.jobdef import StageDef
+from batchlab.manager.cutting import Cutter
 from batchlab.manager.folding import Folder
-from batchlab.manager.live import LiveJob, ManagerSettings, Ports, in_pool, move
+from batchlab.manager.live import LiveJob, ManagerSettings, Ports, move
 from batchlab.manager.plans import Plans
-from batchlab.model import Bundle, Control, JobId, JobState, Json, StageName, TaskSet
+from batchlab.model import Bundle, Control, JobState, Json, StageName, TaskSet
 from batchlab.ports import Cut, StageRecord
-from batchlab.protocol import naming, settle, sizing, wire
+from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.policy import Verdict, judge
 from batchlab.worker.inputs import Inputs
 
 log = logging.getLogger(__name__)
-
-WINDOW = 3
-"""Bundles per slot kept outstanding: one runs, one is prefetched, one covers the manager's own
-latency. A shallow queue lets sizes follow measurements and priorities take effect."""
 
 SEALED_AT_ONCE = 16
 
@@ -41,19 +38,16 @@ class Conductor:
         self,
         ports: Ports,
         settings: ManagerSettings,
-        lives: Mapping[JobId, LiveJob],
         folder: Folder,
-        slots_of: Mapping[str, int],
+        cutter: Cutter,
         on_plan: Callable[[str], None],
     ) -> None:
-        """`slots_of` gives the slots that a pool has or can soon have; `on_plan` is called with
-        the pool of a stage whose number of tasks has become known, so that capacity can be had
-        for it."""
+        """`on_plan` is called with the pool of a stage whose number of tasks has become known, so
+        that capacity can be had for it."""
         self._ports = ports
         self._settings = settings
-        self._lives = lives
         self._folder = folder
-        self._slots_of = slots_of
+        self._cutter = cutter
         self._on_plan = on_plan
         self.plans = Plans(ports)
         self._inputs = Inputs(ports.objects, ports.patience)
@@ -132,13 +126,22 @@ class Conductor:
 
     async def _first_cut(self, live: LiveJob, stage: StageDef, tasks: TaskSet) -> None:
         round_ = live.record.round
-        bundles, left = self._wave(live, stage, tasks, round_)
+        bundles, left = self._cutter.wave(live, stage, tasks, round_)
         cut = Cut(live.id, stage.name, round_, 0, bundles, left, len(tasks))
         await self._commit_and_send(live, cut)
         self._on_plan(stage.pool)
 
     def _doomed(self, live: LiveJob) -> bool:
         return judge(live.job, [s.counts for s in live.stages.values()]).failed
+
+    async def begin(self, live: LiveJob, opening: wire.Opening) -> None:
+        """Send what the opening has cut."""
+        assert opening.cut
+        now_s = self._ports.clock.monotonic_s()
+        live.expect((bundle, now_s) for bundle in opening.cut.bundles)
+        self._inputs.keep(live.id, opening.cut.stage, opening.items)
+        self._on_plan(live.job.stage(opening.cut.stage).pool)
+        await self.send(live, opening.cut.bundles, introduce=True)
 
     # --- Cutting ---------------------------------------------------------------------------------
 
@@ -147,43 +150,11 @@ class Conductor:
         while live.record.control is Control.RUN:
             record = live.stages[stage.name]
             round_ = record.plan_round
-            bundles, left = self._wave(live, stage, record.left, round_)
+            bundles, left = self._cutter.wave(live, stage, record.left, round_)
             if not bundles:
                 return
             cut = Cut(live.id, stage.name, round_, record.cut_seq + 1, bundles, left)
             await self._commit_and_send(live, cut)
-
-    def _wave(
-        self, live: LiveJob, stage: StageDef, left: TaskSet, round_: int
-    ) -> tuple[tuple[Bundle, ...], TaskSet]:
-        """The bundles of the next cut, as far as there is room, and the tasks left after it."""
-        sizes = sizing.wave(
-            len(left),
-            max(1, self._slots_of.get(stage.pool, 1) // stage.slots),
-            live.stages[stage.name].counts.mean_s,
-            stage.bundle,
-            self._room(live, stage),
-        )
-        bundles: list[Bundle] = []
-        for size in sizes:
-            tasks, left = left.take(size)
-            bundles.append(Bundle(live.id, stage.name, tasks, round=round_))
-        return tuple(bundles), left
-
-    def _room(self, live: LiveJob, stage: StageDef) -> int:
-        """Bundles of this stage that may be sent now.
-
-        Jobs of the highest priority with something to cut share the window evenly; others wait.
-        """
-        pool = stage.pool
-        others = (one for one in self._lives.values() if one is not live)
-        rivals = [one for one in others if one.left(pool) and _runs(one)]
-        if any(one.job.priority > live.job.priority for one in rivals):
-            return 0
-        peers = 1 + sum(one.job.priority == live.job.priority for one in rivals)
-        window = WINDOW * self._slots_of.get(pool, 1) + 1
-        share = max(1, window // peers) - in_pool({live.id: live}, pool)
-        return min(share, window - in_pool(self._lives, pool)) if peers == 1 else share
 
     async def _commit_cut(self, live: LiveJob, cut: Cut) -> Cut:
         """Commit a cut; returns the one that counts, which a manager before us may have made."""
@@ -202,9 +173,11 @@ class Conductor:
 
     async def _commit_and_send(self, live: LiveJob, cut: Cut) -> None:
         cut = await self._commit_cut(live, cut)
-        await self.send(live, cut.bundles)
+        await self.send(live, cut.bundles, introduce=cut.seq == 0)
 
-    async def send(self, live: LiveJob, bundles: Sequence[Bundle]) -> None:
+    async def send(
+        self, live: LiveJob, bundles: Sequence[Bundle], *, introduce: bool = False
+    ) -> None:
         """Put bundles on their pool's queue, with their inputs where these are small."""
         messages: list[Addressed] = []
         now_s = self._ports.clock.now_s()
@@ -215,7 +188,9 @@ class Conductor:
                     items = await self._inputs.resolve(live.job, bundle)
                 except NotFound:
                     items = None  # the worker finds the same, and says so in an outcome
-            messages.append(address(live.job, bundle, items=items, now_s=now_s))
+            messages.append(
+                address(live.job, bundle, items=items, now_s=now_s, introduce=introduce)
+            )
         await send_all(self._ports.queue, messages, self._ports.patience)
 
     # --- Ending ----------------------------------------------------------------------------------
@@ -381,7 +356,3 @@ class Conductor:
             if len(outcomes) < len(outstanding):
                 return False
         return True
-
-
-def _runs(live: LiveJob) -> bool:
-    return live.record.control is Control.RUN and live.record.state is not JobState.SCHEDULED

@@ -13,7 +13,7 @@ from batchlab.errors import NotFound
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import LiveJob, Ports
 from batchlab.model import Completion, Control, JobId
-from batchlab.ports import JobRecord, JobRows, Written
+from batchlab.ports import BundleRecord, Folded, JobRecord, JobRows, Written
 from batchlab.protocol import settle
 
 log = logging.getLogger(__name__)
@@ -25,9 +25,25 @@ class Folder:
     def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob]) -> None:
         self._ports = ports
         self._lives = lives
+        self._next_seq = 0
+        """The seq of the next completion, if nobody else folds."""
 
     async def fold(self, completions: Sequence[Completion]) -> None:
         """Fold these; the jobs they belong to are poked."""
+        known = await self._known(completions)
+        if not known:
+            return
+        before = {one.id: one.record for one in self._lives.values()}
+        folded = await self._ports.ledger.fold(
+            [one for one, _ in known], [settle.casualties(job, one) for one, job in known]
+        )
+        touched = self._note([one for one, _ in known], folded)
+        for live in touched:
+            await self._follow(live, before.get(live.id), folded.jobs[live.id])
+            live.poke.set()
+
+    async def _known(self, completions: Sequence[Completion]) -> list[tuple[Completion, JobDef]]:
+        """Those that the ledger can take, with their jobs."""
         known: list[tuple[Completion, JobDef]] = []
         for one in completions:
             job = await self._job(one.bundle.job)
@@ -43,30 +59,34 @@ class Folder:
             # Before it is counted: a stage must not seem to have come to its end by this.
             if live is not None and one.cancelled and live.record.control is not Control.CANCEL:
                 live.doubtful = True
-        if not known:
-            return
-        before = {one.id: one.record for one in self._lives.values()}
-        folded = await self._ports.ledger.fold(
-            [one for one, _ in known], [settle.casualties(job, one) for one, job in known]
-        )
+        return known
+
+    def _note(self, completions: Sequence[Completion], folded: Folded) -> list[LiveJob]:
+        """Bring outstanding bundles and recent outcomes up to date; the live jobs concerned."""
+        if folded.first_seq != self._next_seq:
+            # Another leader folds too, or we have not heard what came of a fold of ours.
+            for every in self._lives.values():
+                every.forget_outcomes(folded.first_seq - 1)
+        self._next_seq = folded.first_seq + len(completions)
         now_s = self._ports.clock.monotonic_s()
         touched: dict[JobId, LiveJob] = {}
-        for (one, _), is_new in zip(known, folded.new, strict=True):
+        for n, one in enumerate(completions):
             live = self._lives.get(one.bundle.job)
             if live is not None:
                 touched[live.id] = live
                 live.folds += 1
+                if folded.new[n]:
+                    live.remember(BundleRecord(one.bundle, one, folded.first_seq + n))
                 # Or not new, but to us: the ledger's first answer was lost, and we asked again.
-                if is_new or one.bundle.id in live.outstanding.get(one.bundle.stage, {}):
+                if folded.new[n] or one.bundle.id in live.outstanding.get(one.bundle.stage, {}):
                     live.expect((f.bundle, now_s + f.delay_s) for f in one.follows)
         # In a second pass: a follow's own completion may have come in the same batch. One that
         # came in an earlier batch stays expected until the reconciler finds its outcome.
-        for one, _ in known:
-            if live := self._lives.get(one.bundle.job):
+        for one in completions:
+            live = self._lives.get(one.bundle.job)
+            if live is not None:
                 live.settled(one.bundle)
-        for live in touched.values():
-            await self._follow(live, before.get(live.id), folded.jobs[live.id])
-            live.poke.set()
+        return list(touched.values())
 
     async def write(self, live: LiveJob, call: Callable[[], Awaitable[Written]]) -> bool:
         """Change the job in the ledger; memory then says what the ledger says. Whether it was

@@ -6,6 +6,7 @@ Invariant: everything here can be thrown away at any moment; a new leader reads 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +14,7 @@ from batchlab.jobdef import JobDef
 from batchlab.model import Bundle, BundleId, JobId, JobState, StageName
 from batchlab.patience import Patience
 from batchlab.ports import (
+    BundleRecord,
     Clock,
     Fleet,
     Ids,
@@ -24,6 +26,9 @@ from batchlab.ports import (
     StageRecord,
 )
 from batchlab.protocol import wire
+
+RECENT = 64
+"""Outcomes of a job kept in memory for those who wait for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,10 @@ class LiveJob:
     """Grows with everything a watcher could see, and never is what an earlier manager has shown."""
     folds: int = 0
     """Grows with every outcome folded; 0 while the ledger has none of the job."""
+    known_after: int | None = None
+    """`recent` has every outcome folded after this seq; None where nothing is known of them."""
+    recent: deque[BundleRecord] = field(default_factory=deque)
+    """The last outcomes folded: those who wait for results need not ask the ledger for them."""
     round: int = field(init=False)
     """The only one that is conducted here; the record may already show a later one."""
     _news: asyncio.Event = field(default_factory=asyncio.Event, init=False)
@@ -128,6 +137,23 @@ class LiveJob:
         """Wait until `version` is not the latest."""
         while self.version == version:
             await self._news.wait()
+
+    def forget_outcomes(self, seq: int) -> None:
+        """Somebody else may have folded outcomes up to this seq."""
+        self.recent.clear()
+        self.known_after = seq
+
+    def remember(self, record: BundleRecord) -> None:
+        """An outcome that was folded just now."""
+        self.recent.append(record)
+        if len(self.recent) > RECENT:
+            self.known_after = self.recent.popleft().seq
+
+    def outcomes_after(self, seq: int | None) -> list[BundleRecord] | None:
+        """What was folded after `seq`, None where only the ledger knows."""
+        if self.known_after is None or (seq or 0) < self.known_after:
+            return None
+        return [one for one in self.recent if (one.seq or 0) > (seq or 0)]
 
     def expect(self, bundles: Iterable[tuple[Bundle, float]]) -> None:
         """Note (bundle, monotonic time it is due) as outstanding."""

@@ -16,6 +16,7 @@ from batchlab.errors import BackendError, NotFound, Refused
 from batchlab.manager.autoscaler import Autoscaler
 from batchlab.manager.collector import Collector, events_queue
 from batchlab.manager.conductor import Conductor
+from batchlab.manager.cutting import Cutter
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports, in_pool, move
 from batchlab.manager.rebuild import rebuild
@@ -56,8 +57,9 @@ class Manager:
         self._hurry = asyncio.Event()
         folder = Folder(ports, self.lives)
         self.registry = Registry(ports, self.lives)
-        self.conductor = Conductor(ports, settings, self.lives, folder, self._slots, self._on_plan)
-        self.requests = Requests(ports, self.conductor, self.lives, self._adopt)
+        cutter = Cutter(ports.clock, self.lives, self._slots)
+        self.conductor = Conductor(ports, settings, folder, cutter, self._on_plan)
+        self.requests = Requests(ports, self.conductor, cutter, self.lives, self._adopt)
         self.autoscaler = Autoscaler(ports, settings, self.lives, self.registry)
         self._adopted_s = 0.0
         """Monotonic; when the ledger was last asked for jobs that nobody conducts."""
@@ -155,6 +157,7 @@ class Manager:
             version=int(self.ports.clock.now_s() * 1000),
             doubtful=not found.is_new,
             folds=0 if found.is_new else 1,
+            known_after=0 if found.is_new else None,
         )
         if not found.is_new:
             # What a crashed leader planned but did not send is looked for well before `silence_s`.

@@ -43,17 +43,22 @@ async def rebuild(ports: Ports) -> int:
                 found[job].outcomes.append(info.key)
             elif info.key == naming.spec(job):
                 found[job].spec = True
-    specs = [wire.job_from_json(await _doc(ports, naming.spec(j))) for j in found if found[j].spec]
-    for spec in sorted(specs, key=lambda one: (one.submitted_s, one.id)):
-        await _rebuild_job(ports, spec, found[spec.id])
-    return len(specs)
+    jobs: list[tuple[JobDef, Cut | None]] = []
+    for job in (one for one in found if found[one].spec):
+        doc = await _doc(ports, naming.spec(job))
+        opening = wire.opening_from_json(doc)
+        jobs.append((wire.job_from_json(doc), opening.cut if opening else None))
+    for spec, cut in sorted(jobs, key=lambda one: (one[0].submitted_s, one[0].id)):
+        await _rebuild_job(ports, spec, cut, found[spec.id])
+    return len(jobs)
 
 
-async def _rebuild_job(ports: Ports, job: JobDef, found: _Found) -> None:
+async def _rebuild_job(ports: Ports, job: JobDef, opening: Cut | None, found: _Found) -> None:
     ledger = ports.ledger
     later = job.start_at_s is not None and job.start_at_s > ports.clock.now_s()
     await ledger.add_job(job, state=JobState.SCHEDULED if later else JobState.SUBMITTED)
-    cuts = [wire.cut_from_json(await _doc(ports, key)) for key in found.cuts]
+    cuts = [opening] if opening else []
+    cuts += [wire.cut_from_json(await _doc(ports, key)) for key in found.cuts]
     # One at a time: a job's values may be more than memory holds, its completions are not.
     completions = [
         settle.completion(wire.outcome_from_json(await _doc(ports, key))) for key in found.outcomes

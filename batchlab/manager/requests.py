@@ -6,16 +6,18 @@ ledger second, so that a rebuild knows of it; each may be repeated.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from batchlab.errors import AlreadyExists, Refused
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.conductor import Conductor
+from batchlab.manager.cutting import Cutter
 from batchlab.manager.live import LiveJob, Ports, move
-from batchlab.model import Bundle, Control, JobId, JobState, StageName, TaskSet
+from batchlab.model import Bundle, Control, JobId, JobState, Json, StageName, TaskSet
 from batchlab.ports import Cut, JobRecord, Reopening, StageRecord, Written
 from batchlab.protocol import naming, wire
 
@@ -62,45 +64,63 @@ class Requests:
         self,
         ports: Ports,
         conductor: Conductor,
+        cutter: Cutter,
         lives: dict[JobId, LiveJob],
         adopt: Callable[[Written], Awaitable[LiveJob]],
     ) -> None:
         self._ports = ports
         self._conductor = conductor
+        self._cutter = cutter
         self._lives = lives
         self._adopt = adopt
 
-    async def submit(self, job: JobDef) -> Written:
-        """Accept a job; the same client token again answers with the job it made, and is Refused
-        for a job that is another."""
+    async def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> Written:
+        """Accept a job, with its encoded items where it brings some and they are few.
+
+        The same client token again answers with the job it made, and is Refused for a job that
+        is another.
+        """
+        opening = self._cutter.opening(job, items) if items is not None else None
+        known, _ = await asyncio.gather(self._define(job, opening), self._allow(job.id))
+        job, opening = known
+        now_s = self._ports.clock.now_s()
+        later = job.start_at_s is not None and job.start_at_s > now_s
+        state = JobState.SCHEDULED if later else JobState.SUBMITTED
+        cut = opening.cut if opening else None
+        written = await self._ports.ledger.add_job(job, state=state, cut=cut)
+        if not written.rows.job.state.ended and job.id not in self._lives:
+            live = await self._adopt(written)
+            if opening and opening.cut and written.is_new:
+                await self._conductor.begin(live, opening)
+        return written
+
+    async def _define(
+        self, job: JobDef, opening: wire.Opening | None
+    ) -> tuple[JobDef, wire.Opening | None]:
+        """Commit the definition; answers with the one that counts."""
         objects, patience = self._ports.objects, self._ports.patience
+        key, data = naming.spec(job.id), wire.spec_to_bytes(job, opening)
         try:
-            data = wire.to_bytes(wire.job_to_json(job))
-            await patience(lambda: objects.put(naming.spec(job.id), data, if_absent=True))
+            await patience(lambda: objects.put(key, data, if_absent=True))
         except AlreadyExists:
-            known = wire.job_from_json(
-                wire.loads(await patience(lambda: objects.get(naming.spec(job.id))))
-            )
-            if _content(known) != _content(job):
+            doc = wire.loads(await patience(lambda: objects.get(key)))
+            known, its = wire.job_from_json(doc), wire.opening_from_json(doc)
+            if _content(known, its) != _content(job, opening):
                 raise Refused(
                     f"Job {job.id} is another one, submitted with the same client token.",
                     remedy="Give each job a token of its own.",
                 ) from None
-            job = known
-        now_s = self._ports.clock.now_s()
-        later = job.start_at_s is not None and job.start_at_s > now_s
-        state = JobState.SCHEDULED if later else JobState.SUBMITTED
-        run = wire.word_to_bytes(wire.Word(Control.RUN))
+            return known, its
+        return job, opening
+
+    async def _allow(self, job: JobId) -> None:
+        objects, run = self._ports.objects, wire.word_to_bytes(wire.Word(Control.RUN))
+        put = partial(objects.put, naming.control(job), run, if_absent=True)
         try:
             # Absent only: a repeated submission must not undo a cancellation.
-            await patience(lambda: objects.put(naming.control(job.id), run, if_absent=True))
+            await self._ports.patience(put)
         except AlreadyExists:
-            log.info("job %s is already known", job.id)
-        written = await self._ports.ledger.add_job(job, state=state)
-        record = written.rows.job
-        if not record.state.ended and job.id not in self._lives:
-            await self._adopt(written)
-        return written
+            log.info("job %s is already known", job)
 
     async def cancel(self, job: JobId) -> None:
         """Returns once no task of the job can start any more (I4); Refused where it has ended."""
@@ -251,9 +271,10 @@ class Requests:
             live.changed()
 
 
-def _content(job: JobDef) -> bytes:
+def _content(job: JobDef, opening: wire.Opening | None) -> bytes:
     """What a job is, but for the times at which it was submitted and is to start."""
-    return wire.to_bytes(wire.job_to_json(replace(job, submitted_s=0.0, start_at_s=None)))
+    timeless = replace(job, submitted_s=0.0, start_at_s=None)
+    return wire.spec_to_bytes(timeless, wire.Opening(opening.items) if opening else None)
 
 
 def _voided(before: StageRecord) -> Reopening:

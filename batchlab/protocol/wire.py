@@ -204,8 +204,35 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
     return {"v": VERSION, **asdict(job)}
 
 
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What may come in one object with a job's definition, so that one PUT decides all of it: the
+    encoded items of its root stage, where they are few, and that stage's first cut."""
+
+    items: Sequence[Json]
+    cut: Cut | None = None
+
+
+def spec_to_bytes(job: JobDef, opening: Opening | None = None) -> bytes:
+    """The content of a job's spec object."""
+    doc = job_to_json(job)
+    if opening:
+        cut = cut_to_json(opening.cut) if opening.cut else None
+        doc["opening"] = {"items": opening.items, "cut": cut}
+    return to_bytes(doc)
+
+
+def opening_from_json(doc: dict[str, Any]) -> Opening | None:
+    """The opening in a spec object, None where there is none."""
+    found = doc.get("opening")
+    if found is None:
+        return None
+    return Opening(found["items"], cut_from_json(found["cut"]) if found["cut"] else None)
+
+
 def job_from_json(doc: dict[str, Any]) -> JobDef:
-    fields = {k: v for k, v in doc.items() if k != "v"}
+    """The job of a spec object, or of what `job_to_json` made."""
+    fields = {k: v for k, v in doc.items() if k not in ("v", "opening")}
     stages = tuple(_stage_from_json(s) for s in fields.pop("stages"))
     source = fields.pop("input")
     params = tuple((k, v) for k, v in fields.pop("params"))
@@ -247,12 +274,14 @@ class TaskMessage:
     `items` are the encoded inputs where they are small enough to travel along, aligned with the
     bundle's tasks. `not_before_s` (epoch) is a wait longer than one DelaySeconds can be.
     `watchdog` marks a hand-over: the bundle still runs, and is run again only if it fell silent.
+    `job` comes with the first bundles of a job, which saves their workers reading its spec.
     """
 
     bundle: Bundle
     items: Sequence[Json] | None = None
     not_before_s: float | None = None
     watchdog: bool = False
+    job: JobDef | None = None
 
 
 def task_message(m: TaskMessage) -> str:
@@ -263,13 +292,19 @@ def task_message(m: TaskMessage) -> str:
         doc["nb"] = m.not_before_s
     if m.watchdog:
         doc["wd"] = True
+    if m.job:
+        doc["job"] = job_to_json(m.job)
     return dumps(doc)
 
 
 def read_task_message(body: str) -> TaskMessage:
     doc = loads(body)
     return TaskMessage(
-        bundle_from_json(doc["b"]), doc.get("in"), doc.get("nb"), doc.get("wd", False)
+        bundle_from_json(doc["b"]),
+        doc.get("in"),
+        doc.get("nb"),
+        doc.get("wd", False),
+        job_from_json(doc["job"]) if "job" in doc else None,
     )
 
 

@@ -14,7 +14,7 @@ from batchlab.errors import Refused
 from batchlab.jobdef import JobDef
 from batchlab.manager.manager import Manager
 from batchlab.manager.plans import PartWriter
-from batchlab.model import Control, JobState, TaskSet
+from batchlab.model import Control, JobState, Json, TaskSet
 from batchlab.patience import Patience
 from batchlab.sim.faults import USER, FaultKind, Faults
 from batchlab.sim.world import World
@@ -27,6 +27,15 @@ PAUSES_S = (0.0, 0.1, 1.0, 5.0, 20.0)
 
 LOOK_S = 4.0
 """How often a user who waits looks at the job, at least: a look costs more than all else."""
+
+
+FEW = 20
+"""Items that a client sends along with the submission."""
+
+
+def few_items(job: JobDef) -> list[Json] | None:
+    """The items of a job that sends them along, None for one that brings them before."""
+    return list(range(job.items)) if job.items is not None and job.items <= FEW else None
 
 
 async def bring_items(world: World, job: JobDef) -> None:
@@ -61,7 +70,8 @@ class User:
         """Submit the job, meddle with it, and wait for its end."""
         rng = self._world.rng(self._name)
         await asyncio.sleep(rng.choice([0.0, 0.0, 3.0, 30.0]))
-        await bring_items(self._world, self._job)
+        if few_items(self._job) is None:
+            await bring_items(self._world, self._job)
         await self._submit()
         for _ in range(THOUGHTS):
             await self._think()
@@ -96,7 +106,8 @@ class User:
             await asyncio.sleep(max(LOOK_S, self._pace / 10))
 
     def _submit(self) -> asyncio.Task[object]:
-        return self._start(lambda m: m.requests.submit(self._job), "submit", lambda _: None)
+        job, items = self._job, few_items(self._job)
+        return self._start(lambda m: m.requests.submit(job, items), "submit", lambda _: None)
 
     def _ask(self, verb: str) -> asyncio.Task[object]:
         job = self._job.id

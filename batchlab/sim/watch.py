@@ -118,6 +118,10 @@ class Watch:
             self._require(name in self._planned, "I1", f"{name} is committed, but not planned")
             self._committed.add(name)
             self._planned.update(_name(follow.bundle) for follow in outcome.follows)
+        elif kind == "spec.json":
+            opening = wire.opening_from_json(wire.loads(data))
+            if opening and opening.cut:
+                self._plan(opening.cut.bundles)
         elif folder == "cuts":
             self._plan(wire.cut_from_json(wire.loads(data)).bundles)
         elif kind == "retries":

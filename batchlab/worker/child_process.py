@@ -113,11 +113,14 @@ class ChildProcess:
             self._unsent.clear()  # it is dead, which the end of its answers tells
         self._loop.remove_writer(self._requests)
 
-    async def answers(self, wait_s: float) -> list[Any]:
-        """Lines that have come, [] where none has come within `wait_s` or the child has ended."""
-        # A wake-up costs as much as ten tiny tasks: they are taken a millisecond at a time.
+    async def answers(self, wait_s: float, *, gather: bool) -> list[Any]:
+        """Lines that have come, [] where none has come within `wait_s` or the child has ended.
+
+        With `gather` those of a millisecond come together.
+        """
+        # A wake-up costs as much as ten tiny tasks.
         gap_s = self._loop.time() - self._read_s
-        if gap_s < _GATHER_S:
+        if gather and gap_s < _GATHER_S:
             await asyncio.sleep(_GATHER_S - gap_s)
         if not self._read():
             await self._readable(_REAP_STEP_S if self._eof else wait_s)

@@ -97,15 +97,20 @@ class Execution:
                 self._children.give_back(self._child)
             self.ended.put_nowait(None)
 
-    async def clean(self) -> None:
-        """Drop what is still being stored, and the folder."""
+    async def drop(self) -> None:
+        """Drop what is still being stored."""
         for task in self._storing:
             task.cancel()
         await asyncio.gather(*self._storing, return_exceptions=True)
+
+    async def clean(self) -> None:
+        """Remove the folder; after `drop`."""
         await asyncio.to_thread(_remove, self._folder)
 
     async def _drive(self) -> None:
-        await asyncio.to_thread(_make, self._folder)
+        if self._folder.exists():
+            await asyncio.to_thread(_remove, self._folder)
+        _make(self._folder)
         try:
             prepared = await self._unless_told(self._prepare())
         except Problem as problem:
@@ -218,7 +223,8 @@ class Execution:
     async def _watch(self, child: ChildProcess) -> str:
         """Take its answers until it has no more; why that is, in one word."""
         while True:
-            lines = await child.answers(self._limits.wait_s(child))
+            # Once all tasks have answered there is only one word to come.
+            lines = await child.answers(self._limits.wait_s(child), gather=bool(self._pending))
             if end := self._take(lines):
                 return end
             if child.spoilt and self._pending:
@@ -379,7 +385,6 @@ def _crash(code: int, times: int) -> str:
 
 
 def _make(folder: Path) -> None:
-    _remove(folder)
     (folder / "cwd").mkdir(parents=True)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from batchlab.errors import NotFound
 from batchlab.jobdef import JobDef
-from batchlab.model import Bundle, BundleId, Json, Outcome, StageName, TaskSet
+from batchlab.model import Bundle, BundleId, JobId, Json, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import naming, wire
@@ -28,6 +28,11 @@ class Manifest:
     skipped: TaskSet = TaskSet()
     """Tasks that are cancelled from the start: something upstream did not succeed."""
     round: int = 0
+
+    @classmethod
+    def of(cls, items: Sequence[Json]) -> Manifest:
+        """The plan of items that came with the job's definition: one part."""
+        return cls(len(items), (0,))
 
     def to_bytes(self) -> bytes:
         return wire.to_bytes(
@@ -54,7 +59,7 @@ class Inputs:
     def __init__(self, objects: Objects, patience: Patience) -> None:
         self._objects = objects
         self._patience = patience
-        self._parts: OrderedDict[str, list[Json]] = OrderedDict()
+        self._parts: OrderedDict[str, Sequence[Json]] = OrderedDict()
         self._manifests: OrderedDict[tuple[str, str, int], Manifest] = OrderedDict()
 
     async def resolve(self, job: JobDef, bundle: Bundle) -> Sequence[Json]:
@@ -111,22 +116,44 @@ class Inputs:
                 data = await self._patience(partial(self._objects.get, key))
             except NotFound:
                 continue
-            manifest = Manifest.from_bytes(data)
-            self._manifests[(bundle.job, bundle.stage, round_)] = manifest
-            while len(self._manifests) > 16 * _PARTS_KEPT:
-                self._manifests.popitem(last=False)
-            return manifest
-        raise NotFound(f"The plan of stage {bundle.stage} of job {bundle.job} is gone.")
+            return self._keep_manifest(bundle.job, bundle.stage, Manifest.from_bytes(data))
+        return await self._brought(bundle)
 
-    async def _part(self, bundle: Bundle, round_: int, number: int) -> list[Json]:
+    async def _brought(self, bundle: Bundle) -> Manifest:
+        """The plan of items that came with the job's definition."""
+        data = await self._patience(partial(self._objects.get, naming.spec(bundle.job)))
+        opening = wire.opening_from_json(wire.loads(data))
+        if opening is None:
+            raise NotFound(f"The plan of stage {bundle.stage} of job {bundle.job} is gone.")
+        return self.keep(bundle.job, bundle.stage, opening.items)
+
+    def keep(self, job: JobId, stage: StageName, items: Sequence[Json]) -> Manifest:
+        """Remember the items that came with a job's definition; their plan."""
+        self._keep_part(naming.part(job, stage, 0, 0), items)
+        return self._keep_manifest(job, stage, Manifest.of(items))
+
+    def _keep_manifest(self, job: JobId, stage: StageName, manifest: Manifest) -> Manifest:
+        self._manifests[(job, stage, manifest.round)] = manifest
+        while len(self._manifests) > 16 * _PARTS_KEPT:
+            self._manifests.popitem(last=False)
+        return manifest
+
+    async def _part(self, bundle: Bundle, round_: int, number: int) -> Sequence[Json]:
         key = naming.part(bundle.job, bundle.stage, round_, number)
         if key not in self._parts:
-            data = await self._patience(partial(self._objects.get, key))
-            self._parts[key] = wire.loads(data)["items"]
-            while len(self._parts) > _PARTS_KEPT:
-                self._parts.popitem(last=False)
+            try:
+                data = await self._patience(partial(self._objects.get, key))
+            except NotFound:
+                await self._brought(bundle)
+            else:
+                self._keep_part(key, wire.loads(data)["items"])
         self._parts.move_to_end(key)
         return self._parts[key]
+
+    def _keep_part(self, key: str, items: Sequence[Json]) -> None:
+        self._parts[key] = items
+        while len(self._parts) > _PARTS_KEPT:
+            self._parts.popitem(last=False)
 
 
 def is_gather(item: Json) -> bool:

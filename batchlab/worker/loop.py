@@ -192,7 +192,7 @@ class Worker:
 
     async def _serve(self, hand: Hand) -> None:
         try:
-            job = await self._job(hand.bundle.job)
+            job = await self._job(hand.bundle.job, hand.task.job)
         except NotFound:
             await self._delete(hand)
             return
@@ -372,10 +372,12 @@ class Worker:
 
     # --- Knowing the job -------------------------------------------------------------------------
 
-    async def _job(self, job: JobId) -> JobDef:
+    async def _job(self, job: JobId, told: JobDef | None = None) -> JobDef:
         if job not in self._jobs:
-            data = await self._patience(partial(self._objects.get, naming.spec(job)))
-            self._jobs[job] = wire.job_from_json(wire.loads(data))
+            if told is None:
+                data = await self._patience(partial(self._objects.get, naming.spec(job)))
+                told = wire.job_from_json(wire.loads(data))
+            self._jobs[job] = told
             while len(self._jobs) > 64:
                 del self._jobs[next(iter(self._jobs))]
         return self._jobs[job]

@@ -32,6 +32,7 @@ class ProcessRunner:
         self._scratch = scratch
         self._clock = clock
         self._slots = asyncio.Semaphore(slots)
+        self._cleaning: set[asyncio.Task[None]] = set()
         self._children = Children(scratch.root / "children", slots)
         self._library = Library(objects, scratch, asyncio.to_thread)
         self._sampler = Sampler(monotonic_s, TICK_S / 2)
@@ -58,12 +59,17 @@ class ProcessRunner:
             finally:
                 driver.cancel()
                 await asyncio.gather(driver, return_exceptions=True)
-                await execution.clean()
+                await execution.drop()
+                # Not waited for: the results are.
+                cleaning = asyncio.create_task(execution.clean())
+                self._cleaning.add(cleaning)
+                cleaning.add_done_callback(self._cleaning.discard)
 
     async def close(self) -> None:
         """End every child, remove their folders and those of executions. Unpacked code stays: it
         is named by its content, and saves the next start a download."""
         await self._children.close()
+        await asyncio.gather(*self._cleaning, return_exceptions=True)
         for name in ("children", "run", "functions"):
             await asyncio.to_thread(shutil.rmtree, self._scratch.root / name, ignore_errors=True)
 

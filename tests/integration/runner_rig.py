@@ -81,6 +81,11 @@ class Rig:
         assert ran.failure.task == ran.task
         return ran.failure
 
+    async def runs_left(self) -> list[Path]:
+        """Folders of executions that are still there once all cleaning is done."""
+        await asyncio.gather(*self.runner._cleaning)
+        return list((self.scratch.root / "run").iterdir())
+
     async def log(self, task: int) -> str:
         """What the task printed in the last run."""
         data = await self.objects.get(self.handle.log) if self.handle.log else b""

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -105,8 +106,8 @@ def test_a_request_that_comes_just_before_the_lead_is_answered_once_there_is_one
 
 def test_the_same_client_token_makes_one_job(rig: Rig) -> None:
     one = job()
-    first = post(rig, "/v1/jobs", wire.job_to_json(one))
-    second = post(rig, "/v1/jobs", wire.job_to_json(one))
+    first = post(rig, "/v1/jobs", {"job": wire.job_to_json(one)})
+    second = post(rig, "/v1/jobs", {"job": wire.job_to_json(one)})
     assert (first.status_code, second.status_code) == (201, 200)
     assert first.json()["id"] == second.json()["id"] == one.id
     assert [known["id"] for known in rig.client.jobs()] == [one.id]
@@ -124,14 +125,14 @@ def test_a_job_arrives_as_it_was_sent(rig: Rig) -> None:
 
 
 BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "a missing field": (lambda doc: doc.pop("name"), "not valid at body.name"),
+    "a missing field": (lambda doc: doc.pop("name"), "not valid at body.job.name"),
     "a wrong type": (
         lambda doc: doc["stages"][0].update(slots="many"),
-        "not valid at body.stages.0.slots",
+        "not valid at body.job.stages.0.slots",
     ),
     "an unknown failure kind": (
         lambda doc: doc["stages"][0]["retry"].update(kinds=["bad luck"]),
-        "body.stages.0.retry.kinds.0",
+        "body.job.stages.0.retry.kinds.0",
     ),
     "another version": (lambda doc: doc.update(v=99), "reads version 1 of a job, not 99"),
     "an unknown pool": (
@@ -149,11 +150,40 @@ def test_a_job_that_is_wrong_is_refused_and_leaves_nothing_behind(rig: Rig, what
     doc = wire.job_to_json(job())
     doc = {**doc, "stages": [dict(stage) for stage in doc["stages"]]}
     spoil(doc)
-    answer = post(rig, "/v1/jobs", doc)
+    answer = post(rig, "/v1/jobs", {"job": doc})
     assert answer.status_code == 422
     assert message in answer.json()["error"]
     assert answer.json()["remedy"]
     assert rig.client.jobs() == []
+
+
+def test_items_that_come_along_must_be_as_many_as_the_job_says(rig: Rig) -> None:
+    answer = post(rig, "/v1/jobs", {"job": wire.job_to_json(job()), "items": [1, 2]})
+    assert answer.status_code == 422
+    assert "comes with 2 items, but says otherwise" in answer.json()["error"]
+    assert rig.client.jobs() == []
+
+
+def test_a_job_that_brings_its_items_is_heard_of_in_the_same_answer(rig: Rig) -> None:
+    one = replace(job(), items=2, input=None)
+    accepted: list[str] = []
+
+    def note() -> None:
+        accepted.append(rig.client.job(one.id)["id"])
+
+    answer = later(lambda: rig.client.submit_and_hear(one, [1, 2], note, wait_s=20.0))
+    rig.work(one.id, 2)
+    page = answer()
+    assert accepted == [one.id]
+    assert [list(one) for one in page["outcomes"][0]["tasks"]] == [[0, 1]]
+    rig.ended(one.id)
+    everything = rig.client.outcomes(one.id)["outcomes"]
+    assert page["outcomes"] == everything[: len(page["outcomes"])]
+    assert len(everything) == 2
+    again = rig.client.submit_and_hear(one, [1, 2], note, wait_s=1.0)
+    assert (again["outcomes"], again["ended"]) == (everything, True)
+    with pytest.raises(Refused, match="is another one"):
+        rig.client.submit_and_hear(one, [1, 3], note, wait_s=1.0)
 
 
 def test_the_client_raises_a_usage_error_that_lists_the_pools(rig: Rig) -> None:

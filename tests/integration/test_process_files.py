@@ -316,7 +316,7 @@ def test_a_store_that_fails_while_storing_gives_the_bundle_back(tmp_path: Path) 
         async with opened(tmp_path, Down()) as rig:
             with pytest.raises(Unreachable):
                 await rig.run([["save", "a"], ["sleep", 0.05]])
-            assert list((rig.scratch.root / "run").iterdir()) == []
+            assert await rig.runs_left() == []
 
     go(main())
 

@@ -192,7 +192,11 @@ def test_a_job_of_higher_priority_overtakes() -> None:
         await submitted(world, high)
         submitted_s = world.clock.monotonic_s()
         await world.ended(high.id)
-        late = [s for s in world.starts if s[1] == low.id and s[0] > submitted_s + 15]
+        # Once all of it is in the queue, there is room for others again, and no order in a queue.
+        last_s = sorted(s[0] for s in world.starts if s[1] == high.id)[50]
+        starts = [s for s in world.starts if submitted_s + 15 < s[0] < last_s]
+        late = [s for s in starts if s[1] == low.id]
+        assert len(starts) > 20
         assert len(late) <= 5  # what was already in the queue, and no more
         await world.ended(low.id)
         await invariants.check_all(world, [low.id, high.id])

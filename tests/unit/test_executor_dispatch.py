@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -31,6 +32,8 @@ class FakeGrid:
         self.forked = False
         self.closed = False
         self.problem: BaseException | None = None
+        self.hang_up: BaseException | None = None
+        """What becomes of the wait for first outcomes."""
         self.sent: list[tuple[str, int]] = []
         """Each job, and how many calls it has."""
         self.left: list[tuple[str, bool]] = []
@@ -60,13 +63,27 @@ class FakeGrid:
     def draft(self, name: str, stage: StageDef) -> JobDef:
         return JobDef(JobId(f"job-{len(self.sent)}"), name, (stage,), 0.0, token="t")
 
-    def send(self, draft: JobDef, pickled: bytes, chunks: Any, *, tolerant: bool) -> JobDef:
-        assert tolerant
+    def run(self, doing: Coroutine[Any, Any, Any]) -> None:
+        asyncio.run(doing)
+
+    def send(
+        self,
+        draft: JobDef,
+        pickled: bytes,
+        chunks: Any,
+        accepted: Callable[[], None],
+        *,
+        wait_s: float,
+    ) -> Any:
         assert self.go.wait(WAIT_S)
         if self.problem:
             raise self.problem
         self.sent.append((draft.id, sum(len(chunk.items) for chunk in chunks)))
-        return draft
+        accepted()
+        if self.hang_up:
+            accepted()  # as on a second try
+            raise self.hang_up
+        return {"outcomes": [], "ended": False}
 
 
 @pytest.fixture
@@ -106,6 +123,18 @@ def outcome(*values: Any, failed: tuple[Failure, ...] = (), first: int = 0) -> O
 
 def view(state: str, reason: str = "") -> Any:
     return {"state": state, "reason": reason}
+
+
+@pytest.mark.parametrize("error", [Unreachable("it hung up"), UsageError("closed")])
+def test_a_batch_that_was_accepted_is_watched_whatever_comes_after(
+    grid: FakeGrid, dispatch: Dispatch, error: BaseException
+) -> None:
+    grid.hang_up = error
+    future = submit(dispatch)
+    grid.wait_for_job()
+    assert not future.done()
+    dispatch.outcome(JOB, outcome(7))
+    assert future.result(WAIT_S) == 7
 
 
 def test_results_come_once_however_often_they_are_listed(

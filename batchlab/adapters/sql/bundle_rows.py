@@ -108,7 +108,9 @@ def fold(
     completions: Sequence[Completion],
     casualties: Sequence[Mapping[StageName, int]],
 ) -> Folded:
-    new = _complete(connection, upserts, completions)
+    count = len(completions)
+    last = connection.execute(upserts.take_seqs, {"count": count}).scalar_one()
+    new = _complete(connection, upserts, completions, last - count + 1)
     growth: dict[tuple[JobId, StageName], _Growth] = defaultdict(_Growth)
     for c, lost, is_new in zip(completions, casualties, new, strict=True):
         if is_new:
@@ -122,15 +124,14 @@ def fold(
     plan(connection, upserts, follows)
     if growth:
         connection.execute(_grow, [growth[key].parameters(*key) for key in sorted(growth)])
-    return Folded(new, set_running(connection, dict.fromkeys(c.bundle.job for c in completions)))
+    jobs = set_running(connection, dict.fromkeys(c.bundle.job for c in completions))
+    return Folded(new, last - count + 1, jobs)
 
 
 def _complete(
-    connection: Connection, upserts: Upserts, completions: Sequence[Completion]
+    connection: Connection, upserts: Upserts, completions: Sequence[Completion], first_seq: int
 ) -> list[bool]:
     """Make the rows done; answers which completions did."""
-    count = len(completions)
-    last = connection.execute(upserts.take_seqs, {"count": count}).scalar_one()
     rows: dict[tuple[str, str, str], tuple[int, dict[str, Any]]] = {}
     for i, c in enumerate(completions):
         key = _key(c.bundle)
@@ -140,13 +141,13 @@ def _complete(
                 i,
                 {
                     **key,
-                    "seq": last - count + 1 + i,
+                    "seq": first_seq + i,
                     "failed": len(c.failed),
                     "body": wire.dumps(wire.completion_to_json(c)),
                 },
             ),
         )
-    new = [False] * count
+    new = [False] * len(completions)
     for done in connection.execute(upserts.complete, [row for _, row in rows.values()]):
         new[rows[tuple(done)][0]] = True
     return new

@@ -61,8 +61,12 @@ class SqlLedger:
 
     # --- Jobs ------------------------------------------------------------------------------------
 
-    async def add_job(self, job: JobDef, *, state: JobState) -> Written:
-        return await self._write(lambda c: job_rows.add_job(c, self._upserts, job, state))
+    async def add_job(self, job: JobDef, *, state: JobState, cut: Cut | None = None) -> Written:
+        def add(connection: Connection) -> Written:
+            written = job_rows.add_job(connection, self._upserts, job, state)
+            return self._add_cut(connection, cut) if cut and written.is_new else written
+
+        return await self._write(add)
 
     async def job(self, job: JobId) -> JobRecord:
         return await self._read(lambda c: job_rows.find_job(c, job))
@@ -103,13 +107,13 @@ class SqlLedger:
         return await self._read(lambda c: job_rows.rows_of(c, job))
 
     async def add_cut(self, cut: Cut) -> Written:
-        def add(connection: Connection) -> Written:
-            is_new = job_rows.take_cut(connection, cut)
-            if is_new:
-                bundle_rows.plan(connection, self._upserts, cut.bundles)
-            return Written(job_rows.rows_of(connection, cut.job), is_new)
+        return await self._write(lambda c: self._add_cut(c, cut))
 
-        return await self._write(add)
+    def _add_cut(self, connection: Connection, cut: Cut) -> Written:
+        is_new = job_rows.take_cut(connection, cut)
+        if is_new:
+            bundle_rows.plan(connection, self._upserts, cut.bundles)
+        return Written(job_rows.rows_of(connection, cut.job), is_new)
 
     async def set_planned(self, job: JobId, stage: StageName, planned: int) -> Written:
         return await self._write(lambda c: job_rows.set_planned(c, job, stage, planned))
@@ -119,7 +123,7 @@ class SqlLedger:
     ) -> Folded:
         """Also raises NotFound, and then folds none of them, where one's job is not there."""
         if not completions:
-            return Folded([], {})
+            return Folded([], 0, {})
         return await self._write(
             lambda c: bundle_rows.fold(c, self._upserts, completions, casualties)
         )

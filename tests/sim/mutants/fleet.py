@@ -27,9 +27,12 @@ def events_counted_without_dedupe(plant: Plant) -> None:
 
     @plant.everywhere(original)
     def _complete(
-        connection: Connection, upserts: Upserts, completions: Sequence[Completion]
+        connection: Connection,
+        upserts: Upserts,
+        completions: Sequence[Completion],
+        first_seq: int,
     ) -> list[bool]:
-        original(connection, upserts, completions)
+        original(connection, upserts, completions, first_seq)
         return [True] * len(completions)
 
 
@@ -41,9 +44,12 @@ def dedupe_across_calls_only(plant: Plant) -> None:
 
     @plant.everywhere(original)
     def _complete(
-        connection: Connection, upserts: Upserts, completions: Sequence[Completion]
+        connection: Connection,
+        upserts: Upserts,
+        completions: Sequence[Completion],
+        first_seq: int,
     ) -> list[bool]:
-        new = original(connection, upserts, completions)
+        new = original(connection, upserts, completions, first_seq)
         fresh = {
             (c.bundle.job, c.bundle.stage, c.bundle.id)
             for c, n in zip(completions, new, strict=True)

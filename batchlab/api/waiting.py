@@ -1,0 +1,67 @@
+"""Waiting for news of a job, and for outcomes of its tasks.
+
+Invariant: whoever waits for news is woken by it, not by polling.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+
+from batchlab import views
+from batchlab.manager.live import LiveJob
+from batchlab.manager.manager import Manager
+from batchlab.model import JobId, StageName
+from batchlab.ports import BundleRecord
+
+
+async def news(live: LiveJob, version: int, wait_s: float) -> None:
+    """Wait until the job's version is another, for so long at the most."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(live.news(version), wait_s)
+
+
+async def page(
+    manager: Manager,
+    job: JobId,
+    stage: StageName | None,
+    after: int | None,
+    limit: int,
+    wait_s: float,
+) -> views.OutcomesView:
+    """Outcomes folded after seq `after`, those of one stage or of all; waits for the first."""
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + wait_s
+    while True:
+        live = manager.lives.get(job)
+        # Read before the outcomes: what comes between the two must not be missed.
+        folds = live.folds if live else 0
+        record = live.record if live else await manager.ports.ledger.job(job)
+        ended = record.state.ended
+        found = await _after(manager, live, job, stage, after, limit)
+        if found or ended or live is None or loop.time() >= end_s:
+            return {
+                "outcomes": [views.outcome_view(one) for one in found],
+                "ended": ended and len(found) < limit,
+            }
+        while live.folds == folds and not live.record.state.ended and loop.time() < end_s:
+            await news(live, live.version, end_s - loop.time())
+
+
+async def _after(
+    manager: Manager,
+    live: LiveJob | None,
+    job: JobId,
+    stage: StageName | None,
+    after: int | None,
+    limit: int,
+) -> Sequence[BundleRecord]:
+    if live and not live.folds:
+        return ()
+    recent = live.outcomes_after(after) if live else None
+    if recent is not None:
+        return [one for one in recent if stage in (None, one.bundle.stage)][:limit]
+    return await manager.ports.ledger.bundles(
+        job, stage=stage, done=True, after_seq=after, limit=limit
+    )

@@ -1,0 +1,76 @@
+"""How much of a stage is cut into bundles now, and of what sizes.
+
+Invariant: a function of what is in memory. What it decides counts only once it is committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.manager.live import LiveJob, in_pool
+from batchlab.model import Bundle, Control, JobId, JobState, Json, StageCounts, TaskSet
+from batchlab.ports import Clock, Cut, JobRecord, StageRecord
+from batchlab.protocol import sizing, wire
+
+WINDOW = 3
+"""Bundles per slot kept outstanding: one runs, one is prefetched, one covers the manager's own
+latency. A shallow queue lets sizes follow measurements and priorities take effect."""
+
+
+class Cutter:
+    """Cuts for every job; `slots_of` gives the slots that a pool has or can soon have."""
+
+    def __init__(
+        self, clock: Clock, lives: Mapping[JobId, LiveJob], slots_of: Mapping[str, int]
+    ) -> None:
+        self._clock = clock
+        self._lives = lives
+        self._slots_of = slots_of
+
+    def opening(self, job: JobDef, items: Sequence[Json]) -> wire.Opening:
+        """What a job with these items begins with, put in one object with its definition."""
+        waits = job.start_at_s is not None and job.start_at_s > self._clock.now_s()
+        if waits or len(job.roots()) != 1:
+            return wire.Opening(items)
+        (stage,) = job.roots()
+        stages = {s.name: StageRecord(StageCounts(s.name)) for s in job.stages}
+        live = LiveJob(JobRecord(job, JobState.SUBMITTED), stages, 0.0)
+        bundles, left = self.wave(live, stage, TaskSet.span(0, len(items)), 0)
+        return wire.Opening(items, Cut(job.id, stage.name, 0, 0, bundles, left, len(items)))
+
+    def wave(
+        self, live: LiveJob, stage: StageDef, left: TaskSet, round_: int
+    ) -> tuple[tuple[Bundle, ...], TaskSet]:
+        """The bundles of the next cut, as far as there is room, and the tasks left after it."""
+        sizes = sizing.wave(
+            len(left),
+            max(1, self._slots_of.get(stage.pool, 1) // stage.slots),
+            live.stages[stage.name].counts.mean_s,
+            stage.bundle,
+            self._room(live, stage),
+        )
+        bundles: list[Bundle] = []
+        for size in sizes:
+            tasks, left = left.take(size)
+            bundles.append(Bundle(live.id, stage.name, tasks, round=round_))
+        return tuple(bundles), left
+
+    def _room(self, live: LiveJob, stage: StageDef) -> int:
+        """Bundles of this stage that may be sent now.
+
+        Jobs of the highest priority with something to cut share the window evenly; others wait.
+        """
+        pool = stage.pool
+        others = (one for one in self._lives.values() if one is not live)
+        rivals = [one for one in others if one.left(pool) and _runs(one)]
+        if any(one.job.priority > live.job.priority for one in rivals):
+            return 0
+        peers = 1 + sum(one.job.priority == live.job.priority for one in rivals)
+        window = WINDOW * self._slots_of.get(pool, 1) + 1
+        share = max(1, window // peers) - in_pool({live.id: live}, pool)
+        return min(share, window - in_pool(self._lives, pool)) if peers == 1 else share
+
+
+def _runs(live: LiveJob) -> bool:
+    return live.record.control is Control.RUN and live.record.state is not JobState.SCHEDULED
