@@ -23,7 +23,7 @@ from batchlab.manager.rebuild import rebuild
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.registry import Registry
 from batchlab.manager.requests import Requests, cuts_of_round
-from batchlab.model import GroupView, JobId, JobState, LifecycleState, Pool
+from batchlab.model import Control, GroupView, JobId, JobState, LifecycleState, Pool
 from batchlab.patience import patiently
 from batchlab.ports import Depth, QueueSpec, Written
 from batchlab.protocol import naming
@@ -243,10 +243,12 @@ class Manager:
             self.depths[name] = await self.ports.queue.depth(naming.tasks_queue(name))
             await self._reconciler.drain_dead_letters(name)
         await self._reconciler.look_for_the_silent(self.depths)
-        # The leader before us may have begun or re-opened a job after we looked, before it knew
-        # that it no longer leads.
+        # The leader before us may have begun, re-opened or resumed a job after we looked, before
+        # it knew that it no longer leads.
         if self.ports.clock.monotonic_s() - self._adopted_s >= self.settings.silence_s:
             await self._adopt_active()
+            for live in [one for one in self.lives.values() if one.record.control is Control.PAUSE]:
+                await self._reconciler.heed(live)
         for live in list(self.lives.values()):
             await self._show_start(live)
             live.poke.set()

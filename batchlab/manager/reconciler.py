@@ -80,7 +80,7 @@ class Reconciler:
         return self._settings.silence_s * PATIENCE_WITH_A_FULL_QUEUE
 
     async def _recover(self, live: LiveJob, silent: list[Outstanding]) -> None:
-        await self._conductor.heed(live)
+        await self.heed(live)
         if live.record.control is not Control.RUN:
             return  # workers drop its messages, so of course they are silent
         again: list[Bundle] = []
@@ -95,6 +95,11 @@ class Reconciler:
         if again:
             log.warning("%s: %d silent bundles are sent again", live.id, len(again))
             await self._conductor.send(live, again)
+
+    async def heed(self, live: LiveJob) -> None:
+        """As the conductor's, but never waiting for a user's word that is being written."""
+        if not live.control_lock.locked():
+            await self._conductor.heed(live)
 
     async def forward(self, job: JobDef, outcome: Outcome) -> None:
         """Repeat steps 3 and 4 for an outcome whose worker may have died before them."""

@@ -275,6 +275,22 @@ def test_a_pause_that_only_the_workers_have_heard_of_can_be_resumed(dies: bool) 
     in_world(act, script=takes(5.0))
 
 
+def test_a_resume_that_only_the_workers_have_heard_of_reaches_the_leader() -> None:
+    """A manager that had lost its lease and did not know so yet resumed the job. For the leader it
+    stayed paused, and with no worker there was none to be heard of."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), items=3)
+        await submitted(world, made)
+        await world.ask(lambda m: m.requests.pause(made.id), "pause")
+        await asyncio.sleep(300)
+        await _written(world, made, wire.Word(Control.RUN))
+        await world.ledger.set_control(made.id, Control.RUN)
+        await ended_well(world, made)
+
+    in_world(act, script=takes(5.0))
+
+
 def test_a_pause_that_comes_too_late_leaves_no_trace() -> None:
     """A manager wrote the word and died; the job's last task ended, and so did the job. A ledger
     rebuilt from the bucket said that its user had paused it (I3)."""
