@@ -19,7 +19,8 @@ from batchlab.ports import BundleRecord
 async def news(live: LiveJob, version: int, wait_s: float) -> None:
     """Wait until the job's version is another, for so long at the most."""
     with suppress(TimeoutError):
-        await asyncio.wait_for(live.news(version), wait_s)
+        async with asyncio.timeout(wait_s):
+            await live.news(version)
 
 
 async def page(

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 SEALED_AT_ONCE = 16
 
+MOMENT_S = 0.001
+"""From news of a job to what follows from it."""
+
 
 class Conductor:
     """The steps of one job's life after its submission."""
@@ -60,6 +63,8 @@ class Conductor:
             live.trouble = ""
             if not live.ended.is_set():
                 await live.poke.wait()
+                # Those who wait for results go first; and events come in swarms.
+                await asyncio.sleep(MOMENT_S)
 
     async def advance(self, live: LiveJob) -> None:
         """Do everything that can be done for the job now."""

@@ -91,7 +91,11 @@ class End:
     closed: Mapping[StageName, int]
 
 
-def add_job(connection: Connection, upserts: Upserts, job: JobDef, state: JobState) -> Written:
+def add_job(
+    connection: Connection, upserts: Upserts, job: JobDef, state: JobState, cut: Cut | None
+) -> Written:
+    if cut:
+        state = JobState.RUNNABLE
     row = {
         "id": job.id,
         "token": job.token or None,
@@ -104,25 +108,27 @@ def add_job(connection: Connection, upserts: Upserts, job: JobDef, state: JobSta
     }
     if connection.execute(upserts.add_job, row).first() is None:
         return Written(_existing(connection, job), is_new=False)
-    connection.execute(
-        insert(stages),
-        [
-            {
-                "job": job.id,
-                "stage": stage.name,
-                "position": position,
-                "succeeded": 0,
-                "failed": 0,
-                "cancelled": 0,
-                "retried": 0,
-                "run_us": 0,
-                "plan_round": 0,
-                "cut_seq": -1,
-                "uncut": _NO_TASKS,
-            }
-            for position, stage in enumerate(job.stages)
-        ],
-    )
+    rows: list[dict[str, Any]] = [
+        {
+            "job": job.id,
+            "stage": stage.name,
+            "position": position,
+            "planned": None,
+            "succeeded": 0,
+            "failed": 0,
+            "cancelled": 0,
+            "retried": 0,
+            "run_us": 0,
+            "plan_round": 0,
+            "cut_seq": -1,
+            "uncut": _NO_TASKS,
+        }
+        for position, stage in enumerate(job.stages)
+    ]
+    for row in rows:
+        if cut and row["stage"] == cut.stage:
+            row |= _cut_values(cut)
+    connection.execute(insert(stages), rows)
     return Written(rows_of(connection, job.id), is_new=True)
 
 
@@ -252,6 +258,13 @@ def take_cut(connection: Connection, cut: Cut) -> bool:
     row = _stage_row(connection, cut.job, cut.stage)
     if (cut.round, cut.seq) <= (row["plan_round"], row["cut_seq"]):
         return False
+    values = _cut_values(cut)
+    connection.execute(_change_stage.values(values), {"b_job": cut.job, "b_stage": cut.stage})
+    connection.execute(_make_runnable, {"b_job": cut.job})
+    return True
+
+
+def _cut_values(cut: Cut) -> dict[str, Any]:
     values: dict[str, Any] = {
         "plan_round": cut.round,
         "cut_seq": cut.seq,
@@ -259,9 +272,7 @@ def take_cut(connection: Connection, cut: Cut) -> bool:
     }
     if cut.planned is not None:
         values["planned"] = cut.planned
-    connection.execute(_change_stage.values(values), {"b_job": cut.job, "b_stage": cut.stage})
-    connection.execute(_make_runnable, {"b_job": cut.job})
-    return True
+    return values
 
 
 # --- Rows ----------------------------------------------------------------------------------------

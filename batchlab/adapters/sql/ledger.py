@@ -63,8 +63,10 @@ class SqlLedger:
 
     async def add_job(self, job: JobDef, *, state: JobState, cut: Cut | None = None) -> Written:
         def add(connection: Connection) -> Written:
-            written = job_rows.add_job(connection, self._upserts, job, state)
-            return self._add_cut(connection, cut) if cut and written.is_new else written
+            written = job_rows.add_job(connection, self._upserts, job, state, cut)
+            if cut and written.is_new:
+                bundle_rows.plan(connection, self._upserts, cut.bundles)
+            return written
 
         return await self._write(add)
 
