@@ -91,7 +91,13 @@ class SqliteQueue:
         self, queue: str, limit: int, visibility_s: float | None, ends_s: float
     ) -> Taken:
         clock = asyncio.get_running_loop().time
+        rung = False
         while True:
+            if rung:
+                # Before the next bell is made: mostly we were rung for what lies there now.
+                taken = await self._take(queue, limit, visibility_s)
+                if taken.messages:
+                    return taken
             bell = Bell(self._wake / queue)
             rung = False
             try:

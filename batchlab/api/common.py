@@ -42,7 +42,8 @@ class Served:
     on_shutdown: Callable[[], None]
 
 
-def _served(request: Request) -> Served:
+# Coroutines, all of them: a plain function would be run on a thread, which takes longer.
+async def _served(request: Request) -> Served:
     return cast(Served, request.app.state.served)
 
 
@@ -50,7 +51,7 @@ Given = Annotated[Served, Depends(_served)]
 _bearer = HTTPBearer(auto_error=False)
 
 
-def _authorised(
+async def _authorised(
     served: Given,
     given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> None:

@@ -61,6 +61,7 @@ _make_running = _change_job.where(
     )
 ).values(state=JobState.RUNNING.value, reason="")
 _stages = select(stages).where(stages.c.job == bindparam("job")).order_by(stages.c.position)
+_insert_stages = insert(stages)
 _change_stage = update(stages).where(
     stages.c.job == bindparam("b_job"), stages.c.stage == bindparam("b_stage")
 )
@@ -128,8 +129,16 @@ def add_job(
     for row in rows:
         if cut and row["stage"] == cut.stage:
             row |= _cut_values(cut)
-    connection.execute(insert(stages), rows)
-    return Written(rows_of(connection, job.id), is_new=True)
+    connection.execute(_insert_stages, rows)
+    # What reading them would give: that takes longer than writing them.
+    records = tuple(
+        StageRecord(
+            StageCounts(stage.name, cut.planned if cut and cut.stage == stage.name else None),
+            *((cut.round, cut.seq, cut.left) if cut and cut.stage == stage.name else ()),
+        )
+        for stage in job.stages
+    )
+    return Written(JobRows(JobRecord(job, state), records), is_new=True)
 
 
 def _existing(connection: Connection, job: JobDef) -> JobRows:
