@@ -112,7 +112,13 @@ async def _lead(
     manager = Manager(ports, backend.manager, backend.pools, owner)
     app = create_app(manager, token=home.token(), backend_name=backend.name, on_shutdown=stop.set)
     server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="off")
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            timeout_graceful_shutdown=2,
+            lifespan="off",
+            proxy_headers=False,
+        )
     )
     listener = listen(host, port)
     loop = asyncio.get_running_loop()

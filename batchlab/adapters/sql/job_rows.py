@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -50,16 +50,8 @@ _change_job = update(jobs).where(jobs.c.id == bindparam("b_job"))
 _make_runnable = _change_job.where(
     jobs.c.state.in_([JobState.SUBMITTED.value, JobState.PENDING.value])
 ).values(state=JobState.RUNNABLE.value, reason="")
-_make_running = _change_job.where(
-    jobs.c.state.in_(
-        [
-            JobState.SUBMITTED.value,
-            JobState.PENDING.value,
-            JobState.RUNNABLE.value,
-            JobState.STARTING.value,
-        ]
-    )
-).values(state=JobState.RUNNING.value, reason="")
+_WAITING = (JobState.SUBMITTED, JobState.PENDING, JobState.RUNNABLE, JobState.STARTING)
+_make_running = _change_job.values(state=JobState.RUNNING.value, reason="")
 _stages = select(stages).where(stages.c.job == bindparam("job")).order_by(stages.c.position)
 _insert_stages = insert(stages)
 _change_stage = update(stages).where(
@@ -180,8 +172,11 @@ def set_running(connection: Connection, found: Iterable[JobId]) -> dict[JobId, J
     """These jobs, of which a task has ended; one that waited is RUNNING now."""
     rows: dict[JobId, JobRows] = {}
     for job in found:
-        connection.execute(_make_running, {"b_job": job})
-        rows[job] = rows_of(connection, job)
+        one = rows_of(connection, job)
+        if one.job.state in _WAITING:
+            connection.execute(_make_running, {"b_job": job})
+            one = replace(one, job=replace(one.job, state=JobState.RUNNING, reason=""))
+        rows[job] = one
     return rows
 
 
@@ -238,12 +233,16 @@ def finish(connection: Connection, job: JobId, end: End) -> Written:
         ),
         {"b_job": job},
     )
-    names = connection.execute(select(stages.c.stage).where(stages.c.job == job)).scalars()
-    connection.execute(
-        _close,
-        [{"b_job": job, "b_stage": name, "closed": end.closed.get(name, 0)} for name in names],
-    )
-    return Written(rows_of(connection, job), is_new=True)
+    rows = rows_of(connection, job)
+    closed = [
+        {"b_job": job, "b_stage": name, "closed": end.closed.get(name, 0)}
+        for name, planned in ((s.counts.stage, s.counts.planned) for s in rows.stages)
+        if planned is None or end.closed.get(name)
+    ]
+    if closed:
+        connection.execute(_close, closed)
+        rows = rows_of(connection, job)
+    return Written(rows, is_new=True)
 
 
 # --- Stages --------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from sqlalchemy.exc import (
 )
 
 from batchlab.adapters.sql import bundle_rows, job_rows, migrate
-from batchlab.adapters.sql.engines import Inline, OneThread, Run, as_writer, sqlite_engine
+from batchlab.adapters.sql.engines import Busy, Inline, OneThread, Run, as_writer, sqlite_engine
 from batchlab.adapters.sql.tables import bundles, jobs, leases, stages
 from batchlab.adapters.sql.upserts import Upserts
 from batchlab.errors import BackendError, NotFound, Unreachable
@@ -55,6 +55,7 @@ class SqlLedger:
     def __init__(self, engine: Engine, run: Run) -> None:
         """Takes over `engine`, which must keep the promises of `engines`; opens nothing yet."""
         self._engine = engine
+        self._writer = as_writer(engine)
         self._run = run
         self._upserts = Upserts.of(engine.dialect.name)
         self._has_schema = False
@@ -71,7 +72,7 @@ class SqlLedger:
         return await self._write(add)
 
     async def job(self, job: JobId) -> JobRecord:
-        return await self._read(lambda c: job_rows.find_job(c, job))
+        return await self._read(lambda c: job_rows.find_job(c, job), quick=True)
 
     async def jobs(
         self, *, active: bool = False, limit: int = 100, before: str | None = None
@@ -106,7 +107,7 @@ class SqlLedger:
     # --- Stages and bundles ----------------------------------------------------------------------
 
     async def rows(self, job: JobId) -> JobRows:
-        return await self._read(lambda c: job_rows.rows_of(c, job))
+        return await self._read(lambda c: job_rows.rows_of(c, job), quick=True)
 
     async def add_cut(self, cut: Cut) -> Written:
         return await self._write(lambda c: self._add_cut(c, cut))
@@ -166,7 +167,7 @@ class SqlLedger:
             for table in (bundles, stages, jobs):
                 connection.execute(delete(table))
 
-        await self._write(delete_all)
+        await self._write(delete_all, quick=False)
 
     async def dump(self) -> dict[str, Json]:
         """Everything the ledger says of its jobs: equal for two ledgers that have seen the same,
@@ -177,16 +178,16 @@ class SqlLedger:
 
     async def close(self) -> None:
         """Waits for calls that are under way; no other call may follow."""
-        await self._run(self._engine.dispose)
+        await self._run(self._engine.dispose, quick=False)
         self._run.close()
 
     # --- Transactions ----------------------------------------------------------------------------
 
-    async def _read(self, query: Callable[[Connection], T]) -> T:
-        return await self._run(lambda: self._transact(self._engine, query))
+    async def _read(self, query: Callable[[Connection], T], *, quick: bool = False) -> T:
+        return await self._run(lambda: self._transact(self._engine, query), quick=quick)
 
-    async def _write(self, change: Callable[[Connection], T]) -> T:
-        return await self._run(lambda: self._transact(as_writer(self._engine), change))
+    async def _write(self, change: Callable[[Connection], T], *, quick: bool = True) -> T:
+        return await self._run(lambda: self._transact(self._writer, change), quick=quick)
 
     def _transact(self, engine: Engine, work: Callable[[Connection], T]) -> T:
         with _translated(self._engine):
@@ -218,7 +219,9 @@ def _translated(engine: Engine) -> Iterator[None]:
         # What could be there already is inserted only if it is not; so this is a foreign key.
         raise NotFound("The ledger has no such job or stage.") from error
     except (OperationalError, InterfaceError) as error:
-        raise Unreachable(f"The ledger {name} does not answer: {error.orig}.") from error
+        locked = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+        kind = Busy if locked else Unreachable
+        raise kind(f"The ledger {name} does not answer: {error.orig}.") from error
     except SQLAlchemyError as error:
         said = error.orig if isinstance(error, DBAPIError) else error
         raise BackendError(
