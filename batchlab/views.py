@@ -7,12 +7,12 @@ a function of the facts handed in.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict  # pydantic refuses the standard one before Python 3.12
 
 from batchlab.errors import UsageError
-from batchlab.protocol import naming
+from batchlab.protocol import naming, wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -70,7 +70,8 @@ class WhyView(TypedDict):
 
 class OutcomeView(TypedDict):
     """One folded outcome. `tasks` are the ranges of those that succeeded in it, whose values are
-    in the object at `key`; `failed` counts those that failed for good."""
+    in the object at `key`; `failed` counts those that failed for good. `outcome` is that object's
+    content, where the manager has it at hand."""
 
     seq: int
     stage: str
@@ -78,6 +79,7 @@ class OutcomeView(TypedDict):
     key: str
     tasks: list[tuple[int, int]]
     failed: int
+    outcome: Any
 
 
 class OutcomesView(TypedDict):
@@ -252,7 +254,7 @@ def running_tasks(live: LiveJob, workers: Iterable[Seen]) -> Mapping[str, int]:
     return found
 
 
-def outcome_view(record: BundleRecord) -> OutcomeView:
+def outcome_view(record: BundleRecord, outcome: Outcome | None = None) -> OutcomeView:
     """A folded bundle; ValueError where it is only planned."""
     if record.completion is None or record.seq is None:
         raise ValueError(f"bundle {record.bundle.id} has no outcome")
@@ -263,6 +265,7 @@ def outcome_view(record: BundleRecord) -> OutcomeView:
         "key": naming.outcome(record.bundle),
         "tasks": list(record.completion.succeeded.ranges),
         "failed": len(record.completion.failed),
+        "outcome": wire.outcome_to_json(outcome) if outcome else None,
     }
 
 

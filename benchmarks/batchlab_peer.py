@@ -40,13 +40,8 @@ class Batchlab(Adapter):
         timeout: float = 240.0,
         on_first: Callable[[], None] | None = None,
     ) -> list[Any]:
-        function = tasks.FUNCS[fn]
-
-        def called(item: tuple[Any, ...]) -> Any:
-            return function(*item)
-
         results: list[Any] = []
-        for value in self.grid.map(called, args, name=fn.replace("_", "-"), return_exceptions=True):
+        for value in self.grid.starmap(tasks.FUNCS[fn], args, return_exceptions=True):
             if on_first and not results:
                 on_first()
             results.append(Lost(str(value)) if isinstance(value, TaskFailed) else value)

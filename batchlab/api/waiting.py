@@ -12,7 +12,7 @@ from contextlib import suppress
 from batchlab import views
 from batchlab.manager.live import LiveJob
 from batchlab.manager.manager import Manager
-from batchlab.model import JobId, StageName
+from batchlab.model import JobId, Outcome, StageName
 from batchlab.ports import BundleRecord
 
 
@@ -43,7 +43,7 @@ async def page(
         found = await _after(manager, live, job, stage, after, limit)
         if found or ended or live is None or loop.time() >= end_s:
             return {
-                "outcomes": [views.outcome_view(one) for one in found],
+                "outcomes": [views.outcome_view(*one) for one in found],
                 "ended": ended and len(found) < limit,
             }
         while live.folds == folds and not live.record.state.ended and loop.time() < end_s:
@@ -57,12 +57,13 @@ async def _after(
     stage: StageName | None,
     after: int | None,
     limit: int,
-) -> Sequence[BundleRecord]:
+) -> Sequence[tuple[BundleRecord, Outcome | None]]:
     if live and not live.folds:
         return ()
     recent = live.outcomes_after(after) if live else None
     if recent is not None:
-        return [one for one in recent if stage in (None, one.bundle.stage)][:limit]
-    return await manager.ports.ledger.bundles(
+        return [one for one in recent if stage in (None, one[0].bundle.stage)][:limit]
+    found = await manager.ports.ledger.bundles(
         job, stage=stage, done=True, after_seq=after, limit=limit
     )
+    return [(one, None) for one in found]

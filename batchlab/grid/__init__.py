@@ -93,10 +93,64 @@ class Grid:
         how many tasks travel together. UsageError, and nothing submitted, for what cannot be
         pickled.
         """
+        return self._map(
+            function,
+            items,
+            name=name,
+            timeout_s=timeout_s,
+            retry=retry,
+            bundle=bundle,
+            ordered=ordered,
+            return_exceptions=return_exceptions,
+        )
+
+    def starmap(
+        self,
+        function: Callable[..., Any],
+        items: Iterable[Iterable[Any]],
+        *,
+        name: str | None = None,
+        timeout_s: float | None = None,
+        retry: RetryRule | int | None = None,
+        bundle: int | None = None,
+        ordered: bool = True,
+        return_exceptions: bool = False,
+    ) -> Generator[Any, None, None]:
+        """`function(*item)` of every item, a sequence of arguments; `map` in all else."""
+        return self._map(
+            function,
+            items,
+            name=name,
+            timeout_s=timeout_s,
+            retry=retry,
+            bundle=bundle,
+            ordered=ordered,
+            return_exceptions=return_exceptions,
+            starred=True,
+        )
+
+    def _map(
+        self,
+        function: Callable[..., Any],
+        items: Iterable[Any],
+        *,
+        name: str | None,
+        timeout_s: float | None,
+        retry: RetryRule | int | None,
+        bundle: int | None,
+        ordered: bool,
+        return_exceptions: bool,
+        starred: bool = False,
+    ) -> Generator[Any, None, None]:
         _check_positive(timeout_s=timeout_s, bundle=bundle)
         stage = StageDef(MAP, timeout_s=timeout_s, retry=_rule(retry), bundle=bundle)
         job = self._outgoing.submit(
-            job_name(function, name), function, items, stage, tolerant=return_exceptions
+            job_name(function, name),
+            function,
+            items,
+            stage,
+            tolerant=return_exceptions,
+            starred=starred,
         )
         results = self._results(job, ordered=ordered, return_exceptions=return_exceptions)
         # Started, or its end would not be noticed if nobody ever asks for a result.

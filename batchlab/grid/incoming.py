@@ -46,8 +46,8 @@ class Incoming:
         self._ordered = ordered
         self._after: int | None = None
         self._began_s = self._answered_s = link.clock.monotonic_s()
-        self._listed: list[tuple[float, int, str]] = []
-        """Heap of (task or seq from which on it is needed, seq, key) of outcomes to fetch."""
+        self._listed: list[tuple[float, int, OutcomeView]] = []
+        """Heap of (task or seq from which on it is needed, seq, view) of outcomes to fetch."""
         self._coming: list[tuple[float, int, Future[Outcome]]] = []
         """Heap of the same for those being fetched."""
 
@@ -76,8 +76,8 @@ class Incoming:
         """The next outcome that may hold what is needed; None until another one is listed."""
         listed, coming = self._listed, self._coming
         while listed and (len(coming) < AHEAD or listed[0][0] <= needed < coming[0][0]):
-            at, seq, key = heappop(listed)
-            heappush(coming, (at, seq, self._link.start(fetched(self._link, key))))
+            at, seq, view = heappop(listed)
+            heappush(coming, (at, seq, self._link.start(fetched(self._link, view))))
         if not coming or coming[0][0] > needed:
             return None
         return heappop(coming)[2].result()
@@ -96,7 +96,7 @@ class Incoming:
             # Others hold no result: all their tasks are tried again, split off or cancelled.
             if one["tasks"] or one["failed"]:
                 at = _first(one) if self._ordered else one["seq"]
-                heappush(self._listed, (at, one["seq"], one["key"]))
+                heappush(self._listed, (at, one["seq"], one))
         if page["ended"] and not page["outcomes"]:
             view = self._link.call(lambda client: client.job(self._job))
             reason = f" ({view['reason']})" if view["reason"] else ""
@@ -111,17 +111,20 @@ def gap_s(watched_s: float) -> float:
     return min(GAP_S, GAP_SHARE * watched_s)
 
 
-async def fetched(link: Link, key: str) -> Outcome:
-    """The outcome in the object `key`."""
-    return wire.outcome_from_json(wire.loads(await link.patience(partial(link.objects.get, key))))
+async def fetched(link: Link, one: OutcomeView) -> Outcome:
+    """The outcome that is listed so."""
+    if one["outcome"]:
+        return wire.outcome_from_json(one["outcome"])
+    get = partial(link.objects.get, one["key"])
+    return wire.outcome_from_json(wire.loads(await link.patience(get)))
 
 
 async def outcomes(link: Link, listed: Sequence[OutcomeView]) -> AsyncIterator[Outcome]:
     """These outcomes, read some at a time."""
     # Others hold no result: all their tasks are tried again, split off or cancelled.
-    keys = [one["key"] for one in listed if one["tasks"] or one["failed"]]
-    for first in range(0, len(keys), AHEAD):
-        some = (fetched(link, key) for key in keys[first : first + AHEAD])
+    wanted = [one for one in listed if one["tasks"] or one["failed"]]
+    for first in range(0, len(wanted), AHEAD):
+        some = (fetched(link, one) for one in wanted[first : first + AHEAD])
         for outcome in await asyncio.gather(*some):
             yield outcome
 

@@ -25,6 +25,7 @@ from batchlab.manager.plans import ITEM_BYTES, PART_ITEMS, PartWriter
 from batchlab.model import JobId, Json, StageName, TaskSet
 from batchlab.protocol import naming, values, wire
 from batchlab.task import File, name_problem
+from batchlab.worker.calls import Starred
 
 if TYPE_CHECKING:
     from batchlab.client import Client
@@ -82,17 +83,20 @@ class Outgoing:
         stage: StageDef,
         *,
         tolerant: bool,
+        starred: bool = False,
     ) -> JobDef | None:
-        """Submit a job of one task per item, None where there is no item.
+        """Submit a job of one task per item, None where there is no item. The items of a
+        `starred` function are sequences of arguments.
 
         `stage` is what the tasks are to be, but for the handler. A `tolerant` job succeeds whatever
         fails. UsageError for what cannot be pickled, and whatever drawing the items raises, with
         nothing submitted.
         """
         self._link.check_open()
-        pickled = self.shipping.function(function)
+        pickled = self.shipping.function(Starred(function) if starred else function)
         draft = self.draft(name, stage)
-        made = self._made(draft, pickled, self._chunks(draft.id, items), tolerant=tolerant)
+        chunks = self._chunks(draft.id, items, starred=starred)
+        made = self._made(draft, pickled, chunks, tolerant=tolerant)
         if made is None:
             return None
         self._submitted(made.job, lambda client: client.submit(made.job, made.few))
@@ -182,11 +186,11 @@ class Outgoing:
         run(self._commit(writer, job, last, key, pickled))
         return last.first + len(last.items), None
 
-    def _chunks(self, job: JobId, items: Iterable[Any]) -> Iterator[Chunk]:
+    def _chunks(self, job: JobId, items: Iterable[Any], *, starred: bool) -> Iterator[Chunk]:
         drawn, first = iter(items), 0
         while some := list(islice(drawn, PART_ITEMS)):
             chunk = Chunk(first, [], [])
-            chunk.items += self.shipping.items(some, first, chunk.file(job))
+            chunk.items += self.shipping.items(some, first, chunk.file(job), starred=starred)
             yield chunk
             first += len(some)
 
@@ -198,22 +202,25 @@ class Outgoing:
             async with limit:
                 await objects.upload(key, path)
 
-        async def put(key: str, number: int) -> None:
+        async def put(number: int) -> None:
+            data = wire.to_bytes(chunk.items[number])
+            if len(data) <= ITEM_BYTES:
+                return
+            key = naming.item(job, MAP, 0, chunk.first + number)
             async with limit:
-                await patience(partial(objects.put, key, wire.to_bytes(chunk.items[number])))
+                await patience(partial(objects.put, key, data))
             chunk.items[number] = values.value_ref(key)
 
         await asyncio.gather(
             *(upload(path, key) for path, key in chunk.files),
             *(
                 # As the writer would, but several at once.
-                put(naming.item(job, MAP, 0, chunk.first + n), n)
+                put(n)
                 for n, item in enumerate(chunk.items)
-                if _size(item) > ITEM_BYTES
+                if values.roughly(item) > ITEM_BYTES
             ),
         )
-        for item in chunk.items:
-            await writer.add(item)
+        await writer.add(*chunk.items)
 
     async def _commit(
         self, writer: PartWriter, job: JobId, last: Chunk, key: str, pickled: bytes
@@ -236,16 +243,7 @@ class Outgoing:
 
 
 def _is_few(items: Sequence[Json]) -> bool:
-    return len(items) <= FEW and sum(map(_size, items)) + 8 * len(items) <= FEW_BYTES
-
-
-def _size(item: Json) -> int:
-    """Its length where it is encoded, roughly: of what may be large in it."""
-    if type(item) is list:
-        return sum(map(_size, item))
-    if type(item) is dict:
-        return len(item.get("$pickle", ""))
-    return len(item) if type(item) is str else 0
+    return len(items) <= FEW and sum(map(values.roughly, items)) <= FEW_BYTES
 
 
 def _reference(prefix: str, files: list[tuple[Path, str]], file: File) -> Json:

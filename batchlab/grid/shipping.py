@@ -86,13 +86,17 @@ class Shipping:
                     "instead of using the ones that are here.",
                 ) from error
 
-    def items(self, items: Sequence[Any], first: int, file: Callable[[File], Json]) -> list[Json]:
-        """Encoded items; UsageError naming the one that cannot be, counted from `first`."""
+    def items(
+        self, items: Sequence[Any], first: int, file: Callable[[File], Json], *, starred: bool
+    ) -> list[Json]:
+        """Encoded items, or `starred` lists of encoded arguments; UsageError naming the one that
+        cannot be, counted from `first`."""
         done: list[Json] = []
+        encode = _arguments if starred else values.encode_object
         with self.by_value():
             try:
                 for item in items:
-                    done.append(values.encode_object(item, file))  # noqa: PERF401 - see below
+                    done.append(encode(item, file))  # noqa: PERF401 - see below
             except values.NotAValue as error:
                 # How many are done is which one it was.
                 raise UsageError(
@@ -129,6 +133,14 @@ class Shipping:
             theirs = _workers_places(list(places))
             self._local += [sys.modules[name] for name in places if theirs[name] != places[name]]
         self._seen |= fresh
+
+
+def _arguments(item: Any, file: Callable[[File], Json]) -> Json:
+    try:
+        arguments = list(item)
+    except TypeError:
+        raise values.NotAValue(f"It is {item!r:.60}, and not a sequence of arguments.") from None
+    return [values.encode_object(one, file) for one in arguments]
 
 
 def _place(name: str) -> str | None:

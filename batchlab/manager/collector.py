@@ -11,7 +11,7 @@ from batchlab.errors import BackendError, NotFound, Throttled, Unreachable
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports
 from batchlab.manager.registry import Registry
-from batchlab.model import Completion, JobId
+from batchlab.model import BundleId, Completion, JobId, Outcome, StageName
 from batchlab.ports import MAX_BATCH, Message, QueueSpec
 from batchlab.protocol import naming, settle, wire
 
@@ -84,6 +84,7 @@ class Collector:
 
     async def _take(self, messages: Sequence[Message]) -> None:
         completions: list[Completion] = []
+        whole: dict[tuple[JobId, StageName, BundleId], Outcome] = {}
         for message in messages:
             try:
                 events = wire.read_events_message(message.body)
@@ -94,12 +95,14 @@ class Collector:
                 log.error("dropped an event that cannot be read (%s): %.200s", error, message.body)
                 continue
             completions += events.completions
+            completions += [settle.completion(outcome) for outcome in events.outcomes]
+            whole |= {(o.bundle.job, o.bundle.stage, o.bundle.id): o for o in events.outcomes}
             for some in fetched:
                 completions += some
             for beat in events.beats:
                 await self._registry.hear(beat)
                 self._named(beat)
-        await self._folder.fold(completions)
+        await self._folder.fold(completions, whole)
 
     async def _fetched(self, key: str) -> list[Completion]:
         get = partial(self._ports.objects.get, key)

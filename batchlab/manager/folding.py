@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from batchlab.errors import NotFound
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import LiveJob, Ports
-from batchlab.model import Completion, Control, JobId
+from batchlab.model import BundleId, Completion, Control, JobId, Outcome, StageName
 from batchlab.ports import BundleRecord, Folded, JobRecord, JobRows, Written
 from batchlab.protocol import settle
 
@@ -28,8 +29,12 @@ class Folder:
         self._next_seq = 0
         """The seq of the next completion, if nobody else folds."""
 
-    async def fold(self, completions: Sequence[Completion]) -> None:
-        """Fold these; the jobs they belong to are poked."""
+    async def fold(
+        self,
+        completions: Sequence[Completion],
+        whole: Mapping[tuple[JobId, StageName, BundleId], Outcome] = MappingProxyType({}),
+    ) -> None:
+        """Fold these, of which some have come `whole`; the jobs they belong to are poked."""
         known = await self._known(completions)
         if not known:
             return
@@ -37,7 +42,7 @@ class Folder:
         folded = await self._ports.ledger.fold(
             [one for one, _ in known], [settle.casualties(job, one) for one, job in known]
         )
-        touched = self._note([one for one, _ in known], folded)
+        touched = self._note([one for one, _ in known], folded, whole)
         for live in touched:
             await self._follow(live, before.get(live.id), folded.jobs[live.id])
             live.poke.set()
@@ -61,7 +66,12 @@ class Folder:
                 live.doubtful = True
         return known
 
-    def _note(self, completions: Sequence[Completion], folded: Folded) -> list[LiveJob]:
+    def _note(
+        self,
+        completions: Sequence[Completion],
+        folded: Folded,
+        whole: Mapping[tuple[JobId, StageName, BundleId], Outcome],
+    ) -> list[LiveJob]:
         """Bring outstanding bundles and recent outcomes up to date; the live jobs concerned."""
         if folded.first_seq != self._next_seq:
             # Another leader folds too, or we have not heard what came of a fold of ours.
@@ -76,7 +86,9 @@ class Folder:
                 touched[live.id] = live
                 live.folds += 1
                 if folded.new[n]:
-                    live.remember(BundleRecord(one.bundle, one, folded.first_seq + n))
+                    record = BundleRecord(one.bundle, one, folded.first_seq + n)
+                    key = (live.id, one.bundle.stage, one.bundle.id)
+                    live.remember(record, whole.get(key))
                 # Or not new, but to us: the ledger's first answer was lost, and we asked again.
                 if folded.new[n] or one.bundle.id in live.outstanding.get(one.bundle.stage, {}):
                     live.expect((f.bundle, now_s + f.delay_s) for f in one.follows)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from batchlab.jobdef import JobDef
-from batchlab.model import Bundle, BundleId, JobId, JobState, StageName
+from batchlab.model import Bundle, BundleId, JobId, JobState, Outcome, StageName
 from batchlab.patience import Patience
 from batchlab.ports import (
     BundleRecord,
@@ -27,7 +27,7 @@ from batchlab.ports import (
 )
 from batchlab.protocol import wire
 
-RECENT = 64
+RECENT = 32
 """Outcomes of a job kept in memory for those who wait for them."""
 
 
@@ -103,8 +103,9 @@ class LiveJob:
     """Grows with every outcome folded; 0 while the ledger has none of the job."""
     known_after: int | None = None
     """`recent` has every outcome folded after this seq; None where nothing is known of them."""
-    recent: deque[BundleRecord] = field(default_factory=deque)
-    """The last outcomes folded: those who wait for results need not ask the ledger for them."""
+    recent: deque[tuple[BundleRecord, Outcome | None]] = field(default_factory=deque)
+    """The last outcomes folded: those who wait for results need not ask the ledger for them, nor
+    the bucket for those that are small."""
     round: int = field(init=False)
     """The only one that is conducted here; the record may already show a later one."""
     _news: asyncio.Event = field(default_factory=asyncio.Event, init=False)
@@ -143,17 +144,17 @@ class LiveJob:
         self.recent.clear()
         self.known_after = seq
 
-    def remember(self, record: BundleRecord) -> None:
-        """An outcome that was folded just now."""
-        self.recent.append(record)
+    def remember(self, record: BundleRecord, outcome: Outcome | None) -> None:
+        """What was folded just now, and the outcome itself where that is small."""
+        self.recent.append((record, outcome))
         if len(self.recent) > RECENT:
-            self.known_after = self.recent.popleft().seq
+            self.known_after = self.recent.popleft()[0].seq
 
-    def outcomes_after(self, seq: int | None) -> list[BundleRecord] | None:
+    def outcomes_after(self, seq: int | None) -> list[tuple[BundleRecord, Outcome | None]] | None:
         """What was folded after `seq`, None where only the ledger knows."""
         if self.known_after is None or (seq or 0) < self.known_after:
             return None
-        return [one for one in self.recent if (one.seq or 0) > (seq or 0)]
+        return [one for one in self.recent if (one[0].seq or 0) > (seq or 0)]
 
     def expect(self, bundles: Iterable[tuple[Bundle, float]]) -> None:
         """Note (bundle, monotonic time it is due) as outstanding."""

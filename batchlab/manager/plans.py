@@ -168,20 +168,28 @@ class PartWriter:
         self._items: list[Json] = []
         self._bytes = 0
 
-    async def add(self, item: Json) -> None:
-        """Append the next task's input."""
-        if not self._items:
-            self._starts.append(self._count)
+    async def add(self, *items: Json) -> None:
+        """Append the next tasks' inputs."""
+        for item in items:
+            size = values.roughly(item)
+            if size > ITEM_BYTES and not is_gather(item):
+                item, size = await self._apart(item)
+            if not self._items:
+                self._starts.append(self._count)
+            self._items.append(item)
+            self._count += 1
+            self._bytes += size
+            if len(self._items) >= PART_ITEMS or self._bytes >= PART_BYTES:
+                await self._flush()
+
+    async def _apart(self, item: Json) -> tuple[Json, int]:
+        """The item, or what refers to it where it is too large after all; and its size."""
         data = wire.to_bytes(item)
-        if len(data) > ITEM_BYTES and not is_gather(item):
-            key = naming.item(self._job, self._stage, self._round, self._count)
-            await self._patience(partial(self._objects.put, key, data))
-            item, data = values.value_ref(key), b""
-        self._items.append(item)
-        self._count += 1
-        self._bytes += len(data)
-        if len(self._items) >= PART_ITEMS or self._bytes >= PART_BYTES:
-            await self._flush()
+        if len(data) <= ITEM_BYTES:
+            return item, len(data)
+        key = naming.item(self._job, self._stage, self._round, self._count)
+        await self._patience(partial(self._objects.put, key, data))
+        return values.value_ref(key), 0
 
     async def commit(self, skipped: TaskSet) -> Manifest:
         """The plan that counts: this one, or the one that was committed before it."""

@@ -349,6 +349,9 @@ class Events:
     committed: tuple[str, ...] = ()
     """Keys of outcomes whose completion is too large to travel; the reader fetches them."""
     beats: tuple[Beat, ...] = ()
+    outcomes: tuple[Outcome, ...] = ()
+    """Instead of completions, where they are small: whoever waits for results need not fetch them.
+    """
 
 
 def events_message(e: Events) -> str:
@@ -359,6 +362,8 @@ def events_message(e: Events) -> str:
         doc["k"] = e.committed
     if e.beats:
         doc["h"] = [asdict(b) for b in e.beats]
+    if e.outcomes:
+        doc["o"] = [outcome_to_json(o) for o in e.outcomes]
     return dumps(doc)
 
 
@@ -368,6 +373,7 @@ def read_events_message(body: str) -> Events:
         tuple(completion_from_json(c) for c in doc.get("c", ())),
         tuple(doc.get("k", ())),
         tuple(Beat(**{**b, "held": tuple(Held(**h) for h in b["held"])}) for b in doc.get("h", ())),
+        tuple(outcome_from_json(o) for o in doc.get("o", ())),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from batchlab.errors import BackendError
@@ -19,6 +20,8 @@ from batchlab.worker.outbox import Outbox
 from batchlab.worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
+
+MOMENT_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,29 +61,41 @@ class Beats:
     async def keep(self) -> None:
         """Beat for ever: soon after a change, and now and then without one."""
         while True:
+            beat = self._beat()
+            told: wire.Beat | None = None
             try:
-                await self._outbox.event(self._beat())
+                await self._outbox.event(beat)
+                told = beat
             except BackendError as error:
                 log.warning("no sign of life could be sent: %s", error)
             await asyncio.sleep(self._settings.beat_gap_s)
-            try:
-                await asyncio.wait_for(self._due.wait(), self._settings.beat_s)
-            except TimeoutError:
-                continue
-            finally:
-                self._due.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.beat_s):
+                    await self._change(told)
+
+    async def _change(self, told: wire.Beat | None) -> None:
+        """Wait until there is something else to tell."""
+        while True:
+            await self._due.wait()
+            # A bundle that ends as soon as it has begun is not worth a message.
+            await asyncio.sleep(MOMENT_S)
+            self._due.clear()
+            if told is None or self._held() != told.held:
+                return
 
     async def last(self) -> None:
         """Say that everything has been given back."""
         await self._outbox.event(self._beat(gone=True))
 
-    def _beat(self, *, gone: bool = False) -> wire.Beat:
-        self._number += 1
-        held = tuple(
+    def _held(self) -> tuple[wire.Held, ...]:
+        return tuple(
             wire.Held(h.queue, h.receipt, h.bundle.job, h.bundle.stage, h.bundle.id, h.running)
             for h in self._hands.values()
             if h.receipt is not None or h.running
         )
+
+    def _beat(self, *, gone: bool = False) -> wire.Beat:
+        self._number += 1
         return wire.Beat(
             self._who.worker,
             self._who.instance,
@@ -88,7 +103,7 @@ class Beats:
             self._clock.now_s(),
             self._who.slots,
             sum(h.running for h in self._hands.values()),
-            held,
+            self._held(),
             self._number,
             leaving=self.leaving,
             gone=gone,

@@ -89,6 +89,17 @@ class Calls:
         return function
 
 
+class Starred:
+    """`function(*item)`."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.__name__ = getattr(function, "__name__", "")
+
+    def __call__(self, item: Sequence[Any]) -> Any:
+        return self.function(*item)
+
+
 class Timed:
     """`function()`, and for how many seconds it ran."""
 

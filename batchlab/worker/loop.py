@@ -238,7 +238,8 @@ class Worker:
         # One that needs several slots keeps its place: sent away, it would never get them all.
         longest_s = 2 * QUICK_S if hand.slots == 1 else None
         try:
-            await asyncio.wait_for(asyncio.shield(hand.waiting), longest_s)
+            async with asyncio.timeout(longest_s):
+                await asyncio.shield(hand.waiting)
         except TimeoutError:
             # Prefetched behind a long bundle: an idle worker may take it sooner than we can.
             self._prefetch = 0
@@ -312,7 +313,7 @@ class Worker:
         # Follow-ups first, the event second: the manager may end a stage only when what follows
         # from it is on its way, and it learns of the follow-ups from this very event.
         await self._outbox.send(messages)
-        await self._outbox.event(settle.completion(outcome))
+        await self._outbox.event(outcome)
         await self._delete(hand)
 
     # --- Ways not to run it ----------------------------------------------------------------------

@@ -12,13 +12,16 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from batchlab.commit import Addressed, by_queue, send_to
-from batchlab.model import Completion
+from batchlab.model import Outcome
 from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, Outgoing, Queue
-from batchlab.protocol import naming, wire
+from batchlab.protocol import naming, settle, wire
 
 T = TypeVar("T")
 
+WHOLE_BYTES = 2_000
+WHOLE_VALUES = 16
+"""An outcome no larger than this is sent as it is, and not only counted."""
 EVENT_BYTES = 200_000
 """A completion larger than this (very many follows) is sent as a key to fetch."""
 
@@ -64,7 +67,7 @@ class Outbox:
         self._patience = patience
         self._sends: dict[str, _Group[Sequence[Outgoing]]] = {}
         self._deletes: dict[str, _Group[str]] = {}
-        self._events: _Group[Completion | wire.Beat] = _Group(self._flush_events)
+        self._events: _Group[Outcome | wire.Beat] = _Group(self._flush_events)
 
     async def send(self, messages: Sequence[Addressed]) -> None:
         """Send to whatever queues they are addressed to."""
@@ -77,8 +80,8 @@ class Outbox:
         group = self._deletes.setdefault(queue, _Group(partial(self._flush_deletes, queue)))
         await group.put(receipt)
 
-    async def event(self, event: Completion | wire.Beat) -> None:
-        """Put a completion or a beat on the events queue."""
+    async def event(self, event: Outcome | wire.Beat) -> None:
+        """Tell of a committed outcome, or a beat, on the events queue."""
         await self._events.put(event)
 
     async def _flush_sends(self, queue: str, groups: Sequence[Sequence[Outgoing]]) -> None:
@@ -89,25 +92,16 @@ class Outbox:
         for i in range(0, len(receipts), MAX_BATCH):
             await self._patience(partial(self._queue.delete, queue, receipts[i : i + MAX_BATCH]))
 
-    async def _flush_events(self, events: Sequence[Completion | wire.Beat]) -> None:
+    async def _flush_events(self, events: Sequence[Outcome | wire.Beat]) -> None:
         bodies = [Outgoing(wire.events_message(e)) for e in _pack(events)]
         await send_to(self._queue, naming.EVENTS, bodies, self._patience)
 
 
-def _pack(events: Sequence[Completion | wire.Beat]) -> list[wire.Events]:
+def _pack(events: Sequence[Outcome | wire.Beat]) -> list[wire.Events]:
     packed: list[wire.Events] = []
     size = EVENT_BYTES
     for event in events:
-        if isinstance(event, Completion):
-            length = len(wire.dumps(wire.completion_to_json(event)))
-            if length > EVENT_BYTES:
-                one = wire.Events(committed=(naming.outcome(event.bundle),))
-                length = 200
-            else:
-                one = wire.Events(completions=(event,))
-        else:
-            one = wire.Events(beats=(event,))
-            length = 200 + 200 * len(event.held)
+        one, length = _one(event)
         if size + length > EVENT_BYTES:
             packed.append(wire.Events())
             size = 0
@@ -117,5 +111,21 @@ def _pack(events: Sequence[Completion | wire.Beat]) -> list[wire.Events]:
             last.completions + one.completions,
             last.committed + one.committed,
             last.beats + one.beats,
+            last.outcomes + one.outcomes,
         )
     return packed
+
+
+def _one(event: Outcome | wire.Beat) -> tuple[wire.Events, int]:
+    """A single event, and about how many bytes it takes."""
+    if isinstance(event, wire.Beat):
+        return wire.Events(beats=(event,)), 200 + 200 * len(event.held)
+    if len(event.values) <= WHOLE_VALUES:
+        length = len(wire.dumps(wire.outcome_to_json(event)))
+        if length <= WHOLE_BYTES:
+            return wire.Events(outcomes=(event,)), length
+    completion = settle.completion(event)
+    length = len(wire.dumps(wire.completion_to_json(completion)))
+    if length <= EVENT_BYTES:
+        return wire.Events(completions=(completion,)), length
+    return wire.Events(committed=(naming.outcome(event.bundle),)), 200

@@ -134,7 +134,7 @@ def forward_before_commit(plant: Plant) -> None:
             cancelled=cancelled,
         )
         await self._outbox.send(follow_ups(job, draft, now_s=now_s))
-        await self._outbox.event(settle.completion(draft))
+        await self._outbox.event(draft)
         return await original(self, hand, job, started_s, ran, cancelled=cancelled)
 
 
