@@ -28,6 +28,7 @@ from batchlab.grid.packing import Call, Packer
 from batchlab.grid.watch import Watch
 from batchlab.jobdef import RetryRule, StageDef
 from batchlab.model import Json, Outcome
+from batchlab.protocol import wire
 from batchlab.worker.calls import Initializer, Raised
 
 if TYPE_CHECKING:
@@ -240,12 +241,18 @@ class Dispatch:
     def _hear(self, batch: Batch, page: OutcomesView) -> int | None:
         """Hand on the first outcomes; the seq of the last."""
 
+        listed = page["outcomes"]
+
         async def read() -> None:
-            async for outcome in outcomes(self._link, page["outcomes"]):
+            async for outcome in outcomes(self._link, listed):
                 self.outcome(batch.job, outcome)
 
-        self._link.run(read())
-        return page["outcomes"][-1]["seq"] if page["outcomes"] else None
+        if all(one["outcome"] for one in listed):
+            for one in listed:
+                self.outcome(batch.job, wire.outcome_from_json(one["outcome"]))
+        else:
+            self._link.run(read())
+        return listed[-1]["seq"] if listed else None
 
     def _sent(self, batch: Batch, problem: BaseException | None) -> None:
         """The batch is on the grid, or will never be."""
