@@ -28,8 +28,8 @@ from batchlab.worker.settings import WorkerSettings
 if TYPE_CHECKING:
     from batchlab.adapters.ministack import Emulator
     from batchlab.adapters.process import ProcessLauncher
+    from batchlab.adapters.rung import RungQueue
     from batchlab.adapters.sqlite_queue import SqliteQueue
-    from batchlab.adapters.sqs import SqsQueue
     from batchlab.fleet.group import ManagedFleet
 
 VARIABLE = "BATCHLAB_ENDPOINT"
@@ -89,7 +89,7 @@ class Backend:
         place = self.place(home)
         return open_s3(Endpoint(place.url), place.bucket)
 
-    def open_queue(self, home: Home, clock: Clock) -> SqliteQueue | SqsQueue:
+    def open_queue(self, home: Home, clock: Clock) -> SqliteQueue | RungQueue:
         """The queues; Unreachable as `open_objects`."""
         if self.queue == "sqlite":
             from batchlab.adapters.sqlite_queue import SqliteQueue
@@ -98,10 +98,14 @@ class Backend:
             return SqliteQueue(home.queue_file, clock)
         _only("queue", self.queue, "sqs")
         from batchlab.adapters.aws import Endpoint
+        from batchlab.adapters.rung import RungQueue
         from batchlab.adapters.sqs import SqsQueue
 
         place = self.place(home)
-        return SqsQueue(Endpoint(place.url), prefix=f"{place.bucket}-")
+        queue = SqsQueue(Endpoint(place.url), prefix=f"{place.bucket}-")
+        # Its instances are processes of this machine, as are those who submit.
+        _only("fleet", self.fleet, "process")
+        return RungQueue(queue, home.of(self.name) / "wake")
 
     def open_ledger(self, home: Home) -> Ledger:
         _only("ledger", self.ledger, "sqlite")

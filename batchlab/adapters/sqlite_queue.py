@@ -21,7 +21,7 @@ from batchlab.adapters.limits import (
     check_send,
 )
 from batchlab.adapters.sqlite_messages import SqliteMessages, Taken
-from batchlab.adapters.wake import Bell, ring
+from batchlab.adapters.wake import listen, ring
 from batchlab.errors import Throttled
 from batchlab.ports import Clock, Depth, Message, Outgoing, QueueSpec
 
@@ -83,36 +83,15 @@ class SqliteQueue:
         taken = await self._take(queue, max_messages, visibility_s)
         if taken.over_limit and wait_s == 0:
             raise Throttled(f"Queue {queue!r} has too many messages in flight.")
-        if not taken.messages and wait_s > 0:
-            taken = await self._take_later(queue, max_messages, visibility_s, ends_s)
-        return taken.messages
+        if taken.messages or wait_s <= 0:
+            return taken.messages
 
-    async def _take_later(
-        self, queue: str, limit: int, visibility_s: float | None, ends_s: float
-    ) -> Taken:
-        clock = asyncio.get_running_loop().time
-        rung = False
-        while True:
-            if rung:
-                # Before the next bell is made: mostly we were rung for what lies there now.
-                taken = await self._take(queue, limit, visibility_s)
-                if taken.messages:
-                    return taken
-            bell = Bell(self._wake / queue)
-            rung = False
-            try:
-                while not rung:
-                    # After the bell is up, or a send in between would be missed.
-                    taken = await self._take(queue, limit, visibility_s)
-                    left_s = ends_s - clock()
-                    if taken.messages or left_s <= 0:
-                        return taken
-                    due_s = LOOK_S if taken.due_in_s is None else max(taken.due_in_s, 0.001)
-                    rung = await bell.wait(min(left_s, due_s, LOOK_S))
-            finally:
-                if bell.close() and not rung:
-                    # It rang while we were leaving: that message is another sleeper's.
-                    self._ring(queue, 1)
+        async def look() -> tuple[Sequence[Message], float]:
+            taken = await self._take(queue, max_messages, visibility_s)
+            due_s = LOOK_S if taken.due_in_s is None else max(taken.due_in_s, 0.001)
+            return taken.messages, min(due_s, LOOK_S)
+
+        return await listen(self._wake / queue, look, ends_s)
 
     async def _take(self, queue: str, limit: int, visibility_s: float | None) -> Taken:
         taking = self._thread.submit(self._take_now, queue, limit, visibility_s)

@@ -10,7 +10,10 @@ import asyncio
 import errno
 import os
 import secrets
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+
+from batchlab.ports import Message
 
 
 class Bell:
@@ -55,6 +58,38 @@ class Bell:
 def _settle(rung: asyncio.Future[None]) -> None:
     if not rung.done():
         rung.set_result(None)
+
+
+async def listen(
+    folder: Path,
+    look: Callable[[], Awaitable[tuple[Sequence[Message], float]]],
+    ends_s: float,
+) -> Sequence[Message]:
+    """What `look` finds first, or finds at the loop's time `ends_s`.
+
+    It also answers in how many seconds to look again; sooner, if somebody rings.
+    """
+    clock = asyncio.get_running_loop().time
+    rung = False
+    while True:
+        if rung:
+            # Before the next bell is made: mostly we were rung for what lies there now.
+            found, _ = await look()
+            if found:
+                return found
+        bell, rung = Bell(folder), False
+        try:
+            while not rung:
+                # After the bell is up, or a send in between would be missed.
+                found, again_s = await look()
+                left_s = ends_s - clock()
+                if found or left_s <= 0:
+                    return found
+                rung = await bell.wait(min(left_s, again_s))
+        finally:
+            if bell.close() and not rung:
+                # It rang while we were leaving: that message is another sleeper's.
+                ring(folder, 1)
 
 
 def ring(folder: Path, count: int) -> None:

@@ -19,6 +19,7 @@ import pytest
 from _pytest.mark.structures import ParameterSet
 
 from batchlab.adapters.clock import WallClock
+from batchlab.adapters.rung import RungQueue
 from batchlab.adapters.sim.queue import SimQueue
 from batchlab.adapters.sqlite_queue import SqliteQueue
 from batchlab.adapters.sqs import SqsQueue
@@ -229,6 +230,23 @@ def _sqlite(seen: Seen, check: Check, tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def _rung(check: Check, tmp_path: Path) -> None:
+    clock = SteppedClock()
+
+    async def advance(seconds: float) -> None:
+        clock.ahead_s += seconds
+
+    async def run() -> None:
+        inner = SqliteQueue(tmp_path / "queue.db", clock, max_in_flight=IN_FLIGHT)
+        queue = RungQueue(inner, tmp_path / "bells")
+        try:
+            await check(QueueWorld(queue, clock, advance, late_s=1.2))
+        finally:
+            await queue.close()
+
+    asyncio.run(run())
+
+
 # LocalStack looks once a second for what is due; a long poll of moto does not look at all.
 _LATE_S = {"localstack": 1.2, "moto": 1.2}
 
@@ -245,6 +263,7 @@ QUEUE_WORLDS: Mapping[str, Callable[[Check, Path], None]] = {
     "sim faulty": partial(_sim, _faulty),
     "sqlite": partial(_sqlite, _as_it_is),
     "sqlite faulty": partial(_sqlite, _faulty),
+    "rung": _rung,
 }
 
 DIFFERENCES: Mapping[str, tuple[str, tuple[str, ...]]] = {
