@@ -10,17 +10,21 @@ open when its process is killed swallows the next message for a whole visibility
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from batchlab.adapters.limits import check_receive
-from batchlab.adapters.wake import listen, ring
+from batchlab.adapters.wake import Bell, ring
 from batchlab.errors import Throttled
 from batchlab.ports import Depth, Message, Outgoing, Queue, QueueSpec
 
 LOOK_S = 1.0
 """What nobody rings for (a delay, a visibility timeout that is over) is found so late at most."""
+
+KEPT_S = 0.02
+"""So long a receiver that has found something may take to come back, before its bell is taken down
+and a ring that it has got is passed on to another sleeper."""
 
 _ALL = 1_000_000
 
@@ -38,9 +42,13 @@ class RungQueue:
     def __init__(self, queue: Closing, folder: Path) -> None:
         self._queue = queue
         self._folder = folder
+        self._ears: dict[str, _Ear] = {}
+        """Of receivers that are about to come back."""
 
     async def close(self) -> None:
         """Close the queue."""
+        while self._ears:
+            self._ears.popitem()[1].close()
         await self._queue.close()
 
     async def ensure(self, spec: QueueSpec) -> None:
@@ -60,20 +68,38 @@ class RungQueue:
     ) -> Sequence[Message]:
         check_receive(max_messages, wait_s, visibility_s)
 
-        async def look() -> tuple[Sequence[Message], float]:
+        async def look() -> Sequence[Message]:
             try:
-                found = await self._queue.receive(
+                return await self._queue.receive(
                     queue, max_messages=max_messages, wait_s=0, visibility_s=visibility_s
                 )
             except Throttled:
                 if not wait_s:
                     raise
-                found = ()  # too many are in flight: whoever waits, waits for that too
-            return found, LOOK_S
+                return ()  # too many are in flight: whoever waits, waits for that too
 
+        if not wait_s:
+            return await look()
         ends_s = asyncio.get_running_loop().time() + wait_s
-        found, _ = await look()
-        return found if found or not wait_s else await listen(self._folder / queue, look, ends_s)
+        ear = self._ears.pop(queue, None) or _Ear(self._folder / queue)
+        try:
+            found = await ear.listen(look, ends_s)
+        except BaseException:
+            ear.close()
+            raise
+        if len(found) == max_messages:
+            ear.heeded = False  # there may be more
+        if found and queue not in self._ears:
+            self._ears[queue] = ear
+            ear.close_later(lambda: self._forget(queue, ear))
+        else:
+            ear.close()
+        return found
+
+    def _forget(self, queue: str, ear: _Ear) -> None:
+        if self._ears.get(queue) is ear:
+            del self._ears[queue]
+            ear.close()
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
         return await self._queue.delete(queue, receipts)
@@ -95,3 +121,49 @@ class RungQueue:
         await self._queue.remove(queue)
         # Who still sleeps there shall see that it is gone.
         ring(self._folder / queue, _ALL)
+
+
+class _Ear:
+    """A receiver's bell, which stays up from one receive to the next: what has not rung since the
+    last look need not be looked for. Requests are dear, bells are not."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._bell = Bell(folder)
+        self._timer: asyncio.TimerHandle | None = None
+        self.heeded = False
+        """There was nothing left after the bell went up."""
+
+    async def listen(
+        self, look: Callable[[], Awaitable[Sequence[Message]]], ends_s: float
+    ) -> Sequence[Message]:
+        """What `look` finds first, or finds at the loop's time `ends_s`."""
+        clock = asyncio.get_running_loop().time
+        if self._timer:
+            self._timer.cancel()
+        if not self.heeded and (found := await self._heed(look)):
+            return found
+        while True:
+            left_s = max(0.0, ends_s - clock())
+            if await self._bell.wait(min(left_s, LOOK_S)):
+                self._bell.close()
+                self._bell = Bell(self._folder)
+            found = await self._heed(look)
+            if found or clock() >= ends_s:
+                return found
+
+    async def _heed(self, look: Callable[[], Awaitable[Sequence[Message]]]) -> Sequence[Message]:
+        self.heeded = False
+        found = await look()
+        self.heeded = True
+        return found
+
+    def close_later(self, close: Callable[[], None]) -> None:
+        self._timer = asyncio.get_running_loop().call_later(KEPT_S, close)
+
+    def close(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+        if self._bell.close():
+            # It rang for a message that is now another sleeper's.
+            ring(self._folder, 1)
