@@ -20,10 +20,10 @@ FIRST_WAVE = 2
 CAP = 4096
 """Tasks in a bundle at most: keeps an outcome object and a message well under their limits."""
 
-FLOOR_S = 0.02
+FLOOR_S = 0.05
 """Work below which a bundle is not cut while every slot gets one: it would be all overhead."""
 
-SHARES = 3
+SHARES = 2
 """A bundle is at most this share of what a slot still has to do."""
 
 
