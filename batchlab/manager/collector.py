@@ -17,6 +17,9 @@ from batchlab.protocol import naming, settle, wire
 
 log = logging.getLogger(__name__)
 
+GATHER_S = 0.1
+"""So long the messages of events that have been folded wait to be deleted together."""
+
 
 def events_queue(settings: ManagerSettings) -> QueueSpec:
     """The queue of completions and beats, as it is to be."""
@@ -42,10 +45,18 @@ class Collector:
         self._folder = folder
         self._registry = registry
         self._quiet = quiet
+        self._folded: list[str] = []
+        """Receipts of messages to delete."""
+        self._is_folded = asyncio.Event()
 
     async def collect(self) -> None:
         """Receive, fold, delete, for ever. Deleted only once folded: a crash repeats the fold,
         which counts nothing twice."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._delete(), name="delete events")
+            await self._collect()
+
+    async def _collect(self) -> None:
         while True:
             try:
                 await self._collect_once()
@@ -79,8 +90,23 @@ class Collector:
         if messages:
             async with self._quiet:
                 await self._take(messages)
-            receipts = [m.receipt for m in messages]
-            await patience(partial(queue.delete, naming.EVENTS, receipts))
+            self._folded += [m.receipt for m in messages]
+            self._is_folded.set()
+
+    async def _delete(self) -> None:
+        """Delete what has been folded, several messages with one request."""
+        while True:
+            await self._is_folded.wait()
+            await asyncio.sleep(GATHER_S)
+            self._is_folded.clear()
+            while receipts := self._folded[:MAX_BATCH]:
+                del self._folded[:MAX_BATCH]
+                delete = partial(self._ports.queue.delete, naming.EVENTS, receipts)
+                try:
+                    await self._ports.patience(delete)
+                except BackendError as error:
+                    # They come again, are folded for nothing, and are deleted then.
+                    log.warning("events are not deleted: %s", error)
 
     async def _take(self, messages: Sequence[Message]) -> None:
         completions: list[Completion] = []

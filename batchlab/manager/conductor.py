@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 SEALED_AT_ONCE = 16
 
+BEGUN_S = 0.01
 MOMENT_S = 0.001
 """From news of a job to what follows from it."""
 
@@ -57,6 +59,9 @@ class Conductor:
 
     async def conduct(self, live: LiveJob) -> None:
         """Advance the job whenever it is poked, until it has ended."""
+        if live.all_outstanding() and not live.allowed:
+            # It has begun, and nothing is as urgent as its first bundles on their way.
+            await asyncio.sleep(BEGUN_S)
         while not live.ended.is_set():
             live.poke.clear()
             await self.advance(live)
@@ -68,6 +73,8 @@ class Conductor:
 
     async def advance(self, live: LiveJob) -> None:
         """Do everything that can be done for the job now."""
+        if not live.allowed:
+            await self._allow(live)
         if live.doubtful:
             await self._make_sure(live)
         if live.record.control is Control.CANCEL:
@@ -228,6 +235,16 @@ class Conductor:
                 live.record = replace(live.record, control=Control.CANCEL)
         await asyncio.sleep(self._settings.control_lease_s * 1.1)
         live.forbidden = True
+
+    async def _allow(self, live: LiveJob) -> None:
+        """Write the control object that allows tasks to start, where there is none. Those who got
+        the job's first bundles do not wait for it."""
+        run = wire.word_to_bytes(wire.Word(Control.RUN))
+        put = partial(self._ports.objects.put, naming.control(live.id), run, if_absent=True)
+        # There is one where the job was conducted before, and a cancellation must not be undone.
+        with suppress(AlreadyExists):
+            await self._ports.patience(put)
+        live.allowed = True
 
     async def _make_sure(self, live: LiveJob) -> None:
         live.doubtful = False  # first: a doubt that comes meanwhile stays

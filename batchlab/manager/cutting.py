@@ -67,9 +67,13 @@ class Cutter:
         if any(one.job.priority > live.job.priority for one in rivals):
             return 0
         peers = 1 + sum(one.job.priority == live.job.priority for one in rivals)
-        window = WINDOW * self._slots_of.get(pool, 1) + 1
-        share = max(1, window // peers) - in_pool({live.id: live}, pool)
-        return min(share, window - in_pool(self._lives, pool)) if peers == 1 else share
+        slots, mine = self._slots_of.get(pool, 1), in_pool({live.id: live}, pool)
+        window = WINDOW * slots + 1
+        share = max(1, window // peers) - mine
+        room = min(share, window - in_pool(self._lives, pool)) if peers == 1 else share
+        # A cut costs the same however many bundles it has; one for every slot, unless there is
+        # nothing left behind those that run.
+        return room if room >= slots or mine <= slots else 0
 
 
 def _runs(live: LiveJob) -> bool:

@@ -90,6 +90,8 @@ class LiveJob:
     """Held from reading the control word to having written the next: a slow "run" must not come
     after a "cancel" that has been acknowledged."""
     conducting: asyncio.Task[None] | None = None
+    allowed: bool = False
+    """Its control object is there."""
     forbidden: bool = False
     """The cancellation is acknowledged: no worker can start a task of it any more."""
     doubtful: bool = False

@@ -6,7 +6,6 @@ ledger second, so that a rebuild knows of it; each may be repeated.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -81,8 +80,7 @@ class Requests:
         is another.
         """
         opening = self._cutter.opening(job, items) if items is not None else None
-        known, _ = await asyncio.gather(self._define(job, opening), self._allow(job.id))
-        job, opening = known
+        job, opening = await self._define(job, opening)
         now_s = self._ports.clock.now_s()
         later = job.start_at_s is not None and job.start_at_s > now_s
         state = JobState.SCHEDULED if later else JobState.SUBMITTED
@@ -112,15 +110,6 @@ class Requests:
                 ) from None
             return known, its
         return job, opening
-
-    async def _allow(self, job: JobId) -> None:
-        objects, run = self._ports.objects, wire.word_to_bytes(wire.Word(Control.RUN))
-        put = partial(objects.put, naming.control(job), run, if_absent=True)
-        try:
-            # Absent only: a repeated submission must not undo a cancellation.
-            await self._ports.patience(put)
-        except AlreadyExists:
-            log.info("job %s is already known", job)
 
     async def cancel(self, job: JobId) -> None:
         """Returns once no task of the job can start any more (I4); Refused where it has ended."""

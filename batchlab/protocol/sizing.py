@@ -1,14 +1,14 @@
 """How many tasks travel in one bundle.
 
 Three forces: a bundle costs the same requests however full it is (so: large), a lost or long
-bundle costs all that is in it (so: at most about half a second of work), and the last bundles
+bundle costs all that is in it (so: at most three quarters of a second), and the last bundles
 decide the makespan (so: shrinking as the stage runs out). Fixed chunks lose a quarter of the
 makespan to the tail; guided sizes lose nothing measurable.
 """
 
 from __future__ import annotations
 
-TARGET_S = 0.5
+TARGET_S = 0.75
 """Work in a bundle once the task time is known."""
 
 BUDGET_S = 2 * TARGET_S

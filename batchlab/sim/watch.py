@@ -369,6 +369,7 @@ def _told_in(body: str) -> list[Name]:
     try:
         doc: Mapping[str, Any] = json.loads(body)
         told = [wire.bundle_from_json(one["b"]) for one in doc.get("c", ())]
+        told += [wire.bundle_from_json(one["bundle"]) for one in doc.get("o", ())]
         keys = [key.split("/") for key in doc.get("k", ())]
         return [
             *map(_name, told),

@@ -23,6 +23,8 @@ class _Entry:
     etag: str | None
     asked_s: float
     watchers: int = 0
+    is_new: bool = False
+    """The object was not there yet."""
 
 
 class Controls:
@@ -43,23 +45,29 @@ class Controls:
         self._on_look = on_look
         self._entries: dict[JobId, _Entry] = {}
 
-    async def look(self, job: JobId) -> tuple[Control, float]:
-        """A fresh look: the control word, and until when (monotonic) it may be relied on."""
+    async def look(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
+        """A fresh look: the control word, and until when (monotonic) it may be relied on.
+
+        The object may not be there yet where the job `is_new`; else somebody has removed the job.
+        """
         entry = self._entries.get(job)
         # The lease counts from before the request: the answer may be as old as the question.
         asked_s = self._clock.monotonic_s()
+        changed: tuple[Control, str | None, bool] | None = None
         try:
-            changed = await self._objects.get_if_changed(
+            found = await self._objects.get_if_changed(
                 naming.control(job), entry.etag if entry else None
             )
+            if found is not None:
+                changed = (wire.word_from_bytes(found[0]).control, found[1], False)
         except NotFound:
-            # The job's objects were removed: nobody wants its results any more.
-            changed = (wire.word_to_bytes(wire.Word(Control.CANCEL)), "")
+            is_new = is_new or (entry is not None and entry.is_new)
+            changed = (Control.RUN if is_new else Control.CANCEL, None, is_new)
         entry = self._entries.get(job)
         if changed is not None:
-            control, etag = wire.word_from_bytes(changed[0]).control, changed[1]
+            control, etag, is_new = changed
             watchers = entry.watchers if entry else 0
-            entry = self._entries[job] = _Entry(control, etag, asked_s, watchers)
+            entry = self._entries[job] = _Entry(control, etag, asked_s, watchers, is_new)
         elif entry is None:  # forgotten while the request was under way
             return await self.look(job)
         else:
@@ -68,12 +76,12 @@ class Controls:
         self._on_look(job, entry.control, until_s)
         return entry.control, until_s
 
-    async def current(self, job: JobId) -> tuple[Control, float]:
+    async def current(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
         """The last look where it is younger than a third of the lease, else a fresh one."""
         entry = self._entries.get(job)
         if entry and self._clock.monotonic_s() - entry.asked_s < self._lease_s / 3:
             return entry.control, entry.asked_s + self._lease_s
-        return await self.look(job)
+        return await self.look(job, is_new=is_new)
 
     def watch(self, job: JobId) -> None:
         """Keep looking at this job; `current` must have been awaited before."""

@@ -168,7 +168,8 @@ class Worker:
     async def _hold(self, hand: Hand) -> None:
         watched = False
         try:
-            await self._patience(partial(self._controls.current, hand.bundle.job))
+            is_new = hand.task.job is not None
+            await self._patience(partial(self._controls.current, hand.bundle.job, is_new=is_new))
             self._controls.watch(hand.bundle.job)
             watched = True
             await self._serve(hand)

@@ -186,8 +186,13 @@ def test_a_job_whose_split_was_never_heard_of_ends_with_a_ledger_equal_to_its_re
 def _without_splits(message: Outgoing, lost: list[BundleId]) -> Outgoing:
     events = wire.read_events_message(message.body)
     lost += [c.bundle.id for c in events.completions if c.follows]
-    kept = tuple(c for c in events.completions if not c.follows)
-    return replace(message, body=wire.events_message(replace(events, completions=kept)))
+    lost += [o.bundle.id for o in events.outcomes if o.follows]
+    kept = replace(
+        events,
+        completions=tuple(c for c in events.completions if not c.follows),
+        outcomes=tuple(o for o in events.outcomes if not o.follows),
+    )
+    return replace(message, body=wire.events_message(kept))
 
 
 # --- Workers and their bundles -------------------------------------------------------------------

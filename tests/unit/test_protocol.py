@@ -170,10 +170,10 @@ def test_a_wave_never_cuts_more_than_is_left(
 
 
 def test_sizes_follow_the_measured_time_and_shrink_at_the_end() -> None:
-    assert sizing.bundle_size(10_000, 2, 0.005, None) == 100  # half a second of work
+    assert sizing.bundle_size(10_000, 2, 0.005, None) == 150  # 0.75 s of work
     assert sizing.bundle_size(10_000, 2, 60.0, None) == 1
-    assert sizing.bundle_size(120, 2, 0.005, None) == 20
-    assert sizing.bundle_size(12, 2, 0.005, None) == 4  # 20 ms of work at the least
+    assert sizing.bundle_size(120, 2, 0.005, None) == 30
+    assert sizing.bundle_size(36, 2, 0.005, None) == 10  # 50 ms of work at the least
     assert sizing.bundle_size(6, 2, 0.005, None) == 3  # unless a slot would go without
     assert sizing.bundle_size(1, 2, 0.005, None) == 1
     assert sizing.bundle_size(10_000, 2, None, None) == 1  # nothing measured yet
@@ -196,9 +196,14 @@ def test_what_is_written_is_what_is_read() -> None:
     source = replace(BUNDLE, stage=B, source=BundleId("x"), round=2, losses=1)
     message = wire.TaskMessage(source, [1, "a"], 12.5, True)
     assert wire.read_task_message(wire.task_message(message)) == message
+    message = replace(message, job=JOB)
+    assert wire.read_task_message(wire.task_message(message)) == message
+    for opening in (None, wire.Opening([1, "a"]), wire.Opening([1, "a"], cut)):
+        doc = wire.loads(wire.spec_to_bytes(JOB, opening))
+        assert (wire.job_from_json(doc), wire.opening_from_json(doc)) == (JOB, opening)
     held = wire.Held("q", "r", JOB.id, A, BUNDLE.id, True)
     beat = wire.Beat("w", "i", "p", 1.0, 2, 1, (held,), 7)
-    events = wire.Events((done,), ("k",), (beat,))
+    events = wire.Events((done,), ("k",), (beat,), (outcome,))
     assert wire.read_events_message(wire.events_message(events)) == events
 
 
