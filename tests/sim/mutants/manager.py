@@ -271,17 +271,3 @@ def rebuild_forgets_casualties(plant: Plant) -> None:
                 if cut.planned is not None:
                     await ports.ledger.set_planned(job.id, stage.name, cut.planned)
         await original(ports, alone, round_, cuts, completions)
-
-
-@planted("I4", "I7")
-def older_read_wins(plant: Plant) -> None:
-    """What was read from the ledger takes the place of what is in memory. A cancellation that was
-    acknowledged while the read was under way is forgotten (I4, I7)."""
-
-    @plant.method(Folder, "refresh")
-    async def _refresh(self: Folder, live: LiveJob) -> None:
-        record = await self._ports.ledger.job(live.id)
-        stages = await self._ports.ledger.stages(live.id)
-        live.record = record
-        live.stages = {s.counts.stage: s for s in stages}
-        live.changed()
