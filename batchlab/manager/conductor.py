@@ -287,10 +287,11 @@ class Conductor:
             record = live.stages[stage.name]
             if not stage.chained and (record.left or record.counts.planned is None):
                 await self._close_cuts(live, stage.name, record)
+        # A first cut may have been found there: what it feeds has as many tasks.
+        await self._folder.refresh(live)
         for stage in live.job.stages:
             if stage.chained:
                 await self._plan(live, stage)
-        await self._folder.refresh(live)
         who = f"manager-{live.record.round}"
         while outstanding := live.all_outstanding()[:SEALED_AT_ONCE]:
             now_s = self._ports.clock.now_s()

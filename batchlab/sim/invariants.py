@@ -49,6 +49,7 @@ async def check_all(world: World, jobs: Sequence[JobId]) -> None:
 async def check_trial(world: World, plan: Plan) -> None:
     """Every promise, on a world that has come to rest."""
     check_at_rest(await world.groups())
+    check_queues(world)
     await check_all(world, [job.id for job in plan.jobs])
     fates = Fates(world.seed, plan.run_s)
     for job in plan.jobs:
@@ -195,6 +196,19 @@ def check_at_rest(groups: Sequence[GroupView]) -> None:
             "I5",
             f"{view.pool.name}: {alive} alive and desired {view.desired} long after the work",
         )
+
+
+def missing_queues(world: World) -> list[str]:
+    """Queues that the grid needs and that are not there."""
+    pools = [pool.name for pool in world.pools]
+    needed = {naming.EVENTS, *map(naming.tasks_queue, pools), *map(naming.dead_letters, pools)}
+    return sorted(needed.difference(world.queue.names()))
+
+
+def check_queues(world: World) -> None:
+    """Whatever queue was removed has been made again. Jobs may end without one, only later."""
+    missing = missing_queues(world)
+    _require(not missing, "queues", f"{', '.join(missing)} not there long after the work")
 
 
 async def check_results(world: World, job: JobDef) -> None:

@@ -177,7 +177,8 @@ async def _watch_ledger(world: World, plan: Plan) -> None:
 
 
 async def _rest(world: World, longest_s: float) -> None:
-    """Wait until the fleet has come down; check_at_rest says what is wrong where it does not.
+    """Wait until the fleet has come down and all queues are there; the checks say what is wrong
+    where that does not come.
 
     A copy of what has long been committed may still run, and another one wait for its turn.
     """
@@ -185,6 +186,7 @@ async def _rest(world: World, longest_s: float) -> None:
         manager = world.manager
         if manager and manager.is_leader.is_set() and not manager.lives:
             groups = await world.groups()
-            if all(v.desired == v.pool.min_size == len(invariants.counted(v)) for v in groups):
+            down = all(v.desired == v.pool.min_size == len(invariants.counted(v)) for v in groups)
+            if down and not invariants.missing_queues(world):
                 return
         await asyncio.sleep(max(1.0, longest_s / 100))

@@ -22,6 +22,7 @@ from batchlab.sim.world import EPOCH_S, MANAGER, World
 from tests.sim.scenes import (
     A,
     B,
+    C,
     around,
     ended,
     ended_well,
@@ -287,6 +288,38 @@ def test_a_resume_that_only_the_workers_have_heard_of_reaches_the_leader() -> No
         await _written(world, made, wire.Word(Control.RUN))
         await world.ledger.set_control(made.id, Control.RUN)
         await ended_well(world, made)
+
+    in_world(act, script=takes(5.0))
+
+
+def test_a_cancelled_stage_is_fed_by_a_cut_that_only_the_bucket_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next leader found the first cut when it closed the stage, and went on by what it had read
+    before: the stage that follows had no tasks, and 20 in a ledger rebuilt from the bucket (I3)."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), stage(B, A), stage(C, B), items=20)
+
+        async def put(original: Any, key: str, *args: Any, **kwargs: Any) -> object:
+            answer = await original(key, *args, **kwargs)
+            if key == naming.cut(made.id, A, 0, 0) and world.managers == 1:
+                await original(
+                    naming.control(made.id), wire.word_to_bytes(wire.Word(Control.CANCEL))
+                )
+                kill_manager(world)
+                await asyncio.sleep(0)
+            return answer
+
+        around(monkeypatch, world.objects, "put", put)
+        await submitted(world, made)
+        assert (await ended(world, made)).state is JobState.CANCELLED
+        counts = [
+            (s.counts.planned, s.counts.cancelled)
+            for s in (await world.ledger.rows(made.id)).stages
+        ]
+        assert counts == [(20, 20)] * 3
+        await invariants.check_all(world, [made.id])
 
     in_world(act, script=takes(5.0))
 

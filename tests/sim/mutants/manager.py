@@ -21,7 +21,7 @@ from batchlab.manager.plans import PartWriter
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.requests import Requests
 from batchlab.model import Completion, Control, JobId, StageName, TaskSet
-from batchlab.ports import Cut, Depth, JobRecord, JobRows, Written
+from batchlab.ports import Cut, Depth, JobRecord, Written
 from batchlab.protocol import naming, settle, wire
 from batchlab.worker.inputs import Manifest
 from tests.sim.mutants.kit import Plant, planted
@@ -272,13 +272,3 @@ def rebuild_forgets_casualties(plant: Plant) -> None:
                 if cut.planned is not None:
                     await ports.ledger.set_planned(job.id, stage.name, cut.planned)
         await original(ports, alone, round_, cuts, completions)
-
-
-@planted("I4", "I7")
-def older_read_wins(plant: Plant) -> None:
-    """What was read from the ledger takes the place of what is in memory. A cancellation that was
-    acknowledged while the read was under way is forgotten (I4, I7)."""
-
-    @plant.method(Folder, "_follow")
-    async def _follow(self: Folder, live: LiveJob, before: JobRecord | None, rows: JobRows) -> None:
-        live.take(rows)
