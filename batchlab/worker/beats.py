@@ -70,7 +70,10 @@ class Beats:
                 log.warning("no sign of life could be sent: %s", error)
             await asyncio.sleep(self._settings.beat_gap_s)
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.beat_s):
+                held = told is None or told.held
+                async with asyncio.timeout(
+                    self._settings.beat_s if held else self._settings.idle_beat_s
+                ):
                     await self._change(told)
 
     async def _change(self, told: wire.Beat | None) -> None:
