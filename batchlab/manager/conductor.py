@@ -126,8 +126,8 @@ class Conductor:
             await move(self._ports, live, JobState.PENDING)
             manifest = await self.plans.of_input(live.job, stage)
         elif manifest is None and stage.after:
-            planned = {u: live.stages[u].counts.planned or 0 for u in stage.after}
-            manifest = await self.plans.of_stages(live.job, stage, round_, planned)
+            counts = {u: live.stages[u].counts for u in stage.after}
+            manifest = await self.plans.of_stages(live.job, stage, round_, counts)
         if manifest is None:
             raise UsageError(
                 f"Job {live.id} says it brings its own items, but they are not there.",

@@ -20,7 +20,7 @@ from batchlab.manager.manager import Manager
 from batchlab.manager.plans import PartWriter
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.requests import Requests
-from batchlab.model import Completion, Control, JobId, StageName, TaskSet
+from batchlab.model import Completion, Control, JobId, StageCounts, StageName, TaskSet
 from batchlab.ports import Cut, Depth, JobRecord, Written
 from batchlab.protocol import naming, settle, wire
 from batchlab.worker.inputs import Manifest
@@ -182,7 +182,7 @@ def retry_runs_all_again(plant: Plant) -> None:
     result (I1, I2)."""
 
     @plant.method(Requests, "_succeeded")
-    async def _succeeded(self: Requests, job: JobId, stage: StageName) -> TaskSet:
+    async def _succeeded(self: Requests, job: JobId, counts: StageCounts) -> TaskSet:
         return TaskSet()
 
 
