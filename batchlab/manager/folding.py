@@ -38,7 +38,8 @@ class Folder:
         known = await self._known(completions)
         if not known:
             return
-        before = {one.id: one.record for one in self._lives.values()}
+        lives = (self._lives.get(one.bundle.job) for one, _ in known)
+        before = {live.id: live.record for live in lives if live}
         folded = await self._ports.ledger.fold(
             [one for one, _ in known], [settle.casualties(job, one) for one, job in known]
         )

@@ -83,7 +83,7 @@ class Beats:
             # A bundle that ends as soon as it has begun is not worth a message.
             await asyncio.sleep(MOMENT_S)
             self._due.clear()
-            if told is None or self._held() != told.held:
+            if told is None or (told.held, told.leaving) != (self._held(), self.leaving):
                 return
 
     async def last(self) -> None:
