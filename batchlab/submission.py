@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,9 @@ from batchlab.spec.jobfile import JobFile, compile_job
 from batchlab.worker import code
 
 UPLOADS_AT_ONCE = 16
+MANY_FILES = 1000
+"""A job with more input files names the folder that they are uploaded to: the files' keys would
+make its definition, which is read again and again, as long as their list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +79,39 @@ async def _upload(
     objects: Objects,
     progress: Callable[[Uploaded], None] | None,
 ) -> list[str]:
-    files: list[tuple[Path, str]] = []
-    for number, file in enumerate(jobfile.input_files()):
+    paths: list[Path] = []
+    for file in jobfile.input_files():
         if isinstance(file, str):
             raise UsageError(
                 f"The input {file} lies in S3, which this backend cannot read.",
                 remedy="Use --backend aws, or name local files.",
             )
-        files.append((file, f"{prefix}{number:07d}/{file.name}"))
-    limit = asyncio.Semaphore(UPLOADS_AT_ONCE)
+        paths.append(file)
+    many = len(paths) > MANY_FILES
+    digits = 9 if many else 7
+    names = [f"{number:0{digits}d}/{path.name}" for number, path in enumerate(paths)]
+    if many:
+        # Another list of files has another folder, so that nothing else is ever found there.
+        prefix += f"{hashlib.sha256(chr(0).join(names).encode()).hexdigest()[:16]}/"
+    await _upload_all(list(zip(paths, names, strict=True)), prefix, objects, progress)
+    return [prefix] if many else [prefix + name for name in names]
+
+
+async def _upload_all(
+    files: Sequence[tuple[Path, str]],
+    prefix: str,
+    objects: Objects,
+    progress: Callable[[Uploaded], None] | None,
+) -> None:
+    waiting = iter(files)
     done = size_bytes = 0
 
-    async def one(path: Path, key: str) -> None:
+    async def next_ones() -> None:
         nonlocal done, size_bytes
-        async with limit:
+        for path, name in waiting:
             try:
                 # Not `+= await`, which would add to what the sum was before the wait.
-                uploaded_bytes = await objects.upload(key, path)
+                uploaded_bytes = await objects.upload(prefix + name, path)
             except FileNotFoundError as error:
                 raise UsageError(
                     f"The input file {path} has vanished.", remedy="Put it back, or run again."
@@ -101,16 +120,17 @@ async def _upload(
                 raise UsageError(
                     f"The input file {path} may not be read.", remedy="Make it readable for you."
                 ) from error
-        done += 1
-        size_bytes += uploaded_bytes
-        if progress:
-            progress(Uploaded(done, len(files), size_bytes))
+            done += 1
+            size_bytes += uploaded_bytes
+            if progress:
+                progress(Uploaded(done, len(files), size_bytes))
+            # An upload may not wait for anything, and there may be a million.
+            await asyncio.sleep(0)
 
     try:
         async with asyncio.TaskGroup() as group:
-            for path, key in files:
-                group.create_task(one(path, key))
+            for _ in range(min(UPLOADS_AT_ONCE, len(files))):
+                group.create_task(next_ones())
     except ExceptionGroup as several:
         # One sentence for a person; the others end for the same reason, or by being cancelled.
         raise several.exceptions[0] from several
-    return [key for _, key in files]

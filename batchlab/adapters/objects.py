@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -24,6 +24,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotModifiedError
 from obstore.store import LocalStore
 
+from batchlab.adapters import folders
 from batchlab.adapters.limits import check_key, check_prefix
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Throttled, Unreachable
 from batchlab.ports import ObjectInfo
@@ -171,53 +172,31 @@ class ObstoreObjects:
 
     async def head(self, key: str) -> ObjectInfo | None:
         check_key(key)
+        if self._root is not None:
+            return await self._do(key, partial(folders.head, self._root, key), in_place=True)
         try:
-            return await self._do(
-                key,
-                lambda: _info(obstore.head(self._store, key)),
-                in_place=self._root is not None,
-            )
+            return await self._do(key, lambda: _info(obstore.head(self._store, key)))
         except NotFound:
             return None
 
     async def list(self, prefix: str, *, after: str = "") -> AsyncIterator[Sequence[ObjectInfo]]:
         check_prefix(prefix)
-        page: list[ObjectInfo] = []
-        list_from = self._listed if self._root is None else self._walked
-        async for info in list_from(prefix.rpartition("/")[0], prefix, after):
-            page.append(info)
-            if len(page) == PAGE:
-                yield page
-                page = []
-        if page:
+        found = (
+            self._listed(prefix, after)
+            if self._root is None
+            else folders.walk(self._root, prefix, after)
+        )
+        while page := await self._do(prefix, lambda: [*islice(found, PAGE)]):
             yield page
 
-    async def _listed(self, folder: str, prefix: str, after: str) -> AsyncIterator[ObjectInfo]:
+    def _listed(self, prefix: str, after: str) -> Iterator[ObjectInfo]:
         # obstore takes whole segments; what our prefix and `after` say beyond them is matched here.
-        chunks = obstore.list(self._store, folder or None, offset=after or None, chunk_size=PAGE)
-        while chunk := await self._do(prefix, lambda: next(chunks, None)):
+        folder = prefix.rpartition("/")[0] or None
+        chunks = obstore.list(self._store, folder, offset=after or None, chunk_size=PAGE)
+        for chunk in chunks:
             for meta in chunk:
                 if meta["path"] > after and meta["path"].startswith(prefix):
                     yield _info(meta)
-
-    async def _walked(self, folder: str, prefix: str, after: str) -> AsyncIterator[ObjectInfo]:
-        """Files in key order, one folder's names in memory per level: obstore does not sort."""
-        result = await self._do(
-            folder, lambda: obstore.list_with_delimiter(self._store, folder or None)
-        )
-        # With its slash a folder's name sorts where its keys do: "a-b" before "a/".
-        entries: dict[str, ObjectInfo | None] = {
-            f"{path}/": None for path in result["common_prefixes"]
-        }
-        entries |= {meta["path"]: _info(meta) for meta in result["objects"]}
-        for path in sorted(entries):
-            info = entries[path]
-            if info is not None:
-                if path > after and path.startswith(prefix):
-                    yield info
-            elif path.startswith(prefix) and (path > after or after.startswith(path)):
-                async for below in self._walked(path[:-1], prefix, after):
-                    yield below
 
     async def delete(self, keys: Sequence[str]) -> None:
         for key in keys:
@@ -237,6 +216,8 @@ class ObstoreObjects:
 
     async def upload(self, key: str, path: Path) -> int:
         check_key(key)
+        if self._root is not None:
+            return await self._copy_in(key, path, self._root / key)
         size = await asyncio.to_thread(lambda: path.stat().st_size)
         await self._do(
             key,
@@ -250,6 +231,14 @@ class ObstoreObjects:
         )
         return size
 
+    async def _copy_in(self, key: str, path: Path, target: Path) -> int:
+        # What is wrong with the file is the caller's to know, what is wrong with the bucket is not.
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            copy = partial(folders.copy_in, file, target)
+            await self._do(key, copy, in_place=size <= _IN_PLACE_BYTES)
+        return size
+
     async def download(self, key: str, path: Path) -> int:
         check_key(key)
         return await self._do(key, partial(self._download, key, path))
@@ -260,7 +249,7 @@ class ObstoreObjects:
         staged = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
             if self._root is not None:
-                shutil.copyfile(self._root / key, staged)
+                folders.copy_out(self._root / key, staged)
             else:
                 chunks = obstore.get(self._store, key).stream(min_chunk_size=_PART_BYTES)
                 with staged.open("wb") as file:

@@ -6,6 +6,7 @@ stage write the same parts, and the first manifest counts for both.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import partial
@@ -22,6 +23,8 @@ from batchlab.worker.inputs import Manifest, is_gather
 
 PART_ITEMS = 4096
 PART_BYTES = 1_000_000
+BREATHE = 4
+"""Parts written without a break for others, about 50 ms of work."""
 ITEM_BYTES = 100_000
 """A larger item (a record of 100 MB, a gathered group) is an object of its own, so that a part
 stays small, and only the worker that needs it holds it in memory."""
@@ -231,6 +234,9 @@ class PartWriter:
         data = wire.to_bytes({"v": wire.VERSION, "items": self._items})
         await self._patience(partial(self._objects.put, key, data))
         self._items, self._bytes = [], 0
+        if number % BREATHE == BREATHE - 1:
+            # Neither reading nor writing may have waited for anything, and others have work too.
+            await asyncio.sleep(0)
 
 
 async def _each(rows: Iterable[Json]) -> AsyncIterator[Json]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from io import BytesIO
 
 from batchlab.errors import NotFound, UsageError
 from batchlab.jobdef import InputDef, SplitBy
@@ -18,6 +19,8 @@ from batchlab.protocol import values
 
 READ_BYTES = 8 * 1024 * 1024
 """Range that is read at once where everything is read."""
+ITEMS_BYTES = 1024 * 1024
+"""Range that is read at once for items: reading a line as JSON takes longer than fetching it."""
 PEEK_BYTES = 64 * 1024
 """First range that is read around a boundary where the rest is not looked at."""
 _PEEK_FROM = 16 * PEEK_BYTES
@@ -191,9 +194,12 @@ async def _items(objects: Objects, info: ObjectInfo, size: int) -> AsyncIterator
     group: list[Json] = []
     number = 0
     async for block in _blocks(objects, info):
-        for line in block.removesuffix(_NEWLINE).split(_NEWLINE):
+        # One after the other: a block may hold millions, each with an object's overhead.
+        for line in BytesIO(block):
             number += 1
-            text = line.removeprefix(_BOM) if number == 1 else line
+            text = line.removesuffix(_NEWLINE)
+            if number == 1:
+                text = text.removeprefix(_BOM)
             if not text.strip():
                 continue
             value = _value(text, info.key, number)
@@ -212,9 +218,10 @@ async def _blocks(objects: Objects, info: ObjectInfo) -> AsyncIterator[bytes]:
     """The object in blocks of whole lines."""
     carried: list[bytes] = []
     at = 0
+    length = min(READ_BYTES, ITEMS_BYTES)
     while at < info.size:
         try:
-            data = await objects.get_range(info.key, at, min(at + READ_BYTES, info.size))
+            data = await objects.get_range(info.key, at, min(at + length, info.size))
         except NotFound as error:
             raise _gone(info.key) from error
         if not data:

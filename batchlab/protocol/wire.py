@@ -31,11 +31,12 @@ from batchlab.model import (
 from batchlab.ports import Cut, Reopening
 
 VERSION = 1
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
 
 def dumps(value: Json) -> str:
     """Compact JSON; NaN and infinity are refused."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _encode(value)  # json.dumps would make an encoder for each call
 
 
 def to_bytes(value: Json) -> bytes:
@@ -239,9 +240,8 @@ def job_from_json(doc: dict[str, Any]) -> JobDef:
     tags = tuple((k, v) for k, v in fields.pop("tags"))
     made = None
     if source is not None:
-        made = InputDef(
-            tuple(source["keys"]), SplitBy(source["split"]), source["size"], source["header"]
-        )
+        split = SplitBy(source["split"])
+        made = InputDef(tuple(source["keys"]), split, source["size"], source["header"])
     return JobDef(**fields, stages=stages, input=made, params=params, tags=tags)
 
 

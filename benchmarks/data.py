@@ -1,0 +1,200 @@
+"""Raw input on its way in, and results on their way out, on the backend `local`.
+
+Targets, on two cores:
+- 1 GB of raw input, split by lines and by bytes, streams through at 300 MB/s (upload, split and
+  plan together) in constant memory. Beside it a plain copy of the same file, in the same run.
+- 1,000,000 input files are listed and planned in under 60 s: 1,000 folders of 1,000 files in the
+  bucket, named by their folder and one by one, and one folder each, as an upload lays them out.
+- The results of 1,000,000 tasks are fetched in under 60 s: by `Grid.map` of no-ops on two workers
+  (running them included), and then from the same job as `batchlab fetch` does it.
+
+    python benchmarks/data.py [--small] [--json FILE] [--only stream|listing|results]
+
+Everything is generated in a scratch folder (TMPDIR) and removed in the end. A file counts as fast
+as the best of three rounds: the first one pays for memory that the machine has not used before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from measured import Part, Row, peak_mb, rss_mb, run
+
+from batchlab import Grid
+from batchlab.adapters.objects import open_local
+from batchlab.jobdef import InputDef, SplitBy
+from batchlab.manager import split
+from batchlab.manager.plans import PartWriter
+from batchlab.model import JobId, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import Objects
+
+MB_PER_SECOND = 300
+WITHIN_S = 60
+ROUNDS = 3
+MEMORY_MB = 100
+"""What a process that splits may have more than before it began: a range that is read, a part of
+the plan, and what both are made from."""
+SIZES = {SplitBy.LINES: 1000, SplitBy.BYTES: 1 << 20}
+"""Lines or bytes of a task."""
+JOB = JobId("bench-0123456789")
+
+
+async def plan(objects: Objects, source: InputDef, stage: str) -> int:
+    """Split and plan `source`; answers how many tasks it makes."""
+    writer = PartWriter(objects, Patience(Random(1)), JOB, StageName(stage), 0)
+    async for item in split.items(objects, source):
+        await writer.add(item)
+    return (await writer.commit(TaskSet())).count
+
+
+# --- A large file --------------------------------------------------------------------------------
+
+
+def stream(by: str, megabytes: int) -> list[Row]:
+    """A file of so many MB uploaded and split."""
+    source = SplitBy(by)
+    with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as name:
+        folder = Path(name)
+        size = write_records(folder / "input.csv", megabytes * 1_000_000)
+        began_mb = rss_mb()
+        rounds = [asyncio.run(one_round(folder, source, size)) for _ in range(ROUNDS)]
+        copies = [copied(folder, size) for _ in range(ROUNDS)]
+    uploaded, planned, both = (max(rates) for rates in zip(*rounds, strict=True))
+    return [
+        Row(f"{megabytes:,} MB by {by}: upload, split and plan", both, "MB/s", MB_PER_SECOND),
+        Row("  upload alone", uploaded, "MB/s"),
+        Row("  split and plan alone", planned, "MB/s"),
+        Row("  a plain copy of the file (shutil.copyfile)", max(copies), "MB/s"),
+        Row("  memory on top of the process's own", peak_mb() - began_mb, "MB", MEMORY_MB, True),
+    ]
+
+
+def write_records(path: Path, size: int) -> int:
+    """A CSV of records that differ; answers its size."""
+    record = "%010d,some text of a record of about a hundred bytes,%012d,and the rest of it\n"
+    block = "".join(record % (number, number * 7919) for number in range(10_000)).encode()
+    written = 0
+    with path.open("wb") as file:
+        while written < size:
+            written += file.write(block)
+    return written
+
+
+async def one_round(folder: Path, by: SplitBy, size: int) -> tuple[float, float, float]:
+    """MB a second uploaded, planned, and both together."""
+    objects = open_local(folder / "bucket")
+    began_s = time.perf_counter()
+    await objects.upload("raw/input.csv", folder / "input.csv")
+    uploaded_s = time.perf_counter()
+    await plan(objects, InputDef(("raw/input.csv",), by, SIZES[by], header=True), by)
+    planned_s = time.perf_counter()
+    shutil.rmtree(folder / "bucket")
+    spans_s = (uploaded_s - began_s, planned_s - uploaded_s, planned_s - began_s)
+    upload, split_, both = (size / 1e6 / span_s for span_s in spans_s)
+    return upload, split_, both
+
+
+def copied(folder: Path, size: int) -> float:
+    began_s = time.perf_counter()
+    shutil.copyfile(folder / "input.csv", folder / "copy")
+    took_s = time.perf_counter() - began_s
+    (folder / "copy").unlink()
+    return size / 1e6 / took_s
+
+
+# --- Many files ----------------------------------------------------------------------------------
+
+
+def listing(folders: int, each: int, is_named: bool) -> list[Row]:
+    """`folders` folders of `each` files, planned one task for each file."""
+    count = folders * each
+    with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as name:
+        bucket = Path(name) / "bucket"
+        keys = [key for number in range(folders) for key in make(bucket, number, each)]
+        began_mb = rss_mb()
+        given = tuple(keys) if is_named else ("raw/",)
+        del keys
+        began_s = time.perf_counter()
+        assert asyncio.run(plan(open_local(bucket), InputDef(given), "files")) == count
+        took_s = time.perf_counter() - began_s
+        least_s = time.perf_counter()
+        assert sum(1 for _ in (bucket / "raw").rglob("*.txt")) == count
+        least_s = time.perf_counter() - least_s
+    how = "named one by one" if is_named else "named by their folder"
+    # A smaller form has its share of the time.
+    within_s = WITHIN_S * count / 1_000_000
+    return [
+        Row(f"{folders:,} × {each:,} files, {how}", took_s, "s", within_s, at_most=True),
+        Row("  the same files found by Path.rglob", least_s, "s"),
+        Row("  memory on top of the process's own", peak_mb() - began_mb, "MB"),
+    ]
+
+
+def make(bucket: Path, number: int, count: int) -> list[str]:
+    folder = bucket / "raw" / f"{number:07d}"
+    folder.mkdir(parents=True)
+    names = [f"{one:04d}.txt" for one in range(count)]
+    for name in names:
+        (folder / name).touch()
+    return [f"raw/{number:07d}/{name}" for name in names]
+
+
+# --- Many results --------------------------------------------------------------------------------
+
+
+def no_op(item: int) -> int:
+    return item
+
+
+def results(count: int) -> list[Row]:
+    """A map of `count` no-ops, its results drawn, and then fetched into a folder."""
+    with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as name:
+        folder = Path(name)
+        with Grid("local", home=folder / "home", workers=2, warm=True) as grid:
+            assert sum(grid.map(no_op, range(100))) == 4950
+            began_mb = rss_mb()
+            began_s = time.perf_counter()
+            drawn = sum(1 for _ in grid.map(no_op, range(count)))
+            mapped_s = time.perf_counter() - began_s
+            assert drawn == count
+            job = grid.wait(grid.client.jobs(limit=1)[0]["id"])
+            began_s = time.perf_counter()
+            fetched = job.fetch(folder / "out")
+            fetched_s = time.perf_counter() - began_s
+            assert fetched.results == {"map": count}
+    within_s = WITHIN_S * count / 1_000_000
+    return [
+        Row(f"{count:,} results of Grid.map, run included", mapped_s, "s", within_s, at_most=True),
+        Row(f"{count:,} results fetched into a folder", fetched_s, "s", within_s, at_most=True),
+        Row("  memory of the client on top of its own", peak_mb() - began_mb, "MB"),
+    ]
+
+
+def choose(small: bool) -> list[tuple[str, list[Any]]]:
+    """The parts to run."""
+    if small:
+        return [
+            *(("stream", [by.value, 100]) for by in SIZES),
+            *(("listing", [10, 1000, is_named]) for is_named in (False, True)),
+            ("listing", [1000, 1, False]),
+            ("results", [20_000]),
+        ]
+    return [
+        *(("stream", [by.value, 1000]) for by in SIZES),
+        *(("listing", [1000, 1000, is_named]) for is_named in (False, True)),
+        ("listing", [100_000, 1, False]),
+        ("results", [1_000_000]),
+    ]
+
+
+if __name__ == "__main__":
+    parts: Mapping[str, Part] = {"stream": stream, "listing": listing, "results": results}
+    run(__doc__, parts, choose)

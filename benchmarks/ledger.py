@@ -1,0 +1,280 @@
+"""How fast the manager folds what workers report, and that its memory does not grow with a job.
+
+Targets, on two cores:
+- 10,000 bundles a second folded on SQLite. Measured for the ledger alone, in transactions of 10
+  completions (what one receive of the collector brings) and more, and for the whole manager, which
+  receives the events from a queue on SQLite too, ten messages at a time.
+- Manager memory flat at 10⁷ tasks. A manager plans a job's input of so many lines, cuts it into
+  bundles of 4,096, and folds their completions; who runs the bundles is simulated. Each size is a
+  process of its own: what it had after the first hundredth of the job, and at its end.
+
+    python benchmarks/ledger.py [--small] [--json FILE] [--only fold|collect|memory]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import tempfile
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from measured import Part, Row, peak_mb, rss_mb, run
+
+from batchlab.adapters.clock import RandomIds, WallClock
+from batchlab.adapters.objects import open_local
+from batchlab.adapters.sql.ledger import open_sqlite
+from batchlab.adapters.sqlite_queue import SqliteQueue
+from batchlab.jobdef import InputDef, JobDef, SplitBy, StageDef
+from batchlab.manager.collector import events_queue
+from batchlab.manager.live import ManagerSettings, Ports
+from batchlab.manager.manager import Manager
+from batchlab.model import (
+    Activity,
+    Bundle,
+    Completion,
+    GroupView,
+    Instance,
+    JobId,
+    JobState,
+    Pool,
+    StageName,
+    TaskSet,
+)
+from batchlab.patience import Patience
+from batchlab.ports import MAX_BATCH, Cut, Outgoing
+from batchlab.protocol import naming, wire
+
+PER_SECOND = 10_000
+GROWTH_MB = 32
+"""What the largest job's manager may have more than the smallest's."""
+BUNDLE = 4096
+TASKS = 100
+"""Tasks of each bundle that is only folded."""
+ROUNDS = 10
+STAGE = StageName("map")
+JOB = JobDef(JobId("bench-0123456789"), "bench", (StageDef(STAGE, handler="work:one"),), 0.0)
+POOL = Pool("default", 0, 2, 1)
+
+
+class NoFleet:
+    """No instance ever: bundles are sent, and somebody else answers."""
+
+    async def ensure(self, pool: Pool) -> None: ...
+
+    async def describe(self) -> Sequence[GroupView]:
+        return ()
+
+    async def set_desired(self, pool: str, desired: int, *, cause: str) -> None: ...
+
+    async def terminate(
+        self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str
+    ) -> None: ...
+
+    async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None: ...
+
+    async def ready(self, instance: str) -> None: ...
+
+    async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None: ...
+
+    async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
+        return ()
+
+    async def tick(self) -> Sequence[Instance]:
+        return ()
+
+
+def open_ports(folder: Path) -> Ports:
+    """The ports of the backend `local`, but for the fleet."""
+    clock = WallClock()
+    return Ports(
+        open_local(folder / "objects"),
+        SqliteQueue(folder / "queues" / "queues.db", clock),
+        NoFleet(),
+        open_sqlite(folder / "ledger.db"),
+        clock,
+        RandomIds(),
+        Patience(Random(1)),
+    )
+
+
+def bundles(count: int) -> tuple[Bundle, ...]:
+    spans = (TaskSet.span(TASKS * i, TASKS * (i + 1)) for i in range(count))
+    return tuple(Bundle(JOB.id, STAGE, tasks) for tasks in spans)
+
+
+def completion(bundle: Bundle) -> Completion:
+    began_s = 1.7e9 + bundle.tasks.first * 1e-3
+    nothing = TaskSet()
+    return Completion(bundle, "w-1", began_s, began_s + 0.5, bundle.tasks, nothing, nothing, 0.4321)
+
+
+# --- Folding -------------------------------------------------------------------------------------
+
+
+def fold(batch: int, count: int) -> list[Row]:
+    """Completions of `count` bundles folded by the ledger alone, `batch` in a transaction."""
+
+    async def best(folder: Path) -> float:
+        ledger = open_sqlite(folder / "ledger.db")
+        planned = bundles(count)
+        await ledger.add_job(JOB, state=JobState.SUBMITTED)
+        await ledger.add_cut(Cut(JOB.id, STAGE, 0, 0, planned, TaskSet(), TASKS * count))
+        done = [completion(bundle) for bundle in planned]
+        rates = []
+        for at in range(0, count, count // ROUNDS):
+            some = done[at : at + count // ROUNDS]
+            began_s = time.perf_counter()
+            for first in range(0, len(some), batch):
+                part = some[first : first + batch]
+                await ledger.fold(part, [{}] * len(part))
+            rates.append(len(some) / (time.perf_counter() - began_s))
+        assert (await ledger.rows(JOB.id)).stages[0].counts.ended
+        await ledger.close()
+        return max(rates)
+
+    with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as folder:
+        rate = asyncio.run(best(Path(folder)))
+    return [Row(f"ledger: {batch} completions a transaction", rate, "/s", PER_SECOND)]
+
+
+def collect(each: int, count: int) -> list[Row]:
+    """From `count` completions on the events queue, `each` in a message, to a job that has ended,
+    by a whole manager."""
+
+    async def measure(folder: Path) -> float:
+        ports = open_ports(folder)
+        planned = bundles(count)
+        await ports.ledger.add_job(JOB, state=JobState.SUBMITTED)
+        cut = Cut(JOB.id, STAGE, 0, 0, planned, TaskSet(), TASKS * count)
+        await ports.ledger.add_cut(cut)
+        await ports.queue.ensure(events_queue(ManagerSettings()))
+        done = tuple(map(completion, planned))
+        packs = (done[first : first + each] for first in range(0, count, each))
+        bodies = [wire.events_message(wire.Events(pack)) for pack in packs]
+        for first in range(0, len(bodies), MAX_BATCH):
+            some = bodies[first : first + MAX_BATCH]
+            await ports.queue.send(naming.EVENTS, [Outgoing(body) for body in some])
+        async with leading(ports) as manager:
+            began_s = time.perf_counter()
+            await end_of(manager)
+            return count / (time.perf_counter() - began_s)
+
+    with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as folder:
+        rate = asyncio.run(measure(Path(folder)))
+    what = f"manager: events queue to ledger, {each} to a message"
+    return [Row(what, rate, "/s", PER_SECOND), Row("  its memory at the end", peak_mb(), "MB")]
+
+
+@asynccontextmanager
+async def leading(ports: Ports) -> AsyncIterator[Manager]:
+    """A manager that leads, over these ports."""
+    manager = Manager(ports, ManagerSettings(), [POOL], "bench")
+    task = asyncio.create_task(manager.run())
+    leads = asyncio.create_task(manager.is_leader.wait())
+    await asyncio.wait((task, leads), return_when=asyncio.FIRST_COMPLETED)
+    try:
+        yield manager
+    finally:
+        for one in (task, leads):
+            one.cancel()
+        ended = await asyncio.gather(task, leads, return_exceptions=True)
+        for error in ended:
+            if isinstance(error, Exception):
+                raise error
+
+
+async def end_of(manager: Manager) -> None:
+    """Wait until its one job has ended."""
+    conducting = manager.lives[JOB.id].conducting
+    assert conducting is not None
+    await conducting
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+
+def memory(sizes: list[int]) -> list[Row]:
+    """The manager's memory for a job of each size, in this order: the smallest first."""
+    import json
+    import subprocess
+    import sys
+
+    rows: list[Row] = []
+    least = 0.0
+    for tasks in sizes:
+        command = [sys.executable, __file__, "--one", "manage", json.dumps([tasks])]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+        some = [Row(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+        least = least or some[0].value
+        rows += [replace(some[0], target=least + GROWTH_MB, at_most=True), *some[1:]]
+    return rows
+
+
+def manage(tasks: int) -> list[Row]:
+    """A job of so many tasks from its submission to its end."""
+
+    async def measure(folder: Path) -> float:
+        ports = open_ports(folder)
+        with (folder / "lines.jsonl").open("w") as lines:
+            lines.writelines(f"{number}\n" for number in range(tasks))
+        await ports.objects.upload("raw/lines.jsonl", folder / "lines.jsonl")
+        stage = replace(JOB.stages[0], bundle=BUNDLE)
+        source = InputDef(("raw/lines.jsonl",), SplitBy.ITEMS)
+        job = replace(JOB, stages=(stage,), input=source)
+        began_s = time.perf_counter()
+        async with leading(ports) as manager:
+            await manager.requests.submit(job)
+            crew = asyncio.create_task(work(ports))
+            await end_of(manager)
+            crew.cancel()
+            counts = (await ports.ledger.rows(job.id)).stages[0].counts
+            assert counts.succeeded == tasks
+        return time.perf_counter() - began_s
+
+    with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as folder:
+        took_s = asyncio.run(measure(Path(folder)))
+    gc.collect()
+    return [
+        Row(f"manager of {tasks:,} tasks: most memory", peak_mb(), "MB"),
+        Row("  memory at the job's end", rss_mb(), "MB"),
+        Row("  from submission to end", took_s, "s"),
+    ]
+
+
+async def work(ports: Ports) -> None:
+    """Complete every bundle that is sent."""
+    queue, name = ports.queue, naming.tasks_queue(POOL.name)
+    while True:
+        messages = await queue.receive(name, wait_s=1.0)
+        if messages:
+            found = [wire.read_task_message(message.body).bundle for message in messages]
+            events = wire.Events(tuple(map(completion, found)))
+            await queue.send(naming.EVENTS, [Outgoing(wire.events_message(events))])
+            await queue.delete(name, [message.receipt for message in messages])
+
+
+def choose(small: bool) -> list[tuple[str, list[Any]]]:
+    """The parts to run."""
+    some = 1 if small else 4
+    largest = 5 if small else 7
+    return [
+        *(("fold", [batch, 10_000 * some]) for batch in (10, 100, 1000)),
+        *(("collect", [each, 10_000 * some]) for each in (1, 10)),
+        ("memory", [[10**power for power in range(4, largest + 1)]]),
+    ]
+
+
+if __name__ == "__main__":
+    parts: Mapping[str, Part] = {
+        "fold": fold,
+        "collect": collect,
+        "memory": memory,
+        "manage": manage,
+    }
+    run(__doc__, parts, choose)
