@@ -87,6 +87,7 @@ class Folder:
                 touched[live.id] = live
                 live.folds += 1
                 if folded.new[n]:
+                    live.timed(one)
                     record = BundleRecord(one.bundle, one, folded.first_seq + n)
                     key = (live.id, one.bundle.stage, one.bundle.id)
                     live.remember(record, whole.get(key))
