@@ -170,6 +170,13 @@ class Conductor:
 
     async def _commit_cut(self, live: LiveJob, cut: Cut) -> Cut:
         """Commit a cut; returns the one that counts, which a manager before us may have made."""
+        cut = await self.plans.opened(live.job, cut) or await self._put_cut(cut)
+        await self._folder.write(live, partial(self._ports.ledger.add_cut, cut))
+        now_s = self._ports.clock.monotonic_s()
+        live.expect((bundle, now_s) for bundle in cut.bundles)
+        return cut
+
+    async def _put_cut(self, cut: Cut) -> Cut:
         key = naming.cut(cut.job, cut.stage, cut.round, cut.seq)
         objects, patience = self._ports.objects, self._ports.patience
         try:
@@ -178,9 +185,6 @@ class Conductor:
             )
         except AlreadyExists:
             cut = wire.cut_from_json(wire.loads(await patience(lambda: objects.get(key))))
-        await self._folder.write(live, partial(self._ports.ledger.add_cut, cut))
-        now_s = self._ports.clock.monotonic_s()
-        live.expect((bundle, now_s) for bundle in cut.bundles)
         return cut
 
     async def _commit_and_send(self, live: LiveJob, cut: Cut) -> None:

@@ -19,6 +19,9 @@ from batchlab.protocol import settle
 
 log = logging.getLogger(__name__)
 
+Whole = Mapping[tuple[JobId, StageName, BundleId], Outcome]
+"""Outcomes that came whole, by their bundles."""
+
 
 class Folder:
     """Completions in, ledger and live jobs out."""
@@ -32,7 +35,7 @@ class Folder:
     async def fold(
         self,
         completions: Sequence[Completion],
-        whole: Mapping[tuple[JobId, StageName, BundleId], Outcome] = MappingProxyType({}),
+        whole: Whole = MappingProxyType({}),
     ) -> None:
         """Fold these, of which some have come `whole`; the jobs they belong to are poked."""
         known = await self._known(completions)
@@ -71,7 +74,7 @@ class Folder:
         self,
         completions: Sequence[Completion],
         folded: Folded,
-        whole: Mapping[tuple[JobId, StageName, BundleId], Outcome],
+        whole: Whole,
     ) -> list[LiveJob]:
         """Bring outstanding bundles and recent outcomes up to date; the live jobs concerned."""
         if folded.first_seq != self._next_seq:

@@ -17,7 +17,7 @@ from batchlab.manager import split
 from batchlab.manager.live import Ports
 from batchlab.model import JobId, Json, StageCounts, StageName, TaskSet
 from batchlab.patience import Patience
-from batchlab.ports import BundleRecord, Objects
+from batchlab.ports import BundleRecord, Cut, Objects
 from batchlab.protocol import naming, values, wire
 from batchlab.worker.inputs import Manifest, is_gather
 
@@ -62,12 +62,24 @@ class Plans:
         return Manifest.from_bytes(data)
 
     async def _brought(self, job: JobDef) -> Manifest | None:
+        opening = await self._opening(job)
+        return Manifest.of(opening.items) if opening else None
+
+    async def opened(self, job: JobDef, cut: Cut) -> Cut | None:
+        """The cut that was committed in the place of this one along with the job's definition;
+        None where there is none."""
+        if cut.seq or cut.round or job.items is None:
+            return None
+        opening = await self._opening(job)
+        found = opening.cut if opening else None
+        return found if found and found.stage == cut.stage else None
+
+    async def _opening(self, job: JobDef) -> wire.Opening | None:
         try:
             data = await self._ports.patience(partial(self._ports.objects.get, naming.spec(job.id)))
         except NotFound:
             return None
-        opening = wire.opening_from_json(wire.loads(data))
-        return Manifest.of(opening.items) if opening else None
+        return wire.opening_from_json(wire.loads(data))
 
     async def of_input(self, job: JobDef, stage: StageDef) -> Manifest:
         """Plan a root stage from the job's raw input; UsageError where that is malformed."""
