@@ -96,9 +96,12 @@ class Folder:
                     live.remember(record, whole.get(key))
                 # Or not new, but to us: the ledger's first answer was lost, and we asked again.
                 if folded.new[n] or one.bundle.id in live.outstanding.get(one.bundle.stage, {}):
-                    live.expect((f.bundle, now_s + f.delay_s) for f in one.follows)
-        # In a second pass: a follow's own completion may have come in the same batch. One that
-        # came in an earlier batch stays expected until the reconciler finds its outcome.
+                    live.expect(
+                        (f.bundle, now_s + f.delay_s)
+                        for f in one.follows
+                        if (f.bundle.stage, f.bundle.id) not in live.early
+                    )
+        # In a second pass: a follow's own completion may have come in the same batch.
         for one in completions:
             live = self._lives.get(one.bundle.job)
             if live is not None:

@@ -27,6 +27,7 @@ from batchlab.ports import (
 )
 from batchlab.protocol import sizing, wire
 
+EARLY = 256
 RECENT = 32
 """Outcomes of a job kept in memory for those who wait for them."""
 
@@ -108,6 +109,9 @@ class LiveJob:
     recent: deque[tuple[BundleRecord, Outcome | None]] = field(default_factory=deque)
     """The last outcomes folded: those who wait for results need not ask the ledger for them, nor
     the bucket for those that are small."""
+    early: dict[tuple[StageName, BundleId], None] = field(default_factory=dict)
+    """The last bundles of which an outcome came before anybody had said that they were planned:
+    short ones that follow from a bundle are quicker than its own event."""
     paces: dict[StageName, tuple[int, float]] = field(default_factory=dict)
     """(tasks, seconds) of what was folded here; see `pace_s`."""
     round: int = field(init=False)
@@ -179,7 +183,10 @@ class LiveJob:
             waiting[bundle.id] = Outstanding(bundle, heard_s)
 
     def settled(self, bundle: Bundle) -> None:
-        self.outstanding.get(bundle.stage, {}).pop(bundle.id, None)
+        if self.outstanding.get(bundle.stage, {}).pop(bundle.id, None) is None:
+            self.early[bundle.stage, bundle.id] = None
+            while len(self.early) > EARLY:
+                del self.early[next(iter(self.early))]
 
     def all_outstanding(self) -> list[Outstanding]:
         return [one for stage in self.outstanding.values() for one in stage.values()]
