@@ -48,7 +48,8 @@ class Controls:
     async def look(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
         """A fresh look: the control word, and until when (monotonic) it may be relied on.
 
-        The object may not be there yet where the job `is_new`; else somebody has removed the job.
+        The object may not be there yet: not where the job `is_new`, nor while its definition is
+        there. Else somebody has removed the job.
         """
         entry = self._entries.get(job)
         # The lease counts from before the request: the answer may be as old as the question.
@@ -62,6 +63,8 @@ class Controls:
                 changed = (wire.word_from_bytes(found[0]).control, found[1], False)
         except NotFound:
             is_new = is_new or (entry is not None and entry.is_new)
+            if not is_new:
+                is_new = await self._objects.head(naming.spec(job)) is not None
             changed = (Control.RUN if is_new else Control.CANCEL, None, is_new)
         entry = self._entries.get(job)
         if changed is not None:

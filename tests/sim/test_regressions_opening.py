@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
-from batchlab.model import JobState
+import pytest
+
+from batchlab.model import JobState, Pool
 from batchlab.protocol import naming
 from batchlab.sim import invariants
-from batchlab.sim.world import World
-from tests.sim.scenes import A, ended, ended_well, in_world, job, kill_manager, leader, stage, takes
+from batchlab.sim.world import MANAGER, World
+from tests.sim.scenes import (
+    A,
+    B,
+    around,
+    ended,
+    ended_well,
+    in_world,
+    job,
+    kill_manager,
+    leader,
+    stage,
+    takes,
+)
 
 
 def test_the_first_cut_in_the_definition_is_found_by_who_does_not_know_of_it() -> None:
@@ -43,3 +58,24 @@ def test_a_cancellation_finds_the_first_cut_in_the_definition() -> None:
         await invariants.check_all(world, [made.id])
 
     in_world(act, script=takes(30.0))
+
+
+def test_what_follows_from_the_first_bundle_may_come_before_the_control_object(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Simulator, seed 567: whoever got it took the job for removed, and dropped it (step 4)."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), stage(B, A), items=1)
+
+        async def put(real: Any, key: str, *args: Any, **kwargs: Any) -> object:
+            if key == naming.control(made.id):
+                await asyncio.sleep(8.0)
+            return await real(key, *args, **kwargs)
+
+        around(monkeypatch, world.objects, "put", put)
+        await world.ask(lambda m: m.requests.submit(made, [0]), "submit")
+        await ended_well(world, made)
+        assert world.clock.monotonic_s() < MANAGER.silence_s, "before the reconciler looks for it"
+
+    in_world(act, script=takes(0.1), pools=(Pool("default", 4, 4, 1),))
