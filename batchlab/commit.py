@@ -44,6 +44,14 @@ async def committed(objects: Objects, bundle: Bundle, patience: Patience) -> Out
     return wire.outcome_from_json(wire.loads(data))
 
 
+async def uncommitted(
+    objects: Objects, follows: Sequence[Follow], patience: Patience
+) -> tuple[Follow, ...]:
+    """Those of which there is no outcome yet: who committed one had its message."""
+    there = [await patience(partial(objects.head, naming.outcome(f.bundle))) for f in follows]
+    return tuple(f for f, outcome in zip(follows, there, strict=True) if outcome is None)
+
+
 @dataclass(frozen=True, slots=True)
 class Addressed:
     """A message and the queue it goes to."""

@@ -30,7 +30,8 @@ for _name, _backend in %r.items():
     PEERS[_name] = ("batchlab_peer", "Batchlab", {"backend": _backend})
 _venv_of, _needs = venv_of, needs
 def venv_of(name):
-    return "batchlab" if name.startswith("batchlab_") else _venv_of(name)
+    # The process pool is the standard library's: it needs no environment of its own.
+    return "batchlab" if name.startswith(("batchlab_", "ppe")) else _venv_of(name)
 def needs(name):
     return {"aws"} if name == "batchlab_ministack" else _needs(name)
 """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from obstore.store import S3Credential, S3CredentialProvider
 
 CONNECT_S = 5.0
-ANSWER_S = 15.0
+ANSWER_S = 30.0
 """Longer than any call here takes a service that is well."""
 
 _THROTTLED = {

@@ -1,7 +1,7 @@
 """A queue service whose senders and receivers are all on this machine: they ring for each other.
 
 Invariant: messages go through the service alone. A bell only says when to look, and who misses one
-looks within `LOOK_S` all the same.
+looks a while later all the same.
 
 An emulator's long poll looks every 100 ms, which is how long a message would take; and one that is
 open when its process is killed swallows the next message for a whole visibility timeout.
@@ -10,6 +10,7 @@ open when its process is killed swallows the next message for a whole visibility
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -20,11 +21,14 @@ from batchlab.errors import Throttled
 from batchlab.ports import Depth, Message, Outgoing, Queue, QueueSpec
 
 LOOK_S = 1.0
-"""What nobody rings for (a delay, a visibility timeout that is over) is found so late at most."""
+IDLE_LOOK_S = 60.0
+QUIET_SHARE = 0.5
+"""What nobody rings for (a visibility timeout that is over, a delay whose sender has died) is found
+at the next look: after this share of the time since something came last, within these bounds."""
 
 KEPT_S = 0.02
-"""So long a receiver that has found something may take to come back, before its bell is taken down
-and a ring that it has got is passed on to another sleeper."""
+"""So long a receiver may take to come back before its bell is taken down, and a ring that it has
+got is passed on to another sleeper."""
 
 _ALL = 1_000_000
 
@@ -44,6 +48,8 @@ class RungQueue:
         self._folder = folder
         self._ears: dict[str, _Ear] = {}
         """Of receivers that are about to come back."""
+        self._found_s: dict[str, float] = {}
+        """When something came from a queue last, or was first asked for; the loop's time."""
 
     async def close(self) -> None:
         """Close the queue."""
@@ -57,6 +63,10 @@ class RungQueue:
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         await self._queue.send(queue, messages)
         ring(self._folder / queue, sum(message.delay_s < LOOK_S for message in messages))
+        loop = asyncio.get_running_loop()
+        for delay_s, count in Counter(one.delay_s for one in messages).items():
+            if delay_s >= LOOK_S:
+                loop.call_later(delay_s, ring, self._folder / queue, count)
 
     async def receive(
         self,
@@ -80,16 +90,25 @@ class RungQueue:
 
         if not wait_s:
             return await look()
-        ends_s = asyncio.get_running_loop().time() + wait_s
+        clock = asyncio.get_running_loop().time
+        ends_s = clock() + wait_s
+        self._found_s.setdefault(queue, clock())
+
+        def again_s() -> float:
+            quiet_s = clock() - self._found_s[queue]
+            return min(max(LOOK_S, QUIET_SHARE * quiet_s), IDLE_LOOK_S)
+
         ear = self._ears.pop(queue, None) or _Ear(self._folder / queue)
         try:
-            found = await ear.listen(look, ends_s)
+            found = await ear.listen(look, again_s, ends_s)
         except BaseException:
             ear.close()
             raise
+        if found:
+            self._found_s[queue] = clock()
         if len(found) == max_messages:
             ear.heeded = False  # there may be more
-        if found and queue not in self._ears:
+        if queue not in self._ears:
             self._ears[queue] = ear
             ear.close_later(lambda: self._forget(queue, ear))
         else:
@@ -133,29 +152,37 @@ class _Ear:
         self._timer: asyncio.TimerHandle | None = None
         self.heeded = False
         """There was nothing left after the bell went up."""
+        self._looked_s = 0.0
 
     async def listen(
-        self, look: Callable[[], Awaitable[Sequence[Message]]], ends_s: float
+        self,
+        look: Callable[[], Awaitable[Sequence[Message]]],
+        again_s: Callable[[], float],
+        ends_s: float,
     ) -> Sequence[Message]:
-        """What `look` finds first, or finds at the loop's time `ends_s`."""
+        """What `look` finds first, or finds at the loop's time `ends_s`; `again_s` gives the
+        seconds to the next look."""
         clock = asyncio.get_running_loop().time
         if self._timer:
             self._timer.cancel()
         if not self.heeded and (found := await self._heed(look)):
             return found
-        while True:
-            left_s = max(0.0, ends_s - clock())
-            if await self._bell.wait(min(left_s, LOOK_S)):
+        while (left_s := ends_s - clock()) > 0:
+            due_s = max(0.0, self._looked_s + again_s() - clock())
+            if await self._bell.wait(min(left_s, due_s)):
                 self._bell.close()
                 self._bell = Bell(self._folder)
-            found = await self._heed(look)
-            if found or clock() >= ends_s:
+            elif left_s < due_s:
+                break
+            if found := await self._heed(look):
                 return found
+        return ()
 
     async def _heed(self, look: Callable[[], Awaitable[Sequence[Message]]]) -> Sequence[Message]:
         self.heeded = False
         found = await look()
         self.heeded = True
+        self._looked_s = asyncio.get_running_loop().time()
         return found
 
     def close_later(self, close: Callable[[], None]) -> None:

@@ -45,11 +45,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 BILLED_POLL_S = 5
+IDLE_POLL_S = 20
 FREE_POLL_S = 1
-"""A long poll is made of requests this long, the first where AWS bills each of them.
+"""A long poll is made of requests this long: the first where AWS bills each of them, the second
+where nothing has come for `QUIET_S`.
 
 A request cannot be taken back: while it is open this process cannot end, and if it is killed, the
 service gives the next messages to nobody, for their whole visibility timeout."""
+
+QUIET_S = 60.0
 
 _FRACTION_S = 0.1
 """What is left of a wait below a second is polled at this pace: SQS waits whole seconds."""
@@ -78,7 +82,9 @@ class SqsQueue:
     def __init__(self, endpoint: Endpoint, *, prefix: str = "") -> None:
         self._sqs = client(endpoint, "sqs", connections=_RECEIVES + _CALLS)
         self._prefix = prefix
-        self._poll_s = BILLED_POLL_S if endpoint.url is None else FREE_POLL_S
+        self._is_billed = endpoint.url is None
+        self._found_s: dict[str, float] = {}
+        """When something came from a queue last, or was first asked for; the loop's time."""
         self._urls: dict[str, str] = {}
         self._receiving = ThreadPoolExecutor(_RECEIVES, thread_name_prefix="sqs-receive")
         self._calling = ThreadPoolExecutor(_CALLS, thread_name_prefix="sqs")
@@ -174,8 +180,11 @@ class SqsQueue:
         check_receive(max_messages, wait_s, visibility_s)
         whole_s, fraction_s = divmod(wait_s, 1)
         while whole_s:
-            poll_s = min(whole_s, self._poll_s)
+            now_s = asyncio.get_running_loop().time()
+            quiet_s = now_s - self._found_s.setdefault(queue, now_s)
+            poll_s = min(whole_s, self._poll_s(quiet_s))
             if messages := await self._take(queue, max_messages, int(poll_s), visibility_s):
+                self._found_s[queue] = asyncio.get_running_loop().time()
                 return messages
             whole_s -= poll_s
         while not (messages := await self._take(queue, max_messages, 0, visibility_s)):
@@ -184,6 +193,11 @@ class SqsQueue:
             await asyncio.sleep(min(fraction_s, _FRACTION_S))
             fraction_s -= _FRACTION_S
         return messages
+
+    def _poll_s(self, quiet_s: float) -> int:
+        if not self._is_billed:
+            return FREE_POLL_S
+        return IDLE_POLL_S if quiet_s > QUIET_S else BILLED_POLL_S
 
     async def _take(
         self, queue: str, limit: int, poll_s: int, visibility_s: float | None

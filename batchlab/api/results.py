@@ -12,6 +12,7 @@ from batchlab import views
 from batchlab.api.common import MOST, Leader, Limit, Wait, guarded
 from batchlab.api.waiting import page
 from batchlab.commit import committed
+from batchlab.errors import NotFound
 from batchlab.manager.manager import Manager
 from batchlab.model import JobId, Outcome, StageName
 from batchlab.ports import BundleRecord
@@ -74,7 +75,11 @@ async def logs(
 async def _log(manager: Manager, outcome: Outcome, span: tuple[int, int, int]) -> views.LogView:
     task, start, stop = span
     objects = manager.ports.objects
-    text = await manager.ports.patience(lambda: objects.get_range(outcome.log, start, stop))
+    try:
+        text = await manager.ports.patience(lambda: objects.get_range(outcome.log, start, stop))
+    except NotFound:
+        # A bundle's log is stored when its run has ended, its first outcome while a long task runs.
+        text = b"(not stored until the long task that follows it in its worker has ended)\n"
     return views.log_view(outcome, task, text)
 
 

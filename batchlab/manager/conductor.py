@@ -126,8 +126,8 @@ class Conductor:
             await move(self._ports, live, JobState.PENDING)
             manifest = await self.plans.of_input(live.job, stage)
         elif manifest is None and stage.after:
-            planned = {u: live.stages[u].counts.planned or 0 for u in stage.after}
-            manifest = await self.plans.of_stages(live.job, stage, round_, planned)
+            counts = {u: live.stages[u].counts for u in stage.after}
+            manifest = await self.plans.of_stages(live.job, stage, round_, counts)
         if manifest is None:
             raise UsageError(
                 f"Job {live.id} says it brings its own items, but they are not there.",
@@ -170,6 +170,13 @@ class Conductor:
 
     async def _commit_cut(self, live: LiveJob, cut: Cut) -> Cut:
         """Commit a cut; returns the one that counts, which a manager before us may have made."""
+        cut = await self.plans.opened(live.job, cut) or await self._put_cut(cut)
+        await self._folder.write(live, partial(self._ports.ledger.add_cut, cut))
+        now_s = self._ports.clock.monotonic_s()
+        live.expect((bundle, now_s) for bundle in cut.bundles)
+        return cut
+
+    async def _put_cut(self, cut: Cut) -> Cut:
         key = naming.cut(cut.job, cut.stage, cut.round, cut.seq)
         objects, patience = self._ports.objects, self._ports.patience
         try:
@@ -178,9 +185,6 @@ class Conductor:
             )
         except AlreadyExists:
             cut = wire.cut_from_json(wire.loads(await patience(lambda: objects.get(key))))
-        await self._folder.write(live, partial(self._ports.ledger.add_cut, cut))
-        now_s = self._ports.clock.monotonic_s()
-        live.expect((bundle, now_s) for bundle in cut.bundles)
         return cut
 
     async def _commit_and_send(self, live: LiveJob, cut: Cut) -> None:

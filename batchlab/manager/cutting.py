@@ -46,7 +46,7 @@ class Cutter:
         sizes = sizing.wave(
             len(left),
             max(1, self._slots_of.get(stage.pool, 1) // stage.slots),
-            live.stages[stage.name].counts.mean_s,
+            live.pace_s(stage.name),
             stage.bundle,
             self._room(live, stage),
         )

@@ -19,6 +19,9 @@ from batchlab.protocol import settle
 
 log = logging.getLogger(__name__)
 
+Whole = Mapping[tuple[JobId, StageName, BundleId], Outcome]
+"""Outcomes that came whole, by their bundles."""
+
 
 class Folder:
     """Completions in, ledger and live jobs out."""
@@ -32,13 +35,14 @@ class Folder:
     async def fold(
         self,
         completions: Sequence[Completion],
-        whole: Mapping[tuple[JobId, StageName, BundleId], Outcome] = MappingProxyType({}),
+        whole: Whole = MappingProxyType({}),
     ) -> None:
         """Fold these, of which some have come `whole`; the jobs they belong to are poked."""
         known = await self._known(completions)
         if not known:
             return
-        before = {one.id: one.record for one in self._lives.values()}
+        lives = (self._lives.get(one.bundle.job) for one, _ in known)
+        before = {live.id: live.record for live in lives if live}
         folded = await self._ports.ledger.fold(
             [one for one, _ in known], [settle.casualties(job, one) for one, job in known]
         )
@@ -70,7 +74,7 @@ class Folder:
         self,
         completions: Sequence[Completion],
         folded: Folded,
-        whole: Mapping[tuple[JobId, StageName, BundleId], Outcome],
+        whole: Whole,
     ) -> list[LiveJob]:
         """Bring outstanding bundles and recent outcomes up to date; the live jobs concerned."""
         if folded.first_seq != self._next_seq:
@@ -86,6 +90,7 @@ class Folder:
                 touched[live.id] = live
                 live.folds += 1
                 if folded.new[n]:
+                    live.timed(one)
                     record = BundleRecord(one.bundle, one, folded.first_seq + n)
                     key = (live.id, one.bundle.stage, one.bundle.id)
                     live.remember(record, whole.get(key))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from batchlab.jobdef import JobDef
-from batchlab.model import Bundle, BundleId, JobId, JobState, Outcome, StageName
+from batchlab.model import Bundle, BundleId, Completion, JobId, JobState, Outcome, StageName
 from batchlab.patience import Patience
 from batchlab.ports import (
     BundleRecord,
@@ -25,7 +25,7 @@ from batchlab.ports import (
     Queue,
     StageRecord,
 )
-from batchlab.protocol import wire
+from batchlab.protocol import sizing, wire
 
 RECENT = 32
 """Outcomes of a job kept in memory for those who wait for them."""
@@ -108,6 +108,8 @@ class LiveJob:
     recent: deque[tuple[BundleRecord, Outcome | None]] = field(default_factory=deque)
     """The last outcomes folded: those who wait for results need not ask the ledger for them, nor
     the bucket for those that are small."""
+    paces: dict[StageName, tuple[int, float]] = field(default_factory=dict)
+    """(tasks, seconds) of what was folded here; see `pace_s`."""
     round: int = field(init=False)
     """The only one that is conducted here; the record may already show a later one."""
     _news: asyncio.Event = field(default_factory=asyncio.Event, init=False)
@@ -145,6 +147,18 @@ class LiveJob:
         """Somebody else may have folded outcomes up to this seq."""
         self.recent.clear()
         self.known_after = seq
+
+    def timed(self, done: Completion) -> None:
+        """Note how long the tasks of a completion took."""
+        tasks, seconds = self.paces.get(done.bundle.stage, (0, 0.0))
+        count = len(done.succeeded)
+        seconds += sizing.weight_s(count, done.run_s)
+        self.paces[done.bundle.stage] = tasks + count, seconds
+
+    def pace_s(self, stage: StageName) -> float | None:
+        """Seconds per task of a stage, as they count for a bundle's size; None where unknown."""
+        tasks, seconds = self.paces.get(stage, (0, 0.0))
+        return seconds / tasks if tasks else self.stages[stage].counts.mean_s
 
     def remember(self, record: BundleRecord, outcome: Outcome | None) -> None:
         """What was folded just now, and the outcome itself where that is small."""

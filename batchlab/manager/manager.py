@@ -31,6 +31,9 @@ from batchlab.protocol import naming
 log = logging.getLogger(__name__)
 
 LEASE = "leader"
+IDLE_LOOK_S = 60.0
+"""While there is no job, the queues are looked at so often only."""
+
 SOON = 8
 """Instances a pool is expected to have soon when it has none: sizes the first wave."""
 
@@ -63,6 +66,8 @@ class Manager:
         self.autoscaler = Autoscaler(ports, settings, self.lives, self.registry)
         self._adopted_s = 0.0
         """Monotonic; when the ledger was last asked for jobs that nobody conducts."""
+        self._looked_s = -IDLE_LOOK_S
+        """Monotonic; when the queues were last looked at."""
         self._quiet = asyncio.Lock()
         self._collector = Collector(ports, settings, self.lives, folder, self.registry, self._quiet)
         self._reconciler = Reconciler(ports, settings, self.lives, folder, self.conductor)
@@ -240,9 +245,7 @@ class Manager:
             if name not in self.pools:
                 continue
             self._slots[name] = self._capacity(view)
-            self.depths[name] = await self.ports.queue.depth(naming.tasks_queue(name))
-            await self._reconciler.drain_dead_letters(name)
-        await self._reconciler.look_for_the_silent(self.depths)
+        await self._look_at_queues()
         # The leader before us may have begun, re-opened or resumed a job after we looked, before
         # it knew that it no longer leads.
         if self.ports.clock.monotonic_s() - self._adopted_s >= self.settings.silence_s:
@@ -252,6 +255,17 @@ class Manager:
         for live in list(self.lives.values()):
             await self._show_start(live)
             live.poke.set()
+
+    async def _look_at_queues(self) -> None:
+        """What waits in each pool, what has become a dead letter, and which bundles are silent."""
+        now_s = self.ports.clock.monotonic_s()
+        if not self.lives and now_s - self._looked_s < IDLE_LOOK_S:
+            return  # each look is billed
+        self._looked_s = now_s
+        for name in self.pools:
+            self.depths[name] = await self.ports.queue.depth(naming.tasks_queue(name))
+            await self._reconciler.drain_dead_letters(name)
+        await self._reconciler.look_for_the_silent(self.depths)
 
     def _capacity(self, view: GroupView) -> int:
         return _alive(view) or _soon(view.pool)

@@ -11,13 +11,13 @@ import json
 from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import partial
 
-from batchlab.errors import AlreadyExists, NotFound, UsageError
+from batchlab.errors import AlreadyExists, NotFound, Unreachable, UsageError
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager import split
 from batchlab.manager.live import Ports
-from batchlab.model import JobId, Json, StageName, TaskSet
+from batchlab.model import JobId, Json, StageCounts, StageName, TaskSet
 from batchlab.patience import Patience
-from batchlab.ports import BundleRecord, Objects
+from batchlab.ports import BundleRecord, Cut, Objects
 from batchlab.protocol import naming, values, wire
 from batchlab.worker.inputs import Manifest, is_gather
 
@@ -28,6 +28,20 @@ BREATHE = 4
 ITEM_BYTES = 100_000
 """A larger item (a record of 100 MB, a gathered group) is an object of its own, so that a part
 stays small, and only the worker that needs it holds it in memory."""
+
+
+async def successes(ports: Ports, job: JobId, counts: StageCounts) -> list[BundleRecord]:
+    """A stage's bundles with results, by task. Unreachable where the ledger does not have all that
+    `counts` tells of: it is being rebuilt, and a plan made from a part would be wrong for ever."""
+    records = await ports.ledger.bundles(job, stage=counts.stage, done=True)
+    found = [r for r in records if r.completion and r.completion.succeeded]
+    if sum(len(r.completion.succeeded) for r in found if r.completion) != counts.succeeded:
+        raise Unreachable(
+            f"The ledger lacks results of stage {counts.stage} of job {job}.",
+            remedy="If nobody is rebuilding it, `batchlab ledger rebuild` does.",
+        )
+    # By task, not by arrival: the plan must not depend on who was faster.
+    return sorted(found, key=lambda r: r.completion.succeeded.first if r.completion else 0)
 
 
 class Plans:
@@ -48,9 +62,24 @@ class Plans:
         return Manifest.from_bytes(data)
 
     async def _brought(self, job: JobDef) -> Manifest | None:
-        get = partial(self._ports.objects.get, naming.spec(job.id))
-        opening = wire.opening_from_json(wire.loads(await self._ports.patience(get)))
+        opening = await self._opening(job)
         return Manifest.of(opening.items) if opening else None
+
+    async def opened(self, job: JobDef, cut: Cut) -> Cut | None:
+        """The cut that was committed in the place of this one along with the job's definition;
+        None where there is none."""
+        if cut.seq or cut.round or job.items is None:
+            return None
+        opening = await self._opening(job)
+        found = opening.cut if opening else None
+        return found if found and found.stage == cut.stage else None
+
+    async def _opening(self, job: JobDef) -> wire.Opening | None:
+        try:
+            data = await self._ports.patience(partial(self._ports.objects.get, naming.spec(job.id)))
+        except NotFound:
+            return None
+        return wire.opening_from_json(wire.loads(data))
 
     async def of_input(self, job: JobDef, stage: StageDef) -> Manifest:
         """Plan a root stage from the job's raw input; UsageError where that is malformed."""
@@ -58,32 +87,40 @@ class Plans:
         return await self._write(job, stage.name, 0, split.items(self._ports.objects, job.input))
 
     async def of_stages(
-        self, job: JobDef, stage: StageDef, round: int, planned: Mapping[StageName, int]
+        self, job: JobDef, stage: StageDef, round: int, counts: Mapping[StageName, StageCounts]
     ) -> Manifest:
-        """Plan a stage that waits for all of `stage.after`, which have ended."""
+        """Plan a stage that waits for all of `stage.after`, which have ended with these counts."""
         if stage.gather == "*":
-            items: AsyncIterator[Json] = self._gather_all(job, stage)
+            items: AsyncIterator[Json] = self._gather_all(job, stage, counts)
         elif stage.gather is not None:
-            items = self._gather_by(job, stage, stage.gather)
+            items = self._gather_by(job, stage, stage.gather, counts)
         else:
-            return await self._join(job, stage, round, planned)
+            return await self._join(job, stage, round, counts)
         return await self._write(job, stage.name, round, items)
 
-    async def _gather_all(self, job: JobDef, stage: StageDef) -> AsyncIterator[Json]:
+    async def _gather_all(
+        self, job: JobDef, stage: StageDef, counts: Mapping[StageName, StageCounts]
+    ) -> AsyncIterator[Json]:
         bundles = {
             upstream: [
                 [r.bundle.id, wire.tasks_to_json(r.completion.succeeded)]
-                for r in await self._successes(job, upstream)
+                for r in await successes(self._ports, job.id, counts[upstream])
                 if r.completion
             ]
             for upstream in stage.after
         }
         yield {"$gather": bundles}
 
-    async def _gather_by(self, job: JobDef, stage: StageDef, field: str) -> AsyncIterator[Json]:
+    async def _gather_by(
+        self,
+        job: JobDef,
+        stage: StageDef,
+        field: str,
+        counts: Mapping[StageName, StageCounts],
+    ) -> AsyncIterator[Json]:
         groups: dict[str, list[Json]] = {}
         for upstream in stage.after:
-            async for task, value in self._values(job, upstream):
+            async for task, value in self._values(job, counts[upstream]):
                 for element in value if isinstance(value, list) else [value]:
                     if not isinstance(element, dict) or field not in element:
                         raise UsageError(
@@ -96,33 +133,28 @@ class Plans:
             yield groups[key]
 
     async def _join(
-        self, job: JobDef, stage: StageDef, round: int, planned: Mapping[StageName, int]
+        self, job: JobDef, stage: StageDef, round: int, counts: Mapping[StageName, StageCounts]
     ) -> Manifest:
-        counts = {planned[u] for u in stage.after}
-        if len(counts) > 1:
+        planned = {u: counts[u].planned or 0 for u in stage.after}
+        if len(set(planned.values())) > 1:
             told = ", ".join(f"{u} has {planned[u]}" for u in stage.after)
             raise UsageError(
                 f"Stage {stage.name} follows several stages item by item, but they differ in "
                 f"their number of tasks: {told}.",
                 remedy="Gather them, or let them have one common input.",
             )
-        count = counts.pop()
+        count = planned[stage.after[0]]
         rows: list[dict[str, Json]] = [{} for _ in range(count)]
         for upstream in stage.after:
-            async for task, value in self._values(job, upstream):
+            async for task, value in self._values(job, counts[upstream]):
                 rows[task][upstream] = value
         skipped = TaskSet.of(i for i, row in enumerate(rows) if len(row) < len(stage.after))
         return await self._write(job, stage.name, round, _each(rows), skipped=skipped)
 
-    async def _successes(self, job: JobDef, stage: StageName) -> list[BundleRecord]:
-        records = await self._ports.ledger.bundles(job.id, stage=stage, done=True)
-        found = [r for r in records if r.completion and r.completion.succeeded]
-        # By task, not by arrival: the plan must not depend on who was faster.
-        return sorted(found, key=lambda r: r.completion.succeeded.first if r.completion else 0)
-
-    async def _values(self, job: JobDef, stage: StageName) -> AsyncIterator[tuple[int, Json]]:
+    async def _values(self, job: JobDef, counts: StageCounts) -> AsyncIterator[tuple[int, Json]]:
         """(task, encoded result) of every success of a stage, large results fetched."""
-        for record in await self._successes(job, stage):
+        stage = counts.stage
+        for record in await successes(self._ports, job.id, counts):
             data = await self._result(stage, naming.outcome(record.bundle))
             outcome = wire.outcome_from_json(wire.loads(data))
             for task, value in zip(outcome.succeeded, outcome.values, strict=True):

@@ -59,13 +59,15 @@ class Reconciler:
         for live in list(self._lives.values()):
             if live.record.control is not Control.RUN:
                 continue
-            silent = [
-                one
-                for one in live.all_outstanding()
+            silent: list[Outstanding] = []
+            for one in live.all_outstanding():
                 # A pool that this manager does not have has no queue to look into.
-                if now_s - one.heard_s
-                > limits_s.get(live.job.stage(one.bundle.stage).pool, math.inf)
-            ]
+                limit_s = limits_s.get(live.job.stage(one.bundle.stage).pool)
+                if limit_s == math.inf:
+                    # Who takes it next must have time to say so, however long it has waited.
+                    one.heard_s = max(one.heard_s, now_s)
+                elif limit_s is not None and now_s - one.heard_s > limit_s:
+                    silent.append(one)
             if silent:
                 await self._recover(live, silent[:LOOKED_FOR_AT_ONCE])
 

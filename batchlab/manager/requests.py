@@ -7,16 +7,26 @@ ledger second, so that a rebuild knows of it; each may be repeated.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from batchlab.errors import AlreadyExists, Refused
+from batchlab.errors import AlreadyExists, Refused, Unreachable
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.cutting import Cutter
 from batchlab.manager.live import LiveJob, Ports, move
-from batchlab.model import Bundle, Control, JobId, JobState, Json, StageName, TaskSet
+from batchlab.manager.plans import successes
+from batchlab.model import (
+    Bundle,
+    Control,
+    JobId,
+    JobState,
+    Json,
+    StageCounts,
+    StageName,
+    TaskSet,
+)
 from batchlab.ports import Cut, JobRecord, Reopening, StageRecord, Written
 from batchlab.protocol import naming, wire
 
@@ -183,9 +193,11 @@ class Requests:
                 continue
             redone.add(stage.name)
             reopened.append(Reopening(stage.name, failed=counts.failed, cancelled=counts.cancelled))
-            cut = await self._redo(record, stage, before, round_)
+            cut = await self._redo(record, stage, stages, round_)
             if cut:
                 cuts.append(cut)
+        if rows.job != record or await self._ports.ledger.rows(record.job.id) != rows:
+            raise Unreachable(f"The ledger changes while job {record.job.id} is read from it.")
         return Retry(tuple(reopened), tuple(cuts))
 
     def _is_void(
@@ -204,16 +216,20 @@ class Requests:
         return changed
 
     async def _redo(
-        self, record: JobRecord, stage: StageDef, before: StageRecord, round_: int
+        self,
+        record: JobRecord,
+        stage: StageDef,
+        stages: Mapping[StageName, StageRecord],
+        round_: int,
     ) -> Cut | None:
-        job = record.job
-        mine = await self._succeeded(job.id, stage.name)
+        job, before = record.job, stages[stage.name]
+        mine = await self._succeeded(job.id, before.counts)
         if not stage.chained:
             planned = await self._planned_tasks(job, stage, before, round_)
             return Cut(job.id, stage.name, round_, 0, (), planned - mine)
         # Tasks whose input is there but whose own result is not; the others come by the chain.
         bundles = []
-        for row in await self._ports.ledger.bundles(job.id, stage=stage.after[0], done=True):
+        for row in await successes(self._ports, job.id, stages[stage.after[0]].counts):
             tasks = (row.completion.succeeded if row.completion else TaskSet()) - mine
             if tasks:
                 source = row.bundle.id
@@ -232,8 +248,8 @@ class Requests:
                 return TaskSet.span(0, manifest.count) - manifest.skipped
         return TaskSet.span(0, before.counts.planned or 0)
 
-    async def _succeeded(self, job: JobId, stage: StageName) -> TaskSet:
-        rows = await self._ports.ledger.bundles(job, stage=stage, done=True)
+    async def _succeeded(self, job: JobId, counts: StageCounts) -> TaskSet:
+        rows = await successes(self._ports, job, counts)
         return TaskSet.union(r.completion.succeeded for r in rows if r.completion)
 
     def _live(self, job: JobId, verb: str) -> LiveJob:

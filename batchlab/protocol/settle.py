@@ -68,13 +68,15 @@ def settle(
     started_s: float,
     ended_s: float,
     cancelled: bool = False,
+    kept: TaskSet = TaskSet(),
     log: str = "",
     log_spans: Sequence[tuple[int, int, int]] = (),
 ) -> Outcome:
     """The outcome of an execution that ran `ran` and did not get to the rest.
 
     With `cancelled` (the job is being cancelled) the rest and all retries are CANCELLED and
-    nothing follows; otherwise the rest goes on as halves, so that others can help.
+    nothing follows; otherwise the rest goes on as halves, so that others can help. What is `kept`
+    still runs and goes on as a bundle of its own.
     """
     stage = job.stage(bundle.stage)
     good = [r for r in ran if r.failure is None]
@@ -91,7 +93,9 @@ def settle(
     rest = bundle.tasks - TaskSet.of(r.task for r in ran)
     follows: list[Follow] = []
     if not cancelled:
-        follows += _split(bundle, rest)
+        if kept:
+            follows.append(Follow(replace(bundle, tasks=kept)))
+        follows += _split(bundle, rest - kept)
         if again:
             retried = replace(bundle, tasks=TaskSet.of(again), attempt=bundle.attempt + 1, losses=0)
             follows.append(Follow(retried, backoff_s(stage.retry, bundle)))
@@ -145,6 +149,15 @@ def poisoned(bundle: Bundle, reason: str, *, execution: str, worker: str, now_s:
     """The outcome of a bundle whose tasks are given up on: FAILED with `reason`."""
     failed = tuple(Failure(t, FailureKind.LOST, reason, error="WorkerLost") for t in bundle.tasks)
     return Outcome(bundle, execution, worker, now_s, now_s, failed=failed)
+
+
+def vanished(bundle: Bundle, error: str) -> list[Ran]:
+    """How the tasks end whose input is not there."""
+    reason = f"its input is gone: {error}"
+    return [
+        Ran(task, 0.0, failure=Failure(task, FailureKind.INPUT, reason, error="NotFound"))
+        for task in bundle.tasks
+    ]
 
 
 def sealed(bundle: Bundle, *, execution: str, worker: str, now_s: float) -> Outcome:

@@ -1,9 +1,13 @@
-"""How many tasks travel in one bundle.
+"""How many tasks travel in one bundle, by themselves.
 
 Three forces: a bundle costs the same requests however full it is (so: large), a lost or long
 bundle costs all that is in it (so: at most three quarters of a second), and the last bundles
 decide the makespan (so: shrinking as the stage runs out). Fixed chunks lose a quarter of the
 makespan to the tail; guided sizes lose nothing measurable.
+
+What durations nobody can know spoils, the worker mends: a bundle that is past its budget is split,
+and what waits behind a long task is given away while that runs (worker.shedding). So a long task
+keeps its neighbours no longer than the budget, and counts no more than that for their sizes.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ TARGET_S = 0.75
 """Work in a bundle once the task time is known."""
 
 BUDGET_S = 2 * TARGET_S
-"""A worker past this starts no further task of a bundle, and splits off the rest."""
+"""A worker past this starts no further task of a bundle, and gives the rest away, though one may
+still run."""
 
 FIRST_WAVE = 2
 """Single tasks per slot sent before anything has been measured."""
@@ -25,6 +30,12 @@ FLOOR_S = 0.05
 
 SHARES = 2
 """A bundle is at most this share of what a slot still has to do."""
+
+
+def weight_s(tasks: int, run_s: float) -> float:
+    """Seconds that so many tasks of one bundle count for the sizes of others: at most one budget
+    each, and one more than that together, which only a last long one may have used."""
+    return min(run_s, tasks * BUDGET_S, 2 * BUDGET_S)
 
 
 def bundle_size(left: int, slots: int, mean_s: float | None, fixed: int | None) -> int:

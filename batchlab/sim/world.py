@@ -64,7 +64,8 @@ class Post:
 class World:
     """A grid to be run on the current SimLoop. `script` says what simulated tasks do;
     `make_runner` replaces them by something else (real handlers). Each process's wall clock is off
-    by up to `skew_s`; the services' is right."""
+    by up to `skew_s`; the services' is right. Without `watched` nothing looks whether the steps of
+    the protocol are kept, which costs a worker of thousands as much as its own work."""
 
     seed: int
     pools: Sequence[Pool]
@@ -75,6 +76,7 @@ class World:
     worker_settings: WorkerSettings = WORKER
     logged: bool = True
     skew_s: float = 0.0
+    watched: bool = True
     log: EventLog | None = field(init=False)
     objects: SimObjects = field(init=False)
     queue: SimQueue = field(init=False)
@@ -101,8 +103,9 @@ class World:
         self.launcher = SimLauncher(self._boot, self.rng("boot"))
         visibility_s = self.worker_settings.visibility_s
         self.watch = Watch(self.clock, self.queue, loop.fail, loop.is_frozen, visibility_s)
-        self.objects.written = self.watch.written
-        self.queue.lapsed = self.watch.lapsed
+        if self.watched:
+            self.objects.written = self.watch.written
+            self.queue.lapsed = self.watch.lapsed
 
     def rng(self, name: str) -> random.Random:
         """An independent stream of the seed. A text seed is hashed the same in every process."""
@@ -187,7 +190,8 @@ class World:
         return SkewedClock(self.clock, rng.uniform(-self.skew_s, self.skew_s))
 
     def _wrapped(self, inner: T, port: str, actor: Actor) -> T:
-        return wrap(inner, port, actor, self.faults, self.log, self.watch)
+        watch = self.watch if self.watched else None
+        return wrap(inner, port, actor, self.faults, self.log, watch)
 
     async def supervise(self) -> None:
         """Start a manager, and the next one some time after it ends, for ever."""

@@ -70,7 +70,10 @@ class Beats:
                 log.warning("no sign of life could be sent: %s", error)
             await asyncio.sleep(self._settings.beat_gap_s)
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.beat_s):
+                held = told is None or told.held
+                async with asyncio.timeout(
+                    self._settings.beat_s if held else self._settings.idle_beat_s
+                ):
                     await self._change(told)
 
     async def _change(self, told: wire.Beat | None) -> None:
@@ -80,7 +83,7 @@ class Beats:
             # A bundle that ends as soon as it has begun is not worth a message.
             await asyncio.sleep(MOMENT_S)
             self._due.clear()
-            if told is None or self._held() != told.held:
+            if told is None or (told.held, told.leaving) != (self._held(), self.leaving):
                 return
 
     async def last(self) -> None:

@@ -176,7 +176,9 @@ class Output:
         self._log = ""
         self._cwd = ""
         self._inode = 0
-        self._streams: tuple[IO[str], IO[str]] = (sys.stdout, sys.stderr)
+        # They stay the same whatever is behind the descriptors.
+        self._streams: tuple[IO[str], IO[str]] = (_stream(1), _stream(2))
+        sys.stdout, sys.stderr = self._streams
 
     def attach(self, log: str, cwd: str) -> None:
         self._log, self._cwd = log, cwd
@@ -194,7 +196,9 @@ class Output:
         if fd > 2:
             os.close(fd)
         self._inode = os.fstat(1).st_ino
-        self._streams = sys.stdout, sys.stderr = _stream(1), _stream(2)
+        out, err = self._streams
+        if sys.stdout is not out or sys.stderr is not err or out.closed or err.closed:
+            self._streams = sys.stdout, sys.stderr = _stream(1), _stream(2)
 
     def size(self) -> int:
         return os.fstat(1).st_size

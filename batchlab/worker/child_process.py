@@ -20,7 +20,7 @@ from typing import Any
 
 from batchlab.errors import BackendError
 from batchlab.worker.board import BOOTING, Board
-from batchlab.worker.child import Job
+from batchlab.worker.child import EXIT_PIPE_LOST, Job
 from batchlab.worker.processes import kill_family
 
 _READ_BYTES = 1 << 18
@@ -224,6 +224,17 @@ def describe_exit(code: int) -> str:
         return f"exit {code} ({signal.Signals(-code).name})"
     except ValueError:
         return f"exit {code}"
+
+
+def describe_crash(code: int, times: int) -> str:
+    """What a task did whose process has ended so, and how often it was SIGKILLed before."""
+    if code == EXIT_PIPE_LOST:
+        return "closed the file descriptors of its process"
+    told = f"killed its process: {describe_exit(code)}"
+    if code == -signal.SIGKILL:
+        told += f" {times} times" if times else ""
+        told += "; the machine may have run out of memory"
+    return told
 
 
 def monotonic_s() -> float:

@@ -10,6 +10,7 @@ import asyncio
 import os
 import shutil
 import signal
+from asyncio import Task
 from collections import Counter
 from collections.abc import Coroutine
 from pathlib import Path
@@ -23,8 +24,8 @@ from batchlab.protocol.settle import LOSS_LIMIT
 from batchlab.worker import logs, materialise
 from batchlab.worker.bench import Request
 from batchlab.worker.board import IMPORTING
-from batchlab.worker.child import EXIT_PIPE_LOST, Job
-from batchlab.worker.child_process import ChildProcess, describe_exit, monotonic_s
+from batchlab.worker.child import Job
+from batchlab.worker.child_process import ChildProcess, describe_crash, monotonic_s
 from batchlab.worker.children import Children
 from batchlab.worker.handlers import Fault, Problem, fault
 from batchlab.worker.library import Library
@@ -33,6 +34,7 @@ from batchlab.worker.processes import Sampler
 from batchlab.worker.runner import Handle, Work
 
 T = TypeVar("T")
+Chunk = list[tuple[int, Json | Failure]]
 
 _UPLOADS = 4
 
@@ -112,26 +114,39 @@ class Execution:
             await asyncio.to_thread(_remove, self._folder)
         _make(self._folder)
         try:
-            prepared = await self._unless_told(self._prepare())
+            prepared = self._at_hand() or await self._unless_told(self._prepare())
         except Problem as problem:
             self._fail_left(problem.fault)
             return
         if prepared is None:
             return
         request, digest, code = prepared
-        inputs = self._inputs
         chunks = materialise.chunks(tuple(self._left), self._work.items)
-        ahead = asyncio.create_task(inputs.fetch(next(chunks, [])))
+        ahead = self._ahead(next(chunks, []))
         try:
-            while ready := await self._unless_told(ahead):
-                ahead = asyncio.create_task(inputs.fetch(next(chunks, [])))
+            while ready := await self._unless_told(ahead) if isinstance(ahead, Task) else ahead:
+                ahead = self._ahead(next(chunks, []))
                 self._accept(ready)
                 while self._pending:
                     if not await self._some(request, digest, code):
                         return
         finally:
-            ahead.cancel()
-            await asyncio.gather(ahead, return_exceptions=True)
+            if isinstance(ahead, Task):
+                ahead.cancel()
+                await asyncio.gather(ahead, return_exceptions=True)
+
+    def _ahead(self, chunk: Chunk) -> Task[Chunk] | Chunk:
+        """The chunk, or the task that fetches what it refers to."""
+        refers = materialise.refers(chunk)
+        return asyncio.create_task(self._inputs.fetch(chunk)) if refers else chunk
+
+    def _at_hand(self) -> tuple[Request, str, Path | None] | None:
+        """What `_prepare` gives, where nothing has to be fetched for it."""
+        key = materialise.function_key(self._work)
+        function = self._library.at_hand(key) if key else None
+        if self._work.job.code or (key and function is None):
+            return None
+        return materialise.request(self._work, self._folder, function=function, code=None), "", None
 
     async def _prepare(self) -> tuple[Request, str, Path | None]:
         digest, code = await self._library.code(self._work.job.code)
@@ -154,7 +169,7 @@ class Execution:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
-    def _accept(self, ready: list[tuple[int, Json | Failure]]) -> None:
+    def _accept(self, ready: Chunk) -> None:
         for task, item in ready:
             if isinstance(item, Failure):
                 del self._left[task]
@@ -171,10 +186,8 @@ class Execution:
         return self._handle.kill or self._children.closed
 
     def _left_s(self) -> float | None:
-        budget_s = self._work.budget_s
-        if budget_s is None:
-            return None
-        return budget_s - (self._clock.monotonic_s() - self._began_s)
+        budget_s, ran_s = self._work.budget_s, self._clock.monotonic_s() - self._began_s
+        return None if budget_s is None else budget_s - ran_s
 
     # --- With a child --------------------------------------------------------------------------
 
@@ -270,7 +283,10 @@ class Execution:
                 if self._slain[task] < LOSS_LIMIT:
                     return "slain"
             verdict = Verdict(
-                task, FailureKind.CRASH, _crash(code, self._slain[task]), monotonic_s() - since_s
+                task,
+                FailureKind.CRASH,
+                describe_crash(code, self._slain[task]),
+                monotonic_s() - since_s,
             )
         exit_code = code if verdict.kind is FailureKind.CRASH else None
         if verdict.task == IMPORTING:
@@ -372,16 +388,6 @@ class Execution:
 def _span_of(task: int, extra: dict[str, Any]) -> list[tuple[int, int, int]]:
     start, end = extra.get("span", (0, 0))
     return [(task, start, end)] if end > start else []
-
-
-def _crash(code: int, times: int) -> str:
-    if code == EXIT_PIPE_LOST:
-        return "closed the file descriptors of its process"
-    told = f"killed its process: {describe_exit(code)}"
-    if code == -signal.SIGKILL:
-        told += f" {times} times" if times else ""
-        told += "; the machine may have run out of memory"
-    return told
 
 
 def _make(folder: Path) -> None:

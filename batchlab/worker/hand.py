@@ -29,12 +29,16 @@ class Hand:
     slots: int = 1
     running: bool = False
     committing: bool = False
+    shedding: bool = False
+    """What waits behind the running task is being given away, or has been."""
+    part: Bundle | None = None
+    """What is left of the message's bundle, once the rest has been given away."""
     marked_s: float | None = None
     """When the running marker of a handed-over bundle was last refreshed."""
 
     @property
     def bundle(self) -> Bundle:
-        return self.task.bundle
+        return self.part or self.task.bundle
 
     @property
     def suspicion(self) -> int:

@@ -69,11 +69,14 @@ class Inputs:
             return await self.values(job, upstream, bundle.source, bundle.tasks)
         manifest = await self._manifest(bundle)
         found: list[Json] = []
-        for task in bundle.tasks:
-            number = bisect_right(manifest.starts, task) - 1
-            part = await self._part(bundle, manifest.round, number)
-            item = part[task - manifest.starts[number]]
-            found.append(await self._gathered(job, item) if is_gather(item) else item)
+        for start, stop in bundle.tasks.ranges:
+            while start < stop:
+                number = bisect_right(manifest.starts, start) - 1
+                part = await self._part(bundle, manifest.round, number)
+                offset = start - manifest.starts[number]
+                items = part[offset : offset + stop - start]
+                found += [await self._gathered(job, i) if is_gather(i) else i for i in items]
+                start += len(items)
         return found
 
     async def values(

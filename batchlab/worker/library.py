@@ -26,6 +26,7 @@ class Library:
         self._scratch = scratch
         self._off_loop = off_loop
         self._locks: dict[str, asyncio.Lock] = {}
+        self._functions: dict[str, Path] = {}
 
     async def code(self, key: str | None) -> tuple[str, Path | None]:
         """The digest and the unpacked folder of a code zip; ("", None) for a job without one.
@@ -45,6 +46,10 @@ class Library:
             raise Problem("import", f"The job's code cannot be had: {error}") from error
         return digest, folder
 
+    def at_hand(self, key: str) -> Path | None:
+        """The file of a pickled function that has been fetched before, None of any other."""
+        return self._functions.get(key)
+
     async def function(self, key: str) -> Path:
         """The file of a pickled function. Problem of kind "import" where it is gone."""
         path = self._scratch.root / "functions" / hashlib.sha256(key.encode()).hexdigest()
@@ -55,6 +60,7 @@ class Library:
                     await self._objects.download(key, path)
         except NotFound as error:
             raise Problem("import", f"The job's function cannot be had: {error}") from error
+        self._functions[key] = path
         return path
 
     def _lock(self, key: str) -> asyncio.Lock:

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from batchlab.commit import address, commit, follow_ups
+from batchlab.commit import address, commit, follow_ups, uncommitted
 from batchlab.errors import BackendError, NotFound
 from batchlab.jobdef import JobDef, StageDef
-from batchlab.model import Control, Failure, FailureKind, JobId, Json, Outcome, Ran
+from batchlab.model import Control, JobId, Json, Outcome, Ran
 from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, Clock, Message, Objects, Queue
 from batchlab.protocol import naming, settle, wire
@@ -28,6 +28,7 @@ from batchlab.worker.inputs import Inputs
 from batchlab.worker.outbox import Outbox
 from batchlab.worker.runner import Runner, Work
 from batchlab.worker.settings import WorkerSettings
+from batchlab.worker.shedding import Shedding
 from batchlab.worker.slots import Slots
 from batchlab.worker.suspects import RunsElsewhereError, Suspects
 from batchlab.worker.tenure import Tenure
@@ -65,6 +66,7 @@ class Worker:
         self._tasks_queue = naming.tasks_queue(who.pool)
         self._outbox = Outbox(queue, patience)
         self._inputs = Inputs(objects, patience)
+        self._shedding = Shedding(objects, clock, patience, self._outbox, who.worker)
         self._controls = Controls(objects, clock, settings.control_lease_s, self._looked)
         self._slots = Slots(who.slots)
         self._jobs: dict[JobId, JobDef] = {}
@@ -216,7 +218,7 @@ class Worker:
                 await self._send_again(hand, job, delay_s=self._settings.visibility_s)
                 return
             if done:
-                await self._finish(hand, job, done, None)
+                await self._forward_again(hand, job, done)
                 return
         items: Sequence[Json]
         try:
@@ -224,7 +226,9 @@ class Worker:
             items = inline if inline is not None else await self._inputs.resolve(job, hand.bundle)
         except NotFound as error:
             await self._finish(
-                hand, job, await self._commit(hand, job, 0.0, _vanished(hand, error))
+                hand,
+                job,
+                await self._commit(hand, job, 0.0, settle.vanished(hand.bundle, str(error))),
             )
             return
         await self._in_slots(hand, job, stage, items)
@@ -251,7 +255,7 @@ class Worker:
         started_s = self._clock.now_s()
         begun_s = self._clock.monotonic_s()
         try:
-            ran = await self._run(hand, job, stage, items)
+            ran = await self._run(hand, job, stage, items, started_s)
         finally:
             hand.running = False
             hand.committing = True
@@ -259,6 +263,9 @@ class Worker:
             took_s = self._clock.monotonic_s() - begun_s
             self._prefetch = self._slots.total if took_s < QUICK_S else 0
             self._room.set()
+        if hand.part:
+            told = zip(hand.task.bundle.tasks, items, strict=True)
+            items = [item for task, item in told if task in hand.part.tasks]
         cancelled = hand.control is Control.CANCEL
         if not ran and not cancelled:
             # Nothing ended, so there is nothing to commit; an outcome without a task in it would
@@ -270,7 +277,7 @@ class Worker:
         await self._finish(hand, job, outcome, items)
 
     async def _run(
-        self, hand: Hand, job: JobDef, stage: StageDef, items: Sequence[Json]
+        self, hand: Hand, job: JobDef, stage: StageDef, items: Sequence[Json], started_s: float
     ) -> list[Ran]:
         if hand.suspicion:
             await self._suspects.begin(hand)
@@ -279,7 +286,10 @@ class Worker:
         self._beats.due()
         budget_s = BUDGET_S if stage.bundle is None else None
         work = Work(job, stage, hand.bundle, hand.execution, items, budget_s)
-        return [ran async for ran in self._runner.run(work, hand.handle)]
+        runs = self._runner.run(work, hand.handle)
+        if budget_s is None or len(hand.bundle.tasks) == 1:
+            return [ran async for ran in runs]
+        return await self._shedding.run(hand, job, items, started_s, runs)
 
     async def _commit(
         self,
@@ -301,7 +311,7 @@ class Worker:
             ended_s=max(started_s, now_s),
             cancelled=cancelled,
             log=hand.handle.log,
-            log_spans=hand.handle.log_spans,
+            log_spans=[s for s in hand.handle.log_spans if s[0] in hand.bundle.tasks],
         )
         return await commit(self._objects, outcome, self._patience)
 
@@ -313,6 +323,14 @@ class Worker:
         messages = follow_ups(job, outcome, now_s=self._clock.now_s(), items=known)
         # Follow-ups first, the event second: the manager may end a stage only when what follows
         # from it is on its way, and it learns of the follow-ups from this very event.
+        await self._outbox.send(messages)
+        await self._outbox.event(outcome)
+        await self._delete(hand)
+
+    async def _forward_again(self, hand: Hand, job: JobDef, outcome: Outcome) -> None:
+        """As `_finish`, for somebody who may have forwarded it long ago."""
+        follows = await uncommitted(self._objects, outcome.follows, self._patience)
+        messages = follow_ups(job, replace(outcome, follows=follows), now_s=self._clock.now_s())
         await self._outbox.send(messages)
         await self._outbox.event(outcome)
         await self._delete(hand)
@@ -394,11 +412,3 @@ class Worker:
                 hand.handle.stop = True
             if control is Control.CANCEL:
                 hand.handle.kill = True
-
-
-def _vanished(hand: Hand, error: NotFound) -> list[Ran]:
-    reason = f"its input is gone: {error}"
-    return [
-        Ran(task, 0.0, failure=Failure(task, FailureKind.INPUT, reason, error="NotFound"))
-        for task in hand.bundle.tasks
-    ]

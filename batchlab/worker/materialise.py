@@ -79,6 +79,11 @@ def chunks(tasks: Sequence[int], items: Sequence[Json]) -> Iterator[list[tuple[i
         yield chunk
 
 
+def refers(chunk: Iterable[tuple[int, Json]]) -> bool:
+    """Whether any of these needs something fetched."""
+    return any(_refers(item) for _, item in chunk)
+
+
 def _bytes(reference: Json) -> int:
     if values.kind(reference) == "$part":
         return int(reference["stop"]) - int(reference["start"])

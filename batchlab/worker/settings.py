@@ -13,15 +13,17 @@ class WorkerSettings:
 
     `visibility_s` is extended at a third of it. `control_lease_s` is how long a worker may start
     tasks of a job after it last looked at the job's control object; a cancellation is acknowledged
-    after that long. `beat_s` is the longest silence towards the manager, `beat_gap_s` the least
-    time between two beats. `drain_s` is what a draining worker gives its running tasks.
-    `hand_over_s` after the receive a running bundle is handed over to a watchdog message, before
-    SQS's cap of 12 h takes the receipt away; the watchdog comes back every `watchdog_s`.
+    after that long. `beat_s` is the longest silence towards the manager while something is in
+    hand, `idle_beat_s` while nothing is; `beat_gap_s` the least time between two beats. `drain_s`
+    is what a draining worker gives its running tasks. `hand_over_s` after the receive a running
+    bundle is handed over to a watchdog message, before SQS's cap of 12 h takes the receipt away;
+    the watchdog comes back every `watchdog_s`.
     """
 
     visibility_s: float = 30.0
     control_lease_s: float = 1.0
     beat_s: float = 10.0
+    idle_beat_s: float = 60.0
     beat_gap_s: float = 0.5
     wait_s: float = 20.0
     drain_s: float = 20.0

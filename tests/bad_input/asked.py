@@ -180,6 +180,8 @@ def ask(world: Path, grid: Shell) -> dict[str, Any]:
         command = [word.format(**ids) if word.startswith("{") else word for word in one.command]
         found["told"][one.name] = shell(*command).to_json()
     found["cancelled"] = shell("job", "cancel", running).to_json()
+    # Until the job has ended, to ask again is no mistake.
+    shell("job", "watch", running)
     found["twice"] = shell("job", "cancel", running).to_json()
     return found
 

@@ -132,6 +132,5 @@ def test_a_clock_that_went_back_a_day_costs_no_day(shell: Shell) -> None:
         assert shell("job", "why", job).code == 0
     assert shell("grid", "down").code == 0
     later(shell.home / "queue.sqlite", "messages", "visible_s", "sent_s", "received_s")
-    later(shell.home / "ledger.sqlite", "leases", "until_s")
     check(shell(*RUN, "--resume"), code=0, says="SUCCEEDED")
     assert fetched(shell.folder / "out") == {"one": list(range(40))}

@@ -14,9 +14,11 @@ import pytest
 from batchlab.errors import Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.manager import by_hand
-from batchlab.model import Control, JobId, JobState, Pool
+from batchlab.model import Control, Failure, FailureKind, JobId, JobState, Pool
 from batchlab.protocol import naming, wire
 from batchlab.sim import invariants
+from batchlab.sim.fates import value_of
+from batchlab.sim.runner import Play, Scene
 from batchlab.sim.users import bring_items
 from batchlab.sim.world import EPOCH_S, MANAGER, World
 from tests.sim.scenes import (
@@ -336,3 +338,64 @@ def test_a_pause_that_comes_too_late_leaves_no_trace() -> None:
         await invariants.check_all(world, [made.id])
 
     in_world(act, script=takes(5.0))
+
+
+# --- A ledger that is emptied under somebody's hands ---------------------------------------------
+
+
+def _emptied_when_read(monkeypatch: pytest.MonkeyPatch, world: World) -> list[str]:
+    """What this answers is to be given a word: then the next look for ended bundles of stage A
+    finds the ledger emptied, and it is rebuilt in a moment."""
+    armed: list[str] = []
+    rebuilds: list[asyncio.Task[object]] = []
+
+    async def rebuild() -> object:
+        await asyncio.sleep(3)
+        return await world.ask(lambda m: m.rebuild_ledger(), "rebuild")
+
+    async def bundles(original: Any, *args: Any, **kwargs: Any) -> object:
+        if armed and not rebuilds and kwargs.get("stage") == A and kwargs.get("done"):
+            await world.ledger.clear()
+            rebuilds.append(asyncio.create_task(rebuild()))
+            armed.append("emptied")
+        return await original(*args, **kwargs)
+
+    around(monkeypatch, world.ledger, "bundles", bundles)
+    return armed
+
+
+def test_a_retry_is_not_planned_from_an_emptied_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was committed without the bundles that a stage still had to run, and never ended."""
+
+    async def act(world: World) -> None:
+        armed = _emptied_when_read(monkeypatch, world)
+        made = job(stage(A, bundle=1), stage(B, A), items=5)
+        await submitted(world, made)
+        assert (await ended(world, made)).state is JobState.FAILED
+        armed.append("now")
+        await world.ask(lambda m: m.requests.retry(made.id), "retry")
+        await ended_well(world, made)
+        assert armed == ["now", "emptied"]
+
+    def fails_at_first(scene: Scene) -> Play:
+        if scene.stage.name == B and not scene.bundle.round:
+            failure = Failure(scene.task, FailureKind.EXCEPTION, "no luck", error="Luck")
+            return Play(1.0, failure=failure)
+        return Play(1.0, value_of(scene.stage.name, scene.item))
+
+    in_world(act, script=fails_at_first)
+
+
+def test_a_total_is_not_planned_from_an_emptied_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was planned over the results that the ledger still had, which were none (I1)."""
+
+    async def act(world: World) -> None:
+        armed = _emptied_when_read(monkeypatch, world)
+        armed.append("now")
+        made = job(stage(A, bundle=1), stage(B, A, gather="*"), items=5)
+        await submitted(world, made)
+        await ended_well(world, made)
+        await invariants.check_results(world, made)
+        assert armed == ["now", "emptied"]
+
+    in_world(act, script=takes(1.0))

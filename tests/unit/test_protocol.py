@@ -169,6 +169,31 @@ def test_a_wave_never_cuts_more_than_is_left(
         assert sizes
 
 
+def test_a_long_task_counts_no_more_than_it_keeps_its_neighbours() -> None:
+    assert sizing.weight_s(100, 0.5) == 0.5
+    assert sizing.weight_s(1, 600.0) == sizing.BUDGET_S
+    assert sizing.weight_s(2, 600.0) == 2 * sizing.BUDGET_S
+    assert sizing.weight_s(100, 600.0) == 2 * sizing.BUDGET_S  # the last of them was long
+    assert sizing.weight_s(0, 0.0) == 0.0
+
+
+def test_what_is_kept_is_a_bundle_of_its_own_and_the_rest_goes_on_as_halves() -> None:
+    bundle = replace(BUNDLE, tasks=TaskSet.span(0, 10))
+    outcome = settle.settle(
+        JOB,
+        bundle,
+        [Ran(0, 0.1), Ran(1, 0.1)],
+        execution="x",
+        worker="w",
+        started_s=0.0,
+        ended_s=1.0,
+        kept=TaskSet.span(2, 3),
+    )
+    same_stage = [f.bundle.tasks for f in outcome.follows if f.bundle.stage == bundle.stage]
+    assert outcome.succeeded == TaskSet.span(0, 2)
+    assert same_stage == [TaskSet.span(2, 3), TaskSet.span(3, 7), TaskSet.span(7, 10)]
+
+
 def test_sizes_follow_the_measured_time_and_shrink_at_the_end() -> None:
     assert sizing.bundle_size(10_000, 2, 0.005, None) == 150  # 0.75 s of work
     assert sizing.bundle_size(10_000, 2, 60.0, None) == 1

@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from types import MappingProxyType
 
 from batchlab.commit import commit
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager import rebuild, requests
 from batchlab.manager.conductor import Conductor
-from batchlab.manager.folding import Folder
+from batchlab.manager.folding import Folder, Whole
 from batchlab.manager.live import LiveJob, Outstanding, Ports
 from batchlab.manager.manager import Manager
 from batchlab.manager.plans import PartWriter
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.requests import Requests
-from batchlab.model import Completion, Control, JobId, StageName, TaskSet
+from batchlab.model import Completion, Control, JobId, StageCounts, StageName, TaskSet
 from batchlab.ports import Cut, Depth, JobRecord, Written
 from batchlab.protocol import naming, settle, wire
 from batchlab.worker.inputs import Manifest
@@ -38,12 +38,14 @@ def gather_on_message_count(plant: Plant) -> None:
     fold, plan = Folder.fold, Conductor._plan
 
     @plant.method(Folder, "fold")
-    async def _fold(self: Folder, completions: Sequence[Completion]) -> None:
+    async def _fold(
+        self: Folder, completions: Sequence[Completion], whole: Whole = MappingProxyType({})
+    ) -> None:
         for one in completions:
             if not one.bundle.round:
                 ended = len(one.succeeded) + len(one.failed) + len(one.cancelled)
                 heard[one.bundle.job, one.bundle.stage] += ended
-        await fold(self, completions)
+        await fold(self, completions, whole)
 
     @plant.method(Conductor, "_plan")
     async def _plan(self: Conductor, live: LiveJob, stage: StageDef) -> None:
@@ -69,14 +71,11 @@ def plan_without_conditional_put(plant: Plant) -> None:
         await self._patience(lambda: self._objects.put(key, made.to_bytes()))
         return made
 
-    @plant.method(Conductor, "_commit_cut")
-    async def _commit_cut(self: Conductor, live: LiveJob, cut: Cut) -> Cut:
+    @plant.method(Conductor, "_put_cut")
+    async def _put_cut(self: Conductor, cut: Cut) -> Cut:
         key = naming.cut(cut.job, cut.stage, cut.round, cut.seq)
         data = wire.to_bytes(wire.cut_to_json(cut))
         await self._ports.patience(lambda: self._ports.objects.put(key, data))
-        await self._folder.write(live, partial(self._ports.ledger.add_cut, cut))
-        now_s = self._ports.clock.monotonic_s()
-        live.expect((bundle, now_s) for bundle in cut.bundles)
         return cut
 
 
@@ -97,11 +96,8 @@ def cut_only_in_memory_and_ledger(plant: Plant) -> None:
     """The cut is written to the ledger only, which is there for that. A ledger rebuilt from the
     bucket does not know its bundles (I3)."""
 
-    @plant.method(Conductor, "_commit_cut")
-    async def _commit_cut(self: Conductor, live: LiveJob, cut: Cut) -> Cut:
-        await self._folder.write(live, partial(self._ports.ledger.add_cut, cut))
-        now_s = self._ports.clock.monotonic_s()
-        live.expect((bundle, now_s) for bundle in cut.bundles)
+    @plant.method(Conductor, "_put_cut")
+    async def _put_cut(self: Conductor, cut: Cut) -> Cut:
         return cut
 
 
@@ -182,7 +178,7 @@ def retry_runs_all_again(plant: Plant) -> None:
     result (I1, I2)."""
 
     @plant.method(Requests, "_succeeded")
-    async def _succeeded(self: Requests, job: JobId, stage: StageName) -> TaskSet:
+    async def _succeeded(self: Requests, job: JobId, counts: StageCounts) -> TaskSet:
         return TaskSet()
 
 

@@ -1,0 +1,130 @@
+"""What waits behind a long task is given away while that still runs.
+
+Invariant: the bundle's outcome is committed and told of before its worker goes on, and names among
+what follows the part that the worker keeps. The message stays in hand until that part's own outcome
+is told too: if the worker dies, whoever gets the message finds the first outcome, and forwards it
+again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+
+from batchlab.commit import commit, follow_ups
+from batchlab.jobdef import JobDef
+from batchlab.model import Json, Outcome, Ran, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import Clock, Objects
+from batchlab.protocol import naming, settle
+from batchlab.protocol.sizing import BUDGET_S
+from batchlab.worker.hand import Hand
+from batchlab.worker.outbox import Outbox
+
+LOOK_S = 0.1
+"""Between two tasks there is nobody to keep: soon the next one runs, or the run has ended."""
+
+
+class Shedding:
+    """Of one worker."""
+
+    def __init__(
+        self, objects: Objects, clock: Clock, patience: Patience, outbox: Outbox, worker: str
+    ) -> None:
+        self._objects = objects
+        self._clock = clock
+        self._patience = patience
+        self._outbox = outbox
+        self._worker = worker
+
+    async def run(
+        self,
+        hand: Hand,
+        job: JobDef,
+        items: Sequence[Json],
+        started_s: float,
+        runs: AsyncIterator[Ran],
+    ) -> list[Ran]:
+        """What the tasks that stay in hand come to: all, or those of `hand.part`. BackendError
+        where what was committed could not be told of."""
+        ran: list[Ran] = []
+        watching = self._watch(hand, job, items, ran, started_s)
+        watch = asyncio.create_task(watching, name=f"shedding {hand.bundle.id}")
+        try:
+            async for one in runs:
+                ran.append(one)  # noqa: PERF401 - it is looked at while it grows
+        finally:
+            if not hand.shedding:
+                watch.cancel()
+            # A commit that is under way must not be forgotten.
+            await asyncio.wait({watch})
+        if hand.shedding:
+            watch.result()
+        return [one for one in ran if one.task in hand.bundle.tasks]
+
+    async def _watch(
+        self,
+        hand: Hand,
+        job: JobDef,
+        items: Sequence[Json],
+        ran: Sequence[Ran],
+        started_s: float,
+    ) -> None:
+        """Shed once the budget is used up, where something waits behind the task that runs then."""
+        await asyncio.sleep(BUDGET_S)
+        while (running := hand.handle.running) is None or not _after(hand, ran, running):
+            if hand.handle.stop or len(ran) >= len(hand.bundle.tasks):
+                return
+            await asyncio.sleep(LOOK_S)
+        if hand.handle.stop:
+            return
+        hand.shedding = True
+        hand.handle.stop = True
+        await self._shed(hand, job, items, list(ran), _after(hand, ran, running), started_s)
+
+    async def _shed(
+        self,
+        hand: Hand,
+        job: JobDef,
+        items: Sequence[Json],
+        ran: Sequence[Ran],
+        rest: TaskSet,
+        started_s: float,
+    ) -> None:
+        bundle = hand.bundle
+        kept = replace(bundle, tasks=bundle.tasks - TaskSet.of(r.task for r in ran) - rest)
+        spans = [span for span in hand.handle.log_spans if span[0] not in kept.tasks]
+        draft = settle.settle(
+            job,
+            bundle,
+            ran,
+            execution=hand.execution,
+            worker=self._worker,
+            started_s=started_s,
+            ended_s=max(started_s, self._clock.now_s()),
+            kept=kept.tasks,
+            # It is stored when the run has ended.
+            log=naming.log(bundle, hand.execution) if spans else "",
+            log_spans=spans,
+        )
+        outcome = await commit(self._objects, draft, self._patience)
+        if outcome != draft:
+            return  # somebody else was faster, and at its end this run comes to the same
+        hand.part = kept
+        await self._forward(hand, job, outcome, dict(zip(bundle.tasks, items, strict=True)))
+
+    async def _forward(
+        self, hand: Hand, job: JobDef, outcome: Outcome, items: dict[int, Json]
+    ) -> None:
+        """As for any outcome, but the part that is kept needs no message."""
+        others = tuple(follow for follow in outcome.follows if follow.bundle != hand.part)
+        told = replace(outcome, follows=others)
+        await self._outbox.send(follow_ups(job, told, now_s=self._clock.now_s(), items=items))
+        await self._outbox.event(outcome)
+
+
+def _after(hand: Hand, ran: Sequence[Ran], running: int) -> TaskSet:
+    """What has neither ended nor begun: tasks begin in order."""
+    left = hand.bundle.tasks - TaskSet.of(r.task for r in ran)
+    return left - TaskSet.span(0, running + 1)

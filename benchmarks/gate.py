@@ -1,0 +1,103 @@
+"""What has become slower: batchlab beside a process pool, compared with the ratios on record.
+
+    python benchmarks/gate.py [--small] [--record]
+
+Runs the harness (see `run.py`) for batchlab's backends and, in the same run, for the standard
+library's process pool. What counts is the ratio of the two, since both feel the same machine; where
+a figure is a share of an ideal already, that. Ratios are compared with `recorded.json`, which
+`--record` writes anew. Says what got slower by more than its noise; never fails for being slow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RECORDED = HERE / "recorded.json"
+BACKENDS = ("batchlab_local", "batchlab_ministack")
+POOL = "ppe1"
+Figures = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One workload's figure. `of` takes it from batchlab's figures and the pool's."""
+
+    what: str
+    more_is_better: bool
+    of: Callable[[Figures, Figures], float]
+    noise: float = 0.15
+    """The same code measured twice differs by so much on a machine that does nothing else."""
+
+
+MEASURES: Mapping[str, Measure] = {
+    "W1": Measure("no-ops a second, per pool's", True, lambda b, p: b["per_s"] / p["per_s"]),
+    "W2": Measure("share of the CPU limit", True, lambda b, _: float(b["efficiency"])),
+    "W3": Measure("share of the ideal", True, lambda b, _: float(b["efficiency"])),
+    "W4": Measure("files a second, per pool's", True, lambda b, p: b["per_s"] / p["per_s"]),
+    "W5": Measure("latency, pools'", False, lambda b, p: b["median_ms"] / p["median_ms"], 0.35),
+    "W6": Measure("start to first result, pools'", False, lambda b, p: b["wall_s"] / p["wall_s"]),
+}
+SMALL = ("W1", "W2", "W5", "W6")
+
+
+def measured(workloads: tuple[str, ...], repeat: int) -> dict[str, dict[str, float]]:
+    """Ratios by backend and workload, of one run."""
+    with tempfile.TemporaryDirectory(prefix="batchlab-gate-") as folder:
+        results = Path(folder) / "results.json"
+        command = [sys.executable, str(HERE / "run.py"), "--peers", ",".join((POOL, *BACKENDS))]
+        command += ["--workloads", ",".join(workloads), "--repeat", str(repeat)]
+        command += ["--attempts", "1", "--patience", "5", "--json", str(results)]
+        subprocess.run(command, check=True)
+        runs = json.loads(results.read_text())["runs"]
+    pool = runs[POOL]
+    return {
+        backend: {
+            name: round(MEASURES[name].of(runs[backend][name]["median"], pool[name]["median"]), 4)
+            for name in workloads
+        }
+        for backend in BACKENDS
+    }
+
+
+def change(name: str, now: float, before: float | None) -> str:
+    """In words, how `now` compares with what is on record."""
+    if before is None:
+        return "not on record"
+    measure = MEASURES[name]
+    gained = now / before if measure.more_is_better else before / now
+    if gained < 1 - measure.noise:
+        return f"SLOWER by {1 - gained:.0%}"
+    return f"faster by {gained - 1:.0%}" if gained > 1 + measure.noise else "as before"
+
+
+def main() -> None:
+    """Measure, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--small", action="store_true", help="four workloads, once")
+    parser.add_argument("--record", action="store_true", help="put the ratios on record")
+    options = parser.parse_args()
+    workloads = SMALL if options.small else tuple(MEASURES)
+    now = measured(workloads, 1 if options.small else 3)
+    before = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+    print(f"\n{'backend':<20}{'workload':<10}{'now':>10}{'recorded':>10}  change")
+    for backend, figures in now.items():
+        for name, figure in figures.items():
+            known = before.get(backend, {}).get(name)
+            told = f"{known:>10.3f}" if known is not None else f"{'-':>10}"
+            row = f"{backend:<20}{name:<10}{figure:>10.3f}{told}  {change(name, figure, known)}"
+            print(f"{row} ({MEASURES[name].what})")
+    if options.record:
+        RECORDED.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

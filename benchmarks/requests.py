@@ -1,0 +1,164 @@
+"""What a grid asks of S3 and SQS, counted at the wire: idle, and for a million tasks, in USD.
+
+    python benchmarks/requests.py [--small] [--json FILE]
+
+A grid on `ministack` with two workers, its requests passing through a proxy that counts them.
+Targets: an idle grid makes at most 6 requests a minute a worker and uses under 1% of a core; tiny
+tasks take at most 0.05 requests each. Prices are AWS's list prices in us-east-1 (`PRICES`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.run import emulator
+from tests.integration.conform_proxy import Request, Response, Send, proxy
+
+PRICES_USD: Mapping[str, float] = {
+    # Per request. S3 Standard: PUT, COPY, POST, LIST 0.005 per 1,000; GET and all other 0.0004 per
+    # 1,000; DELETE is free. SQS standard queues: 0.40 per million, each 64 KB chunk of a payload.
+    "S3 PUT": 0.005 / 1000,
+    "S3 LIST": 0.005 / 1000,
+    "S3 GET": 0.0004 / 1000,
+    "S3 DELETE": 0.0,
+    "SQS": 0.40 / 1_000_000,
+}
+CHUNK_BYTES = 64 * 1024
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Meter:
+    """Counts requests by what AWS bills them as."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def __call__(self, request: Request, send: Send) -> Response:
+        if request.action:
+            self.counts[f"SQS {request.action}"] += max(1, -(-len(request.body) // CHUNK_BYTES))
+        elif request.method == "GET" and "list-type" in request.query:
+            self.counts["S3 LIST"] += 1
+        else:
+            kind = {"POST": "PUT", "HEAD": "GET"}.get(request.method, request.method)
+            self.counts[f"S3 {kind}"] += 1
+        return send(request)
+
+    @contextmanager
+    def span(self) -> Iterator[Counter[str]]:
+        """What is counted while in it; complete at its end."""
+        before, found = self.counts.copy(), Counter[str]()
+        yield found
+        found.update(self.counts - before)
+
+
+def usd(counts: Mapping[str, int]) -> float:
+    """What these requests cost at list price."""
+    return sum(count * PRICES_USD.get(name, PRICES_USD["SQS"]) for name, count in counts.items())
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process and its descendants so far."""
+    parents: dict[int, list[int]] = {}
+    used: dict[int, float] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has ended
+        parents.setdefault(int(fields[1]), []).append(int(entry.name))
+        used[int(entry.name)] = (int(fields[11]) + int(fields[12])) / TICKS
+
+    def total(one: int) -> float:
+        return used.get(one, 0.0) + sum(map(total, parents.get(one, ())))
+
+    return total(pid)
+
+
+def measure(idle_s: float, tasks: int) -> list[dict[str, Any]]:
+    """The rows of the table."""
+    from batchlab import Grid
+    from batchlab.home import Home
+
+    meter, rows = Meter(), []
+    with (
+        tempfile.TemporaryDirectory(prefix="batchlab-bench-") as folder,
+        emulator(Path(folder) / "emulator", ["batchlab_ministack"]) as upstream,
+        proxy(upstream, meter) as endpoint,
+    ):
+        os.environ["BATCHLAB_ENDPOINT"] = endpoint
+        home = Home(Path(folder) / "grid")
+        with Grid("ministack", home=home.path, workers=2, warm=True) as grid:
+            list(grid.map(abs, range(20)))
+            record = home.record()
+            assert record
+            # Until what follows a job has died down: beats, and the looks of a busy receiver.
+            time.sleep(idle_s)
+            begun_s = cpu_s(record.pid)
+            with meter.span() as idle:
+                time.sleep(idle_s)
+            rows.append(
+                {
+                    "what": "idle, two workers",
+                    "requests": idle.total(),
+                    "per_minute_and_worker": idle.total() / 2 / idle_s * 60,
+                    "cores": (cpu_s(record.pid) - begun_s) / idle_s,
+                    "usd_per_month": usd(idle) / idle_s * 86_400 * 30,
+                    "by_kind": dict(idle),
+                }
+            )
+            jobs: list[tuple[str, Callable[[Any], Any], int]] = [
+                ("no-op tasks", abs, tasks),
+                ("tasks of 10 ms", nap, tasks // 20),
+            ]
+            for name, function, count in jobs:
+                with meter.span() as busy:
+                    assert len(list(grid.map(function, range(count)))) == count
+                    time.sleep(1.0)
+                rows.append(
+                    {
+                        "what": f"{count:,} {name}",
+                        "requests": busy.total(),
+                        "requests_per_task": busy.total() / count,
+                        "usd_per_million_tasks": usd(busy) / count * 1_000_000,
+                        "by_kind": dict(busy),
+                    }
+                )
+    return rows
+
+
+def nap(item: int) -> int:
+    """A task that takes 10 ms."""
+    time.sleep(0.01)
+    return item
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--small", action="store_true", help="a minute instead of five")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = measure(20.0 if options.small else 120.0, 5_000 if options.small else 20_000)
+    for row in rows:
+        told = {k: v for k, v in row.items() if k not in ("what", "by_kind")}
+        print(row["what"])
+        print("  " + "  ".join(f"{k}={v:,.4g}" for k, v in told.items()))
+        print("  " + "  ".join(f"{k}: {v}" for k, v in sorted(row["by_kind"].items())))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The simulator at scale: 10,000 workers and up to 10 million tasks, bundled as the grid does it.
+
+Target: 10,000 workers and 10,000,000 tasks on two cores in under 60 s of wall time and under
+2 GiB, and cost that grows linearly from 10⁴ to 10⁷ tasks. The manager, fleet and worker objects are
+those of every backend; services are in memory, every port call takes its simulated 2 to 20 ms, and
+nothing goes wrong. Each row is a process of its own, so that its peak memory is its own.
+
+    python benchmarks/scale.py [--small] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.manager.live import ManagerSettings
+from batchlab.manager.plans import PartWriter
+from batchlab.model import JobId, JobState, Pool, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.sim.loop import SimLoop
+from batchlab.sim.timed import TimedRunner
+from batchlab.sim.trial import calm
+from batchlab.sim.world import EPOCH_S, World
+from batchlab.worker.settings import WorkerSettings
+
+TASK_S = 0.1
+"""What each task takes, virtual seconds."""
+
+BUNDLE = 500
+"""Tasks of a bundle, by the user's own number."""
+
+STAGE = StageName("a")
+ITEMS_AT_ONCE = 4096
+
+# As on a grid of thousands: everything that is paid per worker and second is slower than on a
+# laptop. A cancellation then takes up to a minute to be acknowledged.
+LEASE_S = 60.0
+MANAGER = ManagerSettings(
+    control_lease_s=LEASE_S, visibility_s=600.0, silence_s=600.0, tick_s=5.0, lease_ttl_s=60.0
+)
+WORKER = WorkerSettings(control_lease_s=LEASE_S, visibility_s=600.0, beat_s=60.0, beat_gap_s=5.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One run. `virtual_s` is from the submission to the job's end; `started_s` is the wall time
+    that booting the workers took, `wall_s` and `cpu_s` are of all of it."""
+
+    tasks: int
+    workers: int
+    bundles: int
+    virtual_s: float
+    started_s: float
+    wall_s: float
+    cpu_s: float
+    steps: int
+    peak_mib: float
+
+    @property
+    def us_per_task(self) -> float:
+        """Wall time per task without the start of the workers."""
+        return (self.wall_s - self.started_s) / self.tasks * 1e6
+
+
+def measure(tasks: int, workers: int) -> Row:
+    """Run one job in this process."""
+    loop = SimLoop(inline_executor=True)
+    return loop.run(_main(loop, tasks, workers))
+
+
+async def _main(loop: SimLoop, tasks: int, workers: int) -> Row:
+    begun = time.perf_counter()
+    pool = Pool("default", workers, workers, 1)
+    world = World(
+        1,
+        (pool,),
+        faults=calm(1),
+        make_runner=lambda world, _die, _objects: TimedRunner(
+            lambda work: (TASK_S,) * len(work.bundle.tasks), world.clock, together_s=LEASE_S
+        ),
+        manager_settings=MANAGER,
+        worker_settings=WORKER,
+        logged=False,
+        watched=False,
+    )
+    supervisor = asyncio.create_task(world.supervise(), name="supervisor")
+    while not (world.manager and len(world.manager.registry.workers) == workers):  # noqa: ASYNC110
+        await asyncio.sleep(1.0)
+    started_s, since_s = time.perf_counter() - begun, loop.time()
+    job = JobDef(
+        JobId("job"),
+        "job",
+        (StageDef(STAGE, handler="sim:task", bundle=BUNDLE),),
+        EPOCH_S,
+        items=tasks,
+        token="t",
+    )
+    writer = PartWriter(world.objects, Patience(world.rng("client")), job.id, STAGE, 0)
+    for start in range(0, tasks, ITEMS_AT_ONCE):
+        await writer.add(*range(start, min(start + ITEMS_AT_ONCE, tasks)))
+    await writer.commit(TaskSet())
+    await world.submit(job)
+    record = await world.ended(job.id)
+    virtual_s = loop.time() - since_s
+    (stage,) = (await world.ledger.rows(job.id)).stages
+    if record.state is not JobState.SUCCEEDED or stage.counts.succeeded != tasks:
+        raise SystemExit(f"The job ended as {record.state}: {stage.counts}")
+    bundles = len(await world.ledger.bundles(job.id, done=True))
+    supervisor.cancel()
+    await world.ledger.close()
+    wall_s = time.perf_counter() - begun
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return Row(
+        tasks,
+        workers,
+        bundles,
+        virtual_s,
+        started_s,
+        wall_s,
+        time.process_time(),
+        loop.steps,
+        peak_mib,
+    )
+
+
+def apart(tasks: int, workers: int) -> Row:
+    """Run one job in a process of its own."""
+    command = [sys.executable, __file__, "--one", str(tasks), str(workers)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return Row(**json.loads(done.stdout))
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--small", action="store_true", help="1,000 workers, up to 10⁵ tasks")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--one", type=int, nargs=2, metavar=("TASKS", "WORKERS"))
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(asdict(measure(*options.one))))
+        return
+    workers, sizes = (1_000, (10**4, 10**5)) if options.small else (10_000, TASKS)
+    rows = []
+    print("      tasks  workers  bundles  virtual s  start s   wall s    CPU s  µs/task  peak MiB")
+    for tasks in sizes:
+        row = apart(tasks, workers)
+        rows.append(row)
+        print(
+            f"{row.tasks:11,} {row.workers:8,} {row.bundles:8,} {row.virtual_s:10.1f} "
+            f"{row.started_s:8.1f} {row.wall_s:8.1f} {row.cpu_s:8.1f} {row.us_per_task:8.2f} "
+            f"{row.peak_mib:9.0f}",
+            flush=True,
+        )
+    if options.json:
+        told = [{**asdict(row), "us_per_task": row.us_per_task} for row in rows]
+        options.json.write_text(json.dumps(told, indent=1) + "\n")
+
+
+TASKS = (10**4, 10**5, 10**6, 10**7)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Bundles size themselves: the makespan against a clairvoyant schedule, in the simulator.
+
+Target: within 5% of a schedule that knows all durations beforehand (longest task first, on the same
+slots, without any overhead), without any setting, on three distributions:
+
+- mixed: for each slot 3 tasks of 10 minutes among 2,000 of 10 µs, in random order;
+- heavy: Pareto with α = 1.3 from 50 ms on, capped at 20 s, 600 s of work a slot on average;
+- giants: 5,000 even tasks of 100 ms a slot, and at the end of the list a giant of 20 s for every
+  second slot.
+
+Longest tasks are a small part of the whole, or even: with one task as long as everything else
+together, and last in the list, no schedule that does not know durations can be within 5%.
+
+The makespan is from the submission to the job's end as the ledger has it, with 2 to 20 ms for every
+port call, on workers that are up. Requests are the port calls of manager and workers from
+submission to end, polls and heartbeats included.
+
+    python benchmarks/sizing.py [--small] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import heapq
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.model import JobId, JobState, Pool, StageName
+from batchlab.sim.loop import SimLoop
+from batchlab.sim.timed import TimedRunner
+from batchlab.sim.trial import calm
+from batchlab.sim.users import bring_items
+from batchlab.sim.world import EPOCH_S, World
+
+STAGE = StageName("a")
+TARGET = 1.05
+
+Draw = Callable[[random.Random, int], list[float]]
+
+
+def mixed(rng: random.Random, slots: int) -> list[float]:
+    """Tasks of 10 µs and of 10 minutes."""
+    found = [600.0] * (3 * slots) + [1e-5] * (2000 * slots)
+    rng.shuffle(found)
+    return found
+
+
+def heavy(rng: random.Random, slots: int) -> list[float]:
+    """A capped Pareto distribution."""
+    found: list[float] = []
+    left_s = 600.0 * slots
+    while left_s > 0:
+        found.append(min(20.0, 0.05 * rng.paretovariate(1.3)))
+        left_s -= found[-1]
+    return found
+
+
+def giants(rng: random.Random, slots: int) -> list[float]:
+    """Even tasks, and a few giants at the end of the list."""
+    even = [0.1 * rng.uniform(0.95, 1.05) for _ in range(5000 * slots)]
+    return even + [20.0] * max(1, slots // 2)
+
+
+def even(rng: random.Random, slots: int) -> list[float]:
+    """Not of the target: 5 ms tasks, for the price of a bundle."""
+    return [0.005 * rng.uniform(0.95, 1.05) for _ in range(12000 * slots)]
+
+
+DRAWS: dict[str, Draw] = {"mixed": mixed, "heavy": heavy, "giants": giants, "even": even}
+
+
+def clairvoyant_s(durations: Sequence[float], slots: int) -> float:
+    """The makespan of the list schedule that begins with the longest task."""
+    free = [0.0] * slots
+    for run_s in sorted(durations, reverse=True):
+        heapq.heapreplace(free, free[0] + run_s)
+    return max(free)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One run; `ratio` is the makespan to the clairvoyant one."""
+
+    name: str
+    slots: int
+    seed: int
+    tasks: int
+    bundles: int
+    requests: int
+    best_s: float
+    virtual_s: float
+
+    @property
+    def ratio(self) -> float:
+        return self.virtual_s / self.best_s
+
+
+def measure(name: str, slots: int, seed: int) -> Row:
+    """One job on a grid of its own."""
+    durations = DRAWS[name](random.Random(f"{seed}/{name}/{slots}"), slots)
+    loop = SimLoop(inline_executor=True)
+    return loop.run(_main(loop, name, slots, seed, durations))
+
+
+async def _main(loop: SimLoop, name: str, slots: int, seed: int, durations: list[float]) -> Row:
+    faults = calm(seed)
+    world = World(
+        seed,
+        (Pool("default", slots, slots, 1),),
+        faults=faults,
+        make_runner=lambda world, _die, _objects: TimedRunner(
+            lambda work: [durations[task] for task in work.bundle.tasks], world.clock
+        ),
+        logged=False,
+        watched=False,
+    )
+    supervisor = asyncio.create_task(world.supervise(), name="supervisor")
+    while not (world.manager and len(world.manager.registry.workers) == slots):  # noqa: ASYNC110
+        await asyncio.sleep(1.0)
+    await asyncio.sleep(5.0)  # a tick later the manager knows how many slots it has
+    job = JobDef(
+        JobId("job"),
+        "job",
+        (StageDef(STAGE, handler="sim:task"),),
+        EPOCH_S,
+        items=len(durations),
+        token="t",
+    )
+    await bring_items(world, job)
+    before, since_s = sum(faults.calls.values()), loop.time()
+    await world.submit(job)
+    record = await world.ended(job.id)
+    requests = sum(faults.calls.values()) - before
+    if record.state is not JobState.SUCCEEDED or record.ended_s is None:
+        raise SystemExit(f"The job ended as {record.state}.")
+    virtual_s = record.ended_s - EPOCH_S - since_s
+    bundles = len(await world.ledger.bundles(job.id, done=True))
+    supervisor.cancel()
+    await world.ledger.close()
+    best_s = clairvoyant_s(durations, slots)
+    return Row(name, slots, seed, len(durations), bundles, requests, best_s, virtual_s)
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--small", action="store_true", help="2 and 16 slots, one seed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--only", nargs="*", choices=DRAWS, default=list(DRAWS))
+    parser.add_argument("--slots", type=int, nargs="*", default=None)
+    parser.add_argument("--seeds", type=int, default=None)
+    options = parser.parse_args()
+    seeds = options.seeds or (1 if options.small else 3)
+    rows = []
+    print("tasks    slots seed    tasks  bundles  requests/task  best s  makespan s  ratio")
+    for name in options.only:
+        for slots in options.slots or ((2, 16) if options.small else (2, 16, 64)):
+            for seed in range(seeds):
+                row = measure(name, slots, seed)
+                rows.append(row)
+                print(
+                    f"{name:8} {slots:5} {seed:4} {row.tasks:8,} {row.bundles:8,} "
+                    f"{row.requests / row.tasks:14.4f} {row.best_s:7.1f} {row.virtual_s:11.1f} "
+                    f"{row.ratio:6.3f}{'' if row.ratio <= TARGET else ' !'}",
+                    flush=True,
+                )
+    if options.json:
+        told = [{**asdict(row), "ratio": row.ratio} for row in rows]
+        options.json.write_text(json.dumps(told, indent=1) + "\n")
+    if any(row.ratio > TARGET for row in rows):
+        sys.exit("Some are over the target.")
+
+
+if __name__ == "__main__":
+    main()
