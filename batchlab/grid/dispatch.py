@@ -21,26 +21,22 @@ from typing import TYPE_CHECKING, Any
 from batchlab.errors import BackendError, JobFailed, TaskFailed, Unreachable, UsageError
 from batchlab.grid import pyexit
 from batchlab.grid.calls import Batch, BrokenGridExecutor, CallFuture, death, revived
-from batchlab.grid.incoming import decoded, outcomes
+from batchlab.grid.incoming import decoded
 from batchlab.grid.link import Link
-from batchlab.grid.outgoing import MAP, Outgoing, job_name
-from batchlab.grid.packing import Call, Packer
+from batchlab.grid.outgoing import Outgoing
+from batchlab.grid.packing import Call
+from batchlab.grid.sending import Sender
 from batchlab.grid.watch import Watch
-from batchlab.jobdef import RetryRule, StageDef
 from batchlab.model import Json, Outcome
-from batchlab.protocol import wire
 from batchlab.worker.calls import Initializer, Raised
 
 if TYPE_CHECKING:
-    from batchlab.views import JobView, OutcomesView
+    from batchlab.views import JobView
 
 log = logging.getLogger(__name__)
 
 MOST = 10_000
 """Calls in one batch: its first ones run while the next batch is being pickled."""
-
-FIRST_S = 0.2
-"""So long the request that submits a batch waits for first results: short calls need no other."""
 
 
 class Dispatch:
@@ -57,9 +53,7 @@ class Dispatch:
         """`owner` closes `link` once nothing refers to it any more. `name` is for the jobs."""
         self._owner = owner
         self._link = link
-        self._outgoing = outgoing
-        self._packer = Packer(outgoing.shipping, initializer)
-        self._name = name
+        self._sender = Sender(link, outgoing, name, initializer)
         self._lock = threading.Lock()
         self._waiting: deque[Batch] = deque()
         self._sending = False
@@ -215,44 +209,12 @@ class Dispatch:
             self._events.put(partial(self._lost, batch, problem))
 
     def _submit(self, batch: Batch, calls: Sequence[Call]) -> None:
-        stage = StageDef(MAP, retry=RetryRule(attempts=1), bundle=batch.bundle)
-        draft = self._outgoing.draft(job_name(calls[0].function, self._name), stage)
-        packed = self._packer.pack(draft.id, calls)
-        batch.open = dict(enumerate(packed.futures))
-        batch.rejected = packed.rejected
-
         def accepted() -> None:
-            if not batch.job:
-                batch.job = draft.id
-                self._events.put(partial(self._sent, batch, None))
+            self._events.put(partial(self._sent, batch, None))
 
-        try:
-            page = self._outgoing.send(
-                draft, packed.handler, packed.chunks, accepted, wait_s=FIRST_S
-            )
-            after = self._hear(batch, page) if page else None
-        except (BackendError, UsageError):
-            if not batch.job:
-                raise
-            after = None  # it was accepted: whoever watches it from now on meets the same error
+        after = self._sender.send(batch, calls, accepted, self.outcome)
         if batch.job:
             self._events.put(partial(self._watch_on, batch, after))
-
-    def _hear(self, batch: Batch, page: OutcomesView) -> int | None:
-        """Hand on the first outcomes; the seq of the last."""
-
-        listed = page["outcomes"]
-
-        async def read() -> None:
-            async for outcome in outcomes(self._link, listed):
-                self.outcome(batch.job, outcome)
-
-        if all(one["outcome"] for one in listed):
-            for one in listed:
-                self.outcome(batch.job, wire.outcome_from_json(one["outcome"]))
-        else:
-            self._link.run(read())
-        return listed[-1]["seq"] if listed else None
 
     def _sent(self, batch: Batch, problem: BaseException | None) -> None:
         """The batch is on the grid, or will never be."""

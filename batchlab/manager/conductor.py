@@ -23,7 +23,7 @@ from batchlab.manager.live import LiveJob, ManagerSettings, Ports, move
 from batchlab.manager.plans import Plans
 from batchlab.model import Bundle, Control, JobState, Json, StageName, TaskSet
 from batchlab.ports import Cut, StageRecord
-from batchlab.protocol import naming, settle, wire
+from batchlab.protocol import definition, naming, settle, wire
 from batchlab.protocol.policy import Verdict, judge
 from batchlab.worker.inputs import Inputs
 
@@ -146,7 +146,7 @@ class Conductor:
     def _doomed(self, live: LiveJob) -> bool:
         return judge(live.job, [s.counts for s in live.stages.values()]).failed
 
-    async def begin(self, live: LiveJob, opening: wire.Opening) -> None:
+    async def begin(self, live: LiveJob, opening: definition.Opening) -> None:
         """Send what the opening has cut."""
         assert opening.cut
         now_s = self._ports.clock.monotonic_s()

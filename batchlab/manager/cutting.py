@@ -11,7 +11,7 @@ from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.live import LiveJob, in_pool
 from batchlab.model import Bundle, Control, JobId, JobState, Json, StageCounts, TaskSet
 from batchlab.ports import Clock, Cut, JobRecord, StageRecord
-from batchlab.protocol import sizing, wire
+from batchlab.protocol import definition, sizing
 
 WINDOW = 3
 """Bundles per slot kept outstanding: one runs, one is prefetched, one covers the manager's own
@@ -28,16 +28,16 @@ class Cutter:
         self._lives = lives
         self._slots_of = slots_of
 
-    def opening(self, job: JobDef, items: Sequence[Json]) -> wire.Opening:
+    def opening(self, job: JobDef, items: Sequence[Json]) -> definition.Opening:
         """What a job with these items begins with, put in one object with its definition."""
         waits = job.start_at_s is not None and job.start_at_s > self._clock.now_s()
         if waits or len(job.roots()) != 1:
-            return wire.Opening(items)
+            return definition.Opening(items)
         (stage,) = job.roots()
         stages = {s.name: StageRecord(StageCounts(s.name)) for s in job.stages}
         live = LiveJob(JobRecord(job, JobState.SUBMITTED), stages, 0.0)
         bundles, left = self.wave(live, stage, TaskSet.span(0, len(items)), 0)
-        return wire.Opening(items, Cut(job.id, stage.name, 0, 0, bundles, left, len(items)))
+        return definition.Opening(items, Cut(job.id, stage.name, 0, 0, bundles, left, len(items)))
 
     def wave(
         self, live: LiveJob, stage: StageDef, left: TaskSet, round_: int

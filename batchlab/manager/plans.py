@@ -18,7 +18,7 @@ from batchlab.manager.live import Ports
 from batchlab.model import JobId, Json, StageCounts, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import BundleRecord, Cut, Objects
-from batchlab.protocol import naming, values, wire
+from batchlab.protocol import definition, naming, values, wire
 from batchlab.worker.inputs import Manifest, is_gather
 
 PART_ITEMS = 4096
@@ -74,12 +74,12 @@ class Plans:
         found = opening.cut if opening else None
         return found if found and found.stage == cut.stage else None
 
-    async def _opening(self, job: JobDef) -> wire.Opening | None:
+    async def _opening(self, job: JobDef) -> definition.Opening | None:
         try:
             data = await self._ports.patience(partial(self._ports.objects.get, naming.spec(job.id)))
         except NotFound:
             return None
-        return wire.opening_from_json(wire.loads(data))
+        return definition.opening_in(wire.loads(data))
 
     async def of_input(self, job: JobDef, stage: StageDef) -> Manifest:
         """Plan a root stage from the job's raw input; UsageError where that is malformed."""

@@ -14,7 +14,7 @@ from batchlab.manager.live import Ports
 from batchlab.manager.requests import Retry
 from batchlab.model import Completion, Control, JobId, JobState
 from batchlab.ports import Cut
-from batchlab.protocol import naming, settle, wire
+from batchlab.protocol import definition, naming, settle, wire
 
 _CUT = re.compile(r"^jobs/[^/]+/[^/]+/plan/\d+/cuts/\d+\.json$")
 _OUTCOME = re.compile(r"^jobs/[^/]+/[^/]+/outcomes/")
@@ -46,7 +46,7 @@ async def rebuild(ports: Ports) -> int:
     jobs: list[tuple[JobDef, Cut | None]] = []
     for job in (one for one in found if found[one].spec):
         doc = await _doc(ports, naming.spec(job))
-        opening = wire.opening_from_json(doc)
+        opening = definition.opening_in(doc)
         jobs.append((wire.job_from_json(doc), opening.cut if opening else None))
     for spec, cut in sorted(jobs, key=lambda one: (one[0].submitted_s, one[0].id)):
         await _rebuild_job(ports, spec, cut, found[spec.id])

@@ -28,7 +28,7 @@ from batchlab.model import (
     TaskSet,
 )
 from batchlab.ports import Cut, JobRecord, Reopening, StageRecord, Written
-from batchlab.protocol import naming, wire
+from batchlab.protocol import definition, naming, wire
 
 log = logging.getLogger(__name__)
 
@@ -103,16 +103,16 @@ class Requests:
         return written
 
     async def _define(
-        self, job: JobDef, opening: wire.Opening | None
-    ) -> tuple[JobDef, wire.Opening | None]:
+        self, job: JobDef, opening: definition.Opening | None
+    ) -> tuple[JobDef, definition.Opening | None]:
         """Commit the definition; answers with the one that counts."""
         objects, patience = self._ports.objects, self._ports.patience
-        key, data = naming.spec(job.id), wire.spec_to_bytes(job, opening)
+        key, data = naming.spec(job.id), definition.to_bytes(job, opening)
         try:
             await patience(lambda: objects.put(key, data, if_absent=True))
         except AlreadyExists:
             doc = wire.loads(await patience(lambda: objects.get(key)))
-            known, its = wire.job_from_json(doc), wire.opening_from_json(doc)
+            known, its = wire.job_from_json(doc), definition.opening_in(doc)
             if _content(known, its) != _content(job, opening):
                 raise Refused(
                     f"Job {job.id} is another one, submitted with the same client token.",
@@ -276,10 +276,10 @@ class Requests:
             live.changed()
 
 
-def _content(job: JobDef, opening: wire.Opening | None) -> bytes:
+def _content(job: JobDef, opening: definition.Opening | None) -> bytes:
     """What a job is, but for the times at which it was submitted and is to start."""
     timeless = replace(job, submitted_s=0.0, start_at_s=None)
-    return wire.spec_to_bytes(timeless, wire.Opening(opening.items) if opening else None)
+    return definition.to_bytes(timeless, definition.Opening(opening.items) if opening else None)
 
 
 def _voided(before: StageRecord) -> Reopening:

@@ -205,32 +205,6 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
     return {"v": VERSION, **asdict(job)}
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """What may come in one object with a job's definition, so that one PUT decides all of it: the
-    encoded items of its root stage, where they are few, and that stage's first cut."""
-
-    items: Sequence[Json]
-    cut: Cut | None = None
-
-
-def spec_to_bytes(job: JobDef, opening: Opening | None = None) -> bytes:
-    """The content of a job's spec object."""
-    doc = job_to_json(job)
-    if opening:
-        cut = cut_to_json(opening.cut) if opening.cut else None
-        doc["opening"] = {"items": opening.items, "cut": cut}
-    return to_bytes(doc)
-
-
-def opening_from_json(doc: dict[str, Any]) -> Opening | None:
-    """The opening in a spec object, None where there is none."""
-    found = doc.get("opening")
-    if found is None:
-        return None
-    return Opening(found["items"], cut_from_json(found["cut"]) if found["cut"] else None)
-
-
 def job_from_json(doc: dict[str, Any]) -> JobDef:
     """The job of a spec object, or of what `job_to_json` made."""
     fields = {k: v for k, v in doc.items() if k not in ("v", "opening")}

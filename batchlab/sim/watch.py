@@ -15,7 +15,7 @@ from typing import Any
 from batchlab.adapters.sim.queue import SimQueue
 from batchlab.model import Bundle, Control, JobId, StageCounts, StageName
 from batchlab.ports import MAX_VISIBILITY_S, Clock, Message, StageRecord
-from batchlab.protocol import naming, wire
+from batchlab.protocol import definition, naming, wire
 from batchlab.sim.actors import Actor, SimulationError
 from batchlab.sim.faults import LATENCY_S
 from batchlab.worker.tenure import RETURN_S
@@ -119,7 +119,7 @@ class Watch:
             self._committed.add(name)
             self._planned.update(_name(follow.bundle) for follow in outcome.follows)
         elif kind == "spec.json":
-            opening = wire.opening_from_json(wire.loads(data))
+            opening = definition.opening_in(wire.loads(data))
             if opening and opening.cut:
                 self._plan(opening.cut.bundles)
         elif folder == "cuts":

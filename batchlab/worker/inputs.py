@@ -14,7 +14,7 @@ from batchlab.jobdef import JobDef
 from batchlab.model import Bundle, BundleId, JobId, Json, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Objects
-from batchlab.protocol import naming, wire
+from batchlab.protocol import definition, naming, wire
 
 _PARTS_KEPT = 4
 
@@ -125,7 +125,7 @@ class Inputs:
     async def _brought(self, bundle: Bundle) -> Manifest:
         """The plan of items that came with the job's definition."""
         data = await self._patience(partial(self._objects.get, naming.spec(bundle.job)))
-        opening = wire.opening_from_json(wire.loads(data))
+        opening = definition.opening_in(wire.loads(data))
         if opening is None:
             raise NotFound(f"The plan of stage {bundle.stage} of job {bundle.job} is gone.")
         return self.keep(bundle.job, bundle.stage, opening.items)

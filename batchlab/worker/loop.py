@@ -25,6 +25,7 @@ from batchlab.worker.beats import Beats, Identity
 from batchlab.worker.controls import Controls
 from batchlab.worker.hand import Hand
 from batchlab.worker.inputs import Inputs
+from batchlab.worker.jobs import Jobs
 from batchlab.worker.outbox import Outbox
 from batchlab.worker.runner import Runner, Work
 from batchlab.worker.settings import WorkerSettings
@@ -69,7 +70,7 @@ class Worker:
         self._shedding = Shedding(objects, clock, patience, self._outbox, who.worker)
         self._controls = Controls(objects, clock, settings.control_lease_s, self._looked)
         self._slots = Slots(who.slots)
-        self._jobs: dict[JobId, JobDef] = {}
+        self._jobs = Jobs(objects, patience)
         self._hands: dict[str, Hand] = {}
         self._beats = Beats(who, self._hands, self._outbox, clock, settings)
         self._tenure = Tenure(self._hands, queue, objects, clock, self._outbox, settings)
@@ -93,7 +94,7 @@ class Worker:
         async with asyncio.TaskGroup() as group:
             fetcher = group.create_task(self._fetch(group), name="fetch")
             others = [
-                group.create_task(self._tenure.keep(self._job), name="tenure"),
+                group.create_task(self._tenure.keep(self._jobs.of), name="tenure"),
                 group.create_task(self._controls.poll(), name="controls"),
                 group.create_task(self._beats.keep(), name="beats"),
                 group.create_task(self._suspects.keep(), name="suspects"),
@@ -195,7 +196,7 @@ class Worker:
 
     async def _serve(self, hand: Hand) -> None:
         try:
-            job = await self._job(hand.bundle.job, hand.task.job)
+            job = await self._jobs.of(hand.bundle.job, hand.task.job)
         except NotFound:
             await self._delete(hand)
             return
@@ -390,17 +391,7 @@ class Worker:
             receipt, hand.receipt = hand.receipt, None
             await self._outbox.delete(self._tasks_queue, receipt)
 
-    # --- Knowing the job -------------------------------------------------------------------------
-
-    async def _job(self, job: JobId, told: JobDef | None = None) -> JobDef:
-        if job not in self._jobs:
-            if told is None:
-                data = await self._patience(partial(self._objects.get, naming.spec(job)))
-                told = wire.job_from_json(wire.loads(data))
-            self._jobs[job] = told
-            while len(self._jobs) > 64:
-                del self._jobs[next(iter(self._jobs))]
-        return self._jobs[job]
+    # --- The control object ----------------------------------------------------------------------
 
     def _looked(self, job: JobId, control: Control, until_s: float) -> None:
         for hand in self._hands.values():

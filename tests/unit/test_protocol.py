@@ -22,7 +22,7 @@ from batchlab.model import (
     TaskSet,
 )
 from batchlab.ports import Cut
-from batchlab.protocol import settle, sizing, wire
+from batchlab.protocol import definition, settle, sizing, wire
 from batchlab.protocol.policy import judge
 
 A, B, C = StageName("a"), StageName("b"), StageName("c")
@@ -223,9 +223,9 @@ def test_what_is_written_is_what_is_read() -> None:
     assert wire.read_task_message(wire.task_message(message)) == message
     message = replace(message, job=JOB)
     assert wire.read_task_message(wire.task_message(message)) == message
-    for opening in (None, wire.Opening([1, "a"]), wire.Opening([1, "a"], cut)):
-        doc = wire.loads(wire.spec_to_bytes(JOB, opening))
-        assert (wire.job_from_json(doc), wire.opening_from_json(doc)) == (JOB, opening)
+    for opening in (None, definition.Opening([1, "a"]), definition.Opening([1, "a"], cut)):
+        doc = wire.loads(definition.to_bytes(JOB, opening))
+        assert (wire.job_from_json(doc), definition.opening_in(doc)) == (JOB, opening)
     held = wire.Held("q", "r", JOB.id, A, BUNDLE.id, True)
     beat = wire.Beat("w", "i", "p", 1.0, 2, 1, (held,), 7)
     events = wire.Events((done,), ("k",), (beat,), (outcome,))

@@ -222,8 +222,10 @@ def control_looked_at_once_per_bundle(plant: Plant) -> None:
     current = Controls.current
 
     @plant.method(Controls, "current")
-    async def _current(self: Controls, job: JobId) -> tuple[Control, float]:
-        return (await current(self, job))[0], math.inf
+    async def _current(
+        self: Controls, job: JobId, *, is_new: bool = False
+    ) -> tuple[Control, float]:
+        return (await current(self, job, is_new=is_new))[0], math.inf
 
     @plant.method(Controls, "poll")
     async def poll(self: Controls) -> None:

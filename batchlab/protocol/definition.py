@@ -1,0 +1,41 @@
+"""A job's definition as an object, `jobs/<job>/spec.json`, and what may be committed along with it.
+
+Invariant: one PUT decides all that is in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from batchlab.jobdef import JobDef
+from batchlab.model import Json
+from batchlab.ports import Cut
+from batchlab.protocol import wire
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What may come in one object with a job's definition, so that one PUT decides all of it: the
+    encoded items of its root stage, where they are few, and that stage's first cut."""
+
+    items: Sequence[Json]
+    cut: Cut | None = None
+
+
+def to_bytes(job: JobDef, opening: Opening | None = None) -> bytes:
+    """The content of a job's spec object."""
+    doc = wire.job_to_json(job)
+    if opening:
+        cut = wire.cut_to_json(opening.cut) if opening.cut else None
+        doc["opening"] = {"items": opening.items, "cut": cut}
+    return wire.to_bytes(doc)
+
+
+def opening_in(doc: dict[str, Any]) -> Opening | None:
+    """The opening in a spec object, None where there is none."""
+    found = doc.get("opening")
+    if found is None:
+        return None
+    return Opening(found["items"], wire.cut_from_json(found["cut"]) if found["cut"] else None)
