@@ -155,9 +155,12 @@ def _shrink(campaign: Campaign) -> None:
 
 @contextmanager
 def _watched(total: int) -> Iterator[Callable[[Tally], None]]:
-    """A bar where stderr is a terminal, else nothing."""
+    """A bar where stderr is a terminal, else a line now and then."""
     if not sys.stderr.isatty():
-        yield lambda _: None
+        sometimes = output.Sometimes(30.0)
+        yield lambda tally: sometimes.say(
+            f"{tally.seeds:,} of {total:,} seeds, {len(tally.failures)} failed"
+        )
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
