@@ -193,6 +193,10 @@ class Watch:
             # A manager sends its copy before it knows what the dead worker held; so at any time.
             since_s = hold.received_s if hold.actor is actor else 0.0
             done = self._settled_s.get((actor, hold.bundle), -1.0) >= since_s
+            # What the manager makes up for may be a part that its worker kept, after it had told of
+            # the bundle and given the rest away.
+            told_s = self._settled_s.get((hold.actor, hold.bundle), -1.0)
+            done = done or (hold.actor is not actor and told_s >= hold.received_s)
             self._require(
                 done or self._was_stopped(hold),
                 "step 4",

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from batchlab.commit import commit, follow_ups
 from batchlab.jobdef import JobDef
-from batchlab.model import Json, Outcome, Ran, TaskSet
+from batchlab.model import Bundle, Json, Outcome, Ran, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming, settle
@@ -111,14 +111,15 @@ class Shedding:
         outcome = await commit(self._objects, draft, self._patience)
         if outcome != draft:
             return  # somebody else was faster, and at its end this run comes to the same
+        await self._forward(kept, job, outcome, dict(zip(bundle.tasks, items, strict=True)))
+        # Only now: where a beat names the part, the manager may do without the bundle's message.
         hand.part = kept
-        await self._forward(hand, job, outcome, dict(zip(bundle.tasks, items, strict=True)))
 
     async def _forward(
-        self, hand: Hand, job: JobDef, outcome: Outcome, items: dict[int, Json]
+        self, kept: Bundle, job: JobDef, outcome: Outcome, items: dict[int, Json]
     ) -> None:
         """As for any outcome, but the part that is kept needs no message."""
-        others = tuple(follow for follow in outcome.follows if follow.bundle != hand.part)
+        others = tuple(follow for follow in outcome.follows if follow.bundle != kept)
         told = replace(outcome, follows=others)
         await self._outbox.send(follow_ups(job, told, now_s=self._clock.now_s(), items=items))
         await self._outbox.event(outcome)
