@@ -23,11 +23,10 @@ from batchlab import backends
 from batchlab.backends import Backend
 from batchlab.errors import BackendError, Unreachable
 from batchlab.home import Home, ManagerRecord
+from batchlab.manager.collector import events_queue
 from batchlab.manager.live import Ports
 from batchlab.manager.manager import LEASE, Manager
 from batchlab.model import Pool
-from batchlab.ports import QueueSpec
-from batchlab.protocol.naming import EVENTS
 
 if TYPE_CHECKING:
     from batchlab.adapters.process import ProcessLauncher
@@ -108,7 +107,7 @@ async def _lead(
     # and its lease need not run out.
     await ledger.release(LEASE, home.last_owner() or owner)
     if backend.keeps_files:
-        await queue.ensure(QueueSpec(EVENTS, visibility_s=backend.manager.visibility_s))
+        await queue.ensure(events_queue(backend.manager))
     manager = Manager(ports, backend.manager, backend.pools, owner)
     app = create_app(manager, token=home.token(), backend_name=backend.name, on_shutdown=stop.set)
     server = uvicorn.Server(

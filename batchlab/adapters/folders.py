@@ -8,7 +8,6 @@ for it and no thread.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -16,9 +15,9 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
+from batchlab.adapters.limits import STAGED
 from batchlab.ports import ObjectInfo
 
-_STAGED = re.compile(r"#\d+$")
 # The kernel's own copying (sendfile) moves 64 KiB at a time, and takes several times as long.
 _COPY_BYTES = 256 * 1024
 
@@ -49,7 +48,7 @@ def _below(root: str, folder: str, prefix: str, after: str) -> Iterator[ObjectIn
         if name.endswith("/"):
             if key.startswith(prefix) and (key > after or after.startswith(key)):
                 yield from _below(root, key, prefix, after)
-        elif key > after and key.startswith(prefix) and not _STAGED.search(name):
+        elif key > after and key.startswith(prefix) and not STAGED.search(name):
             info = _info(root + key, key)
             if info is not None:
                 yield info

@@ -22,7 +22,7 @@ MAX_IN_FLIGHT = 120_000
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # What the local store names a file that is still being written.
-_STAGED = re.compile(r"#\d+$")
+STAGED = re.compile(r"#\d+$")
 _QUEUE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
@@ -33,7 +33,7 @@ def check_key(key: str) -> None:
     for segment in key.split("/"):
         if segment in ("", ".", ".."):
             raise ValueError(f"object key {key!r} has an empty, '.' or '..' segment")
-    if _STAGED.search(key):
+    if STAGED.search(key):
         raise ValueError(f"object key {key!r} ends like a file that is still being written")
 
 

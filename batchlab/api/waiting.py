@@ -58,8 +58,6 @@ async def _after(
     after: int | None,
     limit: int,
 ) -> Sequence[tuple[BundleRecord, Outcome | None]]:
-    if live and not live.folds:
-        return ()
     recent = live.outcomes_after(after) if live else None
     if recent is not None:
         return [one for one in recent if stage in (None, one[0].bundle.stage)][:limit]

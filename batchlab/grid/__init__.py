@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from batchlab import backends
 from batchlab.client import Client
@@ -33,6 +33,17 @@ if TYPE_CHECKING:
 __all__ = ["Grid"]
 
 PathText = str | os.PathLike[str]
+
+
+class MapOptions(TypedDict, total=False):
+    """What `map` and `starmap` may be told; see `map`."""
+
+    name: str | None
+    timeout_s: float | None
+    retry: RetryRule | int | None
+    bundle: int | None
+    ordered: bool
+    return_exceptions: bool
 
 
 class Grid:
@@ -108,6 +119,15 @@ class Grid:
         self,
         function: Callable[..., Any],
         items: Iterable[Iterable[Any]],
+        **options: Unpack[MapOptions],
+    ) -> Generator[Any, None, None]:
+        """`function(*item)` of every item, a sequence of arguments; `map` in all else."""
+        return self._map(function, items, starred=True, **options)
+
+    def _map(
+        self,
+        function: Callable[..., Any],
+        items: Iterable[Any],
         *,
         name: str | None = None,
         timeout_s: float | None = None,
@@ -115,31 +135,6 @@ class Grid:
         bundle: int | None = None,
         ordered: bool = True,
         return_exceptions: bool = False,
-    ) -> Generator[Any, None, None]:
-        """`function(*item)` of every item, a sequence of arguments; `map` in all else."""
-        return self._map(
-            function,
-            items,
-            name=name,
-            timeout_s=timeout_s,
-            retry=retry,
-            bundle=bundle,
-            ordered=ordered,
-            return_exceptions=return_exceptions,
-            starred=True,
-        )
-
-    def _map(
-        self,
-        function: Callable[..., Any],
-        items: Iterable[Any],
-        *,
-        name: str | None,
-        timeout_s: float | None,
-        retry: RetryRule | int | None,
-        bundle: int | None,
-        ordered: bool,
-        return_exceptions: bool,
         starred: bool = False,
     ) -> Generator[Any, None, None]:
         _check_positive(timeout_s=timeout_s, bundle=bundle)

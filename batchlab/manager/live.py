@@ -103,7 +103,7 @@ class LiveJob:
     version: int = 0
     """Grows with everything a watcher could see, and never is what an earlier manager has shown."""
     folds: int = 0
-    """Grows with every outcome folded; 0 while the ledger has none of the job."""
+    """Grows with every outcome that is folded here."""
     known_after: int | None = None
     """`recent` has every outcome folded after this seq; None where nothing is known of them."""
     recent: deque[tuple[BundleRecord, Outcome | None]] = field(default_factory=deque)

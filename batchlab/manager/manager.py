@@ -161,7 +161,6 @@ class Manager:
             since_s=self.ports.clock.monotonic_s(),
             version=int(self.ports.clock.now_s() * 1000),
             doubtful=not found.is_new,
-            folds=0 if found.is_new else 1,
             known_after=0 if found.is_new else None,
         )
         if not found.is_new:
@@ -244,7 +243,7 @@ class Manager:
         for name, view in self.groups.items():
             if name not in self.pools:
                 continue
-            self._slots[name] = self._capacity(view)
+            self._slots[name] = _alive(view) or _soon(view.pool)
         await self._look_at_queues()
         # The leader before us may have begun, re-opened or resumed a job after we looked, before
         # it knew that it no longer leads.
@@ -266,9 +265,6 @@ class Manager:
             self.depths[name] = await self.ports.queue.depth(naming.tasks_queue(name))
             await self._reconciler.drain_dead_letters(name)
         await self._reconciler.look_for_the_silent(self.depths)
-
-    def _capacity(self, view: GroupView) -> int:
-        return _alive(view) or _soon(view.pool)
 
     async def _start_scheduled(self) -> None:
         now_s = self.ports.clock.now_s()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from batchlab.jobdef import JobDef
 from batchlab.model import JobState, Pool
 from batchlab.protocol import naming
 from batchlab.sim import invariants
@@ -26,17 +27,23 @@ from tests.sim.scenes import (
 )
 
 
+async def _half_rebuilt(world: World) -> JobDef:
+    """A job of few items runs; then its manager dies, and the ledger knows no more than the job."""
+    made = job(stage(A), items=6)
+    await world.ask(lambda m: m.requests.submit(made, list(range(6))), "submit")
+    await asyncio.sleep(3)
+    kill_manager(world)
+    await world.ledger.clear()
+    await world.ledger.add_job(made, state=JobState.SUBMITTED)
+    return made
+
+
 def test_the_first_cut_in_the_definition_is_found_by_who_does_not_know_of_it() -> None:
     """Simulator, seed 110: a rebuild of the ledger was cut short after the job's row, and the next
     leader cut the job's tasks anew, since the place of the first cut was empty (I1)."""
 
     async def act(world: World) -> None:
-        made = job(stage(A), items=6)
-        await world.ask(lambda m: m.requests.submit(made, list(range(6))), "submit")
-        await asyncio.sleep(3)
-        kill_manager(world)
-        await world.ledger.clear()
-        await world.ledger.add_job(made, state=JobState.SUBMITTED)
+        made = await _half_rebuilt(world)
         await leader(world)
         await ended_well(world, made)
         cut = naming.cut(made.id, A, 0, 0)
@@ -47,12 +54,7 @@ def test_the_first_cut_in_the_definition_is_found_by_who_does_not_know_of_it() -
 
 def test_a_cancellation_finds_the_first_cut_in_the_definition() -> None:
     async def act(world: World) -> None:
-        made = job(stage(A), items=6)
-        await world.ask(lambda m: m.requests.submit(made, list(range(6))), "submit")
-        await asyncio.sleep(3)
-        kill_manager(world)
-        await world.ledger.clear()
-        await world.ledger.add_job(made, state=JobState.SUBMITTED)
+        made = await _half_rebuilt(world)
         await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
         assert (await ended(world, made)).state is JobState.CANCELLED
         await invariants.check_all(world, [made.id])

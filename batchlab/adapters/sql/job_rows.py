@@ -101,36 +101,32 @@ def add_job(
     }
     if connection.execute(upserts.add_job, row).first() is None:
         return Written(_existing(connection, job), is_new=False)
-    rows: list[dict[str, Any]] = [
-        {
-            "job": job.id,
-            "stage": stage.name,
-            "position": position,
-            "planned": None,
-            "succeeded": 0,
-            "failed": 0,
-            "cancelled": 0,
-            "retried": 0,
-            "run_us": 0,
-            "plan_round": 0,
-            "cut_seq": -1,
-            "uncut": _NO_TASKS,
-        }
-        for position, stage in enumerate(job.stages)
-    ]
-    for row in rows:
-        if cut and row["stage"] == cut.stage:
-            row |= _cut_values(cut)
-    connection.execute(_insert_stages, rows)
-    # What reading them would give: that takes longer than writing them.
-    records = tuple(
-        StageRecord(
-            StageCounts(stage.name, cut.planned if cut and cut.stage == stage.name else None),
-            *((cut.round, cut.seq, cut.left) if cut and cut.stage == stage.name else ()),
-        )
-        for stage in job.stages
+    records = {stage.name: StageRecord(StageCounts(stage.name)) for stage in job.stages}
+    if cut:
+        counts = StageCounts(cut.stage, cut.planned)
+        records[cut.stage] = StageRecord(counts, cut.round, cut.seq, cut.left)
+    connection.execute(
+        _insert_stages,
+        [
+            {
+                "job": job.id,
+                "stage": name,
+                "position": position,
+                "planned": record.counts.planned,
+                "succeeded": 0,
+                "failed": 0,
+                "cancelled": 0,
+                "retried": 0,
+                "run_us": 0,
+                "plan_round": record.plan_round,
+                "cut_seq": record.cut_seq,
+                "uncut": wire.dumps(wire.tasks_to_json(record.left)),
+            }
+            for position, (name, record) in enumerate(records.items())
+        ],
     )
-    return Written(JobRows(JobRecord(job, state), records), is_new=True)
+    # Not read again, which would take longer than to write them.
+    return Written(JobRows(JobRecord(job, state), tuple(records.values())), is_new=True)
 
 
 def _existing(connection: Connection, job: JobDef) -> JobRows:
@@ -266,13 +262,6 @@ def take_cut(connection: Connection, cut: Cut) -> bool:
     row = _stage_row(connection, cut.job, cut.stage)
     if (cut.round, cut.seq) <= (row["plan_round"], row["cut_seq"]):
         return False
-    values = _cut_values(cut)
-    connection.execute(_change_stage.values(values), {"b_job": cut.job, "b_stage": cut.stage})
-    connection.execute(_make_runnable, {"b_job": cut.job})
-    return True
-
-
-def _cut_values(cut: Cut) -> dict[str, Any]:
     values: dict[str, Any] = {
         "plan_round": cut.round,
         "cut_seq": cut.seq,
@@ -280,7 +269,9 @@ def _cut_values(cut: Cut) -> dict[str, Any]:
     }
     if cut.planned is not None:
         values["planned"] = cut.planned
-    return values
+    connection.execute(_change_stage.values(values), {"b_job": cut.job, "b_stage": cut.stage})
+    connection.execute(_make_runnable, {"b_job": cut.job})
+    return True
 
 
 # --- Rows ----------------------------------------------------------------------------------------
