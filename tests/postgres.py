@@ -54,6 +54,7 @@ class PostgresServer:
     """A server's process; `start` and `stop` as often as a test likes, on one port and folder."""
 
     def __init__(self, binaries: Path, folder: Path) -> None:
+        """`binaries` are of PostgreSQL 15 or newer."""
         self.port = free_port()
         self.folder = folder
         self._binaries = binaries
@@ -78,7 +79,9 @@ class PostgresServer:
             *("-D", str(self.folder / "data")),
         )
         self.start()
-        self.execute(f"CREATE DATABASE {DATABASE}", database="postgres")
+        # Sorted as a dictionary sorts: what must not depend on that says so itself.
+        sorts = "LOCALE_PROVIDER icu ICU_LOCALE 'en'"
+        self.execute(f"CREATE DATABASE {DATABASE} TEMPLATE template0 {sorts}", database="postgres")
 
     def _run(self, program: str, *args: str) -> None:
         done = subprocess.run(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Protocol
@@ -21,6 +22,7 @@ from batchlab.jobdef import JobDef, RetryRule, StageDef
 from batchlab.model import (
     Bundle,
     Completion,
+    Control,
     Failure,
     FailureKind,
     Follow,
@@ -33,7 +35,7 @@ from batchlab.model import (
     StageName,
     TaskSet,
 )
-from batchlab.ports import Cut, Ledger, StageRecord
+from batchlab.ports import Cut, Ledger, Reopening, StageRecord
 from batchlab.protocol import settle
 from batchlab.sim.loop import SimLoop
 from tests.postgres import Postgres
@@ -238,6 +240,30 @@ def _execution(rng: Random, of: Bundle) -> Outcome:
         started_s=started_s,
         ended_s=started_s + rng.randint(0, 1_000) / 3,
     )
+
+
+_CHAINED, _AGAIN = bundle(0, 4, stage=INDEX), replace(bundle(0, 1), round=1)
+
+
+def _end(ledger: Ledger, state: JobState, round: int, **closed: int) -> Awaitable[object]:
+    names = {StageName(name): count for name, count in closed.items()}
+    return ledger.finish(JOB.id, state, round=round, reason="r", ended_s=5.0, closed=names)
+
+
+CALLS: Sequence[Callable[[Ledger], Awaitable[object]]] = (
+    lambda of: of.add_job(JOB, state=JobState.SUBMITTED),
+    lambda of: of.set_control(JOB.id, Control.CANCEL),
+    lambda of: of.add_cut(replace(cut(0, bundle(0, 5)), planned=9)),
+    lambda of: of.set_planned(JOB.id, INDEX, 9),
+    lambda of: of.move_job(JOB.id, JobState.RUNNING),
+    lambda of: of.fold([done(bundle(0, 5), _CHAINED, failed=1)], [{INDEX: 1}]),
+    lambda of: _end(of, JobState.FAILED, 0, resize=3, index=8),
+    lambda of: of.reopen(JOB.id, 1, [Reopening(RESIZE, 0, 1, 4), Reopening(TOTAL, replan=True)]),
+    lambda of: of.add_cut(cut(0, _AGAIN, round=1, left=TaskSet.span(5, 9))),
+    lambda of: of.fold([done(_AGAIN)], [{}]),
+    lambda of: _end(of, JobState.FAILED, 1, resize=4),
+)
+"""A job's life: every call that changes it."""
 
 
 # --- The other process ---------------------------------------------------------------------------
