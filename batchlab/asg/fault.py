@@ -16,7 +16,8 @@ _COMMON = {
     "InternalFailure": 500,
     "InvalidClientTokenId": 403,
     "MissingAuthenticationToken": 403,
-    "RequestExpired": 400,
+    "NotImplemented": 501,
+    "RequestEntityTooLarge": 413,
     "SignatureDoesNotMatch": 403,
     "Throttling": 400,
 }
