@@ -13,10 +13,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from batchlab.adapters.aws import Endpoint, client, translated
+from batchlab.adapters.ec2_form import READY_HOOK, GroupForm
 from batchlab.adapters.ec2_groups import Journal, Seen
 from batchlab.errors import AlreadyExists, Refused
 from batchlab.model import Activity, GroupView, Instance, LifecycleState, Pool
@@ -24,18 +25,10 @@ from batchlab.ports import Clock
 
 if TYPE_CHECKING:
     from mypy_boto3_autoscaling import AutoScalingClient
-    from mypy_boto3_autoscaling.type_defs import (
-        ActivityTypeDef,
-        AutoScalingGroupTypeDef,
-        CreateAutoScalingGroupTypeRequestTypeDef,
-        LifecycleHookSpecificationTypeDef,
-        TagTypeDef,
-    )
+    from mypy_boto3_autoscaling.type_defs import ActivityTypeDef, AutoScalingGroupTypeDef
 
 T = TypeVar("T")
 
-READY_HOOK = "batchlab-ready"
-DRAIN_HOOK = "batchlab-drain"
 POLL_S = 5.0
 """On AWS, groups that nobody here has touched are looked at no oftener than this."""
 MOST_PROTECTED = 50
@@ -44,20 +37,6 @@ MOST_INSTANCES = 10_000
 _ACTIVITIES = 100
 _CALLS = 8
 _GONE = "No active Lifecycle Action"
-
-
-@dataclass(frozen=True, slots=True)
-class GroupForm:
-    """What the groups of a grid have in common. An instance has `boot_s` of its pool and
-    `report_s` until its worker must report, and `drain_s` to hand back its work."""
-
-    template: str
-    """Name of the launch template."""
-    version: str = "$Default"
-    zones: tuple[str, ...] = ()
-    subnets: tuple[str, ...] = ()
-    report_s: float = 60.0
-    drain_s: float = 120.0
 
 
 class Ec2Fleet:
@@ -99,8 +78,11 @@ class Ec2Fleet:
 
     async def _call(self, pool: str, call: Callable[[str], T]) -> T:
         """The result of `call` for the name of the pool's group, after which all is looked at."""
-        self._looked_s = None
-        return await self._ask(pool, call)
+        try:
+            return await self._ask(pool, call)
+        finally:
+            # A look that began during the call may have missed what it changed.
+            self._looked_s = None
 
     async def _ask(self, pool: str, call: Callable[[str], T]) -> T:
         def do() -> T:
@@ -120,12 +102,8 @@ class Ec2Fleet:
                 remedy=f"Give it 0 ≤ min ≤ max ≤ {MOST_INSTANCES}.",
             )
         if pool.name not in self._seen:
-            if await self._found(pool):
-                self._seen[pool.name] = Seen(pool)
-                await self._look()
-                return
-            self._seen[pool.name] = Seen(pool)
-            await self._look()
+            await self._found(pool)
+            await self._adopt(pool)
         seen = self._seen[pool.name]
         before = seen.desired
         if (seen.pool.min_size, seen.pool.max_size) != (pool.min_size, pool.max_size):
@@ -139,13 +117,13 @@ class Ec2Fleet:
             self._note(pool.name, before, after, f"a user request that set limits to {limits}")
         seen.pool = pool
 
-    async def _found(self, pool: Pool) -> bool:
-        """Create the group; False where there is one already, whose hooks are then made ours."""
+    async def _found(self, pool: Pool) -> None:
+        """Create the group, or make the hooks ours of one that is there already."""
         try:
             await self._call(pool.name, lambda name: self._create(name, pool))
         except AlreadyExists:
             await self._call(pool.name, lambda name: self._put_hooks(name, pool))
-            return False
+            return
         limits = f"min: {pool.min_size}, max: {pool.max_size}, desired: {pool.min_size}"
         self._journal.note(
             pool.name,
@@ -153,54 +131,22 @@ class Ec2Fleet:
             "Creating group",
             f"a user request created the group with {limits}",
         )
-        return True
+
+    async def _adopt(self, pool: Pool) -> None:
+        """Know the group from now on, as the service has it."""
+        self._seen[pool.name] = Seen(pool)
+        try:
+            await self._look()
+        except BaseException:
+            del self._seen[pool.name]
+            raise
 
     def _create(self, name: str, pool: Pool) -> None:
-        form = self._form
-        request: CreateAutoScalingGroupTypeRequestTypeDef = {
-            "AutoScalingGroupName": name,
-            "LaunchTemplate": {"LaunchTemplateName": form.template, "Version": form.version},
-            "MinSize": pool.min_size,
-            "MaxSize": pool.max_size,
-            "DesiredCapacity": pool.min_size,
-            # Our own policy has cooldowns.
-            "DefaultCooldown": 0,
-            "HealthCheckGracePeriod": 0,
-            # It has the least warm state (code, child processes) to lose.
-            "TerminationPolicies": ["NewestInstance"],
-            "LifecycleHookSpecificationList": self._hooks(pool),
-            "Tags": self._tags(pool),
-        }
-        if form.subnets:
-            request["VPCZoneIdentifier"] = ",".join(form.subnets)
-        if form.zones:
-            request["AvailabilityZones"] = list(form.zones)
-        self._asg.create_auto_scaling_group(**request)
-
-    def _hooks(self, pool: Pool) -> list[LifecycleHookSpecificationTypeDef]:
-        return [
-            {
-                "LifecycleHookName": READY_HOOK,
-                "LifecycleTransition": "autoscaling:EC2_INSTANCE_LAUNCHING",
-                "HeartbeatTimeout": _timeout(pool.boot_s + self._form.report_s),
-                "DefaultResult": "ABANDON",
-            },
-            {
-                "LifecycleHookName": DRAIN_HOOK,
-                "LifecycleTransition": "autoscaling:EC2_INSTANCE_TERMINATING",
-                "HeartbeatTimeout": _timeout(self._form.drain_s),
-                "DefaultResult": "CONTINUE",
-            },
-        ]
+        self._asg.create_auto_scaling_group(**self._form.request(name, pool))
 
     def _put_hooks(self, name: str, pool: Pool) -> None:
-        for hook in self._hooks(pool):
+        for hook in self._form.hooks(pool):
             self._asg.put_lifecycle_hook(AutoScalingGroupName=name, **hook)
-
-    def _tags(self, pool: Pool) -> list[TagTypeDef]:
-        told = {"batchlab:grid": self._prefix, "batchlab:pool": pool.name}
-        told["batchlab:slots"] = str(pool.slots)
-        return [{"Key": k, "Value": v, "PropagateAtLaunch": True} for k, v in told.items()]
 
     async def describe(self) -> Sequence[GroupView]:
         """As the port says, of the pools that were ensured here."""
@@ -260,12 +206,7 @@ class Ec2Fleet:
                 f" from {seen.desired} below its min of {seen.pool.min_size}"
             )
         for name in leaving:
-            await self._call(
-                pool,
-                lambda _, name=name: self._asg.terminate_instance_in_auto_scaling_group(  # type: ignore[misc]
-                    InstanceId=name, ShouldDecrementDesiredCapacity=decrement
-                ),
-            )
+            await self._call(pool, partial(self._terminate, name, decrement))
             seen.ends[name] = cause
         if decrement:
             self._note(pool, seen.desired, seen.desired - len(leaving), cause)
@@ -277,13 +218,18 @@ class Ec2Fleet:
             if (state := seen.instances[name].state) is not LifecycleState.IN_SERVICE:
                 raise Refused(f"instance {name} is {state}, not InService")
         for start in range(0, len(instances), MOST_PROTECTED):
-            some = list(instances[start : start + MOST_PROTECTED])
-            await self._call(
-                pool,
-                lambda group, some=some: self._asg.set_instance_protection(  # type: ignore[misc]
-                    AutoScalingGroupName=group, InstanceIds=some, ProtectedFromScaleIn=on
-                ),
-            )
+            some = instances[start : start + MOST_PROTECTED]
+            await self._call(pool, partial(self._protect, some, on))
+
+    def _terminate(self, instance: str, decrement: bool, _: str) -> None:
+        self._asg.terminate_instance_in_auto_scaling_group(
+            InstanceId=instance, ShouldDecrementDesiredCapacity=decrement
+        )
+
+    def _protect(self, instances: Sequence[str], on: bool, group: str) -> None:
+        self._asg.set_instance_protection(
+            AutoScalingGroupName=group, InstanceIds=instances, ProtectedFromScaleIn=on
+        )
 
     async def ready(self, instance: str) -> None:
         """As the port says. The hook is completed as soon as the instance is seen to wait in it."""
@@ -331,7 +277,7 @@ class Ec2Fleet:
         )
 
     async def tick(self) -> Sequence[Instance]:
-        """As the port says: a look, and the hooks of those completed whose workers have reported."""
+        """As the port says: a look, then the hooks of those whose workers have reported."""
         now_s = self._clock.monotonic_s()
         if self._looked_s is None or now_s - self._looked_s >= self._poll_s:
             await self._look()
@@ -395,8 +341,3 @@ class Ec2Fleet:
                 if instance in seen.instances:
                     return pool
         raise Refused(f"there is no instance {instance!r}")
-
-
-def _timeout(seconds: float) -> int:
-    """A hook's timeout, between the bounds that AWS sets."""
-    return int(min(7200.0, max(30.0, seconds)))

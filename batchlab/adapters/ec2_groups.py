@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mypy_boto3_autoscaling.type_defs import (
         ActivityTypeDef,
         AutoScalingGroupTypeDef,
-        InstanceOutputTypeDef,
+        InstanceTypeDef,
     )
 
 KEEP_TERMINATED_S = 60.0
@@ -68,7 +68,7 @@ class Seen:
                 self._take(told, state, now_s)
         return self._miss(here, now_s)
 
-    def _take(self, told: InstanceOutputTypeDef, state: LifecycleState, now_s: float) -> None:
+    def _take(self, told: InstanceTypeDef, state: LifecycleState, now_s: float) -> None:
         name = told["InstanceId"]
         old = self.instances.get(name)
         if told["LifecycleState"] == _WAITS:
