@@ -1,222 +1,175 @@
-"""Auto Scaling's API in worlds of the tests: our endpoint over a launcher, moto's server."""
+"""What the tests of AWS's Auto Scaling semantics share: a group over a launcher that is a table, by
+hand-set time.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from uuid import uuid4
+from typing import Any
 
-import boto3
-from botocore.config import Config
-
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.clock import RandomIds, WallClock
-from batchlab.adapters.ec2_fleet import Ec2Fleet
-from batchlab.adapters.ec2_form import GroupForm
 from batchlab.adapters.sim.launcher import MemoryState
-from batchlab.api import listen
-from batchlab.asg.running import application, run
-from batchlab.asg.templates import TemplateFile
+from batchlab.errors import BackendError
+from batchlab.fleet.api import (
+    LAUNCHING,
+    ActivityDetails,
+    GroupConfig,
+    GroupDetails,
+    InstanceDetails,
+    LaunchTemplate,
+    LifecycleHook,
+)
 from batchlab.fleet.autoscaling import AutoScaling
-from batchlab.model import Machine, Pool
-from batchlab.ports import ANY_MACHINE, Clock, Launcher
-from tests.fleet_rigs import (
-    ABSENT,
-    BROKEN,
-    STUBBORN,
-    FleetCheck,
-    FleetRig,
-    TableLauncher,
-    pid_of,
-    process_launcher,
-    worker_argv,
+from batchlab.fleet.faults import ValidationError
+from batchlab.fleet.sources import Template
+from batchlab.model import Instance, LifecycleState, Machine, Market, Pool
+from batchlab.ports import ANY_MACHINE
+from tests.fleet_rigs import CountedIds, ManualClock, TableLauncher
+
+GROUP = "g"
+ZONES = ("us-east-1a", "us-east-1b", "us-east-1c")
+TEMPLATE = LaunchTemplate("lt-1", "workers", "1")
+CONFIG = GroupConfig(
+    GROUP,
+    min_size=0,
+    max_size=10,
+    launch_template=TEMPLATE,
+    availability_zones=ZONES,
 )
 
-if TYPE_CHECKING:
-    from mypy_boto3_autoscaling import AutoScalingClient
 
-TEMPLATE = "worker"
-ZONE = "us-east-1a"
-TEMPLATES = """\
-[worker]
-default = 1
-[[worker.version]]
-type = "m7i.large"
-command = ["/bin/true"]
-[[worker.version]]
-type = "c7i.large"
-slots = 2
-command = ["/bin/true"]
-"""
+@dataclass
+class TemplateTable:
+    """Launch templates by name and version."""
 
+    table: dict[tuple[str, int], Template] = field(default_factory=dict)
 
-def autoscaling(endpoint: Endpoint) -> AutoScalingClient:
-    """boto3 itself, which makes each call once."""
-    return aws(endpoint, "autoscaling")  # type: ignore[no-any-return]
+    def put(self, version: int = 1, *, name: str = "workers", **facts: Any) -> None:
+        reference = LaunchTemplate("lt-" + str(len(name)), name, str(version))
+        self.table[name, version] = Template(reference, **facts)
 
+    def template(self, reference: LaunchTemplate) -> Template:
+        versions = [version for name, version in self.table if name == self._name(reference)]
+        if not versions:
+            raise ValidationError("The specified launch template does not exist.")
+        if reference.version in ("$Latest", "$Default"):
+            version = max(versions) if reference.version == "$Latest" else min(versions)
+        else:
+            version = int(reference.version)
+        return self.table[self._name(reference), version]
 
-def aws(endpoint: Endpoint, service: str) -> Any:
-    make: Any = boto3.client
-    return make(
-        service,
-        endpoint_url=endpoint.url,
-        region_name=endpoint.region,
-        aws_access_key_id=endpoint.access_key,
-        aws_secret_access_key=endpoint.secret_key,
-        config=Config(retries={"total_max_attempts": 1}, proxies={}),
-    )
+    def launch_configuration(self, name: str) -> Template:
+        if not name.startswith("lc"):
+            raise ValidationError(f"Launch configuration name not found - {name}")
+        return Template(LaunchTemplate(), "old.large")
+
+    def _name(self, reference: LaunchTemplate) -> str:
+        return reference.launch_template_name or "workers"
 
 
 @dataclass
-class Behaving:
-    """A launcher of a table, in which the name of a group's pool says how its instances behave."""
+class MachineLauncher(TableLauncher):
+    """A TableLauncher that keeps what each instance runs on and may have no capacity for some."""
 
-    table: TableLauncher
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    machines: dict[str, Machine] = field(default_factory=dict)
+    pools: dict[str, Pool] = field(default_factory=dict)
+    exhausted: set[tuple[str, str]] = field(default_factory=set)
+    """(type, zone) pairs that cannot be had."""
 
     async def launch(self, pool: Pool, instance: str, machine: Machine = ANY_MACHINE) -> None:
-        kind = _kind(pool)
-        self.table.refuse = "no capacity" if kind.name == ABSENT.name else ""
-        await self.table.launch(pool, instance, machine)
-        if kind.name == BROKEN.name:
-            self.crash(instance, "exit 3")
-        if kind.name == STUBBORN.name:
-            self.stubborn.add(instance)
-
-    stubborn: set[str] = field(default_factory=set)
-
-    async def terminate(self, instance: str, *, grace_s: float) -> None:
-        if instance not in self.stubborn:
-            await self.table.terminate(instance, grace_s=grace_s)
-            self.changed.set()
-
-    async def running(self) -> Mapping[str, str | None]:
-        return await self.table.running()
-
-    def crash(self, instance: str, how: str = "exit -9") -> None:
-        self.table.crash(instance, how)
-        self.changed.set()
-
-
-def _kind(pool: Pool) -> Pool:
-    """The pool under its own name, where a group's has a prefix."""
-    return Pool(pool.name.rpartition(".")[2], pool.min_size, pool.max_size)
+        if (machine.type, machine.zone) in self.exhausted:
+            raise BackendError(f"We currently do not have sufficient {machine.type} capacity.")
+        self.machines[instance], self.pools[instance] = machine, pool
+        await super().launch(pool, instance, machine)
 
 
 @dataclass
-class Served:
-    """Our endpoint while it is up."""
+class World:
+    """The service with the parts that a test reaches for; `restart` is a crash of the process."""
 
-    endpoint: Endpoint
-    engine: AutoScaling
+    launcher: MachineLauncher = field(default_factory=MachineLauncher)
+    clock: ManualClock = field(default_factory=ManualClock)
+    ids: CountedIds = field(default_factory=CountedIds)
+    store: MemoryState = field(default_factory=MemoryState)
+    templates: TemplateTable = field(default_factory=TemplateTable)
+    options: dict[str, Any] = field(default_factory=dict)
+    asg: AutoScaling = field(init=False)
 
+    def __post_init__(self) -> None:
+        self.templates.put(1, instance_type="m.large")
+        self.restart()
 
-@asynccontextmanager
-async def served(
-    launcher: Launcher, changed: asyncio.Event, folder: Path, clock: Clock | None = None
-) -> AsyncIterator[Served]:
-    """Our endpoint in this event loop."""
-    file = folder / "templates.toml"
-    file.write_text(TEMPLATES)
-    clock = clock or WallClock()
-    engine = AutoScaling(
-        launcher,
-        clock,
-        RandomIds(),
-        MemoryState(),
-        templates=TemplateFile(file),
-        zones=[ZONE],
-        alarm_period_s=0.2,
-    )
-    listener = listen("127.0.0.1", 0)
-    app = application(engine, clock, changed)
-    stop = asyncio.Event()
-    running = asyncio.create_task(run(engine, app, listener, changed, stop))
-    try:
-        yield Served(Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}"), engine)
-    finally:
-        stop.set()
-        await running
-
-
-async def _check(
-    check: FleetCheck,
-    endpoint: Endpoint,
-    crash: Callable[[str], None],
-    rest: Callable[[], Awaitable[None]],
-    *,
-    told: str = "health check",
-) -> None:
-    form = GroupForm(TEMPLATE, zones=(ZONE,), drain_s=0)
-    fleet = Ec2Fleet(endpoint, WallClock(), form, prefix=f"{uuid4().hex}.")
-    try:
-        await check(FleetRig(fleet, crash, fleet.ready, rest, told=told))
-    finally:
-        await fleet.close()
-
-
-def endpoint_world(check: FleetCheck, folder: Path) -> None:
-    """Our endpoint over a table."""
-
-    async def main() -> None:
-        launcher = Behaving(TableLauncher())
-        async with served(launcher, launcher.changed, folder) as up:
-            await _check(check, up.endpoint, launcher.crash, lambda: asyncio.sleep(0.01))
-
-    asyncio.run(main())
-
-
-def processes_world(check: FleetCheck, folder: Path) -> None:
-    """Our endpoint over processes of this machine."""
-
-    async def main() -> None:
-        launcher = process_launcher(folder, argv=lambda pool, i: worker_argv(_kind(pool), i))
-        try:
-            async with served(launcher, launcher.changed, folder) as up:
-                await _check(
-                    check,
-                    up.endpoint,
-                    lambda instance: os.kill(pid_of(folder, instance), 9),
-                    lambda: asyncio.sleep(0.02),
-                )
-        finally:
-            await launcher.close(kill=True)
-
-    asyncio.run(main())
-
-
-def moto_world(endpoint: Endpoint, check: FleetCheck) -> None:
-    """moto's server, in which instances are rows of a table."""
-    ec2 = aws(endpoint, "ec2")
-    launch_template(ec2)
-
-    def crash(instance: str) -> None:
-        ec2.terminate_instances(InstanceIds=[instance])
-
-    rest = lambda: asyncio.sleep(0)  # noqa: E731
-    asyncio.run(_check(check, endpoint, crash, rest, told="gone from its group"))
-
-
-def launch_template(ec2: Any) -> None:
-    """The template that the tests' groups are of, where it is not there yet."""
-    known = ec2.describe_launch_templates()["LaunchTemplates"]
-    if not any(one["LaunchTemplateName"] == TEMPLATE for one in known):
-        image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
-        ec2.create_launch_template(
-            LaunchTemplateName=TEMPLATE,
-            LaunchTemplateData={"ImageId": image, "InstanceType": "t2.micro"},
+    def restart(self) -> None:
+        self.asg = AutoScaling(
+            *(self.launcher, self.clock, self.ids, self.store),
+            templates=self.templates,
+            shortest_lifetime_s=60,
+            **self.options,
         )
 
+    async def tick(self, after_s: float = 0.0, *, times: int = 1) -> list[Instance]:
+        dead: list[Instance] = []
+        for _ in range(times):
+            self.clock.time_s += after_s
+            dead += await self.asg.tick()
+        return dead
 
-def checks_of(module: Any) -> Sequence[tuple[str, FleetCheck]]:
-    """The checks of a suite that `fleet_rigs.everywhere` has made tests of."""
-    return [
-        (name, test.check)
-        for name, test in vars(module).items()
-        if name.startswith("test_") and hasattr(test, "check")
-    ]
+    async def group(self, size: int = 0, config: GroupConfig = CONFIG, **options: Any) -> list[str]:
+        """Create the group, let it come to rest; ids of its instances."""
+        self.asg.create_auto_scaling_group(config, desired_capacity=size, **options)
+        await self.tick(times=3)
+        return self.ids_in(LifecycleState.IN_SERVICE)
+
+    async def resize(self, size: int) -> None:
+        self.asg.set_desired_capacity(GROUP, size)
+        await self.tick(times=3)
+
+    def view(self, name: str = GROUP) -> GroupDetails:
+        (group,) = self.asg.describe_auto_scaling_groups([name])
+        return group
+
+    def instances(self) -> Sequence[InstanceDetails]:
+        return self.view().instances
+
+    def one(self, instance: str) -> InstanceDetails:
+        (found,) = self.asg.describe_auto_scaling_instances([instance])
+        return found
+
+    def ids_in(self, *states: LifecycleState) -> list[str]:
+        return [i.instance_id for i in self.instances() if i.lifecycle_state in states]
+
+    def states(self) -> list[str]:
+        return [str(i.lifecycle_state) for i in self.instances()]
+
+    def zones(self) -> list[str]:
+        """The last letters of the zones of those in service, sorted."""
+        return sorted(
+            i.availability_zone[-1] for i in self.instances() if i.lifecycle_state == "InService"
+        )
+
+    def machines(self) -> list[tuple[str, Market]]:
+        return [(i.instance_type, i.market) for i in self.instances()]
+
+    def activities(self) -> Sequence[ActivityDetails]:
+        return self.asg.describe_scaling_activities(GROUP)
+
+    def causes(self) -> Mapping[str, str]:
+        return {activity.description: activity.cause for activity in self.activities()}
+
+
+def hook(name: str = "boot", transition: str = LAUNCHING, **facts: Any) -> LifecycleHook:
+    return LifecycleHook(GROUP, name, transition, **facts)
+
+
+def in_aws(check: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
+    """Turn an async check of a World into a test."""
+
+    def test() -> None:
+        async def main() -> None:
+            await check(World())
+
+        asyncio.run(main())
+
+    test.__name__, test.__doc__ = check.__name__, check.__doc__
+    return test

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchlab.fleet import health, hooks
+from batchlab.fleet import health, hooks, standby, upkeep
 from batchlab.fleet.changes import Changes
 from batchlab.fleet.placement import Sources
 from batchlab.fleet.sources import Metrics
@@ -19,15 +19,11 @@ def attend(
 ) -> None:
     """One look at everything that may be due."""
     hooks.expire(changes, group)
-    _standby(changes, group)
+    standby.arrive(changes, group)
+    upkeep.enforce(changes, group)
     health.replace_unhealthy(changes, group)
+    upkeep.keep_up(changes, group, sources)
     _rest(changes, group)
-
-
-def _standby(changes: Changes, group: Group) -> None:
-    for member in group.members.values():
-        if member.state is LifecycleState.ENTERING_STANDBY:
-            changes.move(member, LifecycleState.STANDBY)
 
 
 def _rest(changes: Changes, group: Group) -> None:

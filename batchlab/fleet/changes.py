@@ -134,7 +134,12 @@ class Changes(Record):
             if member.ready:
                 self.put_in_service(group, member)
                 group.calm()
-        elif member.state is LifecycleState.PENDING and hooks.begin(self, group, member, LAUNCHING):
+        elif (
+            member.state is LifecycleState.PENDING
+            # No hook runs for one that comes back from standby.
+            and not member.bond.moving
+            and hooks.begin(self, group, member, LAUNCHING)
+        ):
             self.move(member, LifecycleState.PENDING_WAIT)
             self.mark(group, member.launch, "MidLifecycleAction")
         elif member.state is not LifecycleState.PENDING_WAIT:
@@ -143,7 +148,8 @@ class Changes(Record):
     def put_in_service(self, group: Group, member: Member) -> None:
         member.move(LifecycleState.IN_SERVICE, note="")
         member.bond.in_service_s = self.steady.now_s() if group.asg else None
-        self.settle(group, member.launch, "Successful")
+        self.settle(group, member.bond.moving or member.launch, "Successful")
+        member.bond.moving = 0
 
     def move(self, member: Member, state: LifecycleState) -> None:
         """Change a state where the note and the activity stay as they are."""
@@ -220,6 +226,24 @@ class Changes(Record):
         """An instance lives that the state does not know."""
         why = "no group knowing it"
         self.note("", f"Terminating orphaned instance: {instance}", f"{_OUT} {why}")
+
+    def resize(self, group: Group, by: int) -> None:
+        """Change desired capacity as part of what another activity tells of."""
+        group.desired += by
+        self.unsaved = True
+
+    def replace_first(self, group: Group, member: Member, why: str) -> None:
+        """Launch a successor; the instance goes as soon as that is in service."""
+        if member.staying and group.asg is not None:
+            member.bond.leaving = why
+            group.asg.replacing.append(f"an instance was launched in response to {why}")
+            self.unsaved = True
+
+    def call_healthy(self, member: Member) -> None:
+        """One that is called healthy before it was replaced stays."""
+        if member.end == 0 and not member.instance.healthy:
+            member.instance = replace(member.instance, healthy=True)
+            self.unsaved = True
 
     def protect(self, member: Member, *, on: bool) -> None:
         member.instance = replace(member.instance, protected=on)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from batchlab.fleet.api import ABANDON, LAUNCHING, LifecycleHook, LifecycleNotification
+from batchlab.fleet.api import ABANDON, CONTINUE, LAUNCHING, LifecycleHook, LifecycleNotification
 from batchlab.fleet.state import Group, Member, Wait
 from batchlab.model import LifecycleState
 
@@ -109,14 +109,12 @@ def expire(changes: Changes, group: Group) -> None:
 
 
 def drop(changes: Changes, group: Group, hook: LifecycleHook) -> None:
-    """The hook is deleted: its open actions end with its default result."""
+    """The hook is deleted: its open actions end with ABANDON on launch, CONTINUE on termination."""
+    result = ABANDON if hook.lifecycle_transition == LAUNCHING else CONTINUE
     for member in list(group.members.values()):
-        for wait in list(member.bond.waits):
-            if wait in member.bond.waits and wait.hook.lifecycle_hook_name == (
-                hook.lifecycle_hook_name
-            ):
-                how = "Lifecycle Hook Deleted"
-                complete(changes, group, member, wait, wait.hook.default_result, how)
+        found = find(group, hook.lifecycle_hook_name, instance=member.instance.id)
+        if found is not None:
+            complete(changes, group, member, found[1], result, "Lifecycle Hook Deleted")
 
 
 def _late(wait: Wait, now_s: float) -> bool:

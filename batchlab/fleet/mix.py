@@ -29,6 +29,11 @@ def is_barren(asg: Asg, machine: Machine, now_s: float) -> bool:
     return asg.barren_s.get(pool_name(machine), 0.0) > now_s
 
 
+def barren_zones(asg: Asg, now_s: float) -> set[str]:
+    """Zones in which some capacity pool failed lately."""
+    return {name.split("/")[1] for name, until_s in asg.barren_s.items() if until_s > now_s}
+
+
 def wanted_on_demand(shares: InstancesDistribution, capacity: int) -> int:
     """Units of on-demand capacity among so many: the base first, then the percentage, rounded
     up in favour of on-demand."""
@@ -85,7 +90,8 @@ def _cheapest(
     """By price a unit; those without a price keep their order, after the others."""
 
     def cost(override: Override) -> float:
-        price = prices and prices.hourly(Machine(override.instance_type, zone, market))
+        machine = Machine(override.instance_type, zone, market)
+        price = None if prices is None else prices.hourly(machine)
         return math.inf if price is None else price / (override.weighted_capacity or 1)
 
     return sorted(overrides, key=cost)

@@ -97,6 +97,8 @@ class Bond:
     """When a rebalance was recommended, seconds of the epoch."""
     interrupted_by_s: float | None = None
     """When a Spot interruption ends it by force, seconds of the epoch."""
+    moving: int = 0
+    """Id of the activity that moves it into standby or out of it, 0 while none does."""
     force: bool = False
     """It is to be ended at once, whatever its state."""
     warm: bool = False

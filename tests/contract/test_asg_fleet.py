@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.adapters.aws import Endpoint
-from tests.asg_rigs import checks_of, endpoint_world, moto_world, processes_world
+from tests.wire_rigs import checks_of, endpoint_world, moto_world, processes_world
 from tests.contract import test_fleet as suite
 
 CHECKS = dict(checks_of(suite))
