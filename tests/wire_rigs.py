@@ -166,7 +166,7 @@ def endpoint_world(check: FleetCheck, folder: Path) -> None:
     async def main() -> None:
         launcher = Behaving(TableLauncher())
         async with served(launcher, launcher.changed, folder) as up:
-            await _check(check, up.endpoint, launcher.crash, lambda: asyncio.sleep(0.01))
+            await _check(check, up.endpoint, launcher.crash, lambda: asyncio.sleep(0.03))
 
     asyncio.run(main())
 
