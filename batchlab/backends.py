@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from batchlab.adapters.process import ProcessLauncher
     from batchlab.adapters.rung import RungQueue
     from batchlab.adapters.sqlite_queue import SqliteQueue
+    from batchlab.asg.running import AsgSettings
+    from batchlab.asg.templates import TemplateFile
     from batchlab.fleet.group import ManagedFleet
 
 VARIABLE = "BATCHLAB_ENDPOINT"
@@ -296,6 +298,19 @@ def _place(endpoint: str) -> Place:
 
 def _fresh_bucket() -> str:
     return f"batchlab-{secrets.token_hex(5)}"
+
+
+def open_asg_launcher(
+    settings: AsgSettings, templates: TemplateFile, clock: Clock
+) -> ProcessLauncher:
+    """The launcher that `asg serve` is told to use; UsageError where there is none of that name."""
+    if settings.launcher != "process":
+        raise UsageError(
+            f"There is no launcher {settings.launcher!r}.", remedy="Say --launcher process."
+        )
+    from batchlab.adapters.process import ProcessLauncher
+
+    return ProcessLauncher(settings.state, templates.argv, clock, dict(os.environ))
 
 
 def _only(port: str, named: str, known: str) -> None:

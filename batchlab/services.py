@@ -30,6 +30,7 @@ from batchlab.model import Pool
 
 if TYPE_CHECKING:
     from batchlab.adapters.process import ProcessLauncher
+    from batchlab.asg.running import AsgSettings
 
 log = logging.getLogger(__name__)
 
@@ -290,6 +291,42 @@ def stop_manager(home: Home, *, wait_s: float = 30.0) -> bool:
     if started := _STARTED.pop(record.pid, None):
         started.wait()
     return True
+
+
+def asg_main(settings: AsgSettings, on_up: Callable[[str], None]) -> None:
+    """Serve Auto Scaling until SIGTERM or SIGINT, then end the instances; `on_up` is given the
+    URL. A server that was killed leaves its instances to the next one with the same state."""
+    from batchlab.asg.running import locked
+
+    _log_to_stderr()
+    with locked(settings.state):
+        asyncio.run(_serve_asg(settings, on_up))
+
+
+async def _serve_asg(settings: AsgSettings, on_up: Callable[[str], None]) -> None:
+    from batchlab.adapters.clock import RandomIds, WallClock
+    from batchlab.adapters.state_file import StateFile
+    from batchlab.api import listen
+    from batchlab.asg.running import application, run
+    from batchlab.asg.templates import TemplateFile
+    from batchlab.fleet.autoscaling import AutoScaling
+
+    clock, templates = WallClock(), TemplateFile(settings.templates)
+    launcher = backends.open_asg_launcher(settings, templates, clock)
+    groups = StateFile(settings.state / "groups.json")
+    engine = AutoScaling(
+        launcher, clock, RandomIds(), groups, templates=templates, drain_s=settings.drain_s
+    )
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    listener = listen(settings.host, settings.port)
+    on_up(f"http://{settings.host}:{listener.getsockname()[1]}")
+    app = application(engine, clock, launcher.changed, key=settings.key)
+    try:
+        await run(engine, app, listener, launcher.changed, stop)
+    finally:
+        await _end_instances(launcher, settings.drain_s)
 
 
 def _last_line(path: Path) -> str:
