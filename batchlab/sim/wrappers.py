@@ -147,7 +147,7 @@ class _Port:
             self._die()
         if point.answer_s or extra_s:
             taken = result if label == "queue.receive" and kind is not FaultKind.ANSWER_LOST else []
-            await self._answer(point.answer_s + extra_s, args, taken)
+            await self._answer(point.answer_s, extra_s, args, taken)
         if kind is not None:
             self._disturbed(0.0)
         if kind is FaultKind.ANSWER_LOST:
@@ -156,9 +156,14 @@ class _Port:
             raise error
         return result
 
-    async def _answer(self, takes_s: float, args: tuple[Any, ...], taken: Sequence[Any]) -> None:
+    async def _answer(
+        self, takes_s: float, extra_s: float, args: tuple[Any, ...], taken: Sequence[Any]
+    ) -> None:
+        if extra_s:
+            # Said once more: a receive has waited for a message since its request was struck.
+            self._disturbed(extra_s)
         try:
-            await asyncio.sleep(takes_s)
+            await asyncio.sleep(takes_s + extra_s)
         except asyncio.CancelledError:
             # The port's promise: who cancels a receive swallows no message. An adapter of SQS can
             # only make it visible again; the dead cannot even do that.
