@@ -286,17 +286,21 @@ class Manager:
     async def rebuild_ledger(self) -> int:
         """Make the ledger anew from the bucket; answers how many jobs it found."""
         async with self._quiet:
-            # Nobody folds, plans or cuts meanwhile: a cut that is added between the clearing and
-            # the replay would make the earlier ones look known.
-            conducting = [live.conducting for live in self.lives.values() if live.conducting]
-            for task in conducting:
-                task.cancel()
-            await asyncio.gather(*conducting, return_exceptions=True)
-            self.lives.clear()
+            await self._drop_all()
             count = await rebuild(self.ports)
-            # Still in quiet: adopting writes, and a second rebuild may be waiting to clear.
+            # Somebody may have asked for a job meanwhile, and knows of it what the ledger knew.
+            await self._drop_all()
+            # Still in quiet: adopting writes, and a second rebuild may be waiting.
             await self._adopt_active()
         return count
+
+    async def _drop_all(self) -> None:
+        """Conduct no job any more."""
+        conducting = [live.conducting for live in self.lives.values() if live.conducting]
+        self.lives.clear()
+        for task in conducting:
+            task.cancel()
+        await asyncio.gather(*conducting, return_exceptions=True)
 
 
 class _LeaseLostError(Exception):
