@@ -67,7 +67,9 @@ class ObjectInfo:
 class Objects(Protocol):
     """A bucket. Read-after-write consistent; keys are UTF-8, `/`-separated, without `..`."""
 
-    async def put(self, key: str, data: bytes, *, if_absent: bool = False) -> str:
+    async def put(
+        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str:
         """Store `data`, return its ETag.
 
         With `if_absent` (S3: `If-None-Match: *`) raises AlreadyExists where the key is taken. An

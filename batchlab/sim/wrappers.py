@@ -125,7 +125,8 @@ class _Port:
             if point.request_s:
                 await asyncio.sleep(point.request_s)
             if faults is not None:
-                kind = faults.strike(point, CREATE if kwargs.get("if_absent") else label)
+                conditional = kwargs.get("if_absent") or kwargs.get("if_match")
+                kind = faults.strike(point, CREATE if conditional else label)
             if kind is None or faults is None:
                 result = await target(*args, **kwargs)
             else:
