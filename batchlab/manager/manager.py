@@ -83,6 +83,7 @@ class Manager:
                 await self._adopt_active()
                 group.create_task(self._collector.collect(), name="collect")
                 group.create_task(self._tick_for_ever(), name="tick")
+                group.create_task(self._finish_retries(), name="finish retries")
                 self.is_leader.set()
                 await self._keep_lease()
                 raise _LeaseLostError
@@ -194,6 +195,18 @@ class Manager:
                 await asyncio.sleep(self.settings.lease_ttl_s)
         if self.lives.get(live.id) is live:
             del self.lives[live.id]
+
+    async def _finish_retries(self) -> None:
+        looked_back = False
+        while True:
+            try:
+                if not looked_back:
+                    await self.requests.look_back()
+                    looked_back = True
+                await self.requests.finish_retries()
+            except BackendError as error:
+                log.warning("a retry waits for the backend: %s", error)
+            await asyncio.sleep(self.settings.silence_s)
 
     # --- The tick --------------------------------------------------------------------------------
 
