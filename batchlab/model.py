@@ -331,6 +331,24 @@ class LifecycleState(StrEnum):
     TERMINATED = "Terminated"
 
 
+class Market(StrEnum):
+    """How an instance is bought, in EC2's words."""
+
+    ON_DEMAND = "on-demand"
+    SPOT = "spot"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What an instance runs on, as its group chose it; empty where there is no choice."""
+
+    type: str = ""
+    """Instance type, of the type catalogue."""
+    zone: str = ""
+    """Availability zone."""
+    market: Market = Market.ON_DEMAND
+
+
 @dataclass(frozen=True, slots=True)
 class Instance:
     """One member of an Auto Scaling group."""
@@ -343,6 +361,7 @@ class Instance:
     protected: bool = False
     """Scale-in protection: the group does not choose it when desired capacity falls."""
     note: str = ""
+    machine: Machine = Machine()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from batchlab.model import (
     Instance,
     JobId,
     JobState,
+    Machine,
     Pool,
     StageCounts,
     StageName,
@@ -231,17 +232,38 @@ class Fleet(Protocol):
         """
 
 
+ANY_MACHINE = Machine()
+
+
 class Launcher(Protocol):
     """How an instance comes to be: a process, a container, a coroutine in the simulator."""
 
-    async def launch(self, pool: Pool, instance: str) -> None:
-        """Start a worker that knows itself as `instance`."""
+    async def launch(self, pool: Pool, instance: str, machine: Machine = ANY_MACHINE) -> None:
+        """Start a worker that knows itself as `instance`; where machines differ, on such a one."""
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
         """Ask it to drain (SIGTERM), kill it after `grace_s`; returns at once."""
 
     async def running(self) -> Mapping[str, str | None]:
         """Every instance known: None while it lives, else how it ended ("exit -9")."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """That this instance will be taken away: `why` in words, at the latest `by_s` (seconds of the
+    epoch; None where nobody says when)."""
+
+    why: str
+    by_s: float | None = None
+
+
+class Notices(Protocol):
+    """What the platform tells an instance about its own end: a Spot interruption, a lifecycle
+    state that is Terminated."""
+
+    async def notice(self) -> Notice | None:
+        """The notice that stands, None while the instance may go on; BackendError where nobody
+        can be asked."""
 
 
 # --- Ledger (analytics store) --------------------------------------------------------------------

@@ -20,8 +20,8 @@ from batchlab.adapters.sim.launcher import MemoryState, SimLauncher
 from batchlab.adapters.state_file import StateFile
 from batchlab.errors import BackendError
 from batchlab.fleet.group import ManagedFleet
-from batchlab.model import GroupView, Instance, LifecycleState, Pool
-from batchlab.ports import Clock, Fleet, Launcher
+from batchlab.model import GroupView, Instance, LifecycleState, Machine, Pool
+from batchlab.ports import ANY_MACHINE, Clock, Fleet, Launcher
 from batchlab.sim.clocks import SimClock
 from batchlab.sim.loop import SimLoop
 
@@ -91,7 +91,7 @@ class TableLauncher:
     on_launch: Callable[[str], Awaitable[None]] = _nothing
     on_terminate: Callable[[str], Awaitable[None]] = _nothing
 
-    async def launch(self, pool: Pool, instance: str) -> None:
+    async def launch(self, pool: Pool, instance: str, machine: Machine = ANY_MACHINE) -> None:
         if self.refuse:
             raise BackendError(self.refuse)
         self.launched.append(instance)

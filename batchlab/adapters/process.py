@@ -23,8 +23,8 @@ from pathlib import Path
 
 from batchlab.adapters.pids import boot_id, start_ticks, stat
 from batchlab.errors import AlreadyExists, BackendError
-from batchlab.model import Pool
-from batchlab.ports import Clock
+from batchlab.model import Machine, Pool
+from batchlab.ports import ANY_MACHINE, Clock
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,12 @@ class ProcessLauncher:
         self._env = env
         self._processes: dict[str, _Process] | None = None
 
-    async def launch(self, pool: Pool, instance: str) -> None:
+    async def launch(
+        self,
+        pool: Pool,
+        instance: str,
+        machine: Machine = ANY_MACHINE,  # noqa: ARG002 - all are alike here
+    ) -> None:
         """As the port says; BackendError where the program cannot be started, AlreadyExists where
         the id was used in the last minutes."""
         processes = self._adopted()

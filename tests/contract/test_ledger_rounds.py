@@ -17,10 +17,10 @@ from batchlab.model import (
 )
 from batchlab.ports import Ending, JobRecord, Past, Reopening, Round
 from tests.contract.ledger_suite import (
+    CALLS,
     INDEX,
     JOB,
     RESIZE,
-    TOTAL,
     DumpingLedger,
     bundle,
     counts_of,
@@ -211,25 +211,8 @@ async def test_rounds_may_follow_each_other_until_all_is_done(ledger: DumpingLed
 @on_every_ledger
 async def test_every_call_may_be_made_twice(ledger: DumpingLedger) -> None:
     """Pain 6: a call whose answer was lost is made again."""
-    parent = done(bundle(0, 5), bundle(0, 4, stage=INDEX), failed=1)
-    again = replace(bundle(0, 1), round=1)
-    calls = (
-        lambda of: of.add_job(JOB, state=JobState.SUBMITTED),
-        lambda of: of.set_control(JOB.id, Control.CANCEL),
-        lambda of: of.add_cut(replace(cut(0, bundle(0, 5)), planned=9)),
-        lambda of: of.set_planned(JOB.id, INDEX, 9),
-        lambda of: of.move_job(JOB.id, JobState.RUNNING),
-        lambda of: of.fold([parent], [{INDEX: 1}]),
-        lambda of: _finish(of, resize=3, index=8),
-        lambda of: of.reopen(
-            JOB.id, 1, [Reopening(RESIZE, 0, 1, 4), Reopening(TOTAL, replan=True)]
-        ),
-        lambda of: of.add_cut(cut(0, again, round=1, left=TaskSet.span(5, 9))),
-        lambda of: of.fold([done(again)], [{}]),
-        lambda of: _finish(of, round=1, resize=4),
-    )
     async with ledger_in(None) as once:
-        for call in calls:
+        for call in CALLS:
             await call(once)
             await call(ledger)
             await call(ledger)

@@ -13,7 +13,8 @@ from random import Random
 from typing import Protocol
 
 from batchlab.errors import AlreadyExists, BackendError
-from batchlab.model import Pool
+from batchlab.model import Machine, Pool
+from batchlab.ports import ANY_MACHINE
 
 KEEP_ENDED_S = 600.0
 
@@ -59,7 +60,12 @@ class SimLauncher:
         # which in the simulator says whose death ends a task.
         self._context = copy_context()
 
-    async def launch(self, pool: Pool, instance: str) -> None:
+    async def launch(
+        self,
+        pool: Pool,
+        instance: str,
+        machine: Machine = ANY_MACHINE,  # noqa: ARG002 - all are alike here
+    ) -> None:
         """As the port says; BackendError where `refuse` has a reason, AlreadyExists where the id
         was used in the last ten minutes."""
         if instance in self._slots:
