@@ -231,9 +231,8 @@ class Conductor:
             return
         async with live.control_lock:
             if live.record.control is not Control.CANCEL:
-                put = partial(
-                    self._ports.objects.put, naming.control(live.id), wire.word_to_bytes(word)
-                )
+                data = wire.word_to_bytes(replace(word, round=live.round))
+                put = partial(self._ports.objects.put, naming.control(live.id), data)
                 await self._ports.patience(put)
                 await self._ports.ledger.set_control(live.id, Control.CANCEL)
                 live.record = replace(live.record, control=Control.CANCEL)

@@ -83,6 +83,7 @@ class Manager:
                 await self._adopt_active()
                 group.create_task(self._collector.collect(), name="collect")
                 group.create_task(self._tick_for_ever(), name="tick")
+                group.create_task(self._finish_retries(), name="finish retries")
                 self.is_leader.set()
                 await self._keep_lease()
                 raise _LeaseLostError
@@ -195,6 +196,18 @@ class Manager:
         if self.lives.get(live.id) is live:
             del self.lives[live.id]
 
+    async def _finish_retries(self) -> None:
+        looked_back = False
+        while True:
+            try:
+                if not looked_back:
+                    await self.requests.look_back()
+                    looked_back = True
+                await self.requests.finish_retries()
+            except BackendError as error:
+                log.warning("a retry waits for the backend: %s", error)
+            await asyncio.sleep(self.settings.silence_s)
+
     # --- The tick --------------------------------------------------------------------------------
 
     async def _tick_for_ever(self) -> None:
@@ -286,17 +299,21 @@ class Manager:
     async def rebuild_ledger(self) -> int:
         """Make the ledger anew from the bucket; answers how many jobs it found."""
         async with self._quiet:
-            # Nobody folds, plans or cuts meanwhile: a cut that is added between the clearing and
-            # the replay would make the earlier ones look known.
-            conducting = [live.conducting for live in self.lives.values() if live.conducting]
-            for task in conducting:
-                task.cancel()
-            await asyncio.gather(*conducting, return_exceptions=True)
-            self.lives.clear()
+            await self._drop_all()
             count = await rebuild(self.ports)
-            # Still in quiet: adopting writes, and a second rebuild may be waiting to clear.
+            # Somebody may have asked for a job meanwhile, and knows of it what the ledger knew.
+            await self._drop_all()
+            # Still in quiet: adopting writes, and a second rebuild may be waiting.
             await self._adopt_active()
         return count
+
+    async def _drop_all(self) -> None:
+        """Conduct no job any more."""
+        conducting = [live.conducting for live in self.lives.values() if live.conducting]
+        self.lives.clear()
+        for task in conducting:
+            task.cancel()
+        await asyncio.gather(*conducting, return_exceptions=True)
 
 
 class _LeaseLostError(Exception):
