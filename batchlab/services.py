@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchlab import backends
+from batchlab import backends, containers
+from batchlab.adapters.compose import deployment
 from batchlab.backends import Backend
 from batchlab.errors import BackendError, Unreachable
 from batchlab.home import Home, ManagerRecord
@@ -126,9 +127,10 @@ async def _lead(
     serving = loop.create_task(server.serve(sockets=[listener]))
     leading = loop.create_task(manager.run())
     watching = [
-        loop.create_task(_tell_of_deaths(manager, launcher.changed)),
         loop.create_task(_end_with(parent, stop)),
     ]
+    if launcher:
+        watching.append(loop.create_task(_tell_of_deaths(manager, launcher.changed)))
     url = f"http://{host}:{listener.getsockname()[1]}"
     home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name))
     log.info("manager %s listens on %s", owner, url)
@@ -139,7 +141,8 @@ async def _lead(
     for task in (leading, stopping, *watching):
         task.cancel()
     results = await asyncio.gather(leading, serving, stopping, *watching, return_exceptions=True)
-    await _end_instances(launcher, backend.worker.drain_s)
+    if launcher:  # else they are a service's, and outlive every manager
+        await _end_instances(launcher, backend.worker.drain_s)
     await queue.close()
     await ledger.close()
     for result in results[:2]:
@@ -240,6 +243,8 @@ def start_manager(
     """
     if running := home.record():
         return running
+    if backend.runs_in == "containers":
+        return containers.up(home, backend, pools, say)
     home.make()
     backend.provide(home, say)
     # -P: the folder the command was called in must not provide modules.
@@ -276,6 +281,8 @@ def start_manager(
 def stop_manager(home: Home, *, wait_s: float = 30.0) -> bool:
     """End the manager that runs here, with its instances; False where none runs."""
     record = home.record()
+    if deployment.read(home) and (record is None or record.backend == deployment.NAME):
+        return containers.down(home, backends.load(deployment.NAME))
     if record is None:
         return False
     with suppress(ProcessLookupError):

@@ -27,7 +27,7 @@ class GroupForm:
     work; with 0 it does not wait there."""
 
     template: str
-    """Name of the launch template."""
+    """Name of the launch template; {pool} in it is the pool's name."""
     version: str = "$Default"
     zones: tuple[str, ...] = ()
     subnets: tuple[str, ...] = ()
@@ -38,7 +38,10 @@ class GroupForm:
         """CreateAutoScalingGroup's parameters for the pool."""
         request: CreateAutoScalingGroupTypeTypeDef = {
             "AutoScalingGroupName": name,
-            "LaunchTemplate": {"LaunchTemplateName": self.template, "Version": self.version},
+            "LaunchTemplate": {
+                "LaunchTemplateName": self.template.replace("{pool}", pool.name),
+                "Version": self.version,
+            },
             "MinSize": pool.min_size,
             "MaxSize": pool.max_size,
             "DesiredCapacity": pool.min_size,

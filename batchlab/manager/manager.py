@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from batchlab.errors import BackendError, NotFound, Refused
 from batchlab.manager.autoscaler import Autoscaler
@@ -33,6 +34,11 @@ log = logging.getLogger(__name__)
 LEASE = "leader"
 IDLE_LOOK_S = 60.0
 """While there is no job, the queues are looked at so often only."""
+
+LOST = (
+    "the bucket has lost the job's objects: it was emptied, or what serves it came back without "
+    "what it had kept, as LocalStack does after a restart; submit the job again"
+)
 
 SOON = 8
 """Instances a pool is expected to have soon when it has none: sizes the first wave."""
@@ -223,6 +229,7 @@ class Manager:
                 self.trouble = str(error)
                 with suppress(BackendError):  # the next tick comes here again
                     await self._prepare()
+                    await self._end_the_lost()
             except Refused as error:
                 log.warning("this tick is cut short: %s", error)
             except BackendError as error:
@@ -231,6 +238,13 @@ class Manager:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), self.settings.tick_s)
             self._hurry.clear()
+
+    async def _end_the_lost(self) -> None:
+        """End the jobs whose objects are gone with the queues: nothing will ever come of them."""
+        for live in list(self.lives.values()):
+            spec = partial(self.ports.objects.head, naming.spec(live.id))
+            if await self.ports.patience(spec) is None:
+                await self.conductor.abandon(live, LOST)
 
     def hurry(self) -> None:
         """Something has happened that the next tick must not wait for, such as the death of an

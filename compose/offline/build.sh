@@ -34,5 +34,6 @@ build Dockerfile.postgres "$postgres"
 cat <<SETTINGS
 export BATCHLAB_BASE_IMAGE=$base
 export BATCHLAB_LOCALSTACK_IMAGE=$localstack
+export BATCHLAB_LOCALSTACK_READ_ONLY=true
 export BATCHLAB_POSTGRES_IMAGE=$postgres
 SETTINGS

@@ -1,0 +1,124 @@
+"""A grid in containers, seen from outside: brought up, taken down, found again.
+
+Invariant: what `up` has begun it finishes or takes back; `down` leaves nothing of it behind.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from batchlab.adapters.compose import deployment, images
+from batchlab.adapters.compose.deployment import MANAGER_PORT, Deployment
+from batchlab.adapters.compose.project import Project, name_for, networks
+from batchlab.backends import Backend, fresh_bucket
+from batchlab.errors import Unreachable
+from batchlab.home import Home, ManagerRecord, Place
+from batchlab.model import Pool
+
+STORAGE_PORT = 4566
+_NOBODY = 10001
+
+
+def up(
+    home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str], None]
+) -> ManagerRecord:
+    """Bring the grid up, or bring back what has stopped of it; returns when its manager leads or
+    is about to. BackendError, UsageError."""
+    named = backend.named_place(home)
+    if named:
+        backend.provide(home, say)
+    at = deployment.read(home)
+    is_fresh = at is None
+    if at is None:
+        at = _plan(home, backend, named, say)
+    project = Project(home, at, settings=_settings(at, pools))
+    try:
+        project.up(say, storage=named is None)
+    except BaseException:
+        if is_fresh:
+            project.down()
+            _forget(home, backend)
+        raise
+    record = home.record()
+    if record is None:
+        raise Unreachable(
+            f"The manager ended as soon as it had started: {project.last_line('manager')}.",
+            remedy=f"`batchlab grid up --backend {backend.name}` starts it again.",
+        )
+    return record
+
+
+def down(home: Home, backend: Backend) -> bool:
+    """Remove every part; False where there is none."""
+    at = deployment.read(home)
+    if at is None:
+        return False
+    Project(home, at, settings={}).down()
+    _forget(home, backend)
+    return True
+
+
+def _plan(
+    home: Home, backend: Backend, named: Place | None, say: Callable[[str], None]
+) -> Deployment:
+    """Decide where everything will be, make the image, and write it all down."""
+    home.make()
+    subnet = deployment.free_subnet(networks())
+    recipe = images.Recipe.of(os.environ, apt=backend.image.apt, pip=backend.image.pip)
+    image = images.provide(recipe, home.of(backend.name) / "image.log", say)
+    at = Deployment(name_for(home), subnet, image, _user())
+    place = named or Place(at.storage_url(_storage_port()), fresh_bucket(), named=False)
+    deployment.write(home, at)
+    home.write_place(backend.name, place)
+    home.token()
+    _hand_over(home, at.user)
+    return at
+
+
+def _storage_port() -> int:
+    return int(os.environ.get("BATCHLAB_LOCALSTACK_PORT") or STORAGE_PORT)
+
+
+def _user() -> str:
+    """Whoever calls, so that what the containers write in the home is theirs; never root."""
+    uid, gid = os.getuid(), os.getgid()
+    return f"{uid}:{gid}" if uid else f"{_NOBODY}:{_NOBODY}"
+
+
+def _hand_over(home: Home, user: str) -> None:
+    """Root's own files cannot be read in the containers, where nobody is root."""
+    if os.getuid():
+        return
+    uid, gid = (int(part) for part in user.split(":"))
+    for path in (home.path, *home.path.rglob("*")):
+        if not path.is_symlink():
+            os.chown(path, uid, gid)
+
+
+def _settings(at: Deployment, pools: Sequence[Pool]) -> dict[str, str]:
+    command = [
+        *("manager", "--home", deployment.HOME, "--backend", deployment.NAME),
+        *("--host", at.manager_host, "--port", str(MANAGER_PORT)),
+    ]
+    for pool in pools:
+        command += ["--pool", f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}"]
+    settings = {"BATCHLAB_MANAGER_COMMAND": " ".join(command)}
+    if os.environ.get("LOCALSTACK_AUTH_TOKEN") and not os.environ.get("BATCHLAB_LOCALSTACK_IMAGE"):
+        # Newer ones than the compose file's own start with a token only.
+        settings["BATCHLAB_LOCALSTACK_IMAGE"] = "localstack/localstack:latest"
+    return settings
+
+
+def _forget(home: Home, backend: Backend) -> None:
+    """What was in a LocalStack of the grid's own is gone with it, and so is where it was."""
+    deployment.forget(home)
+    place = home.place(backend.name)
+    if place and not place.named:
+        home.forget_place(backend.name)
+
+
+def logs(home: Home) -> Path:
+    """Where the output of the services is kept once they are gone."""
+    return deployment.folder(home) / "services.log"
