@@ -28,6 +28,8 @@ from batchlab.ports import Clock, Ids, Ledger, Objects
 from batchlab.worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
+    from batchlab.adapters.docker import ContainerLauncher
+    from batchlab.adapters.imds_tree import Signals
     from batchlab.adapters.ministack import Emulator
     from batchlab.adapters.process import ProcessLauncher
     from batchlab.adapters.rung import RungQueue
@@ -346,16 +348,46 @@ def fresh_bucket() -> str:
 
 
 def open_asg_launcher(
-    settings: AsgSettings, templates: TemplateFile, clock: Clock
-) -> ProcessLauncher:
-    """The launcher that `asg serve` is told to use; UsageError where there is none of that name."""
-    if settings.launcher != "process":
-        raise UsageError(
-            f"There is no launcher {settings.launcher!r}.", remedy="Say --launcher process."
-        )
-    from batchlab.adapters.process import ProcessLauncher
+    settings: AsgSettings,
+    templates: TemplateFile,
+    clock: Clock,
+    signals: Callable[[str], Signals],
+) -> ProcessLauncher | ContainerLauncher:
+    """The launcher that `asg serve` is told to use, which tells instances their `signals` where it
+    can; UsageError where there is none of that name."""
+    if settings.launcher == "process":
+        from batchlab.adapters.process import ProcessLauncher
 
-    return ProcessLauncher(settings.state, templates.argv, clock, dict(os.environ))
+        return ProcessLauncher(settings.state, templates.argv, clock, dict(os.environ))
+    if settings.launcher != "docker":
+        raise UsageError(
+            f"There is no launcher {settings.launcher!r}.",
+            remedy="Say --launcher process or --launcher docker.",
+        )
+    from batchlab import catalogue
+    from batchlab.adapters.docker import ContainerLauncher
+    from batchlab.adapters.docker_container import Template
+
+    def template(pool: Pool) -> Template:
+        version = templates.launched(pool)
+        return Template(
+            version.image,
+            tuple(templates.argv(pool, "{instance}")),
+            version.network,
+            type=version.type,
+            user=version.user,
+        )
+
+    return ContainerLauncher(
+        template,
+        catalogue.load(),
+        clock,
+        settings.state,
+        grid=settings.grid.removeprefix("batchlab-"),
+        labels={"batchlab.grid": settings.grid},
+        scale=settings.scale,
+        signals=signals,
+    )
 
 
 def _only(port: str, named: str, known: str) -> None:

@@ -5,6 +5,7 @@ Invariant: what `up` has begun it finishes or takes back; `down` leaves nothing 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,12 +13,15 @@ from pathlib import Path
 from batchlab.adapters.compose import deployment, images
 from batchlab.adapters.compose.deployment import MANAGER_PORT, Deployment
 from batchlab.adapters.compose.project import Project, name_for, networks
-from batchlab.backends import Backend, fresh_bucket
+from batchlab.backends import VARIABLE, Backend, fresh_bucket
 from batchlab.errors import Unreachable
 from batchlab.home import Home, ManagerRecord, Place
 from batchlab.model import Pool
 
 STORAGE_PORT = 4566
+_TYPE = "m7i.large"
+"""Of instances of a pool that names none."""
+_WORKER = ["worker", "--backend", deployment.NAME, "--home", "/tmp/batchlab"]  # noqa: S108 - its own
 _NOBODY = 10001
 
 
@@ -32,7 +36,7 @@ def up(
     at = deployment.read(home)
     is_fresh = at is None
     if at is None:
-        at = _plan(home, backend, named, say)
+        at = _plan(home, backend, pools, named, say)
     project = Project(home, at, settings=_settings(at, pools))
     try:
         project.up(say, storage=named is None)
@@ -55,13 +59,20 @@ def down(home: Home, backend: Backend) -> bool:
     at = deployment.read(home)
     if at is None:
         return False
-    Project(home, at, settings={}).down()
+    place = home.place(backend.name)
+    # In a LocalStack of the grid's own nobody will ever ask for it.
+    keeps = place is not None and place.named
+    Project(home, at, settings={}).down(drain_s=backend.worker.drain_s if keeps else 0.0)
     _forget(home, backend)
     return True
 
 
 def _plan(
-    home: Home, backend: Backend, named: Place | None, say: Callable[[str], None]
+    home: Home,
+    backend: Backend,
+    pools: Sequence[Pool],
+    named: Place | None,
+    say: Callable[[str], None],
 ) -> Deployment:
     """Decide where everything will be, make the image, and write it all down."""
     home.make()
@@ -71,10 +82,36 @@ def _plan(
     at = Deployment(name_for(home), subnet, image, _user())
     place = named or Place(at.storage_url(_storage_port()), fresh_bucket(), named=False)
     deployment.write(home, at)
+    templates = _templates(at, place, pools or backend.pools)
+    (deployment.folder(home) / "templates.toml").write_text(templates)
     home.write_place(backend.name, place)
     home.token()
     _hand_over(home, at.user)
     return at
+
+
+def _templates(at: Deployment, place: Place, pools: Sequence[Pool]) -> str:
+    """The launch templates of the pools, for `asg serve`."""
+    env = {
+        VARIABLE: f"{place.url}/{place.bucket}",
+        "AWS_EC2_METADATA_SERVICE_ENDPOINT": at.metadata_url,
+    }
+    table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in env.items())
+    lines = []
+    for pool in pools:
+        name = json.dumps(deployment.TEMPLATE.replace("{pool}", pool.name))
+        lines += [
+            f"[[{name}.version]]",
+            f"image = {json.dumps(at.image)}",
+            f"command = {json.dumps(_WORKER)}",
+            f"network = {json.dumps(at.project)}",
+            f"user = {json.dumps(at.user)}",
+            f"type = {json.dumps(pool.instance_type or _TYPE)}",
+            f"slots = {pool.slots}",
+            f"env = {{ {table} }}",
+            "",
+        ]
+    return "\n".join(lines)
 
 
 def _storage_port() -> int:

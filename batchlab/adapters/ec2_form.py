@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from batchlab.adapters.ec2_tags import POOL_TAG, SLOTS_TAG
 from batchlab.model import Pool
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ class GroupForm:
             "TerminationPolicies": ["NewestInstance"],
             "LifecycleHookSpecificationList": self.hooks(pool),
             "Tags": [
-                _tag("batchlab:pool", pool.name),
-                _tag("batchlab:slots", str(pool.slots)),
+                _tag(POOL_TAG, pool.name),
+                _tag(SLOTS_TAG, str(pool.slots)),
             ],
         }
         if self.subnets:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 import subprocess
@@ -28,6 +29,7 @@ LABEL = "batchlab.grid"
 HOME_LABEL = "batchlab.home"
 START_S = 240.0
 _LOOK_S = 0.3
+_STOP_S = "5"
 _SOCKET = "/var/run/docker.sock"
 
 
@@ -110,14 +112,18 @@ class Project:
         lines = (said.stdout + said.stderr).strip().splitlines()
         return lines[-1].strip().rstrip(".") if lines else "it ended without a word"
 
-    def down(self) -> None:
-        """Stop and remove everything, the instances included. What is gone already is no error."""
+    def down(self, *, drain_s: float = 0.0) -> None:
+        """Stop and remove everything, the instances included, which have `drain_s` to give back
+        what they have in hand. What is gone already is no error."""
         self._keep_logs()
-        # First who would launch new ones, then the instances, then what those talk to.
-        self._run("stop", "manager")
-        self._run("rm", "--stop", "--force", "asg")
-        sweep_containers(self._at.project, instances=True)
-        self._compose("--profile", "localstack", "down", "--volumes", "--remove-orphans")
+        self._run("stop", "--timeout", _STOP_S, "manager")
+        # Else it would replace the instances that end.
+        self._run("kill", "asg")
+        sweep_instances(self._at.project, drain_s=drain_s)
+        self._compose(
+            *("--profile", "localstack", "down", "--timeout", _STOP_S),
+            *("--volumes", "--remove-orphans"),
+        )
         sweep(self._at.project)
 
     def _keep_logs(self) -> Path:
@@ -200,25 +206,26 @@ def checked(*arguments: str) -> str:
     return done.stdout
 
 
-def sweep_containers(project: str, *, instances: bool) -> int:
-    """Remove the project's containers, or only its instances; how many there were."""
-    filters = ["--filter", f"label={LABEL}={project}"]
-    if instances:
-        filters += ["--filter", "label=batchlab.instance"]
-    ids = checked("ps", "-aq", *filters).split()
-    if ids:
-        checked("rm", "--force", "--volumes", *ids)
-    return len(ids)
+def sweep_instances(project: str, *, drain_s: float) -> None:
+    """End the project's instances, each within `drain_s`, and remove them."""
+    filters = ("--filter", f"label={LABEL}={project}", "--filter", "label=batchlab.instance")
+    if drain_s and (ids := checked("ps", "-q", *filters).split()):
+        docker("stop", "--time", str(math.ceil(drain_s)), *ids)
+    if ids := checked("ps", "-aq", *filters).split():
+        docker("rm", "--force", "--volumes", *ids)
 
 
 def sweep(project: str) -> int:
     """Remove what carries the project's label: containers, networks, volumes; how many."""
-    swept = sweep_containers(project, instances=False)
+    ours = ("--filter", f"label={LABEL}={project}")
+    swept = checked("ps", "-aq", *ours).split()
+    if swept:
+        checked("rm", "--force", "--volumes", *swept)
     for kind in ("network", "volume"):
-        for one in checked(kind, "ls", "-q", "--filter", f"label={LABEL}={project}").split():
+        for one in checked(kind, "ls", "-q", *ours).split():
             checked(kind, "rm", one)
-            swept += 1
-    return swept
+            swept.append(one)
+    return len(swept)
 
 
 @dataclass(frozen=True, slots=True)
