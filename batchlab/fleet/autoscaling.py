@@ -10,7 +10,8 @@ from __future__ import annotations
 from batchlab.fleet.requests.groups import GroupRequests
 from batchlab.fleet.requests.hooks import HookRequests
 from batchlab.fleet.requests.instances import InstanceRequests
+from batchlab.fleet.requests.schedules import ScheduleRequests
 
 
-class AutoScaling(GroupRequests, InstanceRequests, HookRequests):
+class AutoScaling(GroupRequests, InstanceRequests, HookRequests, ScheduleRequests):
     """Every request by AWS's own name in snake case."""
