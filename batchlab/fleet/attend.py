@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchlab.fleet import health, hooks, schedules, standby, upkeep
+from batchlab.fleet import health, hooks, refresh, schedules, standby, upkeep
 from batchlab.fleet.changes import Changes
 from batchlab.fleet.placement import Sources
 from batchlab.fleet.sources import Metrics
@@ -23,6 +23,7 @@ def attend(
     upkeep.enforce(changes, group)
     health.replace_unhealthy(changes, group)
     schedules.run_due(changes, group)
+    refresh.roll(changes, group)
     upkeep.keep_up(changes, group, sources)
     _rest(changes, group)
 
