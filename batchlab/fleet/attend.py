@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchlab.fleet import health, hooks, refresh, schedules, standby, tracking, upkeep
+from batchlab.fleet import health, hooks, refresh, schedules, standby, tracking, upkeep, warm
 from batchlab.fleet.changes import Changes
 from batchlab.fleet.placement import Sources
 from batchlab.fleet.sources import Metrics
@@ -27,6 +27,7 @@ def attend(
     schedules.run_due(changes, group)
     tracking.track(changes, group, asg, metrics, alarm_period_s)
     refresh.roll(changes, group)
+    warm.trim(changes, group, asg)
     upkeep.keep_up(changes, group, sources)
     _rest(changes, group)
 
