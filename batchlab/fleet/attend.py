@@ -7,7 +7,6 @@ from batchlab.fleet.changes import Changes
 from batchlab.fleet.placement import Sources
 from batchlab.fleet.sources import Metrics
 from batchlab.fleet.state import ENDING, STARTING, Group, weigh
-from batchlab.model import LifecycleState
 
 
 def attend(
@@ -46,7 +45,7 @@ def _rest(changes: Changes, group: Group) -> None:
         asg.cause = ""
         changes.unsaved = True
     if group.failures and any(
-        member.state is LifecycleState.IN_SERVICE and hooks.settled(member, now_s)
+        hooks.settled(member, now_s) and (member.bond.in_service_s or 0.0) >= group.stumbled_s
         for member in members
     ):
         group.calm()

@@ -280,11 +280,16 @@ class Changes(Record):
             del group.members[name]
             self.unsaved = True
 
+    def stumble(self, group: Group, how: str) -> None:
+        """One more launch in a row came to nothing."""
+        group.failures += 1
+        group.reason, group.failed = how, True
+        group.stumbled_s = self.steady.now_s()
+
     def _stumble(self, group: Group, member: Member, how: str, *, dead: bool = False) -> None:
         served = member.bond.in_service_s is not None
         young = dead and served and not hooks.settled(member, self.steady.now_s())
         warming = member.state in WARMING and not served
         if member.state in STARTING or warming or young:
-            group.failures += 1
-            group.reason, group.failed = how, True
+            self.stumble(group, how)
             self.settle(group, member.launch, "Failed", more=f"; {how}", message=how)

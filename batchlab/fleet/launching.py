@@ -45,7 +45,7 @@ def admit(
             break
         fresh.append(one)
         missing -= one.member.bond.weight
-    for _ in range(warm.room(group)):
+    for _ in range(warm.room(group, now_s)):
         one = admit_one(changes, group, now_s, sources, warm_pool=True)
         if one is None:
             break
@@ -71,8 +71,7 @@ def _no_template(changes: Changes, group: Group, fault: Fault) -> None:
     assert group.asg is not None
     reason = f"{fault.message} Launching EC2 instance failed."
     # Told once for every wait of the crash loop, like any launch that fails.
-    group.failures += 1
-    group.reason, group.failed = reason, True
+    changes.stumble(group, reason)
     what = f"Launching a new EC2 instance.  Status Reason: {reason}"
     changes.note(
         group.pool.name, what, changes.told(group.asg, "an instance was started"), "Failed"

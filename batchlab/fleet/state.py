@@ -178,6 +178,8 @@ class Group:
     """Waits of this crash loop so far; each is twice as long as the one before."""
     retry_s: float = 0.0
     """Monotonic seconds before which a crash loop launches nothing."""
+    stumbled_s: float = 0.0
+    """When the last of those ended, by the SteadyClock."""
     asg: Asg | None = None
 
     def counted(self) -> list[Member]:

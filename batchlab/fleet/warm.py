@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from batchlab.fleet import hooks
 from batchlab.fleet.api import LAUNCHING, TERMINATING, Process, WarmPool
 from batchlab.fleet.asg import Asg
+from batchlab.fleet.decisions import CRASH_LOOP
 from batchlab.fleet.state import WARM, WARMING, Group, Member, weigh
 from batchlab.fleet.termination import take_by_default
 from batchlab.model import LifecycleState
@@ -45,9 +46,14 @@ def size(group: Group) -> int:
     return max(pool.min_size, most - group.desired, 0)
 
 
-def room(group: Group) -> int:
-    """How many to launch into the pool; none while a crash loop goes on."""
-    return 0 if group.failures else max(0, size(group) - len(members(group)))
+def room(group: Group, now_s: float) -> int:
+    """How many to launch into the pool now; in a crash loop one at a time, after its wait."""
+    here = members(group)
+    missing = max(0, size(group) - len(here))
+    if group.failures < CRASH_LOOP:
+        return missing
+    probing = any(member.state in WARMING for member in here)
+    return 0 if probing or now_s < group.retry_s else min(1, missing)
 
 
 def trim(changes: Changes, group: Group, asg: Asg) -> None:
@@ -96,6 +102,8 @@ def lie_down(changes: Changes, group: Group, member: Member) -> None:
     member.bond.asleep, member.bond.resting = member.bond.resting, False
     changes.move(member, RESTED[pool.pool_state if pool else "Running"])
     changes.settle(group, member.bond.moving or member.launch, "Successful")
+    if not member.bond.moving:
+        group.calm()
     member.bond.moving = 0
 
 

@@ -220,6 +220,19 @@ async def test_a_pools_instance_that_dies_or_is_called_unhealthy_is_replaced(w: 
 
 
 @in_aws
+async def test_a_pool_that_cannot_launch_tries_less_and_less_often(w: World) -> None:
+    await w.group(1, SMALL)
+    w.launcher.refuse = "no capacity"
+    w.asg.put_warm_pool(GROUP, RUNNING)
+    await w.tick(0.5, times=60)
+    failed = [a for a in w.activities() if a.status_code == "Failed"]
+    assert 5 < len(failed) < 20
+    w.launcher.refuse = ""
+    await w.tick(60.0, times=3)
+    assert pool_states(w) == ["Warmed:Running"] * 3
+
+
+@in_aws
 async def test_a_pools_instance_may_be_terminated_by_name(w: World) -> None:
     await warmed(w, 3)
     (name,) = [one.instance_id for one in pool(w)]
