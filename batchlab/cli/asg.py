@@ -1,0 +1,143 @@
+"""`batchlab asg serve`: Auto Scaling groups on this machine, for whoever speaks AWS's protocol.
+
+Invariant: what listens beyond this machine without checking signatures says so.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from batchlab.cli import output
+from batchlab.cli.options import JsonOption
+from batchlab.errors import UsageError
+
+if TYPE_CHECKING:
+    from batchlab.asg.signature import Key
+
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+_HERE = ("127.0.0.1", "::1", "localhost")
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def asg_() -> None:
+    """Auto Scaling groups whose instances are processes or containers of this machine.
+
+    \b
+    Example: batchlab asg serve --templates templates.toml
+    """
+
+
+@app.command()
+def serve(
+    templates: Annotated[
+        Path,
+        typer.Option(
+            "--templates",
+            metavar="FILE",
+            help="Launch templates, as TOML; read again when it changes.",
+            show_default=False,
+        ),
+    ],
+    state: Annotated[
+        Path, typer.Option("--state", metavar="DIR", help="Folder that the groups are kept in.")
+    ] = Path(".batchlab/asg"),
+    launcher: Annotated[
+        str,
+        typer.Option("--launcher", metavar="NAME", help="What an instance is: process, docker."),
+    ] = "process",
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", min=0, help="Port to listen on; 0: any free one.")
+    ] = 0,
+    drain: Annotated[
+        float,
+        typer.Option(
+            "--drain", metavar="SECONDS", min=0, help="How long an instance may take to end."
+        ),
+    ] = 30.0,
+    grid: Annotated[
+        str, typer.Option("--grid", metavar="NAME", help="What containers are labelled with.")
+    ] = "asg",
+    scale: Annotated[
+        float,
+        typer.Option(
+            "--scale",
+            metavar="SHARE",
+            min=0.01,
+            max=1,
+            help="A container's share of its instance type's processors and memory.",
+        ),
+    ] = 1.0,
+    metadata_port: Annotated[
+        int | None,
+        typer.Option(
+            "--metadata-port",
+            metavar="N",
+            min=0,
+            help="Port of the containers' instance metadata service; none unless said.",
+            show_default=False,
+        ),
+    ] = None,
+    signed: Annotated[
+        bool,
+        typer.Option(
+            "--signed",
+            help="Answer only what is signed with the keys in AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY.",
+        ),
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Serve EC2 Auto Scaling's own API until Ctrl-C; instances end with it.
+
+    The first line on stdout is the URL to give to a client, such as --endpoint-url of the AWS CLI.
+
+    \b
+    Example: batchlab asg serve --templates templates.toml --port 4580
+             aws --endpoint-url http://127.0.0.1:4580 autoscaling describe-auto-scaling-groups
+    """
+    from batchlab import services
+    from batchlab.asg.running import AsgSettings
+
+    settings = AsgSettings(
+        state=state.absolute(),
+        templates=templates,
+        launcher=launcher,
+        host=host,
+        port=port,
+        key=_key() if signed else None,
+        drain_s=drain,
+        grid=grid,
+        scale=scale,
+        metadata_port=metadata_port,
+    )
+    if host not in _HERE and not signed:
+        output.say(f"Whoever reaches {host} can start and end instances: --signed asks for keys.")
+
+    def up(url: str) -> None:
+        if json:
+            output.show_json({"endpoint": url})
+        else:
+            output.show(url)
+
+    services.asg_main(settings, up)
+
+
+def _key() -> Key:
+    from batchlab.asg.signature import Key
+
+    access_key, secret_key = (os.environ.get(name, "") for name in KEYS)
+    if not access_key or not secret_key:
+        raise UsageError(
+            "There are no keys that requests could be signed with.",
+            remedy=f"Set {' and '.join(KEYS)}, or leave out --signed.",
+        )
+    return Key(access_key, secret_key)
