@@ -24,9 +24,12 @@ class Alarm:
     """A target-tracking policy's two alarms: since when the metric has been above and below."""
 
     value: float | None = None
-    """What `put_metric_value` said last."""
+    """What `put_metric_value` said last, and when."""
+    put_s: float = 0.0
     above_since_s: float | None = None
     below_since_s: float | None = None
+    acted_s: float | None = None
+    """When the policy last changed desired capacity; it looks again a period later."""
 
 
 @dataclass(slots=True)
@@ -34,9 +37,16 @@ class Rolling:
     """An instance refresh under way."""
 
     refresh: InstanceRefresh
-    old: set[str]
+    warmup: int
+    """Seconds in service after which a new instance counts as ready."""
+    old: set[str] = field(default_factory=set)
     """Instances still to be replaced."""
-    total: int
+    before: set[str] = field(default_factory=set)
+    """All that the group had when it began, so that a rollback knows the new ones."""
+    warm: set[str] = field(default_factory=set)
+    """Instances of the warm pool that are replaced at the end."""
+    total: int = 0
+    """How many there were to replace."""
     checkpoint: int = 0
     """Checkpoints reached so far."""
     paused_until_s: float = 0.0

@@ -18,13 +18,14 @@ from batchlab.fleet.api import (
 )
 from batchlab.fleet.asg import Asg
 from batchlab.fleet.decisions import clamp
-from batchlab.fleet.details import activity_details, activity_id, instance_details
+from batchlab.fleet.details import activity_details, instance_details
 from batchlab.fleet.faults import (
     AlreadyExists,
     ResourceInUse,
     ScalingActivityInProgress,
     ValidationError,
 )
+from batchlab.fleet.limits import set_limits
 from batchlab.fleet.requests import checks
 from batchlab.fleet.requests.base import Requests
 from batchlab.fleet.state import ENDING, WARM, Group
@@ -77,12 +78,12 @@ class GroupRequests(Requests):
         pool = replace(group.pool, min_size=config.min_size, max_size=config.max_size)
         desired = clamp(pool, group.desired) if desired_capacity is None else desired_capacity
         checks.desired(config, desired)
-        asg.config, group.pool = config, pool
-        self._changes.unsaved = True
+        asg.config = config
         group.calm()
-        limits = f"min: {config.min_size}, max: {config.max_size}, desired: {desired}"
-        cause = f"a user request update of AutoScalingGroup constraints to {limits}"
-        self._changes.want(group, desired, cause)
+        set_limits(
+            *(self._changes, group, config.min_size, config.max_size, desired),
+            cause="a user request",
+        )
         self._save()
 
     def _checked(self, config: GroupConfig) -> GroupConfig:
@@ -174,14 +175,6 @@ class GroupRequests(Requests):
         cause = "a user request explicitly set group desired capacity"
         self._changes.want(group, desired_capacity, cause)
         self._save()
-
-    def _honour_cooldown(self, group: Group, asg: Asg) -> None:
-        if asg.cooling or self._changes.steady.now_s() < asg.cooled_s:
-            newest = self._changes.log.newest(group.pool.name, 1)
-            which = activity_id(newest[0]) if newest else "of a cooldown"
-            raise ScalingActivityInProgress(
-                f"Scaling activity {which} is in progress and blocks this action"
-            )
 
     def create_or_update_tags(self, name: str, tags: Sequence[Tag]) -> None:
         """ValidationError where there is no such group."""
