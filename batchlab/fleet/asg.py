@@ -36,7 +36,11 @@ class Rolling:
     refresh: InstanceRefresh
     old: set[str]
     """Instances still to be replaced."""
+    before: set[str]
+    """All that the group had when it began, so that a rollback knows the new ones."""
     total: int
+    warmup: int
+    """Seconds in service after which a new instance counts as ready."""
     checkpoint: int = 0
     """Checkpoints reached so far."""
     paused_until_s: float = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchlab.fleet import health, hooks, standby, upkeep
+from batchlab.fleet import health, hooks, refresh, schedules, standby, upkeep
 from batchlab.fleet.changes import Changes
 from batchlab.fleet.placement import Sources
 from batchlab.fleet.sources import Metrics
@@ -22,6 +22,8 @@ def attend(
     standby.arrive(changes, group)
     upkeep.enforce(changes, group)
     health.replace_unhealthy(changes, group)
+    schedules.run_due(changes, group)
+    refresh.roll(changes, group)
     upkeep.keep_up(changes, group, sources)
     _rest(changes, group)
 

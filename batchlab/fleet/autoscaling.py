@@ -10,7 +10,15 @@ from __future__ import annotations
 from batchlab.fleet.requests.groups import GroupRequests
 from batchlab.fleet.requests.hooks import HookRequests
 from batchlab.fleet.requests.instances import InstanceRequests
+from batchlab.fleet.requests.refresh import RefreshRequests
+from batchlab.fleet.requests.schedules import ScheduleRequests
 
 
-class AutoScaling(GroupRequests, InstanceRequests, HookRequests):
+class AutoScaling(
+    GroupRequests,
+    InstanceRequests,
+    HookRequests,
+    ScheduleRequests,
+    RefreshRequests,
+):
     """Every request by AWS's own name in snake case."""

@@ -60,3 +60,9 @@ class ActiveInstanceRefreshNotFound(Fault):
     """There is no refresh to cancel."""
 
     code = "ActiveInstanceRefreshNotFound"
+
+
+class IrreversibleInstanceRefresh(Fault):
+    """The refresh moves the group to nothing that could be taken back."""
+
+    code = "IrreversibleInstanceRefresh"

@@ -25,6 +25,7 @@ from batchlab.fleet.faults import (
     ScalingActivityInProgress,
     ValidationError,
 )
+from batchlab.fleet.limits import set_limits
 from batchlab.fleet.requests import checks
 from batchlab.fleet.requests.base import Requests
 from batchlab.fleet.state import ENDING, WARM, Group
@@ -77,12 +78,12 @@ class GroupRequests(Requests):
         pool = replace(group.pool, min_size=config.min_size, max_size=config.max_size)
         desired = clamp(pool, group.desired) if desired_capacity is None else desired_capacity
         checks.desired(config, desired)
-        asg.config, group.pool = config, pool
-        self._changes.unsaved = True
+        asg.config = config
         group.calm()
-        limits = f"min: {config.min_size}, max: {config.max_size}, desired: {desired}"
-        cause = f"a user request update of AutoScalingGroup constraints to {limits}"
-        self._changes.want(group, desired, cause)
+        set_limits(
+            *(self._changes, group, config.min_size, config.max_size, desired),
+            cause="a user request",
+        )
         self._save()
 
     def _checked(self, config: GroupConfig) -> GroupConfig:
