@@ -230,7 +230,7 @@ class TargetTracking:
 
 @dataclass(frozen=True, slots=True)
 class ScalingPolicy:
-    """PutScalingPolicy's parameters; `policy_arn` is filled in by the answer."""
+    """PutScalingPolicy's parameters; `policy_arn` and `alarms` are filled in by the answer."""
 
     auto_scaling_group_name: str
     policy_name: str
@@ -247,6 +247,8 @@ class ScalingPolicy:
     target_tracking_configuration: TargetTracking | None = None
     enabled: bool = True
     policy_arn: str = ""
+    alarms: tuple[str, ...] = ()
+    """Names of the alarms of a target-tracking policy, the high one first."""
 
 
 @dataclass(frozen=True, slots=True)

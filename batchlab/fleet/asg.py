@@ -24,9 +24,12 @@ class Alarm:
     """A target-tracking policy's two alarms: since when the metric has been above and below."""
 
     value: float | None = None
-    """What `put_metric_value` said last."""
+    """What `put_metric_value` said last, and when."""
+    put_s: float = 0.0
     above_since_s: float | None = None
     below_since_s: float | None = None
+    acted_s: float | None = None
+    """When the policy last changed desired capacity; it looks again a period later."""
 
 
 @dataclass(slots=True)

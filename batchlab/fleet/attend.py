@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchlab.fleet import health, hooks, refresh, schedules, standby, upkeep
+from batchlab.fleet import health, hooks, refresh, schedules, standby, tracking, upkeep
 from batchlab.fleet.changes import Changes
 from batchlab.fleet.placement import Sources
 from batchlab.fleet.sources import Metrics
@@ -18,11 +18,14 @@ def attend(
     alarm_period_s: float,
 ) -> None:
     """One look at everything that may be due."""
+    asg = group.asg
+    assert asg is not None
     hooks.expire(changes, group)
     standby.arrive(changes, group)
     upkeep.enforce(changes, group)
     health.replace_unhealthy(changes, group)
     schedules.run_due(changes, group)
+    tracking.track(changes, group, asg, metrics, alarm_period_s)
     refresh.roll(changes, group)
     upkeep.keep_up(changes, group, sources)
     _rest(changes, group)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from batchlab.fleet.requests.groups import GroupRequests
 from batchlab.fleet.requests.hooks import HookRequests
 from batchlab.fleet.requests.instances import InstanceRequests
+from batchlab.fleet.requests.policies import PolicyRequests
 from batchlab.fleet.requests.refresh import RefreshRequests
 from batchlab.fleet.requests.schedules import ScheduleRequests
 
@@ -18,6 +19,7 @@ class AutoScaling(
     GroupRequests,
     InstanceRequests,
     HookRequests,
+    PolicyRequests,
     ScheduleRequests,
     RefreshRequests,
 ):

@@ -69,11 +69,12 @@ def _strike_off(group: Group, rolling: Rolling) -> None:
     preferences = rolling.refresh.preferences
     for name in list(rolling.old):
         member = group.members.get(name)
-        if member is None or not (member.counted or member.state in ON_STANDBY):
-            rolling.old.discard(name)
-        elif member.instance.protected and preferences.scale_in_protected_instances == "Ignore":
-            rolling.old.discard(name)
-        elif member.state in ON_STANDBY and preferences.standby_instances == "Ignore":
+        gone = member is None or not (member.counted or member.state in ON_STANDBY)
+        ignored = member is not None and (
+            (member.instance.protected and preferences.scale_in_protected_instances == "Ignore")
+            or (member.state in ON_STANDBY and preferences.standby_instances == "Ignore")
+        )
+        if gone or ignored:
             rolling.old.discard(name)
 
 

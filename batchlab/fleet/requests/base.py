@@ -7,8 +7,9 @@ from uuid import NAMESPACE_URL, uuid5
 
 from batchlab.fleet.api import LifecycleNotification
 from batchlab.fleet.asg import Asg
+from batchlab.fleet.details import activity_id
 from batchlab.fleet.engine import DRAIN_S, Engine
-from batchlab.fleet.faults import ValidationError
+from batchlab.fleet.faults import ScalingActivityInProgress, ValidationError
 from batchlab.fleet.placement import Sources
 from batchlab.fleet.sources import Metrics, Prices, Templates
 from batchlab.fleet.state import Group, Member, Store
@@ -95,6 +96,14 @@ class Requests(Engine):
                     f"The instance {one} is not part of Auto Scaling group {group.pool.name}."
                 )
         return [group.members[one] for one in dict.fromkeys(instance_ids)]
+
+    def _honour_cooldown(self, group: Group, asg: Asg) -> None:
+        if asg.cooling or self._changes.steady.now_s() < asg.cooled_s:
+            newest = self._changes.log.newest(group.pool.name, 1)
+            which = activity_id(newest[0]) if newest else "of a cooldown"
+            raise ScalingActivityInProgress(
+                f"Scaling activity {which} is in progress and blocks this action"
+            )
 
     def _arn(self, kind: str, group: str, rest: str) -> str:
         unique = uuid5(NAMESPACE_URL, f"{self._account}/{kind}/{group}/{rest}")

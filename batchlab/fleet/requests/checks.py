@@ -23,7 +23,7 @@ MOST_INSTANCES = 99_999
 """Of one group: more is a slip."""
 LONGEST_LIFETIME_S = 31_536_000
 
-__all__ = ["desired", "group", "hook", "processes", "result", "stamp"]
+__all__ = ["desired", "group", "hook", "one_of", "processes", "result", "stamp"]
 
 
 def group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: int) -> GroupConfig:
@@ -70,12 +70,12 @@ def _shares(shares: InstancesDistribution) -> None:
     if not 0 <= percentage <= 100:
         raise ValidationError("OnDemandPercentageAboveBaseCapacity must be between 0 and 100.")
     _seconds("OnDemandBaseCapacity", shares.on_demand_base_capacity)
-    _one_of(
+    one_of(
         "OnDemandAllocationStrategy",
         shares.on_demand_allocation_strategy,
         ("prioritized", "lowest-price"),
     )
-    _one_of(
+    one_of(
         "SpotAllocationStrategy",
         shares.spot_allocation_strategy,
         (
@@ -98,14 +98,14 @@ def desired(config: GroupConfig, capacity: int) -> None:
 
 def hook(one: LifecycleHook) -> None:
     """Its transition, its timeout and its default result."""
-    _one_of("LifecycleTransition", one.lifecycle_transition, (LAUNCHING, TERMINATING))
+    one_of("LifecycleTransition", one.lifecycle_transition, (LAUNCHING, TERMINATING))
     if not 30 <= one.heartbeat_timeout <= 7200:
         raise ValidationError("HeartbeatTimeout must be between 30 and 7200 seconds.")
     result("DefaultResult", one.default_result)
 
 
 def result(name: str, value: str) -> None:
-    _one_of(name, value, (CONTINUE, ABANDON))
+    one_of(name, value, (CONTINUE, ABANDON))
 
 
 def processes(names: Sequence[str]) -> list[Process]:
@@ -122,6 +122,6 @@ def _seconds(name: str, value: int) -> None:
         raise ValidationError(f"{name} must not be negative.")
 
 
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValidationError(f"Invalid {name}: {value}. Valid values are: [{', '.join(allowed)}]")

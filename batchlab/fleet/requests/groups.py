@@ -18,7 +18,7 @@ from batchlab.fleet.api import (
 )
 from batchlab.fleet.asg import Asg
 from batchlab.fleet.decisions import clamp
-from batchlab.fleet.details import activity_details, activity_id, instance_details
+from batchlab.fleet.details import activity_details, instance_details
 from batchlab.fleet.faults import (
     AlreadyExists,
     ResourceInUse,
@@ -175,14 +175,6 @@ class GroupRequests(Requests):
         cause = "a user request explicitly set group desired capacity"
         self._changes.want(group, desired_capacity, cause)
         self._save()
-
-    def _honour_cooldown(self, group: Group, asg: Asg) -> None:
-        if asg.cooling or self._changes.steady.now_s() < asg.cooled_s:
-            newest = self._changes.log.newest(group.pool.name, 1)
-            which = activity_id(newest[0]) if newest else "of a cooldown"
-            raise ScalingActivityInProgress(
-                f"Scaling activity {which} is in progress and blocks this action"
-            )
 
     def create_or_update_tags(self, name: str, tags: Sequence[Tag]) -> None:
         """ValidationError where there is no such group."""
