@@ -404,6 +404,8 @@ class Pool:
     boot_s: float = 0.0
     """Expected seconds from launch to InService; a forecast, not a delay that is imposed."""
     env: tuple[tuple[str, str], ...] = field(default=())
+    instance_type: str = ""
+    """Of the type catalogue; where machines do not differ, empty."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from batchlab.adapters.ec2_tags import POOL_TAG, SLOTS_TAG
 from batchlab.model import Pool
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class GroupForm:
     work; with 0 it does not wait there."""
 
     template: str
-    """Name of the launch template."""
+    """Name of the launch template; {pool} in it is the pool's name."""
     version: str = "$Default"
     zones: tuple[str, ...] = ()
     subnets: tuple[str, ...] = ()
@@ -38,7 +39,10 @@ class GroupForm:
         """CreateAutoScalingGroup's parameters for the pool."""
         request: CreateAutoScalingGroupTypeTypeDef = {
             "AutoScalingGroupName": name,
-            "LaunchTemplate": {"LaunchTemplateName": self.template, "Version": self.version},
+            "LaunchTemplate": {
+                "LaunchTemplateName": self.template.replace("{pool}", pool.name),
+                "Version": self.version,
+            },
             "MinSize": pool.min_size,
             "MaxSize": pool.max_size,
             "DesiredCapacity": pool.min_size,
@@ -49,8 +53,8 @@ class GroupForm:
             "TerminationPolicies": ["NewestInstance"],
             "LifecycleHookSpecificationList": self.hooks(pool),
             "Tags": [
-                _tag("batchlab:pool", pool.name),
-                _tag("batchlab:slots", str(pool.slots)),
+                _tag(POOL_TAG, pool.name),
+                _tag(SLOTS_TAG, str(pool.slots)),
             ],
         }
         if self.subnets:

@@ -39,6 +39,12 @@ class AsgSettings:
     key: Key | None = None
     drain_s: float = 30.0
     """How long an instance may take to end before it is killed."""
+    grid: str = "asg"
+    """What containers are named and labelled with."""
+    scale: float = 1.0
+    """A container's share of its instance type's processors and memory."""
+    metadata_port: int | None = None
+    """Where the instances' metadata service listens, beside the host; None: there is none."""
 
 
 @contextmanager

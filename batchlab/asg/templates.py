@@ -46,7 +46,11 @@ class Version(_Strict):
     command: tuple[str, ...] = ()
     """What an instance runs where it is a process; {instance}, {group} and {slots} are replaced."""
     image: str = ""
-    """What an instance runs where it is a container."""
+    """What an instance runs where it is a container; the command's words are its arguments."""
+    network: str = "bridge"
+    """Docker's network that such an instance is on."""
+    user: str = "65534:65534"
+    """Whom its processes run as: "uid:gid"."""
     type: str = ""
     market: Market = Market.ON_DEMAND
     slots: Annotated[int, Field(ge=1)] = 1

@@ -21,7 +21,7 @@ UNEXPECTED = 70
 """EX_SOFTWARE of sysexits.h: none of the codes that say something about a job."""
 
 _ORDER = (
-    *("demo", "init", "run", "job", "grid", "ledger", "schema", "doctor"),
+    *("demo", "init", "run", "job", "grid", "ledger", "schema", "doctor", "gc"),
     *("sim", "conform", "asg", "manager", "worker"),
 )
 

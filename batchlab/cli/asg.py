@@ -48,7 +48,8 @@ def serve(
         Path, typer.Option("--state", metavar="DIR", help="Folder that the groups are kept in.")
     ] = Path(".batchlab/asg"),
     launcher: Annotated[
-        str, typer.Option("--launcher", metavar="NAME", help="What an instance is: process.")
+        str,
+        typer.Option("--launcher", metavar="NAME", help="What an instance is: process, docker."),
     ] = "process",
     host: Annotated[
         str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
@@ -62,6 +63,29 @@ def serve(
             "--drain", metavar="SECONDS", min=0, help="How long an instance may take to end."
         ),
     ] = 30.0,
+    grid: Annotated[
+        str, typer.Option("--grid", metavar="NAME", help="What containers are labelled with.")
+    ] = "asg",
+    scale: Annotated[
+        float,
+        typer.Option(
+            "--scale",
+            metavar="SHARE",
+            min=0.01,
+            max=1,
+            help="A container's share of its instance type's processors and memory.",
+        ),
+    ] = 1.0,
+    metadata_port: Annotated[
+        int | None,
+        typer.Option(
+            "--metadata-port",
+            metavar="N",
+            min=0,
+            help="Port of the containers' instance metadata service; none unless said.",
+            show_default=False,
+        ),
+    ] = None,
     signed: Annotated[
         bool,
         typer.Option(
@@ -91,6 +115,9 @@ def serve(
         port=port,
         key=_key() if signed else None,
         drain_s=drain,
+        grid=grid,
+        scale=scale,
+        metadata_port=metadata_port,
     )
     if host not in _HERE and not signed:
         output.say(f"Whoever reaches {host} can start and end instances: --signed asks for keys.")

@@ -37,13 +37,16 @@ class Rolling:
     """An instance refresh under way."""
 
     refresh: InstanceRefresh
-    old: set[str]
-    """Instances still to be replaced."""
-    before: set[str]
-    """All that the group had when it began, so that a rollback knows the new ones."""
-    total: int
     warmup: int
     """Seconds in service after which a new instance counts as ready."""
+    old: set[str] = field(default_factory=set)
+    """Instances still to be replaced."""
+    before: set[str] = field(default_factory=set)
+    """All that the group had when it began, so that a rollback knows the new ones."""
+    warm: set[str] = field(default_factory=set)
+    """Instances of the warm pool that are replaced at the end."""
+    total: int = 0
+    """How many there were to replace."""
     checkpoint: int = 0
     """Checkpoints reached so far."""
     paused_until_s: float = 0.0

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from batchlab.fleet import health, hooks, refresh, schedules, standby, tracking, upkeep
+from batchlab.fleet import health, hooks, refresh, schedules, standby, tracking, upkeep, warm
 from batchlab.fleet.changes import Changes
 from batchlab.fleet.placement import Sources
 from batchlab.fleet.sources import Metrics
 from batchlab.fleet.state import ENDING, STARTING, Group, weigh
-from batchlab.model import LifecycleState
 
 
 def attend(
@@ -27,6 +26,7 @@ def attend(
     schedules.run_due(changes, group)
     tracking.track(changes, group, asg, metrics, alarm_period_s)
     refresh.roll(changes, group)
+    warm.trim(changes, group, asg)
     upkeep.keep_up(changes, group, sources)
     _rest(changes, group)
 
@@ -45,7 +45,7 @@ def _rest(changes: Changes, group: Group) -> None:
         asg.cause = ""
         changes.unsaved = True
     if group.failures and any(
-        member.state is LifecycleState.IN_SERVICE and hooks.settled(member, now_s)
+        hooks.settled(member, now_s) and (member.bond.in_service_s or 0.0) >= group.stumbled_s
         for member in members
     ):
         group.calm()

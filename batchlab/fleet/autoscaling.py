@@ -13,6 +13,7 @@ from batchlab.fleet.requests.instances import InstanceRequests
 from batchlab.fleet.requests.policies import PolicyRequests
 from batchlab.fleet.requests.refresh import RefreshRequests
 from batchlab.fleet.requests.schedules import ScheduleRequests
+from batchlab.fleet.requests.warm import WarmPoolRequests
 
 
 class AutoScaling(
@@ -22,5 +23,6 @@ class AutoScaling(
     PolicyRequests,
     ScheduleRequests,
     RefreshRequests,
+    WarmPoolRequests,
 ):
     """Every request by AWS's own name in snake case."""

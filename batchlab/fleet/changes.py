@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from batchlab.fleet import hooks
+from batchlab.fleet import hooks, warm
 from batchlab.fleet.api import LAUNCHING, TERMINATING, Process
 from batchlab.fleet.decisions import CRASH_LOOP, victims, wait_s
 from batchlab.fleet.placement import Placement
 from batchlab.fleet.record import Record
-from batchlab.fleet.state import ON_STANDBY, STARTING, Group, Member, weigh
+from batchlab.fleet.state import ON_STANDBY, STARTING, WARMING, Group, Member, weigh
 from batchlab.model import Instance, LifecycleState, Pool
 
 KEEP_TERMINATED_S = 60.0
@@ -58,7 +58,10 @@ class Changes(Record):
         for member in victims(group, self.steady.now_s()):
             left = size - member.bond.weight
             shrinking = f"{_DIFFERENCE}, shrinking the capacity from {size} to {left}"
-            self.retire(group, member, why=shrinking, note="terminated: scale-in")
+            if warm.takes_back(group, member):
+                warm.take_back(self, group, member, shrinking)
+            else:
+                self.retire(group, member, why=shrinking, note="terminated: scale-in")
             size = left
         all_protected = all(member.instance.protected for member in group.staying())
         stuck = max(0, size - group.desired) if all_protected else 0
@@ -128,7 +131,11 @@ class Changes(Record):
     def arrive(self, group: Group, member: Member) -> None:
         """Into service, once the instance runs and its worker has reported; in a group of AWS's
         kind, once it runs and the hooks on launch let it."""
-        if not member.running or member.state not in STARTING:
+        if not member.running or member.bond.asleep:
+            return
+        if member.state in WARMING:
+            warm.arrive(self, group, member)
+        if member.state not in STARTING:
             return
         if group.asg is None:
             if member.ready:
@@ -149,7 +156,7 @@ class Changes(Record):
         member.move(LifecycleState.IN_SERVICE, note="")
         member.bond.in_service_s = self.steady.now_s() if group.asg else None
         self.settle(group, member.bond.moving or member.launch, "Successful")
-        member.bond.moving = 0
+        member.bond.moving, member.bond.warm = 0, False
 
     def move(self, member: Member, state: LifecycleState) -> None:
         """Change a state where the note and the activity stay as they are."""
@@ -195,10 +202,11 @@ class Changes(Record):
 
         Hooks on termination are for instances that have been in service.
         """
-        if member.state in STARTING:
-            self.settle(group, member.launch, "Cancelled")
+        if member.state in STARTING or member.state in WARMING:
+            self.settle(group, member.bond.moving or member.launch, "Cancelled")
         worked = member.state is LifecycleState.IN_SERVICE or member.state in ON_STANDBY
         member.bond.waits.clear()
+        member.bond.resting = False
         member.move(LifecycleState.TERMINATING, note=note)
         if group.asg is None:
             self._open_end(group, member, f"{_OUT} {why}", "instance")
@@ -272,9 +280,16 @@ class Changes(Record):
             del group.members[name]
             self.unsaved = True
 
+    def stumble(self, group: Group, how: str) -> None:
+        """One more launch in a row came to nothing."""
+        group.failures += 1
+        group.reason, group.failed = how, True
+        group.stumbled_s = self.steady.now_s()
+
     def _stumble(self, group: Group, member: Member, how: str, *, dead: bool = False) -> None:
-        young = dead and not hooks.settled(member, self.steady.now_s())
-        if member.state in STARTING or (group.asg is not None and young):
-            group.failures += 1
-            group.reason, group.failed = how, True
+        served = member.bond.in_service_s is not None
+        young = dead and served and not hooks.settled(member, self.steady.now_s())
+        warming = member.state in WARMING and not served
+        if member.state in STARTING or warming or young:
+            self.stumble(group, how)
             self.settle(group, member.launch, "Failed", more=f"; {how}", message=how)

@@ -17,14 +17,14 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 
 from batchlab.errors import BackendError
-from batchlab.fleet import health, launching
+from batchlab.fleet import health, launching, warm
 from batchlab.fleet.attend import attend
 from batchlab.fleet.changes import Changes
 from batchlab.fleet.decisions import shortfall
 from batchlab.fleet.launching import Fresh
 from batchlab.fleet.placement import Sources
 from batchlab.fleet.saved import decode, encode
-from batchlab.fleet.sources import Metrics
+from batchlab.fleet.sources import Metrics, Resting
 from batchlab.fleet.state import ActivityLog, Group, Member, Store
 from batchlab.model import Instance, LifecycleState
 from batchlab.ports import Clock, Ids, Launcher
@@ -93,6 +93,7 @@ class Engine:
                 self._changes.scale_in(group)
             self._save()
             await self._end(self._orphans(known))
+            await self._rest()
             await self._launch(now_s)
             for group in self._groups.values():
                 self._changes.forget(group, now_s)
@@ -170,7 +171,9 @@ class Engine:
     async def _start(self, fresh: Fresh) -> None:
         group, member = fresh.group, fresh.member
         try:
-            if fresh.place is None:
+            if fresh.asleep:
+                await self._resting().start(member.instance.id)
+            elif fresh.place is None:
                 await self._launcher.launch(group.pool, member.instance.id)
             else:
                 place = fresh.place
@@ -180,8 +183,20 @@ class Engine:
             now_s = self._clock.monotonic_s()
             self._changes.bury(group, member, note=member.instance.note, now_s=now_s)
         else:
-            member.running = True
+            member.running, member.bond.asleep = True, False
             self._changes.arrive(group, member)
+
+    async def _rest(self) -> None:
+        """Stop whom the warm pool keeps stopped."""
+        for group, member in list(self._members()):
+            if member.bond.resting:
+                hibernate = warm.hibernates(group)
+                await self._resting().stop(member.instance.id, hibernate=hibernate)
+                warm.lie_down(self._changes, group, member)
+
+    def _resting(self) -> Resting:
+        assert isinstance(self._launcher, Resting), "checked when the warm pool was put"
+        return self._launcher
 
     def _members(self) -> Iterator[tuple[Group, Member]]:
         for group in self._groups.values():

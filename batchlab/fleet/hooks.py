@@ -20,6 +20,7 @@ SETTLING_S = 10.0
 """An instance that ends by itself so soon after it came into service was never any good: the crash
 loop counts it. AWS has no such number; it replaces at any rate."""
 
+EC2 = "EC2"
 _PROCEED = {
     LifecycleState.PENDING_WAIT: LifecycleState.PENDING_PROCEED,
     LifecycleState.WARMED_PENDING_WAIT: LifecycleState.WARMED_PENDING_PROCEED,
@@ -54,10 +55,13 @@ def begin(changes: Changes, group: Group, member: Member, transition: str) -> bo
 
 
 def _ends(member: Member, transition: str) -> tuple[str, str]:
-    here = "WarmPool" if member.bond.warm else "AutoScalingGroup"
+    """AWS's origin and destination of the transition."""
+    group, pool = "AutoScalingGroup", "WarmPool"
+    if member.state is LifecycleState.WARMED_PENDING:
+        return (EC2 if transition == LAUNCHING else group), pool
     if transition == LAUNCHING:
-        return "EC2", here
-    return here, "EC2"
+        return (pool if member.bond.warm else EC2), group
+    return group, EC2
 
 
 def find(
@@ -124,6 +128,7 @@ def _late(wait: Wait, now_s: float) -> bool:
 def _go_on(changes: Changes, group: Group, member: Member) -> None:
     ending = member.state is LifecycleState.TERMINATING_WAIT
     changes.move(member, _PROCEED[member.state])
-    changes.mark(
-        group, member.end if ending else member.launch, "InProgress" if ending else "PreInService"
-    )
+    if ending:
+        changes.mark(group, member.end, "InProgress")
+    else:
+        changes.mark(group, member.bond.moving or member.launch, "PreInService")

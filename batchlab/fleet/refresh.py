@@ -14,7 +14,7 @@ from batchlab.fleet.api import GroupConfig, InstanceRefresh, Process
 from batchlab.fleet.asg import Asg, Rolling
 from batchlab.fleet.changes import Changes
 from batchlab.fleet.placement import Sources, apply, configuration, template_of
-from batchlab.fleet.state import ON_STANDBY, Group, Member, weigh
+from batchlab.fleet.state import ON_STANDBY, WARM, Group, Member, weigh
 from batchlab.model import LifecycleState
 
 GIVE_UP_S = 3_600.0
@@ -107,24 +107,28 @@ def _complete(changes: Changes, group: Group, asg: Asg, rolling: Rolling, now_s:
     """Whether all is done; a checkpoint that has been reached begins its pause."""
     complete = rolling.refresh.percentage_complete
     if not rolling.old and not _unready(group, rolling, now_s):
-        _succeed(changes, asg, rolling)
+        _succeed(changes, group, asg, rolling)
         return True
     checkpoints = rolling.refresh.preferences.checkpoint_percentages
     if rolling.checkpoint < len(checkpoints) and complete >= checkpoints[rolling.checkpoint]:
         rolling.checkpoint += 1
         changes.unsaved = True
         if rolling.checkpoint == len(checkpoints):
-            _succeed(changes, asg, rolling)
+            _succeed(changes, group, asg, rolling)
             return True
         rolling.paused_until_s = now_s + rolling.refresh.preferences.checkpoint_delay
     return False
 
 
-def _succeed(changes: Changes, asg: Asg, rolling: Rolling) -> None:
+def _succeed(changes: Changes, group: Group, asg: Asg, rolling: Rolling) -> None:
     if rolling.refresh.status == _ROLLBACK:
         finish(changes, asg, "RollbackSuccessful", "")
         return
     wanted = rolling.refresh.desired_configuration
+    for name in rolling.warm:
+        member = group.members.get(name)
+        if member is not None and member.state in WARM:
+            changes.retire(group, member, why=_WHY, note=f"terminated: {_WHY}")
     if wanted is not None:
         asg.config = apply(asg.config, wanted.launch_template, wanted.mixed_instances_policy)
     finish(changes, asg, "Successful", "")
@@ -228,19 +232,24 @@ def begin(
     changes: Changes, group: Group, asg: Asg, refresh: InstanceRefresh, sources: Sources
 ) -> None:
     """Start a refresh that has been checked."""
-    here = [m for m in group.members.values() if m.counted or m.state in ON_STANDBY]
+    members = group.members.values()
+    here = [m for m in members if m.counted or m.state in ON_STANDBY]
+    pool = [m for m in members if m.state in WARM]
     preferences = refresh.preferences
     warmup = preferences.instance_warmup
     if warmup is None:
         default = asg.config.default_instance_warmup
         warmup = asg.config.health_check_grace_period if default is None else default
-    names = {member.instance.id for member in here}
-    asg.rolling = Rolling(refresh, names, set(names), 0, warmup, moved_s=changes.steady.now_s())
+    rolling = Rolling(refresh, warmup=warmup, moved_s=changes.steady.now_s())
+    rolling.before = {m.instance.id for m in here}
+    asg.rolling = rolling
     if preferences.skip_matching:
         config = configuration(asg)
-        asg.rolling.old = {m.instance.id for m in here if not matches(m, config, sources)}
-    asg.rolling.total = len(asg.rolling.old)
-    _set(changes, asg.rolling, instances_to_update=asg.rolling.total)
+        here = [m for m in here if not matches(m, config, sources)]
+        pool = [m for m in pool if not matches(m, config, sources)]
+    rolling.old, rolling.total = {m.instance.id for m in here}, len(here)
+    rolling.warm = {m.instance.id for m in pool}
+    _set(changes, rolling, instances_to_update=rolling.total)
     changes.unsaved = True
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from batchlab.fleet.api import LaunchTemplate, ScalingPolicy
 from batchlab.model import Machine, Market
@@ -31,6 +31,18 @@ class Templates(Protocol):
 
     def launch_configuration(self, name: str) -> Template:
         """The launch configuration as a template; ValidationError where there is none."""
+
+
+@runtime_checkable
+class Resting(Protocol):
+    """A launcher whose instances can be stopped and started again. A stopped one is still running
+    as far as `Launcher.running` is concerned: it has not ended. `terminate` ends it as well."""
+
+    async def stop(self, instance: str, *, hibernate: bool) -> None:
+        """Stop it, with `hibernate` keeping its memory; returns when it has stopped."""
+
+    async def start(self, instance: str) -> None:
+        """Start it again; returns when it runs."""
 
 
 class Metrics(Protocol):

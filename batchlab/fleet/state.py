@@ -49,6 +49,7 @@ COUNTED = STARTING | {S.IN_SERVICE}
 """The states that count towards desired capacity; I5 bounds their number."""
 ENDING = frozenset({S.TERMINATING, S.TERMINATING_WAIT, S.TERMINATING_PROCEED})
 ON_STANDBY = frozenset({S.ENTERING_STANDBY, S.STANDBY})
+WARMING = frozenset({S.WARMED_PENDING, S.WARMED_PENDING_WAIT, S.WARMED_PENDING_PROCEED})
 WARM = frozenset(state for state in S if state.startswith("Warmed:"))
 
 KEEP_ACTIVITIES = 200
@@ -102,7 +103,11 @@ class Bond:
     force: bool = False
     """It is to be ended at once, whatever its state."""
     warm: bool = False
-    """It was launched into the warm pool, or returned to it."""
+    """It was launched into the warm pool, or returned to it, and has not been in service since."""
+    resting: bool = False
+    """The launcher is to stop it: its warm pool keeps stopped instances."""
+    asleep: bool = False
+    """The launcher has stopped it."""
 
 
 @dataclass(slots=True)
@@ -173,6 +178,8 @@ class Group:
     """Waits of this crash loop so far; each is twice as long as the one before."""
     retry_s: float = 0.0
     """Monotonic seconds before which a crash loop launches nothing."""
+    stumbled_s: float = 0.0
+    """When the last of those ended, by the SteadyClock."""
     asg: Asg | None = None
 
     def counted(self) -> list[Member]:

@@ -54,6 +54,16 @@ def choose(group: Group, asg: Asg, now_s: float) -> list[Member]:
         taken.append(one)
 
 
+def take_by_default(asg: Asg, members: Sequence[Member], count: int, now_s: float) -> list[Member]:
+    """So many of these, by the default policy, whatever the group's own is."""
+    left, taken = list(members), []
+    for _ in range(min(count, len(left))):
+        one = _default(asg, left, now_s)[0]
+        left.remove(one)
+        taken.append(one)
+    return taken
+
+
 def _pick(asg: Asg, staying: Sequence[Member], able: Sequence[Member], now_s: float) -> Member:
     mixed = configuration(asg).mixed_instances_policy
     if mixed is not None:

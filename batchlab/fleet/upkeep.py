@@ -13,6 +13,7 @@ from batchlab.fleet import mix
 from batchlab.fleet.api import Process
 from batchlab.fleet.asg import Asg
 from batchlab.fleet.changes import Changes
+from batchlab.fleet.decisions import CRASH_LOOP
 from batchlab.fleet.placement import Sources, configuration, zones_of
 from batchlab.fleet.state import ENDING, STARTING, Group, Member, weigh
 from batchlab.fleet.termination import narrow
@@ -87,7 +88,13 @@ def _balance(changes: Changes, group: Group, asg: Asg, zones: tuple[str, ...]) -
     busy = any(member.state in STARTING or member.state in ENDING for member in members)
     staying, now_s = group.staying(), changes.steady.now_s()
     usable = set(zones) - mix.barren_zones(asg, now_s)
-    if not usable or busy or group.failures or weigh(staying) != group.desired or _room(group) < 1:
+    if (
+        not usable
+        or busy
+        or group.failures >= CRASH_LOOP
+        or weigh(staying) != group.desired
+        or _room(group) < 1
+    ):
         return
     sizes = Counter(member.instance.machine.zone for member in staying)
     least = min(sizes[zone] for zone in usable)

@@ -152,6 +152,20 @@ async def test_instances_that_die_at_once_make_a_crash_loop(w: World) -> None:
     assert len(w.states()) == 3, "one that stayed ends the loop"
 
 
+@in_aws
+async def test_older_instances_that_are_well_do_not_end_the_crash_loop_of_new_ones(
+    w: World,
+) -> None:
+    await w.group(2)
+    await w.tick(100.0)
+    w.asg.set_desired_capacity(GROUP, 3)
+    for _ in range(60):
+        await w.tick(0.5)
+        for name in w.ids_in(LifecycleState.IN_SERVICE)[2:]:
+            w.launcher.crash(name, "exit 1")
+    assert 5 < len(w.launcher.launched) < 14
+
+
 # --- Termination and protection -------------------------------------------------------------------
 
 
