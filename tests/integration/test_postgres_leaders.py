@@ -27,10 +27,12 @@ from tests.integration.postgres_managers import (
     ports_in,
     workers,
 )
-from tests.postgres import Postgres
+from tests.postgres import Postgres, PostgresServer
 
 # A standby looks every third of the lease; the rest is for a machine that is busy.
 TAKEN_OVER_S = LEASE_S * 5 / 3 + 3.0
+
+AWAY_S = LEASE_S * 2
 
 
 async def _done(ledger: DumpingLedger, at_least: int) -> None:
@@ -112,3 +114,27 @@ def test_leaders_are_paused_and_killed_and_the_job_completes(
 
     asyncio.run(main())
     postgres.server.execute(f'DROP SCHEMA "{postgres.schema}.again" CASCADE')
+
+
+def test_a_server_that_is_away_for_longer_than_a_lease_costs_only_time(
+    frail_server: PostgresServer, tmp_path: Path
+) -> None:
+    """The leader stops leading, and leads again."""
+    place = Postgres(frail_server, "grid")
+
+    async def main() -> None:
+        with manager(tmp_path, place.url, place.schema, "a") as only:
+            await only.says("leads", 20.0)
+            async with ledger_in(place) as ledger:
+                ports = ports_in(tmp_path, ledger)
+                async with workers(ports, 2):
+                    await _done(ledger, 30)
+                    await asyncio.to_thread(frail_server.stop, signal.SIGQUIT)
+                    await asyncio.sleep(AWAY_S)
+                    await asyncio.to_thread(frail_server.start)
+                    await only.says("lost", TAKEN_OVER_S + AWAY_S)
+                    await only.says("leads", TAKEN_OVER_S)
+                    assert (await _ended(ledger)).state is JobState.SUCCEEDED
+                await _check_bucket(ports, ledger)
+
+    asyncio.run(main())
