@@ -9,8 +9,18 @@ from pathlib import Path
 import pytest
 
 from tests.emulators import localstack, ministack, moto
+from tests.postgres import frail_server, postgres, postgres_server
 
-__all__ = ["ffmpeg", "localstack", "ministack", "moto", "shared_data"]
+__all__ = [
+    "ffmpeg",
+    "frail_server",
+    "localstack",
+    "ministack",
+    "moto",
+    "postgres",
+    "postgres_server",
+    "shared_data",
+]
 
 _ROOT = Path(__file__).resolve().parent.parent
 

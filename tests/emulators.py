@@ -63,7 +63,7 @@ class Server:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
         deadline_s = time.monotonic() + START_S
         while not self._answers():
@@ -91,7 +91,7 @@ class Server:
             self._process = None
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A test run that is killed ends no fixture, and would leave its servers behind."""
     pr_set_pdeathsig = 1
     if _LIBC.prctl(pr_set_pdeathsig, signal.SIGKILL):

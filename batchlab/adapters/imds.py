@@ -97,6 +97,10 @@ class Imds:
         errors as `get`."""
         return self.get(f"meta-data/tags/instance/{name}")
 
+    def needed_tag(self, name: str) -> str:
+        """The instance's tag of that name; NotFound where it has none, else as `get`."""
+        return self._needed(f"meta-data/tags/instance/{name}")
+
     def _needed(self, path: str) -> str:
         found = self.get(path)
         if found is None:

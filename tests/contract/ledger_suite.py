@@ -6,20 +6,23 @@ Run as a program it is the other process of the tests that need one.
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Protocol
 
 import pytest
 
-from batchlab.adapters.sql import open_memory, open_sqlite
+from batchlab.adapters.sql import open_memory, open_postgres, open_sqlite
 from batchlab.jobdef import JobDef, RetryRule, StageDef
 from batchlab.model import (
     Bundle,
     Completion,
+    Control,
     Failure,
     FailureKind,
     Follow,
@@ -32,9 +35,10 @@ from batchlab.model import (
     StageName,
     TaskSet,
 )
-from batchlab.ports import Cut, Ledger, StageRecord
+from batchlab.ports import Cut, Ledger, Reopening, StageRecord
 from batchlab.protocol import settle
 from batchlab.sim.loop import SimLoop
+from tests.postgres import Postgres
 
 RESIZE, INDEX, TOTAL = StageName("resize"), StageName("index"), StageName("total")
 JOB = JobDef(
@@ -51,7 +55,6 @@ JOB = JobDef(
 """A root, a stage that follows it item by item, and one that follows that after all items."""
 
 ROOT = Path(__file__).resolve().parents[2]
-SECOND_PROCESS = [sys.executable, "-m", "tests.contract.ledger_suite"]
 
 
 class DumpingLedger(Ledger, Protocol):
@@ -62,47 +65,73 @@ class DumpingLedger(Ledger, Protocol):
 
 
 Check = Callable[[DumpingLedger], Awaitable[None]]
+Place = Path | Postgres
+"""Where a ledger is that several processes may use: a file, or a schema."""
+
+
+def opened(where: Place | None) -> DumpingLedger:
+    """The ledger there, with None in memory."""
+    if where is None:
+        return open_memory()
+    if isinstance(where, Path):
+        return open_sqlite(where)
+    return open_postgres(where.url, schema=where.schema)
 
 
 @asynccontextmanager
-async def ledger_in(path: Path | None) -> AsyncIterator[DumpingLedger]:
-    """The ledger in that file, or one in memory; closed at the end."""
-    ledger = open_memory() if path is None else open_sqlite(path)
+async def ledger_in(where: Place | None) -> AsyncIterator[DumpingLedger]:
+    """The ledger there; closed at the end."""
+    ledger = opened(where)
     try:
         yield ledger
     finally:
         await ledger.close()
 
 
-async def _checked(check: Check, path: Path | None) -> None:
-    async with ledger_in(path) as ledger:
+async def _checked(check: Check, where: Place | None) -> None:
+    async with ledger_in(where) as ledger:
         await check(ledger)
 
 
-def _sim_world(check: Check, _: Path) -> None:
+def _sim_world(check: Check, _: pytest.FixtureRequest) -> None:
     SimLoop().run(_checked(check, None))
 
 
-def _file_world(check: Check, root: Path) -> None:
-    asyncio.run(_checked(check, root / "ledger.sqlite"))
+def _file_world(check: Check, request: pytest.FixtureRequest) -> None:
+    asyncio.run(_checked(check, request.getfixturevalue("tmp_path") / "ledger.sqlite"))
+
+
+def _postgres_world(check: Check, request: pytest.FixtureRequest) -> None:
+    asyncio.run(_checked(check, request.getfixturevalue("postgres")))
 
 
 # Another database joins the suite by one more function here.
-LEDGER_WORLDS: Mapping[str, Callable[[Check, Path], None]] = {
+LEDGER_WORLDS: Mapping[str, Callable[[Check, pytest.FixtureRequest], None]] = {
     "sim": _sim_world,
     "file": _file_world,
+    "postgres": _postgres_world,
 }
 
 
-def on_every_ledger(check: Check) -> Callable[[str, Path], None]:
+def on_every_ledger(check: Check) -> Callable[[str, pytest.FixtureRequest], None]:
     """Turn an async check of an empty ledger into a test that runs in each world."""
 
     @pytest.mark.parametrize("world", list(LEDGER_WORLDS))
-    def test(world: str, tmp_path: Path) -> None:
-        LEDGER_WORLDS[world](check, tmp_path)
+    def test(world: str, request: pytest.FixtureRequest) -> None:
+        LEDGER_WORLDS[world](check, request)
 
     test.__name__, test.__doc__ = getattr(check, "__name__", ""), check.__doc__
     return test
+
+
+@pytest.fixture(params=["file", "postgres"])
+def place(request: pytest.FixtureRequest) -> Place:
+    """Where a ledger may be that several processes use: nothing is there yet."""
+    if request.param == "postgres":
+        found: Postgres = request.getfixturevalue("postgres")
+        return found
+    folder: Path = request.getfixturevalue("tmp_path")
+    return folder / "ledger.sqlite"
 
 
 # --- What happens to a job -----------------------------------------------------------------------
@@ -213,9 +242,52 @@ def _execution(rng: Random, of: Bundle) -> Outcome:
     )
 
 
+_CHAINED, _AGAIN = bundle(0, 4, stage=INDEX), replace(bundle(0, 1), round=1)
+
+
+def _end(ledger: Ledger, state: JobState, round: int, **closed: int) -> Awaitable[object]:
+    names = {StageName(name): count for name, count in closed.items()}
+    return ledger.finish(JOB.id, state, round=round, reason="r", ended_s=5.0, closed=names)
+
+
+CALLS: Sequence[Callable[[Ledger], Awaitable[object]]] = (
+    lambda of: of.add_job(JOB, state=JobState.SUBMITTED),
+    lambda of: of.set_control(JOB.id, Control.CANCEL),
+    lambda of: of.add_cut(replace(cut(0, bundle(0, 5)), planned=9)),
+    lambda of: of.set_planned(JOB.id, INDEX, 9),
+    lambda of: of.move_job(JOB.id, JobState.RUNNING),
+    lambda of: of.fold([done(bundle(0, 5), _CHAINED, failed=1)], [{INDEX: 1}]),
+    lambda of: _end(of, JobState.FAILED, 0, resize=3, index=8),
+    lambda of: of.reopen(JOB.id, 1, [Reopening(RESIZE, 0, 1, 4), Reopening(TOTAL, replan=True)]),
+    lambda of: of.add_cut(cut(0, _AGAIN, round=1, left=TaskSet.span(5, 9))),
+    lambda of: of.fold([done(_AGAIN)], [{}]),
+    lambda of: _end(of, JobState.FAILED, 1, resize=4),
+)
+"""A job's life: every call that changes it."""
+
+
 # --- The other process ---------------------------------------------------------------------------
 
 BATCH = 20
+
+
+@contextmanager
+def second_process(what: str, where: Place, owner: str = "") -> Iterator[subprocess.Popen[str]]:
+    """Another process, which is gone at the end whatever happens."""
+    place = [str(where)] if isinstance(where, Path) else [where.url, where.schema]
+    argv = [*(sys.executable, "-m", "tests.contract.ledger_suite"), what, owner, *place]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    """The next one it says, empty where it has ended."""
+    assert process.stdout
+    return process.stdout.readline().strip()
 
 
 def many() -> list[Completion]:
@@ -226,26 +298,28 @@ def many() -> list[Completion]:
     ]
 
 
-async def _fold_many(path: Path) -> None:
+async def _fold_many(ledger: Ledger) -> None:
     """Print the number of completions folded so far, after each call."""
     completions = many()
-    async with ledger_in(path) as ledger:
-        await submit(ledger)
-        for i in range(0, len(completions), BATCH):
-            await fold(ledger, *completions[i : i + BATCH])
-            print(i + BATCH, flush=True)
+    await submit(ledger)
+    for i in range(0, len(completions), BATCH):
+        await fold(ledger, *completions[i : i + BATCH])
+        print(i + BATCH, flush=True)
 
 
-async def _race(path: Path, owner: str) -> None:
+async def _race(ledger: Ledger, owner: str) -> None:
     """Say "ready", wait for a line, go for the lease; print who has it by our account."""
-    ledger = open_sqlite(path)
     print("ready", flush=True)
     sys.stdin.readline()
     stands = await ledger.lease("leader", owner)
     print(owner if stands.owner == owner else "", flush=True)
+
+
+async def _main(what: str, owner: str, path: str, *schema: str) -> None:
+    ledger = open_postgres(path, schema=schema[0]) if schema else open_sqlite(Path(path))
+    await (_race(ledger, owner) if what == "race" else _fold_many(ledger))
     await ledger.close()
 
 
 if __name__ == "__main__":
-    what, file, *rest = sys.argv[1:]
-    asyncio.run(_fold_many(Path(file)) if what == "fold" else _race(Path(file), *rest))
+    asyncio.run(_main(*sys.argv[1:]))

@@ -1,5 +1,5 @@
-"""The ledger as SQL: SQLite now, any database that SQLAlchemy speaks to and that locks as asked."""
+"""The ledger as SQL: SQLite, PostgreSQL."""
 
-from batchlab.adapters.sql.ledger import SqlLedger, open_memory, open_sqlite
+from batchlab.adapters.sql.ledger import SqlLedger, open_memory, open_postgres, open_sqlite
 
-__all__ = ["SqlLedger", "open_memory", "open_sqlite"]
+__all__ = ["SqlLedger", "open_memory", "open_postgres", "open_sqlite"]

@@ -99,7 +99,7 @@ def plan(connection: Connection, upserts: Upserts, planned: Iterable[Bundle]) ->
         for bundle in planned
     ]
     if rows:
-        connection.execute(upserts.plan, rows)
+        connection.execute(upserts.plan, upserts.parameters(rows))
 
 
 def fold(
@@ -148,7 +148,8 @@ def _complete(
             ),
         )
     new = [False] * len(completions)
-    for done in connection.execute(upserts.complete, [row for _, row in rows.values()]):
+    parameters = upserts.parameters([row for _, row in rows.values()])
+    for done in connection.execute(upserts.complete, parameters):
         new[rows[tuple(done)][0]] = True
     return new
 

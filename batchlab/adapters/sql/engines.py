@@ -2,7 +2,7 @@
 
 Invariant: transactions that write exclude each other from their begin on (`as_writer`), and a
 transaction that reads sees one state. SQLite gives the first with BEGIN IMMEDIATE and the second
-with WAL; an engine for another database must bring a begin hook of its own that takes one lock.
+with WAL; PostgreSQL's begin hook is in postgres.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ _BUSY_S = 10.0
 _AGAIN_S = 0.01
 _MOMENT_S = 0.01
 _WRITES = "batchlab_writes"
+_LASTS = "batchlab_lasts"
+SCHEMA = "batchlab_schema"
+"""The execution option that names an engine's schema, where its database has several."""
 
 _PRAGMAS = (
     # Safe against SIGKILL; a power cut may cost the last folds, which the reconciler repeats.
@@ -40,6 +43,21 @@ _PRAGMAS = (
 def as_writer(engine: Engine) -> Engine:
     """The same engine and connections, for transactions that write."""
     return engine.execution_options(**{_WRITES: True})
+
+
+def at_length(engine: Engine) -> Engine:
+    """The same engine and connections, for transactions that may take minutes."""
+    return engine.execution_options(**{_LASTS: True})
+
+
+def writes(connection: Connection) -> bool:
+    """Whether it comes from an engine `as_writer`."""
+    return bool(connection.get_execution_options().get(_WRITES))
+
+
+def lasts(connection: Connection) -> bool:
+    """Whether it comes from an engine `at_length`."""
+    return bool(connection.get_execution_options().get(_LASTS))
 
 
 def sqlite_engine(path: Path | None) -> Engine:
@@ -83,8 +101,7 @@ def _switch_to_wal(connection: sqlite3.Connection) -> None:
 def _begin(connection: Connection) -> None:
     # A reader that turned into a writer half-way would be refused when another process has
     # written meanwhile, without waiting.
-    writes = connection.get_execution_options().get(_WRITES)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes(connection) else "BEGIN")
 
 
 class Busy(Unreachable):
@@ -92,23 +109,23 @@ class Busy(Unreachable):
 
 
 class Run(Protocol):
-    """Where blocking calls run, one at a time."""
+    """Where blocking calls run: those that write one at a time, in the order they are made."""
 
-    async def __call__(self, call: Callable[[], T], /, *, quick: bool) -> T:
+    async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:
         """The result of `call`, which takes about a millisecond where it is `quick`."""
 
-    def close(self) -> None:
-        """Nothing will be run any more."""
+    async def close(self, last: Callable[[], None]) -> None:
+        """Run `last` once everything has run that was asked for, and nothing after it."""
 
 
 class Inline:
     """On the spot: for the simulator, whose event loop knows no threads."""
 
-    async def __call__(self, call: Callable[[], T], /, *, quick: bool) -> T:  # noqa: ARG002
+    async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
         return call()
 
-    def close(self) -> None:
-        pass
+    async def close(self, last: Callable[[], None]) -> None:
+        last()
 
 
 class OneThread:
@@ -119,7 +136,7 @@ class OneThread:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
         self._waiting = 0
 
-    async def __call__(self, call: Callable[[], T], /, *, quick: bool) -> T:
+    async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
         if quick and not self._waiting:
             # Somebody else's lock is waited for where that holds up nobody.
             with suppress(Busy):
@@ -131,8 +148,37 @@ class OneThread:
         finally:
             self._waiting -= 1
 
-    def close(self) -> None:
+    async def close(self, last: Callable[[], None]) -> None:
+        await self(last, writes=True, quick=False)
         self._executor.shutdown()
+
+
+class Threads:
+    """What writes in one thread, in the order it is asked for; what reads beside it in a few
+    others, so that a long listing holds up neither a fold nor the lease.
+
+    For a database behind a network: no call, however quick, runs in the event loop's thread, which
+    would wait with it. A read that is asked for while a write is under way may see the state
+    before it, even where its answer comes later.
+    """
+
+    READERS = 3
+
+    def __init__(self) -> None:
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-write")
+        self._readers = ThreadPoolExecutor(self.READERS, thread_name_prefix="ledger-read")
+
+    async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
+        executor = self._writer if writes else self._readers
+        return await asyncio.get_running_loop().run_in_executor(executor, call)
+
+    async def close(self, last: Callable[[], None]) -> None:
+        def end() -> None:
+            self._readers.shutdown()
+            self._writer.shutdown()
+            last()
+
+        await asyncio.get_running_loop().run_in_executor(None, end)
 
 
 def _patiently(call: Callable[[], T]) -> T:

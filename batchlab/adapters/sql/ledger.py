@@ -1,35 +1,46 @@
 """The Ledger port on a SQL database.
 
 Invariant: each call is one transaction and may be repeated; the event loop never waits for the
-database, unless it asked for that (`Inline`). The statements are in job_rows and bundle_rows.
+database, unless it asked for that (`Inline`). The statements are in job_rows, bundle_rows and
+past_rows.
 """
 
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, Table, delete, select
-from sqlalchemy.exc import (
-    DBAPIError,
-    IntegrityError,
-    InterfaceError,
-    OperationalError,
-    SQLAlchemyError,
-)
 
-from batchlab.adapters.sql import bundle_rows, job_rows, migrate
-from batchlab.adapters.sql.engines import Busy, Inline, OneThread, Run, as_writer, sqlite_engine
+from batchlab.adapters.sql import bundle_rows, job_rows, migrate, past_rows
+from batchlab.adapters.sql.engines import (
+    Inline,
+    OneThread,
+    Run,
+    Threads,
+    as_writer,
+    at_length,
+    sqlite_engine,
+)
 from batchlab.adapters.sql.tables import bundles, jobs, leases, stages
+from batchlab.adapters.sql.troubles import translated
 from batchlab.adapters.sql.upserts import Upserts
-from batchlab.errors import BackendError, NotFound, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.model import Completion, Control, JobId, JobState, Json, StageName
-from batchlab.ports import BundleRecord, Cut, Folded, JobRecord, JobRows, Lease, Reopening, Written
+from batchlab.ports import (
+    BundleRecord,
+    Cut,
+    Ending,
+    Folded,
+    JobRecord,
+    JobRows,
+    Lease,
+    Past,
+    Reopening,
+    Written,
+)
 
 T = TypeVar("T")
 
@@ -37,6 +48,19 @@ T = TypeVar("T")
 def open_sqlite(path: Path) -> SqlLedger:
     """The ledger in this file; the first call makes the file where there is none."""
     return SqlLedger(sqlite_engine(path), OneThread())
+
+
+def open_postgres(url: str, *, schema: str = "batchlab") -> SqlLedger:
+    """The ledger in a schema of this PostgreSQL database, which must exist; the first call makes
+    the schema where there is none. Grids that share a database have a schema each.
+
+    `url` is libpq's, `postgresql://user:password@host:port/database?sslmode=verify-full&...`. What
+    it leaves out (a password, say) comes from where libpq looks for it. Connects at the first
+    call. UsageError for a URL or a schema that can be none.
+    """
+    from batchlab.adapters.sql.postgres import postgres_engine
+
+    return SqlLedger(postgres_engine(url, schema), Threads())
 
 
 def open_memory() -> SqlLedger:
@@ -55,7 +79,6 @@ class SqlLedger:
     def __init__(self, engine: Engine, run: Run) -> None:
         """Takes over `engine`, which must keep the promises of `engines`; opens nothing yet."""
         self._engine = engine
-        self._writer = as_writer(engine)
         self._run = run
         self._upserts = Upserts.of(engine.dialect.name)
         self._has_schema = False
@@ -101,8 +124,8 @@ class SqlLedger:
         closed: Mapping[StageName, int],
     ) -> Written:
         """Changes nothing either where the job is in another round: then it is not its end."""
-        end = job_rows.End(state, round, reason, ended_s, closed)
-        return await self._write(lambda c: job_rows.finish(c, job, end))
+        end = Ending(state, reason, ended_s, closed)
+        return await self._write(lambda c: job_rows.finish(c, job, round, end))
 
     # --- Stages and bundles ----------------------------------------------------------------------
 
@@ -162,12 +185,16 @@ class SqlLedger:
         ours = delete(leases).where(leases.c.name == name, leases.c.owner == owner)
         await self._write(lambda c: c.execute(ours))
 
-    async def clear(self) -> None:
-        def delete_all(connection: Connection) -> None:
-            for table in (bundles, stages, jobs):
-                connection.execute(delete(table))
+    async def version(self, job: JobId) -> str:
+        return await self._read(lambda c: past_rows.version(c, job))
 
-        await self._write(delete_all, quick=False)
+    async def restore(self, past: Past, *, over: str) -> bool:
+        return await self._write(
+            lambda c: past_rows.restore(c, self._upserts, past, over), quick=False
+        )
+
+    async def forget(self, jobs: Sequence[JobId] | None = None) -> None:
+        await self._write(lambda c: past_rows.forget(c, jobs), quick=False)
 
     async def dump(self) -> dict[str, Json]:
         """Everything the ledger says of its jobs: equal for two ledgers that have seen the same,
@@ -178,24 +205,28 @@ class SqlLedger:
 
     async def close(self) -> None:
         """Waits for calls that are under way; no other call may follow."""
-        await self._run(self._engine.dispose, quick=False)
-        self._run.close()
+        await self._run.close(self._engine.dispose)
 
     # --- Transactions ----------------------------------------------------------------------------
 
     async def _read(self, query: Callable[[Connection], T], *, quick: bool = False) -> T:
-        return await self._run(lambda: self._transact(self._engine, query), quick=quick)
+        return await self._transact(self._engine, query, writes=False, quick=quick)
 
     async def _write(self, change: Callable[[Connection], T], *, quick: bool = True) -> T:
-        return await self._run(lambda: self._transact(self._writer, change), quick=quick)
+        return await self._transact(as_writer(self._engine), change, writes=True, quick=quick)
 
-    def _transact(self, engine: Engine, work: Callable[[Connection], T]) -> T:
-        with _translated(self._engine):
-            if not self._has_schema:
-                migrate.ensure(self._engine)
-                self._has_schema = True
-            with engine.begin() as connection:
-                return work(connection)
+    async def _transact(
+        self, engine: Engine, work: Callable[[Connection], T], *, writes: bool, quick: bool
+    ) -> T:
+        def call() -> T:
+            with translated(self._engine):
+                if not self._has_schema:
+                    migrate.ensure(self._engine)
+                    self._has_schema = True
+                with (engine if quick else at_length(engine)).begin() as connection:
+                    return work(connection)
+
+        return await self._run(call, writes=writes, quick=quick)
 
 
 def _dump(connection: Connection, table: Table) -> list[dict[str, Json]]:
@@ -207,33 +238,3 @@ def _readable(name: str, value: Any) -> Json:
     if name == "seq":
         return value is not None
     return json.loads(value) if name in ("spec", "uncut", "body") else value
-
-
-@contextmanager
-def _translated(engine: Engine) -> Iterator[None]:
-    """The database's errors as batchlab's."""
-    name = engine.url.database
-    try:
-        yield
-    except IntegrityError as error:
-        # What could be there already is inserted only if it is not; so this is a foreign key.
-        raise NotFound("The ledger has no such job or stage.") from error
-    except (OperationalError, InterfaceError) as error:
-        locked = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
-        kind = Busy if locked else Unreachable
-        raise kind(f"The ledger {name} does not answer: {error.orig}.") from error
-    except SQLAlchemyError as error:
-        said = error.orig if isinstance(error, DBAPIError) else error
-        raise BackendError(
-            f"The ledger {name} cannot be used: {said}.", remedy=_remedy(said)
-        ) from error
-
-
-def _remedy(said: BaseException | None) -> str:
-    code = getattr(said, "sqlite_errorcode", 0) & 0xFF
-    if code not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-        return ""
-    return (
-        "Move it away and start the grid again; `batchlab ledger rebuild` then makes it anew from "
-        "the bucket."
-    )

@@ -1,7 +1,7 @@
 """Brings a database to the schema this code expects, whatever it finds.
 
 Invariant: the schema changes in one transaction of one writer, so two processes that open a fresh
-file at once make one schema, and after SIGKILL there is the old one or the new one. Alembic is
+database at once make one schema, and after SIGKILL there is the old one or the new one. Alembic is
 imported only when there is something to migrate: it costs more start-up time than all else here.
 """
 
@@ -10,9 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, insert, inspect, select
+from sqlalchemy.schema import CreateSchema
 
-from batchlab.adapters.sql.engines import as_writer
+from batchlab.adapters.sql.engines import SCHEMA, as_writer, at_length
 from batchlab.adapters.sql.tables import HEAD, metadata, versions
+from batchlab.adapters.sql.troubles import instead, name_of
 from batchlab.errors import BackendError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -23,13 +25,22 @@ def ensure(engine: Engine) -> None:
     with engine.begin() as connection:
         if _version(connection) == HEAD:
             return
-    with as_writer(engine).begin() as connection:
+    with at_length(as_writer(engine)).begin() as connection:
         # Looked at again: from here on nobody else can change it.
         found = _version(connection)
         if found is None:
+            _make_room(connection)
             create(connection)
         elif found != HEAD:
             upgrade(connection)
+
+
+def _make_room(connection: Connection) -> None:
+    """The database's part that is ours, where it has such parts."""
+    schema = connection.get_execution_options().get(SCHEMA)
+    # "If not exists" would ask for the right to make one even where it is there.
+    if schema and not inspect(connection).has_schema(schema):
+        connection.execute(CreateSchema(schema))
 
 
 def create(connection: Connection) -> None:
@@ -55,7 +66,7 @@ def _version(connection: Connection) -> str | None:
     found = connection.execute(select(versions.c.version_num)).scalar() or ""
     if found > HEAD:
         raise BackendError(
-            f"{connection.engine.url.database} was written by a newer batchlab (schema {found}).",
-            remedy="Install that version, or name another folder with --home.",
+            f"{name_of(connection.engine)} was written by a newer batchlab (schema {found}).",
+            remedy=f"Install that version, or {instead(connection.engine)}.",
         )
     return found

@@ -1,0 +1,106 @@
+"""What the tests of PostgreSQL's troubles share: a wire that can be cut at the worst moment."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from enum import Enum, auto
+
+_COMMIT = b"COMMIT\0"
+
+
+class Cut(Enum):
+    """What becomes of the next COMMIT that passes."""
+
+    BEFORE = auto()
+    """It is lost with its connection, before the server has heard of it."""
+    AFTER = auto()
+    """The server has done it; its answer is lost with the connection."""
+    SILENT = auto()
+    """It is lost, and nobody is told: both sides wait."""
+
+
+class Wire:
+    """A TCP proxy in front of a server on 127.0.0.1."""
+
+    def __init__(self, to_port: int) -> None:
+        self.cut: Cut | None = None
+        """Set to cut once; it is None again when that has happened."""
+        self._to_port = to_port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._sockets: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def close(self) -> None:
+        """End it, with all connections."""
+        # A thread that accepts does not notice that its socket is closed.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join()
+        self._listener.close()
+        for one in self._sockets:
+            _hang_up(one)
+        for thread in self._threads:
+            thread.join()
+        for one in self._sockets:
+            one.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._to_port))
+            self._sockets += [client, server]
+            quiet = threading.Event()
+            for target, args in (
+                (self._ask, (client, server, quiet)),
+                (self._answer, (client, server, quiet)),
+            ):
+                thread = threading.Thread(target=target, args=args)
+                self._threads.append(thread)
+                thread.start()
+
+    def _ask(self, client: socket.socket, server: socket.socket, lost: threading.Event) -> None:
+        with suppress(OSError):
+            while data := client.recv(65536):
+                if _COMMIT in data and self.cut:
+                    cut, self.cut = self.cut, None
+                    if cut is Cut.SILENT:
+                        return
+                    lost.set()
+                    if cut is Cut.AFTER:
+                        server.sendall(data)
+                        return  # the one who waits for the answer hangs up
+                    break
+                server.sendall(data)
+        _hang_up(client)
+        _hang_up(server)
+
+    def _answer(self, client: socket.socket, server: socket.socket, lost: threading.Event) -> None:
+        with suppress(OSError):
+            while data := server.recv(65536):
+                if lost.is_set():
+                    break
+                client.sendall(data)
+        _hang_up(client)
+        _hang_up(server)
+
+
+def _hang_up(one: socket.socket) -> None:
+    with suppress(OSError):
+        one.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def wire_to(port: int) -> Iterator[Wire]:
+    """A wire to that port, whole at first."""
+    wire = Wire(port)
+    try:
+        yield wire
+    finally:
+        wire.close()
