@@ -78,7 +78,7 @@ class MetadataServer:
         # Tokens are signed, not stored: nobody can fill our memory by asking for many.
         self._key = secrets.token_bytes(32)
         self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def start(self, host: str, port: int = 0) -> str:
         """Listen on this address, port 0 on any free one; returns the URL for
@@ -99,8 +99,9 @@ class MetadataServer:
         if self._server is None:
             return
         self._server.close()
-        for connection in self._connections:
-            connection.cancel()
+        # Not cancelled, which asyncio's streams report as an error of theirs.
+        for writer in self._connections.values():
+            writer.transport.abort()
         await asyncio.gather(*self._connections, return_exceptions=True)
         await self._server.wait_closed()
 
@@ -147,7 +148,7 @@ class MetadataServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._connections.add(task)
+        self._connections[task] = writer
         address = str(writer.get_extra_info("peername")[0])
         try:
             stays = True
@@ -164,7 +165,7 @@ class MetadataServer:
         except (TimeoutError, OSError):
             pass  # they are gone, or say nothing
         finally:
-            self._connections.discard(task)
+            del self._connections[task]
             writer.close()
 
 

@@ -103,9 +103,10 @@ def tree(of: Metadata) -> dict[str, str]:
 def answer(paths: Mapping[str, str], path: str) -> str | None:
     """What is at `path` below `latest/`: its content, or the list of what is below it; None where
     there is nothing."""
+    path = path.rstrip("/")  # as boto3 asks for the zone
     if path in paths:
         return paths[path]
-    folder = f"{path.rstrip('/')}/" if path else ""
+    folder = f"{path}/" if path else ""
     below = (p.removeprefix(folder).partition("/") for p in paths if p.startswith(folder))
     names = {name + slash for name, slash, _ in below}
     return "\n".join(sorted(names)) or None
