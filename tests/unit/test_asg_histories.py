@@ -250,7 +250,7 @@ def test_the_limits_hold_and_the_group_converges_whatever_happens(block: int) ->
 
 # --- Formats --------------------------------------------------------------------------------------
 
-FORMAT_1 = {
+FORMAT_1: dict[str, Any] = {
     "format": 1,
     "next_activity": 4,
     "groups": [
@@ -302,7 +302,7 @@ def test_a_state_of_the_first_format_is_read_and_goes_on() -> None:
 
 @pytest.mark.parametrize(
     "wrong", [{"groups": [{**FORMAT_1["groups"][0], "asg": 1}]}, {"format": 3}]
-)  # type: ignore[index]
+)
 def test_a_state_that_makes_no_sense_is_not_taken_for_another(wrong: dict[str, Any]) -> None:
     with pytest.raises(BackendError, match="saved state cannot be read"):
         _managed({**FORMAT_1, **wrong})

@@ -176,6 +176,18 @@ async def test_capacity_follows_the_metric_in_proportion(w: World) -> None:
 
 
 @in_aws
+async def test_a_policy_acts_once_a_period_however_often_it_is_looked_at(w: World) -> None:
+    """What it has launched must have a chance to show in the metric."""
+    await w.group(1, WARM_AT_ONCE)
+    w.asg.put_scaling_policy(tracking(50.0))
+    assert (await metric(w, 60.0, 4))[-1] == 2
+    await w.tick(5.0, times=11)
+    assert desired(w) == 2
+    await w.tick(5.0)
+    assert desired(w) == 3
+
+
+@in_aws
 async def test_scale_in_takes_fifteen_periods_below_nine_tenths(w: World) -> None:
     await w.group(4, WARM_AT_ONCE)
     w.asg.put_scaling_policy(tracking(50.0))
