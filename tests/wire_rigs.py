@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 import boto3
+import pytest
 from botocore.config import Config
+from botocore.exceptions import ClientError
 
 from batchlab.adapters.aws import Endpoint
 from batchlab.adapters.clock import RandomIds, WallClock
@@ -40,6 +45,8 @@ from tests.fleet_rigs import (
 if TYPE_CHECKING:
     from mypy_boto3_autoscaling import AutoScalingClient
 
+T = TypeVar("T")
+
 TEMPLATE = "worker"
 ZONE = "us-east-1a"
 TEMPLATES = """\
@@ -60,7 +67,7 @@ def autoscaling(endpoint: Endpoint) -> AutoScalingClient:
     return aws(endpoint, "autoscaling")  # type: ignore[no-any-return]
 
 
-def aws(endpoint: Endpoint, service: str) -> Any:
+def aws(endpoint: Endpoint, service: str, **config: Any) -> Any:
     make: Any = boto3.client
     return make(
         service,
@@ -68,7 +75,7 @@ def aws(endpoint: Endpoint, service: str) -> Any:
         region_name=endpoint.region,
         aws_access_key_id=endpoint.access_key,
         aws_secret_access_key=endpoint.secret_key,
-        config=Config(retries={"total_max_attempts": 1}, proxies={}),
+        config=Config(retries={"total_max_attempts": 1}, proxies={}, **config),
     )
 
 
@@ -220,3 +227,111 @@ def checks_of(module: Any) -> Sequence[tuple[str, FleetCheck]]:
         for name, test in vars(module).items()
         if name.startswith("test_") and hasattr(test, "check")
     ]
+
+
+# --- boto3 itself against an endpoint -------------------------------------------------------------
+
+
+class Thread:
+    """Our endpoint over a table, in a thread with an event loop of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._up: Future[Endpoint] = Future()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
+
+    def __enter__(self) -> Thread:
+        self._thread.start()
+        self.endpoint = self._up.result(20)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def crash(self, instance: str) -> None:
+        """End an instance behind its group's back."""
+        self._loop.call_soon_threadsafe(self._launcher.crash, instance)
+
+    def command(self, do: Callable[[AutoScaling], Any]) -> Any:
+        """The result of a call of the engine itself."""
+
+        async def call() -> Any:
+            return do(self.engine)
+
+        return asyncio.run_coroutine_threadsafe(call(), self._loop).result(20)
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        self._launcher = Behaving(TableLauncher())
+        async with served(self._launcher, self._launcher.changed, self._folder) as up:
+            self.engine = up.engine
+            self._up.set_result(up.endpoint)
+            await self._stop.wait()
+
+
+@dataclass
+class Wire:
+    """boto3 over an endpoint, with names that no other test uses."""
+
+    asg: AutoScalingClient
+    crash: Callable[[str], None]
+    limit_s: float = 10.0
+    name: str = field(default_factory=lambda: f"g-{uuid4().hex[:12]}")
+    made: list[str] = field(default_factory=list)
+
+    def create(self, name: str | None = None, /, **more: Any) -> str:
+        """A group of the tests' template, 0 to 4 instances unless said otherwise."""
+        name = name or self.name
+        asked: dict[str, Any] = {
+            "AutoScalingGroupName": name,
+            "MinSize": 0,
+            "MaxSize": 4,
+            "AvailabilityZones": [ZONE],
+            "LaunchTemplate": {"LaunchTemplateName": TEMPLATE, "Version": "1"},
+        }
+        self.asg.create_auto_scaling_group(**{**asked, **more})
+        self.made.append(name)
+        return name
+
+    def group(self, name: str | None = None) -> Any:
+        """The group as it is now, None where there is none."""
+        found = self.asg.describe_auto_scaling_groups(AutoScalingGroupNames=[name or self.name])
+        return next(iter(found["AutoScalingGroups"]), None)
+
+    def instances(self, state: str = "InService") -> list[str]:
+        """The instances of the group that are in this state."""
+        group = self.group()
+        return [i["InstanceId"] for i in group["Instances"] if i["LifecycleState"] == state]
+
+    def until(self, condition: Callable[[], T], *, limit_s: float | None = None) -> T:
+        """What `condition` gives as soon as that is true."""
+        deadline_s = time.monotonic() + (limit_s or self.limit_s)
+        while not (found := condition()):
+            if time.monotonic() > deadline_s:
+                pytest.fail(f"never came about; at last: {self.group()}")
+            time.sleep(0.02)
+        return found
+
+    def grow(self, size: int, **more: Any) -> list[str]:
+        """A new group with so many instances in service."""
+        self.create(DesiredCapacity=size, **more)
+        return self.until(lambda: len(found := self.instances()) == size and found) or []
+
+    def close(self) -> None:
+        """Nothing is left for the next test."""
+        for name in self.made:
+            with suppress(ClientError):
+                self.asg.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
+        self.asg.close()
+
+
+@contextmanager
+def refused(code: str, message: str = "") -> Iterator[None]:
+    """Expects that AWS's code comes back, with this in its message."""
+    with pytest.raises(ClientError) as told:
+        yield
+    error = told.value.response["Error"]
+    assert error["Code"] == code
+    assert message in error["Message"]

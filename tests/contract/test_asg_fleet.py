@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from batchlab.adapters.aws import Endpoint
-from tests.wire_rigs import checks_of, endpoint_world, moto_world, processes_world
 from tests.contract import test_fleet as suite
+from tests.wire_rigs import checks_of, endpoint_world, moto_world, processes_world
 
 CHECKS = dict(checks_of(suite))
 _OLDEST = "moto does not know termination policies: the oldest goes first"
