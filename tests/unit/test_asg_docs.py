@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 PAGE = (HERE.parent.parent / "docs" / "auto-scaling.md").read_text()
 ENGINE = (
     *("groups", "histories", "instances", "lifecycle", "placement", "policies", "refresh"),
-    *("schedules", "termination", "warm_pool"),
+    *("schedules", "spot", "termination", "warm_pool"),
 )
 FORMATS = {
     "test_a_state_of_the_first_format_is_read_and_goes_on",

@@ -26,6 +26,7 @@ from batchlab.fleet.faults import (
     ValidationError,
 )
 from batchlab.fleet.limits import set_limits
+from batchlab.fleet.record import stamp
 from batchlab.fleet.requests import checks
 from batchlab.fleet.requests.base import Requests
 from batchlab.fleet.state import ENDING, WARM, Group
@@ -213,7 +214,7 @@ class GroupRequests(Requests):
         _, asg = self._changeable(name)
         at = self._changes.now_s()
         for process in checks.processes(processes):
-            reason = f"User suspended at {checks.stamp(at)}"
+            reason = f"User suspended at {stamp(at)}"
             asg.suspended.setdefault(process, reason)
         self._changes.unsaved = True
         self._save()
