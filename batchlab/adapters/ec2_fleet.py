@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from batchlab.adapters.aws import Endpoint, client, translated
 from batchlab.adapters.ec2_form import READY_HOOK, GroupForm
 from batchlab.adapters.ec2_groups import Journal, Seen
-from batchlab.errors import AlreadyExists, Refused
+from batchlab.errors import AlreadyExists, BackendError, NotFound, Refused
 from batchlab.model import Activity, GroupView, Instance, LifecycleState, Pool
 from batchlab.ports import Clock
 
@@ -277,13 +277,19 @@ class Ec2Fleet:
         )
 
     async def tick(self) -> Sequence[Instance]:
-        """As the port says: a look, then the hooks of those whose workers have reported."""
+        """As the port says: a look, then the hooks of those whose workers have reported.
+
+        BackendError where the service fails, or a group is not as it was left: the next may mend.
+        """
         now_s = self._clock.monotonic_s()
-        if self._looked_s is None or now_s - self._looked_s >= self._poll_s:
-            await self._look()
-        for pool, seen in self._seen.items():
-            for instance in seen.waiting & self._reported:
-                await self._proceed(pool, instance)
+        try:
+            if self._looked_s is None or now_s - self._looked_s >= self._poll_s:
+                await self._look()
+            for pool, seen in self._seen.items():
+                for instance in seen.waiting & self._reported:
+                    await self._proceed(pool, instance)
+        except Refused as error:
+            raise BackendError(error.message, remedy=error.remedy) from error
         dead, self._dead = self._dead, []
         return dead
 
@@ -299,7 +305,7 @@ class Ec2Fleet:
             groups = await self._ask(next(iter(self._seen)), self._described)
             for pool, seen in list(self._seen.items()):
                 if (group := groups.get(self._prefix + pool)) is None:
-                    raise Refused(f"The group of pool {pool!r} is gone.")
+                    raise NotFound(f"The group of pool {pool!r} is gone.")
                 gone = seen.look(group, self._clock.now_s())
                 if any(not instance.note for instance in gone):
                     activities = await self._ask(pool, self._activities)
