@@ -93,9 +93,10 @@ class PostgresServer:
         if done.returncode:
             pytest.fail(f"{program}: {done.stderr[-2000:]}")
 
-    def start(self) -> None:
-        """Returns when it answers."""
-        options = [f"--{name}={value}" for name, value in (_SETTINGS | {"port": self.port}).items()]
+    def start(self, **more: str) -> None:
+        """Returns when it answers; `more` are settings."""
+        settings = {**_SETTINGS, "port": self.port, **more}
+        options = [f"--{name}={value}" for name, value in settings.items()]
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [*self._as, str(self._binaries / "postgres"), "-D", "data", *options],

@@ -12,8 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from batchlab.asg import notices
 from batchlab.asg.actions import act
-from batchlab.asg.app import App
+from batchlab.asg.app import App, Service
+from batchlab.asg.notices import NoticeService
 from batchlab.asg.service import QueryService, model
 from batchlab.asg.signature import Key
 from batchlab.errors import BackendError, Refused
@@ -67,7 +69,11 @@ def application(
 ) -> App:
     """What answers for the engine; each action sets `changed`."""
     service = QueryService(model("autoscaling"), act(engine, changed.set))
-    return App({"autoscaling": service}, "autoscaling", clock, _request_id, key=key)
+    services: dict[str, Service] = {
+        "autoscaling": service,
+        notices.NAME: NoticeService(engine, changed.set),
+    }
+    return App(services, "autoscaling", clock, _request_id, key=key)
 
 
 def _request_id() -> str:

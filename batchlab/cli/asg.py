@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import JsonOption
+from batchlab.cli.options import HomeOption, JsonOption, home_of
 from batchlab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -129,6 +129,56 @@ def serve(
             output.show(url)
 
     services.asg_main(settings, up)
+
+
+@app.command()
+def interrupt(
+    instance: Annotated[str, typer.Argument(metavar="INSTANCE", help="The instance's id.")],
+    notice: Annotated[
+        float,
+        typer.Option("--notice", metavar="SECONDS", min=0, help="How long it has to leave."),
+    ] = 120.0,
+    rebalance: Annotated[
+        bool,
+        typer.Option(
+            "--rebalance", help="Only recommend to rebalance: an interruption has become likelier."
+        ),
+    ] = False,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--endpoint",
+            metavar="URL",
+            help="Where Auto Scaling is served; that of the grid that is up unless said.",
+            show_default=False,
+        ),
+    ] = None,
+    home: HomeOption = None,
+) -> None:
+    """Give a Spot instance its interruption notice, as EC2 does when it needs the capacity.
+
+    \b
+    Example: batchlab asg interrupt i-0123456789abcdef0 --notice 30
+    """
+    from batchlab.asg.notices import give
+
+    kind = "rebalance" if rebalance else "interruption"
+    access_key, secret_key = (os.environ.get(name) or "test" for name in KEYS)
+    url = (endpoint or _endpoint_of(home)).rstrip("/")
+    give(url, instance, kind, notice, access_key=access_key, secret_key=secret_key)
+    output.say(f"{instance} has its notice.")
+
+
+def _endpoint_of(home: Path | None) -> str:
+    from batchlab.adapters.compose import deployment
+
+    place = home_of(home)
+    if at := deployment.read(place):
+        return at.autoscaling_url
+    raise UsageError(
+        f"No grid in containers is up in {place.path}.",
+        remedy="Name the endpoint with --endpoint, or the grid's folder with --home.",
+    )
 
 
 def _key() -> Key:

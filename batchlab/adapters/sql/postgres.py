@@ -140,12 +140,12 @@ def _begin(connection: Connection) -> None:
         f"SET LOCAL idle_in_transaction_session_timeout TO {SLEEP_S * 1000:.0f}",
     ]
     if writes(connection):
-        statements.append(f"SELECT pg_advisory_xact_lock({_key(schema)})")
+        statements.append(f"SELECT pg_advisory_xact_lock({key(schema)})")
     # One message, thus one round trip.
     connection.exec_driver_sql("; ".join(statements))
 
 
-def _key(schema: str) -> int:
+def key(schema: str) -> int:
     """The schema's lock among those of its database, a signed number of 64 bits."""
     digest = hashlib.blake2b(f"batchlab {schema}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, signed=True)

@@ -32,11 +32,11 @@ _REMEDIES = (
         ("authentication failed", "no password supplied", "no pg_hba.conf entry"),
         "Look at user and password in the ledger's URL, and at the server's pg_hba.conf.",
     ),
-    (("does not exist",), "Make it with `createdb` and `createuser`, or name another one."),
     (
         ("certificate", "does not support SSL", "sslmode"),
         "Look at sslmode and sslrootcert in the ledger's URL.",
     ),
+    (("does not exist",), "Make it with `createdb` and `createuser`, or name another one."),
     (
         ("invalid connection option",),
         "Look at what follows the question mark in the ledger's URL.",

@@ -1,0 +1,169 @@
+"""Managers that share one PostgreSQL, each a process of its own, and the workers they share.
+
+Run as a program it is one manager, which leads or stands by until it is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import cast
+
+from batchlab.adapters.clock import RandomIds, WallClock
+from batchlab.adapters.objects import open_local
+from batchlab.adapters.sql import open_postgres
+from batchlab.adapters.sqlite_queue import SqliteQueue
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.manager.live import ManagerSettings, Ports
+from batchlab.manager.manager import Manager
+from batchlab.model import Activity, GroupView, Instance, JobId, Pool, StageName
+from batchlab.patience import Patience
+from batchlab.ports import Ledger
+from batchlab.sim.runner import Play, Scene, ScriptedRunner
+from batchlab.worker.beats import Identity
+from batchlab.worker.loop import Worker
+from batchlab.worker.settings import WorkerSettings
+from tests.contract.ledger_suite import ROOT
+
+SQUARE, TOTAL = StageName("square"), StageName("total")
+ITEMS = list(range(400))
+JOB = JobDef(
+    JobId("squares-1"),
+    "squares",
+    (
+        StageDef(SQUARE, handler="m:square", bundle=2),
+        StageDef(TOTAL, after=(SQUARE,), gather="*", handler="m:total"),
+    ),
+    submitted_s=1_700_000_000.0,
+    items=len(ITEMS),
+)
+POOL = Pool("default", 0, 2, 2)
+LEASE_S = 2.0
+SETTINGS = ManagerSettings(
+    lease_ttl_s=LEASE_S, tick_s=0.2, silence_s=6.0, visibility_s=3.0, wait_s=0.5
+)
+TASK_S = 0.05
+
+
+class NoFleet:
+    """No instance: the workers are there already."""
+
+    async def ensure(self, pool: Pool) -> None: ...
+
+    async def describe(self) -> Sequence[GroupView]:
+        return ()
+
+    async def set_desired(self, pool: str, desired: int, *, cause: str) -> None: ...
+
+    async def terminate(
+        self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str
+    ) -> None: ...
+
+    async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None: ...
+
+    async def ready(self, instance: str) -> None: ...
+
+    async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None: ...
+
+    async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
+        return ()
+
+    async def tick(self) -> Sequence[Instance]:
+        return ()
+
+
+def ports_in(folder: Path, ledger: Ledger) -> Ports:
+    """Bucket and queues in this folder, and that ledger."""
+    clock = WallClock()
+    queue = SqliteQueue(folder / "queues" / "queues.db", clock)
+    objects = open_local(folder / "objects")
+    return Ports(objects, queue, NoFleet(), ledger, clock, RandomIds(), Patience(Random()))
+
+
+# --- Workers -------------------------------------------------------------------------------------
+
+
+def _play(scene: Scene) -> Play:
+    value = sum(scene.item) if scene.stage.name == TOTAL else scene.item**2
+    return Play(TASK_S, value)
+
+
+@asynccontextmanager
+async def workers(ports: Ports, count: int) -> AsyncIterator[None]:
+    """So many of them, in this process."""
+    settings = WorkerSettings(visibility_s=3.0, wait_s=0.5, drain_s=2.0)
+    crew = []
+    for n in range(count):
+        runner = ScriptedRunner(_play, ports.clock, lambda _: lambda: None, lambda: None)
+        who = Identity(f"w-{n}", f"i-{n}", POOL.name, POOL.slots)
+        worker = Worker(
+            who, ports.objects, ports.queue, ports.clock, runner, ports.patience, settings
+        )
+        crew.append((worker, asyncio.create_task(worker.run())))
+    try:
+        yield
+    finally:
+        for worker, _ in crew:
+            worker.drain()
+        await asyncio.gather(*(task for _, task in crew))
+
+
+# --- Managers ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Process:
+    """A manager as seen from outside."""
+
+    owner: str
+    process: subprocess.Popen[str]
+
+    async def says(self, word: str, within_s: float) -> None:
+        """Wait for the next line, which must be this one."""
+        assert self.process.stdout
+        line = asyncio.to_thread(self.process.stdout.readline)
+        assert (await asyncio.wait_for(line, within_s)).strip() == word
+
+
+@contextmanager
+def manager(folder: Path, url: str, schema: str, owner: str) -> Iterator[Process]:
+    """A manager process, killed at the end."""
+    argv = [*(sys.executable, "-m", "tests.integration.postgres_managers"), str(folder)]
+    with (
+        (folder / f"{owner}.log").open("w") as log,
+        subprocess.Popen(
+            [*argv, url, schema, owner], cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as process,
+    ):
+        try:
+            yield Process(owner, process)
+        finally:
+            # Also one that is paused.
+            process.kill()
+
+
+async def _manage(folder: Path, url: str, schema: str, owner: str) -> None:
+    """Say "leads" and "lost" whenever it comes to that."""
+    ports = ports_in(folder, open_postgres(url, schema=schema))
+    while True:
+        one = Manager(ports, SETTINGS, [POOL], owner)
+        leading = asyncio.create_task(one.run())
+        await asyncio.wait(
+            [leading, asyncio.create_task(one.is_leader.wait())],
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        if one.is_leader.is_set():
+            print("leads", flush=True)
+            await one.requests.submit(JOB, ITEMS)
+        await leading
+        print("lost", flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(_manage(Path(sys.argv[1]), *cast(tuple[str, str, str], tuple(sys.argv[2:]))))
