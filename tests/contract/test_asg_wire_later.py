@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from tests.wire_rigs import TEMPLATE, Wire, refused
+from tests.wire_rigs import TEMPLATE, Thread, Wire, aws, refused
 
 LAUNCHING = "autoscaling:EC2_INSTANCE_LAUNCHING"
 TERMINATING = "autoscaling:EC2_INSTANCE_TERMINATING"
@@ -203,6 +203,23 @@ def test_a_target_tracking_policy_comes_back_whole(wire: Wire) -> None:
     assert found[0]["PolicyARN"] == put["PolicyARN"]
     wire.asg.delete_policy(AutoScalingGroupName=wire.name, PolicyName="track")
     assert wire.asg.describe_policies(AutoScalingGroupName=wire.name)["ScalingPolicies"] == []
+
+
+def test_a_metric_that_is_put_in_scales_the_group(ours: Thread, our: Wire) -> None:
+    cloudwatch = aws(ours.endpoint, "cloudwatch")
+    our.grow(1)
+    our.asg.put_scaling_policy(
+        AutoScalingGroupName=our.name,
+        PolicyName="track",
+        PolicyType="TargetTrackingScaling",
+        EstimatedInstanceWarmup=0,
+        TargetTrackingConfiguration=TRACKING,
+    )
+    metric = TRACKING["CustomizedMetricSpecification"]
+    told = {"MetricName": metric["MetricName"], "Dimensions": metric["Dimensions"], "Value": 14.0}
+    cloudwatch.put_metric_data(Namespace=metric["Namespace"], MetricData=[told])
+    our.until(lambda: len(our.instances()) >= 3)
+    cloudwatch.close()
 
 
 def test_a_simple_policy_is_executed(wire: Wire) -> None:
