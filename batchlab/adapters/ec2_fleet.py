@@ -285,9 +285,13 @@ class Ec2Fleet:
         try:
             if self._looked_s is None or now_s - self._looked_s >= self._poll_s:
                 await self._look()
-            for pool, seen in self._seen.items():
-                for instance in seen.waiting & self._reported:
-                    await self._proceed(pool, instance)
+            await asyncio.gather(
+                *(
+                    self._proceed(pool, instance)
+                    for pool, seen in self._seen.items()
+                    for instance in seen.waiting & self._reported
+                )
+            )
         except Refused as error:
             raise BackendError(error.message, remedy=error.remedy) from error
         dead, self._dead = self._dead, []

@@ -260,6 +260,15 @@ def test_a_refresh_replaces_every_instance(wire: Wire) -> None:
         wire.asg.cancel_instance_refresh(AutoScalingGroupName=wire.name)
 
 
+def test_a_preference_that_is_not_served_is_refused_and_not_dropped(our: Wire) -> None:
+    our.grow(1)
+    with refused("ValidationError", "not served here: AlarmSpecification, BakeTime."):
+        our.asg.start_instance_refresh(
+            AutoScalingGroupName=our.name,
+            Preferences={"BakeTime": 60, "AlarmSpecification": {"Alarms": ["a"]}},
+        )
+
+
 def test_a_warm_pool_is_filled_and_described(wire: Wire) -> None:
     wire.grow(1)
     wire.asg.put_warm_pool(
