@@ -307,15 +307,21 @@ class Ec2Fleet:
             looked_s = self._clock.monotonic_s()
             self._looked_s = looked_s
             groups = await self._ask(next(iter(self._seen)), self._described)
-            for pool, seen in list(self._seen.items()):
+            lost = ""
+            for pool, seen in self._seen.items():
                 if (group := groups.get(self._prefix + pool)) is None:
-                    raise NotFound(f"The group of pool {pool!r} is gone.")
+                    lost = pool
+                    continue
                 gone = seen.look(group, self._clock.now_s())
-                if any(not instance.note for instance in gone):
-                    activities = await self._ask(pool, self._activities)
-                    gone = [i if i.note else seen.explain(i.id, activities) for i in gone]
                 self._dead += gone
                 self._reported -= {instance.id for instance in gone}
+            for pool, seen in list(self._seen.items()):
+                if seen.unexplained:
+                    explained = seen.explain(await self._ask(pool, self._activities))
+                    known = {instance.id: instance for instance in explained}
+                    self._dead = [known.get(instance.id, instance) for instance in self._dead]
+            if lost:
+                raise NotFound(f"The group of pool {lost!r} is gone.")
 
     def _described(self, _: str) -> dict[str, AutoScalingGroupTypeDef]:
         names = [self._prefix + pool for pool in self._seen]

@@ -181,6 +181,55 @@ def test_a_group_that_somebody_has_deleted_is_told(tmp_path: Path) -> None:
     run(check, tmp_path)
 
 
+def test_a_death_is_reported_even_where_nobody_can_say_why(tmp_path: Path) -> None:
+    async def check(at: Counted) -> None:
+        first, _ = await at.rig.grow(STEADY, 2)
+        client: Any = at.fleet._asg
+        told = client.describe_scaling_activities
+
+        def away(**_: Any) -> Any:
+            raise ClientError({"Error": {"Code": "Throttling", "Message": "later"}}, "Describe")
+
+        client.describe_scaling_activities = away
+        at.launcher.crash(first)
+        for _ in range(100):
+            try:
+                await at.fleet.tick()
+            except Throttled:
+                break
+            await at.rig.rest()
+        else:
+            pytest.fail("nobody asked why")
+        client.describe_scaling_activities = told
+        at.rig.dead += await at.fleet.tick()
+        assert names(at.rig.dead) == [first]
+        assert "health check" in at.rig.dead[0].note
+        await at.rig.until(lambda view: len(in_service(view)) == 2)
+        assert names(at.rig.dead) == [first]
+
+    run(check, tmp_path)
+
+
+def test_one_group_that_is_gone_hides_nothing_of_the_others(tmp_path: Path) -> None:
+    async def check(at: Counted) -> None:
+        await at.fleet.ensure(replace(STEADY, name="a"))
+        (instance,) = await at.rig.grow(STEADY, 1)
+        group = f"{at.prefix}a"
+        await at.ask("delete_auto_scaling_group", AutoScalingGroupName=group, ForceDelete=True)
+        await at.ask(
+            "set_desired_capacity", AutoScalingGroupName=at.prefix + POOL, DesiredCapacity=0
+        )
+        for _ in range(100):
+            with pytest.raises(NotFound):
+                await at.fleet.tick()
+            if at.fleet._dead:
+                break
+            await at.rig.rest()
+        assert names(at.fleet._dead) == [instance]
+
+    run(check, tmp_path)
+
+
 def test_a_group_is_removed_with_its_instances(tmp_path: Path) -> None:
     async def check(at: Counted) -> None:
         await at.rig.grow(STEADY, 2)
