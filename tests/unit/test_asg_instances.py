@@ -380,6 +380,16 @@ async def test_without_rebalancing_a_recommendation_is_only_shown(w: World) -> N
 
 
 @in_aws
+async def test_a_capacity_pool_that_took_an_instance_back_is_avoided(w: World) -> None:
+    (name,) = await w.group(1, replace(SPOT, availability_zones=("us-east-1a",)))
+    assert w.one(name).instance_type == "m.large"
+    w.asg.interrupt(name, notice_s=5.0)
+    await w.tick(5.0, times=1)
+    await w.tick()
+    assert [kind for kind, _ in w.machines()] == ["c.large"]
+
+
+@in_aws
 async def test_only_spot_instances_are_interrupted(w: World) -> None:
     (name,) = await w.group(1)
     assert w.asg.metadata(name).instance_life_cycle is Market.ON_DEMAND

@@ -233,14 +233,14 @@ async def test_a_pool_that_cannot_launch_tries_less_and_less_often(w: World) -> 
 
 
 @in_aws
-async def test_a_pools_instance_may_be_terminated_by_name(w: World) -> None:
+async def test_a_pools_instance_is_not_terminated_by_name(w: World) -> None:
     await warmed(w, 3)
     (name,) = [one.instance_id for one in pool(w)]
-    w.asg.terminate_instance_in_auto_scaling_group(name, should_decrement_desired_capacity=True)
-    await w.tick(times=3)
-    assert w.view().desired_capacity == 3
-    assert len(pool(w)) == 1
-    assert pool(w)[0].instance_id != name
+    with pytest.raises(ValidationError, match="in a warm pool"):
+        w.asg.terminate_instance_in_auto_scaling_group(
+            name, should_decrement_desired_capacity=False
+        )
+    assert pool_states(w) == ["Warmed:Running"]
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -220,10 +220,11 @@ class GroupRequests(Requests):
 
     def resume_processes(self, name: str, processes: Sequence[str] = ()) -> None:
         """All processes where none is named."""
-        _, asg = self._changeable(name)
+        group, asg = self._changeable(name)
         chosen = checks.processes(processes)
         asg.suspended = {p: reason for p, reason in asg.suspended.items() if p not in chosen}
         if Process.LAUNCH in chosen:
-            self._groups[name].calm()
+            group.calm()
         self._changes.unsaved = True
+        self._changes.scale_in(group)
         self._save()
