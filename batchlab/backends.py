@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from batchlab import package_data
+from batchlab.adapters.compose import deployment
+from batchlab.adapters.compose.deployment import Deployment
 from batchlab.errors import Unreachable, UsageError
 from batchlab.home import Home, Place
 from batchlab.manager.live import ManagerSettings
@@ -26,11 +28,16 @@ from batchlab.ports import Clock, Ids, Ledger, Objects
 from batchlab.worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
+    from batchlab.adapters.docker import ContainerLauncher
+    from batchlab.adapters.imds_tree import Signals
     from batchlab.adapters.ministack import Emulator
     from batchlab.adapters.process import ProcessLauncher
     from batchlab.adapters.rung import RungQueue
     from batchlab.adapters.sqlite_queue import SqliteQueue
-    from batchlab.fleet.group import ManagedFleet
+    from batchlab.adapters.sqs import SqsQueue
+    from batchlab.asg.running import AsgSettings
+    from batchlab.asg.templates import TemplateFile
+    from batchlab.ports import Fleet
 
 VARIABLE = "BATCHLAB_ENDPOINT"
 """Environment variable that names an endpoint where no option does."""
@@ -40,6 +47,14 @@ _ENDPOINT = re.compile(
 )
 # The bucket's name begins the names of queues, of which SQS takes 80 characters without dots; that
 # of a pool's dead letters takes 51 of them.
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """What is put into the containers for the users' tasks: Debian's packages and PyPI's."""
+
+    apt: tuple[str, ...] = ()
+    pip: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +74,9 @@ class Backend:
     """What is started where no endpoint is named."""
     endpoint: str | None = None
     """What the user has named: a URL, perhaps with a bucket as its path."""
+    runs_in: str = "processes"
+    """What manager and workers are: "processes" of this machine, or "containers"."""
+    image: Image = Image()
 
     @property
     def keeps_files(self) -> bool:
@@ -89,7 +107,7 @@ class Backend:
         place = self.place(home)
         return open_s3(Endpoint(place.url), place.bucket)
 
-    def open_queue(self, home: Home, clock: Clock) -> SqliteQueue | RungQueue:
+    def open_queue(self, home: Home, clock: Clock) -> SqliteQueue | RungQueue | SqsQueue:
         """The queues; Unreachable as `open_objects`."""
         if self.queue == "sqlite":
             from batchlab.adapters.sqlite_queue import SqliteQueue
@@ -103,11 +121,17 @@ class Backend:
 
         place = self.place(home)
         queue = SqsQueue(Endpoint(place.url), prefix=f"{place.bucket}-")
+        if self.fleet != "process":
+            return queue
         # Its instances are processes of this machine, as are those who submit.
-        _only("fleet", self.fleet, "process")
         return RungQueue(queue, home.of(self.name) / "wake")
 
     def open_ledger(self, home: Home) -> Ledger:
+        if self.ledger == "postgres":
+            from batchlab.adapters.sql import open_postgres
+
+            at = self.deployment(home)
+            return open_postgres(at.postgres_url(deployment.password_file(home).read_text()))
         _only("ledger", self.ledger, "sqlite")
         from batchlab.adapters.sql import open_sqlite
 
@@ -117,7 +141,10 @@ class Backend:
         home.of(self.name).mkdir(exist_ok=True)
         return open_sqlite(home.of(self.name) / home.ledger_file.name)
 
-    def open_launcher(self, home: Home, clock: Clock) -> ProcessLauncher:
+    def open_launcher(self, home: Home, clock: Clock) -> ProcessLauncher | None:
+        """Who launches instances in this process; None where a service of its own does."""
+        if self.fleet == "autoscaling":
+            return None
         _only("fleet", self.fleet, "process")
         from batchlab.adapters.process import ProcessLauncher
 
@@ -130,7 +157,15 @@ class Backend:
 
         return ProcessLauncher(home.fleet, argv, clock, dict(os.environ))
 
-    def open_fleet(self, home: Home, launcher: ProcessLauncher, clock: Clock) -> ManagedFleet:
+    def open_fleet(self, home: Home, launcher: ProcessLauncher | None, clock: Clock) -> Fleet:
+        if launcher is None:
+            from batchlab.adapters.aws import Endpoint
+            from batchlab.adapters.ec2_fleet import Ec2Fleet
+            from batchlab.adapters.ec2_form import GroupForm
+
+            at = self.deployment(home)
+            form = GroupForm(deployment.TEMPLATE, zones=deployment.ZONES)
+            return Ec2Fleet(Endpoint(at.autoscaling_url), clock, form, prefix=f"{at.project}-")
         from batchlab.adapters.state_file import StateFile
         from batchlab.fleet.group import ManagedFleet
 
@@ -142,12 +177,23 @@ class Backend:
             drain_s=self.worker.drain_s + 5.0,
         )
 
+    def deployment(self, home: Home) -> Deployment:
+        """Where the containers are; Unreachable where there are none."""
+        if at := deployment.read(home):
+            return at
+        raise Unreachable(
+            f"No grid on {self.name} is up in {home.path}.",
+            remedy=f"Start one with `batchlab grid up --backend {self.name}`.",
+        )
+
     # --- The endpoint ----------------------------------------------------------------------------
 
     def place(self, home: Home) -> Place:
         """Where bucket and queues are; Unreachable where the grid has never been up."""
         if place := home.place(self.name):
             return place
+        if self.endpoint and (named := _place(self.endpoint)).bucket:
+            return named  # an instance knows them from its environment alone
         raise Unreachable(
             f"No grid on {self.name} has been up in {home.path}, so there is no bucket yet.",
             remedy=f"Start one with `batchlab grid up --backend {self.name}`.",
@@ -173,7 +219,7 @@ class Backend:
         named = _place(self.endpoint) if self.endpoint else None
         if named is None:
             return known if known and known.named else None
-        bucket = named.bucket or (known.bucket if known else _fresh_bucket())
+        bucket = named.bucket or (known.bucket if known else fresh_bucket())
         wanted = replace(named, bucket=bucket)
         if known is None or known == wanted:
             return wanted
@@ -196,10 +242,10 @@ class Backend:
     def settle(self, home: Home, emulator: Emulator | None) -> None:
         """Write down where bucket and queues are, now that the endpoint answers, and make the
         bucket; BackendError."""
-        place = self.named_place(home)
+        place = self.named_place(home) or home.place(self.name)
         if emulator:
             known = home.place(self.name)
-            place = Place(emulator.url, known.bucket if known else _fresh_bucket(), named=False)
+            place = Place(emulator.url, known.bucket if known else fresh_bucket(), named=False)
         if place is None:
             return
         from batchlab.adapters.aws import Endpoint, create_bucket
@@ -231,11 +277,12 @@ def load(name: str, endpoint: str | None = None) -> Backend:
         )
     doc = tomllib.loads(path.read_text())
     emulator = doc.get("emulator")
-    if endpoint and not emulator:
+    takes_endpoint = doc["objects"] == "s3"
+    if endpoint and not takes_endpoint:
         raise UsageError(
             f"The backend {name} has no use for an endpoint.", remedy="Leave out --endpoint."
         )
-    if emulator and (endpoint := endpoint or os.environ.get(VARIABLE)):
+    if takes_endpoint and (endpoint := endpoint or os.environ.get(VARIABLE)):
         _place(endpoint)
     return Backend(
         name,
@@ -249,6 +296,8 @@ def load(name: str, endpoint: str | None = None) -> Backend:
         tuple(_pool(p) for p in doc["pools"]),
         emulator,
         endpoint or None,
+        doc.get("runs_in", "processes"),
+        Image(**{kind: tuple(names) for kind, names in doc.get("image", {}).items()}),
     )
 
 
@@ -294,8 +343,51 @@ def _place(endpoint: str) -> Place:
     return Place(found["url"], found["bucket"] or "", named=True)
 
 
-def _fresh_bucket() -> str:
+def fresh_bucket() -> str:
     return f"batchlab-{secrets.token_hex(5)}"
+
+
+def open_asg_launcher(
+    settings: AsgSettings,
+    templates: TemplateFile,
+    clock: Clock,
+    signals: Callable[[str], Signals],
+) -> ProcessLauncher | ContainerLauncher:
+    """The launcher that `asg serve` is told to use, which tells instances their `signals` where it
+    can; UsageError where there is none of that name."""
+    if settings.launcher == "process":
+        from batchlab.adapters.process import ProcessLauncher
+
+        return ProcessLauncher(settings.state, templates.argv, clock, dict(os.environ))
+    if settings.launcher != "docker":
+        raise UsageError(
+            f"There is no launcher {settings.launcher!r}.",
+            remedy="Say --launcher process or --launcher docker.",
+        )
+    from batchlab import catalogue
+    from batchlab.adapters.docker import ContainerLauncher
+    from batchlab.adapters.docker_container import Template
+
+    def template(pool: Pool) -> Template:
+        version = templates.launched(pool)
+        return Template(
+            version.image,
+            tuple(templates.argv(pool, "{instance}")),
+            version.network,
+            type=version.type,
+            user=version.user,
+        )
+
+    return ContainerLauncher(
+        template,
+        catalogue.load(),
+        clock,
+        settings.state,
+        grid=settings.grid.removeprefix("batchlab-"),
+        labels={"batchlab.grid": settings.grid},
+        scale=settings.scale,
+        signals=signals,
+    )
 
 
 def _only(port: str, named: str, known: str) -> None:

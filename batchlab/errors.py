@@ -81,7 +81,7 @@ class NotFound(BackendError):
 
 
 class AlreadyExists(BackendError):
-    """A conditional create found the object there (HTTP 412)."""
+    """A conditional put found the object there, or not the one it was to overwrite (HTTP 412)."""
 
 
 class TooLarge(BackendError):

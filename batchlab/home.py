@@ -8,6 +8,7 @@ Invariant: everything in it survives SIGKILL and can be looked at with `ls`.
     token           the API's bearer token (0600)
     scratch/        the workers' unpacked code and task folders
     ministack/      that backend's endpoint.json, ledger.sqlite, and its emulator's own state
+    localstack/     that backend's endpoint.json, where its containers are, and what they have said
 """
 
 from __future__ import annotations
@@ -97,6 +98,10 @@ class Home:
     def write_place(self, backend: str, place: Place) -> None:
         """Say where they are; whole or not at all."""
         _write(self.of(backend) / "endpoint.json", place)
+
+    def forget_place(self, backend: str) -> None:
+        """There is no such place any more."""
+        (self.of(backend) / "endpoint.json").unlink(missing_ok=True)
 
     def make(self) -> None:
         """Make the folder; UsageError where that is not possible, or what is in it could not be

@@ -326,8 +326,20 @@ class LifecycleState(StrEnum):
     """An instance's state, in the words of EC2 Auto Scaling."""
 
     PENDING = "Pending"
+    PENDING_WAIT = "Pending:Wait"
+    PENDING_PROCEED = "Pending:Proceed"
     IN_SERVICE = "InService"
+    ENTERING_STANDBY = "EnteringStandby"
+    STANDBY = "Standby"
+    WARMED_PENDING = "Warmed:Pending"
+    WARMED_PENDING_WAIT = "Warmed:Pending:Wait"
+    WARMED_PENDING_PROCEED = "Warmed:Pending:Proceed"
+    WARMED_RUNNING = "Warmed:Running"
+    WARMED_STOPPED = "Warmed:Stopped"
+    WARMED_HIBERNATED = "Warmed:Hibernated"
     TERMINATING = "Terminating"
+    TERMINATING_WAIT = "Terminating:Wait"
+    TERMINATING_PROCEED = "Terminating:Proceed"
     TERMINATED = "Terminated"
 
 
@@ -374,6 +386,10 @@ class Activity:
     description: str
     cause: str
     status: str = "Successful"
+    ended_s: float | None = None
+    """None while it is in progress."""
+    message: str = ""
+    """Why it failed, where it did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,6 +404,8 @@ class Pool:
     boot_s: float = 0.0
     """Expected seconds from launch to InService; a forecast, not a delay that is imposed."""
     env: tuple[tuple[str, str], ...] = field(default=())
+    instance_type: str = ""
+    """Of the type catalogue; where machines do not differ, empty."""
 
 
 @dataclass(frozen=True, slots=True)

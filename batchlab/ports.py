@@ -68,7 +68,9 @@ class ObjectInfo:
 class Objects(Protocol):
     """A bucket. Read-after-write consistent; keys are UTF-8, `/`-separated, without `..`."""
 
-    async def put(self, key: str, data: bytes, *, if_absent: bool = False) -> str:
+    async def put(
+        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str:
         """Store `data`, return its ETag.
 
         With `if_absent` (S3: `If-None-Match: *`) raises AlreadyExists where the key is taken. An
@@ -332,6 +334,42 @@ class Reopening:
 
 
 @dataclass(frozen=True, slots=True)
+class Ending:
+    """How a round of a job ended; `closed` tasks of each stage never came to be."""
+
+    state: JobState
+    reason: str
+    ended_s: float
+    closed: Mapping[StageName, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one round of a job has come to, as far as the bucket says.
+
+    `planned` are the chained stages whose number of tasks its first cuts say; `casualties` belong
+    to the completions, one each.
+    """
+
+    reopened: Sequence[Reopening]
+    cuts: Sequence[Cut]
+    planned: Mapping[StageName, int]
+    completions: Sequence[Completion]
+    casualties: Sequence[Mapping[StageName, int]]
+    ending: Ending | None
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """All that the bucket says of a job: `state` is how it began, `rounds` what followed."""
+
+    job: JobDef
+    state: JobState
+    rounds: Sequence[Round]
+    control: Control
+
+
+@dataclass(frozen=True, slots=True)
 class JobRows:
     """A job's row and those of its stages, in order, as of one moment."""
 
@@ -456,8 +494,15 @@ class Ledger(Protocol):
     async def release(self, name: str, owner: str) -> None:
         """Give the lease back if it is ours."""
 
-    async def clear(self) -> None:
-        """Forget every job (before a rebuild); leases stay."""
+    async def version(self, job: JobId) -> str:
+        """What is known of the job, in a word that changes with it; "" where nothing is."""
+
+    async def restore(self, past: Past, *, over: str) -> bool:
+        """Put what the bucket says of a job in the place of all that is known of it; False, and
+        nothing is changed, where the job's version is not `over` any more."""
+
+    async def forget(self, jobs: Sequence[JobId] | None = None) -> None:
+        """Forget these jobs, or every one; leases stay."""
 
     async def close(self) -> None:
         """Release connections."""

@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchlab import backends
+from batchlab import backends, containers
+from batchlab.adapters.compose import deployment
 from batchlab.backends import Backend
 from batchlab.errors import BackendError, Unreachable
 from batchlab.home import Home, ManagerRecord
@@ -29,7 +30,9 @@ from batchlab.manager.manager import LEASE, Manager
 from batchlab.model import Pool
 
 if TYPE_CHECKING:
+    from batchlab.adapters.docker import ContainerLauncher
     from batchlab.adapters.process import ProcessLauncher
+    from batchlab.asg.running import AsgSettings
 
 log = logging.getLogger(__name__)
 
@@ -125,9 +128,10 @@ async def _lead(
     serving = loop.create_task(server.serve(sockets=[listener]))
     leading = loop.create_task(manager.run())
     watching = [
-        loop.create_task(_tell_of_deaths(manager, launcher.changed)),
         loop.create_task(_end_with(parent, stop)),
     ]
+    if launcher:
+        watching.append(loop.create_task(_tell_of_deaths(manager, launcher.changed)))
     url = f"http://{host}:{listener.getsockname()[1]}"
     home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name))
     log.info("manager %s listens on %s", owner, url)
@@ -138,7 +142,8 @@ async def _lead(
     for task in (leading, stopping, *watching):
         task.cancel()
     results = await asyncio.gather(leading, serving, stopping, *watching, return_exceptions=True)
-    await _end_instances(launcher, backend.worker.drain_s)
+    if launcher:  # else they are a service's, and outlive every manager
+        await _end_instances(launcher, backend.worker.drain_s)
     await queue.close()
     await ledger.close()
     for result in results[:2]:
@@ -162,7 +167,7 @@ async def _end_with(parent: int, stop: asyncio.Event) -> None:
         await asyncio.sleep(0.5)
 
 
-async def _end_instances(launcher: ProcessLauncher, drain_s: float) -> None:
+async def _end_instances(launcher: ProcessLauncher | ContainerLauncher, drain_s: float) -> None:
     """Drain every instance, wait, then kill what is left."""
     running = [name for name, ended in (await launcher.running()).items() if ended is None]
     for name in running:
@@ -178,19 +183,31 @@ async def _end_instances(launcher: ProcessLauncher, drain_s: float) -> None:
     await launcher.close(kill=True)
 
 
-def worker_main(home: Home, backend: Backend, *, pool: str, slots: int, instance: str) -> None:
-    """Run a worker until SIGTERM, or until its manager has been gone for a while."""
+def worker_main(
+    home: Home, backend: Backend, *, pool: str = "", slots: int = 0, instance: str = ""
+) -> None:
+    """Run a worker until SIGTERM, a notice, or until its manager has been gone for a while.
+
+    What is left out the instance's metadata service knows.
+    """
     _log_to_stderr()
     asyncio.run(_work(home, backend, pool, slots, instance))
 
 
 async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: str) -> None:
+    from batchlab.adapters.ec2_tags import POOL_TAG, SLOTS_TAG
+    from batchlab.adapters.imds import Imds, ImdsNotices
     from batchlab.worker.beats import Identity
     from batchlab.worker.loop import Worker
     from batchlab.worker.process_runner import ProcessRunner
     from batchlab.worker.runner import Scratch
 
     clock, ids = backend.open_clock(), backend.open_ids()
+    imds = None if instance else Imds()
+    if imds:
+        instance = await asyncio.to_thread(imds.instance_id)
+        pool = pool or await asyncio.to_thread(imds.needed_tag, POOL_TAG)
+        slots = slots or int(await asyncio.to_thread(imds.needed_tag, SLOTS_TAG))
     objects = backend.open_objects(home)
     runner = ProcessRunner(objects, Scratch(home.scratch / instance), clock, slots)
     worker = Worker(
@@ -201,15 +218,17 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
         runner,
         backends.patience(),
         backend.worker,
+        ImdsNotices(imds) if imds else None,
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, worker.drain)
-    orphan = loop.create_task(_drain_orphan(home, worker.drain))
+    orphan = None if imds else loop.create_task(_drain_orphan(home, worker.drain))
     try:
         await worker.run()
     finally:
-        orphan.cancel()
+        if orphan:
+            orphan.cancel()
 
 
 async def _drain_orphan(home: Home, drain: Callable[[], None]) -> None:
@@ -239,6 +258,8 @@ def start_manager(
     """
     if running := home.record():
         return running
+    if backend.runs_in == "containers":
+        return containers.up(home, backend, pools, say)
     home.make()
     backend.provide(home, say)
     # -P: the folder the command was called in must not provide modules.
@@ -275,6 +296,8 @@ def start_manager(
 def stop_manager(home: Home, *, wait_s: float = 30.0) -> bool:
     """End the manager that runs here, with its instances; False where none runs."""
     record = home.record()
+    if deployment.read(home) and (record is None or record.backend == deployment.NAME):
+        return containers.down(home, backends.load(deployment.NAME))
     if record is None:
         return False
     with suppress(ProcessLookupError):
@@ -290,6 +313,48 @@ def stop_manager(home: Home, *, wait_s: float = 30.0) -> bool:
     if started := _STARTED.pop(record.pid, None):
         started.wait()
     return True
+
+
+def asg_main(settings: AsgSettings, on_up: Callable[[str], None]) -> None:
+    """Serve Auto Scaling until SIGTERM or SIGINT, then end the instances; `on_up` is given the
+    URL. A server that was killed leaves its instances to the next one with the same state."""
+    from batchlab.asg.running import locked
+
+    _log_to_stderr()
+    with locked(settings.state):
+        asyncio.run(_serve_asg(settings, on_up))
+
+
+async def _serve_asg(settings: AsgSettings, on_up: Callable[[str], None]) -> None:
+    from batchlab.adapters.clock import RandomIds, WallClock
+    from batchlab.adapters.imds_server import MetadataServer
+    from batchlab.adapters.state_file import StateFile
+    from batchlab.api import listen
+    from batchlab.asg.metadata import Facts
+    from batchlab.asg.running import application, run
+    from batchlab.asg.templates import TemplateFile
+    from batchlab.fleet.autoscaling import AutoScaling
+
+    clock, templates, facts = WallClock(), TemplateFile(settings.templates), Facts()
+    launcher = backends.open_asg_launcher(settings, templates, clock, facts.signals)
+    groups = StateFile(settings.state / "groups.json")
+    engine = facts.engine = AutoScaling(
+        launcher, clock, RandomIds(), groups, templates=templates, drain_s=settings.drain_s
+    )
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    listener = listen(settings.host, settings.port)
+    metadata = MetadataServer(facts.of(launcher), clock)
+    if settings.metadata_port is not None:
+        await metadata.start(settings.host, settings.metadata_port)
+    on_up(f"http://{settings.host}:{listener.getsockname()[1]}")
+    app = application(engine, clock, launcher.changed, key=settings.key)
+    try:
+        await run(engine, app, listener, launcher.changed, stop)
+    finally:
+        await metadata.close()
+        await _end_instances(launcher, settings.drain_s)
 
 
 def _last_line(path: Path) -> str:

@@ -153,9 +153,13 @@ def sim_launcher(started: list[str] | None = None) -> SimLauncher:
     return launcher
 
 
-def process_launcher(root: Path, clock: Clock | None = None) -> ProcessLauncher:
+def process_launcher(
+    root: Path,
+    clock: Clock | None = None,
+    argv: Callable[[Pool, str], Sequence[str]] = worker_argv,
+) -> ProcessLauncher:
     env = {"PATH": os.environ["PATH"]}
-    return ProcessLauncher(root, worker_argv, clock or LoopClock(), env)
+    return ProcessLauncher(root, argv, clock or LoopClock(), env)
 
 
 def pid_of(launcher_root: Path, instance: str) -> int:
@@ -173,6 +177,8 @@ class FleetRig:
     """An instance's first heartbeat."""
     rest: Callable[[], Awaitable[None]]
     """Let things happen before the next look."""
+    told: str = "exit -9"
+    """What the fleet can tell of an instance that was crashed."""
     dead: list[Instance] = field(default_factory=list)
     """All that the ticks returned."""
 
@@ -349,6 +355,7 @@ def everywhere(worlds: Mapping[str, Callable[[Any, Path], None]]) -> Callable[[A
             worlds[world](check, tmp_path)
 
         test.__name__, test.__doc__ = check.__name__, check.__doc__
+        test.check = check  # type: ignore[attr-defined]
         return test
 
     return decorate

@@ -12,11 +12,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast, overload
 from urllib.parse import urlsplit
 
-from batchlab.errors import BackendError, NotFound, Throttled, TooLarge, Unreachable
+from batchlab.errors import (
+    AlreadyExists,
+    BackendError,
+    BatchlabError,
+    NotFound,
+    Refused,
+    Throttled,
+    TooLarge,
+    Unreachable,
+)
 
 # botocore takes a quarter of a second to import: only who calls AWS pays for it.
 if TYPE_CHECKING:
     from botocore.exceptions import ClientError
+    from mypy_boto3_autoscaling import AutoScalingClient
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.literals import BucketLocationConstraintType
     from mypy_boto3_s3.type_defs import CreateBucketConfigurationTypeDef
@@ -33,6 +43,8 @@ _THROTTLED = {
     "QueueDeletedRecently",
     "RequestLimitExceeded",
     "RequestThrottled",
+    "ResourceContention",
+    "ScalingActivityInProgress",
     "ServiceUnavailable",
     "SlowDown",
     "Throttling",
@@ -89,9 +101,13 @@ def credentials(endpoint: Endpoint) -> S3CredentialProvider:
 def client(endpoint: Endpoint, service: Literal["sqs"], *, connections: int) -> SQSClient: ...
 @overload
 def client(endpoint: Endpoint, service: Literal["s3"], *, connections: int) -> S3Client: ...
+@overload
 def client(
-    endpoint: Endpoint, service: Literal["sqs", "s3"], *, connections: int
-) -> SQSClient | S3Client:
+    endpoint: Endpoint, service: Literal["autoscaling"], *, connections: int
+) -> AutoScalingClient: ...
+def client(
+    endpoint: Endpoint, service: Literal["sqs", "s3", "autoscaling"], *, connections: int
+) -> SQSClient | S3Client | AutoScalingClient:
     """A client that makes each call once: patience is the callers'."""
     import boto3
     import botocore.session
@@ -152,7 +168,7 @@ def translated(what: str) -> Iterator[None]:
         raise BackendError(f"{what}: {error}", remedy="Check AWS's configuration.") from error
 
 
-def _refusal(what: str, error: ClientError) -> BackendError:
+def _refusal(what: str, error: ClientError) -> BatchlabError:
     code = code_of(error)
     message = str(error.response.get("Error", {}).get("Message", "")).strip() or code
     text = f"{what}: {message.rstrip('.')} ({code})."
@@ -161,6 +177,10 @@ def _refusal(what: str, error: ClientError) -> BackendError:
         return NotFound(text)
     if code in _TOO_LARGE:
         return TooLarge(text)
+    if code == "AlreadyExists":
+        return AlreadyExists(text)
+    if code == "ValidationError":
+        return Refused(text)
     if code in _THROTTLED or status in (429, 503):
         return Throttled(text)
     if code in _DENIED:

@@ -7,10 +7,12 @@ for it and no thread.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
@@ -63,6 +65,18 @@ def _info(path: str, key: str) -> ObjectInfo | None:
         return None
     etag = f'"{found.st_ino:x}-{found.st_mtime_ns // 1000:x}-{found.st_size:x}"'
     return ObjectInfo(key, found.st_size, etag)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for the lock of the folder that `path` is in, and hold it; FileNotFoundError where there
+    is no such folder."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def copy_in(source: BinaryIO, target: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from batchlab.cli import SERVICES, output
@@ -21,6 +23,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(ledger, name="ledger")
     app.command()(schema)
     app.command()(doctor)
+    app.command()(gc)
     for name in SERVICES:
         app.command(name, help=_ABOUT[name], context_settings=_PASSED_ON)(service)
 
@@ -75,7 +78,8 @@ def doctor(
     \b
     Example: batchlab doctor
     """
-    from batchlab.cli.checkup import Level, examine
+    from batchlab.cli.checkup import examine
+    from batchlab.cli.findings import Level
 
     findings = examine(home_of(home), backend, endpoint)
     if json:
@@ -87,6 +91,51 @@ def doctor(
                 output.show(f"{'':<18} {output.clean(one.remedy)}")
     if any(one.level is Level.FAIL for one in findings):
         raise typer.Exit(1)
+
+
+def gc(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be removed.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Remove containers, networks and volumes of grids that are gone.
+
+    Grids whose folder still knows of them are left alone: `batchlab grid down` ends those.
+
+    \b
+    Example: batchlab gc --dry-run
+    """
+    from batchlab.adapters.compose.project import projects, sweep
+
+    found = projects()
+    for one in found:
+        if one.is_orphan and not dry_run:
+            sweep(one.project)
+    if json:
+        output.show_json(
+            [
+                {
+                    "project": one.project,
+                    "folder": one.home or None,
+                    "parts": one.parts,
+                    "orphan": one.is_orphan,
+                    "removed": one.is_orphan and not dry_run,
+                }
+                for one in found
+            ]
+        )
+        return
+    if not found:
+        output.say("There is nothing of any grid on this machine's Docker.")
+    for one in found:
+        parts = output.count(one.parts, "part")
+        if not one.is_orphan:
+            output.show(f"{one.project}: {parts}, in use by the grid in {one.home}.")
+        elif dry_run:
+            output.show(f"{one.project}: {parts}, would be removed.")
+        else:
+            output.show(f"{one.project}: {parts}, removed.")
 
 
 def service(context: typer.Context) -> None:

@@ -14,15 +14,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from batchlab.cli import admin, conform, grid, jobs, output, running, signals, sim
+from batchlab.cli import admin, asg, conform, grid, jobs, output, running, signals, sim
 from batchlab.errors import BatchlabError
 
 UNEXPECTED = 70
 """EX_SOFTWARE of sysexits.h: none of the codes that say something about a job."""
 
 _ORDER = (
-    *("demo", "init", "run", "job", "grid", "ledger", "schema", "doctor"),
-    *("sim", "conform", "manager", "worker"),
+    *("demo", "init", "run", "job", "grid", "ledger", "schema", "doctor", "gc"),
+    *("sim", "conform", "asg", "manager", "worker"),
 )
 
 
@@ -76,6 +76,7 @@ app.add_typer(jobs.app, name="job")
 app.add_typer(grid.app, name="grid")
 app.add_typer(sim.app, name="sim")
 conform.register(app)
+app.add_typer(asg.app, name="asg")
 admin.register(app)
 
 

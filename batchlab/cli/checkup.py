@@ -17,11 +17,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from batchlab.cli.findings import Finding, Level
 from batchlab.errors import AlreadyExists, BackendError, BatchlabError
 from batchlab.home import Home
 from batchlab.ports import Outgoing, QueueSpec
@@ -37,32 +36,6 @@ FAIL_BELOW_BYTES = 200 * 2**20
 WARN_BELOW_BYTES = 2 * 2**30
 SANE_S = 1_700_000_000.0
 SKEW_S = 2.0
-
-
-class Level(StrEnum):
-    """How a check came out."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report; `remedy` says what to do about it."""
-
-    about: str
-    level: Level
-    text: str
-    remedy: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "check": self.about,
-            "level": self.level.value,
-            "text": self.text,
-            "remedy": self.remedy,
-        }
 
 
 def examine(home: Home, backend: str, endpoint: str | None = None) -> list[Finding]:
@@ -99,7 +72,13 @@ def _backend(home: Home, name: str, endpoint: str | None) -> Iterator[Finding]:
 
     backend = backends.load(name, endpoint)
     yield Finding("backend", Level.OK, f"{name}: {backend.description}")
-    if backend.emulator:
+    if backend.runs_in == "containers":
+        from batchlab.cli.checkup_containers import containers
+
+        yield from containers(home, backend)
+        if named := backend.named_place(home):
+            yield from _tried(named.url, "named")
+    elif backend.emulator:
         yield from _endpoint(home, backend)
 
 

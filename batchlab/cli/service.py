@@ -8,7 +8,6 @@ of its log, so an error is one line.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,11 +72,12 @@ def _parser() -> argparse.ArgumentParser:
         "--parent", type=int, default=0, metavar="PID", help="end when this process does"
     )
     worker = _service(services, "worker", "Run one instance's worker, until SIGTERM.")
-    worker.add_argument("--pool", required=True, help="the pool it belongs to")
+    known = "; the instance's metadata says where this does not"
+    worker.add_argument("--pool", default="", help=f"the pool it belongs to{known}")
     worker.add_argument(
-        "--slots", type=int, default=os.cpu_count() or 1, help="tasks it runs at the same time"
+        "--slots", type=int, default=0, help=f"tasks it runs at the same time{known}"
     )
-    worker.add_argument("--instance", required=True, help="the instance it runs on")
+    worker.add_argument("--instance", default="", help=f"the instance it runs on{known}")
     return parser
 
 

@@ -124,11 +124,11 @@ def create_after_delete(site: Site) -> None:
 
 @S3_CREATE.check(
     "s3-match-stale",
-    NOTED,
+    NEEDED,
     rule="PutObject with an If-Match that is not the object's ETag answers 412 PreconditionFailed.",
     source="S3 User Guide, conditional writes",
-    promise="none yet: batchlab overwrites no object by its ETag",
-    otherwise="a lease kept in an object would not be safe",
+    promise="I4, Objects.put(if_match)",
+    otherwise="a resume that comes late undoes a cancellation",
 )
 def match_stale(site: Site) -> None:
     stale = str(site.put("a", b"1").accepted().data.get("ETag"))
@@ -139,11 +139,11 @@ def match_stale(site: Site) -> None:
 
 @S3_CREATE.check(
     "s3-match-missing",
-    NOTED,
+    NEEDED,
     rule="PutObject with If-Match on a key that is free answers 404 NoSuchKey.",
     source="S3 User Guide, conditional writes",
-    promise="none yet: batchlab overwrites no object by its ETag",
-    otherwise="a lease kept in an object would not be safe",
+    promise="I4, Objects.put(if_match)",
+    otherwise="a resume that comes late undoes a cancellation",
 )
 def match_missing(site: Site) -> None:
     etag = hashlib.md5(b"1", usedforsecurity=False).hexdigest()

@@ -8,69 +8,80 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from batchlab.fleet import hooks, warm
+from batchlab.fleet.api import LAUNCHING, TERMINATING, Process
 from batchlab.fleet.decisions import CRASH_LOOP, victims, wait_s
-from batchlab.fleet.state import ActivityLog, Group, Member
+from batchlab.fleet.placement import Placement
+from batchlab.fleet.record import Record
+from batchlab.fleet.state import ON_STANDBY, STARTING, WARMING, Group, Member, weigh
 from batchlab.model import Instance, LifecycleState, Pool
-from batchlab.ports import Clock, Ids
 
 KEEP_TERMINATED_S = 60.0
 
 _OUT = "an instance was taken out of service in response to"
 _DIFFERENCE = "a difference between desired and actual capacity"
+_STUCK = "Could not scale to desired capacity because all remaining instances are protected from"
 
 
-class Changes:
-    """The only writer of groups and their log. `dead` collects who ended, `unsaved` says whether
-    anything changed; the caller empties both."""
-
-    def __init__(self, log: ActivityLog, clock: Clock, ids: Ids) -> None:
-        self.log = log
-        self.dead: list[Instance] = []
-        self.unsaved = False
-        self._clock = clock
-        self._ids = ids
+class Changes(Record):
+    """The only writer of groups and their log."""
 
     def found(self, pool: Pool) -> Group:
-        """A new group."""
+        """A new group for a plain pool."""
         limits = f"min: {pool.min_size}, max: {pool.max_size}, desired: {pool.min_size}"
-        self._note(pool.name, "Creating group", f"a user request created the group with {limits}")
+        self.note(pool.name, "Creating group", f"a user request created the group with {limits}")
         return Group(pool, pool.min_size)
 
-    def want(self, group: Group, desired: int, cause: str) -> None:
-        """Set desired capacity, and choose at once who leaves: I5 does not wait for a tick."""
+    def want(self, group: Group, desired: int, cause: str, *, cooldown: int | None = None) -> None:
+        """Set desired capacity, and choose at once who leaves: I5 does not wait for a tick.
+
+        `cooldown` seconds, where they are not the group's own, begin once that is carried out.
+        """
         before = group.desired
         if desired != before:
             group.desired = desired
-            change = f"{cause} changed desired capacity from {before} to {desired}"
-            self._note(group.pool.name, f"Setting desired capacity to {desired}", change)
+            if group.asg is None:
+                change = f"{cause} changed desired capacity from {before} to {desired}"
+                self.note(group.pool.name, f"Setting desired capacity to {desired}", change)
+            else:
+                change = f"{cause} changing the desired capacity from {before} to {desired}"
+                self.explain(group.asg, change)
+                default = group.asg.config.default_cooldown
+                group.asg.cooling = default if cooldown is None else cooldown
         self.scale_in(group)
 
     def scale_in(self, group: Group) -> None:
         """Take out whom `victims` names; say so once where protection leaves too many."""
-        size = len(group.counted())
-        for member in victims(group):
-            shrinking = f"{_DIFFERENCE}, shrinking the capacity from {size} to {size - 1}"
-            self.retire(group, member, why=shrinking, note="terminated: scale-in")
-            size -= 1
-        stuck = max(0, size - group.desired)
+        if group.suspended(Process.TERMINATE):
+            return
+        size = weigh(group.staying())
+        for member in victims(group, self.steady.now_s()):
+            left = size - member.bond.weight
+            shrinking = f"{_DIFFERENCE}, shrinking the capacity from {size} to {left}"
+            if warm.takes_back(group, member):
+                warm.take_back(self, group, member, shrinking)
+            else:
+                self.retire(group, member, why=shrinking, note="terminated: scale-in")
+            size = left
+        all_protected = all(member.instance.protected for member in group.staying())
+        stuck = max(0, size - group.desired) if all_protected else 0
         if stuck and stuck != group.stuck:
-            self._note(
+            self.note(
                 group.pool.name,
-                "Could not scale to desired capacity because all remaining instances are"
-                " protected from scale-in",
+                f"{_STUCK} scale-in",
                 f"{size} instances are protected and desired capacity is {group.desired}",
                 "Cancelled",
             )
         group.stuck = stuck
 
-    def admit(self, group: Group, size: int, now_s: float) -> Member:
+    def admit(self, group: Group, size: int, now_s: float, place: Placement | None) -> Member:
         """A new Pending member, to be launched, in a group that counts `size` without it."""
-        name = self._ids.fresh("w")
-        note = ""
-        if group.failures >= CRASH_LOOP:
-            note = f"the last {group.failures} ended before they were ready: {group.reason}"
+        if group.asg is not None and place is not None:
+            return self._admit_to_asg(group, size, now_s, place)
+        name = self.ids.fresh("w")
+        note = self._loop_note(group)
         growing = f"{_DIFFERENCE}, increasing the capacity from {size} to {size + 1}"
-        launch = self._note(
+        launch = self.note(
             group.pool.name,
             f"Launching a new instance: {name}",
             f"an instance was started in response to {growing}",
@@ -82,47 +93,165 @@ class Changes:
         member = group.members[name] = Member(instance, launch, since_s=now_s)
         return member
 
-    def arrive(self, group: Group, member: Member) -> None:
-        """Into service, once the instance runs and its worker has reported."""
-        if member.state is LifecycleState.PENDING and member.running and member.ready:
-            member.move(LifecycleState.IN_SERVICE, note="")
-            self._settle(group, member.launch, "Successful")
-            group.calm()
+    def _admit_to_asg(self, group: Group, size: int, now_s: float, place: Placement) -> Member:
+        assert group.asg is not None
+        asg, name = group.asg, self.ids.fresh("i")
+        reason = (
+            "an instance was started in response to "
+            f"{_DIFFERENCE}, increasing the capacity from {size} to {size + place.bond.weight}"
+        )
+        if place.bond.warm:
+            reason = "an instance was started to be added to the warm pool"
+        elif asg.replacing:
+            reason = asg.replacing.pop(0)
+        launch = self.note(
+            group.pool.name,
+            f"Launching a new EC2 instance: {name}",
+            self.told(asg, reason),
+            "PreInService",
+        )
+        instance = Instance(
+            name,
+            group.pool.name,
+            LifecycleState.WARMED_PENDING if place.bond.warm else LifecycleState.PENDING,
+            self.now_s(),
+            protected=asg.config.new_instances_protected_from_scale_in,
+            note=self._loop_note(group),
+            machine=place.machine,
+        )
+        member = Member(instance, launch, since_s=now_s, bond=place.bond)
+        group.members[name] = member
+        return member
 
-    def fail(self, group: Group, member: Member, how: str, *, note: str) -> None:
-        """Out of service for its health."""
-        self._stumble(group, member, how)
+    def _loop_note(self, group: Group) -> str:
+        if group.failures < CRASH_LOOP:
+            return ""
+        return f"the last {group.failures} ended before they were ready: {group.reason}"
+
+    def arrive(self, group: Group, member: Member) -> None:
+        """Into service, once the instance runs and its worker has reported; in a group of AWS's
+        kind, once it runs and the hooks on launch let it."""
+        if not member.running or member.bond.asleep:
+            return
+        if member.state in WARMING:
+            warm.arrive(self, group, member)
+        if member.state not in STARTING:
+            return
+        if group.asg is None:
+            if member.ready:
+                self.put_in_service(group, member)
+                group.calm()
+        elif (
+            member.state is LifecycleState.PENDING
+            # No hook runs for one that comes back from standby.
+            and not member.bond.moving
+            and hooks.begin(self, group, member, LAUNCHING)
+        ):
+            self.move(member, LifecycleState.PENDING_WAIT)
+            self.mark(group, member.launch, "MidLifecycleAction")
+        elif member.state is not LifecycleState.PENDING_WAIT:
+            self.put_in_service(group, member)
+
+    def put_in_service(self, group: Group, member: Member) -> None:
+        member.move(LifecycleState.IN_SERVICE, note="")
+        member.bond.in_service_s = self.steady.now_s() if group.asg else None
+        self.settle(group, member.bond.moving or member.launch, "Successful")
+        member.bond.moving, member.bond.warm = 0, False
+
+    def move(self, member: Member, state: LifecycleState) -> None:
+        """Change a state where the note and the activity stay as they are."""
+        member.move(state, note=member.instance.note)
+        self.unsaved = True
+
+    def fail(
+        self,
+        group: Group,
+        member: Member,
+        how: str,
+        *,
+        note: str,
+        why: str = "",
+        dead: bool = False,
+    ) -> None:
+        """Out of service for its health. One that is dead has no use for hooks."""
+        self._stumble(group, member, how, dead=dead)
         member.instance = replace(member.instance, healthy=False)
-        self.retire(group, member, why=f"a health check: {how}", note=note)
+        if group.asg is not None and member.staying:
+            group.asg.replacing.append(
+                "an instance was launched in response to an unhealthy instance needing to be"
+                " replaced"
+            )
+        self.retire(group, member, why=why or f"a health check: {how}", note=note, hooked=not dead)
 
     def fail_launch(self, group: Group, member: Member, how: str) -> None:
         """It never came to be, so there is no termination to record."""
         self._stumble(group, member, how)
         member.move(LifecycleState.TERMINATING, note=how)
 
-    def retire(self, group: Group, member: Member, *, why: str, note: str) -> None:
-        """Begin to terminate. Protection guards against scale-in only, so it is not asked here."""
-        if member.state is LifecycleState.PENDING:
-            self._settle(group, member.launch, "Cancelled")
+    def abandon(self, group: Group, member: Member, how: str) -> None:
+        """A hook on launch gave it up: it is ended, and counts as one that never got ready."""
+        self.settle(group, member.launch, "Cancelled", message=how)
+        self._stumble(group, member, how)
+        why = "a lifecycle action that was abandoned"
+        self.retire(group, member, why=why, note=f"terminated: {how}")
+
+    def retire(
+        self, group: Group, member: Member, *, why: str, note: str, hooked: bool = True
+    ) -> None:
+        """Begin to terminate. Protection guards against scale-in only, so it is not asked here.
+
+        Hooks on termination are for instances that have been in service.
+        """
+        if member.state in STARTING or member.state in WARMING:
+            self.settle(group, member.bond.moving or member.launch, "Cancelled")
+        worked = member.state is LifecycleState.IN_SERVICE or member.state in ON_STANDBY
+        member.bond.waits.clear()
+        member.bond.resting = False
         member.move(LifecycleState.TERMINATING, note=note)
-        member.end = self._note(
-            group.pool.name,
-            f"Terminating instance: {member.instance.id}",
-            f"{_OUT} {why}",
-            "InProgress",
-        )
+        if group.asg is None:
+            self._open_end(group, member, f"{_OUT} {why}", "instance")
+            return
+        chosen = [f"instance {member.instance.id} was selected for termination"]
+        sentences = [f"{_OUT} {why}", *chosen * (_DIFFERENCE in why)]
+        self._open_end(group, member, self.told(group.asg, *sentences), "EC2 instance")
+        if hooked and worked and hooks.begin(self, group, member, TERMINATING):
+            self.move(member, LifecycleState.TERMINATING_WAIT)
+            self.mark(group, member.end, "MidLifecycleAction")
+
+    def _open_end(self, group: Group, member: Member, cause: str, noun: str) -> None:
+        what = f"Terminating {noun}: {member.instance.id}"
+        member.end = self.note(group.pool.name, what, cause, "InProgress")
 
     def bury(self, group: Group, member: Member, *, note: str, now_s: float) -> None:
         """It has ended."""
+        member.bond.waits.clear()
         member.move(LifecycleState.TERMINATED, note=note)
         member.running, member.since_s = False, now_s
-        self._settle(group, member.end, "Successful")
+        self.settle(group, member.end, "Successful")
         self.dead.append(member.instance)
 
     def disown(self, instance: str) -> None:
         """An instance lives that the state does not know."""
         why = "no group knowing it"
-        self._note("", f"Terminating orphaned instance: {instance}", f"{_OUT} {why}")
+        self.note("", f"Terminating orphaned instance: {instance}", f"{_OUT} {why}")
+
+    def resize(self, group: Group, by: int) -> None:
+        """Change desired capacity as part of what another activity tells of."""
+        group.desired += by
+        self.unsaved = True
+
+    def replace_first(self, group: Group, member: Member, why: str) -> None:
+        """Launch a successor; the instance goes as soon as that is in service."""
+        if member.staying and group.asg is not None:
+            member.bond.leaving = why
+            group.asg.replacing.append(f"an instance was launched in response to {why}")
+            self.unsaved = True
+
+    def call_healthy(self, member: Member) -> None:
+        """One that is called healthy before it was replaced stays."""
+        if member.end == 0 and not member.instance.healthy:
+            member.instance = replace(member.instance, healthy=True)
+            self.unsaved = True
 
     def protect(self, member: Member, *, on: bool) -> None:
         member.instance = replace(member.instance, protected=on)
@@ -136,7 +265,7 @@ class Changes:
             group.retry_s = now_s + pause_s
             cause = f"{group.failures} instances in a row ended before they were ready, the last: "
             what = f"Waiting {pause_s:g} s before the next launch"
-            self._note(group.pool.name, what, cause + group.reason, "Failed")
+            self.note(group.pool.name, what, cause + group.reason, "Failed")
         group.failed = False
 
     def forget(self, group: Group, now_s: float) -> None:
@@ -151,16 +280,16 @@ class Changes:
             del group.members[name]
             self.unsaved = True
 
-    def _stumble(self, group: Group, member: Member, how: str) -> None:
-        if member.state is LifecycleState.PENDING:
-            group.failures += 1
-            group.reason, group.failed = how, True
-            self._settle(group, member.launch, "Failed", more=f"; {how}")
+    def stumble(self, group: Group, how: str) -> None:
+        """One more launch in a row came to nothing."""
+        group.failures += 1
+        group.reason, group.failed = how, True
+        group.stumbled_s = self.steady.now_s()
 
-    def _note(self, pool: str, description: str, cause: str, status: str = "Successful") -> int:
-        self.unsaved = True
-        return self.log.add(pool, self._clock.now_s(), description, cause, status)
-
-    def _settle(self, group: Group, activity: int, status: str, *, more: str = "") -> None:
-        self.unsaved = True
-        self.log.settle(group.pool.name, activity, status, more=more)
+    def _stumble(self, group: Group, member: Member, how: str, *, dead: bool = False) -> None:
+        served = member.bond.in_service_s is not None
+        young = dead and served and not hooks.settled(member, self.steady.now_s())
+        warming = member.state in WARMING and not served
+        if member.state in STARTING or warming or young:
+            self.stumble(group, how)
+            self.settle(group, member.launch, "Failed", more=f"; {how}", message=how)

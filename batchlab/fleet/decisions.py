@@ -6,7 +6,10 @@ never takes a protected instance.
 
 from __future__ import annotations
 
-from batchlab.fleet.state import Group, Member
+from collections.abc import Sequence
+
+from batchlab.fleet import hooks, termination
+from batchlab.fleet.state import STARTING, Group, Member, weigh
 from batchlab.model import LifecycleState, Pool
 
 CRASH_LOOP = 3
@@ -19,34 +22,32 @@ def clamp(pool: Pool, desired: int) -> int:
     return max(pool.min_size, min(pool.max_size, desired))
 
 
-def victims(group: Group) -> list[Member]:
-    """Whom scale-in takes, first come first: unprotected ones, Pending before InService, newest
-    before oldest.
-
-    EC2's default policy takes the oldest launch template and then the oldest instance; here all
-    are of one template, and the newest has the least warm state (code, child processes) to lose.
-    """
-    counted = group.counted()
-    excess = len(counted) - group.desired
-    if excess <= 0:
-        return []
-    unprotected = [member for member in reversed(counted) if not member.instance.protected]
-    # The sort is stable, so the order by age survives within each state.
-    unprotected.sort(key=lambda member: member.state is not LifecycleState.PENDING)
-    return unprotected[:excess]
+def victims(group: Group, now_s: float) -> Sequence[Member]:
+    """Whom scale-in takes, first come first; `now_s` by the SteadyClock."""
+    if group.asg is None:
+        excess = len(group.counted()) - group.desired
+        return termination.pending_then_newest(group.counted())[: max(0, excess)]
+    return termination.choose(group, group.asg, now_s)
 
 
-def shortfall(group: Group, now_s: float) -> int:
-    """How many instances to launch now.
+def shortfall(group: Group, now_s: float, steady_s: float) -> int:
+    """How many units of capacity to launch now; `now_s` is monotonic.
 
     In a crash loop that is one probe at a time, after its wait: the rest follow when it is ready.
     """
-    counted = group.counted()
-    missing = max(0, group.desired - len(counted))
+    staying = group.staying()
+    missing = max(0, group.desired - weigh(staying))
     if group.failures < CRASH_LOOP or not missing:
         return missing
-    probing = any(member.state is LifecycleState.PENDING for member in counted)
+    probing = any(_on_trial(group, member, steady_s) for member in staying)
     return 0 if probing or now_s < group.retry_s else 1
+
+
+def _on_trial(group: Group, member: Member, steady_s: float) -> bool:
+    if member.state in STARTING:
+        return True
+    new = group.asg is not None and member.state is LifecycleState.IN_SERVICE
+    return new and not hooks.settled(member, steady_s)
 
 
 def wait_s(waits: int) -> float:

@@ -1,30 +1,60 @@
-"""An Auto Scaling group as plain data: members, the table of allowed moves, activities, storage.
+"""An Auto Scaling group as plain data: members, the table of allowed moves, activities.
 
 Invariant: a member changes state only through `move`, hence only along an arrow of MOVES.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
-from batchlab.errors import BackendError
+from batchlab.fleet.api import LaunchTemplate, LifecycleHook, Process
+from batchlab.fleet.asg import Asg
 from batchlab.model import Activity, GroupView, Instance, LifecycleState, Pool
 
+S = LifecycleState
+
 MOVES: dict[LifecycleState, frozenset[LifecycleState]] = {
-    LifecycleState.PENDING: frozenset({LifecycleState.IN_SERVICE, LifecycleState.TERMINATING}),
-    LifecycleState.IN_SERVICE: frozenset({LifecycleState.TERMINATING}),
+    S.PENDING: frozenset({S.PENDING_WAIT, S.IN_SERVICE, S.TERMINATING}),
+    S.PENDING_WAIT: frozenset({S.PENDING_PROCEED, S.TERMINATING}),
+    S.PENDING_PROCEED: frozenset({S.IN_SERVICE, S.TERMINATING}),
+    S.IN_SERVICE: frozenset({S.ENTERING_STANDBY, S.WARMED_PENDING, S.TERMINATING}),
+    S.ENTERING_STANDBY: frozenset({S.STANDBY, S.TERMINATING}),
+    S.STANDBY: frozenset({S.PENDING, S.TERMINATING}),
+    S.WARMED_PENDING: frozenset(
+        {
+            S.WARMED_PENDING_WAIT,
+            S.WARMED_RUNNING,
+            S.WARMED_STOPPED,
+            S.WARMED_HIBERNATED,
+            S.TERMINATING,
+        }
+    ),
+    S.WARMED_PENDING_WAIT: frozenset({S.WARMED_PENDING_PROCEED, S.TERMINATING}),
+    S.WARMED_PENDING_PROCEED: frozenset(
+        {S.WARMED_RUNNING, S.WARMED_STOPPED, S.WARMED_HIBERNATED, S.TERMINATING}
+    ),
+    S.WARMED_RUNNING: frozenset({S.PENDING, S.TERMINATING}),
+    S.WARMED_STOPPED: frozenset({S.PENDING, S.TERMINATING}),
+    S.WARMED_HIBERNATED: frozenset({S.PENDING, S.TERMINATING}),
     # An instance found dead passes through here as well, so that a hook on leaving has one place.
-    LifecycleState.TERMINATING: frozenset({LifecycleState.TERMINATED}),
-    LifecycleState.TERMINATED: frozenset(),
+    S.TERMINATING: frozenset({S.TERMINATING_WAIT, S.TERMINATED}),
+    S.TERMINATING_WAIT: frozenset({S.TERMINATING_PROCEED, S.TERMINATED}),
+    S.TERMINATING_PROCEED: frozenset({S.TERMINATED}),
+    S.TERMINATED: frozenset(),
 }
-COUNTED = frozenset({LifecycleState.PENDING, LifecycleState.IN_SERVICE})
+STARTING = frozenset({S.PENDING, S.PENDING_WAIT, S.PENDING_PROCEED})
+COUNTED = STARTING | {S.IN_SERVICE}
 """The states that count towards desired capacity; I5 bounds their number."""
+ENDING = frozenset({S.TERMINATING, S.TERMINATING_WAIT, S.TERMINATING_PROCEED})
+ON_STANDBY = frozenset({S.ENTERING_STANDBY, S.STANDBY})
+WARMING = frozenset({S.WARMED_PENDING, S.WARMED_PENDING_WAIT, S.WARMED_PENDING_PROCEED})
+WARM = frozenset(state for state in S if state.startswith("Warmed:"))
 
 KEEP_ACTIVITIES = 200
-_FORMAT = 1
+FINAL = frozenset({"Successful", "Failed", "Cancelled"})
+"""The statuses of activities that have ended."""
 
 
 class Store(Protocol):
@@ -35,6 +65,49 @@ class Store(Protocol):
 
     def save(self, data: bytes) -> None:
         """Replace it atomically: after a crash `load` gives the old value or the new one."""
+
+
+@dataclass(slots=True)
+class Wait:
+    """A lifecycle action that an instance waits for; moments are those of the SteadyClock."""
+
+    hook: LifecycleHook
+    token: str
+    until_s: float
+    """When it times out unless a heartbeat is recorded."""
+    at_most_s: float
+    """When it times out whatever is recorded."""
+
+
+@dataclass(slots=True)
+class Bond:
+    """What a member of a group of AWS's kind has beyond a plain pool's; all of it is saved."""
+
+    template: LaunchTemplate | None = None
+    """With the number of its version."""
+    launch_configuration: str = ""
+    weight: int = 1
+    weighted: bool = False
+    """Whether the weight was given, so that it is shown."""
+    waits: list[Wait] = field(default_factory=list)
+    in_service_s: float | None = None
+    """When it came into service, by the SteadyClock."""
+    leaving: str = ""
+    """Why it goes as soon as its successor is in service; it counts no longer."""
+    rebalance_s: float | None = None
+    """When a rebalance was recommended, seconds of the epoch."""
+    interrupted_by_s: float | None = None
+    """When a Spot interruption ends it by force, seconds of the epoch."""
+    moving: int = 0
+    """Id of the activity that moves it into standby or out of it, 0 while none does."""
+    force: bool = False
+    """It is to be ended at once, whatever its state."""
+    warm: bool = False
+    """It was launched into the warm pool, or returned to it, and has not been in service since."""
+    resting: bool = False
+    """The launcher is to stop it: its warm pool keeps stopped instances."""
+    asleep: bool = False
+    """The launcher has stopped it."""
 
 
 @dataclass(slots=True)
@@ -57,6 +130,9 @@ class Member:
     """The launcher was told to terminate it."""
     since_s: float = 0.0
     """Monotonic seconds of its launch or, once Terminated, of its end."""
+    killed: bool = False
+    """The launcher was told to end it by force."""
+    bond: Bond = field(default_factory=Bond)
 
     @property
     def state(self) -> LifecycleState:
@@ -65,6 +141,11 @@ class Member:
     @property
     def counted(self) -> bool:
         return self.instance.state in COUNTED
+
+    @property
+    def staying(self) -> bool:
+        """Counted, and not about to be replaced."""
+        return self.counted and not self.bond.leaving
 
     def move(self, state: LifecycleState, *, note: str) -> None:
         """Change state; ValueError where the table has no such arrow, which is a defect."""
@@ -75,10 +156,11 @@ class Member:
 
 @dataclass(slots=True)
 class Group:
-    """One pool's Auto Scaling group. `members` are in order of launch, the newest last.
+    """One Auto Scaling group. `members` are in order of launch, the newest last.
 
-    The crash-loop fields do not outlive the manager: whoever restarts it has often mended the
-    cause and should not wait.
+    `asg` is None for a plain pool, whose workers are alike and report that they are ready. The
+    crash-loop fields do not outlive the manager: whoever restarts it has often mended the cause
+    and should not wait.
     """
 
     pool: Pool
@@ -96,10 +178,20 @@ class Group:
     """Waits of this crash loop so far; each is twice as long as the one before."""
     retry_s: float = 0.0
     """Monotonic seconds before which a crash loop launches nothing."""
+    stumbled_s: float = 0.0
+    """When the last of those ended, by the SteadyClock."""
+    asg: Asg | None = None
 
     def counted(self) -> list[Member]:
         """The members that count towards desired capacity, the newest last."""
         return [member for member in self.members.values() if member.counted]
+
+    def staying(self) -> list[Member]:
+        """Those of them that are not about to be replaced."""
+        return [member for member in self.members.values() if member.staying]
+
+    def suspended(self, process: Process) -> bool:
+        return self.asg is not None and process in self.asg.suspended
 
     def view(self) -> GroupView:
         return GroupView(
@@ -110,6 +202,11 @@ class Group:
         """Forget a crash loop: an instance became ready, or the pool was changed."""
         self.failures, self.reason, self.failed = 0, "", False
         self.waits, self.retry_s = 0, 0.0
+
+
+def weigh(members: Sequence[Member]) -> int:
+    """Their units of capacity."""
+    return sum(member.bond.weight for member in members)
 
 
 class ActivityLog:
@@ -123,19 +220,34 @@ class ActivityLog:
         """Record one activity, return its id, which is greater than all before."""
         number, self._next = self._next, self._next + 1
         kept = self._pools.setdefault(pool, {})
-        kept[number] = Activity(number, pool, at_s, description, cause, status)
+        ended_s = at_s if status in FINAL else None
+        kept[number] = Activity(number, pool, at_s, description, cause, status, ended_s)
         if len(kept) > KEEP_ACTIVITIES:
             del kept[next(iter(kept))]
         return number
 
-    def settle(self, pool: str, number: int, status: str, *, more: str = "") -> None:
+    def settle(
+        self, pool: str, number: int, status: str, at_s: float, *, more: str = "", message: str = ""
+    ) -> None:
         """Give an activity in progress its final status and add to its cause.
 
         One that is settled already, or no longer kept, is left alone.
         """
         old = self._pools.get(pool, {}).get(number)
-        if old is not None and old.status == "InProgress":
-            self._pools[pool][number] = replace(old, status=status, cause=old.cause + more)
+        if old is not None and old.ended_s is None:
+            self._pools[pool][number] = replace(
+                old, status=status, cause=old.cause + more, ended_s=at_s, message=message
+            )
+
+    def mark(self, pool: str, number: int, status: str) -> None:
+        """Change what an activity in progress waits for; one that has ended is left alone."""
+        old = self._pools.get(pool, {}).get(number)
+        if old is not None and old.ended_s is None:
+            self._pools[pool][number] = replace(old, status=status)
+
+    def get(self, pool: str, number: int) -> Activity | None:
+        """One activity, None where it is no longer kept."""
+        return self._pools.get(pool, {}).get(number)
 
     def newest(self, pool: str | None, limit: int) -> Sequence[Activity]:
         """Up to `limit` activities of one pool, or of all, newest first."""
@@ -159,57 +271,3 @@ class ActivityLog:
     @property
     def following(self) -> int:
         return self._next
-
-
-def encode(groups: dict[str, Group], log: ActivityLog) -> bytes:
-    """The state as JSON."""
-    return json.dumps(
-        {
-            "format": _FORMAT,
-            "next_activity": log.following,
-            "groups": [_group(group) for group in groups.values()],
-            "activities": [[a.id, a.pool, a.at_s, a.description, a.cause, a.status] for a in log],
-        },
-        separators=(",", ":"),
-    ).encode()
-
-
-def decode(data: bytes) -> tuple[dict[str, Group], ActivityLog]:
-    """The inverse of `encode`; BackendError for anything it did not write."""
-    try:
-        state = json.loads(data)
-        if state["format"] != _FORMAT:
-            raise ValueError(f"format {state['format']}, not {_FORMAT}")
-        groups = [_regroup(saved) for saved in state["groups"]]
-        log = ActivityLog.restore(
-            [Activity(*saved) for saved in state["activities"]], state["next_activity"]
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise BackendError(
-            f"The fleet's saved state cannot be read: {error}.",
-            remedy="Move it away (fleet/groups.json in the grid's folder) to start anew; instances "
-            "still running are then terminated.",
-        ) from error
-    return {group.pool.name: group for group in groups}, log
-
-
-def _group(group: Group) -> dict[str, Any]:
-    return {
-        "pool": asdict(group.pool),
-        "desired": group.desired,
-        "members": [
-            [i.id, i.state, i.launched_s, i.healthy, i.protected, i.note, m.launch, m.end, m.ready]
-            for m, i in ((member, member.instance) for member in group.members.values())
-        ],
-    }
-
-
-def _regroup(saved: dict[str, Any]) -> Group:
-    env = tuple((key, value) for key, value in saved["pool"].pop("env"))
-    group = Group(Pool(**saved["pool"], env=env), saved["desired"])
-    for id_, state, launched_s, healthy, protected, note, launch, end, ready in saved["members"]:
-        instance = Instance(
-            id_, group.pool.name, LifecycleState(state), launched_s, healthy, protected, note
-        )
-        group.members[id_] = Member(instance, launch, end, ready)
-    return group

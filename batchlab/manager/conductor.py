@@ -222,6 +222,24 @@ class Conductor:
         written = wire.word_from_bytes(await self._ports.patience(get))
         await self._finish(live, written.state, written.reason, closed)
 
+    async def abandon(self, live: LiveJob, reason: str) -> None:
+        """End a job of which the bucket has nothing left, in the ledger alone."""
+        finish = partial(
+            self._ports.ledger.finish,
+            live.id,
+            JobState.FAILED,
+            round=live.round,
+            reason=reason,
+            ended_s=self._ports.clock.now_s(),
+            closed={
+                name: (record.counts.planned or 0) - record.counts.terminal
+                for name, record in live.stages.items()
+            },
+        )
+        await self._folder.write(live, finish)
+        live.ended.set()
+        live.poke.set()
+
     async def forbid(self, live: LiveJob, word: wire.Word) -> None:
         """Write "cancel" where the workers look, and wait until none can start a task (I4).
 
@@ -231,9 +249,8 @@ class Conductor:
             return
         async with live.control_lock:
             if live.record.control is not Control.CANCEL:
-                put = partial(
-                    self._ports.objects.put, naming.control(live.id), wire.word_to_bytes(word)
-                )
+                data = wire.word_to_bytes(replace(word, round=live.round))
+                put = partial(self._ports.objects.put, naming.control(live.id), data)
                 await self._ports.patience(put)
                 await self._ports.ledger.set_control(live.id, Control.CANCEL)
                 live.record = replace(live.record, control=Control.CANCEL)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from batchlab.errors import BackendError, NotFound, Refused
 from batchlab.manager.autoscaler import Autoscaler
@@ -33,6 +34,11 @@ log = logging.getLogger(__name__)
 LEASE = "leader"
 IDLE_LOOK_S = 60.0
 """While there is no job, the queues are looked at so often only."""
+
+LOST = (
+    "the bucket has lost the job's objects: it was emptied, or what serves it came back without "
+    "what it had kept, as LocalStack does after a restart; submit the job again"
+)
 
 SOON = 8
 """Instances a pool is expected to have soon when it has none: sizes the first wave."""
@@ -83,6 +89,7 @@ class Manager:
                 await self._adopt_active()
                 group.create_task(self._collector.collect(), name="collect")
                 group.create_task(self._tick_for_ever(), name="tick")
+                group.create_task(self._finish_retries(), name="finish retries")
                 self.is_leader.set()
                 await self._keep_lease()
                 raise _LeaseLostError
@@ -195,6 +202,18 @@ class Manager:
         if self.lives.get(live.id) is live:
             del self.lives[live.id]
 
+    async def _finish_retries(self) -> None:
+        looked_back = False
+        while True:
+            try:
+                if not looked_back:
+                    await self.requests.look_back()
+                    looked_back = True
+                await self.requests.finish_retries()
+            except BackendError as error:
+                log.warning("a retry waits for the backend: %s", error)
+            await asyncio.sleep(self.settings.silence_s)
+
     # --- The tick --------------------------------------------------------------------------------
 
     async def _tick_for_ever(self) -> None:
@@ -210,6 +229,7 @@ class Manager:
                 self.trouble = str(error)
                 with suppress(BackendError):  # the next tick comes here again
                     await self._prepare()
+                    await self._end_the_lost()
             except Refused as error:
                 log.warning("this tick is cut short: %s", error)
             except BackendError as error:
@@ -218,6 +238,13 @@ class Manager:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), self.settings.tick_s)
             self._hurry.clear()
+
+    async def _end_the_lost(self) -> None:
+        """End the jobs whose objects are gone with the queues: nothing will ever come of them."""
+        for live in list(self.lives.values()):
+            spec = partial(self.ports.objects.head, naming.spec(live.id))
+            if await self.ports.patience(spec) is None:
+                await self.conductor.abandon(live, LOST)
 
     def hurry(self) -> None:
         """Something has happened that the next tick must not wait for, such as the death of an
@@ -286,17 +313,21 @@ class Manager:
     async def rebuild_ledger(self) -> int:
         """Make the ledger anew from the bucket; answers how many jobs it found."""
         async with self._quiet:
-            # Nobody folds, plans or cuts meanwhile: a cut that is added between the clearing and
-            # the replay would make the earlier ones look known.
-            conducting = [live.conducting for live in self.lives.values() if live.conducting]
-            for task in conducting:
-                task.cancel()
-            await asyncio.gather(*conducting, return_exceptions=True)
-            self.lives.clear()
+            await self._drop_all()
             count = await rebuild(self.ports)
-            # Still in quiet: adopting writes, and a second rebuild may be waiting to clear.
+            # Somebody may have asked for a job meanwhile, and knows of it what the ledger knew.
+            await self._drop_all()
+            # Still in quiet: adopting writes, and a second rebuild may be waiting.
             await self._adopt_active()
         return count
+
+    async def _drop_all(self) -> None:
+        """Conduct no job any more."""
+        conducting = [live.conducting for live in self.lives.values() if live.conducting]
+        self.lives.clear()
+        for task in conducting:
+            task.cancel()
+        await asyncio.gather(*conducting, return_exceptions=True)
 
 
 class _LeaseLostError(Exception):

@@ -1,124 +1,147 @@
-"""`ledger rebuild`: an equal ledger from the bucket alone (I3)."""
+"""`ledger rebuild`: an equal ledger from the bucket alone (I3).
+
+Invariant: each job is restored in one transaction, and only where nobody has changed what the
+ledger has of it since the bucket was asked. So users, and a manager that does not know yet that
+another one leads, may do anything meanwhile: they see a job whole, as it was or as it is.
+"""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from batchlab.errors import NotFound
+from batchlab.errors import NotFound, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import Ports
 from batchlab.manager.requests import Retry
-from batchlab.model import Completion, Control, JobId, JobState
-from batchlab.ports import Cut
+from batchlab.model import Completion, Control, JobId, JobState, StageName
+from batchlab.ports import Cut, Ending, Past, Round
 from batchlab.protocol import definition, naming, settle, wire
 
 _CUT = re.compile(r"^jobs/[^/]+/[^/]+/plan/\d+/cuts/\d+\.json$")
 _OUTCOME = re.compile(r"^jobs/[^/]+/[^/]+/outcomes/")
-_FOLDED_AT_ONCE = 100
+_PAGE = 1000
+_TRIES = 10
+
+
+async def rebuild(ports: Ports) -> int:
+    """Read every job from the bucket again, and forget those that are not there; answers how many
+    there are. Unreachable where somebody changes one of them all the time."""
+    known = await _in_ledger(ports)  # first: a job that comes meanwhile must not be forgotten
+    found = await _in_bucket(ports)
+    gone = sorted(known - found)
+    if gone:
+        await ports.ledger.forget(gone)
+    for job in sorted(found):
+        await _rebuild_job(ports, job)
+    return len(found)
+
+
+async def _in_ledger(ports: Ports) -> set[JobId]:
+    known: set[JobId] = set()
+    last: JobId | None = None
+    while page := await ports.ledger.jobs(limit=_PAGE, before=last):
+        known.update(record.job.id for record in page)
+        last = page[-1].job.id
+    return known
+
+
+async def _in_bucket(ports: Ports) -> set[JobId]:
+    found: set[JobId] = set()
+    async for page in ports.objects.list("jobs/"):
+        for info in page:
+            job = JobId(info.key.split("/", 2)[1])
+            if info.key == naming.spec(job):
+                found.add(job)
+    return found
+
+
+async def _rebuild_job(ports: Ports, job: JobId) -> None:
+    for _ in range(_TRIES):
+        before = await ports.ledger.version(job)
+        if await ports.ledger.restore(await _past(ports, job), over=before):
+            return
+    raise Unreachable(
+        f"Job {job} changes faster than it is read from the bucket.",
+        remedy="Ask for the rebuild again.",
+    )
 
 
 @dataclass(slots=True)
 class _Found:
-    """Keys of one job, by kind."""
+    """What there is of one job, of any round. Of outcomes only what they come to: a job's values
+    may be more than memory holds."""
 
-    cuts: list[str] = field(default_factory=list)
-    outcomes: list[str] = field(default_factory=list)
-    spec: bool = False
+    cuts: list[Cut] = field(default_factory=list)
+    completions: list[Completion] = field(default_factory=list)
 
 
-async def rebuild(ports: Ports) -> int:
-    """Forget the ledger's jobs and read them from the bucket again; answers how many."""
-    await ports.ledger.clear()
-    found: dict[JobId, _Found] = defaultdict(_Found)
-    async for page in ports.objects.list("jobs/"):
+async def _past(ports: Ports, job: JobId) -> Past:
+    found = _Found()
+    doc = await _doc(ports, naming.spec(job))
+    spec, opening = wire.job_from_json(doc), definition.opening_in(doc)
+    if opening and opening.cut:
+        found.cuts.append(opening.cut)
+    async for page in ports.objects.list(f"jobs/{job}/"):
         for info in page:
-            job = JobId(info.key.split("/", 2)[1])
             if _CUT.match(info.key):
-                found[job].cuts.append(info.key)
+                found.cuts.append(wire.cut_from_json(await _doc(ports, info.key)))
             elif _OUTCOME.match(info.key):
-                found[job].outcomes.append(info.key)
-            elif info.key == naming.spec(job):
-                found[job].spec = True
-    jobs: list[tuple[JobDef, Cut | None]] = []
-    for job in (one for one in found if found[one].spec):
-        doc = await _doc(ports, naming.spec(job))
-        opening = definition.opening_in(doc)
-        jobs.append((wire.job_from_json(doc), opening.cut if opening else None))
-    for spec, cut in sorted(jobs, key=lambda one: (one[0].submitted_s, one[0].id)):
-        await _rebuild_job(ports, spec, cut, found[spec.id])
-    return len(jobs)
+                outcome = wire.outcome_from_json(await _doc(ports, info.key))
+                found.completions.append(settle.completion(outcome))
+    later = spec.start_at_s is not None and spec.start_at_s > ports.clock.now_s()
+    state = JobState.SCHEDULED if later else JobState.SUBMITTED
+    return Past(spec, state, await _rounds(ports, spec, found), await _control(ports, job))
 
 
-async def _rebuild_job(ports: Ports, job: JobDef, opening: Cut | None, found: _Found) -> None:
-    ledger = ports.ledger
-    later = job.start_at_s is not None and job.start_at_s > ports.clock.now_s()
-    await ledger.add_job(job, state=JobState.SCHEDULED if later else JobState.SUBMITTED)
-    cuts = [opening] if opening else []
-    cuts += [wire.cut_from_json(await _doc(ports, key)) for key in found.cuts]
-    # One at a time: a job's values may be more than memory holds, its completions are not.
-    completions = [
-        settle.completion(wire.outcome_from_json(await _doc(ports, key))) for key in found.outcomes
-    ]
-    round_ = 0
+async def _rounds(ports: Ports, job: JobDef, found: _Found) -> Sequence[Round]:
+    rounds: list[Round] = []
+    retry = Retry((), ())
     while True:
-        await _rebuild_round(
-            ports,
-            job,
-            round_,
-            [c for c in cuts if c.round == round_],
-            [c for c in completions if c.bundle.round == round_],
-        )
-        round_ += 1
+        rounds.append(await _round(ports, job, len(rounds), retry, found))
+        get = partial(ports.objects.get, naming.retry(job.id, len(rounds)))
         try:
-            data = await ports.patience(partial(ports.objects.get, naming.retry(job.id, round_)))
+            retry = Retry.from_bytes(await ports.patience(get))
         except NotFound:
-            break
-        retry = Retry.from_bytes(data)
-        await ledger.reopen(job.id, round_, retry.reopened)
-        for cut in retry.cuts:
-            await ledger.add_cut(cut)
-    await _rebuild_control(ports, job)
+            return rounds
 
 
-async def _rebuild_round(
-    ports: Ports, job: JobDef, round_: int, cuts: list[Cut], completions: list[Completion]
-) -> None:
-    ledger = ports.ledger
-    for cut in sorted(cuts, key=lambda c: (c.stage, c.seq)):
-        await ledger.add_cut(cut)
+async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, found: _Found) -> Round:
+    cuts = sorted(
+        (cut for cut in found.cuts if cut.round == number), key=lambda cut: (cut.stage, cut.seq)
+    )
+    planned: dict[StageName, int] = {}
+    for cut in cuts:
         if cut.planned is not None:
-            for stage in job.fed_by(cut.stage):
-                await ledger.set_planned(job.id, stage.name, cut.planned)
-    for i in range(0, len(completions), _FOLDED_AT_ONCE):
-        batch = completions[i : i + _FOLDED_AT_ONCE]
-        await ledger.fold(batch, [settle.casualties(job, one) for one in batch])
-    try:
-        doc = await _doc(ports, naming.final(job.id, round_))
-    except NotFound:
-        return
-    await ledger.finish(
-        job.id,
-        JobState(doc["state"]),
-        round=round_,
-        reason=doc["reason"],
-        ended_s=doc["ended_s"],
-        closed=doc["closed"],
+            planned |= {stage.name: cut.planned for stage in job.fed_by(cut.stage)}
+    completions = [one for one in found.completions if one.bundle.round == number]
+    return Round(
+        retry.reopened,
+        (*retry.cuts, *cuts),
+        planned,
+        completions,
+        [settle.casualties(job, one) for one in completions],
+        await _ending(ports, job.id, number),
     )
 
 
-async def _rebuild_control(ports: Ports, job: JobDef) -> None:
+async def _ending(ports: Ports, job: JobId, round_: int) -> Ending | None:
     try:
-        data = await ports.patience(partial(ports.objects.get, naming.control(job.id)))
+        doc = await _doc(ports, naming.final(job, round_))
     except NotFound:
-        return
-    control = wire.word_from_bytes(data).control
-    await ports.ledger.set_control(job.id, control)
-    if control is Control.PAUSE:
-        await ports.ledger.move_job(job.id, JobState.PAUSED)
+        return None
+    return Ending(JobState(doc["state"]), doc["reason"], doc["ended_s"], doc["closed"])
+
+
+async def _control(ports: Ports, job: JobId) -> Control:
+    try:
+        data = await ports.patience(partial(ports.objects.get, naming.control(job)))
+    except NotFound:
+        return Control.RUN
+    return wire.word_from_bytes(data).control
 
 
 async def _doc(ports: Ports, key: str) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from batchlab.errors import AlreadyExists, Refused, Unreachable
+from batchlab.errors import AlreadyExists, NotFound, Refused, Unreachable
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.cutting import Cutter
@@ -31,6 +32,10 @@ from batchlab.ports import Cut, JobRecord, Reopening, StageRecord, Written
 from batchlab.protocol import definition, naming, wire
 
 log = logging.getLogger(__name__)
+
+LOOKED_BACK = 1000
+"""Jobs of which a new leader looks for a retry that was not finished: a request of S3 for each that
+did not succeed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,14 @@ class Retry:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Spoken:
+    """A control object as it was read."""
+
+    control: Control
+    etag: str
+
+
 async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
     """The cuts that the retry which began the job's present round committed to."""
     if not record.round:
@@ -82,6 +95,8 @@ class Requests:
         self._cutter = cutter
         self._lives = lives
         self._adopt = adopt
+        self._begun: set[JobId] = set()
+        """Jobs of which a retry may be in the bucket and not in the ledger."""
 
     async def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> Written:
         """Accept a job, with its encoded items where it brings some and they are few.
@@ -151,6 +166,8 @@ class Requests:
     async def retry(self, job: JobId) -> JobRecord:
         """Run again what did not succeed, in a new round; Refused while the job runs, or where
         all of it succeeded."""
+        # First: whatever word comes after the end that the ledger tells of is not ours to undo.
+        word = await self._word(job)
         record = await self._ports.ledger.job(job)
         if not record.state.ended:
             raise Refused(f"Job {job} is still {record.state}.", remedy="Wait, or cancel it first.")
@@ -161,18 +178,39 @@ class Requests:
             )
         round_ = record.round + 1
         made = await self._plan_retry(record, round_)
+        # Before the round: who finds that one in the bucket must not find it forbidden.
+        await self._say(job, Control.RUN, over=word)
         objects, patience = self._ports.objects, self._ports.patience
         key = naming.retry(job, round_)
+        self._begun.add(job)
         try:
             await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
         except AlreadyExists:
             made = Retry.from_bytes(await patience(lambda: objects.get(key)))
-        run = wire.word_to_bytes(wire.Word(Control.RUN))
-        await patience(lambda: objects.put(naming.control(job), run))
         await self._ports.ledger.reopen(job, round_, made.reopened)
         live = await self._adopt(Written(await self._ports.ledger.rows(job), is_new=False))
+        self._begun.discard(job)
         await self._conductor.send(live, [b for cut in made.cuts for b in cut.bundles])
         return live.record
+
+    async def look_back(self) -> None:
+        """Note the jobs of which the leader before us may have begun a retry: of the newest ones,
+        those that did not succeed."""
+        records = await self._ports.ledger.jobs(limit=LOOKED_BACK)
+        ended = (one for one in records if one.state.ended)
+        self._begun.update(one.job.id for one in ended if one.state is not JobState.SUCCEEDED)
+
+    async def finish_retries(self) -> None:
+        """Go on with retries that are in the bucket and not in the ledger, since whoever began one
+        has died or been told of an error, and nobody may ask again."""
+        for job in sorted(self._begun):
+            with suppress(NotFound, Refused):  # forgotten, or somebody else was faster
+                round_ = (await self._ports.ledger.job(job)).round + 1
+                head = partial(self._ports.objects.head, naming.retry(job, round_))
+                if await self._ports.patience(head):
+                    log.warning("the retry of %s was not finished", job)
+                    await self.retry(job)
+            self._begun.discard(job)
 
     async def _plan_retry(self, record: JobRecord, round_: int) -> Retry:
         """What round `round_` takes back and runs, stage by stage in the order of the list."""
@@ -263,17 +301,45 @@ class Requests:
 
     async def _control(self, live: LiveJob, control: Control) -> None:
         async with live.control_lock:
-            if live.record.control is Control.CANCEL:
-                raise Refused(
-                    f"Job {live.id} is being cancelled.",
-                    remedy="Once it has ended, `batchlab job retry` runs what is left of it.",
-                )
-            data = wire.word_to_bytes(wire.Word(control))
-            put = partial(self._ports.objects.put, naming.control(live.id), data)
-            await self._ports.patience(put)
+            while True:
+                word = await self._word(live.id)
+                if word and word.control is Control.CANCEL:
+                    live.doubtful = True  # another leader's, perhaps
+                    live.poke.set()
+                if Control.CANCEL in (live.record.control, word and word.control):
+                    raise Refused(
+                        f"Job {live.id} is being cancelled.",
+                        remedy="Once it has ended, `batchlab job retry` runs what is left of it.",
+                    )
+                if await self._say(live.id, control, over=word):
+                    break
             await self._ports.ledger.set_control(live.id, control)
             live.record = replace(live.record, control=control)
             live.changed()
+
+    async def _word(self, job: JobId) -> _Spoken | None:
+        get = partial(self._ports.objects.get_if_changed, naming.control(job), None)
+        try:
+            found = await self._ports.patience(get)
+        except NotFound:
+            return None
+        return _Spoken(wire.word_from_bytes(found[0]).control, found[1]) if found else None
+
+    async def _say(self, job: JobId, control: Control, *, over: _Spoken | None) -> bool:
+        """Write the word in the place of the one that was read; False where another one, such as a
+        cancellation, has taken that meanwhile, or ours has and its answer was lost."""
+        put = partial(
+            self._ports.objects.put,
+            naming.control(job),
+            wire.word_to_bytes(wire.Word(control)),
+            if_absent=over is None,
+            if_match=over.etag if over else None,
+        )
+        try:
+            await self._ports.patience(put)
+        except (AlreadyExists, NotFound):
+            return False
+        return True
 
 
 def _content(job: JobDef, opening: definition.Opening | None) -> bytes:

@@ -360,22 +360,27 @@ def read_events_message(body: str) -> Events:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """The content of a control object. With CANCEL it says what the job ends as, and why."""
+    """The content of a control object. With CANCEL it says what the job ends as, and why, and which
+    round of it: a bucket whose ETags are hashes must tell one cancellation from the next."""
 
     control: Control
     state: JobState = JobState.CANCELLED
     reason: str = ""
+    round: int = 0
 
 
 def word_to_bytes(word: Word) -> bytes:
     doc = {"v": VERSION, "control": word.control.value}
     if word.control is Control.CANCEL:
-        doc |= {"state": word.state.value, "reason": word.reason}
+        doc |= {"state": word.state.value, "reason": word.reason, "round": word.round}
     return to_bytes(doc)
 
 
 def word_from_bytes(data: bytes) -> Word:
     doc = loads(data)
     return Word(
-        Control(doc["control"]), JobState(doc.get("state", "CANCELLED")), doc.get("reason", "")
+        Control(doc["control"]),
+        JobState(doc.get("state", "CANCELLED")),
+        doc.get("reason", ""),
+        doc.get("round", 0),
     )

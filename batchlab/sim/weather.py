@@ -265,7 +265,7 @@ class Sky:
 
     async def _lose_ledger(self, rng: random.Random) -> str | None:
         seconds = rng.uniform(*LOST_S)
-        await self._world.ledger.clear()
+        await self._world.ledger.forget()
         self._later(self._rebuild(seconds), "rebuild the ledger")
         return f"for {seconds:.3f} s"
 

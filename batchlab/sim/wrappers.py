@@ -125,7 +125,8 @@ class _Port:
             if point.request_s:
                 await asyncio.sleep(point.request_s)
             if faults is not None:
-                kind = faults.strike(point, CREATE if kwargs.get("if_absent") else label)
+                conditional = kwargs.get("if_absent") or kwargs.get("if_match")
+                kind = faults.strike(point, CREATE if conditional else label)
             if kind is None or faults is None:
                 result = await target(*args, **kwargs)
             else:
@@ -147,7 +148,7 @@ class _Port:
             self._die()
         if point.answer_s or extra_s:
             taken = result if label == "queue.receive" and kind is not FaultKind.ANSWER_LOST else []
-            await self._answer(point.answer_s + extra_s, args, taken)
+            await self._answer(point.answer_s, extra_s, args, taken)
         if kind is not None:
             self._disturbed(0.0)
         if kind is FaultKind.ANSWER_LOST:
@@ -156,9 +157,14 @@ class _Port:
             raise error
         return result
 
-    async def _answer(self, takes_s: float, args: tuple[Any, ...], taken: Sequence[Any]) -> None:
+    async def _answer(
+        self, takes_s: float, extra_s: float, args: tuple[Any, ...], taken: Sequence[Any]
+    ) -> None:
+        if extra_s:
+            # Said once more: a receive has waited for a message since its request was struck.
+            self._disturbed(extra_s)
         try:
-            await asyncio.sleep(takes_s)
+            await asyncio.sleep(takes_s + extra_s)
         except asyncio.CancelledError:
             # The port's promise: who cancels a receive swallows no message. An adapter of SQS can
             # only make it visible again; the dead cannot even do that.

@@ -18,7 +18,7 @@ from batchlab.errors import BackendError, NotFound
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.model import Control, JobId, Json, Outcome, Ran
 from batchlab.patience import Patience
-from batchlab.ports import MAX_BATCH, Clock, Message, Objects, Queue
+from batchlab.ports import MAX_BATCH, Clock, Message, Notice, Notices, Objects, Queue
 from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.sizing import BUDGET_S
 from batchlab.worker.beats import Beats, Identity
@@ -26,6 +26,7 @@ from batchlab.worker.controls import Controls
 from batchlab.worker.hand import Hand
 from batchlab.worker.inputs import Inputs
 from batchlab.worker.jobs import Jobs
+from batchlab.worker.notices import Departure, heed
 from batchlab.worker.outbox import Outbox
 from batchlab.worker.runner import Runner, Work
 from batchlab.worker.settings import WorkerSettings
@@ -56,6 +57,7 @@ class Worker:
         runner: Runner,
         patience: Patience,
         settings: WorkerSettings,
+        notices: Notices | None = None,
     ) -> None:
         self.who = who
         self._objects = objects
@@ -64,6 +66,7 @@ class Worker:
         self._runner = runner
         self._patience = patience
         self._settings = settings
+        self._notices = notices
         self._tasks_queue = naming.tasks_queue(who.pool)
         self._outbox = Outbox(queue, patience)
         self._inputs = Inputs(objects, patience)
@@ -73,6 +76,7 @@ class Worker:
         self._jobs = Jobs(objects, patience)
         self._hands: dict[str, Hand] = {}
         self._beats = Beats(who, self._hands, self._outbox, clock, settings)
+        self._departure = Departure(clock, settings.drain_s, self._hands, self._slots)
         self._tenure = Tenure(self._hands, queue, objects, clock, self._outbox, settings)
         self._executions = 0
         self._prefetch = 0
@@ -84,8 +88,10 @@ class Worker:
             objects, clock, patience, who.worker, settings.visibility_s, self._draining
         )
 
-    def drain(self) -> None:
-        """Stop receiving; finish or give back what is in hand; then `run` returns (I6)."""
+    def drain(self, notice: Notice | None = None) -> None:
+        """Stop receiving; finish or give back what is in hand, by the notice's time where there
+        is one; then `run` returns (I6)."""
+        self._departure.told(notice)
         self._draining.set()
         self._beats.leaving = True
 
@@ -99,6 +105,8 @@ class Worker:
                 group.create_task(self._beats.keep(), name="beats"),
                 group.create_task(self._suspects.keep(), name="suspects"),
             ]
+            if self._notices is not None:
+                others.append(group.create_task(heed(self._notices, self.drain), name="notices"))
             await self._draining.wait()
             fetcher.cancel()
             await self._leave()
@@ -108,17 +116,9 @@ class Worker:
         await self._runner.close()
 
     async def _leave(self) -> None:
-        for hand in list(self._hands.values()):
-            hand.handle.stop = True
-            if hand.waiting:
-                self._slots.refuse(hand.waiting)
+        self._departure.hand_back()
         self._beats.due()
-        try:
-            await asyncio.wait_for(self._empty.wait(), self._settings.drain_s)
-        except TimeoutError:
-            for hand in list(self._hands.values()):
-                hand.handle.kill = True
-            await self._empty.wait()
+        await self._departure.over(self._empty)
 
     # --- Receiving -------------------------------------------------------------------------------
 

@@ -11,6 +11,9 @@ from batchlab.adapters.sqs import SqsQueue
 from tests.contract.queue_worlds import CHECKS, QueueWorld, at_emulator
 from tests.contract.side_by_side import SideBySide
 from tests.emulators import EMULATORS
+from tests.wire_fixtures import our, ours, wire
+
+__all__ = ["our", "ours", "wire"]
 
 
 def _queue_checks(world: str) -> Callable[..., Iterator[SideBySide[QueueWorld]]]:

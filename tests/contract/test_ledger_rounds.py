@@ -15,7 +15,7 @@ from batchlab.model import (
     StageName,
     TaskSet,
 )
-from batchlab.ports import JobRecord, Reopening
+from batchlab.ports import Ending, JobRecord, Past, Reopening, Round
 from tests.contract.ledger_suite import (
     CALLS,
     INDEX,
@@ -217,3 +217,80 @@ async def test_every_call_may_be_made_twice(ledger: DumpingLedger) -> None:
             await call(ledger)
             await call(ledger)
             assert await ledger.dump() == await once.dump()
+
+
+# --- A job restored ------------------------------------------------------------------------------
+
+PAST = Past(
+    JOB,
+    JobState.SUBMITTED,
+    (
+        Round(
+            (),
+            (replace(cut(0, bundle(0, 4)), planned=10),),
+            {INDEX: 10},
+            (done(bundle(0, 4), bundle(1, 4, stage=INDEX), failed=1),),
+            ({INDEX: 1},),
+            Ending(JobState.FAILED, "no luck", 50.0, {RESIZE: 6, INDEX: 9}),
+        ),
+        Round((Reopening(RESIZE, failed=1, cancelled=6),), (), {}, (), (), None),
+    ),
+    Control.PAUSE,
+)
+
+
+async def _lived(ledger: DumpingLedger) -> None:
+    """What PAST tells, one call after the other."""
+    first = PAST.rounds[0]
+    await submit(ledger)
+    await ledger.add_cut(first.cuts[0])
+    await ledger.set_planned(JOB.id, INDEX, 10)
+    await ledger.fold(first.completions, first.casualties)
+    assert first.ending
+    await ledger.finish(
+        JOB.id, JobState.FAILED, round=0, reason="no luck", ended_s=50.0, closed=first.ending.closed
+    )
+    await ledger.reopen(JOB.id, 1, PAST.rounds[1].reopened)
+    await ledger.set_control(JOB.id, Control.PAUSE)
+    await ledger.move_job(JOB.id, JobState.PAUSED)
+
+
+@on_every_ledger
+async def test_a_job_restored_is_equal_to_one_that_has_lived(ledger: DumpingLedger) -> None:
+    await _lived(ledger)
+    grown = await ledger.dump()
+    assert await ledger.restore(PAST, over=await ledger.version(JOB.id))
+    assert await ledger.dump() == grown
+    await ledger.forget()
+    assert await ledger.version(JOB.id) == ""
+    assert await ledger.restore(PAST, over="")
+    assert await ledger.dump() == grown
+
+
+@on_every_ledger
+async def test_a_job_is_restored_only_as_it_was_seen(ledger: DumpingLedger) -> None:
+    seen = [await ledger.version(JOB.id)]
+    await submit(ledger)
+    seen.append(await ledger.version(JOB.id))
+    await ledger.add_cut(cut(0, bundle(0, 4), bundle(4, 8)))
+    seen.append(await ledger.version(JOB.id))
+    split = replace(done(bundle(0, 4)), succeeded=TaskSet(), run_s=0.0)
+    await fold(ledger, split)
+    seen.append(await ledger.version(JOB.id))
+    await fold(ledger, replace(split, bundle=bundle(4, 8)))  # in no counter
+    before = await ledger.dump()
+    for version in seen:
+        assert not await ledger.restore(PAST, over=version)
+    assert len(set(seen)) == 4
+    assert await ledger.dump() == before
+
+
+@on_every_ledger
+async def test_some_jobs_can_be_forgotten(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    before = await ledger.dump()
+    other = replace(JOB, id=JobId("photos-2"), token="other")
+    await submit(ledger, other)
+    await ledger.forget([])
+    await ledger.forget([other.id, JobId("unknown")])
+    assert await ledger.dump() == before

@@ -87,6 +87,41 @@ async def test_of_16_conditional_creates_at_once_one_wins(world: ObjectsWorld) -
 
 
 @on_every_bucket
+async def test_an_object_is_overwritten_as_it_was_seen_or_not_at_all(world: ObjectsWorld) -> None:
+    """I4: "run" that comes late must not take the place of "cancel"."""
+    run = await world.objects.put("control", b"run")
+    pause = await world.objects.put("control", b"pause", if_match=run)
+    assert await world.objects.get_if_changed("control", None) == (b"pause", pause)
+    await world.objects.put("control", b"cancel")
+    with pytest.raises(AlreadyExists) as caught:
+        await world.objects.put("control", b"run", if_match=pause)
+    assert "control" in str(caught.value)
+    assert await world.objects.get("control") == b"cancel"
+    await world.objects.delete(["control"])
+    with pytest.raises((AlreadyExists, NotFound)):
+        await world.objects.put("control", b"run", if_match=pause)
+    assert await world.keys() == []
+
+
+@on_every_bucket
+async def test_of_16_who_overwrite_what_they_have_seen_one_wins(world: ObjectsWorld) -> None:
+    for size in (10, 200_000):
+        seen = await world.objects.put("control", b"run")
+
+        async def overwrite(who: int, seen: str = seen, size: int = size) -> int | None:
+            try:
+                await world.objects.put("control", bytes([who]) * size, if_match=seen)
+            except AlreadyExists:
+                return None
+            return who
+
+        results = await asyncio.gather(*(overwrite(who) for who in range(16)))
+        winners = [who for who in results if who is not None]
+        assert len(winners) == 1
+        assert await world.objects.get("control") == bytes(winners) * size
+
+
+@on_every_bucket
 async def test_a_deleted_key_may_be_created_again(world: ObjectsWorld) -> None:
     await world.objects.put("a", b"1", if_absent=True)
     await world.objects.delete(["a"])

@@ -168,7 +168,7 @@ def test_grids_with_schemas_of_their_own_share_a_database(postgres: Postgres) ->
             assert (await one.lease("leader", "a")).owner == "a"
             assert (await two.lease("leader", "b")).owner == "b"
             await submit(two)
-            await two.clear()
+            await two.forget()
             assert (await one.job(JOB.id)).job == JOB
 
     asyncio.run(main())

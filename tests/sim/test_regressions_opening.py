@@ -33,7 +33,7 @@ async def _half_rebuilt(world: World) -> JobDef:
     await world.ask(lambda m: m.requests.submit(made, list(range(6))), "submit")
     await asyncio.sleep(3)
     kill_manager(world)
-    await world.ledger.clear()
+    await world.ledger.forget()
     await world.ledger.add_job(made, state=JobState.SUBMITTED)
     return made
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -17,9 +18,10 @@ from batchlab.sim.actors import Actor, ActorKilled, SimulationError
 from batchlab.sim.faults import Fault, FaultKind, Faults
 from batchlab.sim.log import EventLog, brief, canonical
 from batchlab.sim.loop import SimLoop
+from batchlab.sim.watch import Watch
 from batchlab.sim.wrappers import wrap
 from tests.sim.rig import INSTANT, at, caught, killed, script
-from tests.sim.toy import ToyQueue, ToyStore
+from tests.sim.toy import Entry, ToyQueue, ToyStore
 
 # --- kills ---
 
@@ -161,6 +163,35 @@ def test_when_the_run_ends_nobody_gets_a_last_word() -> None:
     loop.run(main())
     assert store.objects == {}
     assert log.lines == []
+
+
+def test_a_receive_whose_answer_is_late_is_excused_until_it_comes() -> None:
+    """Simulator, seed 2037: the excuse ended as long after the request as the answer took longer,
+    but in between the queue was waited on. The message ran out before its worker knew of it."""
+    queue, loop, excused_s = ToyQueue(), SimLoop(), list[float]()
+
+    class Notes:
+        def disturbed(self, _actor: Actor, for_s: float) -> None:
+            excused_s.append(loop.time() + for_s)
+
+        def called(self, *_: object) -> None:
+            taken_s.append(loop.time())
+
+    taken_s = list[float]()
+
+    async def main() -> float:
+        # The seed draws a delay of the answer.
+        late = [Fault("a", 1, FaultKind.DELAYED)]
+        faults = Faults.from_list(late, random.Random(1), delay_s=(30.0, 30.0))
+        port = wrap(queue, "queue", Actor("a"), faults, watch=cast(Watch, Notes()))
+        loop.call_later(15, queue.entries.update, {"m": Entry("q", "body")})
+        assert await port.receive("q")
+        return loop.time()
+
+    came_s = loop.run(main())
+    (before_s,) = taken_s
+    assert before_s + 30 < came_s < before_s + 31
+    assert max(told for told in excused_s[:-1]) > came_s - 1, "all the time, not in hindsight"
 
 
 # --- latency, pages, log ---

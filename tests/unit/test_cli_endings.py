@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from batchlab.cli import checkup, demo, output
+from batchlab.cli.findings import Level
 from batchlab.cli.summary import Phases, Summary
 from batchlab.home import Home, ManagerRecord
 from batchlab.protocol import naming, wire
@@ -120,26 +121,26 @@ def test_the_demos_totals_are_compared_with_the_facts(tmp_path: Path, wrong: str
 # --- The doctor ----------------------------------------------------------------------------------
 
 
-def levels(home: Home, backend: str = "local") -> dict[str, set[checkup.Level]]:
-    found: dict[str, set[checkup.Level]] = {}
+def levels(home: Home, backend: str = "local") -> dict[str, set[Level]]:
+    found: dict[str, set[Level]] = {}
     for one in checkup.examine(home, backend):
         found.setdefault(one.about, set()).add(one.level)
-        assert one.level is checkup.Level.OK or one.remedy or one.text
+        assert one.level is Level.OK or one.remedy or one.text
     return found
 
 
 def test_the_doctor_finds_nothing_here_and_leaves_nothing(tmp_path: Path) -> None:
     home = Home(tmp_path / "h")
     found = levels(home)
-    assert checkup.Level.FAIL not in set.union(*found.values())
+    assert Level.FAIL not in set.union(*found.values())
     assert {path.name for path in home.path.iterdir()} == {".gitignore", naming.MADE}
 
 
 def test_the_doctor_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     found = levels(Home(tmp_path / "file" / "h"), "nonsense")
-    assert found["backend"] == found["folder"] == found["sqlite"] == {checkup.Level.FAIL}
-    assert found["port"] == found["python"] == {checkup.Level.OK}
+    assert found["backend"] == found["folder"] == found["sqlite"] == {Level.FAIL}
+    assert found["port"] == found["python"] == {Level.OK}
 
     def no_links(*_: object) -> None:
         raise OSError(1, "Operation not permitted")
@@ -152,7 +153,7 @@ def test_the_doctor_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(checkup, "FAIL_BELOW_BYTES", 0)
     monkeypatch.setattr("time.time", lambda: 1.0)
     found = levels(Home(tmp_path / "h"))
-    assert found["folder"] == found["port"] == found["clock"] == {checkup.Level.FAIL}
+    assert found["folder"] == found["port"] == found["clock"] == {Level.FAIL}
 
 
 def test_the_doctor_tells_of_a_manager_that_does_not_answer(
@@ -160,4 +161,4 @@ def test_the_doctor_tells_of_a_manager_that_does_not_answer(
 ) -> None:
     record = ManagerRecord("http://127.0.0.1:9", 1, "m", "local")
     monkeypatch.setattr(Home, "record", lambda _: record)
-    assert levels(Home(tmp_path))["manager"] == {checkup.Level.FAIL}
+    assert levels(Home(tmp_path))["manager"] == {Level.FAIL}

@@ -33,8 +33,12 @@ class SimObjects:
         self.written: Callable[[str, bytes | None, bytes, bool], None] = lambda *_: None
         """Told (key, what was there before, data, if_absent) of each write."""
 
-    async def put(self, key: str, data: bytes, *, if_absent: bool = False) -> str:
+    async def put(
+        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str:
         check_key(key)
+        if if_match is not None and self._stored(key)[1] != if_match:
+            raise AlreadyExists(f"Object {key!r} is another one by now.")
         if key not in self._objects:
             self._unsorted.append(key)
         elif self._objects[key] is None:

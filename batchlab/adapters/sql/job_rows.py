@@ -7,8 +7,8 @@ counters once, since the row itself says how far it has come.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -37,7 +37,7 @@ from batchlab.model import (
     TaskSet,
     may_move,
 )
-from batchlab.ports import Cut, JobRecord, JobRows, Reopening, StageRecord, Written
+from batchlab.ports import Cut, Ending, JobRecord, JobRows, Reopening, StageRecord, Written
 from batchlab.protocol import wire
 
 US = 1_000_000
@@ -71,17 +71,6 @@ _make_void = (
     .where(bundles.c.job == bindparam("b_job"), bundles.c.stage == bindparam("b_stage"))
     .values(void=1)
 )
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """How a round of a job ended; see ports.Ledger.finish."""
-
-    state: JobState
-    round: int
-    reason: str
-    ended_s: float
-    closed: Mapping[StageName, int]
 
 
 def add_job(
@@ -216,9 +205,9 @@ def reopen(connection: Connection, job: JobId, round: int, reopened: Sequence[Re
     return True
 
 
-def finish(connection: Connection, job: JobId, end: End) -> Written:
+def finish(connection: Connection, job: JobId, round: int, end: Ending) -> Written:
     row = _job_row(connection, job)
-    if end.round != row["round"] or JobState(row["state"]).ended:
+    if round != row["round"] or JobState(row["state"]).ended:
         return Written(rows_of(connection, job), is_new=False)
     connection.execute(
         _change_job.values(

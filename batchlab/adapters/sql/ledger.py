@@ -1,7 +1,8 @@
 """The Ledger port on a SQL database.
 
 Invariant: each call is one transaction and may be repeated; the event loop never waits for the
-database, unless it asked for that (`Inline`). The statements are in job_rows and bundle_rows.
+database, unless it asked for that (`Inline`). The statements are in job_rows, bundle_rows and
+past_rows.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, Table, delete, select
 
-from batchlab.adapters.sql import bundle_rows, job_rows, migrate
+from batchlab.adapters.sql import bundle_rows, job_rows, migrate, past_rows
 from batchlab.adapters.sql.engines import (
     Inline,
     OneThread,
@@ -28,7 +29,18 @@ from batchlab.adapters.sql.troubles import translated
 from batchlab.adapters.sql.upserts import Upserts
 from batchlab.jobdef import JobDef
 from batchlab.model import Completion, Control, JobId, JobState, Json, StageName
-from batchlab.ports import BundleRecord, Cut, Folded, JobRecord, JobRows, Lease, Reopening, Written
+from batchlab.ports import (
+    BundleRecord,
+    Cut,
+    Ending,
+    Folded,
+    JobRecord,
+    JobRows,
+    Lease,
+    Past,
+    Reopening,
+    Written,
+)
 
 T = TypeVar("T")
 
@@ -113,8 +125,8 @@ class SqlLedger:
         closed: Mapping[StageName, int],
     ) -> Written:
         """Changes nothing either where the job is in another round: then it is not its end."""
-        end = job_rows.End(state, round, reason, ended_s, closed)
-        return await self._write(lambda c: job_rows.finish(c, job, end))
+        end = Ending(state, reason, ended_s, closed)
+        return await self._write(lambda c: job_rows.finish(c, job, round, end))
 
     # --- Stages and bundles ----------------------------------------------------------------------
 
@@ -174,12 +186,16 @@ class SqlLedger:
         ours = delete(leases).where(leases.c.name == name, leases.c.owner == owner)
         await self._write(lambda c: c.execute(ours))
 
-    async def clear(self) -> None:
-        def delete_all(connection: Connection) -> None:
-            for table in (bundles, stages, jobs):
-                connection.execute(delete(table))
+    async def version(self, job: JobId) -> str:
+        return await self._read(lambda c: past_rows.version(c, job))
 
-        await self._write(delete_all, quick=False)
+    async def restore(self, past: Past, *, over: str) -> bool:
+        return await self._write(
+            lambda c: past_rows.restore(c, self._upserts, past, over), quick=False
+        )
+
+    async def forget(self, jobs: Sequence[JobId] | None = None) -> None:
+        await self._write(lambda c: past_rows.forget(c, jobs), quick=False)
 
     async def dump(self) -> dict[str, Json]:
         """Everything the ledger says of its jobs: equal for two ledgers that have seen the same,

@@ -99,7 +99,7 @@ Index(
     bundles.c.failed,
 )
 
-# The last `seq` given. Not max(seq), which would start again after `clear` and hide everything
+# The last `seq` given. Not max(seq), which would start again after `forget` and hide everything
 # from a reader that goes on after the last seq it saw.
 counters = Table(
     "counters",

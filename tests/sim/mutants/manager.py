@@ -21,7 +21,7 @@ from batchlab.manager.plans import PartWriter
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.requests import Requests
 from batchlab.model import Completion, Control, JobId, StageCounts, StageName, TaskSet
-from batchlab.ports import Cut, Depth, JobRecord, Written
+from batchlab.ports import Cut, Depth, JobRecord, Round, Written
 from batchlab.protocol import naming, settle, wire
 from batchlab.worker.inputs import Manifest
 from tests.sim.mutants.kit import Plant, planted
@@ -252,19 +252,22 @@ def new_leader_expects_nothing(plant: Plant) -> None:
 @planted("I3")
 def rebuild_forgets_casualties(plant: Plant) -> None:
     """A rebuild folds what the outcomes say, and not what they make impossible further on (I3)."""
-    original = rebuild._rebuild_round
+    original = rebuild._round
 
     @plant.everywhere(original)
-    async def _rebuild_round(
-        ports: Ports,
-        job: JobDef,
-        round_: int,
-        cuts: list[Cut],
-        completions: list[Completion],
-    ) -> None:
-        alone = replace(job, stages=tuple(replace(s, after=()) for s in job.stages))
-        for cut in cuts:
-            for stage in job.fed_by(cut.stage):
-                if cut.planned is not None:
-                    await ports.ledger.set_planned(job.id, stage.name, cut.planned)
-        await original(ports, alone, round_, cuts, completions)
+    async def _round(
+        ports: Ports, job: JobDef, number: int, retry: requests.Retry, found: rebuild._Found
+    ) -> Round:
+        whole = await original(ports, job, number, retry, found)
+        return replace(whole, casualties=[{} for _ in whole.casualties])
+
+
+@planted("I1", "I2", "I3", "I7")
+def rebuild_over_what_has_happened_meanwhile(plant: Plant) -> None:
+    """A job is restored as the bucket was read, whatever the ledger has heard of it since. A cut, a
+    retry or an end that came in between is lost to it (I3, I7)."""
+
+    @plant.everywhere(rebuild._rebuild_job)
+    async def _rebuild_job(ports: Ports, job: JobId) -> None:
+        past = await rebuild._past(ports, job)
+        await ports.ledger.restore(past, over=await ports.ledger.version(job))

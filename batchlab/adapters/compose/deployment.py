@@ -1,0 +1,137 @@
+"""Where the parts of a grid in containers are: one private network, one address per part.
+
+Invariant: an address means the same from the host and from every container, so a queue's URL that
+works on one side works on the other.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import secrets
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from batchlab.errors import BackendError, UsageError
+from batchlab.home import Home
+
+NAME = "localstack"
+"""The backend whose folder in the home this is kept in."""
+
+MANAGER_PORT = 8080
+AUTOSCALING_PORT = 8000
+METADATA_PORT = 8001
+POSTGRES_PORT = 5432
+
+TEMPLATE = "worker-{pool}"
+"""A pool's launch template."""
+ZONES = ("us-east-1a", "us-east-1b", "us-east-1c")
+
+HOME = "/var/lib/batchlab"
+"""The home, as the manager and the Auto Scaling endpoint see it."""
+
+_BLOCK = [f"10.213.{n}" for n in range(64, 256)]
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What a grid in containers is called, and where it is.
+
+    `subnet` is the first three numbers of its network's addresses. `user` is the "uid:gid" that
+    the manager and the workers run as.
+    """
+
+    project: str
+    subnet: str
+    image: str
+    user: str
+
+    @property
+    def manager_host(self) -> str:
+        return f"{self.subnet}.13"
+
+    @property
+    def manager_url(self) -> str:
+        return f"http://{self.manager_host}:{MANAGER_PORT}"
+
+    @property
+    def autoscaling_url(self) -> str:
+        return f"http://{self.subnet}.12:{AUTOSCALING_PORT}"
+
+    @property
+    def metadata_url(self) -> str:
+        """What AWS_EC2_METADATA_SERVICE_ENDPOINT is in an instance."""
+        return f"http://{self.subnet}.12:{METADATA_PORT}"
+
+    def storage_url(self, port: int) -> str:
+        """Of this grid's own LocalStack."""
+        # It reads AWS_ENDPOINT_URL, so it is asked for what it adds to a host only.
+        from localstack_client.config import parse_localstack_host
+
+        host, given = parse_localstack_host(f"{self.subnet}.10:{port}")
+        return f"http://{host}:{given}"
+
+    def postgres_url(self, password: str) -> str:
+        """Of the ledger; never to be shown."""
+        return f"postgresql://batchlab:{password}@{self.subnet}.11:{POSTGRES_PORT}/batchlab"
+
+
+def folder(home: Home) -> Path:
+    """What the backend keeps in a home."""
+    return home.of(NAME)
+
+
+def password_file(home: Home) -> Path:
+    """PostgreSQL's password. Its folder is the owner's alone, the file itself is not: a service
+    that runs as another user reads it where it is mounted."""
+    return folder(home) / "secrets" / "postgres"
+
+
+def read(home: Home) -> Deployment | None:
+    """The deployment of this home, None where there is none; BackendError where its file holds
+    something else."""
+    path = folder(home) / "deployment.json"
+    try:
+        return Deployment(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise BackendError(
+            f"{path} cannot be read: {error}.",
+            remedy="Sweep what is left with `batchlab gc`, then delete the file.",
+        ) from error
+
+
+def write(home: Home, deployment: Deployment) -> None:
+    """Keep it, with a password of its own where there is none yet; whole or not at all."""
+    here = folder(home)
+    here.mkdir(parents=True, exist_ok=True)
+    password = password_file(home)
+    password.parent.mkdir(mode=0o700, exist_ok=True)
+    if not password.exists():
+        password.write_text(secrets.token_urlsafe(24))
+        password.chmod(0o444)
+    staged = here / "deployment.json.new"
+    staged.write_text(json.dumps(asdict(deployment), indent=1))
+    staged.replace(here / "deployment.json")
+
+
+def forget(home: Home) -> None:
+    """After everything of it is gone."""
+    (folder(home) / "deployment.json").unlink(missing_ok=True)
+    password_file(home).unlink(missing_ok=True)
+
+
+def free_subnet(taken: Iterable[str]) -> str:
+    """The first of our blocks that overlaps none of the networks `taken` ("10.0.0.0/8");
+    UsageError where there is none."""
+    networks = [ipaddress.ip_network(one, strict=False) for one in taken]
+    for block in _BLOCK:
+        wanted = ipaddress.ip_network(f"{block}.0/24")
+        if not any(wanted.overlaps(one) for one in networks if one.version == wanted.version):
+            return block
+    raise UsageError(
+        "All networks from 10.213.64.0/24 to 10.213.255.0/24 are taken.",
+        remedy="`batchlab gc` sweeps what grids have left behind.",
+    )

@@ -1,0 +1,396 @@
+"""Instances that are containers: the Launcher port over a Docker Engine.
+
+Invariant: Docker's own list, by label, is the record of what there is. So a launcher that was
+killed leaves nothing that the next one does not find, and a container that nobody remembers is
+still in the sweep of its labels.
+
+What Docker cannot keep is when a draining instance has to be gone; that is in
+`<folder>/ending/<instance>.json`. `<folder>/logs/<instance>.log` is what an ended one printed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from batchlab.adapters import docker_container as calls
+from batchlab.adapters.docker_container import Template
+from batchlab.adapters.docker_engine import Engine, EventStream, remove_container
+from batchlab.adapters.imds_tree import Metadata, Signals
+from batchlab.adapters.process import KEEP_ENDED_S
+from batchlab.catalogue import Catalogue
+from batchlab.errors import AlreadyExists, BackendError, NotFound, Unreachable, UsageError
+from batchlab.model import Machine, Pool
+from batchlab.ports import ANY_MACHINE, Clock
+
+__all__ = ["ContainerLauncher", "Template"]
+
+log = logging.getLogger(__name__)
+
+_LIVING = ("running", "paused", "restarting")
+
+
+@dataclass(slots=True)
+class _Container:
+    """What is known of one. `id` is "" while it is being created."""
+
+    instance: str
+    id: str = ""
+    booted_s: float = 0.0
+    """When it is to start, epoch."""
+    boot: asyncio.Task[None] | None = None
+    asleep: bool = False
+    """Not started yet, and not just being started."""
+    asked: bool = False
+    due_s: float | None = None
+    """When it is killed; the loop's time."""
+    kill: asyncio.TimerHandle | None = None
+    killing: asyncio.Task[None] | None = None
+    ended: str | None = None
+    ended_s: float = 0.0
+    """Monotonic."""
+
+
+class ContainerLauncher:
+    """The Launcher port over containers; one at a time per set of `labels`.
+
+    `labels` are on everything it makes and say whose it is (`batchlab.grid=<grid>`). `template`
+    gives a pool's. A container gets the figures of its machine's type times `scale`. It is
+    created at once and started `boot_s` later, which is how long a machine would take to boot.
+    `changed` is set as soon as any of them ends; whoever waits clears it. `signals` says what the
+    metadata service tells an instance about its future.
+    """
+
+    def __init__(
+        self,
+        template: Callable[[Pool], Template],
+        catalogue: Catalogue,
+        clock: Clock,
+        folder: Path,
+        *,
+        grid: str,
+        labels: Mapping[str, str],
+        engine: Engine | None = None,
+        scale: float = 1.0,
+        boot_s: float = 0.0,
+        signals: Callable[[str], Signals] = lambda _: Signals(),
+    ) -> None:
+        self.changed = asyncio.Event()
+        self.engine = engine or Engine()
+        self._template = template
+        self._catalogue = catalogue
+        self._clock = clock
+        self._endings = folder / "ending"
+        self._logs = folder / "logs"
+        self._grid = grid
+        self._labels = dict(labels)
+        self._scale = scale
+        self._boot_s = boot_s
+        self._signals = signals
+        self._known: dict[str, _Container] = {}
+        self._has_looked = False
+        self._is_closing = False
+        self._looking = asyncio.Lock()
+        self._events: EventStream | None = None
+        self._happened = 0
+        self._standing: tuple[int, Mapping[str, Metadata]] = (-1, {})
+
+    # --- The port --------------------------------------------------------------------------------
+
+    async def launch(self, pool: Pool, instance: str, machine: Machine = ANY_MACHINE) -> None:
+        """As the port says; BackendError where the container cannot be created, AlreadyExists
+        where the id was used in the last minutes. One that cannot be started ends and says so."""
+        await self._adopt_all()
+        if instance in self._known:
+            raise AlreadyExists(f"instance {instance} exists already")
+        booted_s = self._clock.now_s() + self._boot_s
+        asked = self._settings(pool, instance, machine, booted_s)
+        name = f"batchlab-{self._grid}-{instance}"
+        container = self._known[instance] = _Container(instance, booted_s=booted_s)
+        try:
+            container.id = await self.engine.run(
+                f"The container {name}", partial(calls.create, name, asked)
+            )
+        except BaseException:
+            del self._known[instance]
+            raise
+        self._boot(container)
+
+    async def terminate(self, instance: str, *, grace_s: float) -> None:
+        """As the port says. Asked again, the earlier of the two deadlines holds; an instance that
+        is unknown or has ended is left alone. BackendError where Docker does not pass the signal
+        on; the deadline holds all the same."""
+        await self._adopt_all()
+        container = self._known.get(instance)
+        if container is None or container.ended is not None:
+            return
+        due_s = asyncio.get_running_loop().time() + grace_s
+        if container.due_s is None or due_s < container.due_s:
+            # Before the signal: should we die in between, the next launcher sends it.
+            self._note(container, grace_s)
+            self._arm(container, due_s)
+        if container.asleep:
+            await self._call_off(container)
+        else:
+            await self._ask(container)
+
+    async def running(self) -> Mapping[str, str | None]:
+        """As the port says; the end of an instance is remembered for ten minutes, as long as its
+        container stays. Unreachable while Docker does not answer."""
+        await self._look()
+        return {name: container.ended for name, container in self._known.items()}
+
+    async def close(self, *, kill: bool) -> None:
+        """Let go of every instance; with `kill` end all at once and leave no container."""
+        self._is_closing = True
+        for container in self._known.values():
+            for handle in (container.kill, container.boot, container.killing):
+                if handle is not None:
+                    handle.cancel()
+        try:
+            if kill:
+                await self._look()
+                await asyncio.gather(*map(self._remove, list(self._known.values())))
+        finally:
+            if self._events is not None:
+                await asyncio.to_thread(self._events.close)
+            await self.engine.close()
+
+    # --- For the metadata service ----------------------------------------------------------------
+
+    async def metadata(self, address: str) -> Metadata | None:
+        """The instance that has this address now, with its signals; None where none has,
+        Unreachable while Docker does not answer."""
+        found = (await self._by_address()).get(address)
+        return found and replace(found, signals=self._signals(found.instance))
+
+    async def _by_address(self) -> Mapping[str, Metadata]:
+        # An address goes from one container to the next, so what was seen counts only until
+        # Docker tells of any event.
+        await self._adopt_all()
+        happened, known = self._standing
+        if happened == self._happened and self._events is not None and self._events.stands:
+            return known
+        happened = self._happened
+        found: dict[str, Metadata] = {}
+        for row in await self._list(all_=False):
+            for network in row["NetworkSettings"]["Networks"].values():
+                if address := network["IPAddress"]:
+                    found[address] = calls.metadata_of(row, address)
+        self._standing = happened, found
+        return found
+
+    # --- Creating and starting -------------------------------------------------------------------
+
+    def _settings(
+        self, pool: Pool, instance: str, machine: Machine, booted_s: float
+    ) -> Mapping[str, Any]:
+        template = self._template(pool)
+        kind = machine.type or template.type
+        try:
+            share = self._catalogue.share(kind, self._scale) if kind else None
+        except UsageError as error:
+            # A group names it, so to the fleet this is a launch that failed.
+            raise BackendError(error.message, remedy=error.remedy) from error
+        env = calls.environment(template, pool, instance, machine, kind)
+        tags = calls.labels(pool, instance, machine, kind, self._clock.now_s(), booted_s)
+        return calls.settings(
+            template, instance, share, env, {**template.labels, **self._labels, **tags}
+        )
+
+    def _boot(self, container: _Container) -> None:
+        container.asleep = True
+        container.boot = asyncio.create_task(self._start(container), name="boot")
+
+    async def _start(self, container: _Container) -> None:
+        wait_s = min(self._boot_s, container.booted_s - self._clock.now_s())
+        try:
+            await asyncio.sleep(max(0.0, wait_s))
+            container.asleep = False
+            await self._run(container, partial(calls.start, container.id))
+            if container.due_s is not None:
+                # What `terminate` sent meanwhile was for nobody.
+                container.asked = False
+                await self._ask(container)
+        except Unreachable as error:
+            log.warning("%s The next look tries again.", error)
+        except BackendError as error:
+            self._over(container, f"cannot be started: {error}")
+        finally:
+            container.asleep = False
+            container.boot = None
+
+    async def _call_off(self, container: _Container) -> None:
+        """End one that has not been started."""
+        if container.boot is not None:
+            container.boot.cancel()
+        self._over(container, "exit -15")
+        await self._remove(container)
+
+    # --- Ending ----------------------------------------------------------------------------------
+
+    async def _run(self, container: _Container, call: Callable[[Any], object]) -> Any:
+        return await self.engine.run(f"Instance {container.instance}", call)
+
+    async def _ask(self, container: _Container) -> None:
+        if not container.asked:
+            await self._run(container, lambda api: calls.signal(container.id, "SIGTERM", api))
+            container.asked = True
+
+    def _arm(self, container: _Container, due_s: float) -> None:
+        container.due_s = due_s
+        if container.kill is not None:
+            container.kill.cancel()
+        container.kill = asyncio.get_running_loop().call_at(due_s, self._kill, container)
+
+    def _kill(self, container: _Container) -> None:
+        if container.ended is None and container.killing is None:
+            container.killing = asyncio.create_task(self._killed(container), name="kill")
+
+    async def _killed(self, container: _Container) -> None:
+        try:
+            await self._run(container, lambda api: calls.signal(container.id, "SIGKILL", api))
+        except BackendError as error:
+            log.warning("%s The next look tries again.", error)
+        finally:
+            container.killing = None
+
+    async def _remove(self, container: _Container) -> None:
+        """Remove the container, dead or alive, keeping what it printed."""
+        if container.ended is None:
+            await self._run(container, lambda api: calls.signal(container.id, "SIGKILL", api))
+            await self._bury(container)
+        await self._run(container, lambda api: remove_container(api, container.id))
+        self._ending(container).unlink(missing_ok=True)
+
+    def _over(self, container: _Container, ended: str) -> None:
+        container.ended = ended
+        container.ended_s = self._clock.monotonic_s()
+        if container.kill is not None:
+            container.kill.cancel()
+        self.changed.set()
+
+    def _is_late(self, container: _Container) -> bool:
+        return container.due_s is not None and asyncio.get_running_loop().time() >= container.due_s
+
+    # What an earlier launcher wanted gone, and by when (epoch seconds).
+
+    def _ending(self, container: _Container) -> Path:
+        return self._endings / f"{container.instance}.json"
+
+    def _note(self, container: _Container, grace_s: float) -> None:
+        self._endings.mkdir(parents=True, exist_ok=True)
+        note = {"container": container.id, "by_s": self._clock.now_s() + grace_s}
+        fresh = self._endings / f"{container.instance}.new"
+        fresh.write_text(json.dumps(note))
+        fresh.replace(self._ending(container))
+
+    def _noted(self, container: _Container) -> float | None:
+        try:
+            note = json.loads(self._ending(container).read_text())
+            return float(note["by_s"]) if note["container"] == container.id else None
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            # Cut short by a power failure, but only who wants it gone writes such a file.
+            return self._clock.now_s()
+
+    # --- Looking ---------------------------------------------------------------------------------
+
+    async def _adopt_all(self) -> None:
+        """The first call takes over what earlier launchers left."""
+        if not self._has_looked:
+            await self._look()
+
+    async def _look(self) -> None:
+        """Bring what is known up to what Docker says."""
+        if self._events is None:
+            self._events = EventStream(self.engine, partial(self._tell, asyncio.get_running_loop()))
+        async with self._looking:
+            before = [c for c in self._known.values() if c.id and c.ended is None]
+            rows = await self._list(all_=True)
+            for row in sorted(rows, key=lambda row: float(row["Labels"].get(calls.LAUNCHED, 0))):
+                await self._see(row)
+            there = {row["Id"] for row in rows}
+            for container in before:
+                if container.id not in there and container.ended is None:
+                    self._over(container, "its container was removed")
+            await self._forget()
+            self._has_looked = True
+
+    async def _list(self, *, all_: bool) -> Sequence[Mapping[str, Any]]:
+        wanted = [f"{name}={value}" for name, value in self._labels.items()]
+        filters = {"label": [*wanted, calls.INSTANCE]}
+        return await self.engine.run(
+            "The instances", lambda api: api.containers(all=all_, filters=filters)
+        )
+
+    async def _see(self, row: Mapping[str, Any]) -> None:
+        container = self._known.get(row["Labels"][calls.INSTANCE])
+        if container is None:
+            container = self._adopt(row)
+        if container.id != row["Id"] or container.ended is not None:
+            return
+        if row["State"] == "created":
+            if container.boot is not None or self._is_closing:
+                return
+            if container.due_s is None:
+                self._boot(container)
+            else:
+                await self._call_off(container)
+        elif row["State"] not in _LIVING:
+            await self._bury(container)
+        elif self._is_late(container):
+            self._kill(container)
+        elif container.due_s is not None:
+            await self._ask(container)
+
+    def _adopt(self, row: Mapping[str, Any]) -> _Container:
+        labels = row["Labels"]
+        container = _Container(
+            labels[calls.INSTANCE], row["Id"], float(labels.get(calls.BOOTED, 0))
+        )
+        self._known[container.instance] = container
+        by_s = self._noted(container)
+        if by_s is not None:
+            left_s = max(0.0, by_s - self._clock.now_s())
+            self._arm(container, asyncio.get_running_loop().time() + left_s)
+        return container
+
+    async def _bury(self, container: _Container) -> None:
+        log_file = self._logs / f"{container.instance}.log"
+        try:
+            state = await self._run(container, partial(calls.bury, container.id, log_file))
+        except NotFound:
+            return  # removed a moment ago; the next look misses it
+        self._over(container, calls.how(state, killed=self._is_late(container)))
+        self._ending(container).unlink(missing_ok=True)
+
+    async def _forget(self) -> None:
+        now_s = self._clock.monotonic_s()
+        for name, container in list(self._known.items()):
+            if container.ended is not None and now_s - container.ended_s > KEEP_ENDED_S:
+                await self._remove(container)
+                del self._known[name]
+
+    def _tell(self, loop: asyncio.AbstractEventLoop, event: Mapping[str, Any] | None) -> None:
+        # A loop that was closed without us has nobody left to tell.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._seen, event)
+
+    def _seen(self, event: Mapping[str, Any] | None) -> None:
+        self._happened += 1
+        if event is None:
+            self.changed.set()
+            return
+        attributes = event.get("Actor", {}).get("Attributes", {})
+        is_ours = self._labels.items() <= attributes.items()
+        if is_ours and event.get("Action") in ("die", "destroy"):
+            self.changed.set()

@@ -1,0 +1,71 @@
+"""A job's rows made anew, as what the bucket says of it would have made them.
+
+Invariant: within one transaction, so nobody sees a job half restored; and by the same statements
+as it came to them in the first place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, delete, func, select
+
+from batchlab.adapters.sql import bundle_rows, job_rows
+from batchlab.adapters.sql.tables import bundles, jobs, stages
+from batchlab.adapters.sql.upserts import Upserts
+from batchlab.errors import NotFound
+from batchlab.model import Control, JobId, JobState
+from batchlab.ports import Past, Round
+
+_FOLDED_AT_ONCE = 100
+
+
+def version(connection: Connection, job: JobId) -> str:
+    try:
+        rows = job_rows.rows_of(connection, job)
+    except NotFound:
+        return ""
+    # Not every outcome that is folded shows in the counters.
+    last = select(func.max(bundles.c.seq)).where(bundles.c.job == job)
+    told = repr((rows, connection.execute(last).scalar_one()))
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def restore(connection: Connection, upserts: Upserts, past: Past, over: str) -> bool:
+    job = past.job.id
+    if version(connection, job) != over:
+        return False
+    forget(connection, [job])
+    job_rows.add_job(connection, upserts, past.job, past.state, None)
+    for number, one in enumerate(past.rounds):
+        if number:
+            job_rows.reopen(connection, job, number, one.reopened)
+        _restore_round(connection, upserts, job, number, one)
+    job_rows.set_control(connection, job, past.control)
+    if past.control is Control.PAUSE:
+        job_rows.move_job(connection, job, JobState.PAUSED, "")
+    return True
+
+
+def _restore_round(
+    connection: Connection, upserts: Upserts, job: JobId, number: int, one: Round
+) -> None:
+    for cut in one.cuts:
+        if job_rows.take_cut(connection, cut):
+            bundle_rows.plan(connection, upserts, cut.bundles)
+    for stage, planned in one.planned.items():
+        job_rows.set_planned(connection, job, stage, planned)
+    for i in range(0, len(one.completions), _FOLDED_AT_ONCE):
+        some = slice(i, i + _FOLDED_AT_ONCE)
+        bundle_rows.fold(connection, upserts, one.completions[some], one.casualties[some])
+    if one.ending:
+        job_rows.finish(connection, job, number, one.ending)
+
+
+def forget(connection: Connection, which: Sequence[JobId] | None) -> None:
+    for table, column in ((bundles, bundles.c.job), (stages, stages.c.job), (jobs, jobs.c.id)):
+        if which is None:
+            connection.execute(delete(table))
+        else:
+            connection.execute(delete(table).where(column.in_(which)))

@@ -1,0 +1,243 @@
+"""AWS's query protocol, from the service's side: a form in, XML out, both by the service's model.
+
+Invariant: nothing here knows any action. What botocore's serializer sends comes back from `parse`,
+and what `result` writes botocore's parser reads, for every operation of the model.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import parse_qsl
+from xml.sax.saxutils import escape
+
+from botocore.model import (
+    ListShape,
+    MapShape,
+    OperationModel,
+    ServiceModel,
+    Shape,
+    StructureShape,
+)
+
+from batchlab.asg.fault import Blame, Fault, sent_wrong
+
+MAX_FIELDS = 10_000
+MAX_DEPTH = 32
+_Tree = dict[str, Any]
+_TRUTH = {"true": True, "false": False}
+_WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_VALUE = ""
+"""Where a field's own text lies among those whose names go on after it."""
+
+
+def parse(service: ServiceModel, form: str) -> tuple[OperationModel, dict[str, Any]]:
+    """The operation that a form asks for, with its parameters; Fault for what is none.
+
+    Parameters that the model does not have are left out, as AWS does.
+    """
+    try:
+        fields = dict(
+            parse_qsl(form, keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="strict")
+        )
+    except ValueError as error:
+        raise Fault("MalformedQueryString", "The query string cannot be read.") from error
+    operation = _operation(service, fields.pop("Action", ""), fields.pop("Version", ""))
+    if not isinstance(operation.input_shape, StructureShape):
+        return operation, {}
+    return operation, _structure(operation.input_shape, _tree(fields), "") or {}
+
+
+def _operation(service: ServiceModel, action: str, version: str) -> OperationModel:
+    if not action:
+        raise Fault("MissingAction", "The request has no action.")
+    if action not in service.operation_names or version != service.api_version:
+        raise Fault(
+            "InvalidAction",
+            f"Could not find operation {action} for version {version or 'NO_VERSION'}",
+        )
+    return service.operation_model(action)
+
+
+def _tree(fields: Mapping[str, str]) -> _Tree:
+    """`{"A.member.1": "x"}` as `{"A": {"member": {"1": {"": "x"}}}}`."""
+    root: _Tree = {}
+    for name, text in fields.items():
+        steps = name.split(".")
+        if len(steps) > MAX_DEPTH:
+            raise Fault("MalformedInput", f"The field {name[:100]!r} is nested too deeply.")
+        node = root
+        for step in steps:
+            node = node.setdefault(step, {})
+        node[_VALUE] = text
+    return root
+
+
+def _value(shape: Shape, node: _Tree, path: str) -> Any:
+    """What is sent at `path`; None where that is nothing."""
+    if isinstance(shape, StructureShape):
+        return _structure(shape, node, path)
+    if isinstance(shape, ListShape):
+        return _list(shape, node, path)
+    if isinstance(shape, MapShape):
+        return _map(shape, node, path)
+    if _VALUE not in node:
+        return None
+    with sent_wrong(path):
+        return _scalar(shape, node[_VALUE])
+
+
+def _structure(shape: StructureShape, node: _Tree, path: str) -> dict[str, Any] | None:
+    found = {}
+    for name, member in shape.members.items():
+        wire = member.serialization.get("name", name)
+        if isinstance(member, ListShape) and member.serialization.get("flattened"):
+            # Its entries have their own name, and where there are none it has its own.
+            entries = member.member.serialization.get("name", wire)
+            wire = entries if entries in node else wire
+        if wire in node:
+            value = _value(member, node[wire], f"{path}.{name}" if path else name)
+            if value is not None:
+                found[name] = value
+    return found or None
+
+
+def _list(shape: ListShape, node: _Tree, path: str) -> list[Any] | None:
+    entries = node
+    if not shape.serialization.get("flattened"):
+        entries = node.get(shape.member.serialization.get("name", "member"), {})
+    found = [_value(shape.member, entry, path) for _, entry in _numbered(entries, path)]
+    if found:
+        return [value if value is not None else {} for value in found]
+    return [] if _VALUE in node else None
+
+
+def _map(shape: MapShape, node: _Tree, path: str) -> dict[str, Any] | None:
+    entries = node if shape.serialization.get("flattened") else node.get("entry", {})
+    key_name = shape.key.serialization.get("name", "key")
+    value_name = shape.value.serialization.get("name", "value")
+    found = {
+        _value(shape.key, entry.get(key_name, {}), path): _value(
+            shape.value, entry.get(value_name, {}), path
+        )
+        for _, entry in _numbered(entries, path)
+    }
+    return found or None
+
+
+def _numbered(entries: _Tree, path: str) -> Iterable[tuple[int, _Tree]]:
+    with sent_wrong(path):
+        return sorted((int(number), entry) for number, entry in entries.items() if number != _VALUE)
+
+
+def _scalar(shape: Shape, text: str) -> Any:
+    match shape.type_name:
+        case "integer" | "long":
+            if not _WHOLE.fullmatch(text):
+                raise ValueError(text)
+            return int(text)
+        case "float" | "double":
+            return float(text)
+        case "boolean":
+            if text.lower() not in _TRUTH:
+                raise ValueError(text)
+            return _TRUTH[text.lower()]
+        case "timestamp":
+            at = datetime.fromisoformat(text)
+            return at if at.tzinfo else at.replace(tzinfo=UTC)
+        case "blob":
+            return base64.b64decode(text, validate=True)
+    return text
+
+
+def result(operation: OperationModel, answer: Mapping[str, Any], request_id: str) -> bytes:
+    """The body of a successful answer; ValueError where it is not of the operation's shape, which
+    is a defect."""
+    name, shape = operation.name, operation.output_shape
+    inner = ""
+    if shape is not None:
+        inner = _written(shape, answer)
+        if wrapper := shape.serialization.get("resultWrapper"):
+            inner = f"<{wrapper}>{inner}</{wrapper}>"
+    elif answer:
+        raise ValueError(f"{name} has no answer, and was given {sorted(answer)}")
+    told = f"<ResponseMetadata><RequestId>{request_id}</RequestId></ResponseMetadata>"
+    return _document(f"{name}Response", operation.service_model, inner + told)
+
+
+def refusal(service: ServiceModel, fault: Fault, blame: Blame, request_id: str) -> bytes:
+    """The body of an answer that refuses."""
+    kind = "Sender" if blame.is_senders else "Receiver"
+    error = f"<Type>{kind}</Type><Code>{_text(fault.code)}</Code>"
+    error += f"<Message>{_text(fault.message)}</Message>"
+    told = f"<RequestId>{request_id}</RequestId>"
+    return _document("ErrorResponse", service, f"<Error>{error}</Error>{told}")
+
+
+def _document(root: str, service: ServiceModel, inner: str) -> bytes:
+    namespace = service.metadata.get("xmlNamespace", "")
+    return f'<{root} xmlns="{namespace}">{inner}</{root}>'.encode()
+
+
+def _element(name: str, shape: Shape, value: Any) -> str:
+    """`value` as an element of this name, or as several where a flattened list or map says so."""
+    flattened = bool(shape.serialization.get("flattened"))
+    if isinstance(shape, ListShape):
+        own = shape.member.serialization.get("name")
+        if flattened:
+            return "".join(_element(own or name, shape.member, one) for one in value)
+        inner = "".join(_element(own or "member", shape.member, one) for one in value)
+    elif isinstance(shape, MapShape):
+        entry = name if flattened else "entry"
+        inner = "".join(f"<{entry}>{one}</{entry}>" for one in _entries(shape, value))
+        if flattened:
+            return inner
+    else:
+        inner = _written(shape, value)
+    return f"<{name}>{inner}</{name}>"
+
+
+def _entries(shape: MapShape, value: Mapping[str, Any]) -> Iterable[str]:
+    key_name = shape.key.serialization.get("name", "key")
+    value_name = shape.value.serialization.get("name", "value")
+    for key, one in value.items():
+        yield _element(key_name, shape.key, key) + _element(value_name, shape.value, one)
+
+
+def _written(shape: Shape, value: Any) -> str:
+    if isinstance(shape, StructureShape):
+        return _members(shape, value)
+    match shape.type_name:
+        case "boolean":
+            return "true" if value else "false"
+        case "timestamp":
+            at = value.astimezone(UTC).isoformat(timespec="milliseconds")
+            return str(at).removesuffix("+00:00") + "Z"
+        case "blob":
+            return base64.b64encode(value).decode()
+        case "string":
+            if not isinstance(value, str):
+                raise ValueError(f"{shape.name} is a string, and was given {value!r}")
+    return _text(str(value))
+
+
+def _members(shape: StructureShape, answer: Mapping[str, Any]) -> str:
+    given = {name: value for name, value in answer.items() if value is not None}
+    unknown = given.keys() - shape.members.keys()
+    missing = set(shape.required_members) - given.keys()
+    if unknown or missing:
+        raise ValueError(f"{shape.name}: unknown {sorted(unknown)}, missing {sorted(missing)}")
+    return "".join(
+        _element(member.serialization.get("name", name), member, given[name])
+        for name, member in shape.members.items()
+        if name in given
+    )
+
+
+def _text(text: str) -> str:
+    # A carriage return that is not escaped is a newline to whoever reads XML.
+    return escape(_NOT_XML.sub("\ufffd", text), {"\r": "&#13;"})

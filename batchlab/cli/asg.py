@@ -1,0 +1,193 @@
+"""`batchlab asg serve`: Auto Scaling groups on this machine, for whoever speaks AWS's protocol.
+
+Invariant: what listens beyond this machine without checking signatures says so.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from batchlab.cli import output
+from batchlab.cli.options import HomeOption, JsonOption, home_of
+from batchlab.errors import UsageError
+
+if TYPE_CHECKING:
+    from batchlab.asg.signature import Key
+
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+_HERE = ("127.0.0.1", "::1", "localhost")
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def asg_() -> None:
+    """Auto Scaling groups whose instances are processes or containers of this machine.
+
+    \b
+    Example: batchlab asg serve --templates templates.toml
+    """
+
+
+@app.command()
+def serve(
+    templates: Annotated[
+        Path,
+        typer.Option(
+            "--templates",
+            metavar="FILE",
+            help="Launch templates, as TOML; read again when it changes.",
+            show_default=False,
+        ),
+    ],
+    state: Annotated[
+        Path, typer.Option("--state", metavar="DIR", help="Folder that the groups are kept in.")
+    ] = Path(".batchlab/asg"),
+    launcher: Annotated[
+        str,
+        typer.Option("--launcher", metavar="NAME", help="What an instance is: process, docker."),
+    ] = "process",
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", min=0, help="Port to listen on; 0: any free one.")
+    ] = 0,
+    drain: Annotated[
+        float,
+        typer.Option(
+            "--drain", metavar="SECONDS", min=0, help="How long an instance may take to end."
+        ),
+    ] = 30.0,
+    grid: Annotated[
+        str, typer.Option("--grid", metavar="NAME", help="What containers are labelled with.")
+    ] = "asg",
+    scale: Annotated[
+        float,
+        typer.Option(
+            "--scale",
+            metavar="SHARE",
+            min=0.01,
+            max=1,
+            help="A container's share of its instance type's processors and memory.",
+        ),
+    ] = 1.0,
+    metadata_port: Annotated[
+        int | None,
+        typer.Option(
+            "--metadata-port",
+            metavar="N",
+            min=0,
+            help="Port of the containers' instance metadata service; none unless said.",
+            show_default=False,
+        ),
+    ] = None,
+    signed: Annotated[
+        bool,
+        typer.Option(
+            "--signed",
+            help="Answer only what is signed with the keys in AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY.",
+        ),
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Serve EC2 Auto Scaling's own API until Ctrl-C; instances end with it.
+
+    The first line on stdout is the URL to give to a client, such as --endpoint-url of the AWS CLI.
+
+    \b
+    Example: batchlab asg serve --templates templates.toml --port 4580
+             aws --endpoint-url http://127.0.0.1:4580 autoscaling describe-auto-scaling-groups
+    """
+    from batchlab import services
+    from batchlab.asg.running import AsgSettings
+
+    settings = AsgSettings(
+        state=state.absolute(),
+        templates=templates,
+        launcher=launcher,
+        host=host,
+        port=port,
+        key=_key() if signed else None,
+        drain_s=drain,
+        grid=grid,
+        scale=scale,
+        metadata_port=metadata_port,
+    )
+    if host not in _HERE and not signed:
+        output.say(f"Whoever reaches {host} can start and end instances: --signed asks for keys.")
+
+    def up(url: str) -> None:
+        if json:
+            output.show_json({"endpoint": url})
+        else:
+            output.show(url)
+
+    services.asg_main(settings, up)
+
+
+@app.command()
+def interrupt(
+    instance: Annotated[str, typer.Argument(metavar="INSTANCE", help="The instance's id.")],
+    notice: Annotated[
+        float,
+        typer.Option("--notice", metavar="SECONDS", min=0, help="How long it has to leave."),
+    ] = 120.0,
+    rebalance: Annotated[
+        bool,
+        typer.Option(
+            "--rebalance", help="Only recommend to rebalance: an interruption has become likelier."
+        ),
+    ] = False,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--endpoint",
+            metavar="URL",
+            help="Where Auto Scaling is served; that of the grid that is up unless said.",
+            show_default=False,
+        ),
+    ] = None,
+    home: HomeOption = None,
+) -> None:
+    """Give a Spot instance its interruption notice, as EC2 does when it needs the capacity.
+
+    \b
+    Example: batchlab asg interrupt i-0123456789abcdef0 --notice 30
+    """
+    from batchlab.asg.notices import give
+
+    kind = "rebalance" if rebalance else "interruption"
+    access_key, secret_key = (os.environ.get(name) or "test" for name in KEYS)
+    url = (endpoint or _endpoint_of(home)).rstrip("/")
+    give(url, instance, kind, notice, access_key=access_key, secret_key=secret_key)
+    output.say(f"{instance} has its notice.")
+
+
+def _endpoint_of(home: Path | None) -> str:
+    from batchlab.adapters.compose import deployment
+
+    place = home_of(home)
+    if at := deployment.read(place):
+        return at.autoscaling_url
+    raise UsageError(
+        f"No grid in containers is up in {place.path}.",
+        remedy="Name the endpoint with --endpoint, or the grid's folder with --home.",
+    )
+
+
+def _key() -> Key:
+    from batchlab.asg.signature import Key
+
+    access_key, secret_key = (os.environ.get(name, "") for name in KEYS)
+    if not access_key or not secret_key:
+        raise UsageError(
+            "There are no keys that requests could be signed with.",
+            remedy=f"Set {' and '.join(KEYS)}, or leave out --signed.",
+        )
+    return Key(access_key, secret_key)

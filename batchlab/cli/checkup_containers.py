@@ -1,0 +1,145 @@
+"""What `doctor` looks at where the grid runs in containers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from batchlab.adapters.compose import deployment, images, project
+from batchlab.cli.findings import Finding, Level
+from batchlab.errors import BackendError
+from batchlab.home import Home
+
+if TYPE_CHECKING:
+    from batchlab.backends import Backend
+
+COMPOSE = (2, 20)
+"""The first in which a service may depend on another that is not always there."""
+LAST_WITHOUT_TOKEN = (4, 14)
+OLDEST = (4, 0)
+"""LocalStack before that knows no conditional writes to S3."""
+FAIL_BELOW_BYTES = 3 * 2**30
+_LOCALSTACK = "localstack/localstack:4.14.0"
+_POSTGRES = "postgres:17"
+
+
+def containers(home: Home, backend: Backend) -> Iterator[Finding]:
+    """Docker and its plugins, the images, the token, the network; and what is up already."""
+    version = images.docker("version", "--format", "{{.Server.Version}}")
+    if version.returncode:
+        told = (version.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        remedy = "Start Docker, and see that you may use it (`docker info`)."
+        yield Finding("docker", Level.FAIL, f"Docker does not answer: {told}", remedy)
+        return
+    yield Finding("docker", Level.OK, f"Docker {version.stdout.strip()} answers")
+    yield _plugin("compose", COMPOSE)
+    yield _plugin("buildx", (0, 10))
+    yield _room()
+    named = backend.named_place(home)
+    if not named:
+        yield _token()
+        yield _image("BATCHLAB_LOCALSTACK_IMAGE", _LOCALSTACK)
+    yield _image("BATCHLAB_POSTGRES_IMAGE", _POSTGRES)
+    recipe = images.Recipe.of(os.environ, apt=backend.image.apt, pip=backend.image.pip)
+    yield _image("BATCHLAB_BASE_IMAGE", recipe.base)
+    yield from _parts(home)
+
+
+def _plugin(name: str, least: tuple[int, int]) -> Finding:
+    asked = images.docker(name, "version")
+    found = re.search(r"(\d+)\.(\d+)", asked.stdout)
+    remedy = f"Install Docker's {name} plugin (docker-{name}), {least[0]}.{least[1]} or newer."
+    if asked.returncode or found is None:
+        return Finding(name, Level.FAIL, f"There is no `docker {name}`.", remedy)
+    version = (int(found[1]), int(found[2]))
+    text = f"docker {name} {found[0]}"
+    return Finding(name, Level.OK, text) if version >= least else _old(name, text, remedy)
+
+
+def _old(name: str, text: str, remedy: str) -> Finding:
+    return Finding(name, Level.FAIL, f"{text} is too old.", remedy)
+
+
+def _room() -> Finding:
+    root = images.docker("info", "--format", "{{.DockerRootDir}}").stdout.strip()
+    try:
+        found = os.statvfs(root)
+    except OSError:
+        return Finding("disk", Level.OK, f"Docker keeps its images in {root}, not on this machine")
+    free_bytes = found.f_bavail * found.f_frsize
+    text = f"{free_bytes / 2**30:.1f} GiB free for Docker's images in {root}"
+    if free_bytes < FAIL_BELOW_BYTES:
+        return Finding("disk", Level.FAIL, text, "Free some, for example by `docker image prune`.")
+    return Finding("disk", Level.OK, text)
+
+
+def _token() -> Finding:
+    image = os.environ.get("BATCHLAB_LOCALSTACK_IMAGE") or _LOCALSTACK
+    has_token = bool(os.environ.get("LOCALSTACK_AUTH_TOKEN"))
+    found = re.search(r":v?(\d+)\.(\d+)", image)
+    if found is None or has_token:
+        whose = "with LOCALSTACK_AUTH_TOKEN" if has_token else "by its name it needs no token"
+        return Finding("token", Level.OK, f"{image}, {whose}")
+    version = (int(found[1]), int(found[2]))
+    if version > LAST_WITHOUT_TOKEN:
+        return Finding(
+            "token",
+            Level.FAIL,
+            f"{image} starts only with a token, and LOCALSTACK_AUTH_TOKEN is not set.",
+            f"Set it, or use {_LOCALSTACK}, the last that needs none.",
+        )
+    if version < OLDEST:
+        return Finding(
+            "token",
+            Level.FAIL,
+            f"{image} is too old: it knows no conditional writes to S3.",
+            f"Use {_LOCALSTACK}, or leave BATCHLAB_LOCALSTACK_IMAGE out.",
+        )
+    return Finding("token", Level.OK, f"{image} needs no token")
+
+
+def _image(variable: str, default: str) -> Finding:
+    name = os.environ.get(variable) or default
+    if not images.docker("image", "inspect", name).returncode:
+        return Finding("image", Level.OK, f"{name} is here")
+    return Finding(
+        "image",
+        Level.WARN,
+        f"{name} is not here yet; the first grid pulls it",
+        f"Without an image registry: compose/offline/build.sh, and {variable} names the result.",
+    )
+
+
+def _parts(home: Home) -> Iterator[Finding]:
+    at = deployment.read(home)
+    if at is None:
+        subnet = deployment.free_subnet(project.networks())
+        yield Finding("network", Level.OK, f"the network {subnet}.0/24 is free")
+    else:
+        states = project.Project(home, at, settings={}).states()
+        for service, state in sorted(states.items()):
+            level = Level.OK if state == "healthy" else Level.FAIL
+            remedy = "" if level is Level.OK else "`batchlab grid up` starts it again."
+            yield Finding("service", level, f"{service} is {state}", remedy)
+        if "localstack" in states:
+            yield _localstack(at)
+    for one in project.projects():
+        if one.is_orphan:
+            text = f"{one.project} has been left behind, with {one.parts} parts"
+            yield Finding("orphans", Level.WARN, text, "`batchlab gc` removes it.")
+
+
+def _localstack(at: deployment.Deployment) -> Finding:
+    port = int(os.environ.get("BATCHLAB_LOCALSTACK_PORT") or 4566)
+    url = f"{at.storage_url(port)}/_localstack/health"
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own network
+            version = str(json.load(answer).get("version", "unknown"))
+    except (OSError, ValueError, urllib.error.URLError) as error:
+        raise BackendError(f"LocalStack does not answer at {url}: {error}.") from error
+    return Finding("emulator", Level.OK, f"LocalStack {version} answers")

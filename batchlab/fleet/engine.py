@@ -1,0 +1,215 @@
+"""Auto Scaling groups over a launcher: requests change the state, `tick` carries it out.
+
+Invariant (I5): desired capacity is within [min, max] after every call, and Pending plus InService
+instances are never more than max, save for protected ones that lowered limits left behind and for
+those of a group of AWS's kind that go as soon as their successors are in service.
+
+A tick, in order, and what a crash after each step costs:
+1. ask the launcher who lives; bury, replace and scale in accordingly: nothing;
+2. save, then ask the launcher to end who is Terminating: it is asked again after the restart;
+3. save the new instances as Pending, then launch them: those not launched are found missing and
+   replaced. Launching first would leave instances that no state knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+
+from batchlab.errors import BackendError
+from batchlab.fleet import health, launching, warm
+from batchlab.fleet.attend import attend
+from batchlab.fleet.changes import Changes
+from batchlab.fleet.decisions import shortfall
+from batchlab.fleet.launching import Fresh
+from batchlab.fleet.placement import Sources
+from batchlab.fleet.saved import decode, encode
+from batchlab.fleet.sources import Metrics, Resting
+from batchlab.fleet.state import ActivityLog, Group, Member, Store
+from batchlab.model import Instance, LifecycleState
+from batchlab.ports import Clock, Ids, Launcher
+
+HEALTH_GRACE_S = 60.0
+DRAIN_S = 30.0
+_TO_END = frozenset({LifecycleState.TERMINATING, LifecycleState.TERMINATING_PROCEED})
+
+
+class Engine:
+    """Groups of both kinds over a launcher that no one else uses.
+
+    `sources` and `metrics` are for groups of AWS's kind. In a plain pool an instance that sends no
+    heartbeat within `health_grace_s` plus its pool's `boot_s` of its launch is replaced. One that
+    is terminated has `drain_s` to finish before it is killed.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        clock: Clock,
+        ids: Ids,
+        store: Store,
+        *,
+        health_grace_s: float = HEALTH_GRACE_S,
+        drain_s: float = DRAIN_S,
+        sources: Sources | None = None,
+        metrics: Metrics | None = None,
+        alarm_period_s: float = 60.0,
+    ) -> None:
+        self._launcher = launcher
+        self._clock = clock
+        self._store = store
+        self._health_grace_s = health_grace_s
+        self._drain_s = drain_s
+        self._sources = sources
+        self._metrics = metrics
+        self._alarm_period_s = alarm_period_s
+        self._groups: dict[str, Group] = {}
+        log = ActivityLog()
+        saved = store.load()
+        if saved is not None:
+            self._groups, log = decode(saved)
+        self._changes = Changes(log, clock, ids)
+        self._disowned: set[str] = set()
+        self._ticking = asyncio.Lock()
+        for _, member in self._members():
+            member.since_s = clock.monotonic_s()
+            # The manager before may have died between hearing of a death and acting on it.
+            if member.state is LifecycleState.TERMINATED:
+                self._changes.dead.append(member.instance)
+
+    async def tick(self) -> Sequence[Instance]:
+        """Converge one step; returns the instances found dead since the last call. A death is
+        reported at least once: after a restart, again.
+
+        BackendError where the launcher or the store fails; the next tick goes on from there.
+        """
+        async with self._ticking:
+            known = await self._launcher.running()
+            now_s = self._clock.monotonic_s()
+            for group in list(self._groups.values()):
+                health.look(self._changes, group, known, now_s, self._health_grace_s)
+                if group.asg is not None:
+                    self._attend(group)
+                self._changes.scale_in(group)
+            self._save()
+            await self._end(self._orphans(known))
+            await self._rest()
+            await self._launch(now_s)
+            for group in self._groups.values():
+                self._changes.forget(group, now_s)
+            self._save()
+            dead, self._changes.dead = self._changes.dead, []
+            return dead
+
+    def _attend(self, group: Group) -> None:
+        """Whatever a group of AWS's kind does as time goes by."""
+        assert self._sources is not None, "a group of AWS's kind needs its sources"
+        attend(self._changes, group, self._sources, self._metrics, self._alarm_period_s)
+        gone = all(member.state is LifecycleState.TERMINATED for member in group.members.values())
+        if group.asg is not None and group.asg.deleting and gone:
+            del self._groups[group.pool.name]
+            self._changes.unsaved = True
+
+    def _orphans(self, known: Mapping[str, str | None]) -> list[str]:
+        """Living instances that the state does not know, newly found: the state is older than
+        they are, or a launch that was reported as failed did start something."""
+        ours = {
+            m.instance.id for _, m in self._members() if m.state is not LifecycleState.TERMINATED
+        }
+        strangers = [name for name, ended in known.items() if ended is None and name not in ours]
+        return [name for name in strangers if name not in self._disowned]
+
+    async def _end(self, orphans: Sequence[str]) -> None:
+        """Ask the launcher to end whom it was not yet asked about; one failure stops no other."""
+
+        async def end(member: Member) -> None:
+            await self._launcher.terminate(member.instance.id, grace_s=self._drain_s)
+            member.asked = True
+
+        async def kill(member: Member) -> None:
+            await self._launcher.terminate(member.instance.id, grace_s=0.0)
+            member.asked = member.killed = True
+
+        async def disown(name: str) -> None:
+            await self._launcher.terminate(name, grace_s=self._drain_s)
+            self._disowned.add(name)
+            self._changes.disown(name)
+
+        forced = [
+            member
+            for _, member in self._members()
+            if member.bond.force
+            and not member.killed
+            and member.state is not LifecycleState.TERMINATED
+        ]
+        ending = [
+            member
+            for _, member in self._members()
+            if member.state in _TO_END and not member.asked and not member.bond.force
+        ]
+        results = await asyncio.gather(
+            *(kill(member) for member in forced),
+            *(end(member) for member in ending),
+            *(disown(name) for name in orphans),
+            return_exceptions=True,
+        )
+        for result in results:
+            if result is not None:
+                raise result
+
+    async def _launch(self, now_s: float) -> None:
+        fresh: list[Fresh] = []
+        for group in self._groups.values():
+            self._changes.back_off(group, now_s)
+            missing = shortfall(group, now_s, self._changes.steady.now_s())
+            fresh += launching.admit(self._changes, group, missing, now_s, self._sources)
+        self._save()
+        async with asyncio.TaskGroup() as tasks:
+            for one in fresh:
+                tasks.create_task(self._start(one))
+
+    async def _start(self, fresh: Fresh) -> None:
+        group, member = fresh.group, fresh.member
+        try:
+            if fresh.asleep:
+                await self._resting().start(member.instance.id)
+            elif fresh.place is None:
+                await self._launcher.launch(group.pool, member.instance.id)
+            else:
+                place = fresh.place
+                await self._launcher.launch(place.pool, member.instance.id, place.machine)
+        except BackendError as error:
+            launching.failed(self._changes, fresh, str(error))
+            now_s = self._clock.monotonic_s()
+            self._changes.bury(group, member, note=member.instance.note, now_s=now_s)
+        else:
+            member.running, member.bond.asleep = True, False
+            self._changes.arrive(group, member)
+
+    async def _rest(self) -> None:
+        """Stop whom the warm pool keeps stopped."""
+        for group, member in list(self._members()):
+            if member.bond.resting:
+                hibernate = warm.hibernates(group)
+                await self._resting().stop(member.instance.id, hibernate=hibernate)
+                warm.lie_down(self._changes, group, member)
+
+    def _resting(self) -> Resting:
+        assert isinstance(self._launcher, Resting), "checked when the warm pool was put"
+        return self._launcher
+
+    def _members(self) -> Iterator[tuple[Group, Member]]:
+        for group in self._groups.values():
+            for member in group.members.values():
+                yield group, member
+
+    def _find(self, instance: str) -> tuple[Group, Member] | None:
+        for group in self._groups.values():
+            if instance in group.members:
+                return group, group.members[instance]
+        return None
+
+    def _save(self) -> None:
+        if self._changes.unsaved:
+            self._store.save(encode(self._groups, self._changes.log))
+            self._changes.unsaved = False

@@ -1,0 +1,148 @@
+"""Where and as what the next instance of a group is launched: zone, market, type, template."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from batchlab.fleet import mix
+from batchlab.fleet.api import GroupConfig, LaunchTemplate, MixedInstancesPolicy, Override
+from batchlab.fleet.asg import Asg
+from batchlab.fleet.faults import ValidationError
+from batchlab.fleet.sources import Prices, Template, Templates
+from batchlab.fleet.state import Bond, Group
+from batchlab.model import Machine, Market, Pool
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What the launcher is given, and what the member keeps of it."""
+
+    pool: Pool
+    machine: Machine
+    bond: Bond
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where launches get their facts from."""
+
+    templates: Templates
+    prices: Prices | None
+    zones: tuple[str, ...]
+    """Used by a group that names none."""
+
+
+def configuration(asg: Asg) -> GroupConfig:
+    """The group's own, or the one a refresh moves it to: new instances have that already."""
+    rolling = asg.rolling
+    wanted = rolling.refresh.desired_configuration if rolling else None
+    if wanted is None:
+        return asg.config
+    return apply(asg.config, wanted.launch_template, wanted.mixed_instances_policy)
+
+
+def apply(
+    config: GroupConfig,
+    template: LaunchTemplate | None,
+    mixed: MixedInstancesPolicy | None,
+) -> GroupConfig:
+    """The configuration with another template or policy, which takes the old one's place."""
+    return replace(
+        config,
+        launch_template=template,
+        mixed_instances_policy=mixed,
+        launch_configuration_name="",
+    )
+
+
+def template_of(config: GroupConfig, templates: Templates) -> Template:
+    """The template the group launches from; ValidationError where it does not exist."""
+    if config.mixed_instances_policy is not None:
+        return templates.template(config.mixed_instances_policy.launch_template)
+    if config.launch_template is not None:
+        return templates.template(config.launch_template)
+    return templates.launch_configuration(config.launch_configuration_name)
+
+
+def zones_of(config: GroupConfig, sources: Sources) -> tuple[str, ...]:
+    return config.availability_zones or sources.zones or ("",)
+
+
+def choose(group: Group, asg: Asg, sources: Sources, now_s: float, *, warm: bool) -> Placement:
+    """The next instance of this group. A capacity pool that failed lately is taken only where all
+    have."""
+    config = configuration(asg)
+    template = template_of(config, sources.templates)
+    mixed = config.mixed_instances_policy
+    zones = zones_of(config, sources)
+    if mixed is None:
+        override = Override(template.instance_type)
+        options = [(override, zone, template.market) for zone in _emptiest(group, zones)]
+    else:
+        options = _mixed(group, mixed, template, zones, sources.prices)
+    override, zone, market = next(
+        (o for o in options if not mix.is_barren(asg, Machine(o[0].instance_type, *o[1:]), now_s)),
+        options[0],
+    )
+    special = override.launch_template_specification
+    if special is not None:
+        template = sources.templates.template(special)
+    pool = group.pool
+    return Placement(
+        Pool(
+            *(pool.name, pool.min_size, pool.max_size),
+            *(template.slots, template.boot_s, template.env),
+        ),
+        Machine(override.instance_type or template.instance_type, zone, market),
+        Bond(
+            template=None if config.launch_configuration_name else template.reference,
+            launch_configuration=config.launch_configuration_name,
+            weight=override.weighted_capacity or 1,
+            weighted=override.weighted_capacity is not None,
+            warm=warm,
+        ),
+    )
+
+
+def _emptiest(group: Group, zones: Sequence[str], market: Market | None = None) -> list[str]:
+    """The zones with the fewest instances first, then with the fewest of this market."""
+    machines = [member.instance.machine for member in group.staying()]
+    total = Counter(machine.zone for machine in machines)
+    alike = Counter(machine.zone for machine in machines if machine.market is market)
+    return sorted(zones, key=lambda zone: (total[zone], alike[zone]))
+
+
+def _mixed(
+    group: Group,
+    mixed: MixedInstancesPolicy,
+    template: Template,
+    zones: Sequence[str],
+    prices: Prices | None,
+) -> list[tuple[Override, str, Market]]:
+    """Every capacity pool of the market whose turn it is, best first: zone before type."""
+    members, shares = group.staying(), mixed.instances_distribution
+    market = mix.market_to_add(shares, members)
+    overrides = mixed.overrides or (Override(template.instance_type),)
+    return [
+        (override, zone, market)
+        for zone in _emptiest(group, zones, market)
+        for override in mix.preferred(shares, market, overrides, members, zone=zone, prices=prices)
+    ]
+
+
+def check(config: GroupConfig, sources: Sources) -> None:
+    """ValidationError where what the group launches from cannot be found."""
+    given = [config.launch_template, config.mixed_instances_policy]
+    count = sum(one is not None for one in given) + bool(config.launch_configuration_name)
+    if count != 1:
+        raise ValidationError(
+            "Valid requests must contain either LaunchTemplate, LaunchConfigurationName,"
+            " InstanceId or MixedInstancesPolicy parameter."
+        )
+    template_of(config, sources.templates)
+    mixed = config.mixed_instances_policy
+    for override in mixed.overrides if mixed else ():
+        if override.launch_template_specification is not None:
+            sources.templates.template(override.launch_template_specification)

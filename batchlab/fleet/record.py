@@ -1,0 +1,67 @@
+"""What every change of a group leaves behind: activities, notices, the dead.
+
+A plain pool's activities are told in a short form, those of a group of AWS's kind in AWS's words,
+sentences that begin with a time and are two spaces apart.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from batchlab.fleet.api import LifecycleNotification
+from batchlab.fleet.asg import Asg
+from batchlab.fleet.state import ActivityLog, Group
+from batchlab.fleet.steady import SteadyClock
+from batchlab.model import Instance
+from batchlab.ports import Clock, Ids
+
+
+def stamp(at_s: float) -> str:
+    """A moment as AWS writes it in a cause."""
+    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Record:
+    """`dead` collects who ended, `notices` who waits in a hook, `unsaved` says whether anything
+    changed; the caller empties all three."""
+
+    def __init__(self, log: ActivityLog, clock: Clock, ids: Ids) -> None:
+        self.log = log
+        self.dead: list[Instance] = []
+        self.notices: list[LifecycleNotification] = []
+        self.unsaved = False
+        self.steady = SteadyClock(clock)
+        self.ids = ids
+        self._clock = clock
+
+    def now_s(self) -> float:
+        """Wall clock."""
+        return self._clock.now_s()
+
+    def note(self, pool: str, description: str, cause: str, status: str = "Successful") -> int:
+        """Record an activity, return its id."""
+        self.unsaved = True
+        return self.log.add(pool, self.now_s(), description, cause, status)
+
+    def settle(
+        self, group: Group, activity: int, status: str, *, more: str = "", message: str = ""
+    ) -> None:
+        """Give an activity its final status."""
+        self.unsaved = True
+        name, now_s = group.pool.name, self.now_s()
+        self.log.settle(name, activity, status, now_s, more=more, message=message)
+
+    def mark(self, group: Group, activity: int, status: str) -> None:
+        """Say what an activity waits for."""
+        self.unsaved = True
+        self.log.mark(group.pool.name, activity, status)
+
+    def told(self, asg: Asg, *sentences: str) -> str:
+        """A cause in AWS's words: why desired capacity is what it is, then what follows from it."""
+        at = stamp(self.now_s())
+        return "  ".join([asg.cause] * bool(asg.cause) + [f"At {at} {s}." for s in sentences])
+
+    def explain(self, asg: Asg, sentence: str) -> None:
+        """Remember why desired capacity is what it is, until it is reached."""
+        asg.cause = self.told(asg, sentence)
+        self.unsaved = True

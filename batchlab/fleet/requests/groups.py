@@ -1,0 +1,229 @@
+"""Groups: create, change, delete, describe, desired capacity, tags, activities, processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from batchlab.fleet import placement
+from batchlab.fleet.api import (
+    ActivityDetails,
+    GroupConfig,
+    GroupDetails,
+    InstanceDetails,
+    LifecycleHook,
+    Process,
+    Tag,
+)
+from batchlab.fleet.asg import Asg
+from batchlab.fleet.decisions import clamp
+from batchlab.fleet.details import activity_details, instance_details
+from batchlab.fleet.faults import (
+    AlreadyExists,
+    ResourceInUse,
+    ScalingActivityInProgress,
+    ValidationError,
+)
+from batchlab.fleet.limits import set_limits
+from batchlab.fleet.requests import checks
+from batchlab.fleet.requests.base import Requests
+from batchlab.fleet.state import ENDING, WARM, Group
+from batchlab.model import LifecycleState, Pool
+
+_LAUNCHED_FROM = ("launch_template", "mixed_instances_policy", "launch_configuration_name")
+_NEVER = {"launch_template": None, "mixed_instances_policy": None, "launch_configuration_name": ""}
+
+
+class GroupRequests(Requests):
+    """As AWS's API reference says, under the same names."""
+
+    def create_auto_scaling_group(
+        self,
+        config: GroupConfig,
+        *,
+        desired_capacity: int | None = None,
+        tags: Sequence[Tag] = (),
+        lifecycle_hooks: Sequence[LifecycleHook] = (),
+    ) -> None:
+        """Desired capacity None is min. AlreadyExists, ValidationError."""
+        name = config.auto_scaling_group_name
+        if name in self._groups:
+            raise AlreadyExists(
+                "AutoScalingGroup by this name already exists - A group with the name"
+                f" {name} already exists"
+            )
+        config = self._checked(config)
+        desired = config.min_size if desired_capacity is None else desired_capacity
+        checks.desired(config, desired)
+        for hook in lifecycle_hooks:
+            checks.hook(hook)
+        asg = Asg(config, self._changes.now_s())
+        asg.tags = {tag.key: tag for tag in tags}
+        asg.hooks = {hook.lifecycle_hook_name: hook for hook in lifecycle_hooks}
+        group = Group(Pool(name, config.min_size, config.max_size), 0, asg=asg)
+        self._groups[name] = group
+        self._changes.unsaved = True
+        self._changes.want(group, desired, "a user request created an AutoScalingGroup", cooldown=0)
+        self._save()
+
+    def update_auto_scaling_group(
+        self, name: str, changes: Mapping[str, Any], *, desired_capacity: int | None = None
+    ) -> None:
+        """`changes` has fields of GroupConfig by name, only those that were given. Desired
+        capacity follows new limits."""
+        group, asg = self._changeable(name)
+        cleared = _NEVER if any(key in changes for key in _LAUNCHED_FROM) else {}
+        config = self._checked(replace(asg.config, **{**cleared, **changes}))
+        pool = replace(group.pool, min_size=config.min_size, max_size=config.max_size)
+        desired = clamp(pool, group.desired) if desired_capacity is None else desired_capacity
+        checks.desired(config, desired)
+        asg.config = config
+        group.calm()
+        set_limits(
+            *(self._changes, group, config.min_size, config.max_size, desired),
+            cause="a user request",
+        )
+        self._save()
+
+    def _checked(self, config: GroupConfig) -> GroupConfig:
+        config = checks.group(config, self._facts.zones, self._shortest_lifetime_s)
+        placement.check(config, self._facts)
+        return config
+
+    def delete_auto_scaling_group(self, name: str, *, force_delete: bool = False) -> None:
+        """ResourceInUse or ScalingActivityInProgress without `force_delete`; with it, instances
+        are ended without their hooks, and the group is gone when they are."""
+        group, asg = self._named(name)
+        here = [m for m in group.members.values() if m.state is not LifecycleState.TERMINATED]
+        if here and not force_delete:
+            if all(member.state in ENDING for member in here):
+                raise ScalingActivityInProgress(
+                    "You cannot delete an AutoScalingGroup while there are scaling activities in"
+                    " progress for that group."
+                )
+            raise ResourceInUse(
+                "You cannot delete an AutoScalingGroup while there are instances or pending Spot"
+                " instance request(s) still in the group."
+            )
+        asg.deleting, self._changes.unsaved = True, True
+        for member in here:
+            if member.state is LifecycleState.TERMINATING_WAIT:
+                member.bond.waits.clear()
+                self._changes.move(member, LifecycleState.TERMINATING_PROCEED)
+            elif member.state not in ENDING:
+                why = "a user request to delete the group"
+                note = "terminated: the group is deleted"
+                self._changes.retire(group, member, why=why, note=note, hooked=False)
+        if not here:
+            del self._groups[name]
+        self._save()
+
+    def describe_auto_scaling_groups(self, names: Sequence[str] = ()) -> Sequence[GroupDetails]:
+        """All, or those of these names that exist, by name."""
+        wanted = sorted(set(names) & set(self._groups)) if names else sorted(self._groups)
+        return [
+            self._details(group, group.asg)
+            for group in (self._groups[name] for name in wanted)
+            if group.asg is not None
+        ]
+
+    def _details(self, group: Group, asg: Asg) -> GroupDetails:
+        name = group.pool.name
+        members = [m for m in group.members.values() if m.state is not LifecycleState.TERMINATED]
+        warm = [member for member in members if member.state in WARM]
+        return GroupDetails(
+            config=asg.config,
+            auto_scaling_group_arn=self._arn("autoScalingGroup", name, ""),
+            desired_capacity=group.desired,
+            created_time=asg.created_s,
+            instances=tuple(instance_details(group, m) for m in members if m.state not in WARM),
+            suspended_processes=tuple(sorted(asg.suspended.items())),
+            tags=tuple(asg.tags[key] for key in sorted(asg.tags)),
+            status="Delete in progress" if asg.deleting else None,
+            warm_pool_configuration=asg.warm_pool,
+            warm_pool_size=len(warm) if asg.warm_pool else None,
+        )
+
+    def describe_auto_scaling_instances(
+        self, instance_ids: Sequence[str] = ()
+    ) -> Sequence[InstanceDetails]:
+        """All, warm ones included, or those of these ids that exist."""
+        return [
+            instance_details(group, member)
+            for group, member in self._members()
+            if group.asg is not None
+            and member.state is not LifecycleState.TERMINATED
+            and (not instance_ids or member.instance.id in instance_ids)
+        ]
+
+    def set_desired_capacity(
+        self, name: str, desired_capacity: int, *, honor_cooldown: bool = False
+    ) -> None:
+        """ScalingActivityInProgress where a cooldown is honoured that still runs."""
+        group, asg = self._changeable(name)
+        limits = (("above max", asg.config.max_size), ("below min", asg.config.min_size))
+        for which, bound in limits:
+            over = desired_capacity - bound
+            if over > 0 if which == "above max" else over < 0:
+                raise ValidationError(
+                    f"New SetDesiredCapacity value {desired_capacity} is {which} value {bound}"
+                    " for the AutoScalingGroup."
+                )
+        if honor_cooldown:
+            self._honour_cooldown(group, asg)
+        cause = "a user request explicitly set group desired capacity"
+        self._changes.want(group, desired_capacity, cause)
+        self._save()
+
+    def create_or_update_tags(self, name: str, tags: Sequence[Tag]) -> None:
+        """ValidationError where there is no such group."""
+        _, asg = self._changeable(name)
+        asg.tags |= {tag.key: tag for tag in tags}
+        self._changes.unsaved = True
+        self._save()
+
+    def delete_tags(self, name: str, keys: Sequence[str]) -> None:
+        """A key that is not there is no error."""
+        _, asg = self._changeable(name)
+        asg.tags = {key: tag for key, tag in asg.tags.items() if key not in keys}
+        self._changes.unsaved = True
+        self._save()
+
+    def describe_scaling_activities(
+        self,
+        name: str | None = None,
+        *,
+        activity_ids: Sequence[str] = (),
+        include_deleted_groups: bool = False,
+    ) -> Sequence[ActivityDetails]:
+        """Newest first, the last 200 of each group."""
+        if name is not None and not include_deleted_groups:
+            self._named(name)
+        log = self._changes.log
+        details = [
+            activity_details(activity, self._groups.get(activity.pool))
+            for activity in log.newest(name, log.following)
+            if include_deleted_groups or activity.pool in self._groups
+        ]
+        return [one for one in details if not activity_ids or one.activity_id in activity_ids]
+
+    def suspend_processes(self, name: str, processes: Sequence[str] = ()) -> None:
+        """All processes where none is named."""
+        _, asg = self._changeable(name)
+        at = self._changes.now_s()
+        for process in checks.processes(processes):
+            reason = f"User suspended at {checks.stamp(at)}"
+            asg.suspended.setdefault(process, reason)
+        self._changes.unsaved = True
+        self._save()
+
+    def resume_processes(self, name: str, processes: Sequence[str] = ()) -> None:
+        """All processes where none is named."""
+        _, asg = self._changeable(name)
+        chosen = checks.processes(processes)
+        asg.suspended = {p: reason for p, reason in asg.suspended.items() if p not in chosen}
+        if Process.LAUNCH in chosen:
+            self._groups[name].calm()
+        self._changes.unsaved = True
+        self._save()

@@ -1,0 +1,207 @@
+"""Single instances: terminate, health, protection, standby; Spot notices and what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from batchlab.fleet import health, standby
+from batchlab.fleet.api import HEALTHY, UNHEALTHY, ActivityDetails, Metadata, Process
+from batchlab.fleet.asg import Asg
+from batchlab.fleet.details import activity_details
+from batchlab.fleet.faults import ValidationError
+from batchlab.fleet.requests.base import Requests
+from batchlab.fleet.state import ENDING, ON_STANDBY, STARTING, WARM, Group, Member, weigh
+from batchlab.model import LifecycleState, Market
+
+_USER = "a user request"
+
+
+class InstanceRequests(Requests):
+    """As AWS's API reference says, under the same names."""
+
+    def terminate_instance_in_auto_scaling_group(
+        self, instance_id: str, *, should_decrement_desired_capacity: bool
+    ) -> ActivityDetails:
+        """Protected or not. For one that is ending already, the activity that ends it."""
+        group, asg, member = self._instance(instance_id)
+        if member.state not in ENDING:
+            lower = should_decrement_desired_capacity and member.staying
+            least = asg.config.min_size
+            if lower and group.desired - member.bond.weight < least:
+                raise ValidationError(
+                    f"Currently, desiredSize equals minSize ({least}). Terminating instance"
+                    " without replacement will violate group's min size constraint. Either set"
+                    " shouldDecrementDesiredCapacity flag to false or lower group's min size."
+                )
+            size = weigh(group.staying())
+            change = f", shrinking the capacity from {size} to {size - member.bond.weight}"
+            why = _USER + change * lower
+            self._changes.retire(group, member, why=why, note=f"terminated: {_USER}")
+            if lower:
+                self._changes.resize(group, -member.bond.weight)
+            self._save()
+        return self._activity(group, member.end)
+
+    def _activity(self, group: Group, number: int) -> ActivityDetails:
+        activity = self._changes.log.get(group.pool.name, number)
+        assert activity is not None, "an activity that was just added is kept"
+        return activity_details(activity, group)
+
+    def set_instance_health(
+        self, instance_id: str, health_status: str, *, should_respect_grace_period: bool = True
+    ) -> None:
+        """An unhealthy one is replaced with the next tick. Within the group's grace period, which
+        begins when it comes into service, Unhealthy is not heard unless told otherwise."""
+        _, asg, member = self._instance(instance_id)
+        if health_status not in (HEALTHY, UNHEALTHY):
+            raise ValidationError(f"Valid instance health states are: [{HEALTHY}, {UNHEALTHY}]")
+        if health_status == HEALTHY:
+            self._changes.call_healthy(member)
+        elif not (should_respect_grace_period and self._in_grace(asg, member)):
+            health.mark_unhealthy(self._changes, member)
+        self._save()
+
+    def _in_grace(self, asg: Asg, member: Member) -> bool:
+        since_s = member.bond.in_service_s
+        grace_s = asg.config.health_check_grace_period
+        if since_s is None:
+            return grace_s > 0
+        return self._changes.steady.now_s() - since_s < grace_s
+
+    def set_instance_protection(
+        self, name: str, instance_ids: Sequence[str], *, protected_from_scale_in: bool
+    ) -> None:
+        """All or none: each must be in service or on standby."""
+        group, _ = self._changeable(name)
+        members = self._instances(group, instance_ids)
+        for member in members:
+            if member.state is not LifecycleState.IN_SERVICE and member.state not in ON_STANDBY:
+                raise ValidationError(
+                    f"The instance {member.instance.id} is not in InService or EnteringStandby or"
+                    " Standby."
+                )
+        for member in members:
+            self._changes.protect(member, on=protected_from_scale_in)
+        self._changes.scale_in(group)
+        self._save()
+
+    def enter_standby(
+        self, name: str, instance_ids: Sequence[str], *, should_decrement_desired_capacity: bool
+    ) -> Sequence[ActivityDetails]:
+        """All or none: each must be in service."""
+        group, asg = self._changeable(name)
+        members = self._instances(group, instance_ids)
+        for member in members:
+            if member.state is not LifecycleState.IN_SERVICE:
+                raise ValidationError(
+                    f"The instance {member.instance.id} is not in InService state."
+                )
+        lower = should_decrement_desired_capacity
+        if lower and group.desired - weigh(members) < asg.config.min_size:
+            raise ValidationError(_sizes(group, "place into", len(members)))
+        moved = [standby.enter(self._changes, group, member, lower=lower) for member in members]
+        self._changes.scale_in(group)
+        self._save()
+        return [self._activity(group, number) for number in moved]
+
+    def exit_standby(self, name: str, instance_ids: Sequence[str]) -> Sequence[ActivityDetails]:
+        """All or none; desired capacity grows by them."""
+        group, asg = self._changeable(name)
+        members = self._instances(group, instance_ids)
+        for member in members:
+            if member.state is not LifecycleState.STANDBY:
+                raise ValidationError(f"The instance {member.instance.id} is not in Standby state.")
+        if group.suspended(Process.LAUNCH):
+            raise ValidationError(
+                "An instance cannot leave Standby while the Launch process is suspended."
+            )
+        if group.desired + weigh(members) > asg.config.max_size:
+            raise ValidationError(_sizes(group, "bring out of", len(members)))
+        moved = [standby.leave(self._changes, group, member) for member in members]
+        self._save()
+        return [self._activity(group, number) for number in moved]
+
+    def attach_instances(self, name: str, instance_ids: Sequence[str]) -> None:
+        """Always a ValidationError: there are no instances outside a group here."""
+        self._changeable(name)
+        raise ValidationError(
+            f"Invalid Instance ID(s): {list(instance_ids)}. This endpoint has no instances but"
+            " those its groups launch."
+        )
+
+    def detach_instances(
+        self, name: str, instance_ids: Sequence[str], *, should_decrement_desired_capacity: bool
+    ) -> Sequence[ActivityDetails]:
+        """Always a ValidationError: what no group owns would be ended as an orphan."""
+        del should_decrement_desired_capacity
+        group, _ = self._changeable(name)
+        self._instances(group, instance_ids)
+        raise ValidationError(
+            "DetachInstances is not supported by this endpoint: an instance lives with its group."
+            " Use EnterStandby, or TerminateInstanceInAutoScalingGroup."
+        )
+
+    # Spot, and what an instance reads about itself
+
+    def interrupt(self, instance_id: str, *, notice_s: float = 120.0) -> None:
+        """A Spot interruption: the instance is ended by force when the notice is over. Its group
+        replaces it after that, or at once where it has capacity rebalancing."""
+        group, asg, member = self._spot(instance_id)
+        member.bond.interrupted_by_s = self._changes.steady.now_s() + notice_s
+        self._changes.unsaved = True
+        if asg.config.capacity_rebalance:
+            self._changes.replace_first(group, member, "a Spot interruption notice")
+        self._save()
+
+    def rebalance(self, instance_id: str) -> None:
+        """A rebalance recommendation, which only a group with capacity rebalancing acts on."""
+        group, asg, member = self._spot(instance_id)
+        member.bond.rebalance_s = self._changes.now_s()
+        self._changes.unsaved = True
+        if asg.config.capacity_rebalance:
+            self._changes.replace_first(group, member, "an EC2 instance rebalance recommendation")
+        self._save()
+
+    def _spot(self, instance_id: str) -> tuple[Group, Asg, Member]:
+        group, asg, member = self._instance(instance_id)
+        if member.instance.machine.market is not Market.SPOT:
+            raise ValidationError(
+                f"The instance {instance_id} is not a Spot Instance; only those are interrupted."
+            )
+        return group, asg, member
+
+    def metadata(self, instance_id: str) -> Metadata:
+        """What the metadata service shows to the instance; ValidationError where it is unknown."""
+        _, asg, member = self._instance(instance_id)
+        machine, bond = member.instance.machine, member.bond
+        return Metadata(
+            instance_id=instance_id,
+            instance_type=machine.type,
+            availability_zone=machine.zone,
+            instance_life_cycle=machine.market,
+            target_lifecycle_state=_target(asg, member),
+            spot_action="terminate" if bond.interrupted_by_s is not None else "",
+            spot_time=bond.interrupted_by_s,
+            rebalance_time=bond.rebalance_s,
+            tags=tuple((t.key, t.value) for t in asg.tags.values() if t.propagate_at_launch),
+        )
+
+
+def _target(asg: Asg, member: Member) -> str:
+    state = member.state
+    if state in STARTING or state is LifecycleState.IN_SERVICE:
+        return "InService"
+    if state in ON_STANDBY:
+        return "Standby"
+    if state in WARM:
+        return f"Warmed:{asg.warm_pool.pool_state}" if asg.warm_pool else "Warmed:Terminated"
+    return "Terminated"
+
+
+def _sizes(group: Group, move: str, count: int) -> str:
+    pool = group.pool
+    return (
+        f"AutoScalingGroup {pool.name} has min-size={pool.min_size}, max-size={pool.max_size}, and"
+        f" desired-size={group.desired}. To {move} standby {count} instance, please update the"
+        " AutoScalingGroup sizes appropriately."
+    )

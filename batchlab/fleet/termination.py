@@ -1,0 +1,193 @@
+"""Whom scale-in takes: the market that has one too many, then the zone with the most, then the
+group's termination policies, each of which narrows the choice that the one before has left.
+
+Where several are left AWS takes one at random; here it is the one that was launched first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from batchlab.fleet import mix
+from batchlab.fleet.api import LaunchTemplate, MixedInstancesPolicy
+from batchlab.fleet.asg import Asg
+from batchlab.fleet.placement import configuration
+from batchlab.fleet.state import Group, Member, weigh
+from batchlab.model import LifecycleState, Market
+
+HOUR_S = 3600.0
+PLAIN = "PendingThenNewest"
+"""The name of a plain pool's policy; a group of AWS's kind may have it too, which AWS's may not."""
+
+Policy = Callable[[Asg, Sequence[Member], float], Sequence[Member]]
+
+
+def pending_then_newest(members: Sequence[Member]) -> Sequence[Member]:
+    """The unprotected ones, Pending before InService, newest before oldest.
+
+    EC2's default policy takes the oldest launch template and then the oldest instance; in a plain
+    pool all are of one template, and the newest has the least warm state (code, child processes)
+    to lose.
+    """
+    unprotected = [member for member in reversed(members) if not member.instance.protected]
+    # The sort is stable, so the order by age survives within each state.
+    return sorted(unprotected, key=lambda member: member.state is not LifecycleState.PENDING)
+
+
+def choose(group: Group, asg: Asg, now_s: float) -> list[Member]:
+    """Whom scale-in takes from a group of AWS's kind, first come first. None is taken with whom
+    capacity would fall below what is desired (weights)."""
+    staying = group.staying()
+    taken: list[Member] = []
+    while True:
+        excess = weigh(staying) - group.desired
+        able = [
+            member
+            for member in staying
+            if not member.instance.protected and member.bond.weight <= excess
+        ]
+        if excess <= 0 or not able:
+            return taken
+        one = _pick(asg, staying, able, now_s)
+        staying.remove(one)
+        taken.append(one)
+
+
+def take_by_default(asg: Asg, members: Sequence[Member], count: int, now_s: float) -> list[Member]:
+    """So many of these, by the default policy, whatever the group's own is."""
+    left, taken = list(members), []
+    for _ in range(min(count, len(left))):
+        one = _default(asg, left, now_s)[0]
+        left.remove(one)
+        taken.append(one)
+    return taken
+
+
+def _pick(asg: Asg, staying: Sequence[Member], able: Sequence[Member], now_s: float) -> Member:
+    mixed = configuration(asg).mixed_instances_policy
+    if mixed is not None:
+        market = mix.market_to_remove(mixed.instances_distribution, staying)
+        able = [m for m in able if m.instance.machine.market is market] or able
+    sizes = Counter(member.instance.machine.zone for member in staying)
+    most = max(sizes[member.instance.machine.zone] for member in able)
+    able = [member for member in able if sizes[member.instance.machine.zone] == most]
+    return narrow(asg, able, now_s)
+
+
+def narrow(asg: Asg, able: Sequence[Member], now_s: float) -> Member:
+    """The one that the group's policies leave of these."""
+    for name in asg.config.termination_policies or ("Default",):
+        able = POLICIES[name](asg, able, now_s) or able
+    return able[0]
+
+
+def _default(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
+    members = _allocation_strategy(asg, members, now_s)
+    members = _oldest_template(asg, members, now_s)
+    return _closest_to_hour(asg, members, now_s)
+
+
+def _oldest(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
+    del asg, now_s
+    first = min(member.instance.launched_s for member in members)
+    return [member for member in members if member.instance.launched_s == first]
+
+
+def _newest(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
+    del asg, now_s
+    last = max(member.instance.launched_s for member in members)
+    # Launched in one tick, the one that was admitted last is the newest.
+    return [m for m in members if m.instance.launched_s == last][-1:]
+
+
+def _oldest_template(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
+    """Of a launch configuration, then of another template than the current one, then of the
+    oldest version."""
+    del now_s
+    config = configuration(asg)
+    if config.launch_configuration_name:
+        return _oldest_configuration(asg, members, 0.0)
+    configured = [member for member in members if member.bond.launch_configuration]
+    if configured:
+        return configured
+    mixed = config.mixed_instances_policy
+    current = mixed.launch_template if mixed else config.launch_template
+    others = [m for m in members if m.bond.template and current and not _same(m, current)]
+    if others:
+        return others
+    versions = [_version(member) for member in members]
+    return [m for m in members if _version(m) == min(versions)]
+
+
+def _same(member: Member, current: LaunchTemplate) -> bool:
+    mine = member.bond.template
+    assert mine is not None
+    if current.launch_template_id:
+        return mine.launch_template_id == current.launch_template_id
+    return mine.launch_template_name == current.launch_template_name
+
+
+def _version(member: Member) -> int:
+    template = member.bond.template
+    return int(template.version) if template and template.version.isdigit() else 0
+
+
+def _oldest_configuration(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
+    """Of another launch configuration than the current one, the earliest launched."""
+    current = configuration(asg).launch_configuration_name
+    others = [
+        member
+        for member in members
+        if member.bond.launch_configuration and member.bond.launch_configuration != current
+    ]
+    return _oldest(asg, others, now_s) if others else members
+
+
+def _closest_to_hour(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
+    """Whose next hour of use begins first; whole seconds, as those launched together are equal."""
+    del asg
+
+    def left_s(member: Member) -> int:
+        return int(HOUR_S - (now_s - member.instance.launched_s) % HOUR_S)
+
+    least = min(left_s(member) for member in members)
+    return [member for member in members if left_s(member) == least]
+
+
+def _allocation_strategy(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
+    """Of the type that the allocation strategy would take last today."""
+    del now_s
+    mixed = configuration(asg).mixed_instances_policy
+    if mixed is None or not mixed.overrides:
+        return members
+    worst = max(_rank(mixed, member, members) for member in members)
+    return [member for member in members if _rank(mixed, member, members) == worst]
+
+
+def _rank(mixed: MixedInstancesPolicy, member: Member, members: Sequence[Member]) -> int:
+    machine, shares = member.instance.machine, mixed.instances_distribution
+    kinds = [override.instance_type for override in mixed.overrides]
+    if machine.type not in kinds:
+        return len(kinds) + len(members)
+    place = kinds.index(machine.type)
+    strategy = shares.spot_allocation_strategy
+    if machine.market is Market.ON_DEMAND or strategy == "capacity-optimized-prioritized":
+        return place
+    # The strategies that spread take from the type of which there are most.
+    pools = shares.spot_instance_pools or 2
+    beyond = strategy == "lowest-price" and place >= pools
+    alike = sum(other.instance.machine == machine for other in members)
+    return len(kinds) + len(members) - 1 if beyond else alike
+
+
+POLICIES: dict[str, Policy] = {
+    "Default": _default,
+    "AllocationStrategy": _allocation_strategy,
+    "OldestLaunchTemplate": _oldest_template,
+    "OldestLaunchConfiguration": _oldest_configuration,
+    "ClosestToNextInstanceHour": _closest_to_hour,
+    "NewestInstance": _newest,
+    "OldestInstance": _oldest,
+    PLAIN: lambda _, members, __: pending_then_newest(members)[:1],
+}

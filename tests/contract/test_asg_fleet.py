@@ -1,0 +1,47 @@
+"""The Fleet's suite over EC2 Auto Scaling's API: our endpoint, and moto as a judge of the suite.
+
+What moto does not do is listed here, test by test, and the list is checked: a gap that moto has
+closed fails.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from batchlab.adapters.aws import Endpoint
+from tests.contract import test_fleet as suite
+from tests.wire_rigs import checks_of, endpoint_world, moto_world, processes_world
+
+CHECKS = dict(checks_of(suite))
+_OLDEST = "moto does not know termination policies: the oldest goes first"
+_SILENT = "moto keeps no scaling activities"
+MOTO_LACKS = {
+    "test_lowering_the_maximum_takes_the_newest_out": _OLDEST,
+    "test_less_desired_capacity_takes_the_newest_out": _OLDEST,
+    "test_where_all_are_protected_none_goes_until_one_is_released": _SILENT,
+    "test_an_instance_that_dies_is_reported_once_and_replaced": _SILENT,
+    "test_every_change_of_capacity_says_who_asked_and_why": _SILENT,
+    "test_an_end_that_the_group_itself_brought_says_so": (
+        "moto's instances are gone at once, never Terminating, and no activity says why"
+    ),
+    "test_an_unhealthy_instance_is_replaced": "moto notes an instance's health, and leaves it",
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_endpoint(name: str, tmp_path: Path) -> None:
+    endpoint_world(CHECKS[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_endpoint_over_processes(name: str, tmp_path: Path) -> None:
+    processes_world(CHECKS[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_moto(name: str, moto: Endpoint, request: pytest.FixtureRequest) -> None:
+    if why := MOTO_LACKS.get(name):
+        request.applymarker(pytest.mark.xfail(reason=why, strict=True))
+    moto_world(moto, CHECKS[name])

@@ -1,0 +1,361 @@
+"""Auto Scaling over the wire, as boto3 sees it: our endpoint, and moto as a judge.
+
+What moto does not do is listed test by test, and the list is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError
+
+from batchlab.asg.actions import ACTIONS
+from batchlab.asg.service import model
+from batchlab.asg.templates import template_id
+from tests.wire_rigs import TEMPLATE, Thread, Wire, aws, refused
+
+LAUNCHING = "autoscaling:EC2_INSTANCE_LAUNCHING"
+TERMINATING = "autoscaling:EC2_INSTANCE_TERMINATING"
+
+_500 = "moto answers HTTP 500"
+MOTO_LACKS = {
+    "test_a_name_is_taken_once": "moto puts the new group in place of the old one",
+    "test_a_group_that_is_not_there_is_refused": _500,
+    "test_limits_that_are_none_are_refused": "moto takes any limits",
+    "test_a_token_that_is_none_is_refused": _500,
+    "test_an_update_changes_only_what_it_names": "moto has no load balancer of that name",
+    "test_a_group_with_instances_is_deleted_only_by_force": "moto deletes it with its instances",
+    "test_desired_capacity_above_the_maximum_is_refused": "moto takes any number",
+    "test_a_cooldown_that_is_honoured_refuses": "moto has no cooldown",
+    "test_an_instance_that_nobody_knows_is_refused": _500,
+    "test_an_unhealthy_instance_is_replaced": "moto notes an instance's health, and leaves it",
+    "test_a_process_that_is_suspended_waits": "moto launches all the same",
+    "test_activities_say_what_happened_newest_first": "moto keeps no activities",
+}
+
+
+# --- Groups ---------------------------------------------------------------------------------------
+
+
+def test_a_group_is_described_as_it_was_created(wire: Wire) -> None:
+    before = datetime.now(UTC) - timedelta(seconds=2)
+    asked: dict[str, Any] = {
+        "MinSize": 0,
+        "MaxSize": 3,
+        "DesiredCapacity": 0,
+        "DefaultCooldown": 7,
+        "HealthCheckGracePeriod": 11,
+        "TerminationPolicies": ["OldestInstance", "Default"],
+        "NewInstancesProtectedFromScaleIn": True,
+    }
+    tags = [{"Key": "team", "Value": "a & b", "PropagateAtLaunch": True}]
+    wire.create(**asked, Tags=tags)
+    group = wire.group()
+    assert {name: group[name] for name in asked} == asked
+    assert [{k: tag[k] for k in tags[0]} for tag in group["Tags"]] == tags
+    assert group["Tags"][0]["ResourceId"] == wire.name
+    assert before < group["CreatedTime"] < datetime.now(UTC) + timedelta(seconds=2)
+    assert wire.name in group["AutoScalingGroupARN"]
+    assert group["LaunchTemplate"]["LaunchTemplateName"] == TEMPLATE
+
+
+def test_a_name_is_taken_once(wire: Wire) -> None:
+    wire.create()
+    with refused("AlreadyExists"):
+        wire.create()
+
+
+def test_a_group_that_is_not_there_is_refused(wire: Wire) -> None:
+    with refused("ValidationError", "not found"):
+        wire.asg.set_desired_capacity(AutoScalingGroupName=wire.name, DesiredCapacity=1)
+    with refused("ValidationError", "not found"):
+        wire.asg.delete_auto_scaling_group(AutoScalingGroupName=wire.name)
+
+
+def test_a_template_that_is_not_there_is_refused(wire: Wire) -> None:
+    with pytest.raises(ClientError) as told:
+        wire.create(LaunchTemplate={"LaunchTemplateName": "no-such-template"})
+    assert told.value.response["ResponseMetadata"]["HTTPStatusCode"] == 400
+
+
+def test_limits_that_are_none_are_refused(wire: Wire) -> None:
+    with refused("ValidationError"):
+        wire.create(MinSize=3, MaxSize=2)
+
+
+def test_groups_come_in_pages(wire: Wire) -> None:
+    names = [wire.create(f"{wire.name}-{n}") for n in range(5)]
+    pages = list(
+        wire.asg.get_paginator("describe_auto_scaling_groups").paginate(
+            AutoScalingGroupNames=names, PaginationConfig={"PageSize": 2}
+        )
+    )
+    found = [[g["AutoScalingGroupName"] for g in page["AutoScalingGroups"]] for page in pages]
+    assert [len(page) for page in found] == [2, 2, 1]
+    assert sorted(name for page in found for name in page) == names
+
+
+def test_a_token_that_is_none_is_refused(wire: Wire) -> None:
+    with refused("InvalidNextToken"):
+        wire.asg.describe_auto_scaling_groups(NextToken="nonsense")
+
+
+def test_groups_are_found_by_their_tags(wire: Wire) -> None:
+    for n in range(3):
+        tags = [{"Key": f"run-{wire.name}", "Value": str(n % 2)}]
+        wire.create(f"{wire.name}-{n}", Tags=tags)
+    filters: Any = [{"Name": f"tag:run-{wire.name}", "Values": ["0", "7"]}]
+    found = wire.asg.describe_auto_scaling_groups(Filters=filters)["AutoScalingGroups"]
+    assert sorted(g["AutoScalingGroupName"] for g in found) == [f"{wire.name}-0", f"{wire.name}-2"]
+
+
+def test_tags_are_set_and_described_and_removed(wire: Wire) -> None:
+    wire.create()
+    tag: dict[str, Any] = {"ResourceId": wire.name, "ResourceType": "auto-scaling-group"}
+    pairs = {"a": "1", "b": "2"}
+    for key, value in (("a", "0"), *pairs.items()):
+        told = {**tag, "Key": key, "Value": value, "PropagateAtLaunch": False}
+        wire.asg.create_or_update_tags(Tags=[told])  # type: ignore[list-item]
+    filters: Any = [{"Name": "auto-scaling-group", "Values": [wire.name]}]
+    found = wire.asg.describe_tags(Filters=filters)["Tags"]
+    assert {one["Key"]: one["Value"] for one in found} == pairs
+    gone: Any = {**tag, "Key": "a"}
+    wire.asg.delete_tags(Tags=[gone])
+    assert [one["Key"] for one in wire.group()["Tags"]] == ["b"]
+
+
+def test_desired_capacity_follows_new_limits(wire: Wire) -> None:
+    wire.grow(1)
+    wire.asg.update_auto_scaling_group(AutoScalingGroupName=wire.name, MinSize=3)
+    assert wire.group()["DesiredCapacity"] == 3
+    wire.asg.update_auto_scaling_group(AutoScalingGroupName=wire.name, MinSize=0, MaxSize=2)
+    assert wire.group()["DesiredCapacity"] == 2
+    wire.until(lambda: len(wire.instances()) == 2)
+
+
+def test_an_update_changes_only_what_it_names(wire: Wire) -> None:
+    wire.create(DefaultCooldown=7, TargetGroupARNs=["arn:aws:elasticloadbalancing:x"])
+    wire.asg.update_auto_scaling_group(
+        AutoScalingGroupName=wire.name, HealthCheckGracePeriod=9, PlacementGroup="near"
+    )
+    group = wire.group()
+    assert (group["DefaultCooldown"], group["HealthCheckGracePeriod"]) == (7, 9)
+    assert group["PlacementGroup"] == "near"
+    assert group["TargetGroupARNs"] == ["arn:aws:elasticloadbalancing:x"]
+
+
+def test_a_group_with_instances_is_deleted_only_by_force(wire: Wire) -> None:
+    wire.grow(2)
+    with pytest.raises(ClientError) as told:
+        wire.asg.delete_auto_scaling_group(AutoScalingGroupName=wire.name)
+    assert told.value.response["Error"]["Code"] in ("ResourceInUse", "ScalingActivityInProgress")
+    wire.asg.delete_auto_scaling_group(AutoScalingGroupName=wire.name, ForceDelete=True)
+    wire.until(lambda: wire.group() is None)
+
+
+def test_a_mixed_instances_policy_comes_back_whole(wire: Wire) -> None:
+    policy: Any = {
+        "LaunchTemplate": {
+            "LaunchTemplateSpecification": {"LaunchTemplateName": TEMPLATE, "Version": "$Latest"},
+            "Overrides": [
+                {"InstanceType": "m7i.large", "WeightedCapacity": "1"},
+                {"InstanceType": "m7i.xlarge", "WeightedCapacity": "2"},
+            ],
+        },
+        "InstancesDistribution": {
+            "OnDemandBaseCapacity": 1,
+            "OnDemandPercentageAboveBaseCapacity": 25,
+            "SpotAllocationStrategy": "capacity-optimized",
+        },
+    }
+    asked: dict[str, Any] = {
+        "AutoScalingGroupName": wire.name,
+        "MinSize": 0,
+        "MaxSize": 2,
+        "AvailabilityZones": ["us-east-1a"],
+        "MixedInstancesPolicy": policy,
+    }
+    wire.asg.create_auto_scaling_group(**asked)
+    wire.made.append(wire.name)
+    found = wire.group()["MixedInstancesPolicy"]
+    assert found["LaunchTemplate"]["Overrides"] == policy["LaunchTemplate"]["Overrides"]
+    shares = found["InstancesDistribution"]
+    assert {k: shares[k] for k in policy["InstancesDistribution"]} == policy[
+        "InstancesDistribution"
+    ]
+    wanted = policy["LaunchTemplate"]["LaunchTemplateSpecification"]
+    told = found["LaunchTemplate"]["LaunchTemplateSpecification"]
+    assert {name: told[name] for name in wanted} == wanted
+
+
+# --- Capacity and instances -----------------------------------------------------------------------
+
+
+def test_desired_capacity_makes_instances_and_takes_them(wire: Wire) -> None:
+    wire.create()
+    for size in (3, 1, 0):
+        wire.asg.set_desired_capacity(AutoScalingGroupName=wire.name, DesiredCapacity=size)
+        wire.until(lambda size=size: len(wire.instances()) == size)  # type: ignore[misc]
+
+
+def test_desired_capacity_above_the_maximum_is_refused(wire: Wire) -> None:
+    wire.create()
+    with refused("ValidationError", "above max value 4"):
+        wire.asg.set_desired_capacity(AutoScalingGroupName=wire.name, DesiredCapacity=5)
+
+
+def test_a_cooldown_that_is_honoured_refuses(wire: Wire) -> None:
+    wire.grow(1, DefaultCooldown=600)
+    wire.asg.set_desired_capacity(AutoScalingGroupName=wire.name, DesiredCapacity=2)
+    wire.until(lambda: len(wire.instances()) == 2)
+    with refused("ScalingActivityInProgress"):
+        wire.asg.set_desired_capacity(
+            AutoScalingGroupName=wire.name, DesiredCapacity=3, HonorCooldown=True
+        )
+
+
+def test_instances_are_described_by_themselves(wire: Wire) -> None:
+    first, second = wire.grow(2)
+    wire.asg.set_instance_protection(
+        AutoScalingGroupName=wire.name, InstanceIds=[second], ProtectedFromScaleIn=True
+    )
+    found = wire.asg.describe_auto_scaling_instances(InstanceIds=[first, second])
+    told = {one["InstanceId"]: one for one in found["AutoScalingInstances"]}
+    assert {one["AutoScalingGroupName"] for one in told.values()} == {wire.name}
+    assert {one["LifecycleState"] for one in told.values()} == {"InService"}
+    assert not told[first]["ProtectedFromScaleIn"]
+    assert told[second]["ProtectedFromScaleIn"]
+
+
+def test_a_named_instance_goes(wire: Wire) -> None:
+    first, second = wire.grow(2)
+    answer = wire.asg.terminate_instance_in_auto_scaling_group(
+        InstanceId=first, ShouldDecrementDesiredCapacity=True
+    )
+    assert first in answer["Activity"]["Description"]
+    assert answer["Activity"]["AutoScalingGroupName"] == wire.name
+    wire.until(lambda: wire.instances() == [second])
+    assert wire.group()["DesiredCapacity"] == 1
+
+
+def test_an_instance_that_nobody_knows_is_refused(wire: Wire) -> None:
+    with refused("ValidationError"):
+        wire.asg.terminate_instance_in_auto_scaling_group(
+            InstanceId="i-00000000000000000", ShouldDecrementDesiredCapacity=False
+        )
+    with refused("ValidationError"):
+        wire.asg.set_instance_health(InstanceId="i-00000000000000000", HealthStatus="Unhealthy")
+
+
+def test_an_instance_that_dies_is_replaced(wire: Wire) -> None:
+    first, second = wire.grow(2)
+    wire.crash(first)
+    wire.until(lambda: len(wire.instances()) == 2 and first not in wire.instances())
+    assert second in wire.instances()
+
+
+def test_an_unhealthy_instance_is_replaced(wire: Wire) -> None:
+    (only,) = wire.grow(1)
+    wire.asg.set_instance_health(
+        InstanceId=only, HealthStatus="Unhealthy", ShouldRespectGracePeriod=False
+    )
+    wire.until(lambda: len(found := wire.instances()) == 1 and only not in found)
+
+
+def test_protection_keeps_an_instance(wire: Wire) -> None:
+    before = wire.grow(3)
+    wire.asg.set_instance_protection(
+        AutoScalingGroupName=wire.name, InstanceIds=before[:2], ProtectedFromScaleIn=True
+    )
+    wire.asg.set_desired_capacity(AutoScalingGroupName=wire.name, DesiredCapacity=2)
+    wire.until(lambda: sorted(wire.instances()) == sorted(before[:2]))
+
+
+def test_standby_takes_an_instance_out_and_back(wire: Wire) -> None:
+    first, second = wire.grow(2)
+    entered = wire.asg.enter_standby(
+        AutoScalingGroupName=wire.name, InstanceIds=[first], ShouldDecrementDesiredCapacity=True
+    )
+    assert first in entered["Activities"][0]["Description"]
+    wire.until(lambda: wire.instances("Standby") == [first])
+    assert wire.instances() == [second]
+    assert wire.group()["DesiredCapacity"] == 1
+    wire.asg.exit_standby(AutoScalingGroupName=wire.name, InstanceIds=[first])
+    wire.until(lambda: sorted(wire.instances()) == sorted([first, second]))
+    assert wire.group()["DesiredCapacity"] == 2
+
+
+def test_a_process_that_is_suspended_waits(wire: Wire) -> None:
+    wire.create()
+    wire.asg.suspend_processes(AutoScalingGroupName=wire.name, ScalingProcesses=["Launch"])
+    told = wire.group()["SuspendedProcesses"]
+    assert [process["ProcessName"] for process in told] == ["Launch"]
+    wire.asg.set_desired_capacity(AutoScalingGroupName=wire.name, DesiredCapacity=1)
+    wire.asg.describe_auto_scaling_groups()
+    assert wire.group()["Instances"] == []
+    wire.asg.resume_processes(AutoScalingGroupName=wire.name)
+    wire.until(lambda: len(wire.instances()) == 1)
+    assert wire.group()["SuspendedProcesses"] == []
+
+
+def test_activities_say_what_happened_newest_first(wire: Wire) -> None:
+    (only,) = wire.grow(1)
+    wire.asg.set_desired_capacity(AutoScalingGroupName=wire.name, DesiredCapacity=0)
+
+    def told() -> list[Any]:
+        pages = wire.asg.get_paginator("describe_scaling_activities").paginate(
+            AutoScalingGroupName=wire.name, PaginationConfig={"PageSize": 1}
+        )
+        return [activity for page in pages for activity in page["Activities"]]
+
+    def ended() -> Any:
+        found = told()
+        return found if found and found[0]["StatusCode"] == "Successful" else None
+
+    newest, *_, oldest = wire.until(ended)
+    assert newest["Description"] == f"Terminating EC2 instance: {only}"
+    assert oldest["Description"] == f"Launching a new EC2 instance: {only}"
+    assert "increasing the capacity from 0 to 1" in oldest["Cause"]
+    assert oldest["StartTime"] <= oldest["EndTime"] <= newest["EndTime"]
+
+
+# --- What never changes ---------------------------------------------------------------------------
+
+FIXED: dict[str, Callable[[Any], Any]] = {
+    "describe_account_limits": lambda a: a["MaxNumberOfAutoScalingGroups"] == 500,
+    "describe_adjustment_types": lambda a: len(a["AdjustmentTypes"]) == 3,
+    "describe_lifecycle_hook_types": lambda a: a["LifecycleHookTypes"] == [LAUNCHING, TERMINATING],
+    "describe_metric_collection_types": lambda a: a["Metrics"] == a["Granularities"] == [],
+    "describe_scaling_process_types": lambda a: len(a["Processes"]) == 9,
+    "describe_termination_policy_types": lambda a: "Default" in a["TerminationPolicyTypes"],
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_a_client_may_choose_from(name: str, our: Wire) -> None:
+    assert FIXED[name](getattr(our.asg, name)())
+
+
+def test_an_action_that_is_not_served_says_so(our: Wire) -> None:
+    with refused("NotImplemented", "CreateLaunchConfiguration is not served here."):
+        our.asg.create_launch_configuration(LaunchConfigurationName="old")
+
+
+def test_every_action_of_the_table_is_one_of_the_model() -> None:
+    assert set(ACTIONS) <= set(model("autoscaling").operation_names)
+
+
+def test_a_template_may_be_named_by_its_id(our: Wire) -> None:
+    our.create(LaunchTemplate={"LaunchTemplateId": template_id(TEMPLATE)}, DesiredCapacity=1)
+    our.until(lambda: our.instances())
+    assert our.group()["Instances"][0]["LaunchTemplate"]["LaunchTemplateName"] == TEMPLATE
+
+
+def test_the_model_is_checked_where_the_client_does_not(ours: Thread) -> None:
+    unchecked: Any = aws(ours.endpoint, "autoscaling", parameter_validation=False)
+    with refused("ValidationError", "Value null at 'autoScalingGroupName' failed"):
+        unchecked.set_desired_capacity(DesiredCapacity=1)
+    unchecked.close()

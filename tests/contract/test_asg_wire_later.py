@@ -1,0 +1,266 @@
+"""What a group does later, over the wire: hooks, schedules, policies, refreshes, warm pools.
+
+What moto does not do is listed test by test, and the list is checked.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from tests.wire_rigs import TEMPLATE, Wire, refused
+
+LAUNCHING = "autoscaling:EC2_INSTANCE_LAUNCHING"
+TERMINATING = "autoscaling:EC2_INSTANCE_TERMINATING"
+
+_500 = "moto answers HTTP 500"
+_NO_WAIT = "moto's instances never wait in a hook"
+_NO_METADATA = "moto does not keep a hook's NotificationMetadata"
+MOTO_LACKS = {
+    "test_hooks_are_described_as_they_were_put": _NO_METADATA,
+    "test_a_hook_that_is_put_again_keeps_what_is_not_named": _NO_METADATA,
+    "test_an_instance_waits_until_its_launch_is_completed": _NO_WAIT,
+    "test_a_launch_that_is_abandoned_is_tried_anew": _NO_WAIT,
+    "test_an_instance_waits_until_its_end_is_completed": _NO_WAIT,
+    "test_a_hook_that_is_not_there_is_refused": _500,
+    "test_scheduled_actions_are_kept_and_removed": "moto forgets what a second put does not name",
+    "test_a_scheduled_action_is_carried_out": "moto's scheduled actions are only kept",
+    "test_many_scheduled_actions_are_put_and_removed_at_once": "moto takes any recurrence",
+    "test_a_target_tracking_policy_comes_back_whole": "moto gives no ARN for a policy",
+    "test_a_refresh_replaces_every_instance": _500,
+    "test_a_warm_pool_is_filled_and_described": "moto's warm pools stay empty",
+}
+
+
+# --- Lifecycle hooks ------------------------------------------------------------------------------
+
+
+def hook(wire: Wire, name: str, transition: str, **more: Any) -> None:
+    asked = {"HeartbeatTimeout": 60, "DefaultResult": "CONTINUE", **more}
+    wire.asg.put_lifecycle_hook(
+        AutoScalingGroupName=wire.name,
+        LifecycleHookName=name,
+        LifecycleTransition=transition,
+        **asked,
+    )
+
+
+def complete(wire: Wire, name: str, instance: str, result: str = "CONTINUE") -> None:
+    wire.asg.complete_lifecycle_action(
+        AutoScalingGroupName=wire.name,
+        LifecycleHookName=name,
+        InstanceId=instance,
+        LifecycleActionResult=result,
+    )
+
+
+def test_hooks_are_described_as_they_were_put(wire: Wire) -> None:
+    wire.create()
+    hook(wire, "up", LAUNCHING, NotificationMetadata="hello")
+    hook(wire, "down", TERMINATING, HeartbeatTimeout=45, DefaultResult="ABANDON")
+    found = wire.asg.describe_lifecycle_hooks(AutoScalingGroupName=wire.name)["LifecycleHooks"]
+    told = {one["LifecycleHookName"]: one for one in found}
+    assert told["up"]["NotificationMetadata"] == "hello"
+    assert told["down"]["LifecycleTransition"] == TERMINATING
+    assert (told["down"]["HeartbeatTimeout"], told["down"]["GlobalTimeout"]) == (45, 4500)
+    assert told["down"]["DefaultResult"] == "ABANDON"
+    wire.asg.delete_lifecycle_hook(AutoScalingGroupName=wire.name, LifecycleHookName="up")
+    found = wire.asg.describe_lifecycle_hooks(AutoScalingGroupName=wire.name)["LifecycleHooks"]
+    assert [one["LifecycleHookName"] for one in found] == ["down"]
+
+
+def test_a_hook_that_is_put_again_keeps_what_is_not_named(wire: Wire) -> None:
+    wire.create()
+    hook(wire, "up", LAUNCHING, NotificationMetadata="hello")
+    wire.asg.put_lifecycle_hook(
+        AutoScalingGroupName=wire.name, LifecycleHookName="up", HeartbeatTimeout=99
+    )
+    (found,) = wire.asg.describe_lifecycle_hooks(
+        AutoScalingGroupName=wire.name, LifecycleHookNames=["up"]
+    )["LifecycleHooks"]
+    assert (found["HeartbeatTimeout"], found["NotificationMetadata"]) == (99, "hello")
+    assert found["LifecycleTransition"] == LAUNCHING
+
+
+def test_an_instance_waits_until_its_launch_is_completed(wire: Wire) -> None:
+    spec = {"LifecycleHookName": "up", "LifecycleTransition": LAUNCHING, "HeartbeatTimeout": 60}
+    wire.create(DesiredCapacity=1, LifecycleHookSpecificationList=[spec])
+    (only,) = wire.until(lambda: wire.instances("Pending:Wait"))
+    wire.asg.record_lifecycle_action_heartbeat(
+        AutoScalingGroupName=wire.name, LifecycleHookName="up", InstanceId=only
+    )
+    complete(wire, "up", only)
+    wire.until(lambda: wire.instances() == [only])
+    with refused("ValidationError", f"No active Lifecycle Action found with instance ID {only}"):
+        complete(wire, "up", only)
+
+
+def test_a_launch_that_is_abandoned_is_tried_anew(wire: Wire) -> None:
+    wire.create()
+    hook(wire, "up", LAUNCHING)
+    wire.asg.set_desired_capacity(AutoScalingGroupName=wire.name, DesiredCapacity=1)
+    (first,) = wire.until(lambda: wire.instances("Pending:Wait"))
+    complete(wire, "up", first, "ABANDON")
+    (second,) = wire.until(
+        lambda: [name for name in wire.instances("Pending:Wait") if name != first]
+    )
+    complete(wire, "up", second)
+    wire.until(lambda: wire.instances() == [second])
+
+
+def test_an_instance_waits_until_its_end_is_completed(wire: Wire) -> None:
+    (only,) = wire.grow(1)
+    hook(wire, "down", TERMINATING)
+    wire.asg.set_desired_capacity(AutoScalingGroupName=wire.name, DesiredCapacity=0)
+    wire.until(lambda: wire.instances("Terminating:Wait") == [only])
+    complete(wire, "down", only)
+    wire.until(lambda: wire.group()["Instances"] == [])
+
+
+def test_a_hook_that_is_not_there_is_refused(wire: Wire) -> None:
+    (only,) = wire.grow(1)
+    with refused("ValidationError"):
+        complete(wire, "nothing", only)
+
+
+# --- Schedules, policies, refreshes, warm pools ---------------------------------------------------
+
+
+def test_scheduled_actions_are_kept_and_removed(wire: Wire) -> None:
+    wire.create()
+    for name, hour, size in (("night", 22, 0), ("day", 9, 1)):
+        wire.asg.put_scheduled_update_group_action(
+            AutoScalingGroupName=wire.name,
+            ScheduledActionName=name,
+            Recurrence=f"0 {hour} * * 1-5",
+            TimeZone="Europe/Berlin",
+            MinSize=size,
+        )
+    wire.asg.put_scheduled_update_group_action(
+        AutoScalingGroupName=wire.name, ScheduledActionName="day", DesiredCapacity=2
+    )
+    found = wire.asg.describe_scheduled_actions(AutoScalingGroupName=wire.name)
+    told = {one["ScheduledActionName"]: one for one in found["ScheduledUpdateGroupActions"]}
+    assert sorted(told) == ["day", "night"]
+    assert (told["day"]["MinSize"], told["day"]["DesiredCapacity"]) == (1, 2)
+    assert told["day"]["Recurrence"] == "0 9 * * 1-5"
+    assert told["day"]["TimeZone"] == "Europe/Berlin"
+    wire.asg.delete_scheduled_action(AutoScalingGroupName=wire.name, ScheduledActionName="day")
+    found = wire.asg.describe_scheduled_actions(AutoScalingGroupName=wire.name)
+    assert [a["ScheduledActionName"] for a in found["ScheduledUpdateGroupActions"]] == ["night"]
+
+
+def test_a_scheduled_action_is_carried_out(wire: Wire) -> None:
+    wire.create()
+    wire.asg.put_scheduled_update_group_action(
+        AutoScalingGroupName=wire.name,
+        ScheduledActionName="soon",
+        StartTime=datetime.now(UTC) + timedelta(seconds=2),
+        DesiredCapacity=2,
+    )
+    wire.until(lambda: len(wire.instances()) == 2)
+
+
+def test_many_scheduled_actions_are_put_and_removed_at_once(wire: Wire) -> None:
+    wire.create()
+    start = datetime.now(UTC) + timedelta(hours=1)
+    failed = wire.asg.batch_put_scheduled_update_group_action(
+        AutoScalingGroupName=wire.name,
+        ScheduledUpdateGroupActions=[
+            {"ScheduledActionName": "good", "StartTime": start, "DesiredCapacity": 1},
+            {"ScheduledActionName": "bad", "Recurrence": "whenever", "DesiredCapacity": 1},
+        ],
+    )["FailedScheduledUpdateGroupActions"]
+    assert [one["ScheduledActionName"] for one in failed] == ["bad"]
+    failed = wire.asg.batch_delete_scheduled_action(
+        AutoScalingGroupName=wire.name, ScheduledActionNames=["good", "bad"]
+    )["FailedScheduledActions"]
+    assert [one["ScheduledActionName"] for one in failed] == ["bad"]
+
+
+TRACKING: Any = {
+    "TargetValue": 5.0,
+    "DisableScaleIn": False,
+    "CustomizedMetricSpecification": {
+        "MetricName": "Backlog",
+        "Namespace": "batchlab",
+        "Dimensions": [{"Name": "pool", "Value": "default"}],
+        "Statistic": "Average",
+    },
+}
+
+
+def test_a_target_tracking_policy_comes_back_whole(wire: Wire) -> None:
+    wire.create()
+    put = wire.asg.put_scaling_policy(
+        AutoScalingGroupName=wire.name,
+        PolicyName="track",
+        PolicyType="TargetTrackingScaling",
+        TargetTrackingConfiguration=TRACKING,
+    )
+    found = wire.asg.describe_policies(AutoScalingGroupName=wire.name)["ScalingPolicies"]
+    assert found[0]["TargetTrackingConfiguration"] == TRACKING
+    assert found[0]["PolicyARN"] == put["PolicyARN"]
+    wire.asg.delete_policy(AutoScalingGroupName=wire.name, PolicyName="track")
+    assert wire.asg.describe_policies(AutoScalingGroupName=wire.name)["ScalingPolicies"] == []
+
+
+def test_a_simple_policy_is_executed(wire: Wire) -> None:
+    wire.create(DesiredCapacity=1)
+    wire.asg.put_scaling_policy(
+        AutoScalingGroupName=wire.name,
+        PolicyName="more",
+        AdjustmentType="ChangeInCapacity",
+        ScalingAdjustment=2,
+        Cooldown=0,
+    )
+    wire.asg.execute_policy(AutoScalingGroupName=wire.name, PolicyName="more")
+    wire.until(lambda: len(wire.instances()) == 3)
+
+
+def test_a_refresh_replaces_every_instance(wire: Wire) -> None:
+    before = wire.grow(2)
+    found = wire.asg.start_instance_refresh(
+        AutoScalingGroupName=wire.name,
+        Preferences={"MinHealthyPercentage": 0, "InstanceWarmup": 0},
+        DesiredConfiguration={
+            "LaunchTemplate": {"LaunchTemplateName": TEMPLATE, "Version": "$Latest"}
+        },
+    )["InstanceRefreshId"]
+
+    def ended() -> bool:
+        (refresh,) = wire.asg.describe_instance_refreshes(AutoScalingGroupName=wire.name)[
+            "InstanceRefreshes"
+        ]
+        assert refresh["InstanceRefreshId"] == found
+        return refresh["Status"] == "Successful"
+
+    wire.until(ended, limit_s=30)
+    after = wire.instances()
+    assert len(after) == 2
+    assert not set(before) & set(after)
+    with refused("ActiveInstanceRefreshNotFound"):
+        wire.asg.cancel_instance_refresh(AutoScalingGroupName=wire.name)
+
+
+def test_a_warm_pool_is_filled_and_described(wire: Wire) -> None:
+    wire.grow(1)
+    wire.asg.put_warm_pool(
+        AutoScalingGroupName=wire.name,
+        MinSize=1,
+        MaxGroupPreparedCapacity=2,
+        PoolState="Running",
+        InstanceReusePolicy={"ReuseOnScaleIn": True},
+    )
+    wire.until(lambda: wire.asg.describe_warm_pool(AutoScalingGroupName=wire.name)["Instances"])
+    told = wire.asg.describe_warm_pool(AutoScalingGroupName=wire.name)["WarmPoolConfiguration"]
+    assert told["PoolState"] == "Running"
+    assert told["InstanceReusePolicy"] == {"ReuseOnScaleIn": True}
+    assert (told["MinSize"], told["MaxGroupPreparedCapacity"]) == (1, 2)
+    wire.asg.delete_warm_pool(AutoScalingGroupName=wire.name, ForceDelete=True)
+
+    def emptied() -> bool:
+        answer = wire.asg.describe_warm_pool(AutoScalingGroupName=wire.name)
+        return not answer.get("Instances") and "WarmPoolConfiguration" not in answer
+
+    wire.until(emptied)

@@ -1,0 +1,33 @@
+"""Grids in containers, for tests that Docker is there for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from batchlab import backends
+from batchlab.cli.checkup_containers import containers
+from batchlab.cli.findings import Level
+from batchlab.errors import BatchlabError
+from batchlab.home import Home
+
+
+def need_containers(tmp_path: Path) -> None:
+    """Skip, or fail in CI, where no grid in containers can be brought up without pulling images:
+    Docker does not answer, a plugin or an image is missing."""
+    home = Home(tmp_path / "doctor")
+    try:
+        bad = [
+            one.text
+            for one in containers(home, backends.load("localstack"))
+            if one.level is Level.FAIL or (one.about == "image" and one.level is Level.WARN)
+        ]
+    except BatchlabError as error:
+        bad = [str(error)]
+    if not bad:
+        return
+    if os.environ.get("CI"):
+        pytest.fail(f"CI promises containers: {bad[0]}")
+    pytest.skip(f"no grid in containers here: {bad[0]}")

@@ -1,0 +1,95 @@
+"""Scenes of a ledger that is rebuilt while others go on; each docstring says what went wrong
+before."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from batchlab.model import JobId, JobState
+from batchlab.sim.world import World
+from tests.sim.scenes import (
+    A,
+    B,
+    around,
+    ended,
+    ended_well,
+    in_world,
+    job,
+    leader,
+    stage,
+    submitted,
+    takes,
+)
+
+
+def test_a_retry_that_comes_during_a_rebuild_is_neither_refused_nor_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Simulator, seed 2286: what the ledger had of the job was put together one object after the
+    other, over half a minute. A retry, and a manager that did not know yet that another one led,
+    took the part for the whole (I2)."""
+
+    async def act(world: World) -> None:
+        reads: list[str] = []
+
+        async def get(real: Any, key: str) -> object:
+            data = await real(key)
+            if rebuilding and "/outcomes/" in key:
+                reads.append(key)
+                await asyncio.sleep(10)
+            return data
+
+        around(monkeypatch, world.objects, "get", get)
+        made = job(stage(A), stage(B, A), items=1)
+        rebuilding = False
+        await submitted(world, made)
+        while not world.starts:
+            await asyncio.sleep(1)
+        await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        assert (await ended(world, made)).state is JobState.CANCELLED
+        rebuilding = True
+        manager = await leader(world)
+        rebuild = asyncio.create_task(manager.rebuild_ledger())
+        while not reads:
+            await asyncio.sleep(0.1)
+        assert (await world.ledger.job(made.id)).state is JobState.CANCELLED, "seen whole"
+        await manager.requests.retry(made.id)
+        assert not rebuild.done()
+        assert await rebuild == 1
+        assert len(reads) > len(set(reads)), "what was read before the retry does not count"
+        assert (await world.ledger.job(made.id)).round == 1
+        await ended_well(world, made)
+
+    in_world(act, script=takes(20.0))
+
+
+def test_a_rebuild_forgets_what_the_bucket_does_not_have_and_nothing_that_comes_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def act(world: World) -> None:
+        gone = job(stage(A), items=1)
+        late = replace(job(stage(A), items=1, token="other"), id=JobId("late"))
+        came = asyncio.Event()
+
+        async def forget(real: Any, jobs: Sequence[JobId]) -> None:
+            assert jobs == [gone.id]
+            await submitted(world, late)
+            came.set()
+            await real(jobs)
+
+        around(monkeypatch, world.ledger, "forget", forget)
+        await submitted(world, gone)
+        await ended_well(world, gone)
+        keys = [one.key async for page in world.objects.list(f"jobs/{gone.id}/") for one in page]
+        await world.objects.delete(keys)
+        assert await (await leader(world)).rebuild_ledger() == 0, "as it found them"
+        assert came.is_set()
+        assert [record.job.id for record in await world.ledger.jobs()] == [late.id]
+        await ended_well(world, late)
+
+    in_world(act, script=takes(1.0))

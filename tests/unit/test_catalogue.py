@@ -1,0 +1,81 @@
+"""The catalogue of instance types: what ships is right, and what is wrong is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from batchlab import catalogue
+from batchlab.catalogue import LEAST_MEMORY_MIB, InstanceType, Share
+from batchlab.errors import UsageError
+
+ROW = '"x.large" = { vcpu = 2, memory_mib = 8192, architecture = "x86_64" }'
+
+
+def test_what_ships_loads_and_knows_the_common_types() -> None:
+    types = catalogue.load().types
+    assert len(types) >= 30
+    assert types["m7i.large"] == InstanceType("m7i.large", 2, 8192, "x86_64")
+    assert types["c7g.medium"] == InstanceType("c7g.medium", 1, 2048, "arm64")
+    assert types["t3.nano"].memory_mib == 512
+
+
+def test_within_a_family_twice_the_cpus_come_with_twice_the_memory() -> None:
+    """A slip in the table would show here; burstable types are the ones of which it is not true."""
+    types = [t for t in catalogue.load().types.values() if not t.name.startswith("t")]
+    ratios: dict[str, set[float]] = {}
+    for t in types:
+        ratios.setdefault(t.name[0], set()).add(t.memory_mib / t.vcpu)
+    assert ratios == {"m": {4096}, "c": {2048}, "r": {8192}}
+    assert all((t.architecture == "arm64") == ("g." in t.name) for t in types)
+
+
+def test_a_share_is_the_types_figures_times_the_scale() -> None:
+    known = catalogue.load()
+    assert known.share("m7i.large") == Share(2.0, 8192)
+    assert known.share("m7i.large", 0.25) == Share(0.5, 2048)
+    assert known.share("t3.nano", 0.1).memory_mib == LEAST_MEMORY_MIB
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1.5, float("nan")])
+def test_a_scale_that_is_none_is_refused(scale: float) -> None:
+    with pytest.raises(UsageError, match="above 0 and up to 1"):
+        catalogue.load().share("m7i.large", scale)
+
+
+def test_a_type_that_is_not_there_is_refused_with_what_is_near() -> None:
+    with pytest.raises(UsageError, match=r"no instance type 'm7i.lrge'.*Did you mean.*m7i.large"):
+        catalogue.load().of("m7i.lrge")
+    with pytest.raises(UsageError, match=r"instance-types.toml lists"):
+        catalogue.load().of("???")
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        ("[types", "is not TOML"),
+        ("", r"must have a table \[types\]"),
+        ("[types]", r"must have a table \[types\]"),
+        (f"[types]\n{ROW}\n[more]", r"must have a table \[types\]"),
+        (f"[types]\n{ROW.replace(', memory_mib = 8192', '')}", "'x.large' must have arch"),
+        (f"[types]\n{ROW.replace('vcpu', 'cpus')}", "'x.large' must have arch"),
+        (f"[types]\n{ROW.replace('= 2,', '= 0,')}", "vcpu of 'x.large' is 0"),
+        (f"[types]\n{ROW.replace('= 2,', '= true,')}", "vcpu of 'x.large' is True"),
+        (f"[types]\n{ROW.replace('8192', '0.5')}", "memory_mib of 'x.large' is 0.5"),
+        (f"[types]\n{ROW.replace('x86_64', 'amd64')}", "'amd64', not x86_64 or arm64"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused_with_its_place(
+    tmp_path: Path, content: str, wrong: str
+) -> None:
+    path = tmp_path / "types.toml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=wrong) as refused:
+        catalogue.load(path)
+    assert str(path) in str(refused.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"types.toml cannot be read: No such file"):
+        catalogue.load(tmp_path / "types.toml")
