@@ -36,6 +36,11 @@ _REMEDIES = (
         ("certificate", "does not support SSL", "sslmode"),
         "Look at sslmode and sslrootcert in the ledger's URL.",
     ),
+    (
+        ('relation "',),
+        "Its tables are gone. Start the manager again; `batchlab ledger rebuild` then makes them "
+        "anew from the bucket.",
+    ),
     (("does not exist",), "Make it with `createdb` and `createuser`, or name another one."),
     (
         ("invalid connection option",),
