@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from batchlab.adapters.docker import Template
 from batchlab.adapters.process import ProcessLauncher
 from batchlab.adapters.sim.launcher import MemoryState, SimLauncher
 from batchlab.adapters.state_file import StateFile
@@ -24,6 +25,7 @@ from batchlab.model import GroupView, Instance, LifecycleState, Machine, Pool
 from batchlab.ports import ANY_MACHINE, Clock, Fleet, Launcher
 from batchlab.sim.clocks import SimClock
 from batchlab.sim.loop import SimLoop
+from tests.containers import ABSENT_IMAGE, DockerGrid, docker_grid, shell
 
 STEADY = Pool("steady", max_size=4)
 """Drains at once when asked to."""
@@ -281,6 +283,8 @@ class LauncherRig:
     """Whether the instance's worker listens."""
     slack_s: float
     """How long something that happens at once may take to be seen."""
+    moment_s: float = 0.15
+    """Longer than asking an instance to end takes."""
 
     async def start(self, pool: Pool, instance: str) -> None:
         """Launch, and wait until its worker listens."""
@@ -340,9 +344,38 @@ def _process_launcher_world(check: LauncherCheck, root: Path) -> None:
     asyncio.run(main())
 
 
+def behaving(pool: Pool) -> Template:
+    """A container that behaves as its pool's name says."""
+    if pool.name == ABSENT.name:
+        return Template(ABSENT_IMAGE, ("true",))
+    return shell(_SHELL.get(pool.name, _DRAINS))
+
+
+def _container_launcher_world(check: LauncherCheck, root: Path) -> None:
+    async def main(grid: DockerGrid) -> None:
+        launcher = grid.launcher(behaving, LoopClock())
+
+        def crash(instance: str) -> None:
+            grid.api.kill(grid.name(instance))
+
+        def up(instance: str) -> bool:
+            return grid.printed(instance) == "up\n"
+
+        try:
+            await check(
+                LauncherRig(launcher, launcher.changed, crash, up, slack_s=3.0, moment_s=1.0)
+            )
+        finally:
+            await launcher.close(kill=True)
+
+    with docker_grid(root) as grid:
+        asyncio.run(main(grid))
+
+
 LAUNCHER_WORLDS: Mapping[str, Callable[[LauncherCheck, Path], None]] = {
     "sim": _sim_launcher_world,
     "process": _process_launcher_world,
+    "container": _container_launcher_world,
 }
 
 

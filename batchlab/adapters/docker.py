@@ -11,8 +11,8 @@ What Docker cannot keep is when a draining instance has to be gone; that is in
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ from typing import Any
 
 from batchlab.adapters import docker_container as calls
 from batchlab.adapters.docker_container import Template
+from batchlab.adapters.docker_endings import Endings
 from batchlab.adapters.docker_engine import Engine, EventStream, remove_container
 from batchlab.adapters.imds_tree import Metadata, Signals
 from batchlab.adapters.process import KEEP_ENDED_S
@@ -33,6 +34,9 @@ from batchlab.ports import ANY_MACHINE, Clock
 __all__ = ["ContainerLauncher", "Template"]
 
 log = logging.getLogger(__name__)
+
+SETTLED_S = 1.0
+"""Docker may call a container started just before its program is: a signal then reaches nobody."""
 
 _LIVING = ("running", "paused", "restarting")
 
@@ -48,6 +52,9 @@ class _Container:
     boot: asyncio.Task[None] | None = None
     asleep: bool = False
     """Not started yet, and not just being started."""
+    settled_s: float = 0.0
+    """When a signal surely reaches it; the loop's time."""
+    asking: asyncio.Task[None] | None = None
     asked: bool = False
     due_s: float | None = None
     """When it is killed; the loop's time."""
@@ -87,7 +94,7 @@ class ContainerLauncher:
         self._template = template
         self._catalogue = catalogue
         self._clock = clock
-        self._endings = folder / "ending"
+        self._endings = Endings(folder / "ending", clock)
         self._logs = folder / "logs"
         self._grid = grid
         self._labels = dict(labels)
@@ -134,7 +141,7 @@ class ContainerLauncher:
         due_s = asyncio.get_running_loop().time() + grace_s
         if container.due_s is None or due_s < container.due_s:
             # Before the signal: should we die in between, the next launcher sends it.
-            self._note(container, grace_s)
+            self._endings.note(instance, container.id, grace_s)
             self._arm(container, due_s)
         if container.asleep:
             await self._call_off(container)
@@ -151,7 +158,7 @@ class ContainerLauncher:
         """Let go of every instance; with `kill` end all at once and leave no container."""
         self._is_closing = True
         for container in self._known.values():
-            for handle in (container.kill, container.boot, container.killing):
+            for handle in (container.kill, container.boot, container.asking, container.killing):
                 if handle is not None:
                     handle.cancel()
         try:
@@ -214,12 +221,13 @@ class ContainerLauncher:
         try:
             await asyncio.sleep(max(0.0, wait_s))
             container.asleep = False
+            container.settled_s = math.inf
             await self._run(container, partial(calls.start, container.id))
+            container.settled_s = asyncio.get_running_loop().time() + SETTLED_S
             if container.due_s is not None:
-                # What `terminate` sent meanwhile was for nobody.
-                container.asked = False
                 await self._ask(container)
         except Unreachable as error:
+            container.settled_s = 0.0
             log.warning("%s The next look tries again.", error)
         except BackendError as error:
             self._over(container, f"cannot be started: {error}")
@@ -239,10 +247,27 @@ class ContainerLauncher:
     async def _run(self, container: _Container, call: Callable[[Any], object]) -> Any:
         return await self.engine.run(f"Instance {container.instance}", call)
 
+    async def _signal(self, container: _Container, name: str) -> None:
+        await self._run(container, partial(calls.signal, container.id, name))
+
     async def _ask(self, container: _Container) -> None:
-        if not container.asked:
-            await self._run(container, lambda api: calls.signal(container.id, "SIGTERM", api))
+        """Ask it to drain, at once where it is up, else when it is."""
+        if container.asked or container.asking is not None:
+            return
+        wait_s = container.settled_s - asyncio.get_running_loop().time()
+        if wait_s <= 0.0:
+            await self._signal(container, "SIGTERM")
             container.asked = True
+        elif wait_s <= SETTLED_S:
+            container.asking = asyncio.create_task(self._ask_later(container, wait_s), name="ask")
+
+    async def _ask_later(self, container: _Container, wait_s: float) -> None:
+        try:
+            await asyncio.sleep(wait_s)
+            container.asking = None
+            await self._ask(container)
+        except BackendError as error:
+            log.warning("%s The next look tries again.", error)
 
     def _arm(self, container: _Container, due_s: float) -> None:
         container.due_s = due_s
@@ -256,7 +281,7 @@ class ContainerLauncher:
 
     async def _killed(self, container: _Container) -> None:
         try:
-            await self._run(container, lambda api: calls.signal(container.id, "SIGKILL", api))
+            await self._signal(container, "SIGKILL")
         except BackendError as error:
             log.warning("%s The next look tries again.", error)
         finally:
@@ -265,10 +290,10 @@ class ContainerLauncher:
     async def _remove(self, container: _Container) -> None:
         """Remove the container, dead or alive, keeping what it printed."""
         if container.ended is None:
-            await self._run(container, lambda api: calls.signal(container.id, "SIGKILL", api))
+            await self._signal(container, "SIGKILL")
             await self._bury(container)
         await self._run(container, lambda api: remove_container(api, container.id))
-        self._ending(container).unlink(missing_ok=True)
+        self._endings.forget(container.instance)
 
     def _over(self, container: _Container, ended: str) -> None:
         container.ended = ended
@@ -279,28 +304,6 @@ class ContainerLauncher:
 
     def _is_late(self, container: _Container) -> bool:
         return container.due_s is not None and asyncio.get_running_loop().time() >= container.due_s
-
-    # What an earlier launcher wanted gone, and by when (epoch seconds).
-
-    def _ending(self, container: _Container) -> Path:
-        return self._endings / f"{container.instance}.json"
-
-    def _note(self, container: _Container, grace_s: float) -> None:
-        self._endings.mkdir(parents=True, exist_ok=True)
-        note = {"container": container.id, "by_s": self._clock.now_s() + grace_s}
-        fresh = self._endings / f"{container.instance}.new"
-        fresh.write_text(json.dumps(note))
-        fresh.replace(self._ending(container))
-
-    def _noted(self, container: _Container) -> float | None:
-        try:
-            note = json.loads(self._ending(container).read_text())
-            return float(note["by_s"]) if note["container"] == container.id else None
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError):
-            # Cut short by a power failure, but only who wants it gone writes such a file.
-            return self._clock.now_s()
 
     # --- Looking ---------------------------------------------------------------------------------
 
@@ -358,9 +361,8 @@ class ContainerLauncher:
             labels[calls.INSTANCE], row["Id"], float(labels.get(calls.BOOTED, 0))
         )
         self._known[container.instance] = container
-        by_s = self._noted(container)
-        if by_s is not None:
-            left_s = max(0.0, by_s - self._clock.now_s())
+        left_s = self._endings.left_s(container.instance, container.id)
+        if left_s is not None:
             self._arm(container, asyncio.get_running_loop().time() + left_s)
         return container
 
@@ -371,7 +373,7 @@ class ContainerLauncher:
         except NotFound:
             return  # removed a moment ago; the next look misses it
         self._over(container, calls.how(state, killed=self._is_late(container)))
-        self._ending(container).unlink(missing_ok=True)
+        self._endings.forget(container.instance)
 
     async def _forget(self) -> None:
         now_s = self._clock.monotonic_s()

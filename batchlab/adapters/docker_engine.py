@@ -155,25 +155,25 @@ class EventStream:
             "type": ["container", "network"],
             "event": ["start", "die", "destroy", "connect", "disconnect"],
         }
+
+        def open_stream(api: APIClient) -> CancellableStream[dict[str, Any]]:
+            return api.events(decode=True, filters=filters)
+
         while not self._closing.is_set():
-            try:
-                with translated("Docker's events"):
-                    self._stream = self._engine.do(
-                        "Docker's events", lambda api: api.events(decode=True, filters=filters)
-                    )
-                    self.stands = True
-                    self._seen(None)
-                    for event in self._stream:
-                        self._seen(event)
-            except BackendError:
-                # Whoever calls the Engine hears it from their own call.
-                pass
-            finally:
-                self.stands = False
-                self._stream = None
-            if not self._closing.is_set():
-                self._seen(None)
-                self._closing.wait(RECONNECT_S)
+            # Whoever calls the Engine hears from their own call that it is away.
+            with suppress(BackendError), translated("Docker's events"):
+                self._read(self._engine.do("Docker's events", open_stream))
+            self._closing.wait(RECONNECT_S)
+
+    def _read(self, stream: CancellableStream[dict[str, Any]]) -> None:
+        self._stream, self.stands = stream, True
+        try:
+            self._seen(None)
+            for event in stream:
+                self._seen(event)
+        finally:
+            self._stream, self.stands = None, False
+            self._seen(None)
 
 
 # --- Found by label ------------------------------------------------------------------------------

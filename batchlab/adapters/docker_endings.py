@@ -1,0 +1,47 @@
+"""When containers that are being ended have to be gone: what Docker cannot keep for us.
+
+Invariant: a note is for one container, so a folder that is older than what runs ends nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from batchlab.ports import Clock
+
+
+class Endings:
+    """A file for each instance that was asked to end, in `folder`."""
+
+    def __init__(self, folder: Path, clock: Clock) -> None:
+        self._folder = folder
+        self._clock = clock
+
+    def note(self, instance: str, container: str, grace_s: float) -> None:
+        """It has to be gone `grace_s` from now."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        note = {"container": container, "by_s": self._clock.now_s() + grace_s}
+        fresh = self._folder / f"{instance}.new"
+        fresh.write_text(json.dumps(note))
+        fresh.replace(self._path(instance))
+
+    def left_s(self, instance: str, container: str) -> float | None:
+        """Seconds that are left to it, None where nobody has asked it to end."""
+        try:
+            note = json.loads(self._path(instance).read_text())
+            if note["container"] != container:
+                return None
+            return max(0.0, float(note["by_s"]) - self._clock.now_s())
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            # Cut short by a power failure, but only who wants it gone writes such a file.
+            return 0.0
+
+    def forget(self, instance: str) -> None:
+        """It is gone."""
+        self._path(instance).unlink(missing_ok=True)
+
+    def _path(self, instance: str) -> Path:
+        return self._folder / f"{instance}.json"

@@ -1,0 +1,113 @@
+"""Docker for tests: an image to run, containers whose labels are a test's own, all of them swept.
+
+A machine without Docker, or without the image, skips these tests on a laptop and fails them in CI.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from docker import APIClient
+
+from batchlab import catalogue
+from batchlab.adapters.docker import ContainerLauncher, Template
+from batchlab.adapters.docker_engine import Engine, sweep
+from batchlab.adapters.imds_tree import Signals
+from batchlab.errors import BackendError
+from batchlab.model import Pool
+from batchlab.ports import Clock
+
+IMAGE = os.environ.get("BATCHLAB_BASE_IMAGE", "batchlab-base:local")
+"""Anything with a shell and Python."""
+
+ABSENT_IMAGE = "batchlab-test-absent:none"
+
+
+def need_docker() -> None:
+    """Skip or fail where there is no Docker, or no image."""
+    with Engine() as engine:
+        try:
+            if not engine.do("The images", lambda api: api.images(IMAGE)):
+                raise BackendError(f"There is no image {IMAGE}.")
+        except BackendError as error:
+            if os.environ.get("CI"):
+                pytest.fail(f"CI promises Docker with the image {IMAGE}: {error}")
+            pytest.skip(f"{error} BATCHLAB_BASE_IMAGE names another image.")
+
+
+@dataclass(frozen=True)
+class DockerGrid:
+    """A grid's containers as a test sees them."""
+
+    id: str
+    api: APIClient
+    root: Path
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return {"batchlab.grid": self.id}
+
+    def launcher(
+        self,
+        template: Callable[[Pool], Template],
+        clock: Clock,
+        *,
+        engine: Engine | None = None,
+        scale: float = 1.0,
+        boot_s: float = 0.0,
+        signals: Callable[[str], Signals] = lambda _: Signals(),
+    ) -> ContainerLauncher:
+        """A launcher of this grid; the next one adopts what it leaves."""
+        return ContainerLauncher(
+            template,
+            catalogue.load(),
+            clock,
+            self.root,
+            grid=self.id,
+            labels=self.labels,
+            engine=engine,
+            scale=scale,
+            boot_s=boot_s,
+            signals=signals,
+        )
+
+    def name(self, instance: str) -> str:
+        return f"batchlab-{self.id}-{instance}"
+
+    def printed(self, instance: str) -> str:
+        """What a container that is there has printed so far."""
+        return bytes(self.api.logs(self.name(instance))).decode()
+
+    def state(self, instance: str) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.api.inspect_container(self.name(instance))["State"]
+        return found
+
+
+@contextmanager
+def docker_grid(root: Path) -> Iterator[DockerGrid]:
+    """A grid of the test's own; whatever carries its label is gone afterwards."""
+    need_docker()
+    grid = DockerGrid(f"test-{os.getpid()}-{secrets.token_hex(3)}", APIClient(version="auto"), root)
+    try:
+        yield grid
+    finally:
+        with Engine() as engine:
+            sweep(engine, grid.labels)
+        grid.api.close()
+
+
+def shell(script: str, **more: Any) -> Template:
+    """A container that runs a shell script."""
+    return Template(IMAGE, ("/bin/sh", "-c", script), **more)
+
+
+def python(script: str, **more: Any) -> Template:
+    """A container that runs a Python script."""
+    return Template(IMAGE, ("python3", "-u", "-c", script), **more)
