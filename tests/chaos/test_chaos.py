@@ -27,7 +27,8 @@ from tests.integration.local_grid import LocalGrid, outcomes
 
 SEED = int(os.environ.get("BATCHLAB_CHAOS_SEED", "1"))
 TASKS = int(os.environ.get("BATCHLAB_CHAOS_TASKS", "600"))
-TASK_S = 0.2
+TASK_S = max(0.2, 600 / TASKS)
+"""So that six instances are busy for as long as it takes to do all the harm."""
 MOST = 6
 ZOMBIE_S = 12.0
 """Longer than the visibility timeout: somebody else has the bundle when it wakes."""
