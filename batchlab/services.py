@@ -331,6 +331,7 @@ async def _serve_asg(settings: AsgSettings, on_up: Callable[[str], None]) -> Non
     from batchlab.adapters.state_file import StateFile
     from batchlab.api import listen
     from batchlab.asg.metadata import Facts
+    from batchlab.asg.metrics import MetricStore
     from batchlab.asg.running import application, run
     from batchlab.asg.templates import TemplateFile
     from batchlab.fleet.autoscaling import AutoScaling
@@ -338,8 +339,12 @@ async def _serve_asg(settings: AsgSettings, on_up: Callable[[str], None]) -> Non
     clock, templates, facts = WallClock(), TemplateFile(settings.templates), Facts()
     launcher = backends.open_asg_launcher(settings, templates, clock, facts.signals)
     groups = StateFile(settings.state / "groups.json")
+    metrics = MetricStore(clock)
     engine = facts.engine = AutoScaling(
-        launcher, clock, RandomIds(), groups, templates=templates, drain_s=settings.drain_s
+        *(launcher, clock, RandomIds(), groups),
+        templates=templates,
+        metrics=metrics,
+        drain_s=settings.drain_s,
     )
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -349,7 +354,7 @@ async def _serve_asg(settings: AsgSettings, on_up: Callable[[str], None]) -> Non
     if settings.metadata_port is not None:
         await metadata.start(settings.host, settings.metadata_port)
     on_up(f"http://{settings.host}:{listener.getsockname()[1]}")
-    app = application(engine, clock, launcher.changed, key=settings.key)
+    app = application(engine, clock, launcher.changed, metrics=metrics, key=settings.key)
     try:
         await run(engine, app, listener, launcher.changed, stop)
     finally:

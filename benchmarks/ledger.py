@@ -7,14 +7,17 @@ Targets, on two cores:
 - Manager memory flat at 10⁷ tasks. A manager plans a job's input of so many lines, cuts it into
   bundles of 4,096, and folds their completions; who runs the bundles is simulated. Each size is a
   process of its own: what it had after the first hundredth of the job, and at its end.
+- 2,000 bundles a second on PostgreSQL in transactions of 10, which wait for its network and its
+  disk. Where BATCHLAB_POSTGRES_URL names a database, in a schema that is gone afterwards.
 
-    python benchmarks/ledger.py [--small] [--json FILE] [--only fold|collect|memory]
+    python benchmarks/ledger.py [--small] [--json FILE] [--only fold|postgres|collect|memory]
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -28,7 +31,7 @@ from measured import Part, Row, peak_mb, rss_mb, run
 
 from batchlab.adapters.clock import RandomIds, WallClock
 from batchlab.adapters.objects import open_local
-from batchlab.adapters.sql.ledger import open_sqlite
+from batchlab.adapters.sql import open_postgres, open_sqlite
 from batchlab.adapters.sqlite_queue import SqliteQueue
 from batchlab.jobdef import InputDef, JobDef, SplitBy, StageDef
 from batchlab.manager.collector import events_queue
@@ -47,10 +50,12 @@ from batchlab.model import (
     TaskSet,
 )
 from batchlab.patience import Patience
-from batchlab.ports import MAX_BATCH, Cut, Outgoing
+from batchlab.ports import MAX_BATCH, Cut, Ledger, Outgoing
 from batchlab.protocol import naming, wire
 
 PER_SECOND = 10_000
+PER_SECOND_POSTGRES = 2_000
+POSTGRES = "BATCHLAB_POSTGRES_URL"
 GROWTH_MB = 32
 """What the largest job's manager may have more than the smallest's."""
 BUNDLE = 4096
@@ -119,28 +124,42 @@ def completion(bundle: Bundle) -> Completion:
 
 def fold(batch: int, count: int) -> list[Row]:
     """Completions of `count` bundles folded by the ledger alone, `batch` in a transaction."""
-
-    async def best(folder: Path) -> float:
-        ledger = open_sqlite(folder / "ledger.db")
-        planned = bundles(count)
-        await ledger.add_job(JOB, state=JobState.SUBMITTED)
-        await ledger.add_cut(Cut(JOB.id, STAGE, 0, 0, planned, TaskSet(), TASKS * count))
-        done = [completion(bundle) for bundle in planned]
-        rates = []
-        for at in range(0, count, count // ROUNDS):
-            some = done[at : at + count // ROUNDS]
-            began_s = time.perf_counter()
-            for first in range(0, len(some), batch):
-                part = some[first : first + batch]
-                await ledger.fold(part, [{}] * len(part))
-            rates.append(len(some) / (time.perf_counter() - began_s))
-        assert (await ledger.rows(JOB.id)).stages[0].counts.ended
-        await ledger.close()
-        return max(rates)
-
     with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as folder:
-        rate = asyncio.run(best(Path(folder)))
+        rate = asyncio.run(_fold(open_sqlite(Path(folder) / "ledger.db"), batch, count))
     return [Row(f"ledger: {batch} completions a transaction", rate, "/s", PER_SECOND)]
+
+
+def postgres(batch: int, count: int) -> list[Row]:
+    """The same on PostgreSQL."""
+    import psycopg
+
+    url, schema = os.environ[POSTGRES], f"batchlab_bench_{os.getpid()}"
+    try:
+        rate = asyncio.run(_fold(open_postgres(url, schema=schema), batch, count))
+    finally:
+        with psycopg.connect(url) as connection:
+            connection.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE".encode())
+    what = f"ledger on PostgreSQL: {batch} completions a transaction"
+    return [Row(what, rate, "/s", PER_SECOND_POSTGRES)]
+
+
+async def _fold(ledger: Ledger, batch: int, count: int) -> float:
+    """The best of some rounds, in bundles a second."""
+    planned = bundles(count)
+    await ledger.add_job(JOB, state=JobState.SUBMITTED)
+    await ledger.add_cut(Cut(JOB.id, STAGE, 0, 0, planned, TaskSet(), TASKS * count))
+    done = [completion(bundle) for bundle in planned]
+    rates = []
+    for at in range(0, count, count // ROUNDS):
+        some = done[at : at + count // ROUNDS]
+        began_s = time.perf_counter()
+        for first in range(0, len(some), batch):
+            part = some[first : first + batch]
+            await ledger.fold(part, [{}] * len(part))
+        rates.append(len(some) / (time.perf_counter() - began_s))
+    assert (await ledger.rows(JOB.id)).stages[0].counts.ended
+    await ledger.close()
+    return max(rates)
 
 
 def collect(each: int, count: int) -> list[Row]:
@@ -263,8 +282,10 @@ def choose(small: bool) -> list[tuple[str, list[Any]]]:
     """The parts to run."""
     some = 1 if small else 4
     largest = 5 if small else 7
+    batches = (10, 100, 1000)
     return [
-        *(("fold", [batch, 10_000 * some]) for batch in (10, 100, 1000)),
+        *(("fold", [batch, 10_000 * some]) for batch in batches),
+        *(("postgres", [batch, 10_000 * some]) for batch in batches if POSTGRES in os.environ),
         *(("collect", [each, 10_000 * some]) for each in (1, 10)),
         ("memory", [[10**power for power in range(4, largest + 1)]]),
     ]
@@ -273,6 +294,7 @@ def choose(small: bool) -> list[tuple[str, list[Any]]]:
 if __name__ == "__main__":
     parts: Mapping[str, Part] = {
         "fold": fold,
+        "postgres": postgres,
         "collect": collect,
         "memory": memory,
         "manage": manage,

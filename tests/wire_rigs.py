@@ -25,6 +25,7 @@ from batchlab.adapters.ec2_fleet import Ec2Fleet
 from batchlab.adapters.ec2_form import GroupForm
 from batchlab.adapters.sim.launcher import MemoryState
 from batchlab.api import listen
+from batchlab.asg.metrics import MetricStore
 from batchlab.asg.running import application, run
 from batchlab.asg.templates import TemplateFile
 from batchlab.fleet.autoscaling import AutoScaling
@@ -131,17 +132,19 @@ async def served(
     file = folder / "templates.toml"
     file.write_text(TEMPLATES)
     clock = clock or WallClock()
+    metrics = MetricStore(clock)
     engine = AutoScaling(
         launcher,
         clock,
         RandomIds(),
         MemoryState(),
         templates=TemplateFile(file),
+        metrics=metrics,
         zones=[ZONE],
         alarm_period_s=0.2,
     )
     listener = listen("127.0.0.1", 0)
-    app = application(engine, clock, changed)
+    app = application(engine, clock, changed, metrics=metrics)
     stop = asyncio.Event()
     running = asyncio.create_task(run(engine, app, listener, changed, stop))
     try:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from batchlab.adapters.aws import Endpoint, client, translated
 from batchlab.adapters.ec2_form import READY_HOOK, GroupForm
 from batchlab.adapters.ec2_groups import Journal, Seen
-from batchlab.errors import AlreadyExists, Refused
+from batchlab.errors import AlreadyExists, BackendError, NotFound, Refused
 from batchlab.model import Activity, GroupView, Instance, LifecycleState, Pool
 from batchlab.ports import Clock
 
@@ -277,13 +277,23 @@ class Ec2Fleet:
         )
 
     async def tick(self) -> Sequence[Instance]:
-        """As the port says: a look, then the hooks of those whose workers have reported."""
+        """As the port says: a look, then the hooks of those whose workers have reported.
+
+        BackendError where the service fails, or a group is not as it was left: the next may mend.
+        """
         now_s = self._clock.monotonic_s()
-        if self._looked_s is None or now_s - self._looked_s >= self._poll_s:
-            await self._look()
-        for pool, seen in self._seen.items():
-            for instance in seen.waiting & self._reported:
-                await self._proceed(pool, instance)
+        try:
+            if self._looked_s is None or now_s - self._looked_s >= self._poll_s:
+                await self._look()
+            await asyncio.gather(
+                *(
+                    self._proceed(pool, instance)
+                    for pool, seen in self._seen.items()
+                    for instance in seen.waiting & self._reported
+                )
+            )
+        except Refused as error:
+            raise BackendError(error.message, remedy=error.remedy) from error
         dead, self._dead = self._dead, []
         return dead
 
@@ -297,15 +307,21 @@ class Ec2Fleet:
             looked_s = self._clock.monotonic_s()
             self._looked_s = looked_s
             groups = await self._ask(next(iter(self._seen)), self._described)
-            for pool, seen in list(self._seen.items()):
+            lost = ""
+            for pool, seen in self._seen.items():
                 if (group := groups.get(self._prefix + pool)) is None:
-                    raise Refused(f"The group of pool {pool!r} is gone.")
+                    lost = pool
+                    continue
                 gone = seen.look(group, self._clock.now_s())
-                if any(not instance.note for instance in gone):
-                    activities = await self._ask(pool, self._activities)
-                    gone = [i if i.note else seen.explain(i.id, activities) for i in gone]
                 self._dead += gone
                 self._reported -= {instance.id for instance in gone}
+            for pool, seen in list(self._seen.items()):
+                if seen.unexplained:
+                    explained = seen.explain(await self._ask(pool, self._activities))
+                    known = {instance.id: instance for instance in explained}
+                    self._dead = [known.get(instance.id, instance) for instance in self._dead]
+            if lost:
+                raise NotFound(f"The group of pool {lost!r} is gone.")
 
     def _described(self, _: str) -> dict[str, AutoScalingGroupTypeDef]:
         names = [self._prefix + pool for pool in self._seen]

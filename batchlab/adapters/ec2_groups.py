@@ -48,6 +48,8 @@ class Seen:
     ends: dict[str, str] = field(default_factory=dict)
     gone_s: dict[str, float] = field(default_factory=dict)
     """When each Terminated one was first missed; epoch seconds."""
+    unexplained: set[str] = field(default_factory=set)
+    """Those that were there at one look and gone at the next, and nobody has said why."""
 
     def view(self) -> GroupView:
         return GroupView(self.pool, self.desired, tuple(self.instances.values()))
@@ -105,23 +107,29 @@ class Seen:
                 note = old.note
                 if not note and name in self.ends:
                     note = f"terminated: {self.ends[name]}"
+                elif not note:
+                    note = "it is gone from its group"
+                    self.unexplained.add(name)
                 state = LifecycleState.TERMINATED
                 self.instances[name] = replace(old, state=state, note=note)
                 self.gone_s[name] = now_s
                 gone.append(self.instances[name])
         return gone
 
-    def explain(self, name: str, activities: Sequence[ActivityTypeDef]) -> Instance:
-        """The instance that was there at one look and gone at the next, with what the activity
-        says that ended it."""
-        note = "it is gone from its group"
-        for activity in activities:
-            if name in activity.get("Description", "") and "erminating" in activity["Description"]:
-                cause = activity["Cause"].rstrip(".")
-                note = cause if _HEALTH in cause else f"terminated: {cause}"
-                break
-        self.instances[name] = replace(self.instances[name], note=note)
-        return self.instances[name]
+    def explain(self, activities: Sequence[ActivityTypeDef]) -> list[Instance]:
+        """Those that were unexplained, with what an activity says that ended them."""
+        explained = []
+        for name in self.unexplained & self.instances.keys():
+            for activity in activities:
+                description = activity.get("Description", "")
+                if name in description and "erminating" in description:
+                    cause = activity["Cause"].rstrip(".")
+                    note = cause if _HEALTH in cause else f"terminated: {cause}"
+                    self.instances[name] = replace(self.instances[name], note=note)
+                    explained.append(self.instances[name])
+                    break
+        self.unexplained.clear()
+        return explained
 
 
 def _state(told: str) -> LifecycleState | None:

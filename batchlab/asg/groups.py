@@ -137,6 +137,7 @@ def describe_activities(call: Call) -> Answer:
     activities = call.engine.describe_scaling_activities(
         call.asked.get("AutoScalingGroupName"), **call.some("ActivityIds")
     )
+    activities = matching(call, activities, {"Status": lambda activity: [activity.status_code]})
     return call.paged("Activities", activities, lambda activity: activity.activity_id)
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from batchlab.asg.call import Action, Answer, Call
-from batchlab.asg.convert import Asked, fields, given
+from batchlab.asg.convert import Asked, fields, given, rest
+from batchlab.asg.fault import invalid
 from batchlab.fleet.api import (
     DesiredConfiguration,
     LifecycleHook,
@@ -167,7 +168,10 @@ def start_refresh(call: Call) -> Answer:
         more["desired_configuration"] = given(
             DesiredConfiguration, call.asked["DesiredConfiguration"]
         )
-    preferences = given(RefreshPreferences, call.asked.get("Preferences", {}))
+    wanted = call.asked.get("Preferences", {})
+    if unknown := rest(RefreshPreferences, wanted):
+        raise invalid(f"Preferences that are not served here: {', '.join(sorted(unknown))}.")
+    preferences = given(RefreshPreferences, wanted)
     found = call.engine.start_instance_refresh(call.group, preferences=preferences, **more)
     return {"InstanceRefreshId": found}
 

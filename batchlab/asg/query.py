@@ -7,8 +7,10 @@ and what `result` writes botocore's parser reads, for every operation of the mod
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qsl
@@ -27,12 +29,18 @@ from batchlab.asg.fault import Blame, Fault, sent_wrong
 
 MAX_FIELDS = 10_000
 MAX_DEPTH = 32
-_Tree = dict[str, Any]
 _TRUTH = {"true": True, "false": False}
 _WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_VALUE = ""
-"""Where a field's own text lies among those whose names go on after it."""
+
+
+@dataclass(slots=True)
+class _Node:
+    """The fields whose names begin alike: the text of the one whose name ends here, and the others
+    by the next step of their names."""
+
+    text: str | None = None
+    parts: dict[str, _Node] = field(default_factory=dict)
 
 
 def parse(service: ServiceModel, form: str) -> tuple[OperationModel, dict[str, Any]]:
@@ -63,21 +71,20 @@ def _operation(service: ServiceModel, action: str, version: str) -> OperationMod
     return service.operation_model(action)
 
 
-def _tree(fields: Mapping[str, str]) -> _Tree:
-    """`{"A.member.1": "x"}` as `{"A": {"member": {"1": {"": "x"}}}}`."""
-    root: _Tree = {}
+def _tree(fields: Mapping[str, str]) -> _Node:
+    root = _Node()
     for name, text in fields.items():
         steps = name.split(".")
         if len(steps) > MAX_DEPTH:
             raise Fault("MalformedInput", f"The field {name[:100]!r} is nested too deeply.")
         node = root
         for step in steps:
-            node = node.setdefault(step, {})
-        node[_VALUE] = text
+            node = node.parts.setdefault(step, _Node())
+        node.text = text
     return root
 
 
-def _value(shape: Shape, node: _Tree, path: str) -> Any:
+def _value(shape: Shape, node: _Node, path: str) -> Any:
     """What is sent at `path`; None where that is nothing."""
     if isinstance(shape, StructureShape):
         return _structure(shape, node, path)
@@ -85,63 +92,74 @@ def _value(shape: Shape, node: _Tree, path: str) -> Any:
         return _list(shape, node, path)
     if isinstance(shape, MapShape):
         return _map(shape, node, path)
-    if _VALUE not in node:
+    if node.text is None:
         return None
     with sent_wrong(path):
-        return _scalar(shape, node[_VALUE])
+        return _scalar(shape, node.text)
 
 
-def _structure(shape: StructureShape, node: _Tree, path: str) -> dict[str, Any] | None:
+def _structure(shape: StructureShape, node: _Node, path: str) -> dict[str, Any] | None:
     found = {}
     for name, member in shape.members.items():
         wire = member.serialization.get("name", name)
         if isinstance(member, ListShape) and member.serialization.get("flattened"):
             # Its entries have their own name, and where there are none it has its own.
             entries = member.member.serialization.get("name", wire)
-            wire = entries if entries in node else wire
-        if wire in node:
-            value = _value(member, node[wire], f"{path}.{name}" if path else name)
+            wire = entries if entries in node.parts else wire
+        if wire in node.parts:
+            value = _value(member, node.parts[wire], f"{path}.{name}" if path else name)
             if value is not None:
                 found[name] = value
     return found or None
 
 
-def _list(shape: ListShape, node: _Tree, path: str) -> list[Any] | None:
+def _list(shape: ListShape, node: _Node, path: str) -> list[Any] | None:
     entries = node
     if not shape.serialization.get("flattened"):
-        entries = node.get(shape.member.serialization.get("name", "member"), {})
-    found = [_value(shape.member, entry, path) for _, entry in _numbered(entries, path)]
-    if found:
-        return [value if value is not None else {} for value in found]
-    return [] if _VALUE in node else None
+        entries = node.parts.get(shape.member.serialization.get("name", "member"), _Node())
+    found = [_value(shape.member, entry, path) for entry in _numbered(entries, path)]
+    if isinstance(shape.member, StructureShape):
+        found = [value or {} for value in found]
+    told = [value for value in found if value is not None]
+    return told if told or node.text is not None else None
 
 
-def _map(shape: MapShape, node: _Tree, path: str) -> dict[str, Any] | None:
-    entries = node if shape.serialization.get("flattened") else node.get("entry", {})
+def _map(shape: MapShape, node: _Node, path: str) -> dict[str, Any] | None:
+    entries = node if shape.serialization.get("flattened") else node.parts.get("entry", _Node())
     key_name = shape.key.serialization.get("name", "key")
     value_name = shape.value.serialization.get("name", "value")
     found = {
-        _value(shape.key, entry.get(key_name, {}), path): _value(
-            shape.value, entry.get(value_name, {}), path
+        _value(shape.key, entry.parts.get(key_name, _Node()), path): _value(
+            shape.value, entry.parts.get(value_name, _Node()), path
         )
-        for _, entry in _numbered(entries, path)
+        for entry in _numbered(entries, path)
     }
+    if None in found or None in found.values():
+        raise Fault("MalformedInput", f"An entry at {path!r} has no key or no value.")
     return found or None
 
 
-def _numbered(entries: _Tree, path: str) -> Iterable[tuple[int, _Tree]]:
+def _numbered(entries: _Node, path: str) -> list[_Node]:
     with sent_wrong(path):
-        return sorted((int(number), entry) for number, entry in entries.items() if number != _VALUE)
+        numbered = [(_whole(number), entry) for number, entry in entries.parts.items()]
+    return [entry for _, entry in sorted(numbered, key=lambda pair: pair[0])]
+
+
+def _whole(text: str) -> int:
+    if not _WHOLE.fullmatch(text):
+        raise ValueError(text)
+    return int(text)
 
 
 def _scalar(shape: Shape, text: str) -> Any:
     match shape.type_name:
         case "integer" | "long":
-            if not _WHOLE.fullmatch(text):
-                raise ValueError(text)
-            return int(text)
+            return _whole(text)
         case "float" | "double":
-            return float(text)
+            number = float(text)
+            if not math.isfinite(number):
+                raise ValueError(text)
+            return number
         case "boolean":
             if text.lower() not in _TRUTH:
                 raise ValueError(text)

@@ -15,6 +15,7 @@ from pathlib import Path
 from batchlab.asg import notices
 from batchlab.asg.actions import act
 from batchlab.asg.app import App, Service
+from batchlab.asg.metrics import CloudWatch, MetricStore
 from batchlab.asg.notices import NoticeService
 from batchlab.asg.service import QueryService, model
 from batchlab.asg.signature import Key
@@ -65,12 +66,19 @@ def locked(state: Path) -> Iterator[None]:
 
 
 def application(
-    engine: AutoScaling, clock: Clock, changed: asyncio.Event, *, key: Key | None = None
+    engine: AutoScaling,
+    clock: Clock,
+    changed: asyncio.Event,
+    *,
+    metrics: MetricStore,
+    key: Key | None = None,
 ) -> App:
-    """What answers for the engine; each action sets `changed`."""
+    """What answers for the engine, and takes in the metrics that it looks at; each action sets
+    `changed`."""
     service = QueryService(model("autoscaling"), act(engine, changed.set))
     services: dict[str, Service] = {
         "autoscaling": service,
+        "monitoring": CloudWatch(metrics),
         notices.NAME: NoticeService(engine, changed.set),
     }
     return App(services, "autoscaling", clock, _request_id, key=key)
@@ -101,7 +109,8 @@ async def run(
 async def _keep(engine: AutoScaling, changed: asyncio.Event) -> None:
     """Tick about every second, and at once when `changed` is set; forever.
 
-    A tick that fails is logged once, and tried again.
+    A tick that fails is logged, the same failure once, and tried again: to end here would end
+    every instance.
     """
     failing = ""
     while True:
@@ -109,10 +118,11 @@ async def _keep(engine: AutoScaling, changed: asyncio.Event) -> None:
         try:
             await engine.tick()
             failing = ""
-        except BackendError as error:
-            if str(error) != failing:
-                log.warning("the groups cannot be kept as they should be: %s", error)
-            failing = str(error)
+        except Exception as error:
+            if repr(error) != failing:
+                trace = None if isinstance(error, BackendError) else error
+                log.warning("the groups cannot be kept in order: %s", error, exc_info=trace)
+            failing = repr(error)
         with suppress(TimeoutError):
             await asyncio.wait_for(changed.wait(), TICK_S)
 

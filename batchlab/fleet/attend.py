@@ -41,8 +41,8 @@ def _rest(changes: Changes, group: Group) -> None:
     if asg.cooling and not busy and weigh(group.staying()) == group.desired:
         asg.cooled_s, asg.cooling = now_s + asg.cooling, 0
         changes.unsaved = True
-    if asg.cause and weigh(group.staying()) == group.desired:
-        asg.cause = ""
+    if (asg.cause or asg.replacing) and weigh(group.staying()) == group.desired:
+        asg.cause, asg.replacing = "", []
         changes.unsaved = True
     if group.failures and any(
         hooks.settled(member, now_s) and (member.bond.in_service_s or 0.0) >= group.stumbled_s

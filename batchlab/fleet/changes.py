@@ -202,8 +202,11 @@ class Changes(Record):
 
         Hooks on termination are for instances that have been in service.
         """
-        if member.state in STARTING or member.state in WARMING:
-            self.settle(group, member.bond.moving or member.launch, "Cancelled")
+        if member.bond.moving:
+            self.settle(group, member.bond.moving, "Cancelled")
+            member.bond.moving = 0
+        elif member.state in STARTING or member.state in WARMING:
+            self.settle(group, member.launch, "Cancelled")
         worked = member.state is LifecycleState.IN_SERVICE or member.state in ON_STANDBY
         member.bond.waits.clear()
         member.bond.resting = False

@@ -38,12 +38,6 @@ class ResourceInUse(Fault):
     code = "ResourceInUse"
 
 
-class ResourceContention(Fault):
-    """The group is being deleted, or another change of it is under way."""
-
-    code = "ResourceContention"
-
-
 class ScalingActivityInProgress(Fault):
     """A cooldown or an activity that is under way forbids it."""
 

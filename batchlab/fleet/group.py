@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from batchlab.errors import Refused
 from batchlab.fleet.decisions import clamp
 from batchlab.fleet.engine import Engine
+from batchlab.fleet.limits import MOST_INSTANCES
 from batchlab.fleet.state import Group, Member
 from batchlab.model import Activity, GroupView, LifecycleState, Pool
-
-MOST_INSTANCES = 99_999
-"""Of one pool: more is a slip."""
 
 
 class ManagedFleet(Engine):

@@ -29,9 +29,10 @@ _PROCEED = {
 
 
 def settled(member: Member, now_s: float) -> bool:
-    """Whether it has been in service for long enough to count as working."""
+    """Whether it counts as working: it has been in service for long enough, or since somebody
+    said that it had come up."""
     since_s = member.bond.in_service_s
-    return since_s is not None and now_s - since_s >= SETTLING_S
+    return since_s is not None and (member.bond.vouched or now_s - since_s >= SETTLING_S)
 
 
 def begin(changes: Changes, group: Group, member: Member, transition: str) -> bool:

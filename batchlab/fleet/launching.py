@@ -82,8 +82,7 @@ def failed(changes: Changes, fresh: Fresh, error: str) -> None:
     """The launcher could not: its capacity pool is avoided for a while."""
     group, member = fresh.group, fresh.member
     if group.asg is not None:
-        name = mix.pool_name(member.instance.machine)
-        group.asg.barren_s[name] = changes.steady.now_s() + mix.BARREN_S
+        mix.avoid(group.asg, member.instance.machine, changes.steady.now_s())
     # A request may have made it Terminating while its launch was under way.
     if member.state not in ENDING:
         changes.fail_launch(group, member, f"its launch failed: {error}")

@@ -8,6 +8,9 @@ from batchlab.fleet.changes import Changes
 from batchlab.fleet.decisions import clamp
 from batchlab.fleet.state import Group
 
+MOST_INSTANCES = 99_999
+"""Of one group: more is a slip."""
+
 
 def set_limits(
     changes: Changes,

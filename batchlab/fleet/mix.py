@@ -25,6 +25,12 @@ def pool_name(machine: Machine) -> str:
     return f"{machine.type}/{machine.zone}/{machine.market}"
 
 
+def avoid(asg: Asg, machine: Machine, now_s: float) -> None:
+    """This capacity pool failed, or took an instance back."""
+    asg.barren_s = {name: until_s for name, until_s in asg.barren_s.items() if until_s > now_s}
+    asg.barren_s[pool_name(machine)] = now_s + BARREN_S
+
+
 def is_barren(asg: Asg, machine: Machine, now_s: float) -> bool:
     return asg.barren_s.get(pool_name(machine), 0.0) > now_s
 

@@ -6,6 +6,7 @@ sentences that begin with a time and are two spaces apart.
 
 from __future__ import annotations
 
+from collections import deque
 from datetime import UTC, datetime
 
 from batchlab.fleet.api import LifecycleNotification
@@ -15,6 +16,10 @@ from batchlab.fleet.steady import SteadyClock
 from batchlab.model import Instance
 from batchlab.ports import Clock, Ids
 
+KEEP_NOTICES = 1_000
+KEEP_REASONS = 4
+"""AWS's causes are bounded too, at 1,023 characters."""
+
 
 def stamp(at_s: float) -> str:
     """A moment as AWS writes it in a cause."""
@@ -22,13 +27,13 @@ def stamp(at_s: float) -> str:
 
 
 class Record:
-    """`dead` collects who ended, `notices` who waits in a hook, `unsaved` says whether anything
-    changed; the caller empties all three."""
+    """`dead` collects who ended, `notices` who waits in a hook (the newest thousand, as nobody need
+    take them), `unsaved` says whether anything changed; the caller empties all three."""
 
     def __init__(self, log: ActivityLog, clock: Clock, ids: Ids) -> None:
         self.log = log
         self.dead: list[Instance] = []
-        self.notices: list[LifecycleNotification] = []
+        self.notices: deque[LifecycleNotification] = deque(maxlen=KEEP_NOTICES)
         self.unsaved = False
         self.steady = SteadyClock(clock)
         self.ids = ids
@@ -62,6 +67,8 @@ class Record:
         return "  ".join([asg.cause] * bool(asg.cause) + [f"At {at} {s}." for s in sentences])
 
     def explain(self, asg: Asg, sentence: str) -> None:
-        """Remember why desired capacity is what it is, until it is reached."""
-        asg.cause = self.told(asg, sentence)
+        """Remember why desired capacity is what it is, until it is reached; if it never is, only
+        the latest reasons are kept."""
+        reasons = self.told(asg, sentence).split("  ")
+        asg.cause = "  ".join(reasons[-KEEP_REASONS:])
         self.unsaved = True

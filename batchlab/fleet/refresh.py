@@ -81,11 +81,12 @@ def _strike_off(group: Group, rolling: Rolling) -> None:
 def _unready(group: Group, rolling: Rolling, now_s: float) -> int:
     """Units of capacity that are not ready: missing, starting or warming up."""
     new = [m for m in group.staying() if m.instance.id not in rolling.before]
-    warming = [m for m in new if not _ready(m, rolling, now_s)]
+    warming = [m for m in new if not is_ready(m, rolling, now_s)]
     return max(0, group.desired - weigh(group.staying())) + weigh(warming)
 
 
-def _ready(member: Member, rolling: Rolling, now_s: float) -> bool:
+def is_ready(member: Member, rolling: Rolling, now_s: float) -> bool:
+    """Whether it is in service and, where it is new, has warmed up."""
     since_s = member.bond.in_service_s
     if member.state is not LifecycleState.IN_SERVICE or since_s is None:
         return False

@@ -92,6 +92,8 @@ class Bond:
     waits: list[Wait] = field(default_factory=list)
     in_service_s: float | None = None
     """When it came into service, by the SteadyClock."""
+    vouched: bool = False
+    """Somebody has completed a launch hook for it: it had come up."""
     leaving: str = ""
     """Why it goes as soon as its successor is in service; it counts no longer."""
     rebalance_s: float | None = None

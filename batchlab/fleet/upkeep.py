@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from batchlab.fleet import mix
+from batchlab.fleet import mix, refresh
 from batchlab.fleet.api import Process
 from batchlab.fleet.asg import Asg
 from batchlab.fleet.changes import Changes
@@ -40,7 +40,7 @@ def keep_up(changes: Changes, group: Group, sources: Sources) -> None:
     assert asg is not None
     if asg.deleting or group.suspended(Process.TERMINATE):
         return
-    _release(changes, group)
+    _release(changes, group, asg)
     if group.suspended(Process.LAUNCH):
         return
     _retire_old(changes, group, asg)
@@ -48,12 +48,12 @@ def keep_up(changes: Changes, group: Group, sources: Sources) -> None:
         _balance(changes, group, asg, zones_of(configuration(asg), sources))
 
 
-def _release(changes: Changes, group: Group) -> None:
-    in_service = [
-        m for m in group.members.values() if m.state is LifecycleState.IN_SERVICE or m.bond.leaving
-    ]
-    in_service = [m for m in in_service if m.counted and m.state not in STARTING]
-    surplus = weigh(in_service) - group.desired
+def _release(changes: Changes, group: Group, asg: Asg) -> None:
+    """During a refresh a successor must have warmed up as well."""
+    in_service = [m for m in group.counted() if m.state is LifecycleState.IN_SERVICE]
+    rolling, now_s = asg.rolling, changes.steady.now_s()
+    able = [m for m in in_service if rolling is None or refresh.is_ready(m, rolling, now_s)]
+    surplus = weigh(able) - group.desired
     for member in in_service:
         if member.bond.leaving and member.bond.weight <= surplus:
             surplus -= member.bond.weight

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from batchlab.adapters.compose import deployment
+from batchlab.asg.notices import give
 from tests.integration.local_grid import LocalGrid
 
 WORK = """\
@@ -49,6 +51,8 @@ class Teller:
 
     def __init__(self, host: str) -> None:
         self.starts: Counter[int] = Counter()
+        self.at_s: dict[int, list[float]] = {}
+        """When each task has told of a start; monotonic."""
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind((host, 0))
         self.address: tuple[str, int] = self._socket.getsockname()
@@ -56,6 +60,7 @@ class Teller:
 
     def _listen(self) -> None:
         while data := self._socket.recv(64):
+            self.at_s.setdefault(int(data), []).append(time.monotonic())
             self.starts[int(data)] += 1
 
     def __enter__(self) -> Self:
@@ -130,7 +135,8 @@ class Containers:
         docker("network", "connect", self.at.project, container)
 
     def starve(self, container: str) -> None:
-        """Take its memory away: a hog that the kernel does not choose fills what it has left."""
+        """Take its memory away until the kernel ends its processes: a hog that the kernel does not
+        choose fills what they have left."""
         hog = (
             "import time; open('/proc/self/oom_score_adj','w').write('-1000'); kept=[]\n"
             "while len(kept) < 4096: kept.append(bytearray(b'x' * 1048576))\n"
@@ -144,11 +150,27 @@ class Containers:
             capture_output=True,
             check=False,
         )
+        wait_for(lambda: self.is_gone(container), within_s=60)
 
-    def how_ended(self, container: str) -> dict[str, Any]:
-        """Docker's own word on a container's state."""
-        found: dict[str, Any] = json.loads(docker("inspect", container))[0]["State"]
-        return found
+    def is_gone(self, container: str) -> bool:
+        """Whether it does not run any more."""
+        asked = ["docker", "inspect", "--format", "{{.State.Running}}", container]
+        return subprocess.run(asked, capture_output=True, check=False).stdout.strip() != b"true"
+
+    def restart(self, service: str) -> None:
+        """Stop a service as its machine would, and start it again."""
+        docker("restart", "--time", "5", self.service(service))
+
+    def interrupt(self, instance: str, *, notice_s: float) -> None:
+        """Give a Spot instance its notice."""
+        give(
+            self.at.autoscaling_url,
+            instance,
+            "interruption",
+            notice_s,
+            access_key="test",
+            secret_key="test",
+        )
 
 
 def docker(*arguments: str) -> str:
@@ -166,3 +188,38 @@ def write_job(folder: Path, teller: Teller, tasks: int, *, seconds: float) -> Pa
     (folder / "items.jsonl").write_text("".join(f"{i}\n" for i in range(tasks)))
     (folder / "job.yaml").write_text(JOB)
     return folder / "job.yaml"
+
+
+class Sizes:
+    """How many instances there are, looked at all the time (I5)."""
+
+    def __init__(self, containers: Containers) -> None:
+        self.seen: list[int] = []
+        self._containers = containers
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def _look(self) -> None:
+        while not self._over.wait(0.5):
+            self.seen.append(len(self._containers.instances()))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def wait_for(condition: Callable[[], bool], within_s: float = 240.0) -> None:
+    """Until it holds; fails after `within_s`."""
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)

@@ -320,6 +320,15 @@ def test_activities_say_what_happened_newest_first(wire: Wire) -> None:
     assert oldest["Description"] == f"Launching a new EC2 instance: {only}"
     assert "increasing the capacity from 0 to 1" in oldest["Cause"]
     assert oldest["StartTime"] <= oldest["EndTime"] <= newest["EndTime"]
+    for status, number in (("Successful", len(told())), ("Failed", 0)):
+        filters: Any = [{"Name": "Status", "Values": [status]}]
+        found = wire.asg.describe_scaling_activities(
+            AutoScalingGroupName=wire.name, Filters=filters
+        )
+        assert len(found["Activities"]) == number
+    filters = [{"Name": "Colour", "Values": ["red"]}]
+    with refused("ValidationError", "Filter type Colour is not correct"):
+        wire.asg.describe_scaling_activities(AutoScalingGroupName=wire.name, Filters=filters)
 
 
 # --- What never changes ---------------------------------------------------------------------------

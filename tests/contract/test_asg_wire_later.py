@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from tests.wire_rigs import TEMPLATE, Wire, refused
+from tests.wire_rigs import TEMPLATE, Thread, Wire, aws, refused
 
 LAUNCHING = "autoscaling:EC2_INSTANCE_LAUNCHING"
 TERMINATING = "autoscaling:EC2_INSTANCE_TERMINATING"
@@ -205,6 +205,23 @@ def test_a_target_tracking_policy_comes_back_whole(wire: Wire) -> None:
     assert wire.asg.describe_policies(AutoScalingGroupName=wire.name)["ScalingPolicies"] == []
 
 
+def test_a_metric_that_is_put_in_scales_the_group(ours: Thread, our: Wire) -> None:
+    cloudwatch = aws(ours.endpoint, "cloudwatch")
+    our.grow(1)
+    our.asg.put_scaling_policy(
+        AutoScalingGroupName=our.name,
+        PolicyName="track",
+        PolicyType="TargetTrackingScaling",
+        EstimatedInstanceWarmup=0,
+        TargetTrackingConfiguration=TRACKING,
+    )
+    metric = TRACKING["CustomizedMetricSpecification"]
+    told = {"MetricName": metric["MetricName"], "Dimensions": metric["Dimensions"], "Value": 14.0}
+    cloudwatch.put_metric_data(Namespace=metric["Namespace"], MetricData=[told])
+    our.until(lambda: len(our.instances()) >= 3)
+    cloudwatch.close()
+
+
 def test_a_simple_policy_is_executed(wire: Wire) -> None:
     wire.create(DesiredCapacity=1)
     wire.asg.put_scaling_policy(
@@ -241,6 +258,15 @@ def test_a_refresh_replaces_every_instance(wire: Wire) -> None:
     assert not set(before) & set(after)
     with refused("ActiveInstanceRefreshNotFound"):
         wire.asg.cancel_instance_refresh(AutoScalingGroupName=wire.name)
+
+
+def test_a_preference_that_is_not_served_is_refused_and_not_dropped(our: Wire) -> None:
+    our.grow(1)
+    with refused("ValidationError", "not served here: AlarmSpecification, BakeTime."):
+        our.asg.start_instance_refresh(
+            AutoScalingGroupName=our.name,
+            Preferences={"BakeTime": 60, "AlarmSpecification": {"Alarms": ["a"]}},
+        )
 
 
 def test_a_warm_pool_is_filled_and_described(wire: Wire) -> None:

@@ -212,6 +212,20 @@ def test_a_schema_of_a_newer_batchlab_is_refused_and_not_touched(postgres: Postg
     assert len(postgres.server.execute(tables)) == 5
 
 
+def test_tables_that_are_gone_are_told(postgres: Postgres) -> None:
+    async def main() -> None:
+        async with ledger_in(postgres) as ledger:
+            await submit(ledger)
+            postgres.server.execute(f'DROP SCHEMA "{postgres.schema}" CASCADE')
+            with pytest.raises(BackendError, match="Its tables are gone") as caught:
+                await fold(ledger, done(bundle(0, 1)))
+            assert not isinstance(caught.value, Unreachable)
+        async with ledger_in(postgres) as ledger:
+            assert list(await ledger.jobs()) == []
+
+    asyncio.run(main())
+
+
 def _described(engine: Engine, schema: str) -> list[tuple[object, ...]]:
     """Every column, constraint and index of the schema."""
     queries = (

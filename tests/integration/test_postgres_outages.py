@@ -13,14 +13,15 @@ from itertools import pairwise
 from random import Random
 
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Select
 
-from batchlab.adapters.sql import job_rows
+from batchlab.adapters.sql import bundle_rows, job_rows
 from batchlab.adapters.sql import postgres as sql_postgres
 from batchlab.adapters.sql.engines import Busy
 from batchlab.errors import Unreachable
 from batchlab.model import Control, JobId
 from batchlab.patience import Patience, patiently
+from batchlab.ports import BundleRecord
 from tests.contract.ledger_suite import (
     BATCH,
     JOB,
@@ -212,6 +213,38 @@ def test_a_server_that_may_not_be_written_to_is_waited_for(postgres: Postgres) -
             finally:
                 server.execute(f"{alter} RESET default_transaction_read_only", database="postgres")
             await _patient(ledger).job(JOB.id)
+
+    asyncio.run(main())
+
+
+def test_a_long_listing_holds_up_nobody(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing, go_on = threading.Event(), threading.Event()
+    real = bundle_rows.records
+
+    def slow(connection: Connection, query: Select[int | None, str]) -> list[BundleRecord]:
+        found = real(connection, query)
+        listing.set()
+        go_on.wait()
+        # Still as of the beginning.
+        assert real(connection, query) == found
+        return found
+
+    async def main() -> None:
+        async with ledger_in(postgres) as ledger:
+            await submit(ledger)
+            await fold(ledger, done(bundle(0, 1)))
+            with monkeypatch.context() as patch:
+                patch.setattr(bundle_rows, "records", slow)
+                asked = asyncio.create_task(ledger.bundles(JOB.id))
+                await asyncio.to_thread(listing.wait)
+            assert await fold(ledger, done(bundle(1, 2))) == [True]
+            assert (await ledger.lease("leader", "a")).owner == "a"
+            assert (await counts_of(ledger)).succeeded == 2
+            go_on.set()
+            assert len(await asked) == 1
+            assert len(await ledger.bundles(JOB.id)) == 2
 
     asyncio.run(main())
 

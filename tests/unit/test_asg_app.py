@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from botocore.credentials import Credentials
 from botocore.model import OperationModel
 from botocore.parsers import create_parser
 
+from batchlab.asg.actions import ACTIONS
 from batchlab.asg.app import MAX_BODY_BYTES, App
 from batchlab.asg.fault import Fault
 from batchlab.asg.service import QueryService, model
@@ -200,3 +203,10 @@ def test_a_client_that_leaves_early_is_no_error() -> None:
         pytest.fail("nobody is there to hear")
 
     asyncio.run(app()({"type": "http"}, receive, send))
+
+
+def test_the_page_lists_what_is_served() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "asg-endpoint.md").read_text()
+    table = page[page.index("| served |") : page.index("Every other action")]
+    named = set(re.findall(r"\b[A-Z][a-z]+[A-Z]\w+", table))
+    assert named == set(ACTIONS)

@@ -10,6 +10,8 @@ import pytest
 from botocore.model import OperationModel, ServiceModel, StructureShape
 from botocore.parsers import create_parser
 from botocore.serialize import create_serializer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from batchlab.asg import constraints, query
 from batchlab.asg.fault import Fault, Faults
@@ -128,6 +130,40 @@ def test_a_form_that_is_no_request_is_refused(wrong: str) -> None:
     with pytest.raises(Fault) as refused:
         query.parse(AUTOSCALING, sent)
     assert (refused.value.code, refused.value.message) == (code, message)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_whatever_is_sent_is_understood_or_refused(data: st.DataObject) -> None:
+    """Names and values of a real request, cut up and put together wrongly."""
+    name = data.draw(st.sampled_from(AUTOSCALING.operation_names))
+    operation = AUTOSCALING.operation_model(name)
+    sent = form(operation, asked_for(operation, data.draw(st.integers(0, 9))))
+    steps = st.sampled_from(["member", "entry", "key", "1", "-1", "", "x", ".", "Filters", "Tags"])
+    value = st.sampled_from(["", "true", "1e999", "-", "\x00", "9" * 40, "2026-13-01T00:00:00Z"])
+    for _ in range(data.draw(st.integers(1, 4))):
+        fields = sent.split("&")
+        at = data.draw(st.integers(0, len(fields) - 1))
+        key, _, old = fields[at].partition("=")
+        key = data.draw(st.sampled_from([key, f"{key}.{data.draw(steps)}", key.rpartition(".")[0]]))
+        fields[at] = f"{key}={data.draw(st.sampled_from([old, data.draw(value)]))}"
+        sent = "&".join(fields)
+    assert refusal(sent) in {"", *REFUSALS}
+
+
+REFUSALS = (
+    *("InvalidAction", "MalformedInput", "MalformedQueryString", "MissingAction"),
+    "ValidationError",
+)
+
+
+def refusal(sent: str) -> str:
+    """The code that the form is refused with, "" where it is a request."""
+    try:
+        constraints.check(*query.parse(AUTOSCALING, sent))
+    except Fault as fault:
+        return fault.code
+    return ""
 
 
 def test_the_entries_of_a_list_come_in_the_order_of_their_numbers() -> None:

@@ -200,6 +200,17 @@ async def test_activities_speak_as_aws_does(w: World) -> None:
 
 
 @in_aws
+async def test_a_cause_does_not_grow_for_ever_where_capacity_is_never_reached(w: World) -> None:
+    w.launcher.refuse = "no capacity"
+    await w.group(1)
+    for n in range(100):
+        w.asg.set_desired_capacity(GROUP, 1 + n % 2)
+        await w.tick(61.0)
+    longest = max(len(activity.cause) for activity in w.activities())
+    assert longest < 1_023
+
+
+@in_aws
 async def test_an_activity_under_way_has_no_end(w: World) -> None:
     await w.group(1)
     w.launcher.deaf = True

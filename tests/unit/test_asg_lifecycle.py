@@ -36,6 +36,19 @@ async def test_a_launch_hook_holds_the_instance_until_it_is_completed(w: World) 
 
 
 @in_aws
+async def test_instances_that_came_up_and_are_killed_make_no_crash_loop(w: World) -> None:
+    """Who completed the hook for them has seen them work; four killed at once are replaced so."""
+    names = await _waiting(w, 4)
+    for name in names:
+        w.asg.complete_lifecycle_action(GROUP, "boot", CONTINUE, instance_id=name)
+    await w.tick()
+    for name in names:
+        w.launcher.crash(name, "exit -9")
+    await w.tick(times=2)
+    assert len(w.ids_in(LifecycleState.PENDING_WAIT)) == 4
+
+
+@in_aws
 async def test_an_action_can_be_completed_by_its_token(w: World) -> None:
     await _waiting(w)
     (notice,) = w.asg.take_notifications()

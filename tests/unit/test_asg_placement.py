@@ -20,7 +20,7 @@ from batchlab.fleet.api import (
 from batchlab.fleet.faults import ValidationError
 from batchlab.fleet.mix import wanted_on_demand
 from batchlab.model import LifecycleState, Machine, Market
-from tests.asg_rigs import CONFIG, GROUP, ZONES, World, in_aws
+from tests.asg_rigs import CONFIG, GROUP, ZONES, World, hook, in_aws
 
 OD, SPOT = Market.ON_DEMAND, Market.SPOT
 
@@ -248,9 +248,12 @@ async def test_weights_count_capacity_in_units(w: World) -> None:
 @in_aws
 async def test_instances_are_replaced_at_the_end_of_their_lifetime_one_at_a_time(w: World) -> None:
     before = await w.group(3, replace(CONFIG, max_instance_lifetime=60))
-    await w.tick(60.0)
-    assert len(w.states()) == 4, "one at a time, launching first"
-    for _ in range(8):
+    w.asg.put_lifecycle_hook(hook())
+    await w.tick(60.0, times=1)
+    await w.tick(1.0, times=3)
+    assert w.states() == ["InService"] * 3 + ["Pending:Wait"], "one at a time, launching first"
+    w.asg.delete_lifecycle_hook(GROUP, "boot")
+    for _ in range(12):
         await w.tick(1.0)
         assert len(w.ids_in(LifecycleState.IN_SERVICE)) >= 3
     assert not set(before) & set(w.ids_in(*LifecycleState))

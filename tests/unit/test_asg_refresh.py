@@ -105,9 +105,12 @@ async def test_one_at_a_time_at_100_percent_and_all_at_once_at_0(w: World) -> No
 @in_aws
 async def test_above_100_percent_successors_come_first(w: World) -> None:
     await w.group(4)
-    start(w, min_healthy_percentage=100, max_healthy_percentage=150)
-    await w.tick()
-    assert len(serving(w)) == 6
+    start(w, min_healthy_percentage=100, max_healthy_percentage=150, instance_warmup=30)
+    await w.tick(1.0, times=5)
+    assert len(serving(w)) == 6, "the old ones stay until the new ones have warmed up"
+    assert len(w.launcher.launched) == 6, "no more are on their way than the percentage allows"
+    await w.tick(30.0)
+    assert len(serving(w)) == 4
     ended = await until_ended(w, at_least=4)
     assert ended.status == "Successful"
     assert len(serving(w)) == 4

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pytest
+
 from batchlab.fleet.api import GroupConfig, LaunchTemplate
 from batchlab.model import LifecycleState, Market
 from tests.asg_rigs import CONFIG, GROUP, ZONES, World, in_aws
@@ -54,8 +56,8 @@ async def test_closest_to_the_next_instance_hour(w: World) -> None:
 
 @in_aws
 async def test_the_oldest_launch_template_is_another_one_then_an_older_version(w: World) -> None:
-    w.templates.put(1, name="before", instance_type="m.large")
-    other = replace(ONE_ZONE, launch_template=LaunchTemplate("", "before", "1"))
+    w.templates.put(5, name="before", instance_type="m.large")
+    other = replace(ONE_ZONE, launch_template=LaunchTemplate("", "before", "5"))
     before = await _one_by_one(w, policies("OldestLaunchTemplate", config=other), 1, 10.0)
     for version in (2, 1):
         w.templates.put(version, instance_type="m.large")
@@ -85,19 +87,24 @@ async def test_the_oldest_launch_configuration(w: World) -> None:
 
 @in_aws
 async def test_the_default_takes_configurations_then_old_templates_then_the_hour(w: World) -> None:
-    old = replace(ONE_ZONE, launch_template=None, launch_configuration_name="lc-1")
-    await _one_by_one(w, old, 1, 10.0)
+    w.templates.put(5, name="before", instance_type="m.large")
     w.templates.put(2, instance_type="m.large")
-    for version, size in (("2", 2), ("1", 3), ("2", 4)):
+    other = replace(ONE_ZONE, launch_template=LaunchTemplate("", "before", "5"))
+    await _one_by_one(w, other, 1, 10.0)
+    w.asg.update_auto_scaling_group(GROUP, {"launch_configuration_name": "lc-1"})
+    await w.resize(2)
+    for version, size in (("2", 3), ("1", 4), ("2", 5)):
         template = LaunchTemplate("", "workers", version)
         w.asg.update_auto_scaling_group(GROUP, {"launch_template": template})
         w.clock.time_s += 100.0
         await w.resize(size)
     before = w.ids_in(LifecycleState.IN_SERVICE)
-    assert await _gone(w, before, 3) == before[:1], "of a launch configuration"
-    assert await _gone(w, before, 2) == [before[0], before[2]], "of the oldest version"
+    gone = [await _gone(w, before, size) for size in (4, 3, 2)]
+    assert gone[0] == [before[1]], "of a launch configuration"
+    assert gone[1] == before[:2], "of another template"
+    assert gone[2] == [*before[:2], before[3]], "of the oldest version"
     # Both left are of version 2; the older one is nearer to the end of its hour.
-    assert await _gone(w, before, 1) == before[:3]
+    assert await _gone(w, before, 1) == before[:4]
 
 
 @in_aws
@@ -115,12 +122,14 @@ async def test_a_plain_pools_policy_may_be_had_by_name(w: World) -> None:
 
 @in_aws
 async def test_the_fullest_zone_comes_before_every_policy(w: World) -> None:
-    before = await _one_by_one(w, policies("NewestInstance", config=CONFIG), 4, 10.0)
-    zones = [i.availability_zone[-1] for i in w.instances()]
-    assert zones == ["a", "b", "c", "a"]
-    assert await _gone(w, before, 3) == before[3:]
-    w.asg.update_auto_scaling_group(GROUP, {"termination_policies": ("OldestInstance",)})
-    assert await _gone(w, before, 2) == [before[0], before[3]]
+    before = await _one_by_one(w, policies("OldestInstance", config=CONFIG), 3, 10.0)
+    w.asg.suspend_processes(GROUP, ["AZRebalance"])
+    w.launcher.exhausted = {("m.large", zone) for zone in ZONES[:2]}
+    w.clock.time_s += 10.0
+    await w.resize(4)
+    assert w.zones() == ["a", "b", "c", "c"]
+    assert await _gone(w, before, 3) == before[2:], "the oldest of the full zone"
+    assert await _gone(w, before, 2) == [before[0], before[2]], "then the oldest of all"
 
 
 @in_aws
@@ -146,14 +155,18 @@ async def test_the_market_that_has_too_many_comes_first(w: World) -> None:
     assert sorted(market for _, market in w.machines()) == [Market.ON_DEMAND, Market.SPOT]
 
 
-@in_aws
-async def test_the_allocation_strategys_last_choice_goes_first(w: World) -> None:
-    w.launcher.exhausted = {("m.large", "us-east-1a")}
-    config = policies("AllocationStrategy", config=mixed("m.large", "c.large"))
-    await w.group(1, config)
-    w.launcher.exhausted.clear()
-    await w.tick(300.0)
-    await w.resize(3)
-    assert sorted(kind for kind, _ in w.machines()) == ["c.large", "m.large", "m.large"]
-    await w.resize(2)
-    assert sorted(kind for kind, _ in w.machines()) == ["m.large", "m.large"]
+@pytest.mark.parametrize("policy", ["AllocationStrategy", "Default"])
+def test_the_allocation_strategys_last_choice_goes_first(policy: str) -> None:
+    @in_aws
+    async def check(w: World) -> None:
+        await w.group(1, policies(policy, config=mixed("m.large", "c.large")))
+        w.launcher.exhausted = {("m.large", "us-east-1a")}
+        await w.resize(2)
+        w.launcher.exhausted.clear()
+        await w.tick(300.0)
+        await w.resize(3)
+        assert [kind for kind, _ in w.machines()] == ["m.large", "c.large", "m.large"]
+        await w.resize(2)
+        assert [kind for kind, _ in w.machines()] == ["m.large", "m.large"]
+
+    check()

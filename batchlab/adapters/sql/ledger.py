@@ -72,8 +72,9 @@ class SqlLedger:
     """See ports.Ledger.
 
     Every call raises Unreachable where the database does not answer (a lock that is not given up,
-    a file that cannot be opened), NotFound where a job or stage to change is not there, and
-    BackendError for anything else, such as a database that a newer batchlab has written.
+    a file that cannot be opened, a server that is away), NotFound where a job or stage to change
+    is not there, and BackendError for anything else: a database that a newer batchlab has written,
+    a password that is wrong.
     """
 
     def __init__(self, engine: Engine, run: Run) -> None:

@@ -24,7 +24,7 @@ from batchlab.errors import BackendError, NotFound, Unreachable
 
 _LOCKED = "55P03"
 _FOREIGN_KEY = "23503"
-# By the first letters of their SQLSTATE. Class 25006 is a server that has become a standby.
+# First letters of a SQLSTATE. 25006: the server has become a standby.
 _PASSING = ("08", "25006", "40", "53", "57", "58")
 # A refused connection has a text only: the server's, or libpq's own.
 _REMEDIES = (
@@ -35,6 +35,11 @@ _REMEDIES = (
     (
         ("certificate", "does not support SSL", "sslmode"),
         "Look at sslmode and sslrootcert in the ledger's URL.",
+    ),
+    (
+        ('relation "',),
+        "Its tables are gone. Start the manager again; `batchlab ledger rebuild` then makes them "
+        "anew from the bucket.",
     ),
     (("does not exist",), "Make it with `createdb` and `createuser`, or name another one."),
     (

@@ -57,8 +57,10 @@ class Requests(Engine):
         self._shortest_lifetime_s = shortest_lifetime_s
 
     def take_notifications(self) -> Sequence[LifecycleNotification]:
-        """Instances that have begun to wait in a hook since the last call."""
-        notices, self._changes.notices = self._changes.notices, []
+        """Instances that have begun to wait in a hook since the last call, the newest thousand at
+        most. They are not saved: who starts anew finds the waiting instances by their state."""
+        notices = list(self._changes.notices)
+        self._changes.notices.clear()
         return notices
 
     def _named(self, name: str) -> tuple[Group, Asg]:

@@ -16,14 +16,10 @@ from batchlab.fleet.api import (
     Process,
 )
 from batchlab.fleet.faults import ValidationError
-from batchlab.fleet.record import stamp
+from batchlab.fleet.limits import MOST_INSTANCES
 from batchlab.fleet.termination import POLICIES
 
-MOST_INSTANCES = 99_999
-"""Of one group: more is a slip."""
 LONGEST_LIFETIME_S = 31_536_000
-
-__all__ = ["desired", "group", "hook", "one_of", "processes", "result", "stamp"]
 
 
 def group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: int) -> GroupConfig:

@@ -26,6 +26,7 @@ from batchlab.fleet.faults import (
     ValidationError,
 )
 from batchlab.fleet.limits import set_limits
+from batchlab.fleet.record import stamp
 from batchlab.fleet.requests import checks
 from batchlab.fleet.requests.base import Requests
 from batchlab.fleet.state import ENDING, WARM, Group
@@ -213,17 +214,18 @@ class GroupRequests(Requests):
         _, asg = self._changeable(name)
         at = self._changes.now_s()
         for process in checks.processes(processes):
-            reason = f"User suspended at {checks.stamp(at)}"
+            reason = f"User suspended at {stamp(at)}"
             asg.suspended.setdefault(process, reason)
         self._changes.unsaved = True
         self._save()
 
     def resume_processes(self, name: str, processes: Sequence[str] = ()) -> None:
         """All processes where none is named."""
-        _, asg = self._changeable(name)
+        group, asg = self._changeable(name)
         chosen = checks.processes(processes)
         asg.suspended = {p: reason for p, reason in asg.suspended.items() if p not in chosen}
         if Process.LAUNCH in chosen:
-            self._groups[name].calm()
+            group.calm()
         self._changes.unsaved = True
+        self._changes.scale_in(group)
         self._save()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from batchlab.fleet import hooks
-from batchlab.fleet.api import LifecycleHook
+from batchlab.fleet.api import CONTINUE, LAUNCHING, LifecycleHook
 from batchlab.fleet.faults import LimitExceeded, ValidationError
 from batchlab.fleet.requests import checks
 from batchlab.fleet.requests.base import Requests
@@ -65,6 +65,8 @@ class HookRequests(Requests):
             name, lifecycle_hook_name, instance_id, lifecycle_action_token
         )
         how = f"Lifecycle Action Completed with {lifecycle_action_result} Result"
+        if lifecycle_action_result == CONTINUE and wait.hook.lifecycle_transition == LAUNCHING:
+            member.bond.vouched = True
         hooks.complete(self._changes, group, member, wait, lifecycle_action_result, how)
         self._save()
 

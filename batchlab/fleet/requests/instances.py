@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from batchlab.fleet import health, standby
+from batchlab.fleet import health, mix, standby
 from batchlab.fleet.api import HEALTHY, UNHEALTHY, ActivityDetails, Metadata, Process
 from batchlab.fleet.asg import Asg
 from batchlab.fleet.details import activity_details
@@ -24,6 +24,8 @@ class InstanceRequests(Requests):
     ) -> ActivityDetails:
         """Protected or not. For one that is ending already, the activity that ends it."""
         group, asg, member = self._instance(instance_id)
+        if member.state in WARM:
+            raise ValidationError(f"The instance {instance_id} is in a warm pool.")
         if member.state not in ENDING:
             lower = should_decrement_desired_capacity and member.staying
             least = asg.config.min_size
@@ -147,7 +149,9 @@ class InstanceRequests(Requests):
         """A Spot interruption: the instance is ended by force when the notice is over. Its group
         replaces it after that, or at once where it has capacity rebalancing."""
         group, asg, member = self._spot(instance_id)
-        member.bond.interrupted_by_s = self._changes.steady.now_s() + notice_s
+        now_s = self._changes.steady.now_s()
+        member.bond.interrupted_by_s = now_s + notice_s
+        mix.avoid(asg, member.instance.machine, now_s)
         self._changes.unsaved = True
         if asg.config.capacity_rebalance:
             self._changes.replace_first(group, member, "a Spot interruption notice")

@@ -1,0 +1,261 @@
+"""A job in containers, while its instances, queue, storage, database and manager are taken away.
+
+Seeded: BATCHLAB_CHAOS_SEED chooses who is hit and in which order, BATCHLAB_CHAOS_TASKS how many
+tasks there are; 3,000 is the long form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from batchlab.errors import BackendError
+from batchlab.model import Pool
+from batchlab.protocol import naming
+from batchlab.views import JobView
+from tests.chaos.rig import Containers, Sizes, Teller, wait_for, write_job
+from tests.integration.containers_grid import need_containers
+from tests.integration.local_grid import LocalGrid, outcomes
+
+SEED = int(os.environ.get("BATCHLAB_CHAOS_SEED", "1"))
+TASKS = int(os.environ.get("BATCHLAB_CHAOS_TASKS", "600"))
+TASK_S = max(0.2, 600 / TASKS)
+"""So that six instances are busy for as long as it takes to do all the harm."""
+MOST = 6
+ZOMBIE_S = 12.0
+"""Longer than the visibility timeout: somebody else has the bundle when it wakes."""
+NOTICE_S = 20.0
+STORAGE_AWAY_S = float(os.environ.get("BATCHLAB_CHAOS_AWAY_S", "15"))
+POOLS = (Pool("default", 0, MOST, 1, instance_type="t3.small"),)
+
+
+@pytest.fixture(scope="module")
+def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]:
+    folder = tmp_path_factory.mktemp("chaos")
+    need_containers(folder)
+    grid = LocalGrid(folder / "home", POOLS, backend="localstack")
+    try:
+        found = Containers(grid)
+        spot(found)
+        yield found
+    finally:
+        grid.stop()
+
+
+@pytest.fixture
+def teller(containers: Containers) -> Iterator[Teller]:
+    with Teller(containers.host) as told:
+        yield told
+
+
+def test_nothing_is_lost_whatever_is_taken_away(
+    containers: Containers, teller: Teller, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_job(tmp_path / "job", teller, TASKS, seconds=TASK_S)
+    script, rng = acts(containers), random.Random(SEED)
+    rng.shuffle(script)
+    with Sizes(containers) as sizes:
+        job = containers.grid.submit(path, token="chaos")["id"]
+        for number, (name, act) in enumerate(script, 1):
+            wait_for(partial(reached, teller, number * TASKS // (len(script) + 1)))
+            act(rng)
+            containers.done[name] += 1
+        view = containers.grid.wait(job, within_s=300)
+        again = check(containers, job, view, tmp_path / "out", Counter(teller.starts))
+        comes_to_rest(containers)
+    with capsys.disabled():
+        print(f"\n{dict(containers.done)}, {again} of {TASKS} tasks ran in vain", flush=True)
+    assert set(containers.done) == {name for name, _ in script}
+    assert max(sizes.seen) <= MOST
+
+
+def test_a_spot_notice_hands_the_task_to_another_within_the_notice(
+    containers: Containers, teller: Teller, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """I6: measured from the notice to the start of the unfinished task on another instance."""
+    grid = containers.grid
+    grid.client.scale("default", min=3, desired=3)
+    try:
+        wait_for(lambda: in_service(grid) == 3, within_s=90)
+        path = write_job(tmp_path / "job", teller, 1, seconds=NOTICE_S + 15)
+        job = grid.submit(path, token="notice")["id"]
+        wait_for(partial(reached, teller, 1), within_s=60)
+        wait_for(lambda: bool(busy(grid)), within_s=30)
+        begun_s = time.monotonic()
+        containers.interrupt(busy(grid)[0], notice_s=NOTICE_S)
+        wait_for(lambda: teller.starts[0] == 2, within_s=NOTICE_S + 5)
+        took_s = teller.at_s[0][1] - begun_s
+        with capsys.disabled():
+            print(f"\na task began elsewhere {took_s:.1f} s after a notice of {NOTICE_S:g} s")
+        assert took_s < NOTICE_S
+        assert grid.wait(job, within_s=120)["state"] == "SUCCEEDED"
+    finally:
+        grid.client.scale("default", min=0, auto=True)
+
+
+def test_what_is_cancelled_starts_no_more(
+    containers: Containers, teller: Teller, tmp_path: Path
+) -> None:
+    """I4, by the word of the tasks themselves."""
+    grid = containers.grid
+    path = write_job(tmp_path / "job", teller, 300, seconds=0.2)
+    job = grid.submit(path, token="cancel")["id"]
+    wait_for(partial(reached, teller, 20), within_s=90)
+    grid.client.cancel(job)
+    view = grid.wait(job, within_s=60)
+    begun = teller.starts.total()
+    time.sleep(3)
+    assert view["state"] == "CANCELLED"
+    assert teller.starts.total() == begun < 300
+
+
+def test_a_storage_that_forgets_ends_the_job_with_that_reason(
+    containers: Containers, teller: Teller, tmp_path: Path
+) -> None:
+    """LocalStack keeps nothing over a restart: to be told at once, and never to hang (I7)."""
+    grid = containers.grid
+    path = write_job(tmp_path / "job", teller, 300, seconds=0.2)
+    job = grid.submit(path, token="forgets")["id"]
+    wait_for(partial(reached, teller, 20), within_s=90)
+    containers.restart("localstack")
+    view = grid.wait(job, within_s=90)
+    assert view["state"] == "FAILED"
+    assert "lost the job's objects" in view["reason"]
+    again = write_job(tmp_path / "again", teller, 20, seconds=0.05)
+    wait_for(partial(takes, grid, again), within_s=60)
+
+
+def acts(containers: Containers) -> list[tuple[str, Callable[[random.Random], None]]]:
+    """What is done, each once; the two of which a crash is made, twice."""
+
+    def one(rng: random.Random) -> str:
+        """The container of an instance."""
+        deadline_s = time.monotonic() + 60
+        while not (found := containers.instances()):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.2)
+        return rng.choice(sorted(found.values()))
+
+    def zombie(rng: random.Random) -> None:
+        container = one(rng)
+        containers.pause(container)
+        time.sleep(ZOMBIE_S)
+        containers.unpause(container)
+
+    def cut_off(rng: random.Random) -> None:
+        container = one(rng)
+        containers.cut_off(container)
+        time.sleep(ZOMBIE_S)
+        containers.reconnect(container)
+
+    def notice(rng: random.Random) -> None:
+        one(rng)
+        instance = rng.choice(sorted(containers.instances()))
+        containers.interrupt(instance, notice_s=15)
+
+    def storage(_: random.Random) -> None:
+        container = containers.service("localstack")
+        containers.pause(container)
+        time.sleep(STORAGE_AWAY_S)
+        containers.unpause(container)
+
+    return [
+        ("instance killed", lambda rng: containers.kill(one(rng))),
+        ("instance killed", lambda rng: containers.kill(one(rng))),
+        ("instance frozen", zombie),
+        ("instance cut off", cut_off),
+        ("instance starved of memory", lambda rng: containers.starve(one(rng))),
+        ("Spot notice", notice),
+        ("queue purged", lambda _: purge(containers)),
+        ("LocalStack frozen", storage),
+        ("PostgreSQL restarted", lambda _: containers.restart("postgres")),
+        ("manager killed", lambda _: containers.kill(containers.service("manager"))),
+        ("Auto Scaling killed", lambda _: containers.kill(containers.service("asg"))),
+    ]
+
+
+def check(containers: Containers, job: str, view: JobView, out: Path, told: Counter[int]) -> int:
+    """I1, I2, I3 and I7; how many runs were thrown away."""
+    grid = containers.grid
+    assert view["state"] == "SUCCEEDED", (view, containers.done)
+    results = grid.results(view, out)
+    assert results["total"] == [3 * sum(range(TASKS))]
+    committed: Counter[int] = Counter()
+    for outcome in outcomes(grid, job):
+        if outcome["bundle"]["s"] == "triple":
+            committed.update(t for start, stop in outcome["succeeded"] for t in range(start, stop))
+    assert committed == Counter(dict.fromkeys(range(TASKS), 1))
+    before = counts(grid, job)
+    assert before["triple"] == (TASKS, TASKS, 0, 0)
+    grid.client.rebuild()
+    assert counts(grid, job) == before
+    return told.total() - len(told)
+
+
+def counts(grid: LocalGrid, job: str) -> dict[str, tuple[int, ...]]:
+    return {
+        stage["name"]: (
+            stage["planned"] or 0,
+            stage["succeeded"],
+            stage["failed"],
+            stage["cancelled"],
+        )
+        for stage in grid.client.job(job)["stages"]
+    }
+
+
+def comes_to_rest(containers: Containers) -> None:
+    """I5: with no work left the group comes back to its minimum, and no container stays."""
+    wait_for(lambda: not containers.instances(), within_s=90)
+
+
+def spot(containers: Containers) -> None:
+    """Let the instances be Spot instances, which can be interrupted."""
+    path = containers.grid.home.of("localstack") / "templates.toml"
+    path.write_text(path.read_text().replace("slots =", 'market = "spot"\nslots ='))
+
+
+def purge(containers: Containers) -> None:
+    """Drop every message that waits for a worker."""
+
+    async def drop() -> None:
+        backend = containers.grid.backend
+        queue = backend.open_queue(containers.grid.home, backend.open_clock())
+        try:
+            await queue.purge(naming.tasks_queue("default"))
+        finally:
+            await queue.close()
+
+    asyncio.run(drop())
+
+
+def in_service(grid: LocalGrid) -> int:
+    pools = grid.client.grid()["pools"]
+    return sum(one["state"] == "InService" for pool in pools for one in pool["instances"])
+
+
+def busy(grid: LocalGrid) -> list[str]:
+    """The instances that run something."""
+    pools = grid.client.grid()["pools"]
+    return [one["id"] for pool in pools for one in pool["instances"] if one["busy"]]
+
+
+def takes(grid: LocalGrid, path: Path) -> bool:
+    """Whether a job can be submitted and comes to its end."""
+    try:
+        job = grid.submit(path, token="again")["id"]
+    except BackendError:
+        return False
+    return grid.wait(job, within_s=60)["state"] == "SUCCEEDED"
+
+
+def reached(teller: Teller, tasks: int) -> bool:
+    return len(teller.starts) >= tasks
