@@ -66,20 +66,21 @@ def test_sessions_that_were_ended_meanwhile_are_not_noticed(postgres: Postgres) 
 def test_sessions_that_are_ended_all_the_time_leave_no_trace(postgres: Postgres) -> None:
     """Pain 6: no call is half applied, and none twice."""
 
-    async def end_sessions(until: asyncio.Future[None]) -> int:
-        ended = 0
-        while not until.done():
-            ended += await asyncio.to_thread(postgres.server.end_sessions)
-            await asyncio.sleep(0.15)
-        return ended
-
     async def main() -> None:
+        completions, ended, folded = many(), 0, 0
         async with ledger_in(postgres) as ledger, ledger_in(None) as reference:
-            work = asyncio.ensure_future(_folded(_patient(ledger), 4_000))
-            ended = await end_sessions(work)
-            await work
-            assert ended > 3
-            await _folded(reference, 4_000)
+            patient = _patient(ledger)
+            await submit(patient)
+            while ended < 10:
+                # As often as it takes to be ended in the midst of a call, too.
+                ending = asyncio.create_task(asyncio.to_thread(postgres.server.end_sessions))
+                while not ending.done():
+                    await fold(patient, *completions[folded : folded + BATCH])
+                    folded += BATCH
+                ended += ending.result()
+            assert folded <= len(completions)
+            await submit(reference)
+            await fold(reference, *completions[:folded])
             assert await ledger.dump() == await reference.dump()
 
     asyncio.run(main())
@@ -134,8 +135,9 @@ def test_a_server_that_freezes_is_an_outage_and_the_loop_goes_on(
             try:
                 began_s = time.monotonic()
                 for call in (fold(ledger, done(bundle(0, 1))), ledger.job(JOB.id)):
-                    with pytest.raises(Unreachable):
-                        await call
+                    async with asyncio.timeout(20.0):
+                        with pytest.raises(Unreachable):
+                            await call
                 assert 1.4 < time.monotonic() - began_s < 15.0
             finally:
                 for pid in pids:
@@ -188,8 +190,10 @@ def test_who_sleeps_in_a_transaction_loses_it(
                 patch.setattr(job_rows, "set_control", sleepy)
                 sleeping = asyncio.create_task(ledger.set_control(JOB.id, Control.CANCEL))
                 await asyncio.to_thread(asleep.wait)
-                assert (await other.lease("leader", "b")).owner == "b"
-                awake.set()
+                try:
+                    assert (await other.lease("leader", "b")).owner == "b"
+                finally:
+                    awake.set()
                 with pytest.raises(Unreachable):
                     await sleeping
             assert (await other.job(JOB.id)).control is Control.RUN
@@ -239,10 +243,13 @@ def test_a_long_listing_holds_up_nobody(
                 patch.setattr(bundle_rows, "records", slow)
                 asked = asyncio.create_task(ledger.bundles(JOB.id))
                 await asyncio.to_thread(listing.wait)
-            assert await fold(ledger, done(bundle(1, 2))) == [True]
-            assert (await ledger.lease("leader", "a")).owner == "a"
-            assert (await counts_of(ledger)).succeeded == 2
-            go_on.set()
+            try:
+                async with asyncio.timeout(20.0):
+                    assert await fold(ledger, done(bundle(1, 2))) == [True]
+                    assert (await ledger.lease("leader", "a")).owner == "a"
+                    assert (await counts_of(ledger)).succeeded == 2
+            finally:
+                go_on.set()
             assert len(await asked) == 1
             assert len(await ledger.bundles(JOB.id)) == 2
 
