@@ -85,6 +85,19 @@ class Containers:
 
     grid: LocalGrid
     done: Counter[str] = field(default_factory=Counter)
+    starved: list[str] = field(default_factory=list)
+    _undoing: list[threading.Timer] = field(default_factory=list)
+
+    def later(self, seconds: float, act: Callable[[], None]) -> None:
+        """Do that in so many seconds, while other harm is done."""
+        timer = threading.Timer(seconds, act)
+        self._undoing.append(timer)
+        timer.start()
+
+    def undo(self) -> None:
+        """Wait until all of it has been done."""
+        for timer in self._undoing:
+            timer.join()
 
     @property
     def at(self) -> deployment.Deployment:
@@ -125,14 +138,18 @@ class Containers:
         docker("pause", container)
 
     def unpause(self, container: str) -> None:
-        docker("unpause", container)
+        """Wake it, unless something has ended it meanwhile."""
+        if not self.is_gone(container):
+            docker("unpause", container)
 
     def cut_off(self, container: str) -> None:
         """Disconnect it from the network."""
         docker("network", "disconnect", "--force", self.at.project, container)
 
     def reconnect(self, container: str) -> None:
-        docker("network", "connect", self.at.project, container)
+        """Connect it again, unless something has ended it meanwhile."""
+        if not self.is_gone(container):
+            docker("network", "connect", self.at.project, container)
 
     def starve(self, container: str) -> None:
         """Take its memory away until the kernel ends its processes: a hog that the kernel does not
@@ -150,7 +167,7 @@ class Containers:
             capture_output=True,
             check=False,
         )
-        wait_for(lambda: self.is_gone(container), within_s=60)
+        self.starved.append(container)
 
     def is_gone(self, container: str) -> bool:
         """Whether it does not run any more."""

@@ -68,6 +68,7 @@ def test_nothing_is_lost_whatever_is_taken_away(
             wait_for(partial(reached, teller, number * TASKS // (len(script) + 1)))
             act(rng)
             containers.done[name] += 1
+        containers.undo()
         view = containers.grid.wait(job, within_s=300)
         again = check(containers, job, view, tmp_path / "out", Counter(teller.starts))
         comes_to_rest(containers)
@@ -75,6 +76,7 @@ def test_nothing_is_lost_whatever_is_taken_away(
         print(f"\n{dict(containers.done)}, {again} of {TASKS} tasks ran in vain", flush=True)
     assert set(containers.done) == {name for name, _ in script}
     assert max(sizes.seen) <= MOST
+    assert all(containers.is_gone(starved) for starved in containers.starved)
 
 
 def test_a_spot_notice_hands_the_task_to_another_within_the_notice(
@@ -147,14 +149,12 @@ def acts(containers: Containers) -> list[tuple[str, Callable[[random.Random], No
     def zombie(rng: random.Random) -> None:
         container = one(rng)
         containers.pause(container)
-        time.sleep(ZOMBIE_S)
-        containers.unpause(container)
+        containers.later(ZOMBIE_S, partial(containers.unpause, container))
 
     def cut_off(rng: random.Random) -> None:
         container = one(rng)
         containers.cut_off(container)
-        time.sleep(ZOMBIE_S)
-        containers.reconnect(container)
+        containers.later(ZOMBIE_S, partial(containers.reconnect, container))
 
     def notice(rng: random.Random) -> None:
         one(rng)
@@ -164,8 +164,7 @@ def acts(containers: Containers) -> list[tuple[str, Callable[[random.Random], No
     def storage(_: random.Random) -> None:
         container = containers.service("localstack")
         containers.pause(container)
-        time.sleep(STORAGE_AWAY_S)
-        containers.unpause(container)
+        containers.later(STORAGE_AWAY_S, partial(containers.unpause, container))
 
     return [
         ("instance killed", lambda rng: containers.kill(one(rng))),
