@@ -82,7 +82,7 @@ def _plan(
     at = Deployment(name_for(home), subnet, image, _user())
     place = named or Place(at.storage_url(_storage_port()), fresh_bucket(), named=False)
     deployment.write(home, at)
-    templates = _templates(at, place, pools or backend.pools)
+    templates = templates_for(at, place, pools or backend.pools)
     (deployment.folder(home) / "templates.toml").write_text(templates)
     home.write_place(backend.name, place)
     home.token()
@@ -90,7 +90,7 @@ def _plan(
     return at
 
 
-def _templates(at: Deployment, place: Place, pools: Sequence[Pool]) -> str:
+def templates_for(at: Deployment, place: Place, pools: Sequence[Pool]) -> str:
     """The launch templates of the pools, for `asg serve`."""
     env = {
         VARIABLE: f"{place.url}/{place.bucket}",
