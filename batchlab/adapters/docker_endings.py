@@ -6,9 +6,12 @@ Invariant: a note is for one container, so a folder that is older than what runs
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 from batchlab.ports import Clock
+
+log = logging.getLogger(__name__)
 
 
 class Endings:
@@ -19,12 +22,16 @@ class Endings:
         self._clock = clock
 
     def note(self, instance: str, container: str, grace_s: float) -> None:
-        """It has to be gone `grace_s` from now."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        """It has to be gone `grace_s` from now. Where the disk is full that is forgotten by the
+        next launcher, but this one goes on: an instance that could not be ended would be worse."""
         note = {"container": container, "by_s": self._clock.now_s() + grace_s}
         fresh = self._folder / f"{instance}.new"
-        fresh.write_text(json.dumps(note))
-        fresh.replace(self._path(instance))
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            fresh.write_text(json.dumps(note))
+            fresh.replace(self._path(instance))
+        except OSError as error:
+            log.warning("when %s has to be gone is not kept: %s", instance, error)
 
     def left_s(self, instance: str, container: str) -> float | None:
         """Seconds that are left to it, None where nobody has asked it to end."""

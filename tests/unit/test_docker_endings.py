@@ -1,0 +1,31 @@
+"""When draining containers have to be gone, as it is kept beside Docker."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from batchlab.adapters.clock import WallClock
+from batchlab.adapters.docker_endings import Endings
+
+
+def test_what_is_noted_is_for_one_container(tmp_path: Path) -> None:
+    endings = Endings(tmp_path / "ending", WallClock())
+    endings.note("i-1", "container", 100.0)
+    left_s = endings.left_s("i-1", "container")
+    assert left_s is not None
+    assert 90.0 < left_s <= 100.0
+    assert endings.left_s("i-1", "another") is None
+    endings.forget("i-1")
+    assert endings.left_s("i-1", "container") is None
+
+
+def test_a_disk_that_takes_nothing_keeps_nobody_from_ending_an_instance(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "ending").touch()
+    with caplog.at_level(logging.WARNING):
+        Endings(tmp_path / "ending", WallClock()).note("i-1", "container", 100.0)
+    assert "i-1 has to be gone is not kept" in caplog.text
