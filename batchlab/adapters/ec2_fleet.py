@@ -52,6 +52,8 @@ class Ec2Fleet:
         self._prefix = prefix
         self._poll_s = POLL_S if endpoint.url is None else 0.0
         self._seen: dict[str, Seen] = {}
+        self._lost: set[str] = set()
+        """Pools whose groups somebody has deleted; `ensure` makes them again."""
         self._dead: list[Instance] = []
         self._journal = Journal()
         self._reported: set[str] = set()
@@ -101,7 +103,7 @@ class Ec2Fleet:
                 f"The pool {pool.name!r} cannot have the limits {limits}.",
                 remedy=f"Give it 0 ≤ min ≤ max ≤ {MOST_INSTANCES}.",
             )
-        if pool.name not in self._seen:
+        if pool.name not in self._seen or pool.name in self._lost:
             await self._found(pool)
             await self._adopt(pool)
         seen = self._seen[pool.name]
@@ -134,11 +136,13 @@ class Ec2Fleet:
 
     async def _adopt(self, pool: Pool) -> None:
         """Know the group from now on, as the service has it."""
-        self._seen[pool.name] = Seen(pool)
+        before = self._seen.get(pool.name)
+        self._seen[pool.name] = before or Seen(pool)
         try:
             await self._look()
         except BaseException:
-            del self._seen[pool.name]
+            if before is None:
+                del self._seen[pool.name]
             raise
 
     def _create(self, name: str, pool: Pool) -> None:
@@ -307,10 +311,9 @@ class Ec2Fleet:
             looked_s = self._clock.monotonic_s()
             self._looked_s = looked_s
             groups = await self._ask(next(iter(self._seen)), self._described)
-            lost = ""
+            self._lost = {pool for pool in self._seen if self._prefix + pool not in groups}
             for pool, seen in self._seen.items():
                 if (group := groups.get(self._prefix + pool)) is None:
-                    lost = pool
                     continue
                 gone = seen.look(group, self._clock.now_s())
                 self._dead += gone
@@ -320,8 +323,8 @@ class Ec2Fleet:
                     explained = seen.explain(await self._ask(pool, self._activities))
                     known = {instance.id: instance for instance in explained}
                     self._dead = [known.get(instance.id, instance) for instance in self._dead]
-            if lost:
-                raise NotFound(f"The group of pool {lost!r} is gone.")
+            if self._lost:
+                raise NotFound(f"The group of pool {min(self._lost)!r} is gone.")
 
     def _described(self, _: str) -> dict[str, AutoScalingGroupTypeDef]:
         names = [self._prefix + pool for pool in self._seen]

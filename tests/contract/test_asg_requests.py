@@ -177,6 +177,10 @@ def test_a_group_that_somebody_has_deleted_is_told(tmp_path: Path) -> None:
         await at.ask("delete_auto_scaling_group", AutoScalingGroupName=group, ForceDelete=True)
         with pytest.raises(NotFound, match="'steady' is gone"):
             await at.fleet.tick()
+        await at.fleet.ensure(STEADY)
+        await at.fleet.tick()
+        (view,) = await at.fleet.describe()
+        assert (view.pool.name, view.pool.max_size) == (POOL, STEADY.max_size)
 
     run(check, tmp_path)
 
