@@ -149,8 +149,9 @@ class MetadataServer:
         task = asyncio.current_task()
         assert task is not None
         self._connections[task] = writer
-        address = str(writer.get_extra_info("peername")[0])
         try:
+            # None where they were gone before we could ask.
+            address = str((writer.get_extra_info("peername") or ("",))[0])
             stays = True
             while stays:
                 async with asyncio.timeout(IDLE_S):
