@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+from batchlab.adapters.aws import Endpoint
 from batchlab.adapters.compose import deployment, images
 from batchlab.adapters.compose.deployment import MANAGER_PORT, Deployment
 from batchlab.adapters.compose.project import Project, name_for, networks
 from batchlab.backends import VARIABLE, Backend, fresh_bucket
-from batchlab.errors import Unreachable
+from batchlab.errors import Unreachable, UsageError
 from batchlab.home import Home, ManagerRecord, Place
 from batchlab.model import Pool
+from batchlab.protocol import naming
 
 STORAGE_PORT = 4566
 _TYPE = "m7i.large"
@@ -28,21 +32,37 @@ _NOBODY = 10001
 def up(
     home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str], None]
 ) -> ManagerRecord:
-    """Bring the grid up, or bring back what has stopped of it; returns when its manager leads or
-    is about to. BackendError, UsageError."""
+    """Bring the grid up, or bring back what has stopped of it, from the code that is installed
+    now; returns when its manager leads or is about to. BackendError, UsageError."""
     named = backend.named_place(home)
     if named:
+        _refuse_loopback(named)
         backend.provide(home, say)
-    at = deployment.read(home)
-    is_fresh = at is None
-    if at is None:
-        at = _plan(home, backend, pools, named, say)
-    project = Project(home, at, settings=_settings(at, pools))
+    home.make()
+    deployment.folder(home).mkdir(exist_ok=True)
+    with deployment.locked(home):
+        if running := home.record():  # another command was faster
+            return running
+        return _up(home, backend, pools, named, say)
+
+
+def _up(
+    home: Home,
+    backend: Backend,
+    pools: Sequence[Pool],
+    named: Place | None,
+    say: Callable[[str], None],
+) -> ManagerRecord:
+    known = deployment.read(home)
     try:
+        at = _plan(home, backend, pools, known, named, say)
+        project = Project(home, at, settings=_settings(at))
         project.up(say, storage=named is None)
     except BaseException:
-        if is_fresh:
-            project.down()
+        # One that was there before has work and a database in it.
+        if known is None:
+            if begun := deployment.read(home):
+                Project(home, begun, settings={}).down()
             _forget(home, backend)
         raise
     record = home.record()
@@ -56,14 +76,17 @@ def up(
 
 def down(home: Home, backend: Backend) -> bool:
     """Remove every part; False where there is none."""
-    at = deployment.read(home)
-    if at is None:
+    if deployment.read(home) is None:
         return False
-    place = home.place(backend.name)
-    # In a LocalStack of the grid's own nobody will ever ask for it.
-    keeps = place is not None and place.named
-    Project(home, at, settings={}).down(drain_s=backend.worker.drain_s if keeps else 0.0)
-    _forget(home, backend)
+    with deployment.locked(home):
+        at = deployment.read(home)
+        if at is None:
+            return False
+        place = home.place(backend.name)
+        # In a LocalStack of the grid's own nobody will ever ask for it.
+        keeps = place is not None and place.named
+        Project(home, at, settings={}).down(drain_s=backend.worker.drain_s if keeps else 0.0)
+        _forget(home, backend)
     return True
 
 
@@ -71,19 +94,29 @@ def _plan(
     home: Home,
     backend: Backend,
     pools: Sequence[Pool],
+    known: Deployment | None,
     named: Place | None,
     say: Callable[[str], None],
 ) -> Deployment:
-    """Decide where everything will be, make the image, and write it all down."""
-    home.make()
-    subnet = deployment.free_subnet(networks())
+    """Decide where everything will be, or leave it where it is; make the image, and write it all
+    down."""
     recipe = images.Recipe.of(os.environ, apt=backend.image.apt, pip=backend.image.pip)
     image = images.provide(recipe, home.of(backend.name) / "image.log", say)
-    at = Deployment(name_for(home), subnet, image, _user())
-    place = named or Place(at.storage_url(_storage_port()), fresh_bucket(), named=False)
+    at = known or Deployment(name_for(home), deployment.free_subnet(networks()), image, _user())
+    at = replace(at, image=image, pools=tuple(map(_option, pools)) or at.pools)
+    place = (
+        named
+        or (home.place(backend.name) if known else None)
+        or Place(at.storage_url(_storage_port()), fresh_bucket(), named=False)
+    )
     deployment.write(home, at)
-    templates = templates_for(at, place, pools or backend.pools)
-    (deployment.folder(home) / "templates.toml").write_text(templates)
+    path = deployment.folder(home) / "templates.toml"
+    if known and not pools and path.exists():  # and edited, perhaps
+        old, new = (f"image = {json.dumps(one.image)}" for one in (known, at))
+        templates = path.read_text().replace(old, new)
+    else:
+        templates = templates_for(at, place, pools or backend.pools)
+    path.write_text(templates)
     home.write_place(backend.name, place)
     home.token()
     _hand_over(home, at.user)
@@ -114,8 +147,22 @@ def templates_for(at: Deployment, place: Place, pools: Sequence[Pool]) -> str:
     return "\n".join(lines)
 
 
+def _refuse_loopback(named: Place) -> None:
+    if Endpoint(named.url).loopback:
+        raise UsageError(
+            f"In a container {named.url} is the container itself.",
+            remedy="Let the service listen on an address that containers reach, and name that.",
+        )
+
+
 def _storage_port() -> int:
-    return int(os.environ.get("BATCHLAB_LOCALSTACK_PORT") or STORAGE_PORT)
+    given = os.environ.get("BATCHLAB_LOCALSTACK_PORT") or str(STORAGE_PORT)
+    if not given.isdecimal() or not 0 < int(given) < 65536:
+        raise UsageError(
+            f"BATCHLAB_LOCALSTACK_PORT is {given!r}, which is no port.",
+            remedy=f"Leave it out, for {STORAGE_PORT}.",
+        )
+    return int(given)
 
 
 def _user() -> str:
@@ -129,18 +176,33 @@ def _hand_over(home: Home, user: str) -> None:
     if os.getuid():
         return
     uid, gid = (int(part) for part in user.split(":"))
-    for path in (home.path, *home.path.rglob("*")):
-        if not path.is_symlink():
-            os.chown(path, uid, gid)
+    for path in handed_over(home):
+        # Not what a link leads to: who has been given the folder may put one there.
+        with suppress(FileNotFoundError):
+            os.chown(path, uid, gid, follow_symlinks=False)
 
 
-def _settings(at: Deployment, pools: Sequence[Pool]) -> dict[str, str]:
+def handed_over(home: Home) -> list[Path]:
+    """What the containers use of a home. The folder may have other things in it, which stay whose
+    they are: it is the user's to name."""
+    here = home.path
+    files = [here / name for name in (naming.MADE, "token", "manager.json", "manager.lock")]
+    folders = [here, home.objects, home.fleet, home.scratch]  # it must be possible to write there
+    ours = deployment.folder(home)
+    return [*folders, *files, ours, *ours.rglob("*")]
+
+
+def _option(pool: Pool) -> str:
+    return f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}"
+
+
+def _settings(at: Deployment) -> dict[str, str]:
     command = [
         *("manager", "--home", deployment.HOME, "--backend", deployment.NAME),
         *("--host", at.manager_host, "--port", str(MANAGER_PORT)),
     ]
-    for pool in pools:
-        command += ["--pool", f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}"]
+    for pool in at.pools:
+        command += ["--pool", pool]
     settings = {"BATCHLAB_MANAGER_COMMAND": " ".join(command)}
     if os.environ.get("LOCALSTACK_AUTH_TOKEN") and not os.environ.get("BATCHLAB_LOCALSTACK_IMAGE"):
         # Newer ones than the compose file's own start with a token only.
@@ -154,8 +216,3 @@ def _forget(home: Home, backend: Backend) -> None:
     place = home.place(backend.name)
     if place and not place.named:
         home.forget_place(backend.name)
-
-
-def logs(home: Home) -> Path:
-    """Where the output of the services is kept once they are gone."""
-    return deployment.folder(home) / "services.log"

@@ -300,6 +300,12 @@ def stop_manager(home: Home, *, wait_s: float = 30.0) -> bool:
         return containers.down(home, backends.load(deployment.NAME))
     if record is None:
         return False
+    if record.backend == deployment.NAME:
+        # Its pid is one of its container's: here it is somebody else's.
+        raise BackendError(
+            f"A manager runs in {home.path} in a container, and nothing says in which.",
+            remedy="`batchlab gc` removes it.",
+        )
     with suppress(ProcessLookupError):
         os.kill(record.pid, signal.SIGTERM)
     deadline_s = time.monotonic() + wait_s

@@ -131,7 +131,8 @@ def gc(
     for one in found:
         parts = output.count(one.parts, "part")
         if not one.is_orphan:
-            output.show(f"{one.project}: {parts}, in use by the grid in {one.home}.")
+            whose = f"of the grid in {one.home}" if one.home else "of whoever made it by hand"
+            output.show(f"{one.project}: {parts}, {whose}: left alone.")
         elif dry_run:
             output.show(f"{one.project}: {parts}, would be removed.")
         else:

@@ -81,20 +81,23 @@ def up(
 
 @app.command()
 def down(home: HomeOption = None) -> None:
-    """Take the grid down; nothing is lost.
+    """Take the grid down.
 
     Workers give back what they have not finished. Jobs that have not ended go on when a grid is up
-    in the same folder again.
+    in the same folder again. Only a LocalStack of the grid's own goes with it, and all that it
+    holds: fetch results before.
 
     \b
     Example: batchlab grid down
     """
+    from batchlab.adapters.compose import deployment
     from batchlab.cli.session import connect
     from batchlab.errors import BackendError
     from batchlab.services import stop_manager
 
     place = home_of(home)
-    if place.record() is None:
+    has_containers = deployment.read(place) is not None
+    if place.record() is None and not has_containers:
         output.say(f"No grid is up in {place.path}.")
         return
     left = 0
@@ -104,9 +107,13 @@ def down(home: HomeOption = None) -> None:
     except BackendError as error:
         # One that cannot answer is a reason more to end it.
         output.say(f"What it runs is not known: {error.message}")
+    kept = place.place(deployment.NAME)
+    is_lost = has_containers and kept is not None and not kept.named
     stop_manager(place)
     output.say(f"The grid in {place.path} is down.")
-    if left:
+    if left and is_lost:
+        output.say(f"{output.count(left, 'job')} not ended, and gone with it.")
+    elif left:
         output.say(f"{output.count(left, 'job')} not ended: `batchlab grid up` goes on with it.")
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import stat
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from batchlab import backends, containers
-from batchlab.adapters.compose import deployment
+from batchlab import backends, containers, services
+from batchlab.adapters.compose import deployment, images, project
 from batchlab.adapters.compose.deployment import Deployment
 from batchlab.adapters.compose.images import Recipe, requirements
-from batchlab.adapters.compose.project import Found, name_for
+from batchlab.adapters.compose.project import Found, Project, name_for, unpulled_of
 from batchlab.asg.templates import TemplateFile
+from batchlab.cli import grid
 from batchlab.errors import BackendError, UsageError
 from batchlab.fleet.api import LaunchTemplate
-from batchlab.home import Home, Place
+from batchlab.home import Home, ManagerRecord, Place
 from batchlab.model import Pool
 
 AT = Deployment("batchlab-0123456789", "10.213.70", "image:1", "1000:1000")
@@ -109,3 +114,167 @@ def test_what_a_folder_knows_nothing_of_is_an_orphan(tmp_path: Path) -> None:
     assert not Found(project, str(tmp_path), 3).is_orphan
     assert Found("batchlab-other", str(tmp_path), 1).is_orphan
     assert not Found("somebody", "", 1).is_orphan
+
+
+def test_a_folder_that_cannot_be_asked_is_no_orphan(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    deployment.write(home, AT)
+    (deployment.folder(home) / "deployment.json").write_text("[")
+    assert not Found(AT.project, str(tmp_path), 3).is_orphan
+    no_folder = tmp_path / "file"
+    no_folder.touch()
+    assert deployment.read(Home(no_folder)) is None
+
+
+def test_an_empty_password_is_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Home(tmp_path)
+
+    def full(path: Path, _: str) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space"):
+            deployment.write(home, AT)
+    deployment.write(home, AT)
+    assert len(deployment.password_file(home).read_text()) >= 32
+
+
+def test_groups_end_with_their_grid(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    deployment.write(home, AT)
+    groups = deployment.folder(home) / deployment.STATE / "groups.json"
+    groups.parent.mkdir()
+    groups.write_text("{}")
+    deployment.forget(home)
+    assert not groups.exists()
+
+
+def test_what_else_is_in_the_folder_stays_whose_it_is(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.make()
+    home.token()
+    deployment.write(home, AT)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").touch()
+    handed = containers.handed_over(home)
+    assert {tmp_path, tmp_path / "token", deployment.password_file(home)} <= set(handed)
+    assert not [path for path in handed if "thesis" in path.parts]
+
+
+def test_an_endpoint_that_containers_cannot_reach_is_refused(tmp_path: Path) -> None:
+    backend = backends.load("localstack", "http://127.0.0.1:9000")
+    with pytest.raises(UsageError, match="the container itself"):
+        containers.up(Home(tmp_path), backend, [], print)
+
+
+def test_a_service_that_did_not_start_is_no_image_that_cannot_be_pulled() -> None:
+    assert unpulled_of([" postgres Error manifest unknown"]) == ["postgres"]
+    assert not unpulled_of(["Container x-postgres-1  Error dependency failed to start"])
+
+
+class Brought:
+    """In place of Compose: what was asked of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: list[tuple[str, Deployment]] = []
+        self.fails = False
+        self.image = "image:1"
+
+        def up(project: Project, *_: object, **__: object) -> None:
+            self.done.append(("up", project._at))
+            if self.fails:
+                raise BackendError("It did not become ready.")
+
+        def down(project: Project, **_: object) -> None:
+            self.done.append(("down", project._at))
+
+        monkeypatch.setattr(Project, "up", up)
+        monkeypatch.setattr(Project, "down", down)
+        monkeypatch.setattr(Project, "last_line", lambda *_: "said")
+        monkeypatch.setattr(images, "provide", lambda *_: self.image)
+        monkeypatch.setattr(containers, "networks", list)
+        monkeypatch.setattr(containers, "_hand_over", lambda *_: None)
+        monkeypatch.delenv("BATCHLAB_ENDPOINT", raising=False)
+        self.backend = backends.load("localstack")
+
+    def up(self, home: Home, *pools: Pool) -> None:
+        """There is no manager, so it is told that it ended, unless something else went wrong."""
+        with pytest.raises(BackendError):
+            containers.up(home, self.backend, pools, print)
+
+
+def test_a_grid_that_has_stopped_comes_back_with_todays_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, brought = Home(tmp_path), Brought(monkeypatch)
+    brought.up(home, Pool("big", 0, 1, 4))
+    place, path = home.place("localstack"), deployment.folder(home) / "templates.toml"
+    path.write_text(path.read_text() + 'market = "spot"\n')
+    brought.image = "image:2"
+    brought.up(home)
+    (_, first), (_, second) = brought.done
+    assert second == replace(first, image="image:2")
+    assert second.pools == ("big:0-1x4",)
+    assert home.place("localstack") == place
+    assert 'image = "image:2"' in path.read_text()
+    assert "spot" in path.read_text()
+    brought.up(home, Pool("default", 0, 2, 1))
+    assert "worker-default" in path.read_text()
+
+
+def test_only_a_grid_that_was_not_there_before_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, brought = Home(tmp_path), Brought(monkeypatch)
+    brought.fails = True
+    brought.up(home)
+    assert [what for what, _ in brought.done] == ["up", "down"]
+    assert deployment.read(home) is None
+    brought.fails = False
+    brought.up(home)
+    brought.fails = True
+    brought.up(home)
+    assert [what for what, _ in brought.done[2:]] == ["up", "up"]
+    assert deployment.read(home) is not None
+
+
+def test_a_manager_in_a_container_gets_no_signal_by_its_number_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path)
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("a signal to somebody else"))
+    with home.locked():
+        home.write_record(ManagerRecord("http://10.213.70.13:8080", os.getpid(), "m", "localstack"))
+        with pytest.raises(BackendError, match="in a container"):
+            services.stop_manager(home)
+
+
+def test_containers_without_a_manager_are_taken_down_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, brought = Home(tmp_path), Brought(monkeypatch)
+    brought.up(home)
+    grid.down(home=tmp_path)
+    assert [what for what, _ in brought.done] == ["up", "down"]
+    assert deployment.read(home) is None
+
+
+def test_a_service_that_ends_again_and_again_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = iter(range(7, 100))  # it has a past
+
+    def inspected(_: Project) -> dict[str, Any]:
+        state = {"Status": "running", "Health": {"Status": "starting"}}
+        return {"manager": {"State": state, "RestartCount": next(seen)}}
+
+    monkeypatch.setattr(Project, "_inspected", inspected)
+    monkeypatch.setattr(Project, "_compose", lambda *_: None)
+    monkeypatch.setattr(Project, "_keep_logs", lambda _: tmp_path)
+    monkeypatch.setattr(Project, "last_line", lambda *_: "no such option")
+    monkeypatch.setattr(project, "_LOOK_S", 0.0)
+    with pytest.raises(BackendError, match=r"manager did not become ready: no such option\."):
+        Project(Home(tmp_path), AT, settings={}).up(print, storage=False)
+    assert next(seen) == 11

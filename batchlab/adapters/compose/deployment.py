@@ -10,9 +10,11 @@ import ipaddress
 import json
 import secrets
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from batchlab.adapters import folders
 from batchlab.errors import BackendError, UsageError
 from batchlab.home import Home
 
@@ -28,6 +30,9 @@ TEMPLATE = "worker-{pool}"
 """A pool's launch template."""
 ZONES = ("us-east-1a", "us-east-1b", "us-east-1c")
 
+STATE = "asg"
+"""The folder, beside the deployment's own file, in which the Auto Scaling endpoint keeps groups."""
+
 HOME = "/var/lib/batchlab"
 """The home, as the manager and the Auto Scaling endpoint see it."""
 
@@ -39,13 +44,14 @@ class Deployment:
     """What a grid in containers is called, and where it is.
 
     `subnet` is the first three numbers of its network's addresses. `user` is the "uid:gid" that
-    the manager and the workers run as.
+    the manager and the workers run as. `pools` are the user's own, as options of the manager.
     """
 
     project: str
     subnet: str
     image: str
     user: str
+    pools: tuple[str, ...] = ()
 
     @property
     def manager_host(self) -> str:
@@ -89,17 +95,21 @@ def password_file(home: Home) -> Path:
 
 
 def read(home: Home) -> Deployment | None:
-    """The deployment of this home, None where there is none; BackendError where its file holds
-    something else."""
+    """The deployment of this home, None where there is none; BackendError where its file cannot be
+    read, or holds something else."""
     path = folder(home) / "deployment.json"
     try:
-        return Deployment(**json.loads(path.read_text()))
-    except FileNotFoundError:
+        fields = json.loads(path.read_text())
+        return Deployment(**{**fields, "pools": tuple(fields.get("pools", ()))})
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, TypeError) as error:
+    except OSError as error:
+        raise BackendError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, TypeError, AttributeError) as error:
         raise BackendError(
             f"{path} cannot be read: {error}.",
-            remedy="Sweep what is left with `batchlab gc`, then delete the file.",
+            # In this order: what the folder seems to know of is not swept.
+            remedy="Delete the file, then sweep what is left with `batchlab gc`.",
         ) from error
 
 
@@ -110,17 +120,28 @@ def write(home: Home, deployment: Deployment) -> None:
     password = password_file(home)
     password.parent.mkdir(mode=0o700, exist_ok=True)
     if not password.exists():
-        password.write_text(secrets.token_urlsafe(24))
-        password.chmod(0o444)
+        # Whole or not at all: a full disk would leave an empty one, and that would be kept.
+        fresh = password.with_name("postgres.new")
+        fresh.write_text(secrets.token_urlsafe(24))
+        fresh.chmod(0o444)
+        fresh.replace(password)
     staged = here / "deployment.json.new"
     staged.write_text(json.dumps(asdict(deployment), indent=1))
     staged.replace(here / "deployment.json")
 
 
+def locked(home: Home) -> AbstractContextManager[None]:
+    """Wait until nobody else brings this home's containers up or down, and be the one who does."""
+    return folders.locked(folder(home) / "deployment.json")
+
+
 def forget(home: Home) -> None:
     """After everything of it is gone."""
-    (folder(home) / "deployment.json").unlink(missing_ok=True)
+    # Last the file that says that there is something to take down.
     password_file(home).unlink(missing_ok=True)
+    # The next grid here has the same name: it would launch for groups that ended with this one.
+    (folder(home) / STATE / "groups.json").unlink(missing_ok=True)
+    (folder(home) / "deployment.json").unlink(missing_ok=True)
 
 
 def free_subnet(taken: Iterable[str]) -> str:

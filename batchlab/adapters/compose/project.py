@@ -14,9 +14,11 @@ import stat
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from batchlab import package_data
 from batchlab.adapters.compose import deployment
@@ -29,6 +31,8 @@ LABEL = "batchlab.grid"
 HOME_LABEL = "batchlab.home"
 START_S = 240.0
 _LOOK_S = 0.3
+_RESTARTS = 3
+"""So often a service may end while it is waited for."""
 _STOP_S = "5"
 _SOCKET = "/var/run/docker.sock"
 
@@ -63,21 +67,22 @@ class Project:
 
     def up(self, say: Callable[[str], None], *, storage: bool) -> None:
         """Start every service and wait until all are healthy, `storage` being a LocalStack of
-        the grid's own; BackendError with the reason, and nothing is left then."""
+        the grid's own; BackendError with the reason, and what runs then is left as it is."""
         say("Starting the containers; missing images are pulled, which may take minutes.")
         profiles = ["--profile", "localstack"] if storage else []
-        try:
-            self._compose(*profiles, "up", "--detach", "--no-build", "--remove-orphans")
-            self._wait(say)
-        except BaseException:
-            self.down()
-            raise
+        self._compose(*profiles, "up", "--detach", "--no-build", "--remove-orphans")
+        self._wait(say)
 
     def _wait(self, say: Callable[[str], None]) -> None:
         deadline_s = time.monotonic() + START_S
         told: set[str] = set()
+        before: dict[str, int] = {}
         while True:
-            states = self.states()
+            looked = self._inspected()
+            states = {service: _state(one["State"]) for service, one in looked.items()}
+            # Docker starts what has ended again and again, so it is seldom seen as ended.
+            restarts = {service: int(one["RestartCount"]) for service, one in looked.items()}
+            before = {**restarts, **before}
             for service, state in sorted(states.items()):
                 if state == "healthy" and service not in told:
                     told.add(service)
@@ -85,6 +90,7 @@ class Project:
             if states and all(state == "healthy" for state in states.values()):
                 return
             bad = [s for s, state in states.items() if state in ("exited", "dead", "unhealthy")]
+            bad += [s for s, n in restarts.items() if n - before[s] >= _RESTARTS]
             if bad or time.monotonic() > deadline_s:
                 missing = bad or sorted(s for s in states if s not in told)
                 raise BackendError(
@@ -95,6 +101,9 @@ class Project:
 
     def states(self) -> dict[str, str]:
         """Each service's health ("healthy", "starting"…), or its state where it is not up."""
+        return {service: _state(one["State"]) for service, one in self._inspected().items()}
+
+    def _inspected(self) -> dict[str, Any]:
         ids = checked(
             *("ps", "-aq", "--filter", f"label={LABEL}={self._at.project}"),
             *("--filter", "label=com.docker.compose.service"),
@@ -102,7 +111,7 @@ class Project:
         if not ids:
             return {}
         return {
-            one["Config"]["Labels"]["com.docker.compose.service"]: _state(one["State"])
+            one["Config"]["Labels"]["com.docker.compose.service"]: one
             for one in json.loads(checked("inspect", *ids))
         }
 
@@ -115,7 +124,9 @@ class Project:
     def down(self, *, drain_s: float = 0.0) -> None:
         """Stop and remove everything, the instances included, which have `drain_s` to give back
         what they have in hand. What is gone already is no error."""
-        self._keep_logs()
+        # A full disk must not keep a grid from being taken down.
+        with suppress(OSError):
+            self._keep_logs()
         self._run("stop", "--timeout", _STOP_S, "manager")
         # Else it would replace the instances that end.
         self._run("kill", "asg")
@@ -134,12 +145,13 @@ class Project:
 
     def _compose(self, *arguments: str) -> None:
         done = self._run(*arguments)
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        self._log.write_text(done.stdout + done.stderr)
+        with suppress(OSError):
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            self._log.write_text(done.stdout + done.stderr)
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             cause = lines[-1].rstrip(".") if lines else f"exit {done.returncode}"
-            if unpulled := [line.split()[0] for line in lines if " Error " in line]:
+            if unpulled := unpulled_of(lines):
                 raise BackendError(
                     f"The image of {unpulled[0]} cannot be pulled: {cause}.",
                     remedy="Without an image registry compose/offline/build.sh makes the images, "
@@ -173,8 +185,15 @@ class Project:
             "BATCHLAB_IMAGE": at.image,
             "BATCHLAB_USER": at.user,
             "BATCHLAB_HOME_FOLDER": str(self._home.path),
-            "BATCHLAB_DOCKER_GROUP": str(_group(self._settings)),
+            "BATCHLAB_DOCKER_GROUP": str(_group(os.environ)),
         }
+
+
+def unpulled_of(lines: Sequence[str]) -> list[str]:
+    """The services whose images Compose could not pull, by the lines it has printed."""
+    parts = ("Container", "Network", "Volume")  # it tells of what it could not start likewise
+    failed = [line.split()[0] for line in lines if " Error " in line]
+    return [name for name in failed if name not in parts]
 
 
 def _state(state: Mapping[str, object]) -> str:
@@ -186,7 +205,7 @@ def _state(state: Mapping[str, object]) -> str:
 
 def _group(settings: Mapping[str, str]) -> int:
     """The group that may speak to Docker; 0 where the socket is not here to be looked at."""
-    path = Path(settings.get("BATCHLAB_DOCKER_SOCKET", _SOCKET))
+    path = Path(settings.get("BATCHLAB_DOCKER_SOCKET") or _SOCKET)
     try:
         found = path.stat()
     except OSError:
@@ -243,7 +262,10 @@ class Found:
         somebody's who will end it himself, such as an `asg serve` of its own."""
         if not self.home:
             return False
-        known = deployment.read(Home(Path(self.home)))
+        try:
+            known = deployment.read(Home(Path(self.home)))
+        except BackendError:
+            return False  # another user's, or damaged: nobody can tell
         return known is None or known.project != self.project
 
 
