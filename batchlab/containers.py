@@ -102,7 +102,11 @@ def _plan(
     down."""
     recipe = images.Recipe.of(os.environ, apt=backend.image.apt, pip=backend.image.pip)
     image = images.provide(recipe, home.of(backend.name) / "image.log", say)
-    at = known or Deployment(name_for(home), deployment.free_subnet(networks()), image, _user())
+    if known is None:
+        name = name_for(home)
+        at = Deployment(name, deployment.free_subnet(networks(), name), image, _user())
+    else:
+        at = known
     at = replace(at, image=image, pools=tuple(map(_option, pools)) or at.pools)
     place = (
         named

@@ -18,6 +18,8 @@ from batchlab.home import Home
 if TYPE_CHECKING:
     from batchlab.backends import Backend
 
+ENGINE = 25
+"""The first that knows how often to look at the health of what is starting."""
 COMPOSE = (2, 20)
 """The first in which a service may depend on another that is not always there."""
 LAST_WITHOUT_TOKEN = (4, 14)
@@ -36,7 +38,7 @@ def containers(home: Home, backend: Backend) -> Iterator[Finding]:
         remedy = "Start Docker, and see that you may use it (`docker info`)."
         yield Finding("docker", Level.FAIL, f"Docker does not answer: {told}", remedy)
         return
-    yield Finding("docker", Level.OK, f"Docker {version.stdout.strip()} answers")
+    yield _engine(version.stdout.strip())
     yield _plugin("compose", COMPOSE)
     yield _plugin("buildx", (0, 10))
     yield _room()
@@ -48,6 +50,13 @@ def containers(home: Home, backend: Backend) -> Iterator[Finding]:
     recipe = images.Recipe.of(os.environ, apt=backend.image.apt, pip=backend.image.pip)
     yield _image("BATCHLAB_BASE_IMAGE", recipe.base)
     yield from _parts(home)
+
+
+def _engine(version: str) -> Finding:
+    major = version.partition(".")[0]
+    if major.isdecimal() and int(major) < ENGINE:
+        return _old("docker", f"Docker {version}", f"Install Docker {ENGINE} or newer.")
+    return Finding("docker", Level.OK, f"Docker {version} answers")
 
 
 def _plugin(name: str, least: tuple[int, int]) -> Finding:
@@ -118,7 +127,7 @@ def _image(variable: str, default: str) -> Finding:
 def _parts(home: Home) -> Iterator[Finding]:
     at = deployment.read(home)
     if at is None:
-        subnet = deployment.free_subnet(project.networks())
+        subnet = deployment.free_subnet(project.networks(), project.name_for(home))
         yield Finding("network", Level.OK, f"the network {subnet}.0/24 is free")
     else:
         states = project.Project(home, at, settings={}).states()

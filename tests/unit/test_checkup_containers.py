@@ -68,6 +68,7 @@ def test_nothing_is_wrong_where_all_is_well(
     ("about", "broken", "said", "env", "text"),
     [
         ("docker", {"version": "Cannot connect to the daemon"}, {}, {}, "Cannot connect"),
+        ("docker", {}, {"version": "24.0.7"}, {}, "too old"),
         ("compose", {"compose": "not a docker command"}, {}, {}, "no `docker compose`"),
         ("compose", {}, {"compose": "Docker Compose version 2.3.3"}, {}, "too old"),
         ("buildx", {"buildx": "not a docker command"}, {}, {}, "no `docker buildx`"),

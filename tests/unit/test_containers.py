@@ -33,6 +33,8 @@ def test_a_network_is_chosen_that_overlaps_none() -> None:
     assert deployment.free_subnet(["10.213.64.0/24", "172.17.0.0/16"]) == "10.213.65"
     assert deployment.free_subnet(["10.213.64.0/20"]) == "10.213.80"
     assert deployment.free_subnet(["10.213.64.7/32", "fd00::/8"]) == "10.213.65"
+    begins = {deployment.free_subnet([], f"batchlab-{n}") for n in range(20)}
+    assert len(begins) > 10
     with pytest.raises(UsageError, match="are taken"):
         deployment.free_subnet(["10.0.0.0/8"])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import secrets
+import zlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -144,11 +145,13 @@ def forget(home: Home) -> None:
     (folder(home) / "deployment.json").unlink(missing_ok=True)
 
 
-def free_subnet(taken: Iterable[str]) -> str:
+def free_subnet(taken: Iterable[str], project: str = "") -> str:
     """The first of our blocks that overlaps none of the networks `taken` ("10.0.0.0/8");
-    UsageError where there is none."""
+    UsageError where there is none. Each project begins elsewhere: two that come up at the same
+    time do not know of each other's network yet."""
     networks = [ipaddress.ip_network(one, strict=False) for one in taken]
-    for block in _BLOCK:
+    begin = zlib.crc32(project.encode()) % len(_BLOCK)
+    for block in _BLOCK[begin:] + _BLOCK[:begin]:
         wanted = ipaddress.ip_network(f"{block}.0/24")
         if not any(wanted.overlaps(one) for one in networks if one.version == wanted.version):
             return block
