@@ -120,7 +120,9 @@ def _plan(
         templates = path.read_text().replace(old, new)
     else:
         templates = templates_for(at, place, pools or backend.pools)
-    path.write_text(templates)
+    fresh = path.with_name("templates.toml.new")
+    fresh.write_text(templates)
+    fresh.replace(path)  # an endpoint that is up reads it at any time
     home.write_place(backend.name, place)
     home.token()
     _hand_over(home, at.user)

@@ -106,7 +106,8 @@ def down(home: HomeOption = None) -> None:
             left = len(client.jobs(active=True, limit=1000))
     except BackendError as error:
         # One that cannot answer is a reason more to end it.
-        output.say(f"What it runs is not known: {error.message}")
+        why = error.message if place.record() else "Its manager is not up."
+        output.say(f"What it runs is not known: {why}")
     kept = place.place(deployment.NAME)
     is_lost = has_containers and kept is not None and not kept.named
     stop_manager(place)
