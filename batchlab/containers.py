@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -74,6 +75,20 @@ def _up(
     return record
 
 
+def check_python(home: Home) -> None:
+    """UsageError unless the instances run on this process's Python: functions travel as bytecode,
+    which no other version understands."""
+    at = deployment.read(home)
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if at and at.python != here:
+        raise UsageError(
+            f"The grid's instances run on Python {at.python}, and this is Python {here}: functions "
+            "cannot be sent to them.",
+            remedy=f"Name an image with Python {here} by BATCHLAB_BASE_IMAGE before the grid comes "
+            "up, or describe the job in a file.",
+        )
+
+
 def down(home: Home, backend: Backend) -> bool:
     """Remove every part; False where there is none."""
     if deployment.read(home) is None:
@@ -104,10 +119,12 @@ def _plan(
     image = images.provide(recipe, home.of(backend.name) / "image.log", say)
     if known is None:
         name = name_for(home)
-        at = Deployment(name, deployment.free_subnet(networks(), name), image, _user())
+        subnet, python = deployment.free_subnet(networks(), name), images.python_of(image)
+        at = Deployment(name, subnet, image, _user(), python)
     else:
-        at = known
-    at = replace(at, image=image, pools=tuple(map(_option, pools)) or at.pools)
+        at = replace(known, image=image, python=images.python_of(image))
+    if pools:
+        at = replace(at, pools=tuple(map(_option, pools)))
     place = (
         named
         or (home.place(backend.name) if known else None)

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import stat
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from batchlab.fleet.api import LaunchTemplate
 from batchlab.home import Home, ManagerRecord, Place
 from batchlab.model import Pool
 
-AT = Deployment("batchlab-0123456789", "10.213.70", "image:1", "1000:1000")
+AT = Deployment("batchlab-0123456789", "10.213.70", "image:1", "1000:1000", "3.9")
 PLACE = Place("http://10.213.70.10:4566", "bucket-1", named=False)
 
 
@@ -112,10 +113,21 @@ def test_what_a_folder_knows_nothing_of_is_an_orphan(tmp_path: Path) -> None:
     home = Home(tmp_path)
     project = name_for(home)
     assert Found(project, str(tmp_path), 3).is_orphan
-    deployment.write(home, Deployment(project, "10.213.70", "image", "1:1"))
+    deployment.write(home, Deployment(project, "10.213.70", "image", "1:1", "3.13"))
     assert not Found(project, str(tmp_path), 3).is_orphan
     assert Found("batchlab-other", str(tmp_path), 1).is_orphan
     assert not Found("somebody", "", 1).is_orphan
+
+
+def test_functions_are_sent_to_the_same_python_only(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    containers.check_python(home)
+    deployment.write(home, AT)
+    with pytest.raises(UsageError, match=r"run on Python 3\.9"):
+        containers.check_python(home)
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    deployment.write(home, replace(AT, python=here))
+    containers.check_python(home)
 
 
 def test_a_folder_that_cannot_be_asked_is_no_orphan(tmp_path: Path) -> None:
@@ -196,6 +208,7 @@ class Brought:
         monkeypatch.setattr(Project, "down", down)
         monkeypatch.setattr(Project, "last_line", lambda *_: "said")
         monkeypatch.setattr(images, "provide", lambda *_: self.image)
+        monkeypatch.setattr(images, "python_of", lambda _: "3.13")
         monkeypatch.setattr(containers, "networks", list)
         monkeypatch.setattr(containers, "_hand_over", lambda *_: None)
         monkeypatch.delenv("BATCHLAB_ENDPOINT", raising=False)

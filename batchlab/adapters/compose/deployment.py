@@ -45,6 +45,7 @@ class Deployment:
     """What a grid in containers is called, and where it is.
 
     `subnet` is the first three numbers of its network's addresses. `user` is the "uid:gid" that
+    the manager and the workers run as, `python` the version ("3.12") that they run on.
     the manager and the workers run as. `pools` are the user's own, as options of the manager.
     """
 
@@ -52,6 +53,7 @@ class Deployment:
     subnet: str
     image: str
     user: str
+    python: str
     pools: tuple[str, ...] = ()
 
     @property
