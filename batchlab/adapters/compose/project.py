@@ -131,7 +131,8 @@ class Project:
         # Else it would replace the instances that end.
         self._run("kill", "asg")
         sweep_instances(self._at.project, drain_s=drain_s)
-        self._compose(
+        # It does not remove a network that something of ours is still on, which the sweep does.
+        self._run(
             *("--profile", "localstack", "down", "--timeout", _STOP_S),
             *("--volumes", "--remove-orphans"),
         )
