@@ -129,7 +129,7 @@ class OwnGroup:
         def all_so() -> bool:
             return len(self.ids()) == len(self.ids(state)) == size
 
-        self.until(all_so, f"it does not come to have {size} instances, all {state}")
+        self.until(all_so, f"it never has {size} in all, {state}")
         return self.ids(state)
 
     def waits(self, state: str) -> str:

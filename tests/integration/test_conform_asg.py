@@ -1,7 +1,7 @@
 """`batchlab conform --service autoscaling`, over our own endpoint with processes and over moto.
 
 What it finds is what docs/asg-endpoint.md says, nothing of it is left behind, and a proxy that
-spoils one thing is noticed.
+spoils one thing is noticed: a run through one that spoils nothing shows that it is the sabotage.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,20 @@ import pytest
 
 from batchlab.adapters import aws
 from batchlab.adapters.aws import Endpoint
-from tests.integration.conform_proxy import Request, Response, Send, proxy
+from batchlab.adapters.clock import WallClock
+from batchlab.conform.check import Severity, Verdict
+from batchlab.conform.checks import ASG_CHECKS
+from batchlab.conform.cleaner import Cleaner
+from batchlab.conform.run import run as run_checks
+from batchlab.conform.target import Target
+from tests.integration.conform_proxy import Request, Response, Sabotage, Send, proxy
+from tests.integration.conform_sabotages_asg import ASG_SABOTAGES
 from tests.unit.cli_rig import Run, runner
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "asg-endpoint.md"
+
+AT_ONCE = 4
+EVERY = {check.name for check in ASG_CHECKS}
 
 TEMPLATE = "sleeper"
 TEMPLATES = f"""\
@@ -154,3 +165,55 @@ def test_what_cannot_be_removed_is_named(ours: Endpoint, run: Run) -> None:
     assert code == 0
     reason = "DeleteAutoScalingGroup answers AccessDenied"
     assert err == f"Left behind: Auto Scaling group {left}: {reason}\n"
+
+
+# --- The checks can fail --------------------------------------------------------------------------
+
+
+def _nothing_is_spoiled(request: Request, send: Send) -> Response:
+    return send(request)
+
+
+def _unexpected(
+    endpoint: Endpoint, number: int, sabotage: Sabotage, names: Set[str], expected: Verdict
+) -> dict[str, str]:
+    """What came out otherwise than it should, by the names of the checks."""
+    assert endpoint.url is not None
+    checks = [check for check in ASG_CHECKS if check.name in names]
+    with proxy(endpoint.url, sabotage) as address:
+        target = Target(
+            Endpoint(address), run=f"sabotage-{number}", clock=WallClock(), template=TEMPLATE
+        )
+        # What is waited for in vain need not be waited for long.
+        target.appears_s = 5.0 if expected is Verdict.DIFFERS else 20.0
+        try:
+            target.open({"autoscaling"})
+            results = run_checks(target, checks, limit_s=120.0)
+        finally:
+            target.close()
+            # What the sabotage kept from being removed.
+            left = Cleaner(endpoint).groups(sorted(target._groups))
+    assert left == []
+    return {
+        one.check.name: f"{one.verdict.value} {one.observed}"
+        for one in results
+        if one.verdict is not expected
+    }
+
+
+def test_every_check_that_is_needed_is_spoiled() -> None:
+    spoiled = set().union(*(names for _, names in ASG_SABOTAGES.values()))
+    needed = {check.name for check in ASG_CHECKS if check.severity is Severity.NEEDED}
+    assert needed - spoiled == set()
+    assert spoiled - EVERY == set()
+
+
+def test_what_is_spoiled_is_noticed_and_nothing_else_is(ours: Endpoint) -> None:
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        spoiled = {
+            what: threads.submit(_unexpected, ours, number, spoil, names, Verdict.DIFFERS)
+            for number, (what, (spoil, names)) in enumerate(ASG_SABOTAGES.items(), 1)
+        }
+        unspoiled = threads.submit(_unexpected, ours, 0, _nothing_is_spoiled, EVERY, Verdict.AGREES)
+    assert unspoiled.result() == {}
+    assert {what: told for what, one in spoiled.items() if (told := one.result())} == {}
