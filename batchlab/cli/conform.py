@@ -115,7 +115,7 @@ def conform(
         ),
     ] = None,
 ) -> None:
-    """Check that an endpoint of S3 and SQS, or of Auto Scaling, behaves as AWS does.
+    """Check that an endpoint behaves as AWS's services do.
 
     Each check stands for a rule of AWS's: 'needed' where batchlab would break a promise without
     it, else 'noted'. What it makes there is named batchlab-conform-*, and removed at the end.

@@ -56,10 +56,13 @@ class Cleaner:
 
         def remove(name: str) -> str:
             def delete() -> str:
-                # Asked first: the answer for a group that is not there says only ValidationError.
-                found = asg.describe_auto_scaling_groups(AutoScalingGroupNames=[name])
-                if found["AutoScalingGroups"]:
+                try:
                     asg.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
+                except (ClientError, ResponseParserError):
+                    # No code says that it was not there.
+                    found = asg.describe_auto_scaling_groups(AutoScalingGroupNames=[name])
+                    if found["AutoScalingGroups"]:
+                        raise
                 return ""
 
             reason = self._tried(delete)
