@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 from urllib.parse import urlsplit
 
 from batchlab.errors import (
@@ -105,9 +105,11 @@ def client(endpoint: Endpoint, service: Literal["s3"], *, connections: int) -> S
 def client(
     endpoint: Endpoint, service: Literal["autoscaling"], *, connections: int
 ) -> AutoScalingClient: ...
+@overload
+def client(endpoint: Endpoint, service: Literal["ec2"], *, connections: int) -> Any: ...
 def client(
-    endpoint: Endpoint, service: Literal["sqs", "s3", "autoscaling"], *, connections: int
-) -> SQSClient | S3Client | AutoScalingClient:
+    endpoint: Endpoint, service: Literal["sqs", "s3", "autoscaling", "ec2"], *, connections: int
+) -> Any:
     """A client that makes each call once: patience is the callers'."""
     import boto3
     import botocore.session

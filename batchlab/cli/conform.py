@@ -1,4 +1,4 @@
-"""`conform`: does an endpoint behave as S3 and SQS do, where batchlab relies on it?
+"""`conform`: does an endpoint behave as AWS's services do, where batchlab relies on it?
 
 Invariant: a real account is touched only where --aws says so, and what was made is removed, and
 nothing else, however the command ends.
@@ -41,8 +41,9 @@ def conform(
         typer.Option(
             "--endpoint",
             metavar="URL",
-            help="Where S3 and SQS answer, such as http://127.0.0.1:4566. It is spoken to with the "
-            "keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, else with test and test.",
+            help="Where the services answer, such as http://127.0.0.1:4566. It is spoken to "
+            "with the keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, else with test and "
+            "test.",
             show_default=False,
         ),
     ] = None,
@@ -54,6 +55,15 @@ def conform(
             "for about a cent.",
         ),
     ] = False,
+    service: Annotated[
+        str | None,
+        typer.Option(
+            "--service",
+            metavar="NAME",
+            help="Try this service alone: s3, sqs or autoscaling. Without it S3 and SQS are tried.",
+            show_default=False,
+        ),
+    ] = None,
     region: Annotated[
         str | None,
         typer.Option("--region", metavar="REGION", help="AWS region.", show_default=False),
@@ -64,6 +74,16 @@ def conform(
             "--bucket",
             metavar="NAME",
             help="Use this bucket and keep it, in place of one that is made and removed.",
+            show_default=False,
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            "--template",
+            metavar="NAME",
+            help="With --service autoscaling: launch from this template, which is there, in place "
+            "of one that is made by way of EC2 and removed.",
             show_default=False,
         ),
     ] = None,
@@ -95,7 +115,7 @@ def conform(
         ),
     ] = None,
 ) -> None:
-    """Check that an S3 and SQS endpoint behaves as AWS does.
+    """Check that an endpoint behaves as AWS's services do.
 
     Each check stands for a rule of AWS's: 'needed' where batchlab would break a promise without
     it, else 'noted'. What it makes there is named batchlab-conform-*, and removed at the end.
@@ -106,8 +126,11 @@ def conform(
     \b
     Example: batchlab conform --endpoint http://127.0.0.1:4566
     """
-    checks = _wanted(endpoint, aws=aws, only=only, needed=needed, markdown=markdown)
-    with _interrupted_once(), _target(endpoint, region, bucket) as target:
+    _see_where(endpoint, aws=aws, service=service)
+    checks = _wanted(service, only=only, needed=needed, markdown=markdown)
+    if template and service != "autoscaling":
+        raise UsageError("--template is for --service autoscaling.", remedy="Leave it out.")
+    with _interrupted_once(), _target(endpoint, region, bucket, template) as target:
         if aws:
             output.say(f"What this makes in {target.place} is named {target.run}*, and removed.")
         begun_s = time.monotonic()
@@ -125,9 +148,7 @@ def conform(
         raise typer.Exit(1)
 
 
-def _wanted(
-    endpoint: str | None, *, aws: bool, only: str, needed: bool, markdown: Path | None
-) -> Sequence[Check]:
+def _see_where(endpoint: str | None, *, aws: bool, service: str | None) -> None:
     if endpoint is None and not aws:
         raise UsageError(
             "Without --endpoint this would make a bucket and some 100 queues in an AWS account.",
@@ -135,22 +156,37 @@ def _wanted(
         )
     if endpoint is not None and aws:
         raise UsageError("--endpoint and --aws exclude each other.", remedy="Say one of them.")
+    if aws and service == "autoscaling":
+        raise UsageError(
+            "These checks would launch instances in an AWS account, which is not offered.",
+            remedy="Name an endpoint with --endpoint URL.",
+        )
 
+
+def _wanted(
+    service: str | None, *, only: str, needed: bool, markdown: Path | None
+) -> Sequence[Check]:
     from batchlab.conform.check import Severity
-    from batchlab.conform.checks import CHECKS, matching
+    from batchlab.conform.checks import ASG_CHECKS, CHECKS, SERVICES, matching, of_service
 
-    checks = matching(only)
+    if service is not None and service not in SERVICES:
+        raise UsageError(
+            f"There are no checks of a service {service}.",
+            remedy=f"Write one of {', '.join(SERVICES)}, or leave --service out for S3 and SQS.",
+        )
+    checks = matching(only, of_service(service))
     if needed:
         checks = [check for check in checks if check.severity is Severity.NEEDED]
     if not checks:
         raise UsageError(
             f"No check {'that batchlab needs ' if needed else ''}has a name like {only}.",
-            remedy="Names begin with s3- or sqs-; quote the pattern: --only 'sqs-delay*'.",
+            remedy="Names begin with s3- or sqs-, with --service autoscaling with autoscaling-; "
+            "quote the pattern: --only 'sqs-delay*'.",
         )
-    if markdown and len(checks) < len(CHECKS):
+    if markdown and tuple(checks) not in (CHECKS, ASG_CHECKS):
         raise UsageError(
             "A page on some of the checks would say too little.",
-            remedy="Leave out --only and --needed.",
+            remedy="Leave out --only and --needed, and --service unless it is autoscaling.",
         )
     if markdown and (not markdown.parent.is_dir() or markdown.is_dir()):
         raise UsageError(f"{markdown} cannot be written: there is no such folder, or it is one.")
@@ -177,7 +213,9 @@ def _interrupted_once() -> Iterator[None]:
 
 
 @contextmanager
-def _target(url: str | None, region: str | None, bucket: str | None) -> Iterator[Target]:
+def _target(
+    url: str | None, region: str | None, bucket: str | None, template: str | None
+) -> Iterator[Target]:
     from batchlab.adapters.aws import translated
     from batchlab.adapters.clock import WallClock
     from batchlab.conform.target import Target, endpoint
@@ -185,7 +223,9 @@ def _target(url: str | None, region: str | None, bucket: str | None) -> Iterator
     run = f"batchlab-conform-{uuid.uuid4().hex[:8]}"
     with translated("AWS"):
         place = endpoint(url, region)
-        target = Target(place, run=run, clock=WallClock(), bucket=bucket or "")
+        target = Target(
+            place, run=run, clock=WallClock(), bucket=bucket or "", template=template or ""
+        )
     try:
         yield target
     except signals.Stopped:

@@ -68,7 +68,7 @@ class Check:
 
     @property
     def service(self) -> str:
-        """`s3` or `sqs`."""
+        """`s3`, `sqs` or `autoscaling`."""
         return self.name.partition("-")[0]
 
 
@@ -130,6 +130,11 @@ def answer(call: str, request: Callable[[], Mapping[str, Any]]) -> Answer:
         return Answer(call, status, error.response["Error"]["Code"], error.response)
     body = data["Body"].read() if call == "GetObject" else b""
     return Answer(call, data["ResponseMetadata"]["HTTPStatusCode"], data=data, body=body)
+
+
+def snake(action: str) -> str:
+    """boto3's name of an action: "create_queue" of CreateQueue."""
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in action).lstrip("_")
 
 
 def expect(holds: bool, observed: str) -> None:

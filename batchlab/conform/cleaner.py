@@ -5,7 +5,7 @@ Invariant: it names only what the run has made, and gives up at once where nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,40 @@ class Cleaner:
 
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="conform-close") as threads:
             return [one for one in threads.map(remove, urls, urls.values()) if one]
+
+    def groups(self, names: Sequence[str]) -> list[str]:
+        """Remove these Auto Scaling groups with their instances, as far as they are there."""
+        if not names:
+            return []
+        asg = aws.client(self._endpoint, "autoscaling", connections=AT_ONCE)
+
+        def remove(name: str) -> str:
+            def delete() -> str:
+                try:
+                    asg.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
+                except (ClientError, ResponseParserError):
+                    # No code says that it was not there.
+                    found = asg.describe_auto_scaling_groups(AutoScalingGroupNames=[name])
+                    if found["AutoScalingGroups"]:
+                        raise
+                return ""
+
+            reason = self._tried(delete)
+            return f"Auto Scaling group {name}: {reason}" if reason else ""
+
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="conform-close") as threads:
+            return [one for one in threads.map(remove, names) if one]
+
+    def template(self, name: str) -> list[str]:
+        """Remove this launch template."""
+        ec2 = aws.client(self._endpoint, "ec2", connections=1)
+
+        def delete() -> str:
+            ec2.delete_launch_template(LaunchTemplateName=name)
+            return ""
+
+        reason = self._tried(delete)
+        return [f"launch template {name}: {reason}"] if reason else []
 
     def objects(self, bucket: str, prefix: str, *, with_bucket: bool) -> list[str]:
         """Remove the objects and uploads below `prefix`, and the bucket where that was made."""

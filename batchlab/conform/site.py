@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from batchlab.adapters.sqs import SqsQueue
-from batchlab.conform.check import Answer, Differs, Untried, answer
+from batchlab.conform.check import Answer, Differs, Untried, answer, snake
 
 if TYPE_CHECKING:
     from batchlab.adapters.objects import ObstoreObjects
@@ -186,7 +186,7 @@ class OwnQueue:
 
     def call(self, name: str, **request: Any) -> Answer:
         """Any action on this queue, named as AWS names it."""
-        method = getattr(self.sqs, _snake(name))
+        method = getattr(self.sqs, snake(name))
         return answer(name, lambda: method(QueueUrl=self.url, **request))
 
     def send(self, body: str, **more: Any) -> Answer:
@@ -254,10 +254,6 @@ class OwnQueue:
         if found is None:
             raise Untried("the queue has no ARN")
         return found
-
-
-def _snake(name: str) -> str:
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
 
 
 def _received(raw: Mapping[str, Any]) -> Received:

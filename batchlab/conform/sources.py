@@ -9,7 +9,13 @@ from __future__ import annotations
 _S3 = "https://docs.aws.amazon.com/AmazonS3/latest"
 _SQS = "https://docs.aws.amazon.com/AWSSimpleQueueService/latest"
 
-_APIS = {"S3 API": f"{_S3}/API", "SQS API": f"{_SQS}/APIReference"}
+_ASG = "https://docs.aws.amazon.com/autoscaling/ec2"
+
+_APIS = {
+    "S3 API": f"{_S3}/API",
+    "SQS API": f"{_SQS}/APIReference",
+    "Auto Scaling API": f"{_ASG}/APIReference",
+}
 _API_PAGES = {"error responses": "ErrorResponses", "common errors": "CommonErrors"}
 """The pages of an API that are not about one action or type."""
 
@@ -25,6 +31,21 @@ _GUIDES = {
             "multipart upload": "mpuoverview",
             "multipart upload limits": "qfacts",
             "naming objects": "object-keys",
+        },
+    ),
+    "Auto Scaling User Guide": (
+        f"{_ASG}/userguide",
+        {
+            "completing a lifecycle action": "completing-lifecycle-hooks",
+            "health checks": "ec2-auto-scaling-health-checks",
+            "instance lifecycle": "ec2-auto-scaling-lifecycle",
+            "launch templates": "launch-templates",
+            "lifecycle hooks": "lifecycle-hooks",
+            "scale-in protection": "ec2-auto-scaling-instance-protection",
+            "scaling cooldowns": "ec2-auto-scaling-scaling-cooldowns",
+            "scaling limits": "asg-capacity-limits",
+            "suspending processes": "ec2-auto-scaling-suspend-resume-processes",
+            "verifying a scaling activity": "as-verify-scaling-activity",
         },
     ),
     "SQS Developer Guide": (

@@ -22,10 +22,11 @@ from batchlab.adapters import aws
 from batchlab.adapters.objects import open_s3
 from batchlab.conform.check import Untried, answer
 from batchlab.conform.cleaner import Cleaner
-from batchlab.errors import Unreachable, UsageError
+from batchlab.errors import BackendError, Unreachable, UsageError
 
 if TYPE_CHECKING:
     from botocore.client import BaseClient
+    from mypy_boto3_autoscaling import AutoScalingClient
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_sqs import SQSClient
 
@@ -81,13 +82,15 @@ def _in_aws(region: str | None) -> Endpoint:
 
 
 class Target:
-    """S3 and SQS at an endpoint.
+    """S3, SQS and Auto Scaling at an endpoint.
 
     `run` is a short name that no other run has. With `bucket` that bucket is used and kept,
-    without it one is made and removed.
+    without it one is made and removed; `template` is the same for launch templates.
     """
 
-    def __init__(self, endpoint: Endpoint, *, run: str, clock: Clock, bucket: str = "") -> None:
+    def __init__(
+        self, endpoint: Endpoint, *, run: str, clock: Clock, bucket: str = "", template: str = ""
+    ) -> None:
         self.endpoint = endpoint
         self.run = run
         self.clock = clock
@@ -98,10 +101,15 @@ class Target:
         """How long counts may be wrong."""
         self.arrives_s = 12.0
         """A message that can be received is received within this, on a busy machine as well."""
+        self.appears_s = 15.0
+        """An instance comes, or goes, within this, on a busy machine as well."""
+        self.template = template or run
+        self.zone = f"{endpoint.region}a"
         self.s3: S3Client
         self.other_s3: S3Client
         """A client with connections of its own, for reading what the first has written."""
         self.sqs: SQSClient
+        self.asg: AutoScalingClient
         self._objects: ObstoreObjects
         self._keep_bucket = bool(bucket)
         self._changed = threading.Condition()
@@ -109,6 +117,9 @@ class Target:
         """The URLs of the queues by their names; empty until it is known."""
         self._makers = 0
         self._bucket_made = False
+        self._keep_template = bool(template)
+        self._template_made = False
+        self._groups: set[str] = set()
         self._closed = False
 
     @property
@@ -142,6 +153,42 @@ class Target:
                 # Asked first: where nothing answers nothing can have been made.
                 answer("GetQueueUrl", lambda: self.sqs.get_queue_url(QueueName=self.run))
                 self.create_queue(self.run, {})
+        if "autoscaling" in services:
+            self.asg = self._own(aws.client(self.endpoint, "autoscaling", connections=CONNECTIONS))
+            with self._answering("Auto Scaling"):
+                self._open_autoscaling()
+
+    def _open_autoscaling(self) -> None:
+        try:
+            self.asg.describe_auto_scaling_groups(MaxRecords=1)
+        except ClientError as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            raise BackendError(
+                f"There is no Auto Scaling at {self.place}: DescribeAutoScalingGroups answers"
+                f" {status} {aws.code_of(error)}."
+            ) from error
+        if not self._keep_template:
+            self._make_template()
+
+    def _make_template(self) -> None:
+        ec2 = self._own(aws.client(self.endpoint, "ec2", connections=1))
+        self._template_made = True
+        try:
+            images = ec2.describe_images(Owners=["amazon"])["Images"]
+            ec2.create_launch_template(
+                LaunchTemplateName=self.template,
+                LaunchTemplateData={
+                    "ImageId": images[0]["ImageId"] if images else "ami-0123456789abcdef0",
+                    "InstanceType": "t3.micro",
+                },
+            )
+        except ClientError as error:
+            self._template_made = False
+            raise UsageError(
+                f"No launch template can be made at {self.place}: {error.operation_name} answers"
+                f" {aws.code_of(error)}.",
+                remedy="Name one that is there with --template NAME.",
+            ) from error
 
     def _own(self, client: C) -> C:
         """A client of the run's: it makes no call after the end, and none to what only calls
@@ -212,6 +259,17 @@ class Target:
             self._queues[name] = made["QueueUrl"]
             return made
 
+    def create_group(self, name: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """CreateAutoScalingGroup, on the list of what to remove."""
+        with self.making():
+            self.remember_group(name)
+            asked: Any = {**request, "AutoScalingGroupName": name}
+            return cast("Mapping[str, Any]", self.asg.create_auto_scaling_group(**asked))
+
+    def remember_group(self, name: str) -> None:
+        """A group of this name is about to be made, within `making`."""
+        self._groups.add(name)
+
     def remember(self, queue: str) -> None:
         """A queue of this name is about to be made, within `making`."""
         self._queues.setdefault(queue, "")
@@ -224,6 +282,9 @@ class Target:
             self._changed.wait_for(lambda: not self._makers, aws.ANSWER_S)
         cleaner = Cleaner(self.endpoint)
         left = cleaner.queues(self._queues)
+        left += cleaner.groups(sorted(self._groups))
+        if self._template_made:
+            left += cleaner.template(self.template)
         if self._bucket_made or self._keep_bucket:
             left += cleaner.objects(self.bucket, f"{self.run}/", with_bucket=self._bucket_made)
         return left

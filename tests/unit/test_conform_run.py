@@ -127,7 +127,11 @@ def test_a_check_that_hangs_is_given_up_and_holds_up_nobody(target: Target) -> N
 
 def test_after_the_end_nothing_is_made_any_more(target: Target) -> None:
     assert target.close() == []
-    for make in (lambda: target.create_queue("a", {}), lambda: target.objects):
+    for make in (
+        lambda: target.create_queue("a", {}),
+        lambda: target.create_group("a", {}),
+        lambda: target.objects,
+    ):
         with pytest.raises(Untried, match="the run has ended"):
             make()
     (result,) = running.run(target, [_check("s3-a", lambda _: None)])
@@ -206,7 +210,7 @@ def test_an_endpoint_gets_the_environments_keys_and_nothing_of_a_profile(
 
 def test_what_only_calls_itself_aws_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    for service in ("s3", "sqs"):
+    for service in ("s3", "sqs", "autoscaling"):
         target = Target(Endpoint(None), run="conform-test", clock=WallClock())
         with pytest.raises(UsageError, match="in place of AWS"):
             target.open({service})
@@ -255,6 +259,14 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Verdict]:
         (("--endpoint", "http://a", "--markdown", "no/where.md"), "no/where.md cannot be written"),
         (("--endpoint", "http://a", "--region", "eu west"), "eu west is not the name of a region"),
         (("--aws",), "There are no AWS credentials"),
+        (("--endpoint", "http://a", "--service", "ec2"), "There are no checks of a service ec2"),
+        (("--aws", "--service", "autoscaling"), "would launch instances in an AWS account"),
+        (("--endpoint", "http://a", "--template", "t"), "--template is for --service autoscaling"),
+        (
+            ("--endpoint", "http://a", "--service", "autoscaling", "--only", "s3-*"),
+            "No check has a name like s3-*",
+        ),
+        (("--endpoint", "http://a", "--service", "s3", "--markdown", "x.md"), "Leave out --only"),
     ],
 )
 def test_what_it_refuses(options: tuple[str, ...], message: str, run: cli_rig.Run) -> None:
@@ -269,8 +281,13 @@ def test_where_nothing_answers_it_says_so(run: cli_rig.Run) -> None:
         # Bound, and not listening: refused, and nobody else's meanwhile.
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        for only, service in (("*", "S3"), ("sqs-*", "SQS")):
-            code, out, err = run("conform", "--endpoint", url, "--only", only)
+        for options, service in (
+            ((), "S3"),
+            (("--only", "sqs-*"), "SQS"),
+            (("--service", "sqs"), "SQS"),
+            (("--service", "autoscaling"), "Auto Scaling"),
+        ):
+            code, out, err = run("conform", "--endpoint", url, *options)
             assert (code, out) == (3, "")
             assert err == (
                 f"Error: No {service} answers at {url}.\n"

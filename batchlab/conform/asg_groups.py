@@ -1,0 +1,321 @@
+"""Auto Scaling: groups, their limits and capacity, pages, activities, and their end."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+
+from batchlab.conform.asg_site import QUIET_S, OwnGroup
+from batchlab.conform.check import Severity, Table, expect
+from batchlab.conform.site import Site
+
+NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
+
+REFUSED = "ValidationError"
+
+ASG_GROUPS = Table()
+
+
+@ASG_GROUPS.check(
+    "autoscaling-create",
+    NEEDED,
+    rule="A group is created with a launch template by its name, and is described as it was asked"
+    " for.",
+    source="Auto Scaling API, CreateAutoScalingGroup, DescribeAutoScalingGroups",
+    promise="Fleet.ensure: a pool is a group",
+    otherwise="no pool can be made",
+)
+def create(site: Site) -> None:
+    group = OwnGroup(site)
+    asked = {
+        "MinSize": 0,
+        "MaxSize": 3,
+        "DesiredCapacity": 0,
+        "DefaultCooldown": 7,
+        "TerminationPolicies": ["NewestInstance"],
+    }
+    tag = {"Key": "batchlab:pool", "Value": "a & b", "PropagateAtLaunch": True}
+    group.create(**asked, Tags=[tag]).accepted()
+    seen = group.now()
+    for name, value in asked.items():
+        expect(seen.get(name) == value, f"{name} is {seen.get(name)} where {value} was asked for")
+    told = seen.get("LaunchTemplate", {}).get("LaunchTemplateName")
+    expect(told == site.target.template, f"its launch template is {told}")
+    expect([{key: one.get(key) for key in tag} for one in seen["Tags"]] == [tag], "its tag differs")
+
+
+@ASG_GROUPS.check(
+    "autoscaling-create-taken",
+    NEEDED,
+    rule="CreateAutoScalingGroup with the name of a group that is there answers 400 AlreadyExists"
+    " and leaves that as it is.",
+    source="Auto Scaling API, CreateAutoScalingGroup",
+    promise="Fleet.ensure takes over the group that a manager before has left",
+    otherwise="a manager that starts again replaces the group, and loses its instances",
+)
+def create_taken(site: Site) -> None:
+    group = OwnGroup(site)
+    before = group.grown(1)
+    group.create(MaxSize=2).refused(400, "AlreadyExists")
+    expect(group.now()["MaxSize"] == 3, "the group is changed all the same")
+    expect(group.ids() == before, "its instance is another one")
+
+
+@ASG_GROUPS.check(
+    "autoscaling-create-template",
+    NOTED,
+    rule="CreateAutoScalingGroup with a launch template that is not there answers 400.",
+    source="Auto Scaling API, CreateAutoScalingGroup, common errors",
+    promise="none: any refusal is told as it comes",
+    otherwise="a wrong template is found when the first instance is wanted",
+)
+def create_template(site: Site) -> None:
+    nowhere = {"LaunchTemplateName": f"{site.target.run}-nowhere"}
+    OwnGroup(site).create(LaunchTemplate=nowhere).refused(400)
+
+
+@ASG_GROUPS.check(
+    "autoscaling-create-limits",
+    NOTED,
+    rule=f"A MinSize above MaxSize answers 400 {REFUSED}.",
+    source="Auto Scaling API, CreateAutoScalingGroup, common errors",
+    promise="none: the adapter refuses it",
+    otherwise="nothing",
+)
+def create_limits(site: Site) -> None:
+    OwnGroup(site).create(MinSize=3, MaxSize=2).refused(400, REFUSED)
+
+
+@ASG_GROUPS.check(
+    "autoscaling-missing",
+    NEEDED,
+    rule="DescribeAutoScalingGroups leaves out a name that no group has.",
+    source="Auto Scaling API, DescribeAutoScalingGroups; the reference does not say",
+    promise="Fleet.tick raises NotFound for a group that somebody has deleted",
+    otherwise="a deleted group looks like an outage, and is waited for",
+)
+def missing(site: Site) -> None:
+    expect(OwnGroup(site).described() == [], "a group is described")
+
+
+@ASG_GROUPS.check(
+    "autoscaling-missing-refused",
+    NOTED,
+    rule=f"SetDesiredCapacity and DeleteAutoScalingGroup of a group that is not there answer 400"
+    f" {REFUSED}.",
+    source="Auto Scaling API, SetDesiredCapacity, DeleteAutoScalingGroup, common errors",
+    promise="none: the next look at the groups finds it out",
+    otherwise="the reason is told less plainly",
+)
+def missing_refused(site: Site) -> None:
+    nowhere = OwnGroup(site)
+    nowhere.size(1).refused(400, REFUSED)
+    nowhere.call("DeleteAutoScalingGroup").refused(400, REFUSED)
+
+
+@ASG_GROUPS.check(
+    "autoscaling-pages",
+    NEEDED,
+    rule="DescribeAutoScalingGroups gives at most MaxRecords groups and a NextToken, and every"
+    " group once.",
+    source="Auto Scaling API, DescribeAutoScalingGroups",
+    promise="Fleet.tick sees the groups of all pools",
+    otherwise="pools beyond the first page are taken for deleted",
+)
+def pages(site: Site) -> None:
+    groups = [OwnGroup(site) for _ in range(5)]
+    for group in groups:
+        group.create().accepted()
+    names = [group.name for group in groups]
+    asked = {"AutoScalingGroupNames": names, "MaxRecords": 2}
+    found: list[list[str]] = []
+    token: dict[str, str] = {}
+    while len(found) <= len(names):
+        page = groups[0].ask("DescribeAutoScalingGroups", **asked, **token).accepted().data
+        found.append([one["AutoScalingGroupName"] for one in page["AutoScalingGroups"]])
+        if not page.get("NextToken"):
+            break
+        token = {"NextToken": page["NextToken"]}
+    expect(sorted(name for page in found for name in page) == names, "it gives other groups")
+    expect(max(map(len, found)) == 2, f"pages have {[len(page) for page in found]} groups")
+
+
+@ASG_GROUPS.check(
+    "autoscaling-token",
+    NOTED,
+    rule="A NextToken that is none answers 400 InvalidNextToken.",
+    source="Auto Scaling API, DescribeAutoScalingGroups",
+    promise="none: tokens are handed back as they came",
+    otherwise="nothing",
+)
+def token_nonsense(site: Site) -> None:
+    found = OwnGroup(site).ask("DescribeAutoScalingGroups", NextToken="nonsense")
+    found.refused(400, "InvalidNextToken")
+
+
+# --- Capacity -------------------------------------------------------------------------------------
+
+
+@ASG_GROUPS.check(
+    "autoscaling-desired",
+    NEEDED,
+    rule="SetDesiredCapacity is followed by launches and terminations until so many are InService.",
+    source="Auto Scaling API, SetDesiredCapacity; Auto Scaling User Guide, instance lifecycle",
+    promise="Fleet.set_desired: a pool grows and shrinks",
+    otherwise="no pool scales",
+)
+def desired(site: Site) -> None:
+    group = OwnGroup(site)
+    group.create().accepted()
+    for size in (2, 1, 0):
+        group.size(size).accepted()
+        group.has(size)
+
+
+@ASG_GROUPS.check(
+    "autoscaling-desired-outside",
+    NOTED,
+    rule=f"A desired capacity below MinSize or above MaxSize answers 400 {REFUSED}.",
+    source="Auto Scaling API, SetDesiredCapacity, common errors;"
+    " Auto Scaling User Guide, scaling limits",
+    promise="none: the adapter refuses it",
+    otherwise="nothing",
+)
+def desired_outside(site: Site) -> None:
+    group = OwnGroup(site)
+    group.grown(1, MinSize=1)
+    for size in (4, 0):
+        group.size(size).refused(400, REFUSED)
+        expect(group.desired == 1, "it is refused, and set all the same")
+
+
+@ASG_GROUPS.check(
+    "autoscaling-limits-move-desired",
+    NEEDED,
+    rule="A desired capacity outside new limits is brought to the nearer of them.",
+    source="Auto Scaling API, UpdateAutoScalingGroup",
+    promise="Fleet.ensure: a pool's new limits take effect at once",
+    otherwise="a pool keeps more or fewer instances than its limits allow",
+)
+def limits_move_desired(site: Site) -> None:
+    group = OwnGroup(site)
+    group.create().accepted()
+    for limits, size in (({"MinSize": 2}, 2), ({"MinSize": 0, "MaxSize": 1}, 1)):
+        group.call("UpdateAutoScalingGroup", **limits).accepted()
+        expect(group.desired == size, f"{limits} leave it at {group.desired}")
+    group.has(1)
+
+
+@ASG_GROUPS.check(
+    "autoscaling-cooldown-ignored",
+    NEEDED,
+    rule="SetDesiredCapacity without HonorCooldown is accepted during a cooldown.",
+    source="Auto Scaling API, SetDesiredCapacity; Auto Scaling User Guide, scaling cooldowns",
+    promise="Fleet.set_desired: the grid's own policy says when to scale",
+    otherwise="a burst waits for a cooldown that nobody asked for",
+)
+def cooldown_ignored(site: Site) -> None:
+    group = OwnGroup(site)
+    group.create(DefaultCooldown=600).accepted()
+    for size in (1, 2):
+        group.size(size).accepted()
+        group.has(size)
+
+
+@ASG_GROUPS.check(
+    "autoscaling-cooldown-honoured",
+    NOTED,
+    rule="SetDesiredCapacity with HonorCooldown during a cooldown answers 400"
+    " ScalingActivityInProgress.",
+    source="Auto Scaling API, SetDesiredCapacity; Auto Scaling User Guide, scaling cooldowns",
+    promise="none: the adapter never asks for it",
+    otherwise="nothing",
+)
+def cooldown_honoured(site: Site) -> None:
+    group = OwnGroup(site)
+    group.create(DefaultCooldown=600).accepted()
+    group.size(1).accepted()
+    group.has(1)
+    group.size(2, cooldown=True).refused(400, "ScalingActivityInProgress")
+
+
+@ASG_GROUPS.check(
+    "autoscaling-suspend",
+    NOTED,
+    rule="While Launch is suspended nothing is launched; ResumeProcesses makes up for it.",
+    source="Auto Scaling API, SuspendProcesses; Auto Scaling User Guide, suspending processes",
+    promise="none: the grid suspends nothing; an operator may",
+    otherwise="an operator cannot hold a pool still",
+)
+def suspend(site: Site) -> None:
+    group = OwnGroup(site)
+    group.create().accepted()
+    group.call("SuspendProcesses", ScalingProcesses=["Launch"]).accepted()
+    group.size(1).accepted()
+    time.sleep(QUIET_S)
+    expect(not group.ids(), "it launches all the same")
+    group.call("ResumeProcesses", ScalingProcesses=["Launch"]).accepted()
+    group.has(1)
+
+
+@ASG_GROUPS.check(
+    "autoscaling-activities",
+    NEEDED,
+    rule="DescribeScalingActivities tells every launch and termination, newest first, with the"
+    " instance in its Description and the reason as its Cause.",
+    source="Auto Scaling API, DescribeScalingActivities, Activity;"
+    " Auto Scaling User Guide, verifying a scaling activity",
+    promise="Fleet.activities, and why an instance has died",
+    otherwise="nobody learns why instances come and go",
+)
+def activities(site: Site) -> None:
+    group = OwnGroup(site)
+    (only,) = group.grown(1)
+    group.size(0).accepted()
+    group.has(0)
+
+    def both() -> list[dict[str, object]]:
+        found = [one for one in group.activities() if only in one["Description"]]
+        return found if len(found) >= 2 else []
+
+    newest, oldest = group.until(both, "launch and termination are not both told")[:2]
+    expect(str(newest["Description"]).startswith("Terminating"), "the newest is not the first")
+    expect(str(oldest["Description"]).startswith("Launching"), "the launch is not told")
+    expect(bool(newest.get("Cause") and oldest.get("Cause")), "there is no cause")
+    times = newest["StartTime"], oldest["StartTime"]
+    expect(all(isinstance(one, datetime) for one in times), "there is no time")
+
+
+# --- The end --------------------------------------------------------------------------------------
+
+
+@ASG_GROUPS.check(
+    "autoscaling-delete-in-use",
+    NOTED,
+    rule="DeleteAutoScalingGroup of a group with instances answers 400 ResourceInUse.",
+    source="Auto Scaling API, DeleteAutoScalingGroup",
+    promise="none: the grid deletes by force",
+    otherwise="a slip of the hand ends a pool that works",
+)
+def delete_in_use(site: Site) -> None:
+    group = OwnGroup(site)
+    before = group.grown(1)
+    group.call("DeleteAutoScalingGroup").refused(400, "ResourceInUse")
+    expect(group.ids() == before, "it is refused, and its instance ends all the same")
+
+
+@ASG_GROUPS.check(
+    "autoscaling-delete-force",
+    NEEDED,
+    rule="DeleteAutoScalingGroup with ForceDelete ends a group with its instances.",
+    source="Auto Scaling API, DeleteAutoScalingGroup",
+    promise="`grid down` leaves nothing behind",
+    otherwise="instances outlive their grid, and cost money",
+)
+def delete_force(site: Site) -> None:
+    group = OwnGroup(site)
+    before = group.grown(2)
+    group.call("DeleteAutoScalingGroup", ForceDelete=True).accepted()
+    group.until(lambda: not group.described(), "the group is still there")
+    found = group.ask("DescribeAutoScalingInstances", InstanceIds=before).accepted().data
+    expect(not found["AutoScalingInstances"], "its instances are still there")

@@ -1,0 +1,308 @@
+"""Auto Scaling: instances, their hooks, protection, health and end, and batchlab's own adapter."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from batchlab.adapters.ec2_fleet import Ec2Fleet
+from batchlab.adapters.ec2_form import GroupForm
+from batchlab.conform.asg_site import (
+    LAUNCHING,
+    QUIET_S,
+    TERMINATING,
+    OwnGroup,
+    hook,
+)
+from batchlab.conform.check import Differs, Severity, Table, expect
+from batchlab.conform.site import Site
+from batchlab.model import GroupView, LifecycleState, Pool
+
+NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
+
+REFUSED = "ValidationError"
+NO_ACTION = "No active Lifecycle Action"
+
+ASG_INSTANCES = Table()
+
+
+@ASG_INSTANCES.check(
+    "autoscaling-launch-hook",
+    NEEDED,
+    rule="A launch hook holds a new instance in Pending:Wait; CompleteLifecycleAction with CONTINUE"
+    " lets it go InService.",
+    source="Auto Scaling User Guide, lifecycle hooks, completing a lifecycle action;"
+    " Auto Scaling API, CompleteLifecycleAction",
+    promise="Fleet.ready: an instance counts when its worker has reported",
+    otherwise="instances whose worker never starts count as capacity",
+)
+def launch_hook(site: Site) -> None:
+    group = OwnGroup(site)
+    hooks = [hook("up", LAUNCHING)]
+    group.create(DesiredCapacity=1, LifecycleHookSpecificationList=hooks).accepted()
+    only = group.waits("Pending:Wait")
+    group.complete("up", only).accepted()
+    expect(group.has(1) == [only], "another one comes into service")
+
+
+@ASG_INSTANCES.check(
+    "autoscaling-drain-hook",
+    NEEDED,
+    rule="A termination hook holds an instance in Terminating:Wait; CompleteLifecycleAction with"
+    " CONTINUE lets it end.",
+    source="Auto Scaling User Guide, lifecycle hooks, completing a lifecycle action;"
+    " Auto Scaling API, CompleteLifecycleAction",
+    promise="a worker hands back its work before its instance ends",
+    otherwise="what was running is found out at the visibility timeout, and done again",
+)
+def drain_hook(site: Site) -> None:
+    group = OwnGroup(site)
+    (only,) = group.grown(1, LifecycleHookSpecificationList=[hook("down", TERMINATING)])
+    group.size(0).accepted()
+    expect(group.waits("Terminating:Wait") == only, "another one waits")
+    group.complete("down", only).accepted()
+    group.has(0)
+
+
+@ASG_INSTANCES.check(
+    "autoscaling-hook-put-again",
+    NEEDED,
+    rule="PutLifecycleHook with the name of a hook that is there changes that hook.",
+    source="Auto Scaling API, PutLifecycleHook",
+    promise="Fleet.ensure of a group that is there makes its hooks what they should be",
+    otherwise="a manager that starts again fails, or waits by old timeouts",
+)
+def hook_put_again(site: Site) -> None:
+    group = OwnGroup(site)
+    group.create(LifecycleHookSpecificationList=[hook("up", LAUNCHING)]).accepted()
+    changed = {**hook("up", LAUNCHING), "HeartbeatTimeout": 90, "DefaultResult": "ABANDON"}
+    group.call("PutLifecycleHook", **changed).accepted()
+    found = group.call("DescribeLifecycleHooks").accepted().data["LifecycleHooks"]
+    told = [{name: one.get(name) for name in changed} for one in found]
+    expect(told == [changed], "another hook is described")
+
+
+@ASG_INSTANCES.check(
+    "autoscaling-hook-gone",
+    NEEDED,
+    rule="CompleteLifecycleAction for an instance that waits in no hook answers 400"
+    f' {REFUSED}, "{NO_ACTION} …".',
+    source="Auto Scaling API, CompleteLifecycleAction, common errors; the reference does not say",
+    promise="Fleet.ready comes too late without harm",
+    otherwise="a worker that reports as its hook times out is an error",
+)
+def hook_gone(site: Site) -> None:
+    group = OwnGroup(site)
+    (only,) = group.grown(1)
+    group.call("PutLifecycleHook", **hook("up", LAUNCHING)).accepted()
+    found = group.complete("up", only)
+    found.refused(400, REFUSED)
+    told = found.data["Error"].get("Message", "")
+    expect(NO_ACTION in told, f"it says {told!r}")
+
+
+@ASG_INSTANCES.check(
+    "autoscaling-terminate-decrement",
+    NEEDED,
+    rule="TerminateInstanceInAutoScalingGroup with ShouldDecrementDesiredCapacity ends that"
+    " instance, and nothing is launched in its place.",
+    source="Auto Scaling API, TerminateInstanceInAutoScalingGroup",
+    promise="Fleet.terminate: a pool shrinks by the instance that is idle",
+    otherwise="scaling in ends instances that work, or is undone at once",
+)
+def terminate_decrement(site: Site) -> None:
+    group = OwnGroup(site)
+    first, second = group.grown(2)
+    group.terminate(first, decrement=True).accepted()
+    group.until(lambda: first not in group.ids(), "it does not end")
+    expect(group.desired == 1, f"the desired capacity is {group.desired}")
+    time.sleep(QUIET_S)
+    expect(group.ids() == [second], "other instances are there afterwards")
+
+
+@ASG_INSTANCES.check(
+    "autoscaling-terminate-replace",
+    NEEDED,
+    rule="TerminateInstanceInAutoScalingGroup without ShouldDecrementDesiredCapacity ends that"
+    " instance, and another is launched in its place.",
+    source="Auto Scaling API, TerminateInstanceInAutoScalingGroup",
+    promise="Fleet.terminate: an instance that is worn out is replaced",
+    otherwise="a pool becomes smaller than what was asked for",
+)
+def terminate_replace(site: Site) -> None:
+    group = OwnGroup(site)
+    first, second = group.grown(2)
+    group.terminate(first, decrement=False).accepted()
+    _replaced(group, first, beside=second)
+
+
+@ASG_INSTANCES.check(
+    "autoscaling-terminate-unknown",
+    NOTED,
+    rule=f"Ending an instance that is in no group, or setting its health, answers 400 {REFUSED}.",
+    source="Auto Scaling API, TerminateInstanceInAutoScalingGroup, SetInstanceHealth,"
+    " common errors",
+    promise="none: the adapter names only instances that it has seen",
+    otherwise="the reason is told less plainly",
+)
+def terminate_unknown(site: Site) -> None:
+    group = OwnGroup(site)
+    nobody = "i-00000000000000000"
+    group.terminate(nobody, decrement=False).refused(400, REFUSED)
+    found = group.ask("SetInstanceHealth", InstanceId=nobody, HealthStatus="Unhealthy")
+    found.refused(400, REFUSED)
+
+
+@ASG_INSTANCES.check(
+    "autoscaling-unhealthy",
+    NEEDED,
+    rule="An instance whose health is set to Unhealthy ends, and another is launched in its place.",
+    source="Auto Scaling API, SetInstanceHealth; Auto Scaling User Guide, health checks",
+    promise="Fleet.set_health: an instance whose worker is silent is replaced",
+    otherwise="an instance that does nothing stays, and costs money",
+)
+def unhealthy(site: Site) -> None:
+    group = OwnGroup(site)
+    first, second = group.grown(2)
+    group.ask(
+        "SetInstanceHealth",
+        InstanceId=first,
+        HealthStatus="Unhealthy",
+        ShouldRespectGracePeriod=False,
+    ).accepted()
+    _replaced(group, first, beside=second)
+
+
+def _replaced(group: OwnGroup, instance: str, *, beside: str) -> None:
+    group.until(lambda: instance not in group.ids(), "it does not end")
+    after = group.has(2)
+    expect(beside in after, "its neighbour ends too")
+    expect(group.desired == 2, f"the desired capacity is {group.desired}")
+
+
+# --- Protection -----------------------------------------------------------------------------------
+
+
+@ASG_INSTANCES.check(
+    "autoscaling-protect",
+    NEEDED,
+    rule="Scaling in spares protected instances, whatever the termination policy.",
+    source="Auto Scaling User Guide, scale-in protection; Auto Scaling API, SetInstanceProtection",
+    promise="Fleet.protect: an instance with work is not scaled in",
+    otherwise="a lower desired capacity ends tasks on their way",
+)
+def protect(site: Site) -> None:
+    group = OwnGroup(site)
+    before = group.grown(2, TerminationPolicies=["OldestInstance"])
+    group.size(3).accepted()
+    (newest,) = set(group.has(3)) - set(before)
+    group.protect(*before).accepted()
+    group.size(2).accepted()
+    group.until(lambda: newest not in group.ids(), "the one that is not protected stays")
+    expect(sorted(group.has(2)) == sorted(before), "a protected one ends")
+
+
+@ASG_INSTANCES.check(
+    "autoscaling-protect-all",
+    NEEDED,
+    rule="Where all instances are protected, a lower desired capacity ends none of them.",
+    source="Auto Scaling User Guide, scale-in protection",
+    promise="Fleet.protect: an instance with work is not scaled in",
+    otherwise="a lower desired capacity ends tasks where all are busy",
+)
+def protect_all(site: Site) -> None:
+    group = OwnGroup(site)
+    before = group.grown(2)
+    group.protect(*before).accepted()
+    group.size(1).accepted()
+    time.sleep(QUIET_S)
+    expect(sorted(group.ids("InService")) == sorted(before), "one of them ends")
+
+
+@ASG_INSTANCES.check(
+    "autoscaling-protect-waiting",
+    NOTED,
+    rule=f"SetInstanceProtection of an instance that is not InService answers 400 {REFUSED}.",
+    source="Auto Scaling API, SetInstanceProtection, common errors; the reference does not say",
+    promise="none: the adapter refuses it",
+    otherwise="nothing",
+)
+def protect_waiting(site: Site) -> None:
+    group = OwnGroup(site)
+    hooks = [hook("up", LAUNCHING)]
+    group.create(DesiredCapacity=1, LifecycleHookSpecificationList=hooks).accepted()
+    group.protect(group.waits("Pending:Wait")).refused(400, REFUSED)
+
+
+@ASG_INSTANCES.check(
+    "autoscaling-protect-51",
+    NOTED,
+    rule=f"SetInstanceProtection of more than 50 instances answers 400 {REFUSED}.",
+    source="Auto Scaling API, SetInstanceProtection",
+    promise="none: the adapter names at most 50 at a time",
+    otherwise="nothing",
+)
+def protect_51(site: Site) -> None:
+    group = OwnGroup(site)
+    group.create().accepted()
+    found = group.protect(*(f"i-{number:017x}" for number in range(51)))
+    found.refused(400, REFUSED)
+
+
+# --- batchlab's own adapter -----------------------------------------------------------------------
+
+
+@ASG_INSTANCES.check(
+    "autoscaling-port",
+    NEEDED,
+    rule="A pool grows, its instances count when they report, a named one ends, and a second"
+    " manager finds the pool as it is.",
+    source="Auto Scaling User Guide, instance lifecycle",
+    promise="Fleet",
+    otherwise="no pool of a grid can live here",
+)
+async def port(site: Site) -> None:
+    target = site.target
+    prefix = f"{site.new_name()}-"
+    pool = Pool("a", 0, 3)
+    form = GroupForm(target.template, zones=(target.zone,), drain_s=0)
+    fleets = [Ec2Fleet(target.endpoint, target.clock, form, prefix=prefix) for _ in range(2)]
+    try:
+        fleet, other = fleets
+        with target.making():
+            target.remember_group(prefix + pool.name)
+            await fleet.ensure(pool)
+        await fleet.set_desired("a", 2, cause="a check")
+        first, second = await _until(site, fleet, lambda there: len(there) == 2)
+        await fleet.terminate("a", [first], decrement=True, cause="a check")
+        await _until(site, fleet, lambda there: there == {second})
+        with target.making():
+            await other.ensure(pool)
+        (view,) = await other.describe()
+        expect(view.desired == 1, f"a second manager finds a desired capacity of {view.desired}")
+        expect(_in_service(view) == {second}, "a second manager finds other instances")
+    finally:
+        for one in fleets:
+            await one.close()
+
+
+async def _until(site: Site, fleet: Ec2Fleet, members: Callable[[set[str]], bool]) -> list[str]:
+    """The instances once all are in service and are such; each reports as soon as it is seen."""
+    ends_s = time.monotonic() + site.target.appears_s
+    while True:
+        await fleet.tick()
+        (view,) = await fleet.describe()
+        for one in view.instances:
+            await fleet.ready(one.id)
+        there = {one.id for one in view.instances if one.state is not LifecycleState.TERMINATED}
+        if members(there) and there == _in_service(view):
+            return sorted(there)
+        if time.monotonic() > ends_s:
+            states = sorted(one.state.value for one in view.instances)
+            raise Differs(f"the pool stays at a desired capacity of {view.desired} and {states}")
+        await asyncio.sleep(0.1)
+
+
+def _in_service(view: GroupView) -> set[str]:
+    return {one.id for one in view.instances if one.state is LifecycleState.IN_SERVICE}
