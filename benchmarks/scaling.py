@@ -84,8 +84,9 @@ def rows(run: Run, backend: Backend) -> list[Row]:
         Row("changes turned around in a cooldown", seen.flaps(cooldown_s), "", 0, at_most=True),
         Row("last task ends after", seen.last_task_s, "s"),
         Row("  foretold", told.last_task_s, "s"),
-        Row("from there to the minimum", seen.back_s - seen.last_task_s, "s"),
-        Row("  foretold", told.back_s - told.last_task_s, "s"),
+        Row("from there to desired at minimum", seen.asked_back_s - seen.last_task_s, "s"),
+        Row("  foretold", told.asked_back_s - told.last_task_s, "s"),
+        Row("  and the last container has ended", seen.back_s - seen.last_task_s, "s"),
         Row("steps apart from those foretold", apart(seen.steps, told.steps), "inst.", 1, True),
     ]
 

@@ -105,6 +105,11 @@ class Timeline:
         return max(max(one.in_service + one.pending, one.containers) for one in self.looks)
 
     @property
+    def asked_back_s(self) -> float:
+        """When desired capacity came to the minimum for good."""
+        return self.steps[-1].at_s
+
+    @property
     def back_s(self) -> float:
         """When nothing above the minimum was left."""
         return self.looks[-1].at_s
