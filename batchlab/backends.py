@@ -384,7 +384,7 @@ def open_asg_launcher(
         clock,
         settings.state,
         grid=settings.grid.removeprefix("batchlab-"),
-        labels={"batchlab.grid": settings.grid},
+        labels={**settings.labels, "batchlab.grid": settings.grid},
         scale=settings.scale,
         signals=signals,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from batchlab.adapters.compose import deployment, images
 from batchlab.adapters.compose.deployment import MANAGER_PORT, Deployment
 from batchlab.adapters.compose.project import Project, name_for, networks
 from batchlab.backends import VARIABLE, Backend, fresh_bucket
-from batchlab.errors import Unreachable
+from batchlab.errors import Unreachable, UsageError
 from batchlab.home import Home, ManagerRecord, Place
 from batchlab.model import Pool
 
@@ -54,6 +55,20 @@ def up(
     return record
 
 
+def check_python(home: Home) -> None:
+    """UsageError unless the instances run on this process's Python: functions travel as bytecode,
+    which no other version understands."""
+    at = deployment.read(home)
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if at and at.python != here:
+        raise UsageError(
+            f"The grid's instances run on Python {at.python}, and this is Python {here}: functions "
+            "cannot be sent to them.",
+            remedy=f"Name an image with Python {here} by BATCHLAB_BASE_IMAGE before the grid comes "
+            "up, or describe the job in a file.",
+        )
+
+
 def down(home: Home, backend: Backend) -> bool:
     """Remove every part; False where there is none."""
     at = deployment.read(home)
@@ -79,10 +94,10 @@ def _plan(
     subnet = deployment.free_subnet(networks())
     recipe = images.Recipe.of(os.environ, apt=backend.image.apt, pip=backend.image.pip)
     image = images.provide(recipe, home.of(backend.name) / "image.log", say)
-    at = Deployment(name_for(home), subnet, image, _user())
+    at = Deployment(name_for(home), subnet, image, _user(), images.python_of(image))
     place = named or Place(at.storage_url(_storage_port()), fresh_bucket(), named=False)
     deployment.write(home, at)
-    templates = _templates(at, place, pools or backend.pools)
+    templates = templates_for(at, place, pools or backend.pools)
     (deployment.folder(home) / "templates.toml").write_text(templates)
     home.write_place(backend.name, place)
     home.token()
@@ -90,7 +105,7 @@ def _plan(
     return at
 
 
-def _templates(at: Deployment, place: Place, pools: Sequence[Pool]) -> str:
+def templates_for(at: Deployment, place: Place, pools: Sequence[Pool]) -> str:
     """The launch templates of the pools, for `asg serve`."""
     env = {
         VARIABLE: f"{place.url}/{place.bucket}",

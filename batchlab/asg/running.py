@@ -7,9 +7,9 @@ import fcntl
 import logging
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from batchlab.asg import notices
@@ -44,6 +44,8 @@ class AsgSettings:
     """How long an instance may take to end before it is killed."""
     grid: str = "asg"
     """What containers are named and labelled with."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """More labels for them."""
     scale: float = 1.0
     """A container's share of its instance type's processors and memory."""
     metadata_port: int | None = None

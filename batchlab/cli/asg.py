@@ -6,6 +6,7 @@ Invariant: what listens beyond this machine without checking signatures says so.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,6 +67,15 @@ def serve(
     grid: Annotated[
         str, typer.Option("--grid", metavar="NAME", help="What containers are labelled with.")
     ] = "asg",
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label",
+            metavar="KEY=VALUE",
+            help="One more label for containers; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     scale: Annotated[
         float,
         typer.Option(
@@ -116,6 +126,7 @@ def serve(
         key=_key() if signed else None,
         drain_s=drain,
         grid=grid,
+        labels=_labels(label or ()),
         scale=scale,
         metadata_port=metadata_port,
     )
@@ -129,6 +140,18 @@ def serve(
             output.show(url)
 
     services.asg_main(settings, up)
+
+
+def _labels(given: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for one in given:
+        key, equals, value = one.partition("=")
+        if not key or not equals:
+            raise UsageError(
+                f"The label {one!r} is not KEY=VALUE.", remedy="Say --label KEY=VALUE."
+            )
+        found[key] = value
+    return found
 
 
 @app.command()

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
-from batchlab import backends, services
+from batchlab import backends, containers, services
 from batchlab.backends import Backend
 from batchlab.client import Client
 from batchlab.errors import BackendError, NotFound, Refused, Unreachable, UsageError
@@ -78,7 +78,7 @@ class Link:
         if record is None:
             record = services.start_manager(self.home, self.backend, pools=self._pools, parent=True)
             # Somebody else may have been faster, just now.
-            self.ours = _is_child(record.pid)
+            self.ours = self.backend.runs_in == "containers" or _is_child(record.pid)
         elif self._pools and not self.ours:
             raise UsageError(
                 f"A grid is up in {self.home.path}, so it cannot be sized here.",
@@ -90,7 +90,17 @@ class Link:
                 f"not {self.backend.name}.",
                 remedy=f'Say Grid("{record.backend}"), or name another folder as home.',
             )
+        if self.backend.runs_in == "containers":
+            self._check_python()
         self._clients.append(Client(record.url, self.home.token()))
+
+    def _check_python(self) -> None:
+        try:
+            containers.check_python(self.home)
+        except UsageError:
+            if self.ours:
+                services.stop_manager(self.home)
+            raise
 
     @property
     def client(self) -> Client:

@@ -39,13 +39,14 @@ class Deployment:
     """What a grid in containers is called, and where it is.
 
     `subnet` is the first three numbers of its network's addresses. `user` is the "uid:gid" that
-    the manager and the workers run as.
+    the manager and the workers run as, `python` the version ("3.12") that they run on.
     """
 
     project: str
     subnet: str
     image: str
     user: str
+    python: str
 
     @property
     def manager_host(self) -> str:

@@ -64,6 +64,16 @@ def provide(recipe: Recipe, log: Path, say: Callable[[str], None]) -> str:
     return tag
 
 
+def python_of(tag: str) -> str:
+    """The Python in an image, as "3.12"; BackendError where it has none."""
+    ask = "import sys; print('%d.%d' % sys.version_info[:2])"
+    asked = docker("run", "--rm", "--network", "none", "--entrypoint", "python", tag, "-c", ask)
+    if asked.returncode:
+        told = (asked.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise BackendError(f"No Python answers in the image {tag}: {told.rstrip('.')}.")
+    return asked.stdout.strip()
+
+
 def _fill(context: Path) -> None:
     here = Path(__file__).resolve().parents[2]
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")

@@ -239,9 +239,10 @@ class Found:
 
     @property
     def is_orphan(self) -> bool:
-        """Whether its grid's folder knows nothing of it, or is gone."""
+        """Whether its grid's folder knows nothing of it, or is gone. What names no folder is
+        somebody's who will end it himself, such as an `asg serve` of its own."""
         if not self.home:
-            return True
+            return False
         known = deployment.read(Home(Path(self.home)))
         return known is None or known.project != self.project
 

@@ -1,0 +1,117 @@
+"""What the doctor says where something that containers need is missing or wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from batchlab import backends
+from batchlab.adapters.compose import images, project
+from batchlab.cli import checkup_containers
+from batchlab.cli.checkup_containers import containers
+from batchlab.cli.findings import Finding, Level
+from batchlab.home import Home
+
+WELL = {
+    "version": "26.1.5\n",
+    "compose": "Docker Compose version 2.26.1",
+    "buildx": "github.com/docker/buildx 0.13.1",
+    "info": "/",
+    "image": "[]",
+    "network": "",
+    "ps": "",
+    "volume": "",
+}
+
+
+def examined(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    *,
+    broken: Mapping[str, str] = {},
+    said: Mapping[str, str] = {},
+    env: Mapping[str, str] = {},
+) -> dict[str, Finding]:
+    """The findings by what they are about, with Docker answering as told: `broken` commands fail
+    with what they say on stderr."""
+
+    def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
+        first = arguments[0]
+        if first in broken:
+            return subprocess.CompletedProcess(arguments, 1, "", broken[first])
+        return subprocess.CompletedProcess(arguments, 0, {**WELL, **said}[first], "")
+
+    monkeypatch.setattr(images, "docker", docker)
+    monkeypatch.setattr(project, "docker", docker)
+    for name in ("BATCHLAB_LOCALSTACK_IMAGE", "LOCALSTACK_AUTH_TOKEN", "BATCHLAB_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    found = containers(Home(tmp_path), backends.load("localstack"))
+    return {one.about: one for one in found}
+
+
+def test_nothing_is_wrong_where_all_is_well(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(checkup_containers, "FAIL_BELOW_BYTES", 0)
+    found = examined(monkeypatch, tmp_path)
+    assert {one.level for one in found.values()} == {Level.OK}
+    assert set(found) == {"docker", "compose", "buildx", "disk", "token", "image", "network"}
+
+
+@pytest.mark.parametrize(
+    ("about", "broken", "said", "env", "text"),
+    [
+        ("docker", {"version": "Cannot connect to the daemon"}, {}, {}, "Cannot connect"),
+        ("compose", {"compose": "not a docker command"}, {}, {}, "no `docker compose`"),
+        ("compose", {}, {"compose": "Docker Compose version 2.3.3"}, {}, "too old"),
+        ("buildx", {"buildx": "not a docker command"}, {}, {}, "no `docker buildx`"),
+        ("token", {}, {}, {"BATCHLAB_LOCALSTACK_IMAGE": "localstack/localstack:4.15"}, "token"),
+        ("token", {}, {}, {"BATCHLAB_LOCALSTACK_IMAGE": "localstack/localstack:3.8"}, "too old"),
+    ],
+)
+def test_what_is_wrong_is_named_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    about: str,
+    broken: dict[str, str],
+    said: dict[str, str],
+    env: dict[str, str],
+    text: str,
+) -> None:
+    one = examined(monkeypatch, tmp_path, broken=broken, said=said, env=env)[about]
+    assert one.level is Level.FAIL
+    assert text in one.text
+    assert one.remedy
+
+
+def test_a_token_is_enough_for_a_newer_image(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    env = {"BATCHLAB_LOCALSTACK_IMAGE": "localstack/localstack:5.1", "LOCALSTACK_AUTH_TOKEN": "x"}
+    one = examined(monkeypatch, tmp_path, env=env)["token"]
+    assert one.level is Level.OK
+    assert "x" not in one.text.split()
+
+
+def test_an_image_that_is_not_here_and_a_full_disk_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(checkup_containers, "FAIL_BELOW_BYTES", 2**80)
+    found = examined(monkeypatch, tmp_path, broken={"image": "No such image"})
+    assert found["image"].level is Level.WARN
+    assert "compose/offline" in found["image"].remedy
+    assert found["disk"].level is Level.FAIL
+
+
+def test_what_was_left_behind_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    labels = {project.LABEL: "batchlab-1", project.HOME_LABEL: str(tmp_path / "gone")}
+    said = {"volume": json.dumps([{"Labels": labels}])}
+    one = examined(monkeypatch, tmp_path, said=said)["orphans"]
+    assert one.level is Level.WARN
+    assert "batchlab gc" in one.remedy
