@@ -1,0 +1,269 @@
+"""What containers and LocalStack cost: the same jobs on `local` and on `localstack`, in one run.
+
+    python benchmarks/overhead.py [--small] [--json FILE]
+
+Needs Docker. Two slots each; the two take turns, and medians are compared. Where the time goes:
+requests by LocalStack's own log, what one takes from within the network, and the CPU time of
+each part. Idle cost: the requests of a minute at rest, with two workers and with none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# In place of this folder, whose requests.py would hide the library that Docker's needs.
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from docker import DockerClient
+
+from batchlab import Grid
+from batchlab.adapters.compose import deployment
+from batchlab.home import Home
+from batchlab.model import LifecycleState, Pool
+from benchmarks.requests import cpu_s
+from tests.chaos.rig import docker, wait_for
+from tests.integration.local_grid import LocalGrid
+
+SLOTS = 2
+POOL = "default"
+QUIET_S = 70.0
+"""From the last job on, until beats and polls are those of a grid at rest."""
+PYTHON = "/opt/batchlab/venv/bin/python"
+SERVICES = ("localstack", "manager", "asg", "postgres")
+
+PROBE = """
+import json, statistics, sys, time
+import boto3
+url, bucket, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+at = dict(endpoint_url=url, region_name="us-east-1")
+at.update(aws_access_key_id="test", aws_secret_access_key="test")
+s3, sqs = boto3.client("s3", **at), boto3.client("sqs", **at)
+queue = sqs.create_queue(QueueName=f"{bucket}-probe")["QueueUrl"]
+taken = {}
+def timed(kind, call):
+    begun_s = time.perf_counter()
+    answer = call()
+    taken.setdefault(kind, []).append((time.perf_counter() - begun_s) * 1000)
+    return answer
+for n in range(count):
+    here = dict(Bucket=bucket, Key=f"probe/{n}")
+    timed("s3.PutObject", lambda: s3.put_object(Body=b"x" * 1000, **here))
+    timed("s3.GetObject", lambda: s3.get_object(**here)["Body"].read())
+    timed("s3.DeleteObject", lambda: s3.delete_object(**here))
+    entry = dict(Id="0", MessageBody="x" * 1000)
+    timed("sqs.SendMessageBatch", lambda: sqs.send_message_batch(QueueUrl=queue, Entries=[entry]))
+    got = timed("sqs.ReceiveMessage", lambda: sqs.receive_message(QueueUrl=queue))["Messages"]
+    gone = [dict(Id="0", ReceiptHandle=got[0]["ReceiptHandle"])]
+    timed("sqs.DeleteMessageBatch", lambda: sqs.delete_message_batch(QueueUrl=queue, Entries=gone))
+sqs.delete_queue(QueueUrl=queue)
+print(json.dumps({kind: statistics.median(each) for kind, each in taken.items()}))
+"""
+
+
+class Parts:
+    """The containers of a grid on `localstack`."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        found = deployment.read(home)
+        assert found
+        self.project = found.project
+        self._engine = DockerClient.from_env()
+
+    def ids(self, *labels: str) -> list[str]:
+        """Of the containers that run and have these labels."""
+        named = [word for label in labels for word in ("--filter", f"label={label}")]
+        return docker("ps", "-q", "--filter", f"label=batchlab.grid={self.project}", *named).split()
+
+    def service(self, name: str) -> str:
+        """A service's container."""
+        (found,) = self.ids(f"com.docker.compose.service={name}")
+        return found
+
+    def requests(self) -> Counter[str]:
+        """All that LocalStack has been asked so far, by kind."""
+        log = docker("logs", self.service("localstack"))
+        return Counter(re.findall(r"\bAWS ((?:s3|sqs)\.\w+) => ", log))
+
+    def cpu_s(self) -> dict[str, float]:
+        """CPU seconds of each part so far; all instances that run are one."""
+        parts = {name: [self.service(name)] for name in SERVICES}
+        parts["workers"] = self.ids("batchlab.instance")
+        return {name: sum(map(self._cpu_s, ids)) for name, ids in parts.items()}
+
+    def _cpu_s(self, container: str) -> float:
+        told = self._engine.api.stats(container, stream=False, one_shot=True)
+        return float(told["cpu_stats"]["cpu_usage"]["total_usage"]) / 1e9
+
+    def latency_ms(self, count: int) -> dict[str, float]:
+        """Medians of single calls, one after the other, made in the manager's container."""
+        place = self.home.place(deployment.NAME)
+        assert place
+        probe = (PYTHON, "-c", PROBE, place.url, place.bucket, str(count))
+        found: dict[str, float] = json.loads(docker("exec", self.service("manager"), *probe))
+        return found
+
+
+@dataclass
+class Job:
+    """A job and how long it took on each of the two; the rest is of `localstack`."""
+
+    name: str
+    function: Callable[[Any], Any]
+    """One that the image's Python has too: it may be another one, which reads no bytecode of
+    ours."""
+    items: Sequence[Any]
+    ideal_s: float
+    """By the tasks' own time on all slots."""
+    wall_s: dict[str, list[float]] = field(default_factory=dict)
+    requests: Counter[str] = field(default_factory=Counter)
+    cpu_s: dict[str, float] = field(default_factory=dict)
+
+    def used(self, part: str, seconds: float) -> None:
+        """Add CPU time."""
+        self.cpu_s[part] = self.cpu_s.get(part, 0.0) + seconds
+
+    def run(self, grid: Grid) -> float:
+        """Seconds until the last result is here."""
+        begun_s = time.monotonic()
+        done = list(grid.map(self.function, self.items, ordered=False))
+        assert len(done) == len(self.items)
+        return time.monotonic() - begun_s
+
+    def row(self, latency_ms: Mapping[str, float]) -> dict[str, Any]:
+        """The medians, and the means of one run."""
+        local, remote = (statistics.median(self.wall_s[name]) for name in ("local", "localstack"))
+        rounds = len(self.wall_s["localstack"])
+        waited = sum(n * latency_ms.get(kind, 0.0) for kind, n in self.requests.items())
+        return {
+            "what": f"{len(self.items):,} {self.name}",
+            "local_s": local,
+            "localstack_s": remote,
+            "ratio": remote / local,
+            "ideal_s": self.ideal_s,
+            "requests_per_task": self.requests.total() / rounds / len(self.items),
+            "requests_s": waited / 1000 / rounds,
+            "requests": {kind: n / rounds for kind, n in sorted(self.requests.items())},
+            "cpu_s": {part: used / rounds for part, used in self.cpu_s.items()},
+        }
+
+
+@contextmanager
+def counted(parts: Parts, job: Job) -> Iterator[None]:
+    """Add to the job what is asked and used meanwhile."""
+    requests, cpu = parts.requests(), parts.cpu_s()
+    yield
+    time.sleep(0.5)
+    job.requests += parts.requests() - requests
+    for part, used in parts.cpu_s().items():
+        job.used(part, used - cpu[part])
+
+
+@contextmanager
+def up(backend: str, folder: Path) -> Iterator[Grid]:
+    """A grid whose pool may have as many instances as there are to be slots."""
+    standing = LocalGrid(folder, (Pool(POOL, 0, SLOTS, 1),), backend=backend)
+    try:
+        with Grid(backend, home=folder) as grid:
+            yield grid
+    finally:
+        standing.stop()
+
+
+def serving(grid: Grid) -> int:
+    """Instances of the pool that are in service."""
+    (pool,) = grid.client.grid()["pools"]
+    return sum(one["state"] == LifecycleState.IN_SERVICE for one in pool["instances"])
+
+
+def asked_in(parts: Parts, seconds: float) -> Counter[str]:
+    """Requests a minute while nothing is done."""
+    before = parts.requests()
+    time.sleep(seconds)
+    asked = parts.requests() - before
+    return Counter({kind: round(n * 60 / seconds) for kind, n in asked.items()})
+
+
+def measure(folder: Path, *, small: bool) -> list[dict[str, Any]]:
+    """The rows of the table."""
+    rounds, idle_s = (2, 20.0) if small else (3, 60.0)
+    naps_s = [0.05] * (100 if small else 400)
+    jobs = [
+        Job("no-op tasks", abs, range(500 if small else 2_000), 0.0),
+        Job("tasks of 50 ms", time.sleep, naps_s, sum(naps_s) / SLOTS),
+    ]
+    with (
+        up("local", folder / "local") as local,
+        up("localstack", folder / "localstack") as remote,
+    ):
+        grids = {"local": local, "localstack": remote}
+        manager = Home(folder / "local").record()
+        assert manager
+        parts = Parts(Home(folder / "localstack"))
+        first = Job("task from no instance", abs, range(1), 0.0)
+        from_zero_s = {name: first.run(grid) for name, grid in grids.items()}
+        for grid in grids.values():
+            grid.client.scale(POOL, min=SLOTS, desired=SLOTS)
+            wait_for(lambda grid=grid: serving(grid) == SLOTS)  # type: ignore[misc]
+            Job("to warm up", abs, range(200), 0.0).run(grid)
+        latency_ms = parts.latency_ms(20 if small else 200)
+        for job in jobs:
+            for _ in range(rounds):
+                begun_s = cpu_s(manager.pid)
+                job.wall_s.setdefault("local", []).append(job.run(local))
+                job.used("all of local", cpu_s(manager.pid) - begun_s)
+                with counted(parts, job):
+                    job.wall_s.setdefault("localstack", []).append(job.run(remote))
+        time.sleep(idle_s if small else QUIET_S)
+        both = asked_in(parts, idle_s)
+        remote.client.scale(POOL, min=0, auto=True)
+        wait_for(lambda: not parts.ids("batchlab.instance"))
+        alone = asked_in(parts, idle_s)
+    return [
+        {"what": "a task from no instance", **{f"{k}_s": v for k, v in from_zero_s.items()}},
+        *(job.row(latency_ms) for job in jobs),
+        {"what": "a call from within the network", "median_ms": latency_ms},
+        {
+            "what": "a minute at rest",
+            "manager_alone": alone.total(),
+            "each_worker": (both.total() - alone.total()) / SLOTS,
+            "with_workers": dict(both),
+            "without": dict(alone),
+        },
+    ]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--small", action="store_true", help="less of everything, for a check")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="batchlab-overhead-") as folder:
+        rows = measure(Path(folder), small=options.small)
+    for row in rows:
+        told = {k: v for k, v in row.items() if k != "what"}
+        print(row["what"])
+        for name, value in told.items():
+            if isinstance(value, dict):
+                value = "  ".join(f"{kind}: {n:,.3g}" for kind, n in value.items())
+            print(f"  {name:<18} {value if isinstance(value, str) else f'{value:,.3g}'}")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""A pool on `localstack` follows bursts of work from nothing and back; the simulator foretells it.
+
+    python benchmarks/scaling.py [--small] [--json FILE] [--svg FILE]
+
+Needs Docker. Each burst meets a grid at rest, without any instance. Targets: never above what the
+policy asks for, no flapping (no change of desired capacity turned around within a cooldown), and
+the same steps of desired capacity as in the simulator within one instance. What the simulator is
+told of the machine is the median time that a container took to boot, and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from batchlab.backends import Backend
+from benchmarks.measured import Row
+from benchmarks.stepplot import Line, Panel, svg
+from tests.chaos.rig import Containers
+from tests.chaos.timeline import Look, Timeline, apart, foretold, watch_burst
+from tests.integration.local_grid import LocalGrid
+
+BURSTS: Mapping[str, list[float]] = {
+    "240 tasks of 0.5 s": [0.5] * 240,
+    "120 tasks of 0.5 s, then one of 15 s and one of 40 s": [0.5] * 120 + [15.0, 40.0],
+    "30 tasks of 0.5 s": [0.5] * 30,
+}
+SMALL: Mapping[str, list[float]] = {"60 tasks of 0.5 s": [0.5] * 60}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A burst as it was seen and as it was foretold."""
+
+    name: str
+    naps_s: list[float]
+    seen: Timeline
+    told: Timeline
+
+    def knowing(self, backend: Backend) -> int:
+        """Instances that the policy would ask for if it knew how long tasks take."""
+        pool = self.seen.pool
+        drained = backend.manager.drain_target_s * pool.slots
+        return min(pool.max_size, max(1, math.ceil(sum(self.naps_s) / drained)))
+
+
+def measure(bursts: Mapping[str, list[float]], folder: Path) -> tuple[Backend, list[Run]]:
+    """One grid, one burst after the other."""
+    grid = LocalGrid(folder / "home", backend="localstack")
+    try:
+        runs = []
+        for number, (name, naps_s) in enumerate(bursts.items()):
+            print(f"{name} …", file=sys.stderr, flush=True)
+            job = folder / f"burst-{number}"
+            seen = watch_burst(Containers(grid), job, naps_s)
+            pool = replace(seen.pool, boot_s=seen.boot_s)
+            told = foretold(grid.backend, pool, job / "job.yaml", naps_s)
+            runs.append(Run(name, naps_s, seen, told))
+        return grid.backend, runs
+    finally:
+        grid.stop()
+
+
+def rows(run: Run, backend: Backend) -> list[Row]:
+    """The figures of a burst."""
+    seen, told, cooldown_s = run.seen, run.told, backend.manager.cooldown_in_s
+    needed = seen.needed(backend)
+    return [
+        Row("first task begins after", seen.first_task_s, "s"),
+        Row("  foretold", told.first_task_s, "s"),
+        Row("a container boots in (median)", seen.boot_s, "s"),
+        Row("peak", seen.peak, "instances", seen.pool.max_size, at_most=True),
+        Row("above what the policy asks for", seen.peak - needed, "instances", 0, at_most=True),
+        Row("above what known durations ask for", seen.peak - run.knowing(backend), "instances"),
+        Row("changes turned around in a cooldown", seen.flaps(cooldown_s), "", 0, at_most=True),
+        Row("last task ends after", seen.last_task_s, "s"),
+        Row("  foretold", told.last_task_s, "s"),
+        Row("from there to desired at minimum", seen.asked_back_s - seen.last_task_s, "s"),
+        Row("  foretold", told.asked_back_s - told.last_task_s, "s"),
+        Row("  and the last container has ended", seen.back_s - seen.last_task_s, "s"),
+        Row("steps apart from those foretold", apart(seen.steps, told.steps), "inst.", 1, True),
+    ]
+
+
+def steps(timeline: Timeline) -> str:
+    """Levels of desired capacity and when they begin."""
+    return ", ".join(f"{one.level} at {one.at_s:.1f} s" for one in timeline.steps)
+
+
+def picture(runs: list[Run]) -> str:
+    """Two panels a burst: instances, and work that is left."""
+    panels = []
+    for run in runs:
+        seen, told = run.seen.looks, run.told.looks
+        instances = (
+            Line("desired", _points(seen, "desired"), 0),
+            Line("desired, as foretold", _points(told, "desired"), 1, dashed=True),
+            Line("InService", _points(seen, "in_service"), 2),
+            Line("containers that run", _points(seen, "containers"), 3, dashed=True),
+        )
+        work = (
+            Line("seen", _points(seen, "backlog_tasks"), 0),
+            Line("foretold", _points(told, "backlog_tasks"), 1, dashed=True),
+        )
+        panels += [
+            Panel(run.name, "instances", instances),
+            Panel("Backlog", "tasks", work, height=70),
+        ]
+    return svg(panels, "Desired capacity, instances and backlog over time, seen and foretold")
+
+
+def _points(looks: list[Look], name: str) -> list[tuple[float, float]]:
+    return [(one.at_s, float(getattr(one, name))) for one in looks]
+
+
+def main() -> None:
+    """Measure, print, draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--small", action="store_true", help="one short burst")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the timelines there")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw them there")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="batchlab-scaling-") as folder:
+        backend, runs = measure(SMALL if options.small else BURSTS, Path(folder))
+    told: dict[str, Any] = {}
+    missed = False
+    for run in runs:
+        print(f"\n{run.name}\n  seen      {steps(run.seen)}\n  foretold  {steps(run.told)}")
+        for row in rows(run, backend):
+            missed |= "MISSED" in row.verdict
+            print(f"  {row.what:<38} {row.value:>8,.3g} {row.unit:<10} {row.verdict}")
+        told[run.name] = {"seen": run.seen.to_json(), "foretold": run.told.to_json()}
+    if options.json:
+        options.json.write_text(json.dumps(told) + "\n")
+    if options.svg:
+        options.svg.write_text(picture(runs))
+    if missed:
+        sys.exit("Some targets are missed.")
+
+
+if __name__ == "__main__":
+    main()

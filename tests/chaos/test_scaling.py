@@ -1,0 +1,63 @@
+"""A pool follows a burst of work from nothing and back, as the simulator has foretold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.rig import Containers
+from tests.chaos.timeline import Step, apart, foretold, watch_burst
+from tests.integration.containers_grid import need_containers
+from tests.integration.local_grid import LocalGrid
+
+BURST_S = [0.5] * 60
+WITH_A_TAIL_S = [0.5] * 60 + [9.0, 30.0]
+"""Two tasks go on when all others have ended: the pool shrinks around them."""
+
+
+@pytest.fixture(scope="module")
+def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]:
+    folder = tmp_path_factory.mktemp("scaling")
+    need_containers(folder)
+    grid = LocalGrid(folder / "home", backend="localstack")
+    try:
+        yield Containers(grid)
+    finally:
+        grid.stop()
+
+
+@pytest.mark.parametrize("naps_s", [BURST_S, WITH_A_TAIL_S], ids=["burst", "tail"])
+def test_a_pool_follows_a_burst_and_comes_back_as_foretold(
+    containers: Containers,
+    naps_s: list[float],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    backend = containers.grid.backend
+    seen = watch_burst(containers, tmp_path / "job", naps_s)
+    pool = replace(seen.pool, boot_s=seen.boot_s)
+    told = foretold(backend, pool, tmp_path / "job" / "job.yaml", naps_s)
+    with capsys.disabled():
+        for name, one in (("seen", seen), ("foretold", told)):
+            steps = " ".join(f"{step.level}@{step.at_s:.1f}s" for step in one.steps)
+            print(f"\n{name}: {steps}, first task after {one.first_task_s:.1f} s", end="")
+    assert 0 < seen.peak <= seen.needed(backend) <= pool.max_size
+    assert max(look.desired for look in seen.looks) <= pool.max_size
+    assert seen.flaps(backend.manager.cooldown_in_s) == 0
+    assert seen.steps[-1].level == pool.min_size
+    assert apart(seen.steps, told.steps) <= 1
+
+
+def test_steps_are_compared_in_their_order() -> None:
+    def steps(*levels: int) -> list[Step]:
+        return [Step(float(n), level) for n, level in enumerate(levels)]
+
+    assert apart(steps(0, 6, 0), steps(0, 6, 0)) == 0
+    assert apart(steps(0, 6, 0), steps(0, 6, 5, 0)) == 1
+    assert apart(steps(0, 6, 0), steps(0, 6, 3, 0)) == 3
+    assert apart(steps(0, 6, 0), steps(0, 4, 0)) == 2
+    assert apart(steps(0, 6, 0), steps(0, 6, 0, 6, 0)) == 6
+    assert apart(steps(0, 6, 5, 4, 0), steps(0, 6, 4, 1, 0)) == 1
