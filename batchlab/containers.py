@@ -39,6 +39,7 @@ def up(
     if named:
         _refuse_loopback(named)
         backend.provide(home, say)
+    _refuse_foreign(home)
     home.make()
     deployment.folder(home).mkdir(exist_ok=True)
     with deployment.locked(home):
@@ -186,6 +187,18 @@ def _storage_port() -> int:
             remedy=f"Leave it out, for {STORAGE_PORT}.",
         )
     return int(given)
+
+
+def _refuse_foreign(home: Home) -> None:
+    """Root's grid gives its folder to the containers' user, so that must be a grid's folder."""
+    here = home.path
+    is_new = not here.exists() or (here / naming.MADE).exists() or not any(here.iterdir())
+    if not os.getuid() and not is_new:
+        raise UsageError(
+            f"{here} has other things in it, and root's grid in containers gives its folder to "
+            "another user.",
+            remedy="Name a new or an empty folder with --home, or do not be root.",
+        )
 
 
 def _user() -> str:

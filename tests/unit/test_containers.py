@@ -293,3 +293,13 @@ def test_a_service_that_ends_again_and_again_is_not_waited_for(
     with pytest.raises(BackendError, match=r"manager did not become ready: no such option\."):
         Project(Home(tmp_path), AT, settings={}).up(print, storage=False)
     assert next(seen) == 11
+
+
+def test_root_does_not_give_away_a_folder_that_is_no_grids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getuid", lambda: 0)
+    (tmp_path / "letters").write_text("mine")
+    with pytest.raises(UsageError, match="has other things in it"):
+        containers.up(Home(tmp_path), backends.load("localstack"), (), lambda _: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["letters"]
