@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from docker import DockerClient
 
-from batchlab import Grid
 from batchlab.adapters.compose import deployment
 from batchlab.home import Home
 from batchlab.model import LifecycleState, Pool
@@ -43,6 +42,21 @@ QUIET_S = 70.0
 """From the last job on, until beats and polls are those of a grid at rest."""
 PYTHON = "/opt/batchlab/venv/bin/python"
 SERVICES = ("localstack", "manager", "asg", "postgres")
+
+WORK = """\
+import time
+
+def nap(seconds):
+    if seconds:
+        time.sleep(seconds)
+"""
+
+JOB = """\
+name: nap
+input: {files: items.jsonl, split: items}
+stages:
+  - {name: nap, python: work:nap}
+"""
 
 PROBE = """
 import json, statistics, sys, time
@@ -95,8 +109,10 @@ class Parts:
 
     def requests(self) -> Counter[str]:
         """All that LocalStack has been asked so far, by kind."""
-        log = docker("logs", self.service("localstack"))
-        return Counter(re.findall(r"\bAWS ((?:s3|sqs)\.\w+) => ", log))
+        log = self._engine.containers.get(self.service("localstack")).logs().decode()
+        found = Counter(re.findall(r"\bAWS ((?:s3|sqs)\.\w+) => ", log))
+        assert found, "LocalStack does not log what it is asked"
+        return found
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds of each part so far; all instances that run are one."""
@@ -122,10 +138,8 @@ class Job:
     """A job and how long it took on each of the two; the rest is of `localstack`."""
 
     name: str
-    function: Callable[[Any], Any]
-    """One that the image's Python has too: it may be another one, which reads no bytecode of
-    ours."""
-    items: Sequence[Any]
+    items: Sequence[float]
+    """How long each task sleeps, seconds."""
     ideal_s: float
     """By the tasks' own time on all slots."""
     wall_s: dict[str, list[float]] = field(default_factory=dict)
@@ -136,11 +150,15 @@ class Job:
         """Add CPU time."""
         self.cpu_s[part] = self.cpu_s.get(part, 0.0) + seconds
 
-    def run(self, grid: Grid) -> float:
-        """Seconds until the last result is here."""
+    def run(self, grid: LocalGrid) -> float:
+        """Seconds from the submission to the end of the job."""
+        folder = Path(tempfile.mkdtemp(dir=grid.home.path.parent))
+        (folder / "work.py").write_text(WORK)
+        (folder / "items.jsonl").write_text("".join(f"{one}\n" for one in self.items))
+        (folder / "job.yaml").write_text(JOB)
         begun_s = time.monotonic()
-        done = list(grid.map(self.function, self.items, ordered=False))
-        assert len(done) == len(self.items)
+        view = grid.wait(grid.submit(folder / "job.yaml", token=folder.name)["id"])
+        assert view["state"] == "SUCCEEDED", view
         return time.monotonic() - begun_s
 
     def row(self, latency_ms: Mapping[str, float]) -> dict[str, Any]:
@@ -173,17 +191,16 @@ def counted(parts: Parts, job: Job) -> Iterator[None]:
 
 
 @contextmanager
-def up(backend: str, folder: Path) -> Iterator[Grid]:
+def up(backend: str, folder: Path) -> Iterator[LocalGrid]:
     """A grid whose pool may have as many instances as there are to be slots."""
-    standing = LocalGrid(folder, (Pool(POOL, 0, SLOTS, 1),), backend=backend)
+    grid = LocalGrid(folder, (Pool(POOL, 0, SLOTS, 1),), backend=backend)
     try:
-        with Grid(backend, home=folder) as grid:
-            yield grid
+        yield grid
     finally:
-        standing.stop()
+        grid.stop()
 
 
-def serving(grid: Grid) -> int:
+def serving(grid: LocalGrid) -> int:
     """Instances of the pool that are in service."""
     (pool,) = grid.client.grid()["pools"]
     return sum(one["state"] == LifecycleState.IN_SERVICE for one in pool["instances"])
@@ -202,8 +219,8 @@ def measure(folder: Path, *, small: bool) -> list[dict[str, Any]]:
     rounds, idle_s = (2, 20.0) if small else (3, 60.0)
     naps_s = [0.05] * (100 if small else 400)
     jobs = [
-        Job("no-op tasks", abs, range(500 if small else 2_000), 0.0),
-        Job("tasks of 50 ms", time.sleep, naps_s, sum(naps_s) / SLOTS),
+        Job("no-op tasks", [0.0] * (500 if small else 2_000), 0.0),
+        Job("tasks of 50 ms", naps_s, sum(naps_s) / SLOTS),
     ]
     with (
         up("local", folder / "local") as local,
@@ -213,12 +230,12 @@ def measure(folder: Path, *, small: bool) -> list[dict[str, Any]]:
         manager = Home(folder / "local").record()
         assert manager
         parts = Parts(Home(folder / "localstack"))
-        first = Job("task from no instance", abs, range(1), 0.0)
+        first = Job("task from no instance", [0.0], 0.0)
         from_zero_s = {name: first.run(grid) for name, grid in grids.items()}
         for grid in grids.values():
             grid.client.scale(POOL, min=SLOTS, desired=SLOTS)
             wait_for(lambda grid=grid: serving(grid) == SLOTS)  # type: ignore[misc]
-            Job("to warm up", abs, range(200), 0.0).run(grid)
+            Job("to warm up", [0.0] * 200, 0.0).run(grid)
         latency_ms = parts.latency_ms(20 if small else 200)
         for job in jobs:
             for _ in range(rounds):
