@@ -23,8 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# In place of this folder, whose requests.py would hide the library that Docker's needs.
-sys.path.pop(0)
+# A script finds what is in its own folder, not what is in the one above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from docker import DockerClient
@@ -32,7 +31,7 @@ from docker import DockerClient
 from batchlab.adapters.compose import deployment
 from batchlab.home import Home
 from batchlab.model import LifecycleState, Pool
-from benchmarks.requests import cpu_s
+from benchmarks.request_counts import cpu_s
 from tests.chaos.rig import docker, wait_for
 from tests.integration.local_grid import LocalGrid
 

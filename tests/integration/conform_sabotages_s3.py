@@ -15,6 +15,12 @@ def _puts_lose_their_condition(request: Request, send: Send) -> Response:
     return send(request)
 
 
+def _overwrites_lose_their_condition(request: Request, send: Send) -> Response:
+    if request.method == "PUT":
+        request.headers.pop("if-match", None)
+    return send(request)
+
+
 def _a_lost_race_is_an_outage(request: Request, send: Send) -> Response:
     answer = send(request)
     if answer.status == 412:
@@ -150,6 +156,10 @@ S3_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
     "puts lose their condition": (
         _puts_lose_their_condition,
         {"s3-create-taken", "s3-create-repeated", "s3-create-race", "s3-port-create"},
+    ),
+    "overwrites lose their condition": (
+        _overwrites_lose_their_condition,
+        {"s3-match-stale", "s3-match-missing"},
     ),
     "a lost race is an outage": (_a_lost_race_is_an_outage, {"s3-create-taken", "s3-create-race"}),
     "reads lose their condition": (

@@ -91,6 +91,12 @@ class _Bounded(psycopg.Connection[Any]):
 
     limit_s = STATEMENT_S + GRACE_S
 
+    def __del__(self, *_: Any) -> None:
+        # SQLAlchemy lets a connection go, open as it is, whose set-up fails half-way; the server
+        # must not wait for whoever collects the garbage to tell it.
+        if hasattr(self, "pgconn") and not self.closed:
+            self.close()
+
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         return super().wait(self._bounded(gen), *args, **kwargs)
 

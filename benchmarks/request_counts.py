@@ -1,6 +1,6 @@
 """What a grid asks of S3 and SQS, counted at the wire: idle, and for a million tasks, in USD.
 
-    python benchmarks/requests.py [--small] [--json FILE]
+    python benchmarks/request_counts.py [--small] [--json FILE]
 
 A grid on `ministack` with two workers, its requests passing through a proxy that counts them.
 Targets: an idle grid makes at most 6 requests a minute a worker and uses under 1% of a core; tiny
