@@ -78,7 +78,7 @@ class Link:
         if record is None:
             record = services.start_manager(self.home, self.backend, pools=self._pools, parent=True)
             # Somebody else may have been faster, just now.
-            self.ours = self.backend.runs_in == "containers" or _is_child(record.pid)
+            self.ours = self._has_started(record.pid)
         elif self._pools and not self.ours:
             raise UsageError(
                 f"A grid is up in {self.home.path}, so it cannot be sized here.",
@@ -93,6 +93,11 @@ class Link:
         if self.backend.runs_in == "containers":
             self._check_python()
         self._clients.append(Client(record.url, self.home.token()))
+
+    def _has_started(self, pid: int) -> bool:
+        """Whether that manager is one that this process has started. Of a container's nobody can
+        tell: whoever finds none is taken for the one who brings it up."""
+        return self.backend.runs_in == "containers" or _is_child(pid)
 
     def _check_python(self) -> None:
         try:
@@ -253,7 +258,7 @@ class Link:
     def _stop_manager(self) -> None:
         record = self.home.record()
         # Ours may have died, and somebody else's have taken its place.
-        if record and _is_child(record.pid):
+        if record and self._has_started(record.pid):
             services.stop_manager(self.home)
 
     def _stop_loop(self) -> None:

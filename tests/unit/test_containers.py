@@ -22,6 +22,7 @@ from batchlab.asg.templates import TemplateFile
 from batchlab.cli import grid
 from batchlab.errors import BackendError, UsageError
 from batchlab.fleet.api import LaunchTemplate
+from batchlab.grid.link import Link
 from batchlab.home import Home, ManagerRecord, Place
 from batchlab.model import Pool
 
@@ -303,3 +304,21 @@ def test_root_does_not_give_away_a_folder_that_is_no_grids(
     with pytest.raises(UsageError, match="has other things in it"):
         containers.up(Home(tmp_path), backends.load("localstack"), (), lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["letters"]
+
+
+def test_a_grid_that_a_program_has_brought_up_in_containers_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped: list[Home] = []
+    record = ManagerRecord("http://10.213.70.13:8080", 7, "manager", "localstack")
+    monkeypatch.setattr("batchlab.services.start_manager", lambda *_, **__: record)
+    monkeypatch.setattr("batchlab.services.stop_manager", stopped.append)
+    home = Home(tmp_path)
+    home.of("localstack").mkdir()
+    home.write_place("localstack", PLACE)
+    monkeypatch.setattr(Home, "record", lambda _: None)
+    link = Link(backends.load("localstack"), home, ())
+    assert link.ours
+    monkeypatch.setattr(Home, "record", lambda _: record)
+    link.close()
+    assert stopped == [home]
