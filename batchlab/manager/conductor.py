@@ -22,7 +22,7 @@ from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports, move
 from batchlab.manager.plans import Plans
 from batchlab.model import Bundle, Control, JobState, Json, StageName, TaskSet
-from batchlab.ports import Cut, StageRecord
+from batchlab.ports import Cut, Ending, StageRecord
 from batchlab.protocol import definition, naming, settle, wire
 from batchlab.protocol.policy import Verdict, judge
 from batchlab.worker.inputs import Inputs
@@ -224,21 +224,8 @@ class Conductor:
 
     async def abandon(self, live: LiveJob, reason: str) -> None:
         """End a job of which the bucket has nothing left, in the ledger alone."""
-        finish = partial(
-            self._ports.ledger.finish,
-            live.id,
-            JobState.FAILED,
-            round=live.round,
-            reason=reason,
-            ended_s=self._ports.clock.now_s(),
-            closed={
-                name: (record.counts.planned or 0) - record.counts.terminal
-                for name, record in live.stages.items()
-            },
-        )
-        await self._folder.write(live, finish)
-        live.ended.set()
-        live.poke.set()
+        now_s = self._ports.clock.now_s()
+        await self._record(live, Ending(JobState.FAILED, reason, now_s, _never_cut(live)))
 
     async def forbid(self, live: LiveJob, word: wire.Word) -> None:
         """Write "cancel" where the workers look, and wait until none can start a task (I4).
@@ -324,10 +311,7 @@ class Conductor:
                 *(commit(self._ports.objects, draft, self._ports.patience) for draft in drafts)
             )
             await self._folder.fold([settle.completion(outcome) for outcome in outcomes])
-        return {
-            name: (record.counts.planned or 0) - record.counts.terminal
-            for name, record in live.stages.items()
-        }
+        return _never_cut(live)
 
     async def _close_cuts(self, live: LiveJob, stage: StageName, record: StageRecord) -> None:
         """Take the place of the next cut, so that a manager that was leader before us and has
@@ -344,28 +328,27 @@ class Conductor:
     async def _finish(
         self, live: LiveJob, state: JobState, reason: str, closed: Mapping[StageName, int]
     ) -> None:
-        round_ = live.round
-        doc: dict[str, Json] = {
-            "v": wire.VERSION,
-            "state": state.value,
-            "reason": reason,
-            "ended_s": self._ports.clock.now_s(),
-            "closed": {k: v for k, v in closed.items() if v},
-        }
-        key = naming.final(live.id, round_)
+        some = {name: tasks for name, tasks in closed.items() if tasks}
+        ending = Ending(state, reason, self._ports.clock.now_s(), some)
+        data = wire.to_bytes(wire.ending_to_json(ending))
+        key = naming.final(live.id, live.round)
         objects, patience = self._ports.objects, self._ports.patience
         try:
-            await patience(lambda: objects.put(key, wire.to_bytes(doc), if_absent=True))
+            await patience(lambda: objects.put(key, data, if_absent=True))
         except AlreadyExists:
-            doc = wire.loads(await patience(lambda: objects.get(key)))
+            ending = wire.ending_from_json(wire.loads(await patience(lambda: objects.get(key))))
+        await self._record(live, ending)
+
+    async def _record(self, live: LiveJob, ending: Ending) -> None:
+        """Let the ledger know of the job's end, and those who wait for it."""
         finish = partial(
             self._ports.ledger.finish,
             live.id,
-            JobState(doc["state"]),
-            round=round_,
-            reason=doc["reason"],
-            ended_s=doc["ended_s"],
-            closed=doc["closed"],
+            ending.state,
+            round=live.round,
+            reason=ending.reason,
+            ended_s=ending.ended_s,
+            closed=ending.closed,
         )
         await self._folder.write(live, finish)
         live.ended.set()
@@ -400,3 +383,11 @@ class Conductor:
             if len(outcomes) < len(outstanding):
                 return False
         return True
+
+
+def _never_cut(live: LiveJob) -> Mapping[StageName, int]:
+    """How many tasks of each stage have come to no end, once no bundle is outstanding."""
+    return {
+        name: (record.counts.planned or 0) - record.counts.terminal
+        for name, record in live.stages.items()
+    }

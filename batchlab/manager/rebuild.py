@@ -130,10 +130,9 @@ async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, found: _F
 
 async def _ending(ports: Ports, job: JobId, round_: int) -> Ending | None:
     try:
-        doc = await _doc(ports, naming.final(job, round_))
+        return wire.ending_from_json(await _doc(ports, naming.final(job, round_)))
     except NotFound:
         return None
-    return Ending(JobState(doc["state"]), doc["reason"], doc["ended_s"], doc["closed"])
 
 
 async def _control(ports: Ports, job: JobId) -> Control:

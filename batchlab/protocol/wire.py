@@ -28,7 +28,7 @@ from batchlab.model import (
     StageName,
     TaskSet,
 )
-from batchlab.ports import Cut, Reopening
+from batchlab.ports import Cut, Ending, Reopening
 
 VERSION = 1
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
@@ -384,3 +384,11 @@ def word_from_bytes(data: bytes) -> Word:
         doc.get("reason", ""),
         doc.get("round", 0),
     )
+
+
+def ending_to_json(e: Ending) -> dict[str, Json]:
+    return {"v": VERSION, **asdict(e)}
+
+
+def ending_from_json(doc: dict[str, Any]) -> Ending:
+    return Ending(JobState(doc["state"]), doc["reason"], doc["ended_s"], doc["closed"])
