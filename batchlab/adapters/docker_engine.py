@@ -263,25 +263,3 @@ def _filter(labels: Mapping[str, str | None]) -> list[str]:
     if not labels:
         raise UsageError("Nothing is swept without a label to go by.")
     return [name if value is None else f"{name}={value}" for name, value in labels.items()]
-
-
-def ensure_network(
-    engine: Engine, name: str, labels: Mapping[str, str], *, internal: bool = False
-) -> str:
-    """Make the bridge network `name`, unless it is there; returns the address that this machine
-    has on it. With `internal` nothing in it reaches further than that."""
-
-    def make(api: APIClient) -> str:
-        from docker.errors import APIError
-
-        # Docker's filter takes a part of the name for it.
-        if not any(n["Name"] == name for n in api.networks(names=[name])):
-            try:
-                api.create_network(name, driver="bridge", labels=dict(labels), internal=internal)
-            except APIError as error:
-                if error.status_code != 409:  # somebody has just made it
-                    raise
-        settings = api.inspect_network(name)["IPAM"]["Config"]
-        return str(settings[0]["Gateway"]).partition("/")[0]
-
-    return engine.do(f"The network {name}", make)

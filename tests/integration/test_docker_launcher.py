@@ -19,13 +19,13 @@ import pytest
 from docker.transport.unixconn import UnixHTTPConnection
 
 from batchlab.adapters.docker import SETTLED_S, ContainerLauncher, Template
-from batchlab.adapters.docker_engine import Engine, ensure_network, find, sweep
+from batchlab.adapters.docker_engine import Engine, find, sweep
 from batchlab.adapters.process import KEEP_ENDED_S
 from batchlab.adapters.state_file import StateFile
 from batchlab.errors import AlreadyExists, BackendError, Unreachable, UsageError
 from batchlab.fleet.group import ManagedFleet
 from batchlab.model import Machine, Market, Pool
-from tests.containers import DockerGrid, docker_grid, python, shell
+from tests.containers import DockerGrid, docker_grid, ensure_network, python, shell
 from tests.docker_proxy import Proxy
 from tests.fleet_rigs import (
     BROKEN,

@@ -14,11 +14,11 @@ import pytest
 
 from batchlab.adapters.clock import WallClock
 from batchlab.adapters.docker import ContainerLauncher, Template
-from batchlab.adapters.docker_engine import Engine, ensure_network
+from batchlab.adapters.docker_engine import Engine
 from batchlab.adapters.imds_server import MetadataServer
 from batchlab.adapters.imds_tree import Interruption, Signals
 from batchlab.model import Machine, Market, Pool
-from tests.containers import DockerGrid, docker_grid, python
+from tests.containers import DockerGrid, docker_grid, ensure_network, python
 
 DEADLINE_S = 60.0
 SPOT = Machine("t3.nano", "us-west-2b", Market.SPOT)

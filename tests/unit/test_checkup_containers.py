@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from batchlab import backends
+from batchlab.adapters import docker_engine
 from batchlab.adapters.compose import images, project
+from batchlab.adapters.docker_engine import Found
 from batchlab.cli import checkup_containers
 from batchlab.cli.checkup_containers import containers
 from batchlab.cli.findings import Finding, Level
@@ -24,7 +25,6 @@ WELL = {
     "image": "[]",
     "network": "",
     "ps": "",
-    "volume": "",
 }
 
 
@@ -35,9 +35,10 @@ def examined(
     broken: Mapping[str, str] = {},
     said: Mapping[str, str] = {},
     env: Mapping[str, str] = {},
+    left: Sequence[Found] = (),
 ) -> dict[str, Finding]:
     """The findings by what they are about, with Docker answering as told: `broken` commands fail
-    with what they say on stderr."""
+    with what they say on stderr, `left` is what carries a grid's label."""
 
     def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
         first = arguments[0]
@@ -47,6 +48,7 @@ def examined(
 
     monkeypatch.setattr(images, "docker", docker)
     monkeypatch.setattr(project, "docker", docker)
+    monkeypatch.setattr(docker_engine, "find", lambda *_: left)
     for name in ("BATCHLAB_LOCALSTACK_IMAGE", "LOCALSTACK_AUTH_TOKEN", "BATCHLAB_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
@@ -112,7 +114,7 @@ def test_an_image_that_is_not_here_and_a_full_disk_are_told(
 
 def test_what_was_left_behind_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     labels = {project.LABEL: "batchlab-1", project.HOME_LABEL: str(tmp_path / "gone")}
-    said = {"volume": json.dumps([{"Labels": labels}])}
-    one = examined(monkeypatch, tmp_path, said=said)["orphans"]
+    volume = Found("volume", "1", "postgres", labels)
+    one = examined(monkeypatch, tmp_path, left=[volume])["orphans"]
     assert one.level is Level.WARN
     assert "batchlab gc" in one.remedy

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from batchlab import package_data
+from batchlab.adapters import docker_engine
 from batchlab.adapters.compose import deployment
 from batchlab.adapters.compose.deployment import Deployment
 from batchlab.adapters.compose.images import docker
+from batchlab.adapters.docker_engine import Engine
 from batchlab.errors import BackendError, Unreachable
 from batchlab.home import Home
 
@@ -237,15 +239,8 @@ def sweep_instances(project: str, *, drain_s: float) -> None:
 
 def sweep(project: str) -> int:
     """Remove what carries the project's label: containers, networks, volumes; how many."""
-    ours = ("--filter", f"label={LABEL}={project}")
-    swept = checked("ps", "-aq", *ours).split()
-    if swept:
-        checked("rm", "--force", "--volumes", *swept)
-    for kind in ("network", "volume"):
-        for one in checked(kind, "ls", "-q", *ours).split():
-            checked(kind, "rm", one)
-            swept.append(one)
-    return len(swept)
+    with Engine() as engine:
+        return len(docker_engine.sweep(engine, {LABEL: project}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,17 +269,10 @@ def projects() -> list[Found]:
     """Every project of which something is there; Unreachable where Docker is away."""
     homes: dict[str, str] = {}
     parts: Counter[str] = Counter()
-    for listing, inspect in (
-        (("ps", "-aq"), ("inspect",)),
-        (("network", "ls", "-q"), ("network", "inspect")),
-        (("volume", "ls", "-q"), ("volume", "inspect")),
-    ):
-        ids = checked(*listing, "--filter", f"label={LABEL}").split()
-        if not ids:
-            continue
-        for one in json.loads(checked(*inspect, *ids)):
-            labels = one.get("Labels") or one.get("Config", {}).get("Labels") or {}
-            name = labels[LABEL]
-            parts[name] += 1
-            homes[name] = homes.get(name) or labels.get(HOME_LABEL, "")
+    with Engine() as engine:
+        found = docker_engine.find(engine, {LABEL: None})
+    for one in found:
+        name = one.labels[LABEL]
+        parts[name] += 1
+        homes[name] = homes.get(name) or one.labels.get(HOME_LABEL, "")
     return [Found(name, homes[name], count) for name, count in sorted(parts.items())]
