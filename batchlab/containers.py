@@ -23,7 +23,6 @@ from batchlab.home import Home, ManagerRecord, Place
 from batchlab.model import Pool
 from batchlab.protocol import naming
 
-STORAGE_PORT = 4566
 _TYPE = "m7i.large"
 """Of instances of a pool that names none."""
 _WORKER = ["worker", "--backend", deployment.NAME, "--home", "/tmp/batchlab"]  # noqa: S108 - its own
@@ -180,11 +179,13 @@ def _refuse_loopback(named: Place) -> None:
 
 
 def _storage_port() -> int:
-    given = os.environ.get("BATCHLAB_LOCALSTACK_PORT") or str(STORAGE_PORT)
+    from localstack_client.config import DEFAULT_EDGE_PORT
+
+    given = os.environ.get("BATCHLAB_LOCALSTACK_PORT") or str(DEFAULT_EDGE_PORT)
     if not given.isdecimal() or not 0 < int(given) < 65536:
         raise UsageError(
             f"BATCHLAB_LOCALSTACK_PORT is {given!r}, which is no port.",
-            remedy=f"Leave it out, for {STORAGE_PORT}.",
+            remedy=f"Leave it out, for {DEFAULT_EDGE_PORT}.",
         )
     return int(given)
 

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchlab import backends, containers
+from batchlab import backends
 from batchlab.adapters.compose import deployment
 from batchlab.backends import Backend
 from batchlab.errors import BackendError, Unreachable
@@ -259,6 +259,8 @@ def start_manager(
     if running := home.record():
         return running
     if backend.runs_in == "containers":
+        from batchlab import containers
+
         return containers.up(home, backend, pools, say)
     home.make()
     backend.provide(home, say)
@@ -297,6 +299,8 @@ def stop_manager(home: Home, *, wait_s: float = 30.0) -> bool:
     """End the manager that runs here, with its instances; False where none runs."""
     record = home.record()
     if deployment.read(home) and (record is None or record.backend == deployment.NAME):
+        from batchlab import containers
+
         return containers.down(home, backends.load(deployment.NAME))
     if record is None:
         return False

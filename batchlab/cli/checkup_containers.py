@@ -135,17 +135,16 @@ def _parts(home: Home) -> Iterator[Finding]:
             level = Level.OK if state == "healthy" else Level.FAIL
             remedy = "" if level is Level.OK else "`batchlab grid up` starts it again."
             yield Finding("service", level, f"{service} is {state}", remedy)
-        if "localstack" in states:
-            yield _localstack(at)
+        if "localstack" in states and (place := home.place(deployment.NAME)):
+            yield _localstack(place.url)
     for one in project.projects():
         if one.is_orphan:
             text = f"{one.project} has been left behind, with {one.parts} parts"
             yield Finding("orphans", Level.WARN, text, "`batchlab gc` removes it.")
 
 
-def _localstack(at: deployment.Deployment) -> Finding:
-    port = int(os.environ.get("BATCHLAB_LOCALSTACK_PORT") or 4566)
-    url = f"{at.storage_url(port)}/_localstack/health"
+def _localstack(storage: str) -> Finding:
+    url = f"{storage}/_localstack/health"
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own network
             version = str(json.load(answer).get("version", "unknown"))

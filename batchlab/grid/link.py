@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
-from batchlab import backends, containers, services
+from batchlab import backends, services
 from batchlab.backends import Backend
 from batchlab.client import Client
 from batchlab.errors import BackendError, NotFound, Refused, Unreachable, UsageError
@@ -100,6 +100,8 @@ class Link:
         return self.backend.runs_in == "containers" or _is_child(pid)
 
     def _check_python(self) -> None:
+        from batchlab import containers
+
         try:
             containers.check_python(self.home)
         except UsageError:

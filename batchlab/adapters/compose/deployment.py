@@ -75,11 +75,7 @@ class Deployment:
 
     def storage_url(self, port: int) -> str:
         """Of this grid's own LocalStack."""
-        # It reads AWS_ENDPOINT_URL, so it is asked for what it adds to a host only.
-        from localstack_client.config import parse_localstack_host
-
-        host, given = parse_localstack_host(f"{self.subnet}.10:{port}")
-        return f"http://{host}:{given}"
+        return f"http://{self.subnet}.10:{port}"
 
     def postgres_url(self, password: str) -> str:
         """Of the ledger; never to be shown."""
