@@ -18,14 +18,18 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
+
+# A script finds what is in its own folder, not what is in the one above.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measured import Part, Row, peak_mb, rss_mb, run
 
@@ -38,11 +42,8 @@ from batchlab.manager.collector import events_queue
 from batchlab.manager.live import ManagerSettings, Ports
 from batchlab.manager.manager import Manager
 from batchlab.model import (
-    Activity,
     Bundle,
     Completion,
-    GroupView,
-    Instance,
     JobId,
     JobState,
     Pool,
@@ -52,6 +53,7 @@ from batchlab.model import (
 from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, Cut, Ledger, Outgoing
 from batchlab.protocol import naming, wire
+from tests.no_fleet import NoFleet
 
 PER_SECOND = 10_000
 PER_SECOND_POSTGRES = 2_000
@@ -65,33 +67,6 @@ ROUNDS = 10
 STAGE = StageName("map")
 JOB = JobDef(JobId("bench-0123456789"), "bench", (StageDef(STAGE, handler="work:one"),), 0.0)
 POOL = Pool("default", 0, 2, 1)
-
-
-class NoFleet:
-    """No instance ever: bundles are sent, and somebody else answers."""
-
-    async def ensure(self, pool: Pool) -> None: ...
-
-    async def describe(self) -> Sequence[GroupView]:
-        return ()
-
-    async def set_desired(self, pool: str, desired: int, *, cause: str) -> None: ...
-
-    async def terminate(
-        self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str
-    ) -> None: ...
-
-    async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None: ...
-
-    async def ready(self, instance: str) -> None: ...
-
-    async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None: ...
-
-    async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
-        return ()
-
-    async def tick(self) -> Sequence[Instance]:
-        return ()
 
 
 def open_ports(folder: Path) -> Ports:

@@ -4,8 +4,7 @@ hand-set time.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +24,7 @@ from batchlab.fleet.faults import ValidationError
 from batchlab.fleet.sources import Template
 from batchlab.model import Instance, LifecycleState, Machine, Market, Pool
 from batchlab.ports import ANY_MACHINE
-from tests.fleet_rigs import CountedIds, ManualClock, TableLauncher
+from tests.fleet_rigs import CountedIds, ManualClock, TableLauncher, checked_in
 
 GROUP = "g"
 ZONES = ("us-east-1a", "us-east-1b", "us-east-1c")
@@ -162,14 +161,5 @@ def hook(name: str = "boot", transition: str = LAUNCHING, **facts: Any) -> Lifec
     return LifecycleHook(GROUP, name, transition, **facts)
 
 
-def in_aws(check: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
-    """Turn an async check of a World into a test."""
-
-    def test() -> None:
-        async def main() -> None:
-            await check(World())
-
-        asyncio.run(main())
-
-    test.__name__, test.__doc__ = check.__name__, check.__doc__
-    return test
+in_aws = checked_in(World)
+"""Turns an async check of a World into a test."""

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -26,6 +26,8 @@ from batchlab.ports import ANY_MACHINE, Clock, Fleet, Launcher
 from batchlab.sim.clocks import SimClock
 from batchlab.sim.loop import SimLoop
 from tests.containers import ABSENT_IMAGE, DockerGrid, docker_grid, shell
+
+W = TypeVar("W")
 
 STEADY = Pool("steady", max_size=4)
 """Drains at once when asked to."""
@@ -396,3 +398,21 @@ def everywhere(worlds: Mapping[str, Callable[[Any, Path], None]]) -> Callable[[A
 
 def names(instances: Sequence[Instance]) -> list[str]:
     return [instance.id for instance in instances]
+
+
+def checked_in(
+    make: Callable[[], W],
+) -> Callable[[Callable[[W], Awaitable[None]]], Callable[[], None]]:
+    """A decorator that turns an async check of what `make` gives into a test."""
+
+    def decorate(check: Callable[[W], Awaitable[None]]) -> Callable[[], None]:
+        def test() -> None:
+            async def main() -> None:
+                await check(make())
+
+            asyncio.run(main())
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return decorate

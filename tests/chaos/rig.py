@@ -12,13 +12,17 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from batchlab.adapters.compose import deployment
 from batchlab.asg.notices import give
 from tests.integration.local_grid import LocalGrid
+from tests.waiting import until
+
+wait_for = partial(until, within_s=240.0, pause_s=0.1)
+"""Docker is slow to answer."""
 
 WORK = """\
 import socket, time
@@ -67,12 +71,7 @@ class Teller:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as last:
             last.sendto(b"", self.address)
         self._thread.join()
@@ -224,19 +223,6 @@ class Sizes:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
-
-
-def wait_for(condition: Callable[[], bool], within_s: float = 240.0) -> None:
-    """Until it holds; fails after `within_s`."""
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.1)

@@ -6,7 +6,6 @@ tasks there are; 3,000 is the long form.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import random
 import time
@@ -19,7 +18,6 @@ import pytest
 
 from batchlab.errors import BackendError
 from batchlab.model import Pool
-from batchlab.protocol import naming
 from batchlab.views import JobView
 from tests.chaos.rig import Containers, Sizes, Teller, wait_for, write_job
 from tests.integration.containers_grid import need_containers
@@ -173,7 +171,7 @@ def acts(containers: Containers) -> list[tuple[str, Callable[[random.Random], No
         ("instance cut off", cut_off),
         ("instance starved of memory", lambda rng: containers.starve(one(rng))),
         ("Spot notice", notice),
-        ("queue purged", lambda _: purge(containers)),
+        ("queue purged", lambda _: containers.grid.purge()),
         ("LocalStack frozen", storage),
         ("PostgreSQL restarted", lambda _: containers.restart("postgres")),
         ("manager killed", lambda _: containers.kill(containers.service("manager"))),
@@ -220,20 +218,6 @@ def spot(containers: Containers) -> None:
     """Let the instances be Spot instances, which can be interrupted."""
     path = containers.grid.home.of("localstack") / "templates.toml"
     path.write_text(path.read_text().replace("slots =", 'market = "spot"\nslots ='))
-
-
-def purge(containers: Containers) -> None:
-    """Drop every message that waits for a worker."""
-
-    async def drop() -> None:
-        backend = containers.grid.backend
-        queue = backend.open_queue(containers.grid.home, backend.open_clock())
-        try:
-            await queue.purge(naming.tasks_queue("default"))
-        finally:
-            await queue.close()
-
-    asyncio.run(drop())
 
 
 def in_service(grid: LocalGrid) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from batchlab import Grid
+from tests.waiting import until
 
 
 @contextmanager
@@ -27,11 +27,3 @@ def in_service(grid: Grid) -> int:
 def newest(grid: Grid) -> str:
     """The job that was submitted last."""
     return grid.client.jobs(limit=1)[0]["id"]
-
-
-def until(holds: Callable[[], bool], within_s: float = 20.0) -> None:
-    """Wait until `holds`; fails after `within_s`."""
-    deadline_s = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline_s, "it has not come to be"
-        time.sleep(0.02)

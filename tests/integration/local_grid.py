@@ -17,6 +17,7 @@ from batchlab.client import Client
 from batchlab.home import Home
 from batchlab.model import Pool
 from batchlab.ports import Objects
+from batchlab.protocol import naming
 from batchlab.results import Listed
 from batchlab.spec.jobfile import load
 from batchlab.views import JobView
@@ -118,6 +119,18 @@ class LocalGrid:
         self.client.close()
         os.waitpid(record.pid, 0)
         self.client = self._start()
+
+    def purge(self) -> None:
+        """Drop every message that waits for a worker of the default pool, or is with one."""
+
+        async def drop() -> None:
+            queue = self.backend.open_queue(self.home, self.backend.open_clock())
+            try:
+                await queue.purge(naming.tasks_queue("default"))
+            finally:
+                await queue.close()
+
+        asyncio.run(drop())
 
     def workers(self) -> Mapping[str, int]:
         """Pids of the living worker processes by instance."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from batchlab.adapters.sqlite_queue import SqliteQueue
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.live import ManagerSettings, Ports
 from batchlab.manager.manager import Manager
-from batchlab.model import Activity, GroupView, Instance, JobId, Pool, StageName
+from batchlab.model import JobId, Pool, StageName
 from batchlab.patience import Patience
 from batchlab.ports import Ledger
 from batchlab.sim.runner import Play, Scene, ScriptedRunner
@@ -30,6 +30,7 @@ from batchlab.worker.beats import Identity
 from batchlab.worker.loop import Worker
 from batchlab.worker.settings import WorkerSettings
 from tests.contract.ledger_suite import ROOT
+from tests.no_fleet import NoFleet
 
 SQUARE, TOTAL = StageName("square"), StageName("total")
 ITEMS = list(range(400))
@@ -49,33 +50,6 @@ SETTINGS = ManagerSettings(
     lease_ttl_s=LEASE_S, tick_s=0.2, silence_s=6.0, visibility_s=3.0, wait_s=0.5
 )
 TASK_S = 0.05
-
-
-class NoFleet:
-    """No instance: the workers are there already."""
-
-    async def ensure(self, pool: Pool) -> None: ...
-
-    async def describe(self) -> Sequence[GroupView]:
-        return ()
-
-    async def set_desired(self, pool: str, desired: int, *, cause: str) -> None: ...
-
-    async def terminate(
-        self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str
-    ) -> None: ...
-
-    async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None: ...
-
-    async def ready(self, instance: str) -> None: ...
-
-    async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None: ...
-
-    async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
-        return ()
-
-    async def tick(self) -> Sequence[Instance]:
-        return ()
 
 
 def ports_in(folder: Path, ledger: Ledger) -> Ports:

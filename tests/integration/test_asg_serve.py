@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ import pytest
 from batchlab.adapters.aws import Endpoint
 from batchlab.adapters.pids import start_ticks
 from tests.integration.test_real_clients import client
+from tests.waiting import until
 from tests.wire_rigs import autoscaling, refused
 
 T = TypeVar("T")
@@ -98,14 +98,6 @@ def server(tmp_path: Path) -> Iterator[Server]:
             os.killpg(pid, signal.SIGKILL)
 
 
-def until(condition: Callable[[], T], seconds: float = 10.0) -> T:
-    deadline_s = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline_s, "never came about"
-        time.sleep(0.05)
-    return found
-
-
 def create(asg: Any, desired: int) -> None:
     asg.create_auto_scaling_group(
         AutoScalingGroupName=NAME,
@@ -150,13 +142,13 @@ def test_the_aws_cli_makes_processes_appear_and_vanish(server: Server) -> None:
     assert server.pids() == {}
 
     assert aws("set-desired-capacity", *named, "--desired-capacity", "3")[0] == 0
-    until(lambda: len(server.pids()) == 3)
+    until(lambda: len(server.pids()) == 3, 10.0)
     group = aws("describe-auto-scaling-groups")[1]["AutoScalingGroups"][0]
     assert sorted(i["InstanceId"] for i in group["Instances"]) == sorted(server.pids())
     assert group["Tags"][0]["Value"] == "blue"
     instance = group["Instances"][0]["InstanceId"]
     told = f"hello {instance} of {NAME}: {instance}, 3 slots\n"
-    assert until(lambda: server.log(instance)) == told
+    assert until(lambda: server.log(instance), 10.0) == told
 
     code, _, error = aws("set-desired-capacity", *named, "--desired-capacity", "5")
     assert code != 0
@@ -164,7 +156,7 @@ def test_the_aws_cli_makes_processes_appear_and_vanish(server: Server) -> None:
     assert "above max value 4" in error
 
     assert aws("set-desired-capacity", *named, "--desired-capacity", "0")[0] == 0
-    until(lambda: not server.pids())
+    until(lambda: not server.pids(), 10.0)
     assert server.log(instance) == told + "bye\n"
     activities = aws("describe-scaling-activities", *named, "--max-items", "2")[1]["Activities"]
     assert [one["Description"].partition(":")[0] for one in activities] == [
@@ -176,7 +168,7 @@ def test_a_server_that_is_killed_leaves_its_instances_to_the_next(server: Server
     server.start()
     asg = autoscaling(Endpoint(server.url))
     create(asg, 2)
-    until(lambda: len(in_service(asg)) == 2)
+    until(lambda: len(in_service(asg)) == 2, 10.0)
     before = server.pids()
     assert server.end(signal.SIGKILL) == -signal.SIGKILL
     assert server.pids() == before
@@ -184,7 +176,7 @@ def test_a_server_that_is_killed_leaves_its_instances_to_the_next(server: Server
     asg = autoscaling(Endpoint(server.url))
     assert sorted(in_service(asg)) == sorted(before)
     asg.set_desired_capacity(AutoScalingGroupName=NAME, DesiredCapacity=3)
-    until(lambda: len(server.pids()) == 3)
+    until(lambda: len(server.pids()) == 3, 10.0)
     assert before.items() <= server.pids().items()
 
 
@@ -192,7 +184,7 @@ def test_instances_end_with_the_server(server: Server) -> None:
     server.start()
     asg = autoscaling(Endpoint(server.url))
     create(asg, 2)
-    until(lambda: all(server.log(name) for name in server.pids()) and len(server.pids()) == 2)
+    until(lambda: all(server.log(name) for name in server.pids()) and len(server.pids()) == 2, 10.0)
     instances = list(server.pids())
     assert server.end(signal.SIGTERM) == 0
     assert server.pids() == {}

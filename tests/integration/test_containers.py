@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from batchlab.adapters.compose.project import checked
 from batchlab.home import Home
 from tests.integration.containers_grid import need_containers
 from tests.integration.test_same_results import batchlab
+from tests.waiting import until
 
 OURS = ("asg", "manager")
 
@@ -25,13 +24,6 @@ def inspected(*filters: str) -> list[dict[str, Any]]:
     ids = checked("ps", "-aq", *filters).split()
     found: list[dict[str, Any]] = json.loads(checked("inspect", *ids)) if ids else []
     return found
-
-
-def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.3)
 
 
 def test_a_grid_comes_works_with_the_aws_cli_and_leaves_nothing(tmp_path: Path) -> None:
@@ -114,12 +106,12 @@ def desired_capacity_makes_containers(at: deployment.Deployment) -> None:
         *("set-desired-capacity", "--auto-scaling-group-name", group),
         *("--desired-capacity", "2"),
     )
-    until(lambda: len(containers()) == 2)
+    until(lambda: len(containers()) == 2, 60.0, pause_s=0.3)
     described = json.loads(aws("describe-auto-scaling-groups", "--auto-scaling-group-names", group))
     (found,) = described["AutoScalingGroups"]
     assert [one["InstanceType"] for one in found["Instances"]] == ["m7i.large"] * 2
     aws("delete-auto-scaling-group", "--auto-scaling-group-name", group, "--force-delete")
-    until(lambda: not containers())
+    until(lambda: not containers(), 60.0, pause_s=0.3)
 
 
 def test_what_a_grid_left_behind_is_swept(tmp_path: Path) -> None:

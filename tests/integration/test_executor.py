@@ -20,7 +20,8 @@ from batchlab import File, Grid
 from batchlab.errors import UsageError
 from batchlab.grid.executor import GridExecutor
 from tests.integration.executor_rig import Counting, Gate, capture
-from tests.integration.grid_rig import newest, until, warm_grid
+from tests.integration.grid_rig import newest, warm_grid
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")

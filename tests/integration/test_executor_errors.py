@@ -23,7 +23,8 @@ from batchlab.errors import TaskFailed, UsageError
 from batchlab.grid.calls import RemoteTraceback, WorkerDied
 from batchlab.grid.executor import GridExecutor
 from tests.integration.executor_rig import Gate, HeldUp, capture
-from tests.integration.grid_rig import newest, until, warm_grid
+from tests.integration.grid_rig import newest, warm_grid
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ import pytest
 from batchlab import Grid
 from batchlab.errors import UsageError
 from batchlab.grid.joblib import NAME
-from tests.integration.grid_rig import newest, until, warm_grid
+from tests.integration.grid_rig import newest, warm_grid
+from tests.waiting import until
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "executor"
 SHOWN = dict(

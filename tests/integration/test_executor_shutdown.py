@@ -22,9 +22,10 @@ from batchlab.home import Home
 from batchlab.model import Pool
 from tests.integration.conftest import Bring
 from tests.integration.executor_rig import HeldUp
-from tests.integration.grid_rig import newest, until, warm_grid
+from tests.integration.grid_rig import newest, warm_grid
 from tests.integration.local_grid import processes_of
 from tests.integration.test_grid_lifecycle import ended, output, start
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ import pytest
 from batchlab import Grid
 from batchlab.errors import UsageError
 from batchlab.home import Home
-from tests.integration.grid_rig import until
 from tests.integration.local_grid import processes_of
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")

@@ -28,11 +28,13 @@ from batchlab.protocol.settle import LOSS_LIMIT
 from batchlab.views import JobView
 from tests.integration.conftest import Bring
 from tests.integration.local_grid import LocalGrid, outcomes
+from tests.waiting import until
 
 FOUR = (Pool("default", 0, 4, 2),)
 TASKS = 2000
 DISK_BYTES = 96 * 1024 * 1024
 FULL_S = 4.0
+WAIT_S = 240.0
 
 WORK = """\
 import os, time
@@ -172,10 +174,10 @@ def do_harm(trial: Trial, harm: Sequence[tuple[str, Callable[[], object]]], task
     killer.start()
     try:
         for number, (name, act) in enumerate(harm, 1):
-            wait_for(partial(has_begun, trial, number * tasks // (len(harm) + 1)))
+            until(partial(has_begun, trial, number * tasks // (len(harm) + 1)), WAIT_S)
             act()
             trial.done[name] += 1
-        wait_for(partial(has_begun, trial, tasks))
+        until(partial(has_begun, trial, tasks), WAIT_S)
     finally:
         stop.set()
         killer.join()
@@ -195,7 +197,7 @@ def test_two_thousand_tasks_survive_kills_a_purge_and_a_full_disk(
     trial.submit(tmp_path / "job", TASKS, seconds=0.05)
     harm: list[tuple[str, Callable[[], object]]] = [
         ("managers killed", grid.kill_manager),
-        ("queues purged", lambda: purge(grid)),
+        ("queues purged", grid.purge),
         ("managers killed", grid.kill_manager),
         ("disks filled", lambda: fill(small_disk)),
         ("managers killed", grid.kill_manager),
@@ -209,25 +211,5 @@ def test_two_thousand_tasks_survive_kills_a_purge_and_a_full_disk(
     assert again > 0, "kills in the middle of bundles must have cost some runs"
 
 
-def purge(grid: LocalGrid) -> None:
-    """Drop every message that waits for a worker, and those that workers hold."""
-
-    async def drop() -> None:
-        queue = grid.backend.open_queue(grid.home, grid.backend.open_clock())
-        try:
-            await queue.purge(naming.tasks_queue("default"))
-        finally:
-            await queue.close()
-
-    asyncio.run(drop())
-
-
 def has_begun(trial: Trial, tasks: int) -> bool:
     return trial.begun() >= tasks
-
-
-def wait_for(condition: Callable[[], bool], within_s: float = 240.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)

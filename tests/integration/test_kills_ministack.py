@@ -14,7 +14,7 @@ import pytest
 
 from tests.emulators import ministack_python
 from tests.integration.conftest import Bring
-from tests.integration.test_kills import FOUR, Trial, check, do_harm, purge, report
+from tests.integration.test_kills import FOUR, Trial, check, do_harm, report
 
 TASKS = 300
 
@@ -30,7 +30,7 @@ def test_three_hundred_tasks_survive_kills_a_purge_and_the_end_of_the_emulator(
     place, first = grid.home.place("ministack"), grid.emulator()
     harm: list[tuple[str, Callable[[], object]]] = [
         ("managers killed", grid.kill_manager),
-        ("queues purged", lambda: purge(grid)),
+        ("queues purged", grid.purge),
         ("emulators killed", lambda: os.kill(grid.emulator(), signal.SIGKILL)),
         ("managers killed", grid.kill_manager),
     ]

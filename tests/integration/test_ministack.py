@@ -6,8 +6,6 @@ import asyncio
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +35,7 @@ from tests.integration.test_rough_treatment import (
     contents,
     under_way,
 )
+from tests.waiting import until
 
 # The same jobs and the same checks as on `local`: `bring_up` below makes the difference.
 __all__ = [
@@ -118,7 +117,7 @@ def test_a_killed_emulator_has_every_object_that_it_acknowledged(
         putting.start()
         try:
             for kills in range(1, 4):
-                until(partial(enough, 100 * kills))
+                until(partial(enough, 100 * kills), 30.0)
                 emulator.kill()
                 emulator.start()
         finally:
@@ -140,7 +139,7 @@ def test_an_object_that_cannot_be_written_is_not_acknowledged(python: Path, tmp_
 
     async def put_while_it_cannot(emulator: Emulator, in_the_way: Path) -> None:
         putting = asyncio.create_task(put(emulator, b"second"))
-        await asyncio.to_thread(until, lambda: not emulator.is_running())
+        await asyncio.to_thread(until, lambda: not emulator.is_running(), 30.0)
         assert "ends without an answer" in emulator.log.read_text()
         assert not putting.done()
         in_the_way.rmdir()
@@ -204,7 +203,7 @@ def test_an_emulator_without_an_owner_ends_by_itself(python: Path, tmp_path: Pat
     try:
         assert emulator._owner_lock is not None
         emulator._owner_lock.close()  # as the kernel does for an owner that dies
-        until(lambda: not emulator.is_running())
+        until(lambda: not emulator.is_running(), 30.0)
     finally:
         emulator.stop()
     assert not Path(f"/proc/{pid}").exists()
@@ -285,12 +284,5 @@ def test_a_grid_of_the_python_api(tmp_path: Path) -> None:
         assert list(grid.map(lambda x: x * x, range(5))) == [0, 1, 4, 9, 16]
         with pytest.raises(UsageError, match="runs on backend ministack"):
             Grid("local", home=tmp_path)
-    until(lambda: not processes_of(tmp_path))
+    until(lambda: not processes_of(tmp_path), 30.0)
     assert Home(tmp_path).place("ministack") is not None
-
-
-def until(holds: Callable[[], bool], within_s: float = 30.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline_s, "it has not come to be"
-        time.sleep(0.02)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -23,6 +22,7 @@ from tests.fleet_rigs import (
     CountedIds,
     ManualClock,
     TableLauncher,
+    checked_in,
     counted,
     in_service,
     names,
@@ -87,15 +87,7 @@ class World:
         return [a.cause for a in await self.fleet.activities(limit=1_000)]
 
 
-def in_a_world(check: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
-    def test() -> None:
-        async def main() -> None:
-            await check(World())
-
-        asyncio.run(main())
-
-    test.__name__, test.__doc__ = check.__name__, check.__doc__
-    return test
+in_a_world = checked_in(World)
 
 
 # --- States ---------------------------------------------------------------------------------------
