@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import shutil
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +113,17 @@ class Inputs:
         return list(items.items())
 
     async def _one(self, task: int, item: Json) -> tuple[int, Json | Failure]:
+        folder = self._folder / str(task) / "in"
         try:
-            return task, await self._local(item, self._folder / str(task) / "in", _DEEPEST)
+            return task, await self._local(item, folder, _DEEPEST)
         except NotFound as error:
             return task, _failure(task, f"Its input is gone: {error}", error)
         except (BackendError, OSError) as error:
             reason = no_room(error)
             if reason is None:
                 raise
+            # At once: the next bundle begins before this one's folder is cleaned.
+            await self._off_loop(partial(shutil.rmtree, ignore_errors=True), folder)
             return task, _failure(task, f"Its input does not fit on the worker: {reason}", error)
         except ValueError as error:
             return task, _failure(task, f"Its input cannot be read: {error}", error)
