@@ -13,22 +13,29 @@ import secrets
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from batchlab import package_data
+from batchlab.adapters.awsgrid import deployment as stacks
+from batchlab.adapters.awsgrid.deployment import AwsDeployment
 from batchlab.adapters.compose import deployment
 from batchlab.adapters.compose.deployment import Deployment
+from batchlab.costs.requests import Pace
 from batchlab.errors import Unreachable, UsageError
 from batchlab.home import Home, Place
 from batchlab.manager.live import ManagerSettings
 from batchlab.model import Pool
 from batchlab.patience import Patience
 from batchlab.ports import Clock, Ids, Ledger, Objects
+from batchlab.scenario.model import Calibration
+from batchlab.tally import Tally
 from batchlab.worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from batchlab.adapters.docker import ContainerLauncher
+    from batchlab.adapters.ec2_drain import DrainHook
+    from batchlab.adapters.imds import Imds
     from batchlab.adapters.imds_tree import Signals
     from batchlab.adapters.ministack import Emulator
     from batchlab.adapters.process import ProcessLauncher
@@ -75,13 +82,34 @@ class Backend:
     endpoint: str | None = None
     """What the user has named: a URL, perhaps with a bucket as its path."""
     runs_in: str = "processes"
-    """What manager and workers are: "processes" of this machine, or "containers"."""
+    """What manager and workers are: "processes" of this machine, "containers", or instances that a
+    stack on "aws" has made."""
     image: Image = Image()
+    usual: Calibration = field(default_factory=lambda: Calibration(""))
+    """What a forecast takes of it where nothing was calibrated."""
+
+    @property
+    def is_one_machine(self) -> bool:
+        """Whether its instances are processes of this machine: they are in no market and in no
+        zone, they share a disk, and nobody starts a manager again but whoever wants one."""
+        return self.fleet == "process"
+
+    @property
+    def keeps_home(self) -> bool:
+        """Whether a manager finds the home of the one before it, and in that whose lease need not
+        run out. The next one of a stack is on another instance."""
+        return self.fleet != "simulated" and not self.is_deployed
 
     @property
     def keeps_files(self) -> bool:
         """Whether the bucket is a folder in the home, to be read without anybody's help."""
         return self.objects == "files"
+
+    @property
+    def pace(self) -> Pace:
+        """How often its workers ask, by which requests are derived where none are counted."""
+        manager, worker = self.manager, self.worker
+        return Pace(worker.control_lease_s, worker.visibility_s, worker.beat_s, manager.tick_s)
 
     def open_clock(self) -> Clock:
         from batchlab.adapters.clock import WallClock
@@ -93,8 +121,8 @@ class Backend:
 
         return RandomIds()
 
-    def open_objects(self, home: Home) -> Objects:
-        """The bucket; Unreachable where the grid must have been up first to know of it."""
+    def open_objects(self, home: Home, tally: Tally | None = None) -> Objects:
+        """The bucket, asked as `tally` counts; Unreachable where no grid has been up yet."""
         if self.keeps_files:
             from batchlab.adapters.objects import open_local
 
@@ -104,11 +132,16 @@ class Backend:
         from batchlab.adapters.aws import Endpoint
         from batchlab.adapters.objects import open_s3
 
+        if self.is_deployed:
+            at = self.stack(home)
+            return open_s3(Endpoint(region=at.region), at.bucket, tally)
         place = self.place(home)
-        return open_s3(Endpoint(place.url), place.bucket)
+        return open_s3(Endpoint(place.url), place.bucket, tally)
 
-    def open_queue(self, home: Home, clock: Clock) -> SqliteQueue | RungQueue | SqsQueue:
-        """The queues; Unreachable as `open_objects`."""
+    def open_queue(
+        self, home: Home, clock: Clock, tally: Tally | None = None
+    ) -> SqliteQueue | RungQueue | SqsQueue:
+        """The queues; as `open_objects`."""
         if self.queue == "sqlite":
             from batchlab.adapters.sqlite_queue import SqliteQueue
 
@@ -119,8 +152,11 @@ class Backend:
         from batchlab.adapters.rung import RungQueue
         from batchlab.adapters.sqs import SqsQueue
 
+        if self.is_deployed:
+            at = self.stack(home)
+            return SqsQueue(Endpoint(region=at.region), prefix=at.prefix, makes=False, tally=tally)
         place = self.place(home)
-        queue = SqsQueue(Endpoint(place.url), prefix=f"{place.bucket}-")
+        queue = SqsQueue(Endpoint(place.url), prefix=f"{place.bucket}-", tally=tally)
         if self.fleet != "process":
             return queue
         # Its instances are processes of this machine, as are those who submit.
@@ -132,6 +168,11 @@ class Backend:
 
             at = self.deployment(home)
             return open_postgres(at.postgres_url(deployment.password_file(home).read_text()))
+        if self.is_deployed:
+            from batchlab.adapters.awsgrid.ledger import open_ledger
+
+            stacks.folder(home).mkdir(parents=True, exist_ok=True)
+            return open_ledger(self.stack(home), stacks.folder(home) / home.ledger_file.name)
         _only("ledger", self.ledger, "sqlite")
         from batchlab.adapters.sql import open_sqlite
 
@@ -163,6 +204,10 @@ class Backend:
             from batchlab.adapters.ec2_fleet import Ec2Fleet
             from batchlab.adapters.ec2_form import GroupForm
 
+            if self.is_deployed:
+                stack = self.stack(home)
+                there = Endpoint(region=stack.region)
+                return Ec2Fleet(there, clock, None, prefix=stack.groups_prefix)
             at = self.deployment(home)
             form = GroupForm(deployment.TEMPLATE, zones=deployment.ZONES)
             return Ec2Fleet(Endpoint(at.autoscaling_url), clock, form, prefix=f"{at.project}-")
@@ -177,6 +222,17 @@ class Backend:
             drain_s=self.worker.drain_s + 5.0,
         )
 
+    def open_drain_hook(self, home: Home, pool: str, imds: Imds) -> DrainHook | None:
+        """The hook that a worker's instance waits in, for the worker to complete; None where the
+        end of the worker ends its instance."""
+        if not self.is_deployed:
+            return None
+        from batchlab.adapters.aws import Endpoint
+        from batchlab.adapters.ec2_drain import DrainHook
+
+        at = self.stack(home)
+        return DrainHook(Endpoint(region=at.region), f"{at.groups_prefix}{pool}", imds)
+
     def deployment(self, home: Home) -> Deployment:
         """Where the containers are; Unreachable where there are none."""
         if at := deployment.read(home):
@@ -185,6 +241,58 @@ class Backend:
             f"No grid on {self.name} is up in {home.path}.",
             remedy=f"Start one with `batchlab grid up --backend {self.name}`.",
         )
+
+    def check_python(self, home: Home) -> None:
+        """UsageError unless the instances run on this process's Python: functions travel as
+        bytecode, which no other version understands."""
+        there, remedy = "", ""
+        if self.runs_in == "containers":
+            at = deployment.read(home)
+            there = at.python if at else ""
+            remedy = (
+                "Name an image with Python {here} by BATCHLAB_BASE_IMAGE before the grid comes up"
+            )
+        elif self.is_deployed:
+            there = self.stack(home).python
+            remedy = "Deploy a release for Python {here} with `batchlab deploy apply`"
+        here = f"{sys.version_info.major}.{sys.version_info.minor}"
+        if there and there != here:
+            raise UsageError(
+                f"The grid's instances run on Python {there}, and this is Python {here}: functions "
+                "cannot be sent to them.",
+                remedy=f"{remedy.format(here=here)}, or describe the job in a file.",
+            )
+
+    # --- The stack on AWS ------------------------------------------------------------------------
+
+    @property
+    def is_deployed(self) -> bool:
+        """Whether a stack on AWS is the grid: it makes queues and groups, and runs the manager."""
+        return self.runs_in == "aws"
+
+    def stack(self, home: Home) -> AwsDeployment:
+        """Where the stack's parts are; Unreachable where none is known in this home."""
+        if at := stacks.read(home):
+            return at
+        raise Unreachable(
+            f"No stack is known in {home.path}.",
+            remedy="`batchlab deploy apply` makes one, `batchlab deploy status --stack NAME` finds "
+            "one that is there.",
+        )
+
+    def pools_in(self, home: Home) -> tuple[Pool, ...]:
+        """The pools of the grid: the stack's, where one is the grid."""
+        return self.stack(home).pools if self.is_deployed else self.pools
+
+    def api_token(self, home: Home) -> str:
+        """The API's bearer token. That of a stack is in Secrets Manager; it is kept in the home,
+        for whoever talks to the manager from there."""
+        if self.is_deployed:
+            from batchlab.adapters.awsgrid.access import secret_text
+
+            at = self.stack(home)
+            home.keep_token(secret_text(at.region, at.token_secret))
+        return home.token()
 
     # --- The endpoint ----------------------------------------------------------------------------
 
@@ -213,16 +321,21 @@ class Backend:
             provide(say)
 
     def named_place(self, home: Home) -> Place | None:
-        """The endpoint that the user has named, now or when this home was first used; None where
-        there is none. UsageError where it differs from where the bucket is."""
+        """The endpoint that the user has named, now or when this home was first used, or a front
+        before one; None where there is none. UsageError where it differs from where the bucket
+        is."""
         known = home.place(self.name)
         named = _place(self.endpoint) if self.endpoint else None
+        if known and known.behind and not (named and named.url == known.url):
+            known = known.unfronted  # its front went with a replay that was killed
         if named is None:
             return known if known and known.named else None
         bucket = named.bucket or (known.bucket if known else fresh_bucket())
         wanted = replace(named, bucket=bucket)
-        if known is None or known == wanted:
+        if known is None:
             return wanted
+        if wanted == replace(known, named=known.named or bool(known.behind), behind=""):
+            return known
         where = f"at {known.url}/{known.bucket}" if known.named else "in an emulator of its own"
         raise UsageError(
             f"The grid in {home.path} has its bucket {where}, not at {wanted.url}/{wanted.bucket}.",
@@ -277,10 +390,12 @@ def load(name: str, endpoint: str | None = None) -> Backend:
         )
     doc = tomllib.loads(path.read_text())
     emulator = doc.get("emulator")
-    takes_endpoint = doc["objects"] == "s3"
+    takes_endpoint = doc["objects"] == "s3" and doc.get("runs_in") != "aws"
     if endpoint and not takes_endpoint:
         raise UsageError(
-            f"The backend {name} has no use for an endpoint.", remedy="Leave out --endpoint."
+            f"The backend {name} has no use for an endpoint.",
+            remedy="Leave out --endpoint."
+            + (" What stands in AWS's place AWS_ENDPOINT_URL names." if name == "aws" else ""),
         )
     if takes_endpoint and (endpoint := endpoint or os.environ.get(VARIABLE)):
         _place(endpoint)
@@ -298,6 +413,7 @@ def load(name: str, endpoint: str | None = None) -> Backend:
         endpoint or None,
         doc.get("runs_in", "processes"),
         Image(**{kind: tuple(names) for kind, names in doc.get("image", {}).items()}),
+        _usual(name, doc.get("usual", {})),
     )
 
 
@@ -305,6 +421,13 @@ def client_environment(backend: Backend, home: Home) -> dict[str, str]:
     """What lets any client of S3 and SQS find the grid's bucket and queues; nothing on files."""
     if backend.keeps_files:
         return {}
+    if backend.is_deployed:  # with the caller's own credentials
+        stack = backend.stack(home)
+        return {
+            "AWS_DEFAULT_REGION": stack.region,
+            "BATCHLAB_BUCKET": stack.bucket,
+            "BATCHLAB_QUEUES": stack.prefix,
+        }
     from batchlab.adapters.aws import Endpoint
 
     place = backend.place(home)
@@ -326,8 +449,25 @@ def with_pools(backend: Backend, pools: Sequence[Pool]) -> Backend:
 
 def _pool(doc: dict[str, Any]) -> Pool:
     if doc.get("max_size") == "cpus":
-        doc = {**doc, "max_size": max(2, os.cpu_count() or 1)}
+        doc = {**doc, "max_size": max(2, _cores())}
     return Pool(**doc)
+
+
+def _usual(name: str, doc: dict[str, Any]) -> Calibration:
+    if "call_s" in doc:
+        least_s, most_s = doc["call_s"]
+        doc = {**doc, "call_s": (least_s, most_s)}
+    if doc.get("cores") == "cpus":
+        doc = {**doc, "cores": _cores()}
+    return Calibration(name, **doc)
+
+
+def _cores() -> int:
+    """How many this process may run on, where the system says that: in a container, or under
+    taskset, not all of the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _place(endpoint: str) -> Place:
@@ -376,6 +516,7 @@ def open_asg_launcher(
             version.network,
             type=version.type,
             user=version.user,
+            system=version.system,
         )
 
     return ContainerLauncher(

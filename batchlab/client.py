@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from batchlab.jobdef import JobDef
     from batchlab.model import Json
+    from batchlab.usage import JobUseView, UseView
     from batchlab.views import (
         ActivityView,
         FailureView,
@@ -223,6 +224,26 @@ class Client:
     def drain(self, pool: str | None = None) -> GridView:
         """Take one pool, or all, to no instances, and hold it there."""
         return cast("GridView", self._call("POST", "/v1/grid/drain", body={"pool": pool}))
+
+    # --- What it uses ----------------------------------------------------------------------------
+
+    def use(self) -> UseView:
+        """What the grid has used, and what is billed now."""
+        return cast("UseView", self._call("GET", "/v1/use"))
+
+    def cap_grid(self, max_cost_usd: float | None) -> UseView:
+        """Cap what the grid costs, in USD since its account was opened; None takes the cap away."""
+        body = {"max_cost_usd": max_cost_usd}
+        return cast("UseView", self._call("POST", "/v1/use/cap", body=body))
+
+    def job_use(self, job: str) -> JobUseView:
+        """What a job has used."""
+        return cast("JobUseView", self._call("GET", _of(job, "/use")))
+
+    def cap_job(self, job: str, max_cost_usd: float | None) -> JobUseView:
+        """Cap what a job costs, in USD; None takes the cap away."""
+        body = {"max_cost_usd": max_cost_usd}
+        return cast("JobUseView", self._call("POST", _of(job, "/cap"), body=body))
 
     # --- One request -----------------------------------------------------------------------------
 

@@ -92,6 +92,8 @@ def follow_ups(
 ) -> list[Addressed]:
     """The messages that `outcome` calls for. `items` are the bundle's own inputs by task, where
     they are at hand, so that retries and splits need not fetch them again."""
+    if not outcome.follows:
+        return []
     values = dict(zip(outcome.succeeded, outcome.values, strict=True))
 
     def inputs(follow: Follow) -> Sequence[Json] | None:

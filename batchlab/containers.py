@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -73,20 +72,6 @@ def _up(
             remedy=f"`batchlab grid up --backend {backend.name}` starts it again.",
         )
     return record
-
-
-def check_python(home: Home) -> None:
-    """UsageError unless the instances run on this process's Python: functions travel as bytecode,
-    which no other version understands."""
-    at = deployment.read(home)
-    here = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if at and at.python != here:
-        raise UsageError(
-            f"The grid's instances run on Python {at.python}, and this is Python {here}: functions "
-            "cannot be sent to them.",
-            remedy=f"Name an image with Python {here} by BATCHLAB_BASE_IMAGE before the grid comes "
-            "up, or describe the job in a file.",
-        )
 
 
 def down(home: Home, backend: Backend) -> bool:

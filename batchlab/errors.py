@@ -1,7 +1,7 @@
 """Every error batchlab raises on purpose; an adapter translates at its edge and chains the cause.
 
 BatchlabError
-├── UsageError              exit 2: the command or the job file is wrong
+├── UsageError              exit 2: the command, the job file or the scenario is wrong
 │   ├── JobFileError        names file, line and remedy
 │   └── NotAValue           protocol.values: a value that cannot travel
 ├── BackendError            exit 3: a port could not do its work
@@ -40,7 +40,7 @@ class UsageError(BatchlabError):
 
 
 class JobFileError(UsageError):
-    """The job file is wrong: `file` and `line` say where, `remedy` what to write instead."""
+    """A job file or scenario is wrong: `file` and `line` say where, `remedy` what to write."""
 
     def __init__(
         self, message: str, *, file: str = "", line: int | None = None, remedy: str = ""

@@ -34,9 +34,11 @@ Key = tuple[StageName, BundleId]
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known. `groups`, `held` (capacity set by hand) and `activities` (newest first) are
-    by pool, `workers` by instance; `live` is None where the manager does not conduct the job;
-    `trouble` says why the manager's last tick was skipped."""
+    """What is known. `groups`, `held` (capacity set by hand), `activities` (newest first),
+    `capped` (why a cap on cost lets nothing more be launched) and `stopped` (why nothing more is
+    launched that would not come up) are by pool, `workers` by instance;
+    `live` is None where the manager does not conduct the job; `trouble` says why the manager's last
+    tick was skipped."""
 
     record: JobRecord
     stages: Sequence[StageRecord]
@@ -49,6 +51,8 @@ class Facts:
     workers: Mapping[str, Seen] = field(default_factory=dict)
     held: Mapping[str, int] = field(default_factory=dict)
     activities: Mapping[str, Sequence[Activity]] = field(default_factory=dict)
+    capped: Mapping[str, str] = field(default_factory=dict)
+    stopped: Mapping[str, str] = field(default_factory=dict)
     trouble: str = ""
 
     @cached_property
@@ -116,7 +120,7 @@ class Facts:
             if live.id == self.record.job.id or not runs or live.record.state is JobState.SCHEDULED:
                 continue
             stages = [s.name for s in live.job.stages if s.pool == pool]
-            if live.left(pool) or any(live.outstanding.get(name) for name in stages):
+            if live.is_left(pool) or any(live.outstanding.get(name) for name in stages):
                 yield live
 
 
@@ -140,5 +144,7 @@ async def gather(manager: Manager, job: JobId) -> Facts:
         workers=manager.registry.workers,
         held=manager.autoscaler.held,
         activities=activities,
+        capped=manager.spending.capped if manager.spending else {},
+        stopped=manager.autoscaler.boots.stopped(),
         trouble=manager.trouble,
     )

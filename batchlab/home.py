@@ -7,8 +7,11 @@ Invariant: everything in it survives SIGKILL and can be looked at with `ls`.
     manager.json    the running manager  manager.lock    held while it runs
     token           the API's bearer token (0600)
     scratch/        the workers' unpacked code and task folders
+    settings.toml   what the manager is told in place of what its backend says; optional
+    records/        what replays of scenarios have measured
     ministack/      that backend's endpoint.json, ledger.sqlite, and its emulator's own state
     localstack/     that backend's endpoint.json, where its containers are, and what they have said
+    aws/            where the parts of a stack on AWS are, for who works with one from here
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import IO, Any
@@ -47,11 +50,18 @@ class ManagerRecord:
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a grid's bucket and queues are: at the endpoint `url`, in `bucket`. `named` by the
-    user, or else in an emulator of the grid's own."""
+    user, or else in an emulator of the grid's own. While a replay's front stands at `url`, the
+    endpoint itself is `behind` that."""
 
     url: str
     bucket: str
     named: bool
+    behind: str = ""
+
+    @property
+    def unfronted(self) -> Place:
+        """The same without a front."""
+        return Place(self.behind or self.url, self.bucket, self.named)
 
 
 class Home:
@@ -79,6 +89,14 @@ class Home:
     @property
     def scratch(self) -> Path:
         return self.path / "scratch"
+
+    @property
+    def settings_file(self) -> Path:
+        return self.path / "settings.toml"
+
+    @property
+    def records(self) -> Path:
+        return self.path / "records"
 
     @property
     def manager_log(self) -> Path:
@@ -141,6 +159,15 @@ class Home:
                 f"The grid's token {path} is empty.", remedy="Delete it while the grid is down."
             )
         return found
+
+    def keep_token(self, token: str) -> None:
+        """Have this token from now on, which somebody else has made."""
+        self.make()
+        path = self.path / "token"
+        if path.exists() and path.read_text() == token:
+            return
+        staged = _private(path, token)
+        staged.replace(path)
 
     def record(self) -> ManagerRecord | None:
         """The manager that runs here; None where there is none (its lock is free), and while one
@@ -217,15 +244,21 @@ def _check(folder: Path) -> None:
 def _make_token(path: Path) -> None:
     """Never readable by others, not even for a moment; whole or not at all; and two processes
     agree on one token."""
-    staged = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_urlsafe(32))
+    staged = _private(path, secrets.token_urlsafe(32))
     try:
         with suppress(FileExistsError):  # another process was faster, and its token counts
             path.hardlink_to(staged)
     finally:
         staged.unlink()
+
+
+def _private(path: Path, text: str) -> Path:
+    """A file beside `path` with the text, which nobody else can read at any moment."""
+    staged = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+    return staged
 
 
 def _read(path: Path, kind: type[ManagerRecord | Place]) -> dict[str, Any] | None:
@@ -236,7 +269,8 @@ def _read(path: Path, kind: type[ManagerRecord | Place]) -> dict[str, Any] | Non
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     names = {field.name for field in fields_of(kind)}
-    return found if isinstance(found, dict) and set(found) == names else None
+    needed = {field.name for field in fields_of(kind) if field.default is MISSING}
+    return found if isinstance(found, dict) and needed <= found.keys() <= names else None
 
 
 def _write(path: Path, fields: ManagerRecord | Place) -> None:

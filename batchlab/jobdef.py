@@ -114,6 +114,8 @@ class JobDef:
     token: str = ""
     """Client token: a second submission with it is the same job."""
     start_at_s: float | None = None
+    max_cost_usd: float | None = None
+    """Beyond this nothing is launched for it any more (see manager.spending)."""
 
     def stage(self, name: str) -> StageDef:
         """The stage of that name; KeyError where there is none."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from batchlab.errors import UsageError
+
+FOLDERS = ("backends", "scenarios", "compose", "examples")
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -15,3 +18,19 @@ def folder(name: str) -> Path:
         if candidate.is_dir():
             return candidate
     raise UsageError(f"This installation lacks its {name} folder.", remedy="Install it again.")
+
+
+def files() -> Iterator[tuple[str, Path]]:
+    """Every file of the package as a wheel has it, by its path there ("batchlab/…"), in order: the
+    code, and the data folders wherever they are now. UsageError where a folder is missing."""
+    found = {f"{_PACKAGE.name}/{path}": _PACKAGE / path for path in _below(_PACKAGE)}
+    for name in FOLDERS:
+        root = folder(name)
+        found |= {f"{_PACKAGE.name}/_data/{name}/{path}": root / path for path in _below(root)}
+    yield from sorted(found.items())
+
+
+def _below(root: Path) -> Iterator[str]:
+    for path in root.rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc":
+            yield path.relative_to(root).as_posix()

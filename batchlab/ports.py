@@ -399,8 +399,10 @@ class Folded:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A lease as it stands: every renewal changes `beat`. One that is seen unchanged for as long
-    as it lasts has run out, by the watch of whoever sees it; no two clocks have to agree."""
+    """A lease as it stands: every renewal adds 1 to `beat`. One that is seen unchanged for as long
+    as it lasts has run out, by the watch of whoever sees it; no two clocks have to agree. `beat`
+    never starts again, so an owner whose renewal adds more than 1 may not have been the only one.
+    """
 
     owner: str
     beat: int
@@ -492,7 +494,7 @@ class Ledger(Protocol):
         still stands as `over`, seen earlier. Answers how it stands now, ours or not."""
 
     async def release(self, name: str, owner: str) -> None:
-        """Give the lease back if it is ours."""
+        """Give the lease back if it is ours; its beat goes on from there."""
 
     async def version(self, job: JobId) -> str:
         """What is known of the job, in a word that changes with it; "" where nothing is."""

@@ -10,36 +10,32 @@ import asyncio
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchlab import backends
-from batchlab.adapters.compose import deployment
+from batchlab.accounts import accounting_of
 from batchlab.backends import Backend
-from batchlab.errors import BackendError, Unreachable
+from batchlab.errors import BackendError
 from batchlab.home import Home, ManagerRecord
 from batchlab.manager.collector import events_queue
 from batchlab.manager.live import Ports
 from batchlab.manager.manager import LEASE, Manager
-from batchlab.model import Pool
+from batchlab.tally import Tally
 
 if TYPE_CHECKING:
     from batchlab.adapters.docker import ContainerLauncher
     from batchlab.adapters.process import ProcessLauncher
+    from batchlab.api.common import Served
     from batchlab.asg.running import AsgSettings
 
 log = logging.getLogger(__name__)
 
-START_S = 30.0
-_STARTED: dict[int, subprocess.Popen[bytes]] = {}
-"""Managers that this process has started, by pid: a dead child stays a zombie until it is waited
-for, and a Popen that is dropped complains."""
+AGAIN_S = 1.0
+"""After the lead has been lost it is stood for again this much later."""
 
 ORPHAN_S = 15.0
 """A worker whose manager has been gone for this long drains and ends: nothing is left behind."""
@@ -54,10 +50,27 @@ def manager_main(
         asyncio.run(_manage(home, backend, host, port, parent))
 
 
+def connection_main(home: Home, backend: Backend, *, parent: int = 0) -> None:
+    """Hold a connection to a stack's manager until SIGTERM, SIGINT, or the end of process
+    `parent`."""
+    _log_to_stderr()
+    with home.locked():
+        asyncio.run(_connect(home, backend, parent))
+
+
+async def _connect(home: Home, backend: Backend, parent: int) -> None:
+    from batchlab import connection
+
+    stop = _stop_by_signal()
+    watching = asyncio.create_task(_end_with(parent, stop))
+    try:
+        await connection.hold(home, backend, stop)
+    finally:
+        watching.cancel()
+
+
 async def _manage(home: Home, backend: Backend, host: str, port: int, parent: int) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = _stop_by_signal()
     async with _standing(home, backend):
         await _lead(home, backend, host, port, parent, stop)
 
@@ -94,9 +107,10 @@ async def _lead(
     clock, ids = backend.open_clock(), backend.open_ids()
     ledger = backend.open_ledger(home)
     launcher = backend.open_launcher(home, clock)
-    queue = backend.open_queue(home, clock)
+    tally = Tally()
+    queue = backend.open_queue(home, clock, tally)
     ports = Ports(
-        backend.open_objects(home),
+        backend.open_objects(home, tally),
         queue,
         backend.open_fleet(home, launcher, clock),
         ledger,
@@ -111,8 +125,11 @@ async def _lead(
     await ledger.release(LEASE, home.last_owner() or owner)
     if backend.keeps_files:
         await queue.ensure(events_queue(backend.manager))
-    manager = Manager(ports, backend.manager, backend.pools, owner)
-    app = create_app(manager, token=home.token(), backend_name=backend.name, on_shutdown=stop.set)
+    pools = backend.pools_in(home)
+    accounting = accounting_of(home, pools, tally)
+    fresh = partial(Manager, ports, backend.manager, pools, owner, accounting)
+    token = await asyncio.to_thread(backend.api_token, home)
+    app, served = create_app(fresh(), token=token, backend_name=backend.name, on_shutdown=stop.set)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -126,12 +143,12 @@ async def _lead(
     loop = asyncio.get_running_loop()
     # uvicorn takes SIGTERM and SIGINT for itself while it serves; its return ends us all the same.
     serving = loop.create_task(server.serve(sockets=[listener]))
-    leading = loop.create_task(manager.run())
+    leading = loop.create_task(_lead_on(served, fresh))
     watching = [
         loop.create_task(_end_with(parent, stop)),
     ]
     if launcher:
-        watching.append(loop.create_task(_tell_of_deaths(manager, launcher.changed)))
+        watching.append(loop.create_task(_tell_of_deaths(served, launcher.changed)))
     url = f"http://{host}:{listener.getsockname()[1]}"
     home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name))
     log.info("manager %s listens on %s", owner, url)
@@ -151,11 +168,31 @@ async def _lead(
             raise result
 
 
-async def _tell_of_deaths(manager: Manager, changed: asyncio.Event) -> None:
+async def _lead_on(served: Served, fresh: Callable[[], Manager]) -> None:
+    """Lead, and stand for it again, as a fresh manager, whenever the lead is lost: to a disk that
+    was full or a database that was away for longer than the lease lasts, or to another manager.
+
+    BackendError where it cannot even begin, which is told at once and not waited for.
+    """
+    has_led = False
+    while True:
+        try:
+            await served.manager.run()
+        except* BackendError as errors:
+            if not (has_led or served.manager.has_led):
+                raise
+            log.warning("the backend is away: %s", errors.exceptions[0])
+        has_led = True
+        await asyncio.sleep(AGAIN_S)
+        log.warning("standing for the lead again")
+        served.manager = fresh()
+
+
+async def _tell_of_deaths(served: Served, changed: asyncio.Event) -> None:
     while True:
         await changed.wait()
         changed.clear()
-        manager.hurry()
+        served.manager.hurry()
 
 
 async def _end_with(parent: int, stop: asyncio.Event) -> None:
@@ -186,7 +223,8 @@ async def _end_instances(launcher: ProcessLauncher | ContainerLauncher, drain_s:
 def worker_main(
     home: Home, backend: Backend, *, pool: str = "", slots: int = 0, instance: str = ""
 ) -> None:
-    """Run a worker until SIGTERM, a notice, or until its manager has been gone for a while.
+    """Run a worker until SIGTERM, a notice, or where its manager is on the same machine until that
+    has been gone for a while.
 
     What is left out the instance's metadata service knows.
     """
@@ -208,27 +246,33 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
         instance = await asyncio.to_thread(imds.instance_id)
         pool = pool or await asyncio.to_thread(imds.needed_tag, POOL_TAG)
         slots = slots or int(await asyncio.to_thread(imds.needed_tag, SLOTS_TAG))
-    objects = backend.open_objects(home)
+    tally = Tally(is_spot=await asyncio.to_thread(imds.is_spot) if imds else False)
+    objects = backend.open_objects(home, tally)
     runner = ProcessRunner(objects, Scratch(home.scratch / instance), clock, slots)
     worker = Worker(
         Identity(ids.fresh("w"), instance, pool, slots),
         objects,
-        backend.open_queue(home, clock),
+        backend.open_queue(home, clock, tally),
         clock,
         runner,
         backends.patience(),
         backend.worker,
         ImdsNotices(imds) if imds else None,
+        tally,
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, worker.drain)
-    orphan = None if imds else loop.create_task(_drain_orphan(home, worker.drain))
+    # Of a stack's manager the home of a worker says nothing: its group ends it.
+    alone = imds or backend.is_deployed
+    orphan = None if alone else loop.create_task(_drain_orphan(home, worker.drain))
     try:
         await worker.run()
     finally:
         if orphan:
             orphan.cancel()
+    if imds and (hook := backend.open_drain_hook(home, pool, imds)):
+        await hook.complete(backends.patience())
 
 
 async def _drain_orphan(home: Home, drain: Callable[[], None]) -> None:
@@ -238,91 +282,6 @@ async def _drain_orphan(home: Home, drain: Callable[[], None]) -> None:
         alone_s = 0.0 if home.record() else alone_s + 1.0
     log.warning("the manager has been gone for %.0f s: draining", ORPHAN_S)
     drain()
-
-
-# --- Seen from outside ---------------------------------------------------------------------------
-
-
-def start_manager(
-    home: Home,
-    backend: Backend,
-    *,
-    pools: Sequence[Pool] = (),
-    parent: bool = False,
-    say: Callable[[str], None] = log.info,
-) -> ManagerRecord:
-    """Start a manager process and wait until it answers; the one that runs already is taken.
-
-    With `parent` it ends when this process does. `say` hears of what takes long. Raises
-    Unreachable with the end of its log, and what `Backend.provide` does.
-    """
-    if running := home.record():
-        return running
-    if backend.runs_in == "containers":
-        from batchlab import containers
-
-        return containers.up(home, backend, pools, say)
-    home.make()
-    backend.provide(home, say)
-    # -P: the folder the command was called in must not provide modules.
-    argv = [sys.executable, "-P", "-m", "batchlab", "manager", "--home", str(home.path)]
-    argv += ["--backend", backend.name]
-    if backend.endpoint:
-        argv += ["--endpoint", backend.endpoint]
-    for pool in pools:
-        argv += ["--pool", f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}"]
-    if parent:
-        argv += ["--parent", str(os.getpid())]
-    with home.manager_log.open("ab") as output:
-        # A session of its own: Ctrl-C in the terminal must reach only the command in front.
-        process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-    _STARTED[process.pid] = process
-    deadline_s = time.monotonic() + START_S
-    while time.monotonic() < deadline_s:
-        record = home.record()
-        if record and record.pid == process.pid:
-            return record
-        if process.poll() is not None:
-            if record:  # another command was faster; its grid is as good
-                return record
-            break
-        time.sleep(0.02)
-    raise Unreachable(
-        f"The manager did not start: {_last_line(home.manager_log).rstrip('.')}.",
-        remedy=f"Its log is {home.manager_log}.",
-    )
-
-
-def stop_manager(home: Home, *, wait_s: float = 30.0) -> bool:
-    """End the manager that runs here, with its instances; False where none runs."""
-    record = home.record()
-    if deployment.read(home) and (record is None or record.backend == deployment.NAME):
-        from batchlab import containers
-
-        return containers.down(home, backends.load(deployment.NAME))
-    if record is None:
-        return False
-    if record.backend == deployment.NAME:
-        # Its pid is one of its container's: here it is somebody else's.
-        raise BackendError(
-            f"A manager runs in {home.path} in a container, and nothing says in which.",
-            remedy="`batchlab gc` removes it.",
-        )
-    with suppress(ProcessLookupError):
-        os.kill(record.pid, signal.SIGTERM)
-    deadline_s = time.monotonic() + wait_s
-    while home.record() is not None:
-        if time.monotonic() > deadline_s:
-            raise BackendError(
-                f"The manager (pid {record.pid}) has not ended after {wait_s:.0f} s.",
-                remedy=f"Its log is {home.manager_log}.",
-            )
-        time.sleep(0.02)
-    if started := _STARTED.pop(record.pid, None):
-        started.wait()
-    return True
 
 
 def asg_main(settings: AsgSettings, on_up: Callable[[str], None]) -> None:
@@ -356,11 +315,9 @@ async def _serve_asg(settings: AsgSettings, on_up: Callable[[str], None]) -> Non
         metrics=metrics,
         drain_s=settings.drain_s,
     )
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = _stop_by_signal()
     listener = listen(settings.host, settings.port)
-    metadata = MetadataServer(facts.of(launcher), clock)
+    metadata = MetadataServer(facts.of(launcher, templates, clock), clock)
     if settings.metadata_port is not None:
         await metadata.start(settings.host, settings.metadata_port)
     on_up(f"http://{settings.host}:{listener.getsockname()[1]}")
@@ -372,9 +329,12 @@ async def _serve_asg(settings: AsgSettings, on_up: Callable[[str], None]) -> Non
         await _end_instances(launcher, settings.drain_s)
 
 
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it ended without a word"
+def _stop_by_signal() -> asyncio.Event:
+    """Set by SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
 
 
 def _log_to_stderr() -> None:

@@ -119,7 +119,8 @@ class LogsView(TypedDict):
 
 class InstanceView(TypedDict):
     """`worker` is None until the instance's worker has reported; `busy` counts the bundles it
-    runs, `held` all that it has received."""
+    runs, `held` all that it has received. `type` and `zone` are empty where machines do not
+    differ."""
 
     id: str
     state: str
@@ -127,12 +128,17 @@ class InstanceView(TypedDict):
     protected: bool
     launched_s: float
     note: str
+    type: str
+    zone: str
+    market: str
     worker: str | None
     busy: int
     held: int
 
 
 class PoolView(TypedDict):
+    """`trouble` says why its instances do not come up, where they do not."""
+
     name: str
     min: int
     max: int
@@ -141,6 +147,7 @@ class PoolView(TypedDict):
     backlog_tasks: int
     backlog_s: float
     held_by_hand: bool
+    trouble: str
     instances: list[InstanceView]
 
 
@@ -152,17 +159,23 @@ class QueueView(TypedDict):
 
 
 class GridView(TypedDict):
+    """`settings` are the manager's, by name, most of them seconds."""
+
     backend: str
     leader: bool
     owner: str
+    settings: dict[str, float]
     pools: list[PoolView]
     queues: list[QueueView]
 
 
 class ActivityView(TypedDict):
+    """`ended_s` is None while it is in progress."""
+
     id: int
     pool: str
     at_s: float
+    ended_s: float | None
     description: str
     cause: str
     status: str
@@ -295,7 +308,12 @@ def log_view(outcome: Outcome, task: int, text: bytes) -> LogView:
 
 
 def pool_view(
-    view: GroupView, backlog: Backlog, workers: Mapping[str, Seen], *, held: bool
+    view: GroupView,
+    backlog: Backlog,
+    workers: Mapping[str, Seen],
+    *,
+    held: bool,
+    trouble: str = "",
 ) -> PoolView:
     """A pool's group, its work and its workers."""
     pool = view.pool
@@ -308,6 +326,7 @@ def pool_view(
         "backlog_tasks": backlog.tasks,
         "backlog_s": backlog.seconds,
         "held_by_hand": held,
+        "trouble": trouble,
         "instances": [_instance_view(i, workers.get(i.id)) for i in view.instances],
     }
 
@@ -320,6 +339,9 @@ def _instance_view(instance: Instance, seen: Seen | None) -> InstanceView:
         "protected": instance.protected,
         "launched_s": instance.launched_s,
         "note": instance.note,
+        "type": instance.machine.type,
+        "zone": instance.machine.zone,
+        "market": instance.machine.market.value,
         "worker": seen.beat.worker if seen else None,
         "busy": seen.beat.busy if seen else 0,
         "held": len(seen.beat.held) if seen else 0,
@@ -340,6 +362,7 @@ def activity_view(activity: Activity) -> ActivityView:
         "id": activity.id,
         "pool": activity.pool,
         "at_s": activity.at_s,
+        "ended_s": activity.ended_s,
         "description": activity.description,
         "cause": activity.cause,
         "status": activity.status,

@@ -101,6 +101,22 @@ def _misplaced(f: Facts) -> str | None:
 # --- No capacity, and none will come by itself ----------------------------------------------------
 
 
+def _capped(f: Facts) -> str | None:
+    """Held back by a cap on cost: of the job, of the grid, or of what a pool may launch."""
+    if f.live and f.live.capped:
+        still = f"{_count(len(f.running), 'bundle')} that had begun may still end"
+        more = f"; {still}" if f.running else ""
+        return (
+            f"Nothing more is launched for it, because {f.live.capped}: {_progress(f)}{more}; "
+            f"`batchlab job cap {f.record.job.id} AMOUNT` raises the job's, `batchlab grid cap "
+            f"AMOUNT` the grid's."
+        )
+    for pool in f.pools():
+        if pool in f.capped and not f.in_service(pool) and not f.pending(pool):
+            return f"It is waiting for capacity: pool {pool} has none, {f.capped[pool]}."
+    return None
+
+
 def _blocked(f: Facts) -> str | None:
     for pool in f.pools():
         if f.in_service(pool):
@@ -113,6 +129,11 @@ def _blocked(f: Facts) -> str | None:
             return (
                 f"{wait} is held at 0 instances by hand; `batchlab grid scale {pool} --auto` "
                 f"hands it back to the autoscaler."
+            )
+        if stopped := f.stopped.get(pool):
+            return (
+                f"It is waiting for capacity: {stopped}; the instance log says why, and once that "
+                f"is mended `batchlab grid scale {pool} --auto` tries at once."
             )
         if crash := _crashes(f, group):
             return f"It is waiting for capacity: {crash}."
@@ -297,6 +318,7 @@ _REASONS: tuple[Callable[[Facts], str | None], ...] = (
     _paused,
     _stopping,
     _misplaced,
+    _capped,
     _blocked,
     _running,
     _troubled,

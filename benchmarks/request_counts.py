@@ -4,7 +4,7 @@
 
 A grid on `ministack` with two workers, its requests passing through a proxy that counts them.
 Targets: an idle grid makes at most 6 requests a minute a worker and uses under 1% of a core; tiny
-tasks take at most 0.05 requests each. Prices are AWS's list prices in us-east-1 (`PRICES`).
+tasks take at most 0.05 requests each. Prices are those of `backends/aws/prices.toml`.
 """
 
 from __future__ import annotations
@@ -23,19 +23,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from batchlab.costs import prices
+from batchlab.costs.requests import usd_of
+from batchlab.tally import Requests, steps
 from benchmarks.run import emulator
 from tests.integration.conform_proxy import Request, Response, Send, proxy
 
-PRICES_USD: Mapping[str, float] = {
-    # Per request. S3 Standard: PUT, COPY, POST, LIST 0.005 per 1,000; GET and all other 0.0004 per
-    # 1,000; DELETE is free. SQS standard queues: 0.40 per million, each 64 KB chunk of a payload.
-    "S3 PUT": 0.005 / 1000,
-    "S3 LIST": 0.005 / 1000,
-    "S3 GET": 0.0004 / 1000,
-    "S3 DELETE": 0.0,
-    "SQS": 0.40 / 1_000_000,
-}
-CHUNK_BYTES = 64 * 1024
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -47,7 +40,7 @@ class Meter:
 
     def __call__(self, request: Request, send: Send) -> Response:
         if request.action:
-            self.counts[f"SQS {request.action}"] += max(1, -(-len(request.body) // CHUNK_BYTES))
+            self.counts[f"SQS {request.action}"] += steps(len(request.body))
         elif request.method == "GET" and "list-type" in request.query:
             self.counts["S3 LIST"] += 1
         else:
@@ -65,7 +58,12 @@ class Meter:
 
 def usd(counts: Mapping[str, int]) -> float:
     """What these requests cost at list price."""
-    return sum(count * PRICES_USD.get(name, PRICES_USD["SQS"]) for name, count in counts.items())
+    found = Requests(
+        sqs=sum(count for name, count in counts.items() if name.startswith("SQS ")),
+        s3_puts=counts.get("S3 PUT", 0) + counts.get("S3 LIST", 0),
+        s3_gets=counts.get("S3 GET", 0),
+    )
+    return sum(usd_of(found, prices.load()))
 
 
 def cpu_s(pid: int) -> float:

@@ -2,8 +2,8 @@
 
 Target: 10,000 workers and 10,000,000 tasks on two cores in under 60 s of wall time and under
 2 GiB, and cost that grows linearly from 10⁴ to 10⁷ tasks. The manager, fleet and worker objects are
-those of every backend; services are in memory, every port call takes its simulated 2 to 20 ms, and
-nothing goes wrong. Each row is a process of its own, so that its peak memory is its own.
+those of every backend; services and ledger are in memory, every port call takes its simulated 2 to
+20 ms, and nothing goes wrong. Each row is a process of its own, so that its peak memory is its own.
 
     python benchmarks/scale.py [--small] [--json FILE]
 """
@@ -82,7 +82,7 @@ async def _main(loop: SimLoop, tasks: int, workers: int) -> Row:
     world = World(
         1,
         (pool,),
-        faults=calm(1),
+        faults=calm(1, answers=False),
         make_runner=lambda world, _die, _objects: TimedRunner(
             lambda work: (TASK_S,) * len(work.bundle.tasks), world.clock, together_s=LEASE_S
         ),
@@ -90,6 +90,7 @@ async def _main(loop: SimLoop, tasks: int, workers: int) -> Row:
         worker_settings=WORKER,
         logged=False,
         watched=False,
+        sql=False,
     )
     supervisor = asyncio.create_task(world.supervise(), name="supervisor")
     while not (world.manager and len(world.manager.registry.workers) == workers):  # noqa: ASYNC110

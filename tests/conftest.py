@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+from tests import order
 from tests.emulators import localstack, ministack, moto
 from tests.postgres import frail_server, postgres, postgres_server
+from tests.simpledb.rig import rough_simpledb, simpledb, simpledb_url
 
 __all__ = [
     "ffmpeg",
@@ -19,10 +22,30 @@ __all__ = [
     "moto",
     "postgres",
     "postgres_server",
+    "rough_simpledb",
     "shared_data",
+    "simpledb",
+    "simpledb_url",
 ]
 
+# How long an example takes says how busy the machine is.
+settings.register_profile("batchlab", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("batchlab")
+
 _ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: one more than CPUs, since the longest tests mostly wait."""
+    return (os.cpu_count() or 1) + 1
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The same in each process of a run on several: they must agree on it."""
+    processes: int = getattr(config, "workerinput", {}).get("workercount", 1)
+    if processes > 1:
+        items[:] = [items[n] for n in order.dealt([one.nodeid for one in items], processes)]
 
 
 @pytest.fixture(scope="session")

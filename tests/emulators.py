@@ -29,6 +29,16 @@ EMULATORS = ("ministack", "localstack", "moto")
 LOCALSTACK_PYTHON = "BATCHLAB_LOCALSTACK_PYTHON"
 """Environment variable: the Python that localstack-core is installed for."""
 
+LOCALSTACK = {
+    "SERVICES": "s3,sqs",
+    "EAGER_SERVICE_LOADING": "1",
+    "SQS_ENDPOINT_STRATEGY": "off",
+    "SQS_DISABLE_CLOUDWATCH_METRICS": "1",
+    "DISABLE_EVENTS": "1",
+    "SKIP_SSL_CERT_DOWNLOAD": "1",
+}
+"""Settings of a LocalStack, wherever it listens."""
+
 START_S = 90.0
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -38,9 +48,15 @@ class Server:
     """An emulator's process on a port of its own, `start` and `kill` as often as a test likes."""
 
     def __init__(
-        self, command: Sequence[str], folder: Path, *, port: int, env: Mapping[str, str] = {}
+        self,
+        command: Sequence[str],
+        folder: Path,
+        *,
+        port: int,
+        env: Mapping[str, str] = {},
+        host: str = "127.0.0.1",
     ) -> None:
-        self.endpoint = Endpoint(f"http://127.0.0.1:{port}")
+        self.endpoint = Endpoint(f"http://{host}:{port}")
         self._command = command
         self._log = folder / "server.log"
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
@@ -117,16 +133,7 @@ def localstack_server(python: str, folder: Path) -> Server:
     """LocalStack from the environment of that Python, not started yet."""
     port = free_port()
     address = f"127.0.0.1:{port}"
-    env = {
-        "GATEWAY_LISTEN": address,
-        "LOCALSTACK_HOST": address,
-        "SERVICES": "s3,sqs",
-        "EAGER_SERVICE_LOADING": "1",
-        "SQS_ENDPOINT_STRATEGY": "off",
-        "SQS_DISABLE_CLOUDWATCH_METRICS": "1",
-        "DISABLE_EVENTS": "1",
-        "SKIP_SSL_CERT_DOWNLOAD": "1",
-    }
+    env = {**LOCALSTACK, "GATEWAY_LISTEN": address, "LOCALSTACK_HOST": address}
     return Server([python, "-m", "localstack.runtime.main"], folder, port=port, env=env)
 
 

@@ -7,8 +7,9 @@ of theirs is sent to it; without one, everything is found where boto3 finds it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 from urllib.parse import urlsplit
 
@@ -25,7 +26,9 @@ from batchlab.errors import (
 
 # botocore takes a quarter of a second to import: only who calls AWS pays for it.
 if TYPE_CHECKING:
+    import boto3
     from botocore.exceptions import ClientError
+    from botocore.loaders import Loader
     from mypy_boto3_autoscaling import AutoScalingClient
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.literals import BucketLocationConstraintType
@@ -77,8 +80,22 @@ class Endpoint:
     @property
     def loopback(self) -> str:
         """The url's host where that is this machine, which no proxy can reach; else ""."""
-        host = urlsplit(self.url or "").hostname or ""
-        return host if host in ("127.0.0.1", "::1", "localhost") else ""
+        return loopback(self.url or "")
+
+
+def loopback(url: str) -> str:
+    """The url's host where that is this machine; else ""."""
+    host = urlsplit(url).hostname or ""
+    return host if host in ("127.0.0.1", "::1", "localhost") else ""
+
+
+def s3_url(endpoint: Endpoint) -> str:
+    """Where S3 is for boto3: at the endpoint's url, or where AWS_ENDPOINT_URL_S3 or a profile puts
+    it, or on AWS."""
+    if endpoint.url:
+        return endpoint.url
+    with closing(client(endpoint, "s3", connections=1)) as s3:
+        return s3.meta.endpoint_url
 
 
 def credentials(endpoint: Endpoint) -> S3CredentialProvider:
@@ -106,13 +123,19 @@ def client(
     endpoint: Endpoint, service: Literal["autoscaling"], *, connections: int
 ) -> AutoScalingClient: ...
 @overload
-def client(endpoint: Endpoint, service: Literal["ec2"], *, connections: int) -> Any: ...
 def client(
-    endpoint: Endpoint, service: Literal["sqs", "s3", "autoscaling", "ec2"], *, connections: int
+    endpoint: Endpoint,
+    service: Literal["ec2", "rds", "sdb", "secretsmanager", "ssm"],
+    *,
+    connections: int,
+) -> Any: ...
+def client(
+    endpoint: Endpoint,
+    service: Literal["sqs", "s3", "autoscaling", "ec2", "rds", "sdb", "secretsmanager", "ssm"],
+    *,
+    connections: int,
 ) -> Any:
     """A client that makes each call once: patience is the callers'."""
-    import boto3
-    import botocore.session
     from botocore.config import Config
 
     config = Config(
@@ -128,16 +151,36 @@ def client(
     )
     with translated("AWS"):
         if endpoint.url is None:
-            return boto3.Session(region_name=endpoint.region).client(service, config=config)
-        # A profile named in the environment must neither be needed nor found.
-        nobody = botocore.session.Session(session_vars={"profile": (None, None, None, None)})
-        session = boto3.Session(
-            endpoint.access_key,
-            endpoint.secret_key,
-            region_name=endpoint.region,
-            botocore_session=nobody,
-        )
-        return session.client(service, endpoint_url=endpoint.url, config=config)
+            return session(endpoint.region).client(service, config=config)
+        own = session(endpoint.region, keys=(endpoint.access_key, endpoint.secret_key))
+        return own.client(service, endpoint_url=endpoint.url, config=config)
+
+
+def session(region: str | None, *, keys: tuple[str, str] | None = None) -> boto3.Session:
+    """boto3's, of the user; with `keys` (access key, secret key) it takes no profile of theirs.
+
+    All sessions of a process share what botocore has read of its services' models: for its first
+    client each would look through four hundred folders again, half a second for some services.
+    """
+    import boto3
+    import botocore.session
+
+    # A profile named in the environment must neither be needed nor found.
+    core = botocore.session.Session({"profile": (None, None, None, None)} if keys else None)
+    models = _models(core.get_config_variable("data_path"))
+    core.register_component("data_loader", models)
+    key, secret = keys or (None, None)
+    made = boto3.Session(key, secret, region_name=region, botocore_session=core)
+    # boto3 has added its own folder, once more with each session.
+    models.search_paths[:] = dict.fromkeys(models.search_paths)
+    return made
+
+
+@cache
+def _models(data_path: str | None) -> Loader:
+    from botocore.loaders import create_loader
+
+    return create_loader(data_path)
 
 
 def code_of(error: ClientError) -> str:

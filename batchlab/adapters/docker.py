@@ -54,6 +54,7 @@ class _Container:
     """Not started yet, and not just being started."""
     settled_s: float = 0.0
     """When a signal surely reaches it; the loop's time."""
+    stop: str = "SIGTERM"
     asking: asyncio.Task[None] | None = None
     asked: bool = False
     due_s: float | None = None
@@ -120,7 +121,8 @@ class ContainerLauncher:
         booted_s = self._clock.now_s() + self._boot_s
         asked = self._settings(pool, instance, machine, booted_s)
         name = f"batchlab-{self._grid}-{instance}"
-        container = self._known[instance] = _Container(instance, booted_s=booted_s)
+        container = _Container(instance, booted_s=booted_s, stop=asked["stop_signal"])
+        self._known[instance] = container
         try:
             container.id = await self.engine.run(
                 f"The container {name}", partial(calls.create, name, asked)
@@ -256,7 +258,7 @@ class ContainerLauncher:
             return
         wait_s = container.settled_s - asyncio.get_running_loop().time()
         if wait_s <= 0.0:
-            await self._signal(container, "SIGTERM")
+            await self._signal(container, container.stop)
             container.asked = True
         elif wait_s <= SETTLED_S:
             container.asking = asyncio.create_task(self._ask_later(container, wait_s), name="ask")
@@ -360,6 +362,7 @@ class ContainerLauncher:
         container = _Container(
             labels[calls.INSTANCE], row["Id"], float(labels.get(calls.BOOTED, 0))
         )
+        container.stop = labels.get(calls.STOP, "SIGTERM")
         self._known[container.instance] = container
         left_s = self._endings.left_s(container.instance, container.id)
         if left_s is not None:
@@ -393,6 +396,5 @@ class ContainerLauncher:
             self.changed.set()
             return
         attributes = event.get("Actor", {}).get("Attributes", {})
-        is_ours = self._labels.items() <= attributes.items()
-        if is_ours and event.get("Action") in ("die", "destroy"):
+        if self._labels.items() <= attributes.items() and event.get("Action") in ("die", "destroy"):
             self.changed.set()

@@ -33,10 +33,23 @@ LAUNCHED = "batchlab.launched"
 BOOTED = "batchlab.booted"
 """Label: epoch seconds at which it is to start."""
 
+STOP = "batchlab.stop-signal"
+"""Label: what asks it to end; SIGTERM where there is none."""
+
 _PERIOD_US = 100_000
 _LEAST_QUOTA_US = 1_000
 _HOSTNAME_LENGTH = 63
 _LOG_FILES, _LOG_SIZE = "2", "10m"
+_SYSTEM: Mapping[str, Any] = {
+    "read_only": False,
+    # It forgets what is in these when it boots.
+    "tmpfs": {"/run": "rw,exec,nosuid,nodev,mode=755", "/run/lock": "rw,noexec,nosuid,nodev"},
+    "cap_drop": [],
+    "cap_add": ["SYS_ADMIN"],
+    "security_opt": ["seccomp=unconfined", "apparmor=unconfined"],
+    "cgroupns": "private",
+    "init": False,
+}
 _SIGNALLED = 128
 _LAST_SIGNAL = 64
 
@@ -50,7 +63,8 @@ class Template:
     leaves to write to, by path with mount options; it counts against the memory. Process 1 is
     Docker's init unless `init` is off: a worker in its place would be deaf to SIGTERM until it is
     up, and would have to bury what its tasks leave behind. `stop_s` is what `docker stop` gives
-    it, where somebody uses that.
+    it, where somebody uses that. With `system` process 1 is the image's own init, systemd, which
+    mounts, writes and changes users as on a machine: only for an image that is trusted as one.
     """
 
     image: str
@@ -68,6 +82,12 @@ class Template:
     init: bool = True
     extra_hosts: Mapping[str, str] = field(default_factory=dict)
     stop_s: int = 30
+    system: bool = False
+
+    @property
+    def stop_signal(self) -> str:
+        """What asks process 1 to end; systemd takes SIGTERM for something else."""
+        return "SIGRTMIN+4" if self.system else "SIGTERM"
 
 
 def environment(
@@ -124,6 +144,8 @@ def settings(
             "config": {"max-size": _LOG_SIZE, "max-file": _LOG_FILES},
         },
     }
+    if template.system:
+        host |= _SYSTEM
     if share is not None:
         # Not nano_cpus, which Docker refuses where the machine has fewer.
         host["cpu_period"] = _PERIOD_US
@@ -134,11 +156,12 @@ def settings(
         "image": template.image,
         "command": list(template.command),
         "hostname": instance[:_HOSTNAME_LENGTH],
-        "user": template.user,
+        "user": "0:0" if template.system else template.user,
         "environment": dict(env),
-        "labels": dict(tags),
+        "labels": {**tags, STOP: template.stop_signal},
         "host_config": host,
-        "stop_signal": "SIGTERM",
+        "stop_signal": template.stop_signal,
+        "tty": template.system,
         "stop_timeout": template.stop_s,
     }
 

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from batchlab.adapters.aws import Endpoint, client, translated
-from batchlab.adapters.ec2_form import READY_HOOK, GroupForm
+from batchlab.adapters.ec2_form import NO_ACTION, READY_HOOK, GroupForm, is_gone
 from batchlab.adapters.ec2_groups import Journal, Seen
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Refused
 from batchlab.model import Activity, GroupView, Instance, LifecycleState, Pool
@@ -36,16 +36,18 @@ MOST_PROTECTED = 50
 MOST_INSTANCES = 10_000
 _ACTIVITIES = 100
 _CALLS = 8
-_GONE = "No active Lifecycle Action"
 
 
 class Ec2Fleet:
     """The Fleet port over boto3; a pool's group is called `prefix` and the pool's name.
 
-    boto3 blocks, so each call takes a thread. A group of that name which exists is taken over.
+    boto3 blocks, so each call takes a thread. A group of that name which exists is taken over;
+    without a `form` there must be one, which a stack has made.
     """
 
-    def __init__(self, endpoint: Endpoint, clock: Clock, form: GroupForm, *, prefix: str) -> None:
+    def __init__(
+        self, endpoint: Endpoint, clock: Clock, form: GroupForm | None, *, prefix: str
+    ) -> None:
         self._asg: AutoScalingClient = client(endpoint, "autoscaling", connections=_CALLS)
         self._clock = clock
         self._form = form
@@ -121,10 +123,13 @@ class Ec2Fleet:
 
     async def _found(self, pool: Pool) -> None:
         """Create the group, or make the hooks ours of one that is there already."""
+        if self._form is None:
+            return
+        form = self._form
         try:
-            await self._call(pool.name, lambda name: self._create(name, pool))
+            await self._call(pool.name, lambda name: self._create(form, name, pool))
         except AlreadyExists:
-            await self._call(pool.name, lambda name: self._put_hooks(name, pool))
+            await self._call(pool.name, lambda name: self._put_hooks(form, name, pool))
             return
         limits = f"min: {pool.min_size}, max: {pool.max_size}, desired: {pool.min_size}"
         self._journal.note(
@@ -140,16 +145,22 @@ class Ec2Fleet:
         self._seen[pool.name] = before or Seen(pool)
         try:
             await self._look()
-        except BaseException:
+        except BaseException as error:
             if before is None:
                 del self._seen[pool.name]
+            if isinstance(error, NotFound) and self._form is None:
+                # Not a NotFound, after which a group is made.
+                raise BackendError(
+                    f"There is no Auto Scaling group {self._prefix + pool.name!r}.",
+                    remedy="The grid's stack makes its groups: `batchlab deploy apply`.",
+                ) from error
             raise
 
-    def _create(self, name: str, pool: Pool) -> None:
-        self._asg.create_auto_scaling_group(**self._form.request(name, pool))
+    def _create(self, form: GroupForm, name: str, pool: Pool) -> None:
+        self._asg.create_auto_scaling_group(**form.request(name, pool))
 
-    def _put_hooks(self, name: str, pool: Pool) -> None:
-        for hook in self._form.hooks(pool):
+    def _put_hooks(self, form: GroupForm, name: str, pool: Pool) -> None:
+        for hook in form.hooks(pool):
             self._asg.put_lifecycle_hook(AutoScalingGroupName=name, **hook)
 
     async def describe(self) -> Sequence[GroupView]:
@@ -223,7 +234,12 @@ class Ec2Fleet:
                 raise Refused(f"instance {name} is {state}, not InService")
         for start in range(0, len(instances), MOST_PROTECTED):
             some = instances[start : start + MOST_PROTECTED]
-            await self._call(pool, partial(self._protect, some, on))
+            try:
+                await self._call(pool, partial(self._protect, some, on))
+            except Refused as error:
+                # One of them has gone since the last look; the next tells who is left.
+                if not is_gone(error):
+                    raise
 
     def _terminate(self, instance: str, decrement: bool, _: str) -> None:
         self._asg.terminate_instance_in_auto_scaling_group(
@@ -257,7 +273,7 @@ class Ec2Fleet:
             )
         except Refused as error:
             # It timed out, or the instance is on its way out.
-            if _GONE not in str(error):
+            if NO_ACTION not in str(error):
                 raise
 
     async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None:

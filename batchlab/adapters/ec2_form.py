@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 READY_HOOK = "batchlab-ready"
 DRAIN_HOOK = "batchlab-drain"
+NOT_THERE = ("is not part of Auto Scaling group", "Instance Id not found")
+"""What EC2 Auto Scaling says of an instance that its group no longer has."""
+NO_ACTION = "No active Lifecycle Action"
+"""What AWS says where an instance does not wait in the hook, or no longer."""
 _TIMEOUT_S = (30.0, 7200.0)
 """What AWS allows for a hook."""
 
@@ -92,3 +96,8 @@ def _tag(key: str, value: str) -> TagTypeDef:
 def _timeout(seconds: float) -> int:
     least_s, most_s = _TIMEOUT_S
     return int(min(most_s, max(least_s, seconds)))
+
+
+def is_gone(error: Exception) -> bool:
+    """Whether the service has refused because it no longer has the instance."""
+    return any(words in str(error) for words in NOT_THERE)

@@ -6,7 +6,7 @@ ended. This remembers both, as far as it was looking: it knows no more than two 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,11 @@ _STATES = {
 }
 _WAITS = "Pending:Wait"
 _HEALTH = "health check"
+_ABANDONED = "was abandoned"
+GONE = "it is gone from its group"
+NEVER_UP = "it ended before it was in service"
+SETTLES_S = 60.0
+"""What is Pending may still end so long after desired capacity was lowered, for that reason."""
 
 
 @dataclass(slots=True)
@@ -49,7 +54,12 @@ class Seen:
     gone_s: dict[str, float] = field(default_factory=dict)
     """When each Terminated one was first missed; epoch seconds."""
     unexplained: set[str] = field(default_factory=set)
-    """Those that were there at one look and gone at the next, and nobody has said why."""
+    """Those that were there at one look and gone at the next, or left before they were in service,
+    and nobody has said why."""
+    served: set[str] = field(default_factory=set)
+    """Those that have been in service, or may have been before the first look."""
+    lowered_s: float = 0.0
+    """When desired capacity was last seen to be lower than before; epoch seconds."""
 
     def view(self) -> GroupView:
         return GroupView(self.pool, self.desired, tuple(self.instances.values()))
@@ -60,6 +70,8 @@ class Seen:
 
     def look(self, group: AutoScalingGroupTypeDef, now_s: float) -> list[Instance]:
         """Take over what the service says; returns those that are gone since the look before."""
+        if group["DesiredCapacity"] < self.desired:
+            self.lowered_s = now_s
         limits = replace(self.pool, min_size=group["MinSize"], max_size=group["MaxSize"])
         self.pool, self.desired = limits, group["DesiredCapacity"]
         self.waiting = set()
@@ -77,8 +89,10 @@ class Seen:
             self.waiting.add(name)
         healthy = told["HealthStatus"] == "Healthy"
         note = old.note if old else ""
+        if state is LifecycleState.IN_SERVICE or (old is None and state not in COUNTED):
+            self.served.add(name)
         if state is LifecycleState.TERMINATING and not note:
-            note = self._why(name, healthy=healthy)
+            note = self._why(name, now_s, healthy=healthy)
         self.instances[name] = Instance(
             name,
             self.pool.name,
@@ -90,9 +104,13 @@ class Seen:
             Machine(told.get("InstanceType", ""), told["AvailabilityZone"]),
         )
 
-    def _why(self, name: str, *, healthy: bool) -> str:
+    def _why(self, name: str, now_s: float, *, healthy: bool) -> str:
         if cause := self.ends.get(name):
             return f"terminated: {cause}"
+        if healthy and name not in self.served:
+            self.unexplained.add(name)
+            if now_s - self.lowered_s > SETTLES_S:
+                return NEVER_UP
         return "terminated: scale-in" if healthy else "it failed a health check of its group"
 
     def _miss(self, here: set[str], now_s: float) -> list[Instance]:
@@ -103,12 +121,15 @@ class Seen:
                 if now_s - self.gone_s[name] > KEEP_TERMINATED_S:
                     del self.instances[name], self.gone_s[name]
                     self.ends.pop(name, None)
+                    self.served.discard(name)
             elif name not in here or old.state is LifecycleState.TERMINATED:
                 note = old.note
                 if not note and name in self.ends:
                     note = f"terminated: {self.ends[name]}"
                 elif not note:
-                    note = "it is gone from its group"
+                    note = self._why(name, now_s, healthy=True) if name not in self.served else GONE
+                    self.unexplained.add(name)
+                elif note == NEVER_UP:
                     self.unexplained.add(name)
                 state = LifecycleState.TERMINATED
                 self.instances[name] = replace(old, state=state, note=note)
@@ -120,16 +141,28 @@ class Seen:
         """Those that were unexplained, with what an activity says that ended them."""
         explained = []
         for name in self.unexplained & self.instances.keys():
-            for activity in activities:
-                description = activity.get("Description", "")
-                if name in description and "erminating" in description:
-                    cause = activity["Cause"].rstrip(".")
-                    note = cause if _HEALTH in cause else f"terminated: {cause}"
-                    self.instances[name] = replace(self.instances[name], note=note)
-                    explained.append(self.instances[name])
-                    break
+            told = [a for a in activities if name in a.get("Description", "")]
+            if note := _given_up(told) or _ended(told):
+                self.instances[name] = replace(self.instances[name], note=note)
+                explained.append(self.instances[name])
         self.unexplained.clear()
         return explained
+
+
+def _given_up(activities: Iterable[ActivityTypeDef]) -> str:
+    """Why a launch was given up that had begun; "" where none was."""
+    for activity in activities:
+        if _ABANDONED in (said := activity.get("StatusMessage") or activity["Description"]):
+            return said.partition("Status Reason: ")[2] or said
+    return ""
+
+
+def _ended(activities: Iterable[ActivityTypeDef]) -> str:
+    for activity in activities:
+        if "erminating" in activity["Description"]:
+            cause = activity["Cause"].rstrip(".")
+            return cause if _HEALTH in cause else f"terminated: {cause}"
+    return ""
 
 
 def _state(told: str) -> LifecycleState | None:

@@ -92,6 +92,11 @@ class Imds:
         """Whether it may be interrupted; errors as `get`."""
         return self._needed("meta-data/instance-life-cycle") == "spot"
 
+    def is_leaving(self) -> bool:
+        """Whether its Auto Scaling group takes it out of service; errors as `get`."""
+        state = self.get("meta-data/autoscaling/target-lifecycle-state")
+        return state is not None and state.strip() in _LEAVING
+
     def tag(self, name: str) -> str | None:
         """The instance's tag of that name, None where it has none or keeps its tags to itself;
         errors as `get`."""
@@ -163,8 +168,7 @@ class ImdsNotices:
         action = self._imds.get("meta-data/spot/instance-action")
         if action is not None:
             return _interruption(action)
-        state = self._imds.get("meta-data/autoscaling/target-lifecycle-state")
-        if state is not None and state.strip() in _LEAVING:
+        if self._imds.is_leaving():
             return Notice("its Auto Scaling group takes the instance out of service")
         return None
 

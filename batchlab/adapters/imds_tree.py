@@ -58,6 +58,7 @@ class Metadata:
     tags: Mapping[str, str] = field(default_factory=dict)
     credentials: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     signals: Signals = Signals()
+    user_data: str = ""
 
     @property
     def region(self) -> str:
@@ -97,7 +98,10 @@ def tree(of: Metadata) -> dict[str, str]:
         if _TAG.fullmatch(name):
             meta[f"tags/instance/{name}"] = value
     paths = {f"meta-data/{path}": content for path, content in meta.items() if content}
-    return {**paths, "dynamic/instance-identity/document": _document(of)}
+    paths["dynamic/instance-identity/document"] = _document(of)
+    if of.user_data:
+        paths["user-data"] = of.user_data
+    return paths
 
 
 def answer(paths: Mapping[str, str], path: str) -> str | None:

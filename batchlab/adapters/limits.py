@@ -65,12 +65,14 @@ def check_send(messages: Sequence[Outgoing]) -> None:
             raise ValueError(f"a delay is 0 to {MAX_DELAY_S:.0f} s, not {message.delay_s}")
 
 
-def check_receive(max_messages: int, wait_s: float, visibility_s: float | None) -> None:
-    """ValueError for a receive that SQS would refuse."""
+def check_receive(
+    max_messages: int, wait_s: float, visibility_s: float | None, *, max_wait_s: float = MAX_WAIT_S
+) -> None:
+    """ValueError for a receive that SQS would refuse, or one that waits `max_wait_s` at most."""
     if not 1 <= max_messages <= MAX_BATCH:
         raise ValueError(f"a receive asks for 1 to {MAX_BATCH} messages, not {max_messages}")
-    if not 0 <= wait_s <= MAX_WAIT_S:
-        raise ValueError(f"a receive waits 0 to {MAX_WAIT_S:.0f} s, not {wait_s}")
+    if not 0 <= wait_s <= max_wait_s:
+        raise ValueError(f"a receive waits 0 to {max_wait_s:.0f} s, not {wait_s}")
     if visibility_s is not None and not 0 <= visibility_s <= MAX_VISIBILITY_S:
         raise ValueError(f"a visibility timeout is 0 to {MAX_VISIBILITY_S:.0f} s")
 

@@ -98,14 +98,15 @@ def _make(folder: Path) -> None:
         if done.returncode:
             told = (done.stderr or done.stdout).decode(errors="replace").strip()
             raise BackendError(
-                f"MiniStack {VERSION} cannot be installed: {_reason(told)}.",
+                f"MiniStack {VERSION} cannot be installed: {pip_reason(told)}.",
                 remedy="It comes from PyPI by pip: check the network and pip's settings. Or "
                 f"install it yourself (`uv tool install ministack=={VERSION}`) and let {VARIABLE} "
                 "name its `ministack`.",
             )
 
 
-def _reason(told: str) -> str:
+def pip_reason(told: str) -> str:
+    """Why pip has failed, from what it printed, without a full stop."""
     # Without a network pip's last words are that there is no such package.
     if "connection broken" in told:
         return "the package index cannot be reached"

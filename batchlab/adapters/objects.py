@@ -33,6 +33,7 @@ from batchlab.adapters import folders
 from batchlab.adapters.limits import check_key, check_prefix
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Throttled, Unreachable
 from batchlab.ports import ObjectInfo
+from batchlab.tally import Tally
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutMode, PutResult
@@ -48,6 +49,8 @@ _THREADS = 32
 _PART_BYTES = 8 * 1024 * 1024
 _MAX_PARTS = 10_000
 _PARTS_AT_ONCE = 4
+_CHUNK_BYTES = 5 * 1024 * 1024
+"""What obstore puts in one request unless told otherwise."""
 # A file up to this size is read or written on the event loop, in 10 to 50 µs: a thread costs more.
 _IN_PLACE_BYTES = 64 * 1024
 
@@ -79,10 +82,14 @@ class ObstoreObjects:
         root: Path | None = None,
         *,
         make_bucket: Callable[[], None] | None = None,
+        tally: Tally | None = None,
     ) -> None:
+        """Requests of a remote store are counted in `tally`, but for those that obstore makes
+        again by itself."""
         self._store = store
         self._root = root
         self._make_bucket = make_bucket
+        self._tally = tally or Tally()
         self._made = 0
         self._making = threading.Lock()
         # Not obstore's own async calls: their futures are completed by Rust threads, which abort
@@ -128,6 +135,9 @@ class ObstoreObjects:
 
     def _put(self, key: str, data: bytes, mode: PutMode) -> PutResult:
         put = partial(obstore.put, self._store, key, data, max_concurrency=_PARTS_AT_ONCE)
+        if self._root is None:
+            # A condition cannot be put in parts.
+            self._tally.put(1 if mode != "overwrite" else _puts(len(data), _CHUNK_BYTES))
         if self._root is None or isinstance(mode, str):
             return put(mode=mode)
         # A LocalStore cannot do it. Others that overwrite under a condition are kept off here, but
@@ -141,6 +151,7 @@ class ObstoreObjects:
     async def get(self, key: str) -> bytes:
         check_key(key)
         if self._root is None:
+            self._tally.get()
             return await self._do(key, lambda: bytes(obstore.get(self._store, key).bytes()))
         path = self._root / key
         size = await self._do(key, lambda: path.stat().st_size, in_place=True)
@@ -158,6 +169,7 @@ class ObstoreObjects:
 
     async def _remote_range(self, key: str, start: int, length: int) -> bytes:
         if length:
+            self._tally.get()
             try:
                 return await self._do(
                     key,
@@ -186,6 +198,8 @@ class ObstoreObjects:
         return data, result.meta["e_tag"] or ""
 
     def _get_unless(self, key: str, etag: str | None) -> obstore.GetResult | None:
+        if self._root is None:
+            self._tally.get()
         try:
             options: obstore.GetOptions = {} if etag is None else {"if_none_match": etag}
             return obstore.get(self._store, key, options=options)
@@ -196,6 +210,7 @@ class ObstoreObjects:
         check_key(key)
         if self._root is not None:
             return await self._do(key, partial(folders.head, self._root, key), in_place=True)
+        self._tally.get()
         try:
             return await self._do(key, lambda: _info(obstore.head(self._store, key)))
         except NotFound:
@@ -213,9 +228,12 @@ class ObstoreObjects:
 
     def _listed(self, prefix: str, after: str) -> Iterator[ObjectInfo]:
         # obstore takes whole segments; what our prefix and `after` say beyond them is matched here.
+        self._tally.put()
         folder = prefix.rpartition("/")[0] or None
         chunks = obstore.list(self._store, folder, offset=after or None, chunk_size=PAGE)
-        for chunk in chunks:
+        for number, chunk in enumerate(chunks):
+            if number:
+                self._tally.put()
             for meta in chunk:
                 if meta["path"] > after and meta["path"].startswith(prefix):
                     yield _info(meta)
@@ -225,6 +243,8 @@ class ObstoreObjects:
             check_key(key)
         delete = self._unlink if self._root is not None else partial(obstore.delete, self._store)
         for start in range(0, len(keys), PAGE):
+            if self._root is None:
+                self._tally.delete()
             await self._do(keys[start], partial(delete, keys[start : start + PAGE]))
 
     def _unlink(self, keys: Sequence[str]) -> None:
@@ -241,13 +261,15 @@ class ObstoreObjects:
         if self._root is not None:
             return await self._copy_in(key, path, self._root / key)
         size = await asyncio.to_thread(lambda: path.stat().st_size)
+        chunk_bytes = max(_PART_BYTES, size // _MAX_PARTS + 1)
+        self._tally.put(_puts(size, chunk_bytes))
         await self._do(
             key,
             lambda: obstore.put(
                 self._store,
                 key,
                 path,
-                chunk_size=max(_PART_BYTES, size // _MAX_PARTS + 1),
+                chunk_size=chunk_bytes,
                 max_concurrency=_PARTS_AT_ONCE,
             ),
         )
@@ -273,6 +295,7 @@ class ObstoreObjects:
             if self._root is not None:
                 folders.copy_out(self._root / key, staged)
             else:
+                self._tally.get()
                 chunks = obstore.get(self._store, key).stream(min_chunk_size=_PART_BYTES)
                 with staged.open("wb") as file:
                     file.writelines(chunks)
@@ -296,8 +319,8 @@ def open_local(root: Path) -> ObstoreObjects:
     return ObstoreObjects(LocalStore(root), root)
 
 
-def open_s3(endpoint: Endpoint, bucket: str) -> ObstoreObjects:
-    """The bucket of that name; nothing is asked of the service yet.
+def open_s3(endpoint: Endpoint, bucket: str, tally: Tally | None = None) -> ObstoreObjects:
+    """The bucket of that name; nothing is asked of the service yet. `tally` counts requests.
 
     At an endpoint's url a bucket that is not there is made, also later: an emulator that has lost
     its state is empty, which is what the grid must see. On AWS a missing bucket is a BackendError
@@ -307,19 +330,18 @@ def open_s3(endpoint: Endpoint, bucket: str) -> ObstoreObjects:
 
     from batchlab.adapters import aws
 
-    config: S3Config = {"region": endpoint.region, "conditional_put": "etag"}
-    if endpoint.url:
-        config["endpoint"] = endpoint.url
+    url = aws.s3_url(endpoint)
+    config: S3Config = {"region": endpoint.region, "conditional_put": "etag", "endpoint": url}
     options: ClientConfig = {
-        "allow_http": endpoint.url is not None,
+        "allow_http": url.startswith("http:"),
         "connect_timeout": timedelta(seconds=aws.CONNECT_S),
         "read_timeout": _SILENCE,
         # Of a whole transfer, however large; the default is 30 s.
         "timeout": timedelta(days=1),
     }
-    if endpoint.url and endpoint.loopback:
+    if here := aws.loopback(url):
         # The only way to say "no proxy": one from the environment is else taken.
-        options |= {"proxy_url": endpoint.url, "proxy_excludes": endpoint.loopback}
+        options |= {"proxy_url": url, "proxy_excludes": here}
     store = S3Store(
         bucket,
         config=config,
@@ -332,7 +354,12 @@ def open_s3(endpoint: Endpoint, bucket: str) -> ObstoreObjects:
         credential_provider=aws.credentials(endpoint),
     )
     make = partial(aws.create_bucket, endpoint, bucket) if endpoint.url else None
-    return ObstoreObjects(store, make_bucket=make)
+    return ObstoreObjects(store, make_bucket=make, tally=tally)
+
+
+def _puts(size_bytes: int, chunk_bytes: int) -> int:
+    """Requests that an object of that size takes: one, or one for each part and two around them."""
+    return 1 if size_bytes <= chunk_bytes else -(-size_bytes // chunk_bytes) + 2
 
 
 def _info(meta: ObjectMeta) -> ObjectInfo:

@@ -268,6 +268,30 @@ class ProcessLauncher:
             return _Record(path.stem, "", 0.0, boot_id())
 
 
+def living(root: Path) -> dict[str, int]:
+    """The processes of the instances that live, by instance: for whoever stands outside of the
+    manager that launches in `root`."""
+    found = {}
+    for path in (root / "instances").glob("*.json"):
+        try:
+            record = _Record(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            continue  # it goes, or was never finished: there is nobody whom it surely names
+        is_it = record.boot == boot_id() and start_ticks(record.pid) == record.start_ticks
+        if record.pid and record.ended is None and is_it:
+            found[record.instance] = record.pid
+    return found
+
+
+def ended(root: Path, instance: str) -> str:
+    """How the record says that the instance ended; "" while it says nothing of that."""
+    try:
+        fields = json.loads((root / "instances" / f"{instance}.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return ""
+    return str(fields.get("ended") or "")
+
+
 def _leader_of(instance: str) -> int:
     """The process that was started as `instance`, by its environment; 0 where there is none."""
     wanted = f"{INSTANCE_VARIABLE}={instance}".encode()

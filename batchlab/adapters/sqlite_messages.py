@@ -19,6 +19,7 @@ from batchlab.errors import BackendError, NotFound, Throttled, Unreachable
 from batchlab.ports import MAX_VISIBILITY_S, Clock, Depth, Message, Outgoing, QueueSpec
 
 _BUSY_S = 10.0
+_AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
 _DROPPED_AT_ONCE = 1000
 
 # AUTOINCREMENT: a receipt is made of the row's id, so an id must never come back.
@@ -52,6 +53,8 @@ _PRAGMAS = (
     "PRAGMA synchronous = NORMAL",
     # A purge of a million messages must not leave its log behind for good.
     "PRAGMA journal_size_limit = 67108864",
+    # 16 MiB, four times the default: each checkpoint waits for the disk.
+    "PRAGMA wal_autocheckpoint = 4096",
 )
 
 _PROBE = """
@@ -116,7 +119,8 @@ class _Queue:
 
 
 class SqliteMessages:
-    """One connection; every method runs on the thread that called the first one."""
+    """One connection, for one call at a time. A call waits for other processes, or with
+    `at_once` is refused with Throttled and has done nothing."""
 
     def __init__(self, path: Path, clock: Clock, *, max_in_flight: int = MAX_IN_FLIGHT) -> None:
         self._path = path
@@ -124,6 +128,22 @@ class SqliteMessages:
         self._max_in_flight = max_in_flight
         self._connection: sqlite3.Connection | None = None
         self._turn = -1
+        self._waits = True
+
+    @property
+    def is_open(self) -> bool:
+        return self._connection is not None
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """What is called in here waits for nobody; the file must be open."""
+        self._waits = False
+        self._db.execute("PRAGMA busy_timeout = 10")
+        try:
+            yield
+        finally:
+            self._waits = True
+            self._db.execute(f"PRAGMA busy_timeout = {_BUSY_S * 1000:.0f}")
 
     def close(self) -> None:
         if self._connection is not None:
@@ -139,7 +159,9 @@ class SqliteMessages:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._turn < 0:
                 self._turn = os.open(f"{self._path}-turn", os.O_CREAT | os.O_RDWR, 0o666)
-            db = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None)
+            db = sqlite3.connect(
+                self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+            )
             try:
                 # Two processes that make the same file at once would find it locked.
                 with self._my_turn():
@@ -157,7 +179,12 @@ class SqliteMessages:
         # SQLite's own wait for its lock is a backoff, not a line: of 16 busy processes some got
         # a tenth of what others got, and waited up to 2 s. The kernel's line is fair and free,
         # and forgets a holder that was killed.
-        fcntl.flock(self._turn, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(self._turn, fcntl.LOCK_EX if self._waits else _AT_ONCE)
+        except BlockingIOError as error:
+            raise Throttled(
+                f"It is somebody else's turn at the queue file {self._path}."
+            ) from error
         try:
             yield
         finally:

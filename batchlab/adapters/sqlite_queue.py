@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -21,6 +23,7 @@ from batchlab.adapters.limits import (
     check_send,
 )
 from batchlab.adapters.sqlite_messages import SqliteMessages, Taken
+from batchlab.adapters.threads import OneThread
 from batchlab.adapters.wake import listen, ring
 from batchlab.errors import Throttled
 from batchlab.ports import Clock, Depth, Message, Outgoing, QueueSpec
@@ -32,27 +35,42 @@ LOOK_S = 1.0
 """A sleeping receiver looks this often. So it knows of everything that becomes visible later than
 this, sleeps exactly until then, and needs to be woken only for what becomes visible sooner."""
 
+SHORT_CHARACTERS = 64 * 1024
+"""What a send may have in all and still be short."""
+
 _ALL = 1_000_000
 
 
 class SqliteQueue:
     """The Queue port over the SQLite file `path`; beside it lie `wake/` and SQLite's own files.
 
-    All SQL runs on one thread of this object, opened at its first call.
+    A call runs on the event loop's thread where it is short and nobody has to be waited for, since
+    the way to another thread and back takes as long; otherwise on one thread of this object.
     """
 
     def __init__(self, path: Path, clock: Clock, *, max_in_flight: int = MAX_IN_FLIGHT) -> None:
         self._messages = SqliteMessages(path, clock, max_in_flight=max_in_flight)
         self._wake = path.parent / "wake"
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite-queue")
+        self._thread = OneThread("sqlite-queue")
 
     async def close(self) -> None:
         """Close the file and end the thread, after what it still has to do."""
-        await self._run(self._messages.close)
-        self._thread.shutdown()
+        await self._thread.close(self._messages.close)
 
     async def _run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.wrap_future(self._thread.submit(call, *args, **kwargs))
+        """The result of a short call."""
+        if await self._may_be_quick():
+            with suppress(Throttled), self._messages.at_once():
+                return call(*args, **kwargs)
+        return await self._at_length(call, *args, **kwargs)
+
+    async def _at_length(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.wrap_future(self._thread.submit(partial(call, *args, **kwargs)))
+
+    async def _may_be_quick(self) -> bool:
+        # Others have their turn first: calls one after the other would keep it from them.
+        await asyncio.sleep(0)
+        return self._thread.is_idle and self._messages.is_open
 
     async def ensure(self, spec: QueueSpec) -> None:
         check_queue_name(spec.name)
@@ -60,11 +78,13 @@ class SqliteQueue:
 
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         check_send(messages)
-        await self._run(self._send, queue, messages)
+        is_short = sum(len(one.body) for one in messages) <= SHORT_CHARACTERS
+        run = self._run if is_short else self._at_length
+        await run(self._send, queue, messages)
 
     def _send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         self._messages.send(queue, messages)
-        # On this thread, so that a caller who is cancelled now cannot prevent it.
+        # Here, so that a caller who is cancelled now cannot prevent it.
         self._ring(queue, sum(message.delay_s < LOOK_S for message in messages))
 
     def _ring(self, queue: str, count: int) -> None:
@@ -94,21 +114,36 @@ class SqliteQueue:
         return await listen(self._wake / queue, look, ends_s)
 
     async def _take(self, queue: str, limit: int, visibility_s: float | None) -> Taken:
-        taking = self._thread.submit(self._take_now, queue, limit, visibility_s)
+        try:
+            is_quick = await self._may_be_quick()
+        except asyncio.CancelledError:
+            # What this receive was woken for may still lie there.
+            self._ring(queue, 1)
+            raise
+        if is_quick:
+            with suppress(Throttled), self._messages.at_once():
+                taken = self._take_some(queue, limit, visibility_s)
+                if taken.messages or not taken.more:
+                    return taken
+        taking = self._thread.submit(partial(self._take_now, queue, limit, visibility_s))
         try:
             return await asyncio.wrap_future(taking)
         except asyncio.CancelledError:
             # Messages that nobody will see would stay hidden for a whole visibility timeout.
-            self._thread.submit(self._take_back, queue, taking)
+            self._thread.submit(partial(self._take_back, queue, taking))
             raise
 
     def _take_now(self, queue: str, limit: int, visibility_s: float | None) -> Taken:
         while True:
-            taken = self._messages.receive(queue, limit, visibility_s)
-            if taken.dead_letters is not None:
-                self._ring(taken.dead_letters, taken.moved)
+            taken = self._take_some(queue, limit, visibility_s)
             if taken.messages or not taken.more:
                 return taken
+
+    def _take_some(self, queue: str, limit: int, visibility_s: float | None) -> Taken:
+        taken = self._messages.receive(queue, limit, visibility_s)
+        if taken.dead_letters is not None:
+            self._ring(taken.dead_letters, taken.moved)
+        return taken
 
     def _take_back(self, queue: str, taking: Future[Taken]) -> None:
         # Should this fail, the messages come back at their timeout: late, not lost.
@@ -138,9 +173,9 @@ class SqliteQueue:
         return await self._run(self._messages.depth, queue)
 
     async def purge(self, queue: str) -> None:
-        await self._run(self._messages.purge, queue)
+        await self._at_length(self._messages.purge, queue)
 
     async def remove(self, queue: str) -> None:
-        await self._run(self._messages.remove, queue)
+        await self._at_length(self._messages.remove, queue)
         # Who still sleeps there shall see that it is gone.
-        await self._run(self._ring, queue, _ALL)
+        await self._at_length(self._ring, queue, _ALL)

@@ -17,6 +17,7 @@ from botocore.exceptions import ClientError
 
 from batchlab.adapters.aws import Endpoint, client, code_of, plain, translated
 from batchlab.adapters.limits import (
+    body_bytes,
     check_batch,
     check_changes,
     check_queue_name,
@@ -32,6 +33,7 @@ from batchlab.ports import (
     Outgoing,
     QueueSpec,
 )
+from batchlab.tally import Tally
 
 if TYPE_CHECKING:
     from mypy_boto3_sqs.literals import QueueAttributeNameType
@@ -79,9 +81,20 @@ class SqsQueue:
     call waiting. SQS knows whole seconds only: times are rounded up.
     """
 
-    def __init__(self, endpoint: Endpoint, *, prefix: str = "") -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        prefix: str = "",
+        makes: bool = True,
+        tally: Tally | None = None,
+    ) -> None:
+        """Unless it `makes` queues, they must be there: a stack has made them. Every request is
+        counted in `tally`, as it is billed: also one that fails."""
+        self._makes = makes
         self._sqs = client(endpoint, "sqs", connections=_RECEIVES + _CALLS)
         self._prefix = prefix
+        self._tally = tally or Tally()
         self._is_billed = endpoint.url is None
         self._found_s: dict[str, float] = {}
         """When something came from a queue last, or was first asked for; the loop's time."""
@@ -104,6 +117,7 @@ class SqsQueue:
             with translated(f"Queue {queue!r}"):
                 url = self._urls.get(queue)
                 if url is None:
+                    self._tally.sqs()
                     url = self._sqs.get_queue_url(QueueName=self._prefix + queue)["QueueUrl"]
                     self._urls[queue] = url
                 return call(url)
@@ -113,13 +127,27 @@ class SqsQueue:
 
     async def ensure(self, spec: QueueSpec) -> None:
         check_queue_name(self._prefix + spec.name)
+        if not self._makes:
+            await self._find(spec.name)
+            return
         redrive = ""
         if spec.dead_letters is not None:
             arn = await self._run(spec.dead_letters, self._arn)
             redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": spec.max_receives})
         await asyncio.wrap_future(self._calling.submit(self._ensure, spec, redrive))
 
+    async def _find(self, queue: str) -> None:
+        try:
+            await self._run(queue, lambda url: url)
+        except NotFound as error:
+            # Not a NotFound, after which a queue is made.
+            raise BackendError(
+                f"There is no queue {self._prefix + queue!r}.",
+                remedy="The grid's stack makes its queues: `batchlab deploy apply`.",
+            ) from error
+
     def _arn(self, url: str) -> str:
+        self._tally.sqs()
         answer = self._sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])
         return answer["Attributes"]["QueueArn"]
 
@@ -133,6 +161,7 @@ class SqsQueue:
             wanted["RedrivePolicy"] = redrive
         with translated(f"Queue {spec.name!r}"):
             try:
+                self._tally.sqs()
                 answer = self._sqs.create_queue(
                     QueueName=self._prefix + spec.name, Attributes=wanted
                 )
@@ -145,6 +174,7 @@ class SqsQueue:
         # It is there with other attributes, or perhaps with a redrive policy that it shall lose:
         # what a request does not name, CreateQueue does not compare.
         wanted["RedrivePolicy"] = redrive
+        self._tally.sqs()
         self._at(
             spec.name, lambda url: self._sqs.set_queue_attributes(QueueUrl=url, Attributes=wanted)
         )
@@ -155,6 +185,7 @@ class SqsQueue:
             await self._run(queue, lambda url: self._send(url, messages))
 
     def _send(self, url: str, messages: Sequence[Outgoing]) -> None:
+        self._tally.sqs(sum(body_bytes(message.body) for message in messages))
         answer = self._sqs.send_message_batch(
             QueueUrl=url,
             Entries=[
@@ -228,8 +259,13 @@ class SqsQueue:
         }
         if visibility_s is not None:
             request["VisibilityTimeout"] = math.ceil(visibility_s)
-        answer = self._sqs.receive_message(**request)
-        return [_message(found) for found in answer.get("Messages", ())]
+        try:
+            found = self._sqs.receive_message(**request).get("Messages", [])
+        except BaseException:
+            self._tally.received(0, 0)
+            raise
+        self._tally.received(sum(body_bytes(one["Body"]) for one in found), len(found))
+        return [_message(one) for one in found]
 
     def _take_back(self, queue: str, taking: Future[list[Message]]) -> None:
         try:
@@ -249,6 +285,7 @@ class SqsQueue:
             entries: list[DeleteMessageBatchRequestEntryTypeDef] = [
                 {"Id": str(number), "ReceiptHandle": receipt} for number, receipt in enumerate(some)
             ]
+            self._tally.sqs()
             return self._sqs.delete_message_batch(QueueUrl=url, Entries=entries).get("Failed", ())
 
         return _refused(delete, receipts)
@@ -263,6 +300,7 @@ class SqsQueue:
         def change(
             some: Sequence[tuple[str, float]],
         ) -> Sequence[BatchResultErrorEntryTypeDef]:
+            self._tally.sqs()
             answer = self._sqs.change_message_visibility_batch(
                 QueueUrl=url,
                 Entries=[
@@ -285,6 +323,7 @@ class SqsQueue:
         return await self._run(queue, self._depth)
 
     def _depth(self, url: str) -> Depth:
+        self._tally.sqs()
         names: list[QueueAttributeNameType] = [
             "ApproximateNumberOfMessages",
             "ApproximateNumberOfMessagesNotVisible",
@@ -297,6 +336,7 @@ class SqsQueue:
         await self._run(queue, self._purge)
 
     def _purge(self, url: str) -> None:
+        self._tally.sqs()
         try:
             self._sqs.purge_queue(QueueUrl=url)
         except ClientError as error:
@@ -305,6 +345,7 @@ class SqsQueue:
 
     async def remove(self, queue: str) -> None:
         try:
+            self._tally.sqs()
             await self._run(queue, lambda url: self._sqs.delete_queue(QueueUrl=url))
         except NotFound:
             return

@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from batchlab import __version__
-from batchlab.api import grid, jobs, results
+from batchlab.api import grid, jobs, results, spending
 from batchlab.api.common import Served, answer
 from batchlab.errors import BatchlabError, UsageError
 from batchlab.manager.manager import Manager
@@ -22,9 +22,9 @@ from batchlab.manager.manager import Manager
 
 def create_app(
     manager: Manager, *, token: str, backend_name: str, on_shutdown: Callable[[], None]
-) -> FastAPI:
-    """The application. `on_shutdown` is called in the event loop when a client asks for the
-    manager's end, after the answer has been sent."""
+) -> tuple[FastAPI, Served]:
+    """The application, and what may be exchanged in it. `on_shutdown` is called in the event loop
+    when a client asks for the manager's end, after the answer has been sent."""
     app = FastAPI(
         title="batchlab",
         version=__version__,
@@ -33,12 +33,12 @@ def create_app(
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.served = Served(manager, token, backend_name, on_shutdown)
+    app.state.served = served = Served(manager, token, backend_name, on_shutdown)
     for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
-    for router in (grid.public, grid.router, jobs.router, results.router):
+    for router in (grid.public, grid.router, jobs.router, results.router, spending.router):
         app.include_router(router)
-    return app
+    return app, served
 
 
 def listen(host: str, port: int) -> socket.socket:

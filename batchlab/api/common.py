@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from batchlab import views
 from batchlab.errors import BackendError, BatchlabError, NotFound, Refused, UsageError
 from batchlab.manager.manager import Manager
+from batchlab.manager.spending import Spending
 
 LEADS_WITHIN_S = 3.0
 """How long a request waits for a manager that is about to lead, before it is told to come back."""
@@ -32,11 +33,12 @@ class _Unauthorised(BatchlabError):
     """The bearer token is missing or wrong."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Served:
     """What `create_app` was given."""
 
     manager: Manager
+    """Replaced by a fresh one when it has lost the lead."""
     token: str
     backend_name: str
     on_shutdown: Callable[[], None]
@@ -77,6 +79,16 @@ async def _leader(served: Given) -> Manager:
     return manager
 
 
+async def _spending(manager: Annotated[Manager, Depends(_leader)]) -> Spending:
+    if manager.spending is None:
+        raise Refused(
+            "This manager keeps no account of what its grid uses.",
+            remedy="One that `batchlab grid up` starts does.",
+        )
+    return manager.spending
+
+
+Books = Annotated[Spending, Depends(_spending)]
 Leader = Annotated[Manager, Depends(_leader)]
 Limit = Annotated[int, Query(ge=1, le=MOST)]
 Wait = Annotated[float, Query(ge=0, le=LONGEST_WAIT_S, description="Long poll, seconds")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 
 from fastapi import APIRouter, BackgroundTasks
 from pydantic import BaseModel, ConfigDict
@@ -111,6 +112,7 @@ async def _grid(manager: Manager, backend_name: str) -> views.GridView:
         "backend": backend_name,
         "leader": manager.is_leader.is_set(),
         "owner": manager.owner,
+        "settings": asdict(manager.settings),
         "pools": [_pool(manager, view) for view in groups.values()],
         "queues": [views.queue_view(*one) for one in zip(names, depths, strict=True)],
     }
@@ -120,4 +122,10 @@ def _pool(manager: Manager, view: GroupView) -> views.PoolView:
     name = view.pool.name
     scaler = manager.autoscaler
     workers = manager.registry.workers
-    return views.pool_view(view, scaler.backlog(name), workers, held=name in scaler.held)
+    return views.pool_view(
+        view,
+        scaler.backlog(name),
+        workers,
+        held=name in scaler.held,
+        trouble=scaler.boots.trouble(name),
+    )

@@ -14,13 +14,15 @@ than the file stays as it is, so that `$Latest` is the latest at every launch.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic import ValidationError as Malformed
 
 from batchlab.errors import UsageError
@@ -33,11 +35,33 @@ VARIABLE = "BATCHLAB_LAUNCH_TEMPLATE"
 """Environment variable of an instance: the template that it was launched from, and its version, as
 in `worker:1`. A launcher reads there what the engine does not know of a template."""
 
+MOST_USER_DATA = 16 * 1024
+"""Bytes before base64."""
+
 _UNKNOWN = "You must use a valid fully-formed launch template. The specified launch template, with"
+
+
+def _decoded(text: str) -> str:
+    try:
+        found = base64.b64decode(text, validate=True)
+        if len(found) > MOST_USER_DATA:
+            raise ValueError(f"{len(found)} bytes of user data, and EC2 takes {MOST_USER_DATA}")
+        return found.decode()
+    except (binascii.Error, UnicodeDecodeError) as error:
+        raise ValueError("not text in base64") from error
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Role(_Strict):
+    """An instance's role, with the keys that its instances get."""
+
+    name: Annotated[str, Field(pattern=r"^[\w+=,.@-]{1,64}$")]
+    access_key: str
+    secret_key: str
+    token: str = ""
 
 
 class Version(_Strict):
@@ -56,6 +80,12 @@ class Version(_Strict):
     slots: Annotated[int, Field(ge=1)] = 1
     boot_s: Annotated[float, Field(ge=0)] = 0.0
     env: dict[str, str] = {}
+    system: bool = False
+    """Whether the image boots an init of its own, as a machine does, and has a machine's rights."""
+    user_data: Annotated[str, AfterValidator(_decoded)] = ""
+    """What the metadata service has for it, in base64 as EC2 takes it; decoded here."""
+    role: Role | None = None
+    """Whose credentials the metadata service gives it."""
 
 
 class _Named(_Strict):
@@ -83,10 +113,9 @@ class TemplateFile:
 
     def template(self, reference: LaunchTemplate) -> Template:
         """As the port says."""
-        self._look()
+        version = self.referred(reference)
         name = self._name(reference)
         number = self._number(name, reference.version)
-        version = self._named[name].version[number - 1]
         return Template(
             LaunchTemplate(template_id(name), name, str(number)),
             version.type,
@@ -110,6 +139,12 @@ class TemplateFile:
         self._look()
         name, _, number = dict(pool.env)[VARIABLE].rpartition(":")
         return self._named[name].version[int(number) - 1]
+
+    def referred(self, reference: LaunchTemplate) -> Version:
+        """The version that is referred to; ValidationError where there is none."""
+        self._look()
+        name = self._name(reference)
+        return self._named[name].version[self._number(name, reference.version) - 1]
 
     def _name(self, reference: LaunchTemplate) -> str:
         if name := reference.launch_template_name:

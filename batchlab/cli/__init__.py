@@ -1,4 +1,4 @@
-"""The command line: a client of the manager, and the two services that a grid is made of.
+"""The command line: a client of the manager, and the services that a grid is made of.
 
 Invariant: what a program may want to read goes to stdout, everything else to stderr. Importing
 this package costs nothing; a command pays for what it uses.
@@ -12,7 +12,7 @@ import time
 BEGUN_S = time.monotonic()
 """When this process began, but for Python's own start; monotonic."""
 
-SERVICES = ("manager", "worker")
+SERVICES = ("manager", "worker", "connect")
 
 
 def main() -> None:

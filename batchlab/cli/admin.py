@@ -1,4 +1,4 @@
-"""`ledger`, `doctor`, `schema`, and the two services."""
+"""`ledger`, `doctor`, `schema`, and the services."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from batchlab.cli import SERVICES, output
+from batchlab.cli.deploy_options import RegionOption
 from batchlab.cli.options import BackendOption, EndpointOption, HomeOption, JsonOption, home_of
 
 _PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 _ABOUT = {
     "manager": "Run a manager (`grid up` and `run` do so).",
     "worker": "Run a worker (the manager does so).",
+    "connect": "Keep a way to a manager on AWS open (`run` does so).",
 }
 
 ledger = typer.Typer(no_args_is_help=True)
@@ -97,15 +99,38 @@ def gc(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be removed.")
     ] = False,
+    aws: Annotated[
+        bool,
+        typer.Option("--aws", help="What stacks have left behind on AWS; removed only with --yes."),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --aws: remove what is left.")] = False,
+    region: RegionOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Remove containers, networks and volumes of grids that are gone.
+    """Remove what grids that are gone have left, in Docker or on AWS.
 
-    Grids whose folder still knows of them are left alone: `batchlab grid down` ends those.
+    Grids whose folder still knows of them are left alone: `batchlab grid down` ends those. With
+    --aws Docker is not looked at: everything in the region that has a stack's tag is listed, and
+    what no stack has any more is removed where --yes says so, buckets with all objects.
 
     \b
     Example: batchlab gc --dry-run
     """
+    from batchlab.errors import UsageError
+
+    if aws:
+        from batchlab.cli.leftovers import sweep_aws
+
+        sweep_aws(region, removing=yes and not dry_run, json=json)
+        return
+    if yes or region:
+        raise UsageError(
+            "--yes and --region are for what is on AWS.", remedy="Say --aws, or leave them out."
+        )
+    _sweep_docker(dry_run=dry_run, json=json)
+
+
+def _sweep_docker(*, dry_run: bool, json: bool) -> None:
     from batchlab.adapters.compose.project import projects, sweep
 
     found = projects()

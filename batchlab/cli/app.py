@@ -14,15 +14,44 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from batchlab.cli import admin, asg, conform, grid, jobs, output, running, signals, sim
+from batchlab.cli import (
+    admin,
+    asg,
+    caps,
+    checking,
+    conform,
+    cost,
+    deploy,
+    grid,
+    jobs,
+    output,
+    prices,
+    running,
+    scenario,
+    signals,
+    sim,
+)
 from batchlab.errors import BatchlabError
 
 UNEXPECTED = 70
 """EX_SOFTWARE of sysexits.h: none of the codes that say something about a job."""
 
 _ORDER = (
-    *("demo", "init", "run", "job", "grid", "ledger", "schema", "doctor", "gc"),
-    *("sim", "conform", "asg", "manager", "worker"),
+    *(
+        "demo",
+        "init",
+        "run",
+        "job",
+        "grid",
+        "deploy",
+        "scenario",
+        "cost",
+        "prices",
+        "ledger",
+        "schema",
+    ),
+    *("doctor", "gc"),
+    *("sim", "conform", "asg", "manager", "worker", "connect"),
 )
 
 
@@ -71,12 +100,19 @@ def batchlab(
     """
 
 
+jobs.app.command("check")(checking.check)
+jobs.app.command("cap")(caps.job_cap)
+grid.app.command("cap")(caps.grid_cap)
 running.register(app)
 app.add_typer(jobs.app, name="job")
 app.add_typer(grid.app, name="grid")
+app.add_typer(scenario.app, name="scenario")
+app.add_typer(cost.app, name="cost")
+app.add_typer(prices.app, name="prices")
 app.add_typer(sim.app, name="sim")
 conform.register(app)
 app.add_typer(asg.app, name="asg")
+app.add_typer(deploy.app, name="deploy")
 admin.register(app)
 
 

@@ -27,7 +27,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def asg_() -> None:
-    """Auto Scaling groups of processes or containers, by AWS's own API.
+    """Auto Scaling groups here, by AWS's own API.
 
     \b
     Example: batchlab asg serve --templates templates.toml

@@ -78,6 +78,10 @@ def _backend(home: Home, name: str, endpoint: str | None) -> Iterator[Finding]:
         yield from containers(home, backend)
         if named := backend.named_place(home):
             yield from _tried(named.url, "named")
+    elif backend.is_deployed:
+        from batchlab.cli.checkup_aws import stack
+
+        yield from stack(home, backend)
     elif backend.emulator:
         yield from _endpoint(home, backend)
 
@@ -251,12 +255,21 @@ def _manager(home: Home) -> Iterator[Finding]:
         return
     with Client(record.url, home.token()) as client:
         health = client.health()
-        client.grid()  # with the token, unlike health
+        grid = client.grid()  # with the token, unlike health
     leads = "leads" if health["leader"] else "does not lead"
     text = f"{record.url} (pid {record.pid}) answers and {leads}"
     level = Level.OK if health["leader"] else Level.WARN
     remedy = "" if health["leader"] else f"Look again in a moment; its log is {home.manager_log}."
     yield Finding("manager", level, text, remedy)
+    for pool in grid["pools"]:
+        if pool["trouble"]:
+            yield Finding(
+                f"pool {pool['name']}",
+                Level.WARN,
+                f"{pool['trouble']}.",
+                "Its instance log says why; on AWS that is INSTANCE/failed in the stack's log "
+                f"group. `batchlab grid scale {pool['name']} --auto` tries at once.",
+            )
 
 
 def _programs() -> Iterator[Finding]:

@@ -9,15 +9,20 @@ import typer
 
 from batchlab.cli import output
 from batchlab.cli.options import (
+    AsIfOption,
     BackendOption,
     EndpointOption,
     HomeOption,
     JsonOption,
+    MaxCostOption,
     PoolOption,
+    cap_of,
     home_of,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from batchlab.home import Home
     from batchlab.views import GridView, PoolView
 
@@ -53,6 +58,7 @@ def up(
     home: HomeOption = None,
     backend: BackendOption = "local",
     endpoint: EndpointOption = None,
+    max_cost: MaxCostOption = None,
     json: JsonOption = False,
 ) -> None:
     """Bring a grid up and leave it up; jobs that have not ended go on.
@@ -66,6 +72,7 @@ def up(
     from batchlab.errors import Refused
 
     place, pools = home_of(home), parse_all(pool or ())
+    cap = cap_of(max_cost) if max_cost else None
     was_up = place.record() is not None
     if was_up and pools:
         raise Refused(
@@ -74,8 +81,13 @@ def up(
         )
     with Session(place, backends.load(backend, endpoint), pools, keep_up=True) as session:
         session.start()
+        if max_cost:
+            session.call(lambda client: client.cap_grid(cap))
         view = session.call(lambda client: client.grid())
-    output.say(f"A grid {'was up already' if was_up else 'is up'} in {place.path}.")
+    if view["backend"] == "aws":
+        output.say("Connected to the stack; `batchlab grid down` disconnects.")
+    else:
+        output.say(f"A grid {'was up already' if was_up else 'is up'} in {place.path}.")
     _show_grid(view, place, json=json)
 
 
@@ -85,19 +97,25 @@ def down(home: HomeOption = None) -> None:
 
     Workers give back what they have not finished. Jobs that have not ended go on when a grid is up
     in the same folder again. Only a LocalStack of the grid's own goes with it, and all that it
-    holds: fetch results before.
+    holds: fetch results before. From a stack on AWS this only disconnects.
 
     \b
     Example: batchlab grid down
     """
+    from batchlab.adapters.awsgrid import deployment as stacks
     from batchlab.adapters.compose import deployment
     from batchlab.cli.session import connect
     from batchlab.errors import BackendError
-    from batchlab.services import stop_manager
+    from batchlab.updown import stop_manager
 
     place = home_of(home)
+    record = place.record()
+    if record and record.backend == stacks.NAME:
+        stop_manager(place)
+        output.say("Disconnected. The stack stays: `batchlab deploy destroy` takes it down.")
+        return
     has_containers = deployment.read(place) is not None
-    if place.record() is None and not has_containers:
+    if record is None and not has_containers:
         output.say(f"No grid is up in {place.path}.")
         return
     left = 0
@@ -121,20 +139,25 @@ def down(home: HomeOption = None) -> None:
 @app.command()
 def status(
     watch: Annotated[bool, typer.Option("--watch", help="Again every second.")] = False,
+    as_if_aws: AsIfOption = False,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show pools and queues.
+    """Show pools and queues, and on AWS what they cost.
 
     \b
     Example: batchlab grid status --watch
     """
+    from batchlab.cli.billing import Burn
     from batchlab.cli.session import connect
 
     place = home_of(home)
+    burn = Burn(place, as_if_aws=as_if_aws)
     with connect(place) as client:
         while True:
-            _show_grid(client.grid(), place, json=json)
+            view = client.grid()
+            cost = burn.grid(client) if burn.applies(view["backend"]) else None
+            _show_grid(view, place, json=json, cost=cost)
             if not watch:
                 return
             time.sleep(WATCH_S)
@@ -142,9 +165,11 @@ def status(
                 output.show("")
 
 
-def _show_grid(view: GridView, home: Home, *, json: bool) -> None:
+def _show_grid(
+    view: GridView, home: Home, *, json: bool, cost: Mapping[str, object] | None = None
+) -> None:
     if json:
-        output.show_json(view)
+        output.show_json({**view, "cost": cost} if cost else view)
         return
     leads = "leads" if view["leader"] else "does not lead yet"
     record = home.record()
@@ -157,13 +182,27 @@ def _show_grid(view: GridView, home: Home, *, json: bool) -> None:
             [
                 f"backend {view['backend']}, manager {view['owner']} {leads}{at}",
                 *bucket,
+                *([f"It {cost['text']}."] if cost else []),
                 "",
                 output.table(_POOL_COLUMNS, map(_pool_row, view["pools"])),
+                *_troubles(view["pools"]),
                 "",
                 output.table(("queue", "visible", "in flight", "delayed"), depths),
             ]
         )
     )
+
+
+def _troubles(pools: Iterable[PoolView]) -> list[str]:
+    """A sentence for each pool whose instances do not come up."""
+    return [
+        output.clean(
+            f"{one['trouble'][:1].upper()}{one['trouble'][1:]}. Its instance log says why; "
+            f"`batchlab grid scale {one['name']} --auto` tries at once."
+        )
+        for one in pools
+        if one["trouble"]
+    ]
 
 
 def _pool_row(pool: PoolView) -> tuple[object, ...]:

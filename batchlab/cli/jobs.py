@@ -10,12 +10,15 @@ import typer
 
 from batchlab.cli import output
 from batchlab.cli.options import (
+    AsIfOption,
     FileArgument,
     HomeOption,
     JobArgument,
     JsonOption,
+    MaxCostOption,
     OutOption,
     SetOption,
+    cap_of,
     home_of,
 )
 
@@ -37,7 +40,11 @@ def job() -> None:
 
 @app.command()
 def submit(
-    file: FileArgument, set_: SetOption = None, home: HomeOption = None, json: JsonOption = False
+    file: FileArgument,
+    set_: SetOption = None,
+    max_cost: MaxCostOption = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Submit a job file to the grid that is up; prints the job's id.
 
@@ -48,7 +55,8 @@ def submit(
     """
     from batchlab.cli.submitting import submit as submit_file
 
-    view = submit_file(home_of(home), file, set_ or ())
+    cap = cap_of(max_cost) if max_cost else None
+    view = submit_file(home_of(home), file, set_ or (), max_cost_usd=cap)
     output.say(f"{view['name']} is {view['state']}; watch it: batchlab job watch {view['id']}")
     if json:
         output.show_json(view)
@@ -110,19 +118,30 @@ def _done(stages: list[StageView]) -> str:
 
 
 @app.command()
-def show(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+def show(
+    job: JobArgument,
+    as_if_aws: AsIfOption = False,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
     """Show one job with its stages, and why it is not further than it is.
 
     \b
     Example: batchlab job show last
     """
+    from batchlab.cli.billing import Burn
     from batchlab.cli.session import connect, resolve
 
-    with connect(home_of(home)) as client:
+    place = home_of(home)
+    burn, cost = Burn(place, as_if_aws=as_if_aws), None
+    with connect(place) as client:
         view = resolve(client, job)
         why = client.why(view["id"])
+        record = place.record()
+        if record and burn.applies(record.backend):
+            cost = burn.job(client, view["id"], client.grid())
     if json:
-        output.show_json({**view, "why": why})
+        output.show_json({**view, "why": why, **({"cost": cost} if cost else {})})
         return
     tags = ", ".join(f"{key}={value}" for key, value in view["tags"].items())
     facts = {
@@ -135,6 +154,7 @@ def show(job: JobArgument, home: HomeOption = None, json: JsonOption = False) ->
         "priority": str(view["priority"]),
         "tags": tags or "-",
         "retries": str(view["round"]),
+        **({"cost": str(cost["text"])} if cost else {}),
     }
     columns = ("stage", "planned", "succeeded", "failed", "cancelled", "running", "retried", "mean")
     rows = [
@@ -151,20 +171,23 @@ def show(job: JobArgument, home: HomeOption = None, json: JsonOption = False) ->
 
 
 @app.command()
-def watch(job: JobArgument, home: HomeOption = None) -> None:
+def watch(job: JobArgument, as_if_aws: AsIfOption = False, home: HomeOption = None) -> None:
     """Watch a job until it ends; exit code 1 unless it succeeds.
 
     \b
     Example: batchlab job watch last
     """
+    from batchlab.cli.billing import Burn
     from batchlab.cli.progress import follow
     from batchlab.cli.session import Session, resolve
     from batchlab.cli.watching import watch as watch_job
 
-    with Session.attached(home_of(home)) as session:
+    place = home_of(home)
+    with Session.attached(place) as session:
         view = session.call(lambda client: resolve(client, job))
         with follow() as shown:
-            view = watch_job(session, view, shown, {})
+            burn = Burn(place, as_if_aws=as_if_aws)
+            view = watch_job(session, view, shown, {}, burn)
     reason = f": {output.clean(view['reason'])}" if view["reason"] else ""
     output.show(f"{view['id']} {view['state']}{reason}")
     if view["state"] != "SUCCEEDED":
@@ -357,36 +380,3 @@ def failures(
             output.show(output.lines(one["traceback"]).rstrip("\n"))
     if len(found) == limit:
         output.say(f"There may be more than {limit}; --limit shows more.")
-
-
-@app.command()
-def check(file: FileArgument, set_: SetOption = None, json: JsonOption = False) -> None:
-    """Check a job file and what it names, without running any of it.
-
-    \b
-    Example: batchlab job check job.yaml
-    """
-    from batchlab.cli.submitting import overrides
-    from batchlab.spec import load
-    from batchlab.submission import code_digest
-
-    jobfile = load(file, overrides(set_ or ()))
-    data, _ = code_digest(jobfile)
-    stages = [stage.name for stage in jobfile.job.stages]
-    if json:
-        output.show_json(
-            {
-                "name": jobfile.job.name,
-                "stages": stages,
-                "inputs": len(jobfile.files),
-                "code": str(jobfile.code),
-                "code_bytes": len(data),
-                "params": dict(jobfile.params),
-            }
-        )
-        return
-    output.show(
-        f"{file} is fine: job {jobfile.job.name}, {output.count(len(jobfile.files), 'input')}, "
-        f"{output.count(len(stages), 'stage')} ({', '.join(stages)}), "
-        f"{output.size(len(data))} of code"
-    )

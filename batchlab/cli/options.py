@@ -32,6 +32,26 @@ EndpointOption = Annotated[
         show_default=False,
     ),
 ]
+ScenarioArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SCENARIO",
+        help="A scenario's file, or the name of a shipped one.",
+        show_default=False,
+    ),
+]
+LikeOption = Annotated[
+    str, typer.Option("--like", metavar="BACKEND", help="Whose settings the simulated grid has.")
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="What was measured of a grid, as `scenario calibrate` has written it.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 OutOption = Annotated[
     Path | None,
@@ -61,6 +81,24 @@ PoolOption = Annotated[
         show_default=False,
     ),
 ]
+AsIfOption = Annotated[
+    bool,
+    typer.Option(
+        "--as-if-aws", help="Say what it costs also where it is free: what AWS would ask for it."
+    ),
+]
+MaxCostOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-cost",
+        metavar="AMOUNT",
+        help="Launch nothing more for it once it has cost so much on AWS, such as 5USD.",
+        show_default=False,
+    ),
+]
+CapArgument = Annotated[
+    str, typer.Argument(metavar="AMOUNT", help="Such as 5USD, or 'none'.", show_default=False)
+]
 JobArgument = Annotated[
     str, typer.Argument(metavar="JOB", help="A job's id, the beginning of one, or 'last'.")
 ]
@@ -74,3 +112,10 @@ def home_of(option: Path | None) -> Home:
     from batchlab.home import find_home
 
     return find_home(option)
+
+
+def cap_of(text: str) -> float | None:
+    """The dollars of `5USD`, None of `none`; UsageError."""
+    from batchlab.costs.money import parse
+
+    return None if text == "none" else parse(text)

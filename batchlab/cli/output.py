@@ -6,14 +6,16 @@ Invariant: no control character of a job's own text reaches the terminal.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from batchlab.errors import BatchlabError, JobFileError
+from batchlab.errors import BatchlabError, JobFileError, UsageError
 
 _NUMBER = re.compile(r"-|[\d.,/+]*( (ms|s|min|h|B|[KMGT]iB)( \d\d (s|min))?)?")
 
@@ -56,6 +58,25 @@ def complain(error: BatchlabError) -> None:
         say(clean(f"{where or 'Error: '}{one.message}"))
         if one.remedy:
             say(f"  {clean(one.remedy)}")
+
+
+def check_writable(file: Path, *, folder: bool = False) -> None:
+    """UsageError where it cannot be written: found out before the hours that lead to what is to
+    be written there. With `folder` that of the file is made, the file itself is not."""
+    try:
+        if folder:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            file.open("ab").close()
+        else:
+            # A link to nothing stays: what is made is what it names.
+            made = Path(os.path.realpath(file))
+            made.open("xb").close()
+            made.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"{file} cannot be written: {error.strerror}.", remedy="Name another file."
+        ) from error
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -1,4 +1,4 @@
-"""A pool as text: NAME:MIN-MAXxSLOTS, as in default:0-4x1."""
+"""A pool as text: NAME:MIN-MAXxSLOTS, as in default:0-4x1; on AWS with @TYPE,TYPE behind it."""
 
 from __future__ import annotations
 
@@ -27,6 +27,18 @@ def parse(text: str) -> Pool:
             remedy="Write for example default:0-4x1.",
         )
     return pool
+
+
+def parse_typed(text: str) -> tuple[Pool, tuple[str, ...]]:
+    """The pool that `text` describes, and the instance types it names; UsageError."""
+    form, at, types = text.partition("@")
+    names = tuple(one.strip() for one in types.split(","))
+    if at and not all(names):
+        raise UsageError(
+            f"The pool {text!r} lacks an instance type after '@'.",
+            remedy="Write for example default:0-4x1@m7i.large,m6i.large.",
+        )
+    return parse(form), names if at else ()
 
 
 def parse_all(texts: Iterable[str]) -> list[Pool]:

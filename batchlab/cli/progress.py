@@ -13,11 +13,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from batchlab.cli import output
+from batchlab.cli.pictures import Moving
 from batchlab.views import GridView, JobView, StageView
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.live import Live
 
 PLAIN_EVERY_S = 3.0
 RATE_OVER_S = 10.0
@@ -80,6 +80,9 @@ class Progress(Protocol):
     def show(self, job: JobView, grid: GridView | None) -> None:
         """The job has changed, or time has passed."""
 
+    def cost(self, text: str) -> None:
+        """What it costs, to be shown with what comes next."""
+
     def __enter__(self) -> Self: ...
 
     def __exit__(
@@ -104,6 +107,10 @@ class Lines:
         self._said_s = float("-inf")
         self._said: tuple[object, ...] = ()
         self._text = ""
+        self._cost = ""
+
+    def cost(self, text: str) -> None:
+        self._cost = f"; it {text}" if text else ""
 
     def show(self, job: JobView, grid: GridView | None) -> None:
         now_s = time.monotonic()
@@ -114,7 +121,7 @@ class Lines:
         self._said, self._said_s, self._text = notable, now_s, text
         serving, desired, _ = capacity(grid, job)
         workers = f"; {serving}/{desired} workers" if grid else ""
-        output.say(f"[{output.span(now_s - self._begun_s):>7}] {text}{workers}")
+        output.say(f"[{output.span(now_s - self._begun_s):>7}] {text}{workers}{self._cost}")
 
     def __enter__(self) -> Self:
         return self
@@ -129,34 +136,21 @@ def _stage_text(stage: StageView) -> str:
     return f"{stage['name']} {ended(stage)}/{planned}{failed}"
 
 
-class Picture:
+class Picture(Moving):
     """One line per stage with a bar, and one for the workers."""
 
     def __init__(self) -> None:
         self._begun_s = time.monotonic()
         self._rates = Rates()
         self._shown: tuple[JobView, GridView | None] | None = None
-        self._live: Live | None = None
+        self._cost = ""
+
+    def cost(self, text: str) -> None:
+        self._cost = f"  it {text}" if text else ""
 
     def show(self, job: JobView, grid: GridView | None) -> None:
         self._rates.note(job, time.monotonic())
         self._shown = (job, grid)
-
-    def __enter__(self) -> Self:
-        from rich.console import Console
-        from rich.live import Live
-
-        # Drawn by rich's own thread, so that the clock goes on while we wait for the manager.
-        self._live = Live(
-            console=Console(stderr=True), get_renderable=self.draw, refresh_per_second=8
-        )
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._live.stop()
-        self._live = None
 
     def draw(self) -> RenderableType:
         """What there is to see now."""
@@ -188,5 +182,7 @@ class Picture:
         serving, desired, _ = capacity(grid, job)
         state = Text(job["state"], _STYLES.get(job["state"], "cyan"))
         since = output.span(time.monotonic() - self._begun_s)
-        foot = Text.assemble(job["id"], " ", state, f"  {serving}/{desired} workers  {since}")
+        foot = Text.assemble(
+            job["id"], " ", state, f"  {serving}/{desired} workers  {since}{self._cost}"
+        )
         return Group(table, foot)

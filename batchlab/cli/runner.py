@@ -9,13 +9,15 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchlab.cli import output, progress, runs
+from batchlab.cli.billing import Burn
 from batchlab.cli.session import Session
 from batchlab.cli.signals import Stopped
-from batchlab.cli.submitting import Submission
+from batchlab.cli.submitting import Submission, submit_capped
 from batchlab.cli.summary import SHOWN_FAILURES, Phases, Summary
 from batchlab.cli.watching import fetch_results, watch
 from batchlab.errors import Refused, UsageError
@@ -46,6 +48,8 @@ class Request:
     cache: bool = False
     workers: int | None = None
     keep_up: bool = False
+    max_cost_usd: float | None = None
+    as_if_aws: bool = False
 
 
 def run(request: Request, phases: Phases) -> Summary:
@@ -80,7 +84,7 @@ def run(request: Request, phases: Phases) -> Summary:
 
 
 def _say_what_next(request: Request, session: Session) -> None:
-    if session.ours:
+    if session.ends_grid:
         output.say("Stopped; what has run is kept, nothing is lost. Go on with")
     else:
         output.say("No longer watching; the job goes on in the grid that is up. Watch it with")
@@ -110,9 +114,17 @@ def choose(earlier: runs.Run | None, *, resume: bool, cache: bool) -> int:
 
 def pools_for(backend: Backend, jobfile: JobFile, workers: int | None = None) -> Sequence[Pool]:
     """The pools of a grid brought up for this job: the backend's own with at most `workers`
-    instances, and room for every stage. None where the backend's own will do."""
+    instances, and room for every stage. None where the backend's own will do, or are a stack's;
+    UsageError where `workers` cannot size those."""
     from batchlab.model import Pool
 
+    if backend.is_deployed:
+        if workers is not None:
+            raise UsageError(
+                "The pools of a stack on AWS are not sized by --workers.",
+                remedy="Use `batchlab grid scale POOL --max N`, or leave --workers out.",
+            )
+        return ()
     pools = {pool.name: pool for pool in backend.pools}
     most = max((pool.max_size for pool in backend.pools), default=1)
     for stage in jobfile.job.stages:
@@ -158,12 +170,16 @@ class _Runner:
         begun_s = time.time()
         with self.phases.phase("run"):
             # Again with the same token is the same job, wherever a run before us came to its end.
-            view = self.session.call(lambda client: client.submit(job))
+            cap = partial(submit_capped, job, self.request.max_cost_usd)
+            view = self.session.call(cap)
             output.say(f"Job {job.id}{' goes on' if known else ''}.")
             if view["state"] == JobState.PAUSED:
                 view = self.session.call(lambda client: client.resume(job.id))
             with progress.follow() as shown:
-                view = watch(self.session, view, shown, self.slots)
+                # Who caps a cost wants to see it.
+                capped = self.request.max_cost_usd is not None or job.max_cost_usd is not None
+                burn = Burn(self.request.home, as_if_aws=self.request.as_if_aws or capped)
+                view = watch(self.session, view, shown, self.slots, burn)
         starts = [s["first_start_s"] for s in view["stages"] if s["first_start_s"] is not None]
         if known:
             self.phases.beside["run"] = "of this run; stages since they first began"
@@ -190,6 +206,6 @@ class _Runner:
         if known:
             job = await definition(self.submission.objects, known.job, patience())
         else:
-            job, told = await self.submission.prepare(number)
+            job, told = await self.submission.prepare(number, self.request.max_cost_usd)
             self.phases.beside["start"] = f"meanwhile uploaded {told}"
         return job, time.monotonic()

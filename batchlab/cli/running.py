@@ -12,13 +12,16 @@ import typer
 
 from batchlab.cli import output
 from batchlab.cli.options import (
+    AsIfOption,
     BackendOption,
     EndpointOption,
     FileArgument,
     HomeOption,
     JsonOption,
+    MaxCostOption,
     OutOption,
     SetOption,
+    cap_of,
     home_of,
 )
 from batchlab.errors import UsageError
@@ -57,6 +60,8 @@ def run(
     home: HomeOption = None,
     backend: BackendOption = "local",
     endpoint: EndpointOption = None,
+    max_cost: MaxCostOption = None,
+    as_if_aws: AsIfOption = False,
     seed: Annotated[
         int, typer.Option("--seed", help="With --backend sim: another seed, another course.")
     ] = 1,
@@ -82,6 +87,11 @@ def run(
                 "The simulator keeps nothing to go on with.",
                 remedy="Leave out --resume, --cache and --keep-up.",
             )
+        if max_cost or as_if_aws:
+            raise UsageError(
+                "The simulator keeps no account.",
+                remedy="Leave out --max-cost and --as-if-aws; `batchlab cost estimate` reckons.",
+            )
         backends.load(backend, endpoint)
         changes = overrides(set_ or ())
         simulated.run(file, out, changes, workers=workers, seed=seed, json=json)
@@ -101,6 +111,8 @@ def run(
         cache=cache,
         workers=workers,
         keep_up=keep_up,
+        max_cost_usd=cap_of(max_cost) if max_cost else None,
+        as_if_aws=as_if_aws,
     )
     tell(runner.run(request, Phases.of_process()), json=json)
 

@@ -1,4 +1,4 @@
-"""`batchlab manager` and `batchlab worker`: the two processes of a local grid.
+"""`batchlab manager`, `worker` and `connect`: a grid's processes, and the way to one on AWS.
 
 Invariant: nothing is imported here that the process does not need, so that it is up soon. Hence
 argparse, which takes a tenth of the time that Typer does. Whoever started it reads the last line
@@ -21,6 +21,8 @@ def serve(arguments: Sequence[str]) -> None:
     try:
         if asked.service == "manager":
             _manager(asked)
+        elif asked.service == "connect":
+            _connection(asked)
         else:
             _worker(asked)
     except BatchlabError as error:
@@ -30,15 +32,22 @@ def serve(arguments: Sequence[str]) -> None:
 
 
 def _manager(asked: argparse.Namespace) -> None:
-    from batchlab import backends, services
+    from batchlab import backends, services, settings
     from batchlab.cli.pools import parse_all
     from batchlab.home import find_home
 
+    home = find_home(asked.home)
     backend = backends.load(asked.backend, asked.endpoint)
-    backend = backends.with_pools(backend, parse_all(asked.pool))
-    services.manager_main(
-        find_home(asked.home), backend, host=asked.host, port=asked.port, parent=asked.parent
-    )
+    backend = settings.applied(backends.with_pools(backend, parse_all(asked.pool)), home)
+    services.manager_main(home, backend, host=asked.host, port=asked.port, parent=asked.parent)
+
+
+def _connection(asked: argparse.Namespace) -> None:
+    from batchlab import backends, services
+    from batchlab.home import find_home
+
+    backend = backends.load(asked.backend)
+    services.connection_main(find_home(asked.home), backend, parent=asked.parent)
 
 
 def _worker(asked: argparse.Namespace) -> None:
@@ -68,9 +77,13 @@ def _parser() -> argparse.ArgumentParser:
     manager.add_argument("--endpoint", metavar="URL", help="where S3 and SQS are")
     manager.add_argument("--host", default="127.0.0.1", help="address to listen on")
     manager.add_argument("--port", type=int, default=0, help="port to listen on; 0: any free one")
-    manager.add_argument(
-        "--parent", type=int, default=0, metavar="PID", help="end when this process does"
+    connection = _service(
+        services, "connect", "Hold a connection to a manager on AWS, until SIGTERM."
     )
+    for one in (manager, connection):
+        one.add_argument(
+            "--parent", type=int, default=0, metavar="PID", help="end when this process does"
+        )
     worker = _service(services, "worker", "Run one instance's worker, until SIGTERM.")
     known = "; the instance's metadata says where this does not"
     worker.add_argument("--pool", default="", help=f"the pool it belongs to{known}")

@@ -122,14 +122,18 @@ class Session:
             self._bring_up()
 
     def _bring_up(self) -> None:
-        from batchlab.services import start_manager
+        from batchlab.updown import start_manager
 
         self.backend.named_place(self.home)  # refuses another endpoint than this home's
         record = self.home.record()
         if record is None:
             # Set before it is true: from now on there may be something to end.
             self.ours = not self._keep_up
-            output.say(f"Starting a grid in {self.home.path}.")
+            output.say(
+                f"Connecting to the stack {self.backend.stack(self.home).stack}."
+                if self.backend.is_deployed
+                else f"Starting a grid in {self.home.path}."
+            )
             record = start_manager(
                 self.home,
                 self.backend,
@@ -177,6 +181,11 @@ class Session:
         if record and self._client and record.url != self._client.url:
             self._connect(record)
 
+    @property
+    def ends_grid(self) -> bool:
+        """Whether the grid goes down with this command."""
+        return self.ours and not self.backend.is_deployed
+
     def _revive(self, error: BackendError) -> None:
         if not self._revivals_left:
             raise Unreachable(
@@ -197,7 +206,7 @@ class Session:
         error: BaseException | None,
         where: TracebackType | None,
     ) -> None:
-        from batchlab.services import stop_manager
+        from batchlab.updown import stop_manager
 
         if self._client:
             self._client.close()
@@ -205,5 +214,7 @@ class Session:
             begun_s = time.monotonic()
             # One that is only just starting ends by itself when we do.
             if stop_manager(self.home):
+                if self.backend.is_deployed:
+                    return  # the grid goes on there
                 self.stop_s = time.monotonic() - begun_s
                 output.say(f"The grid is stopped ({output.span(self.stop_s)}).")

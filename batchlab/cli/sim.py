@@ -86,7 +86,7 @@ def fuzz(
 
     _known(weather)
     if report:
-        _writable(report)
+        output.check_writable(report)
     begun_s = time.monotonic()
     campaign = Campaign(first, seeds, weather, min(jobs or os.cpu_count() or 1, seeds))
     interrupted = False
@@ -114,17 +114,6 @@ def _known(weather: str) -> None:
         raise UsageError(
             f"There is no weather {weather!r}.", remedy=f"There are {', '.join(WEATHERS)}."
         )
-
-
-def _writable(file: Path) -> None:
-    """Found out before the hours that lead to what is to be written."""
-    try:
-        with file.open("a"):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"{file} cannot be written: {error.strerror}.", remedy="Name another file."
-        ) from error
 
 
 def _try_all(campaign: Campaign, stop_after: int) -> None:
@@ -214,7 +203,7 @@ def replay(
     _known(weather)
     wanted = None if only is None else fuzz.read(only)
     if log:
-        _writable(log)
+        output.check_writable(log)
     lines: list[str] = []
     with fuzz.silence():
         tried = fuzz.replay(seed, weather, wanted, lines)

@@ -8,17 +8,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchlab.cli import output, runs
 from batchlab.errors import UsageError
 from batchlab.home import Home
+from batchlab.model import ENDED
 
 if TYPE_CHECKING:
     from batchlab.backends import Backend
+    from batchlab.client import Client
     from batchlab.jobdef import JobDef
     from batchlab.ports import Objects
     from batchlab.spec.jobfile import JobFile
@@ -72,8 +74,9 @@ class Submission:
         name = self.jobfile.job.name
         return await runs.latest(self.objects, name, self.fingerprint, patience())
 
-    async def prepare(self, number: int) -> tuple[JobDef, str]:
-        """Upload what run `number` needs; the job to submit, and what was uploaded in words."""
+    async def prepare(self, number: int, max_cost_usd: float | None = None) -> tuple[JobDef, str]:
+        """Upload what run `number` needs; the job to submit, and what was uploaded in words.
+        `max_cost_usd` takes the place of the cap that the file says."""
         from batchlab.backends import patience
         from batchlab.submission import Uploaded, prepare
 
@@ -94,13 +97,17 @@ class Submission:
             packed=self.packed,
             progress=note,
         )
+        if max_cost_usd is not None:
+            job = replace(job, max_cost_usd=max_cost_usd)
         took = output.span(time.monotonic() - begun_s)
         return job, f"{output.count(last.of, 'file')}, {output.size(last.size_bytes)} in {took}"
 
 
-def submit(home: Home, file: Path, sets: Iterable[str]) -> JobView:
+def submit(
+    home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float | None = None
+) -> JobView:
     """Submit a job file to the grid that is up in `home`; while an earlier submission of just
-    this has not ended, it is that one."""
+    this has not ended, it is that one. `max_cost_usd` is its cap in either case."""
     from batchlab.backends import patience
     from batchlab.cli.session import Session
     from batchlab.results import definition
@@ -111,6 +118,18 @@ def submit(home: Home, file: Path, sets: Iterable[str]) -> JobView:
         if earlier and earlier.ended is None:
             job = asyncio.run(definition(submission.objects, earlier.job, patience()))
         else:
-            job, told = asyncio.run(submission.prepare(earlier.number + 1 if earlier else 1))
+            job, told = asyncio.run(
+                submission.prepare(earlier.number + 1 if earlier else 1, max_cost_usd)
+            )
             output.say(f"Uploaded {told}.")
-        return session.call(lambda client: client.submit(job))
+        return session.call(partial(submit_capped, job, max_cost_usd))
+
+
+def submit_capped(job: JobDef, max_cost_usd: float | None, client: Client) -> JobView:
+    """Submit the job, with that cap in place of what it says; one that is known gets it too."""
+    if max_cost_usd is None:
+        return client.submit(job)
+    view = client.submit(job)
+    if view["state"] not in ENDED and job.max_cost_usd != max_cost_usd:
+        client.cap_job(job.id, max_cost_usd)
+    return view

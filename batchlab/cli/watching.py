@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from batchlab.cli import output
 from batchlab.cli.progress import Progress
@@ -16,20 +17,34 @@ from batchlab.model import ENDED
 from batchlab.results import Fetched, Listed, fetch
 from batchlab.views import GridView, JobView, OutcomesView
 
+if TYPE_CHECKING:
+    from batchlab.cli.billing import Burn
+
 POLL_S = 1.0
 """Longest wait for news of the job, which is how often the workers are looked at too."""
 GAP_S = 0.1
 """Least time between two looks: a busy job has news all the time."""
 
 
-def watch(session: Session, view: JobView, shown: Progress, slots: dict[str, int]) -> JobView:
-    """Show the job until it ends; `slots` learns the most slots seen in service by pool."""
+def watch(
+    session: Session,
+    view: JobView,
+    shown: Progress,
+    slots: dict[str, int],
+    burn: Burn | None = None,
+) -> JobView:
+    """Show the job until it ends, and with `burn` what it costs, where that applies; `slots` learns
+    the most slots seen in service by pool."""
     looked_s, grid = float("-inf"), None
+    if burn and not burn.applies(session.backend.name):
+        burn = None
     while True:
         asked_s = time.monotonic()
         if asked_s - looked_s >= POLL_S / 2 or view["state"] in ENDED:
             grid, looked_s = session.call(lambda client: client.grid()), asked_s
             _note_slots(grid, slots)
+            if burn:
+                shown.cost(session.call(partial(burn.line, job=view["id"], grid=grid)))
         shown.show(view, grid)
         if view["state"] in ENDED:
             return view

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -33,18 +33,20 @@ def _bond_adapter() -> TypeAdapter[Bond]:
 
 def encode(groups: dict[str, Group], log: ActivityLog) -> bytes:
     """The state as JSON."""
-    return json.dumps(
-        {
-            "format": _FORMAT,
-            "next_activity": log.following,
-            "groups": [_group(group) for group in groups.values()],
-            "activities": [
-                [a.id, a.pool, a.at_s, a.description, a.cause, a.status, a.ended_s, a.message]
-                for a in log
-            ],
-        },
-        separators=(",", ":"),
-    ).encode()
+    state = {
+        "format": _FORMAT,
+        "next_activity": log.following,
+        "groups": [_group(group) for group in groups.values()],
+    }
+    activities = ",".join(log.written(_activity_text))
+    return f'{_dumps(state)[:-1]},"activities":[{activities}]}}'.encode()
+
+
+_dumps = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def _activity_text(a: Activity) -> str:
+    return _dumps([a.id, a.pool, a.at_s, a.description, a.cause, a.status, a.ended_s, a.message])
 
 
 def decode(data: bytes) -> tuple[dict[str, Group], ActivityLog]:
@@ -83,13 +85,18 @@ def _activity(
 
 def _group(group: Group) -> dict[str, Any]:
     saved: dict[str, Any] = {
-        "pool": asdict(group.pool),
+        "pool": _pool(group.pool),
         "desired": group.desired,
         "members": [_member(member) for member in group.members.values()],
     }
     if group.asg is not None:
         saved["asg"] = _asg_adapter().dump_python(group.asg, mode="json")
     return saved
+
+
+@lru_cache(maxsize=256)
+def _pool(pool: Pool) -> dict[str, Any]:
+    return asdict(pool)
 
 
 def _member(m: Member) -> list[Any]:

@@ -5,7 +5,7 @@ Invariant: a member changes state only through `move`, hence only along an arrow
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -217,6 +217,7 @@ class ActivityLog:
     def __init__(self) -> None:
         self._next = 1
         self._pools: dict[str, dict[int, Activity]] = {}
+        self._written: dict[int, tuple[Activity, str]] = {}
 
     def add(self, pool: str, at_s: float, description: str, cause: str, status: str) -> int:
         """Record one activity, return its id, which is greater than all before."""
@@ -256,6 +257,14 @@ class ActivityLog:
         if pool is not None:
             return list(self._pools.get(pool, {}).values())[::-1][:limit]
         return sorted(self, key=lambda activity: activity.id, reverse=True)[:limit]
+
+    def written(self, write: Callable[[Activity], str]) -> list[str]:
+        """What `write` makes of each, which is kept: of hundreds hardly one is new at a time."""
+        before, self._written = self._written, {}
+        for one in self:
+            known = before.get(one.id)
+            self._written[one.id] = known if known and known[0] is one else (one, write(one))
+        return [text for _, text in self._written.values()]
 
     def __iter__(self) -> Iterator[Activity]:
         for kept in self._pools.values():

@@ -205,15 +205,17 @@ class Grid:
         params: Mapping[str, Any] | None = None,
         out: PathText | None = None,
         timeout_s: float | None = None,
+        max_cost_usd: float | None = None,
     ) -> JobResult:
         """Run a job file to its end, whatever that is; with `out`, write its results there.
 
-        `params` replace the file's parameters. After `timeout_s` seconds the job is cancelled, and
-        JobFailed raised. JobFileErrors with all that is wrong with the file.
+        `params` replace the file's parameters, `max_cost_usd` its cap: beyond that nothing is
+        launched for it any more. After `timeout_s` seconds the job is cancelled, and JobFailed
+        raised. JobFileErrors with all that is wrong with the file.
         """
         _check_positive(timeout_s=timeout_s)
         link = self._link
-        made = self._prepared(Path(job), params or {})
+        made = _capped(self._prepared(Path(job), params or {}), max_cost_usd)
         link.follow(made.id)
         ended = False
         try:
@@ -226,9 +228,16 @@ class Grid:
             result.fetch(Path(out))
         return result
 
-    def submit(self, job: PathText | JobDef, *, params: Mapping[str, Any] | None = None) -> str:
-        """Submit a job file, or a job made by hand, and do not wait; the job's id."""
+    def submit(
+        self,
+        job: PathText | JobDef,
+        *,
+        params: Mapping[str, Any] | None = None,
+        max_cost_usd: float | None = None,
+    ) -> str:
+        """Submit a job file, or a job made by hand, as `run`, and do not wait; the job's id."""
         made = job if isinstance(job, JobDef) else self._prepared(Path(job), params or {})
+        made = _capped(made, max_cost_usd)
         return self._link.call(lambda client: client.submit(made))["id"]
 
     def _prepared(self, file: Path, params: Mapping[str, Any]) -> JobDef:
@@ -294,6 +303,11 @@ def _sized(
     if warm:
         pools = tuple(replace(pool, min_size=pool.max_size) for pool in pools or own)
     return pools
+
+
+def _capped(job: JobDef, max_cost_usd: float | None) -> JobDef:
+    _check_positive(max_cost_usd=max_cost_usd)
+    return job if max_cost_usd is None else replace(job, max_cost_usd=max_cost_usd)
 
 
 def _rule(retry: RetryRule | int | None) -> RetryRule:

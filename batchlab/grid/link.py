@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
-from batchlab import backends, services
+from batchlab import backends, updown
 from batchlab.backends import Backend
 from batchlab.client import Client
 from batchlab.errors import BackendError, NotFound, Refused, Unreachable, UsageError
@@ -76,7 +76,7 @@ class Link:
         self.backend.named_place(self.home)  # refuses another endpoint than this home's
         record = self.home.record()
         if record is None:
-            record = services.start_manager(self.home, self.backend, pools=self._pools, parent=True)
+            record = updown.start_manager(self.home, self.backend, pools=self._pools, parent=True)
             # Somebody else may have been faster, just now.
             self.ours = self._has_started(record.pid)
         elif self._pools and not self.ours:
@@ -90,8 +90,7 @@ class Link:
                 f"not {self.backend.name}.",
                 remedy=f'Say Grid("{record.backend}"), or name another folder as home.',
             )
-        if self.backend.runs_in == "containers":
-            self._check_python()
+        self._check_python()
         self._clients.append(Client(record.url, self.home.token()))
 
     def _has_started(self, pid: int) -> bool:
@@ -100,13 +99,11 @@ class Link:
         return self.backend.runs_in == "containers" or _is_child(pid)
 
     def _check_python(self) -> None:
-        from batchlab import containers
-
         try:
-            containers.check_python(self.home)
+            self.backend.check_python(self.home)
         except UsageError:
             if self.ours:
-                services.stop_manager(self.home)
+                updown.stop_manager(self.home)
             raise
 
     @property
@@ -261,7 +258,7 @@ class Link:
         record = self.home.record()
         # Ours may have died, and somebody else's have taken its place.
         if record and self._has_started(record.pid):
-            services.stop_manager(self.home)
+            updown.stop_manager(self.home)
 
     def _stop_loop(self) -> None:
         self.start(_cancel_all()).result()

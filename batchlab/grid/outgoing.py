@@ -237,7 +237,7 @@ class Outgoing:
         self._stored.add(key)
 
     async def _remove(self, job: JobId) -> None:
-        for prefix in (f"jobs/{job}/", naming.raw(job)):
+        for prefix in naming.everything_of(job):
             async for page in self._link.objects.list(prefix):
                 await self._link.objects.delete([one.key for one in page])
 

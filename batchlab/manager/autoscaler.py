@@ -10,12 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from batchlab.manager.boots import Boots
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports
 from batchlab.manager.registry import Registry
+from batchlab.manager.spending import Spending
 from batchlab.model import Control, GroupView, JobId, JobState, LifecycleState
-
-UNKNOWN_TASK_S = 1.0
-"""Assumed for a task before any has been measured, or as long as the first has been out for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +51,21 @@ class Autoscaler:
         settings: ManagerSettings,
         lives: Mapping[JobId, LiveJob],
         registry: Registry,
+        spending: Spending | None = None,
     ) -> None:
+        """`spending` knows of caps on cost, where there may be some."""
         self._ports = ports
         self._settings = settings
         self._lives = lives
         self._registry = registry
+        self._spending = spending
         self._shrunk_s: dict[str, float] = {}
         self._idle_since_s: dict[str, float] = {}
+        self.boots = Boots(ports.clock, settings, registry.has_reported)
         self.held: dict[str, int] = {}
         """Pools whose capacity a person has set by hand; the policy leaves them alone."""
+        self._short: set[str] = set()
+        """Those of them that have less now, because their instances do not come up."""
 
     def backlog(self, pool: str) -> Backlog:
         """What all running jobs still have to do in a pool."""
@@ -74,10 +79,11 @@ class Autoscaler:
                 if stage.pool != pool or counts.planned is None:
                     continue
                 left = max(0, counts.planned - counts.terminal)
-                mean_s = counts.mean_s
-                if mean_s is None:
-                    mean_s = max(UNKNOWN_TASK_S, now_s - live.since_s)
-                seconds += left * mean_s * stage.slots
+                if live.capped or (live.budget and counts.mean_s is None):
+                    # Under a cap what is cut is finished, and while nobody knows how long a task
+                    # takes, capacity is had for nothing else.
+                    left = min(left, live.cut_tasks(stage.name))
+                seconds += left * live.task_s(stage, now_s)
                 tasks += left * stage.slots
         return Backlog(seconds, tasks)
 
@@ -86,17 +92,38 @@ class Autoscaler:
         pool = view.pool.name
         await self.protect_the_busy(view)
         if pool in self.held:
+            await self._keep(view, self.held[pool])
             return
         backlog = self.backlog(pool)
         desired, why = wanted(backlog, view, self._settings.drain_target_s)
         now_s = self._ports.clock.monotonic_s()
         if backlog.tasks:
             self._idle_since_s.pop(pool, None)
+        if self._spending:
+            desired, why = self._spending.launches(view, desired, why)
+        most = self.boots.most(view)
+        if most is not None and (view.desired > most or desired > most):
+            # At once: what is Pending will not come up, and would be replaced.
+            await self._ports.fleet.set_desired(pool, most, cause=self.boots.trouble(pool))
+            return
         if desired > view.desired:
             await self._ports.fleet.set_desired(pool, desired, cause=why)
         elif desired < view.desired and self._may_shrink(pool, backlog, now_s):
             await self._shrink(view, desired, why)
             self._shrunk_s[pool] = now_s
+
+    async def _keep(self, view: GroupView, by_hand: int) -> None:
+        """Leave the pool as it was set by hand, but for instances that do not come up."""
+        pool = view.pool.name
+        limits, most = view.pool, self.boots.most(view)
+        wanted = max(limits.min_size, min(limits.max_size, by_hand))
+        if most is not None and min(most, wanted) != view.desired:
+            self._short.add(pool)
+            why = self.boots.trouble(pool)
+            await self._ports.fleet.set_desired(pool, min(most, wanted), cause=why)
+        elif most is None and pool in self._short:
+            self._short.discard(pool)
+            await self._ports.fleet.set_desired(pool, wanted, cause="instances come up again")
 
     def _may_shrink(self, pool: str, backlog: Backlog, now_s: float) -> bool:
         if not backlog.tasks:

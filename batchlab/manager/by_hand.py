@@ -54,6 +54,7 @@ async def scale(
     await manager.autoscaler.protect_the_busy(view)
     if min_size is not None or max_size is not None:
         await _limit(manager, view, min_size, max_size)
+    manager.autoscaler.boots.try_now(pool)
     if auto:
         manager.autoscaler.held.pop(pool, None)
     elif desired is not None:

@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 
 SEALED_AT_ONCE = 16
 
-BEGUN_S = 0.01
+BEGUN_S = 0.05
+"""A job that ends sooner gets no control object: where none is, a worker asks for the spec."""
 MOMENT_S = 0.001
 """From news of a job to what follows from it."""
 
@@ -60,8 +61,11 @@ class Conductor:
     async def conduct(self, live: LiveJob) -> None:
         """Advance the job whenever it is poked, until it has ended."""
         if live.all_outstanding() and not live.allowed:
-            # It has begun, and nothing is as urgent as its first bundles on their way.
-            await asyncio.sleep(BEGUN_S)
+            # It has begun, and nothing is as urgent as its first bundles, on their way and back.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(BEGUN_S):
+                    await live.poke.wait()
+            await asyncio.sleep(MOMENT_S)
         while not live.ended.is_set():
             live.poke.clear()
             await self.advance(live)
@@ -73,7 +77,7 @@ class Conductor:
 
     async def advance(self, live: LiveJob) -> None:
         """Do everything that can be done for the job now."""
-        if not live.allowed:
+        if not live.allowed and not live.is_through:
             await self._allow(live)
         if live.doubtful:
             await self._make_sure(live)
@@ -93,7 +97,7 @@ class Conductor:
         if verdict.stop:
             reason = await self._explained(live, verdict)
             await self.stop(live, wire.Word(Control.CANCEL, JobState.FAILED, reason))
-        elif all(s.counts.ended for s in live.stages.values()) and await self._accounted(live):
+        elif live.is_through and await self._accounted(live):
             if live.doubtful:
                 return  # until the next time, which heeds the word
             state = JobState.FAILED if verdict.failed else JobState.SUCCEEDED

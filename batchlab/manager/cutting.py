@@ -5,37 +5,42 @@ Invariant: a function of what is in memory. What it decides counts only once it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
+from batchlab.costs.cap import Budget
 from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager.live import LiveJob, in_pool
+from batchlab.manager.live import WINDOW, LiveJob, in_pool
 from batchlab.model import Bundle, Control, JobId, JobState, Json, StageCounts, TaskSet
 from batchlab.ports import Clock, Cut, JobRecord, StageRecord
 from batchlab.protocol import definition, sizing
-
-WINDOW = 3
-"""Bundles per slot kept outstanding: one runs, one is prefetched, one covers the manager's own
-latency. A shallow queue lets sizes follow measurements and priorities take effect."""
 
 
 class Cutter:
     """Cuts for every job; `slots_of` gives the slots that a pool has or can soon have."""
 
     def __init__(
-        self, clock: Clock, lives: Mapping[JobId, LiveJob], slots_of: Mapping[str, int]
+        self,
+        clock: Clock,
+        lives: Mapping[JobId, LiveJob],
+        slots_of: Mapping[str, int],
+        window: int = WINDOW,
     ) -> None:
+        """`window` is how many bundles per slot are kept outstanding."""
         self._clock = clock
         self._lives = lives
         self._slots_of = slots_of
+        self._window = window
 
     def opening(self, job: JobDef, items: Sequence[Json]) -> definition.Opening:
         """What a job with these items begins with, put in one object with its definition."""
         waits = job.start_at_s is not None and job.start_at_s > self._clock.now_s()
-        if waits or len(job.roots()) != 1:
+        # Under a cap it is first to be known what is left of that.
+        if waits or len(job.roots()) != 1 or job.max_cost_usd is not None:
             return definition.Opening(items)
         (stage,) = job.roots()
         stages = {s.name: StageRecord(StageCounts(s.name)) for s in job.stages}
-        live = LiveJob(JobRecord(job, JobState.SUBMITTED), stages, 0.0)
+        live = LiveJob(JobRecord(job, JobState.SUBMITTED), stages)
         bundles, left = self.wave(live, stage, TaskSet.span(0, len(items)), 0)
         return definition.Opening(items, Cut(job.id, stage.name, 0, 0, bundles, left, len(items)))
 
@@ -43,13 +48,18 @@ class Cutter:
         self, live: LiveJob, stage: StageDef, left: TaskSet, round_: int
     ) -> tuple[tuple[Bundle, ...], TaskSet]:
         """The bundles of the next cut, as far as there is room, and the tasks left after it."""
+        if not left:
+            return (), left  # whether there is room takes a look at every other job
+        pace_s = live.pace_s(stage.name)
         sizes = sizing.wave(
             len(left),
             max(1, self._slots_of.get(stage.pool, 1) // stage.slots),
-            live.pace_s(stage.name),
+            pace_s,
             stage.bundle,
             self._room(live, stage),
         )
+        if live.budget:
+            sizes = _paid(live, stage, live.budget, sizes)
         bundles: list[Bundle] = []
         for size in sizes:
             tasks, left = left.take(size)
@@ -61,14 +71,16 @@ class Cutter:
 
         Jobs of the highest priority with something to cut share the window evenly; others wait.
         """
+        if live.capped:
+            return 0
         pool = stage.pool
         others = (one for one in self._lives.values() if one is not live)
-        rivals = [one for one in others if one.left(pool) and _runs(one)]
+        rivals = [one for one in others if one.is_left(pool) and _runs(one)]
         if any(one.job.priority > live.job.priority for one in rivals):
             return 0
         peers = 1 + sum(one.job.priority == live.job.priority for one in rivals)
         slots, mine = self._slots_of.get(pool, 1), in_pool({live.id: live}, pool)
-        window = WINDOW * slots + 1
+        window = self._window * slots + 1
         share = max(1, window // peers) - mine
         room = min(share, window - in_pool(self._lives, pool)) if peers == 1 else share
         # A cut costs the same however many bundles it has; one for every slot, unless there is
@@ -76,5 +88,16 @@ class Cutter:
         return room if room >= slots or mine <= slots else 0
 
 
+def _paid(live: LiveJob, stage: StageDef, budget: Budget, sizes: list[int]) -> list[int]:
+    """Those of the bundles that a cap on cost leaves room for."""
+    mean_s = live.stages[stage.name].counts.mean_s
+    if mean_s is not None:
+        return budget.afford(sizes, stage.pool, mean_s * stage.slots)
+    longest_s = math.inf if stage.timeout_s is None else stage.timeout_s
+    return budget.probe(sizes, stage.pool, longest_s * stage.slots, live.cut_tasks(stage.name))
+
+
 def _runs(live: LiveJob) -> bool:
-    return live.record.control is Control.RUN and live.record.state is not JobState.SCHEDULED
+    """Whether it may cut now: what a cap holds back keeps nobody else waiting."""
+    runs = live.record.control is Control.RUN and live.record.state is not JobState.SCHEDULED
+    return runs and not live.capped

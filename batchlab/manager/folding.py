@@ -54,12 +54,15 @@ class Folder:
     async def _known(self, completions: Sequence[Completion]) -> list[tuple[Completion, JobDef]]:
         """Those that the ledger can take, with their jobs."""
         known: list[tuple[Completion, JobDef]] = []
+        names = dict.fromkeys(one.bundle.job for one in completions)
+        jobs = {name: await self._job(name) for name in names}
+        stages = {name: {stage.name for stage in job.stages} for name, job in jobs.items() if job}
         for one in completions:
-            job = await self._job(one.bundle.job)
+            job = jobs[one.bundle.job]
             if job is None:
                 continue
-            stages = {stage.name for stage in job.stages}
-            if not stages.issuperset({one.bundle.stage, *(f.bundle.stage for f in one.follows)}):
+            named = {one.bundle.stage, *(f.bundle.stage for f in one.follows)}
+            if not stages[job.id].issuperset(named):
                 # The ledger would refuse it, and with it all that came in the same batch.
                 log.error("dropped a completion of a stage that job %s does not have", job.id)
                 continue

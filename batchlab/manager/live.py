@@ -10,8 +10,19 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from batchlab.jobdef import JobDef
-from batchlab.model import Bundle, BundleId, Completion, JobId, JobState, Outcome, StageName
+from batchlab.costs.cap import Budget
+from batchlab.costs.meter import Account
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.model import (
+    Bundle,
+    BundleId,
+    Completion,
+    Control,
+    JobId,
+    JobState,
+    Outcome,
+    StageName,
+)
 from batchlab.patience import Patience
 from batchlab.ports import (
     BundleRecord,
@@ -28,6 +39,11 @@ from batchlab.ports import (
 from batchlab.protocol import sizing, wire
 
 EARLY = 256
+UNKNOWN_TASK_S = 1.0
+"""Assumed for a task before any has been measured, or as long as the first has run for."""
+WINDOW = 3
+"""Bundles per slot kept outstanding: one runs, one is prefetched, one covers the manager's own
+latency. A shallow queue lets sizes follow measurements and priorities take effect."""
 RECENT = 32
 """Outcomes of a job kept in memory for those who wait for them."""
 
@@ -39,7 +55,10 @@ class ManagerSettings:
     `control_lease_s` is the workers' (see WorkerSettings). A bundle that is planned, uncommitted
     and silent for `silence_s` is looked for and sent again. `lease_ttl_s` is the leader's.
     `tick_s` paces the autoscaler, the reconciler and the fleet. `drain_target_s`, `cooldown_in_s`
-    and `idle_s` belong to the scaling policy (see autoscaler).
+    and `idle_s` belong to the scaling policy (see autoscaler). After `boot_tries` instances of a
+    pool in a row that did not come up, the next is tried after `boot_pause_s`, 0 where the fleet
+    slows itself down (see boots). `boot_tries`, `max_receives` and `window` (bundles per slot) are
+    numbers.
     """
 
     control_lease_s: float = 1.0
@@ -51,7 +70,10 @@ class ManagerSettings:
     drain_target_s: float = 2.0
     cooldown_in_s: float = 10.0
     idle_s: float = 5.0
+    boot_tries: int = 3
+    boot_pause_s: float = 0.0
     max_receives: int = 10
+    window: int = WINDOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +104,8 @@ class LiveJob:
 
     record: JobRecord
     stages: dict[StageName, StageRecord]
-    since_s: float
-    """Monotonic time since when this manager conducts it."""
+    began_s: dict[StageName, float] = field(default_factory=dict)
+    """Monotonic time when a worker was first heard to run something of the stage."""
     outstanding: dict[StageName, dict[BundleId, Outstanding]] = field(default_factory=dict)
     poke: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -114,6 +136,12 @@ class LiveJob:
     short ones that follow from a bundle are quicker than its own event."""
     paces: dict[StageName, tuple[int, float]] = field(default_factory=dict)
     """(tasks, seconds) of what was folded here; see `pace_s`."""
+    account: Account = field(default_factory=Account)
+    """What it has used, as AWS would bill it."""
+    budget: Budget | None = None
+    """What a cap on cost leaves for more work of it; None where there is no cap."""
+    capped: str = ""
+    """Why nothing more is launched or cut for it, where a cap is reached."""
     round: int = field(init=False)
     """The only one that is conducted here; the record may already show a later one."""
     _news: asyncio.Event = field(default_factory=asyncio.Event, init=False)
@@ -128,6 +156,11 @@ class LiveJob:
     @property
     def id(self) -> JobId:
         return self.record.job.id
+
+    @property
+    def is_through(self) -> bool:
+        """Whether every task is terminal, as far as the ledger has heard."""
+        return all(stage.counts.ended for stage in self.stages.values())
 
     def take(self, rows: JobRows) -> None:
         """What the ledger says now."""
@@ -153,11 +186,17 @@ class LiveJob:
         self.known_after = seq
 
     def timed(self, done: Completion) -> None:
-        """Note how long the tasks of a completion took."""
+        """Note how long the tasks of a completion took, and its attempts that failed."""
         tasks, seconds = self.paces.get(done.bundle.stage, (0, 0.0))
         count = len(done.succeeded)
         seconds += sizing.weight_s(count, done.run_s)
         self.paces[done.bundle.stage] = tasks + count, seconds
+
+        self.account.bundles += 1
+        if done.failed or done.retried:
+            stage = self.job.stage(done.bundle.stage)
+            failed_s = max(0.0, done.ended_s - done.started_s - done.run_s)
+            self.account.fail(stage.pool, failed_s * stage.slots)
 
     def pace_s(self, stage: StageName) -> float | None:
         """Seconds per task of a stage, as they count for a bundle's size; None where unknown."""
@@ -191,9 +230,38 @@ class LiveJob:
     def all_outstanding(self) -> list[Outstanding]:
         return [one for stage in self.outstanding.values() for one in stage.values()]
 
-    def left(self, pool: str) -> int:
-        """Tasks of stages in `pool` that are planned but not yet cut into bundles."""
-        return sum(len(self.stages[s.name].left) for s in self.job.stages if s.pool == pool)
+    def task_s(self, stage: StageDef, now_s: float) -> float:
+        """Slot seconds that one task takes, or the first has run for (monotonic)."""
+        # Not `pace_s`, in which a long task counts for less.
+        mean_s = self.stages[stage.name].counts.mean_s
+        if mean_s is None:
+            # While instances boot nothing is out, and they must not call for more of them.
+            mean_s = max(UNKNOWN_TASK_S, now_s - self.began_s.get(stage.name, now_s))
+        return mean_s * stage.slots
+
+    def has_work(self, pool: str) -> bool:
+        """Whether instances of the pool wait for it: not for what a cap holds back."""
+        if self.record.control is not Control.RUN or self.record.state is JobState.SCHEDULED:
+            return False
+        for stage in self.job.stages:
+            if stage.pool != pool:
+                continue
+            counts = self.stages[stage.name].counts
+            if self.capped:
+                if self.outstanding.get(stage.name):
+                    return True
+            elif counts.planned is not None and counts.planned > counts.terminal:
+                return True
+        return False
+
+    def cut_tasks(self, stage: StageName) -> int:
+        """Tasks of a stage that are in outstanding bundles."""
+        return sum(len(one.bundle.tasks) for one in self.outstanding.get(stage, {}).values())
+
+    def is_left(self, pool: str) -> bool:
+        """Whether tasks of stages in `pool` are planned but not yet cut into bundles."""
+        stages = self.stages
+        return any(stages[s.name].left.ranges for s in self.job.stages if s.pool == pool)
 
 
 async def move(ports: Ports, live: LiveJob, state: JobState) -> None:

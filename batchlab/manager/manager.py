@@ -13,7 +13,9 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from batchlab.errors import BackendError, NotFound, Refused
+from batchlab.costs.meter import Accounting
+from batchlab.errors import BackendError, NotFound, Refused, Throttled, Unreachable
+from batchlab.jobdef import JobDef
 from batchlab.manager.autoscaler import Autoscaler
 from batchlab.manager.collector import Collector, events_queue
 from batchlab.manager.conductor import Conductor
@@ -24,6 +26,7 @@ from batchlab.manager.rebuild import rebuild
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.registry import Registry
 from batchlab.manager.requests import Requests, cuts_of_round
+from batchlab.manager.spending import Spending
 from batchlab.model import Control, GroupView, JobId, JobState, LifecycleState, Pool
 from batchlab.patience import patiently
 from batchlab.ports import Depth, QueueSpec, Written
@@ -40,6 +43,9 @@ LOST = (
     "what it had kept, as LocalStack does after a restart; submit the job again"
 )
 
+SET_BACK_S = 60.0
+"""A wall clock that is set back by more than this does not hold up what is scheduled."""
+
 SOON = 8
 """Instances a pool is expected to have soon when it has none: sizes the first wave."""
 
@@ -48,8 +54,14 @@ class Manager:
     """One manager. `run` ends when it is cancelled or loses its lease."""
 
     def __init__(
-        self, ports: Ports, settings: ManagerSettings, pools: Sequence[Pool], owner: str
+        self,
+        ports: Ports,
+        settings: ManagerSettings,
+        pools: Sequence[Pool],
+        owner: str,
+        accounting: Accounting | None = None,
     ) -> None:
+        """With `accounting` it counts what the grid uses, and keeps caps on the cost of that."""
         ports = replace(ports, ledger=patiently(ports.ledger, ports.patience))
         self.ports = ports
         self.settings = settings
@@ -60,20 +72,34 @@ class Manager:
         """Counts of each pool's tasks queue, as of the last tick."""
         self.groups: dict[str, GroupView] = {}
         self.is_leader = asyncio.Event()
+        self.has_led = False
         self.trouble = ""
         """Why the last tick was skipped."""
         self._slots: dict[str, int] = {p.name: _soon(p) for p in pools}
         self._hurry = asyncio.Event()
         folder = Folder(ports, self.lives)
         self.registry = Registry(ports, self.lives)
-        cutter = Cutter(ports.clock, self.lives, self._slots)
+        cutter = Cutter(ports.clock, self.lives, self._slots, settings.window)
         self.conductor = Conductor(ports, settings, folder, cutter, self._on_plan)
         self.requests = Requests(ports, self.conductor, cutter, self.lives, self._adopt)
-        self.autoscaler = Autoscaler(ports, settings, self.lives, self.registry)
+        self.spending = (
+            Spending(ports, settings, self.lives, self.registry, self.pools, accounting)
+            if accounting
+            else None
+        )
+        self.autoscaler = Autoscaler(ports, settings, self.lives, self.registry, self.spending)
         self._adopted_s = 0.0
         """Monotonic; when the ledger was last asked for jobs that nobody conducts."""
         self._looked_s = -IDLE_LOOK_S
         """Monotonic; when the queues were last looked at."""
+        self._due_s: dict[JobId, float] = {}
+        """Monotonic; when each job that was first seen SCHEDULED is to start."""
+        self._beat = 0
+        """Of the lease, when it was last taken or renewed."""
+        self._others_led = False
+        """Somebody else has led since we began to, and is gone: what we know of jobs is old."""
+        self._looked_back = False
+        """For retries that an earlier leader did not finish."""
         self._quiet = asyncio.Lock()
         self._collector = Collector(ports, settings, self.lives, folder, self.registry, self._quiet)
         self._reconciler = Reconciler(ports, settings, self.lives, folder, self.conductor)
@@ -84,6 +110,8 @@ class Manager:
         await self._take_lease()
         try:
             await self._prepare()
+            if self.spending:
+                await self.spending.load()
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 await self._adopt_active()
@@ -91,11 +119,15 @@ class Manager:
                 group.create_task(self._tick_for_ever(), name="tick")
                 group.create_task(self._finish_retries(), name="finish retries")
                 self.is_leader.set()
+                self.has_led = True
                 await self._keep_lease()
+                self.is_leader.clear()
                 raise _LeaseLostError
         except* _LeaseLostError:
             log.warning("%s is no longer the leader", self.owner)
         finally:
+            if self.spending and self.is_leader.is_set():
+                await self.spending.close()
             self.is_leader.clear()
             self._group = None
             with suppress(BackendError):  # it runs out by itself
@@ -130,6 +162,7 @@ class Manager:
                 LEASE, self.owner, over=seen if is_over else None
             )
             if stands.owner == self.owner:
+                self._beat = stands.beat
                 return
             if stands != seen:
                 seen, since_s = stands, clock.monotonic_s()
@@ -145,6 +178,25 @@ class Manager:
                 return  # it has run out; a standby may have taken it
             if stands.owner != self.owner:
                 return
+            if stands.beat != self._beat + 1:
+                # We stood still, and found the lease free again. Or an answer was lost, and we
+                # asked twice: then what follows was not needed.
+                self._others_led = True
+                self.hurry()
+            self._beat = stands.beat
+
+    async def _catch_up(self) -> None:
+        """Learn from the ledger what others who led have planned, begun and ended."""
+        if not self._others_led:
+            return
+        log.warning("%s stood still while another one led: it adopts every job anew", self.owner)
+        self._others_led = self._looked_back = False  # first: it may be so again meanwhile
+        await self._drop_all()
+        try:
+            await self._adopt_active()
+        except (Throttled, Unreachable):
+            self._others_led = True
+            raise
 
     async def _adopt_active(self) -> None:
         """Conduct every job that has not ended."""
@@ -161,11 +213,12 @@ class Manager:
         # A retry is two steps in the ledger; the leader before us may have died between them.
         for cut in await cuts_of_round(self.ports, rows.job):
             rows = (await ledger.add_cut(cut)).rows
+        if rows.job.state is JobState.SCHEDULED:
+            self._due_s.setdefault(job.id, self._starts_s(job))
         # From the clock, or a watcher of the manager before us would take our news for old.
         live = LiveJob(
             rows.job,
             {s.counts.stage: s for s in rows.stages},
-            since_s=self.ports.clock.monotonic_s(),
             version=int(self.ports.clock.now_s() * 1000),
             doubtful=not found.is_new,
             known_after=0 if found.is_new else None,
@@ -175,12 +228,16 @@ class Manager:
             heard_s = self.ports.clock.monotonic_s() - 0.75 * self.settings.silence_s
             planned = await ledger.bundles(job.id, done=False)
             live.expect((r.bundle, heard_s) for r in planned)
+        if self.spending:
+            await self.spending.open(live, is_new=found.is_new)
         known = self.lives.get(job.id)
         # Two submissions with one token came at once; or a retry came so soon after the job's end
         # that the round before has not been taken off yet: then the new one takes its place.
         if known and not known.ended.is_set() and known.round >= live.round:
             return known
         self.lives[job.id] = live
+        if self.spending:
+            self.spending.refill()
         if self._group is not None:
             live.conducting = self._group.create_task(self._conduct(live), name=f"job {job.id}")
         return live
@@ -201,16 +258,17 @@ class Manager:
                 await asyncio.sleep(self.settings.lease_ttl_s)
         if self.lives.get(live.id) is live:
             del self.lives[live.id]
+            self._due_s.pop(live.id, None)
 
     async def _finish_retries(self) -> None:
-        looked_back = False
         while True:
             try:
-                if not looked_back:
+                if not self._looked_back:
+                    self._looked_back = True  # first: others may have led meanwhile
                     await self.requests.look_back()
-                    looked_back = True
                 await self.requests.finish_retries()
             except BackendError as error:
+                self._looked_back = False
                 log.warning("a retry waits for the backend: %s", error)
             await asyncio.sleep(self.settings.silence_s)
 
@@ -220,6 +278,7 @@ class Manager:
         while True:
             try:
                 async with self._quiet:
+                    await self._catch_up()
                     await self.tick()
                 self.trouble = ""
             except NotFound as error:
@@ -261,12 +320,16 @@ class Manager:
         """One round of everything periodic."""
         await self.registry.bury(await self.ports.fleet.tick())
         await self._start_scheduled()
-        for view in await self.ports.fleet.describe():
-            if view.pool.name in self.pools:
-                await self.autoscaler.scale(view)
+        views = [v for v in await self.ports.fleet.describe() if v.pool.name in self.pools]
+        self.autoscaler.boots.observe(views)
+        if self.spending:
+            self.spending.observe(views)
+        for view in views:
+            await self.autoscaler.scale(view)
         # What has just been decided is carried out in this tick, not in the next.
         await self.registry.bury(await self.ports.fleet.tick())
         self.groups = {view.pool.name: view for view in await self.ports.fleet.describe()}
+        self.autoscaler.boots.observe(list(self.groups.values()))
         for name, view in self.groups.items():
             if name not in self.pools:
                 continue
@@ -281,6 +344,8 @@ class Manager:
         for live in list(self.lives.values()):
             await self._show_start(live)
             live.poke.set()
+        if self.spending:
+            await self.spending.save()
 
     async def _look_at_queues(self) -> None:
         """What waits in each pool, what has become a dead letter, and which bundles are silent."""
@@ -294,11 +359,18 @@ class Manager:
         await self._reconciler.look_for_the_silent(self.depths)
 
     async def _start_scheduled(self) -> None:
-        now_s = self.ports.clock.now_s()
+        now_s = self.ports.clock.monotonic_s()
         for live in list(self.lives.values()):
-            if live.record.state is JobState.SCHEDULED and (live.job.start_at_s or 0) <= now_s:
-                await move(self.ports, live, JobState.SUBMITTED)
-                live.poke.set()
+            if live.record.state is JobState.SCHEDULED:
+                late_s = now_s - self._due_s.get(live.id, now_s)
+                if late_s > SET_BACK_S or self._starts_s(live.job) <= now_s:
+                    await move(self.ports, live, JobState.SUBMITTED)
+                    live.poke.set()
+
+    def _starts_s(self, job: JobDef) -> float:
+        """When the job is to start, on the monotonic clock, by what the wall clock says now."""
+        clock = self.ports.clock
+        return clock.monotonic_s() + (job.start_at_s or 0.0) - clock.now_s()
 
     async def _show_start(self, live: LiveJob) -> None:
         """RUNNABLE waits for capacity, STARTING sees it come: what AWS Batch's words mean."""

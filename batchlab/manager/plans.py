@@ -205,8 +205,7 @@ class PartWriter:
 
     async def add(self, *items: Json) -> None:
         """Append the next tasks' inputs."""
-        for item in items:
-            size = values.roughly(item)
+        for item, size in zip(items, map(values.roughly, items), strict=True):
             if size > ITEM_BYTES and not is_gather(item):
                 item, size = await self._apart(item)
             if not self._items:

@@ -92,7 +92,8 @@ async def _past(ports: Ports, job: JobId) -> Past:
             elif _OUTCOME.match(info.key):
                 outcome = wire.outcome_from_json(await _doc(ports, info.key))
                 found.completions.append(settle.completion(outcome))
-    later = spec.start_at_s is not None and spec.start_at_s > ports.clock.now_s()
+    # What has been cut has started, though the clock may have been set back since.
+    later = not found.cuts and (spec.start_at_s or 0.0) > ports.clock.now_s()
     state = JobState.SCHEDULED if later else JobState.SUBMITTED
     return Past(spec, state, await _rounds(ports, spec, found), await _control(ports, job))
 

@@ -60,14 +60,15 @@ class Reconciler:
             if live.record.control is not Control.RUN:
                 continue
             silent: list[Outstanding] = []
-            for one in live.all_outstanding():
+            for stage, waiting in live.outstanding.items():
                 # A pool that this manager does not have has no queue to look into.
-                limit_s = limits_s.get(live.job.stage(one.bundle.stage).pool)
+                limit_s = limits_s.get(live.job.stage(stage).pool)
                 if limit_s == math.inf:
                     # Who takes it next must have time to say so, however long it has waited.
-                    one.heard_s = max(one.heard_s, now_s)
-                elif limit_s is not None and now_s - one.heard_s > limit_s:
-                    silent.append(one)
+                    for one in waiting.values():
+                        one.heard_s = max(one.heard_s, now_s)
+                elif limit_s is not None:
+                    silent += [one for one in waiting.values() if now_s - one.heard_s > limit_s]
             if silent:
                 await self._recover(live, silent[:LOOKED_FOR_AT_ONCE])
 

@@ -12,10 +12,12 @@ from batchlab.manager.live import LiveJob, Ports, Seen
 from batchlab.model import Bundle, Instance, JobId
 from batchlab.ports import MAX_BATCH
 from batchlab.protocol import wire
+from batchlab.tally import Asked
 
 log = logging.getLogger(__name__)
 
 GONE_KEPT = 1000
+SPOT_KEPT = 20_000
 
 
 class Registry:
@@ -30,8 +32,13 @@ class Registry:
         self._lives = lives
         self.workers: dict[str, Seen] = {}
         """By instance."""
-        self._gone: dict[str, None] = {}
-        """The last instances that left or died, in order: a late beat must not revive one."""
+        self.spot: dict[str, None] = {}
+        """Instances that have told that they are Spot ones, in order."""
+        self.requests: dict[str, Asked] = {}
+        """What each worker has told last of its requests of S3 and SQS."""
+        self._gone: dict[str, bool] = {}
+        """The last instances that left or died, in order, and whether they had ever reported: a
+        late beat must not revive one."""
 
     async def hear(self, beat: wire.Beat) -> None:
         """Take a beat; the first of an instance makes it InService, the last one removes it."""
@@ -42,22 +49,39 @@ class Registry:
             return
         if beat.gone:
             self._leave(beat.instance)
+            self._gone[beat.instance] = True
             return
         now_s = self._ports.clock.monotonic_s()
         before = known.since_s if known else {}
         since_s = {one: before.get(one, now_s) for one in beat.held if one.running}
         self.workers[beat.instance] = Seen(beat, now_s, since_s)
+        for one in since_s.keys() - before.keys():
+            if live := self._lives.get(one.job):
+                live.began_s.setdefault(one.stage, now_s)
         for job in sorted({one.job for one in since_s.keys() ^ before.keys()}):
             if live := self._lives.get(job):
                 live.changed()
         if known is None:
             await self._ports.fleet.ready(beat.instance)
 
+    def told(self, asked: Asked) -> None:
+        """Take what a worker tells of its requests."""
+        self.requests[asked.worker] = asked
+        if asked.is_spot:
+            self.spot[asked.instance] = None
+            while len(self.spot) > SPOT_KEPT:
+                del self.spot[next(iter(self.spot))]
+
     def _leave(self, instance: str) -> Seen | None:
-        self._gone[instance] = None
+        seen = self.workers.pop(instance, None)
+        self._gone[instance] = seen is not None or self.has_reported(instance)
         while len(self._gone) > GONE_KEPT:
             del self._gone[next(iter(self._gone))]
-        return self.workers.pop(instance, None)
+        return seen
+
+    def has_reported(self, instance: str) -> bool:
+        """Whether a worker on it has told of itself, be it gone since."""
+        return instance in self.workers or self._gone.get(instance, False)
 
     def idle(self, pool: str) -> list[str]:
         """Instances of the pool that hold nothing, longest silent first."""
@@ -82,12 +106,22 @@ class Registry:
             seen = self._leave(instance.id)
             if seen is None or not seen.beat.held:
                 continue
+            self._lost(seen)
             explained = instance.note.startswith("terminated")
             log.info("%s died (%s): its messages are given back", instance.id, instance.note)
             try:
                 await self._give_back(seen.beat.held, explained=explained)
             except BackendError as error:
                 log.warning("they return when their visibility runs out: %s", error)
+
+    def _lost(self, seen: Seen) -> None:
+        """Note what had run on it, for nothing."""
+        now_s = self._ports.clock.monotonic_s()
+        for one, since_s in seen.since_s.items():
+            live = self._lives.get(one.job)
+            if live and live.outstanding.get(one.stage, {}).get(one.bundle):
+                stage = live.job.stage(one.stage)
+                live.account.lose(stage.pool, (now_s - since_s) * stage.slots)
 
     async def _give_back(self, held: Sequence[wire.Held], *, explained: bool) -> None:
         ours = [one for one in held if one.receipt]

@@ -138,20 +138,20 @@ class Requests:
 
     async def cancel(self, job: JobId) -> None:
         """Returns once no task of the job can start any more (I4); Refused where it has ended."""
-        live = self._live(job, "cancelled")
+        live = self.running(job, "cancelled")
         word = wire.Word(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
         await self._conductor.forbid(live, word)
         live.poke.set()
 
     async def pause(self, job: JobId) -> None:
         """Running tasks end, no further one starts, until `resume`."""
-        live = self._live(job, "paused")
+        live = self.running(job, "paused")
         await self._control(live, Control.PAUSE)
         await move(self._ports, live, JobState.PAUSED)
 
     async def resume(self, job: JobId) -> None:
         """Go on. Workers dropped the messages of a paused job, so all outstanding are sent."""
-        live = self._live(job, "resumed")
+        live = self.running(job, "resumed")
         if live.record.control is Control.RUN:
             raise Refused(
                 f"Job {job} is not paused.", remedy="`batchlab job why` says what it does."
@@ -290,7 +290,8 @@ class Requests:
         rows = await successes(self._ports, job, counts)
         return TaskSet.union(r.completion.succeeded for r in rows if r.completion)
 
-    def _live(self, job: JobId, verb: str) -> LiveJob:
+    def running(self, job: JobId, verb: str) -> LiveJob:
+        """A job that has not ended; Refused, since it cannot be what the `verb` says."""
         live = self._lives.get(job)
         if live is None or live.ended.is_set():
             raise Refused(

@@ -36,6 +36,15 @@ def _spread(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:2]
 
 
+USE = "grid/use.json"
+"""What the grid uses, as AWS would bill it, and the caps on that."""
+
+
+def used(job: JobId) -> str:
+    """What a job that has ended has used."""
+    return f"grid/used/{job}.json"
+
+
 def spec(job: JobId) -> str:
     return f"jobs/{job}/spec.json"
 
@@ -95,12 +104,21 @@ def outcome(bundle: Bundle) -> str:
 
 def files(bundle: Bundle, execution: str) -> str:
     """Prefix of the files of one execution; no other execution writes under it."""
-    return f"jobs/{bundle.job}/{bundle.stage}/files/{_spread(bundle.id)}/{bundle.id}/{execution}/"
+    return f"files/{bundle.job}/{bundle.stage}/{_spread(bundle.id)}/{bundle.id}/{execution}/"
 
 
 def log(bundle: Bundle, execution: str) -> str:
     """What the tasks of one execution printed."""
-    return f"jobs/{bundle.job}/{bundle.stage}/logs/{_spread(bundle.id)}/{bundle.id}/{execution}.log"
+    return f"logs/{bundle.job}/{bundle.stage}/{_spread(bundle.id)}/{bundle.id}/{execution}.log"
+
+
+def everything_of(job: JobId) -> tuple[str, ...]:
+    """The prefixes of all that there is of a job, its code apart: that may be another's too.
+
+    What tasks write is not below jobs/: a rebuild lists what has been committed and nothing else,
+    and S3's lifecycle rules and policies know a prefix, but nothing in the middle of a key.
+    """
+    return (f"jobs/{job}/", raw(job), f"files/{job}/", f"logs/{job}/")
 
 
 def starts(bundle: Bundle) -> str:

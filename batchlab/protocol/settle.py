@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 from batchlab.jobdef import JobDef, RetryRule
 from batchlab.model import (
@@ -28,6 +29,7 @@ from batchlab.model import (
 LOSS_LIMIT = 3
 """Starts of a task alone that ended without an outcome before it is FAILED as poison."""
 
+_task = attrgetter("task")
 _HOPELESS = frozenset({FailureKind.IMPORT, FailureKind.RESULT, FailureKind.LOST})
 
 
@@ -79,18 +81,18 @@ def settle(
     still runs and goes on as a bundle of its own.
     """
     stage = job.stage(bundle.stage)
-    good = [r for r in ran if r.failure is None]
-    succeeded = TaskSet.of(r.task for r in good)
-    good.sort(key=lambda r: r.task)
+    good = sorted((r for r in ran if r.failure is None), key=_task)
+    succeeded = TaskSet.of([r.task for r in good])
     failed: list[Failure] = []
     again: list[int] = []
-    for r in ran:
+    for r in ran if len(good) < len(ran) else ():
         if r.failure is not None:
             retry = not cancelled and retries(stage.retry, r.failure, bundle.attempt)
             failed.append(replace(r.failure, task=r.task, run_s=r.run_s, final=not retry))
             if retry:
                 again.append(r.task)
-    rest = bundle.tasks - TaskSet.of(r.task for r in ran)
+    ended = succeeded if len(good) == len(ran) else TaskSet.of([r.task for r in ran])
+    rest = bundle.tasks - ended
     follows: list[Follow] = []
     if not cancelled:
         if kept:
@@ -107,9 +109,9 @@ def settle(
         started_s,
         ended_s,
         succeeded,
-        tuple(r.value for r in good),
+        tuple([r.value for r in good]),
         # Rounded here, once: a rebuild sums what was written and must come to the same.
-        tuple(round(r.run_s, 6) for r in good),
+        tuple([round(r.run_s, 6) for r in good]),
         tuple(failed),
         rest if cancelled else TaskSet(),
         tuple(follows),

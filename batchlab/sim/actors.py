@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import sys
 from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -122,3 +123,15 @@ class Actor:
 
 CURRENT: contextvars.ContextVar[Actor | None] = contextvars.ContextVar("actor", default=None)
 """The actor whose code is running. Tasks inherit it, because asyncio copies the context."""
+
+
+def let_the_dead_rest() -> None:
+    """For a process that was told to end in the middle of a simulation, and does: what an actor
+    would still have done is dropped with its coroutines, and Python need not tell of each."""
+    told = sys.unraisablehook
+
+    def tell(dropped: sys.UnraisableHookArgs) -> None:
+        if not isinstance(dropped.exc_value, ActorKilled):
+            told(dropped)
+
+    sys.unraisablehook = tell

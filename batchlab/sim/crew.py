@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import Connection, wait
@@ -35,45 +35,64 @@ class Died:
     """Negative: the signal that ended it."""
 
 
-@dataclass(slots=True)
-class _Member(Generic[T]):
-    process: SpawnProcess
-    item: T
+class Crew(Generic[T, R]):
+    """As many processes as there is work for, at most `processes`, that all do the same `work` and
+    stay from one lot of items to the next. `work`, items and results are pickled."""
+
+    def __init__(self, work: Callable[[T], R], processes: int) -> None:
+        self.processes = processes
+        self._work = work
+        self._idle: dict[Connection, SpawnProcess] = {}
+
+    def each(self, items: Iterable[T]) -> Generator[tuple[T, R | Died], None, None]:
+        """Each item with what `work` makes of it, in the order in which they are done.
+
+        Items are taken from their source as processes get free, so it may be endless. Where this
+        is closed early, what was in hand then goes with its process.
+        """
+        left = iter(items)
+        busy: dict[Connection, tuple[SpawnProcess, T]] = {}
+        try:
+            for item in islice(left, self.processes):
+                self._give(item, busy)
+            while busy:
+                for pipe in wait(list(busy)):
+                    assert isinstance(pipe, Connection)
+                    process, done = busy[pipe]
+                    result: R | Died = _answer(pipe, process)
+                    del busy[pipe]
+                    if isinstance(result, Died):
+                        _dismiss(pipe, process)
+                    else:
+                        self._idle[pipe] = process
+                    for item in islice(left, 1):
+                        self._give(item, busy)
+                    yield done, result
+        finally:
+            for pipe, (process, _) in busy.items():
+                _dismiss(pipe, process)
+
+    def close(self) -> None:
+        """End those that have nothing to do; nobody else is left once `each` is over."""
+        while self._idle:
+            _dismiss(*self._idle.popitem())
+
+    def _give(self, item: T, busy: dict[Connection, tuple[SpawnProcess, T]]) -> None:
+        pipe, process = self._idle.popitem() if self._idle else _hire(self._work)
+        busy[pipe] = process, item
+        with suppress(BrokenPipeError, ConnectionResetError):  # it has just died: _answer tells
+            pipe.send(item)
 
 
 def spread(
     work: Callable[[T], R], items: Iterable[T], processes: int
 ) -> Generator[tuple[T, R | Died], None, None]:
-    """Each item with what `work` makes of it, in the order in which they are done.
-
-    `work`, items and results are pickled. Items are taken from their source as processes get
-    free, so it may be endless.
-    """
-    left = iter(items)
-    crew: dict[Connection, _Member[T]] = {}
-    try:
-        for item in islice(left, processes):
-            _hire(crew, work, item)
-        while crew:
-            for pipe in wait(list(crew)):
-                assert isinstance(pipe, Connection)
-                member = crew[pipe]
-                done, result = member.item, _answer(pipe, member.process)
-                following = next(left, None)
-                if following is None or isinstance(result, Died):
-                    _dismiss(pipe, crew.pop(pipe))
-                if following is not None and isinstance(result, Died):
-                    _hire(crew, work, following)
-                elif following is not None:
-                    member.item = following
-                    _hand(pipe, following)
-                yield done, result
-    finally:
-        for pipe, member in crew.items():
-            _dismiss(pipe, member)
+    """See Crew.each; the processes are there for these items only."""
+    with closing(Crew(work, processes)) as crew:
+        yield from crew.each(items)
 
 
-def _hire(crew: dict[Connection, _Member[T]], work: Callable[[T], R], item: T) -> None:
+def _hire(work: Callable[[T], R]) -> tuple[Connection, SpawnProcess]:
     pipe, far_end = _SPAWN.Pipe()
     process = _SPAWN.Process(target=_serve, args=(far_end, work), daemon=True)
     # A terminal's Ctrl-C reaches the whole process group; only this process shall answer it. The
@@ -83,14 +102,8 @@ def _hire(crew: dict[Connection, _Member[T]], work: Callable[[T], R], item: T) -
         process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    crew[pipe] = _Member(process, item)
     far_end.close()
-    _hand(pipe, item)
-
-
-def _hand(pipe: Connection, item: object) -> None:
-    with suppress(BrokenPipeError, ConnectionResetError):  # it has just died: _answer tells
-        pipe.send(item)
+    return pipe, process
 
 
 def _answer(pipe: Connection, process: SpawnProcess) -> R | Died:
@@ -102,10 +115,10 @@ def _answer(pipe: Connection, process: SpawnProcess) -> R | Died:
     return result
 
 
-def _dismiss(pipe: Connection, member: _Member[T]) -> None:
-    member.process.kill()
-    member.process.join()
-    member.process.close()
+def _dismiss(pipe: Connection, process: SpawnProcess) -> None:
+    process.kill()
+    process.join()
+    process.close()
     pipe.close()
 
 
@@ -117,4 +130,6 @@ def _serve(pipe: Connection, work: Callable[[T], R]) -> None:
             return  # our parent has been killed
         # Code that loops without waiting cannot be interrupted from within the simulation.
         signal.alarm(ENDLESS_S)
-        pipe.send(work(item))
+        result = work(item)
+        signal.alarm(0)  # whoever waits for its next item hangs nobody
+        pipe.send(result)

@@ -9,14 +9,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
-from batchlab.adapters.sql.ledger import SqlLedger, open_memory
+from batchlab.adapters.sql.ledger import open_memory
 from batchlab.fleet.state import COUNTED
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import Ports
 from batchlab.manager.rebuild import rebuild
 from batchlab.model import FailureKind, GroupView, Instance, JobId, JobState, Json, Outcome
 from batchlab.patience import Patience
-from batchlab.ports import Fleet, Objects
+from batchlab.ports import Fleet, Ledger, Objects
 from batchlab.protocol import naming, settle, wire
 from batchlab.sim.clocks import SimIds
 from batchlab.sim.fates import Fates, inputs_of, value_of
@@ -57,7 +57,7 @@ async def check_trial(world: World, plan: Plan) -> None:
         check_failures(world, fates, job, await outcomes_of(world.objects, job.id))
 
 
-async def check_ended(ledger: SqlLedger, job: JobId) -> None:
+async def check_ended(ledger: Ledger, job: JobId) -> None:
     """I7: a job always ends."""
     record = await ledger.job(job)
     _require(record.state.ended, "I7", f"{job} is still {record.state}")
@@ -89,7 +89,7 @@ def check_terminal_states(job: JobId, outcomes: Sequence[Outcome]) -> None:
     _require(not twice, "I1", f"{job}: more than one terminal state: {twice[:5]}")
 
 
-async def check_listed(ledger: SqlLedger, job: JobId) -> None:
+async def check_listed(ledger: Ledger, job: JobId) -> None:
     """I1: exactly one committed result for each task that succeeded.
 
     A later round takes the place of an earlier one; tasks whose upstream failed have no outcome.
@@ -123,7 +123,7 @@ def check_attempts(job: JobId, outcomes: Sequence[Outcome]) -> None:
         _require(before <= failed, "Attempts", f"{job}: {bundle.id} counts what was no failure")
 
 
-async def check_counts(ledger: SqlLedger, job: JobId) -> None:
+async def check_counts(ledger: Ledger, job: JobId) -> None:
     """I2: planned = succeeded + failed + cancelled."""
     for stage in (await ledger.rows(job)).stages:
         c = stage.counts
@@ -262,7 +262,7 @@ def check_failures(world: World, fates: Fates, job: JobDef, outcomes: Sequence[O
 
 
 async def results_of(
-    objects: Objects, ledger: SqlLedger, job: JobId, stage: str
+    objects: Objects, ledger: Ledger, job: JobId, stage: str
 ) -> Mapping[int, Json]:
     """Encoded result by task, as a user would fetch them: by the ledger's list of bundles."""
     values: dict[int, Json] = {}

@@ -19,6 +19,7 @@ from contextvars import Context
 from typing import Any, NoReturn, TypeVar, TypeVarTuple
 
 from batchlab.sim.actors import CANCEL_ROUNDS, CURRENT, Actor, ActorKilled, SimulationError
+from batchlab.sim.handles import SimHandle, SimTimer
 from batchlab.sim.tasks import SimTask
 
 T = TypeVar("T")
@@ -46,11 +47,6 @@ class Crashed(SimulationError):
     """A task or callback raised an exception that nobody looked at; it is the `__cause__`."""
 
 
-class _Timer(asyncio.TimerHandle):
-    __slots__ = ()
-    _scheduled: bool
-
-
 class SimLoop(asyncio.BaseEventLoop):
     """The loop. Time starts at 0 and has no relation to the machine's.
 
@@ -69,7 +65,7 @@ class SimLoop(asyncio.BaseEventLoop):
         """Callbacks run so far."""
         self._inline_executor = inline_executor
         self._now_s = 0.0
-        self._timers: list[tuple[float, int, _Timer]] = []
+        self._timers: list[tuple[float, int, SimTimer]] = []
         self._timers_cancelled = 0
         self._numbers = itertools.count(1)
         self._limit_s = math.inf
@@ -126,7 +122,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
         """As asyncio's."""
-        handle = asyncio.Handle(callback, args, self, context)
+        handle = SimHandle(callback, args, self, context)
         self._ready.append(handle)
         return handle
 
@@ -138,15 +134,24 @@ class SimLoop(asyncio.BaseEventLoop):
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
         """As asyncio's."""
-        timer = _Timer(when, callback, args, self, context)
-        timer._scheduled = True
+        timer = SimTimer(when, callback, args, self, context)
         heapq.heappush(self._timers, (when, next(self._numbers), timer))
         return timer
 
-    def _timer_handle_cancelled(self, timer: _Timer) -> None:
-        # Called by TimerHandle.cancel, also for timers that have fired.
-        if not timer._scheduled:
-            return
+    def call_later(
+        self,
+        delay: float,
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """As asyncio's."""
+        timer = SimTimer(self._now_s + delay, callback, args, self, context)
+        heapq.heappush(self._timers, (timer._when, next(self._numbers), timer))
+        return timer
+
+    def _timer_handle_cancelled(self, _timer: asyncio.TimerHandle) -> None:
+        # Called for timers that have not fired yet.
         self._timers_cancelled += 1
         if self._timers_cancelled > _FEW_TIMERS and self._timers_cancelled * 2 > len(self._timers):
             self._timers[:] = [entry for entry in self._timers if not entry[2]._cancelled]
@@ -155,12 +160,14 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def _run_once(self) -> None:
         # Called over and over by the base's run_forever, whose own loop costs a call per instant.
+        ready, timers = self._ready, self._timers
         while not self._stopping:
             if self._crashes and not self._ending:
                 raise self._crashes.pop(0)
-            if not self._ready:
+            if not ready:
                 self._jump()
-            while self._timers and self._timers[0][0] <= self._now_s:
+            now_s = self._now_s
+            while timers and timers[0][0] <= now_s:
                 self._pop()
             self._run_ready()
 
@@ -176,7 +183,15 @@ class SimLoop(asyncio.BaseEventLoop):
             if not handle._cancelled:
                 if self._frozen and self._parked(handle):
                     continue
-                handle._run()
+                try:
+                    handle._context.run(handle._callback, *handle._args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:  # noqa: BLE001 - as asyncio's, for `run` to raise
+                    message = f"Exception in callback {handle._callback!r}"
+                    self.call_exception_handler(
+                        {"message": message, "exception": error, "handle": handle}
+                    )
                 # A failed task's traceback may hold this handle; without the way back to the task
                 # no cycle keeps the failure from surfacing at once.
                 handle._callback = None
@@ -223,6 +238,10 @@ class SimLoop(asyncio.BaseEventLoop):
         """From now on nothing of the actor runs, as after SIGSTOP: its timers come due, and answers
         arrive, but it sees them only once it is thawed."""
         self._frozen.setdefault(actor, deque())
+
+    def parked(self, actor: Actor) -> int:
+        """How many steps of a frozen actor wait until it is thawed."""
+        return len(self._frozen.get(actor, ()))
 
     def thaw(self, actor: Actor) -> None:
         """What has become due meanwhile runs now, in the order in which it became so."""

@@ -26,15 +26,22 @@ class TimedRunner:
     """A Runner whose tasks take the time that they are said to take.
 
     Tasks are waited for together as long as they take no more than `together_s`: so late a run
-    notices that it is to stop.
+    notices that it is to stop. `look_s` is how soon it notices that it is to be killed, where a
+    twentieth of its longest task is not later still.
     """
 
     def __init__(
-        self, durations: Durations, clock: Clock, *, together_s: float = TOGETHER_S
+        self,
+        durations: Durations,
+        clock: Clock,
+        *,
+        together_s: float = TOGETHER_S,
+        look_s: float = 0.0,
     ) -> None:
         self._durations = durations
         self._clock = clock
         self._together_s = together_s
+        self._look_s = max(together_s, look_s)
 
     async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
         """See worker.runner."""
@@ -78,7 +85,7 @@ class TimedRunner:
     async def _last(self, takes_s: float, handle: Handle) -> bool:
         """Let time pass; False where what runs was killed meanwhile."""
         end_s = self._clock.monotonic_s() + takes_s
-        look_s = max(self._together_s, takes_s / LOOKS)
+        look_s = max(self._look_s, takes_s / LOOKS)
         while (left_s := end_s - self._clock.monotonic_s()) > 0:
             await asyncio.sleep(min(left_s, look_s))
             if handle.kill:

@@ -86,16 +86,20 @@ class Report:
     managers: int
 
 
-def calm(seed: int) -> Faults:
+def calm(seed: int, *, answers: bool = True) -> Faults:
     """Latencies but no faults."""
-    return Faults(_fault_rng(seed))
+    return Faults(_fault_rng(seed), answers=answers)
 
 
 def faults_for(seed: int, weather: Weather = ALL) -> Faults:
     """What `run` injects into the world of `seed`, for a caller who wants to look at it."""
+    return Faults(_fault_rng(seed), weather_of(seed, weather), budget=BUDGET)
+
+
+def weather_of(seed: int, weather: Weather = ALL) -> Weather:
+    """What of `weather` the world of `seed` has, and how heavily."""
     rng = random.Random(f"{seed}/weather")  # noqa: S311 - simulation
-    chosen = weather.of_seed(rng, heaviness=draw(seed).heaviness)
-    return Faults(_fault_rng(seed), chosen, budget=BUDGET)
+    return weather.of_seed(rng, heaviness=draw(seed).heaviness)
 
 
 def replayed(seed: int, faults: Iterable[Fault]) -> Faults:
@@ -114,15 +118,17 @@ def run(
     faults: Faults | None = None,
     logged: bool = False,
     log: list[str] | None = None,
+    sql: bool = True,
 ) -> Report:
     """Run the world of `seed`; Violated or another SimulationError where a promise is broken.
 
     `faults` replaces what the seed and `weather` would inject; see `faults_for` and `replayed`.
-    The lines of the event log go to `log`, so that they are there also after a failure.
+    The lines of the event log go to `log`, so that they are there also after a failure. `sql` is
+    the World's.
     """
     chosen, plan = faults or faults_for(seed, weather), draw(seed)
     loop = SimLoop(inline_executor=True)
-    main = _main(seed, plan, chosen, logged=logged, log=log)
+    main = _main(seed, plan, chosen, logged=logged, log=log, sql=sql)
     try:
         return loop.run(main, limit_s=plan.limit_s, limit_steps=STEPS)
     except TimeLimit as error:
@@ -130,7 +136,7 @@ def run(
 
 
 async def _main(
-    seed: int, plan: Plan, faults: Faults, *, logged: bool, log: list[str] | None
+    seed: int, plan: Plan, faults: Faults, *, logged: bool, log: list[str] | None, sql: bool
 ) -> Report:
     world = World(
         seed,
@@ -141,6 +147,7 @@ async def _main(
         worker_settings=plan.worker,
         skew_s=plan.skew_s,
         logged=logged or log is not None,
+        sql=sql,
     )
     if world.log is not None and log is not None:
         world.log.lines = log

@@ -103,7 +103,7 @@ class Watch:
             return
         if kind not in ("spec.json", "retries", "final"):
             kind = parts[3]
-        if kind in ("starts", "running", "files", "logs"):
+        if kind in ("starts", "running"):
             return
         self._require(before in (None, data), "I1", f"{key} has changed after its commit")
         # Parts come before the manifest that commits them; whoever plans writes the same ones.

@@ -11,12 +11,13 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from batchlab.adapters.sim.launcher import SimLauncher
+from batchlab.adapters.sim.ledger import SimLedger
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.adapters.sim.queue import SimQueue
-from batchlab.adapters.sql.ledger import SqlLedger, open_memory
+from batchlab.costs.meter import Accounting
 from batchlab.errors import BackendError, NotFound, Refused
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import ManagerSettings, Ports
@@ -37,6 +38,9 @@ from batchlab.worker.beats import Identity
 from batchlab.worker.loop import Worker
 from batchlab.worker.runner import Runner
 from batchlab.worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from batchlab.adapters.sql.ledger import SqlLedger
 
 EPOCH_S = 1_700_000_000.0
 RESTART_S = 3.0
@@ -65,7 +69,10 @@ class World:
     """A grid to be run on the current SimLoop. `script` says what simulated tasks do;
     `make_runner` replaces them by something else (real handlers). Each process's wall clock is off
     by up to `skew_s`; the services' is right. Without `watched` nothing looks whether the steps of
-    the protocol are kept, which costs a worker of thousands as much as its own work."""
+    the protocol are kept, which costs a worker of thousands as much as its own work. With
+    `accounting` the managers keep an account of what the grid uses. The ledger is that of every
+    grid, in a SQLite that lives in memory; without `sql` it is SimLedger, which answers the same
+    for a tenth of the time."""
 
     seed: int
     pools: Sequence[Pool]
@@ -77,10 +84,12 @@ class World:
     logged: bool = True
     skew_s: float = 0.0
     watched: bool = True
+    accounting: Accounting | None = None
+    sql: bool = True
     log: EventLog | None = field(init=False)
     objects: SimObjects = field(init=False)
     queue: SimQueue = field(init=False)
-    ledger: SqlLedger = field(init=False)
+    ledger: SqlLedger | SimLedger = field(init=False)
     clock: SimClock = field(init=False)
     launcher: SimLauncher = field(init=False)
     watch: Watch = field(init=False)
@@ -99,7 +108,7 @@ class World:
         self.clock = SimClock(loop, EPOCH_S)
         self.objects = SimObjects()
         self.queue = SimQueue(self.clock, self.rng("queue"))
-        self.ledger = open_memory()
+        self.ledger = _sql_ledger() if self.sql else SimLedger()
         self.launcher = SimLauncher(self._boot, self.rng("boot"))
         visibility_s = self.worker_settings.visibility_s
         self.watch = Watch(self.clock, self.queue, loop.fail, loop.is_frozen, visibility_s)
@@ -139,10 +148,15 @@ class World:
     def manager_actor(self) -> Actor | None:
         return self.post.actor if self.post else None
 
+    @property
+    def last_owner(self) -> str:
+        """As whom the manager that was started last holds the lease."""
+        return f"manager-{self.managers}"
+
     def start_manager(self) -> asyncio.Task[None]:
         """Start a manager, the first, the next, or one more beside the one that leads."""
         self.managers += 1
-        owner = f"manager-{self.managers}"
+        owner = self.last_owner
         actor = Actor(owner)
         rng = self.rng(owner)
         ids = SimIds(rng)
@@ -164,7 +178,7 @@ class World:
             ids,
             Patience(rng),
         )
-        manager = Manager(ports, self.manager_settings, self.pools, owner)
+        manager = Manager(ports, self.manager_settings, self.pools, owner, self.accounting)
         fleet.registry = manager.registry
         task = actor.spawn(manager.run(), name=owner)
         post = Post(manager, actor, clock, task)
@@ -264,6 +278,13 @@ class World:
         """The fleet as the leader sees it."""
         assert self.manager is not None
         return await self.manager.ports.fleet.describe()
+
+
+def _sql_ledger() -> SqlLedger:
+    # A forecast does without, and importing SQLAlchemy takes longer than many of them.
+    from batchlab.adapters.sql.ledger import open_memory
+
+    return open_memory()
 
 
 def _of_services(error: BaseException) -> bool:

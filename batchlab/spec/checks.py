@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchlab.protocol import placeholders
-from batchlab.spec import handlers, paths, units
+from batchlab.spec import graph, handlers, paths, units
 from batchlab.spec.problems import Loc, Problem, suggest
 from batchlab.spec.schema import JobSpec, StageSpec
 from batchlab.spec.structure import Structure
@@ -34,14 +34,15 @@ class Subject:
             yield ("stages", i), stage
 
 
-def run(found: Structure, folder: Path) -> list[Problem]:
-    """Every problem of the checks whose places are sound."""
-    if found.job is None:
+def run(found: Structure[JobSpec], folder: Path, *, needs_input: bool = True) -> list[Problem]:
+    """Every problem of the checks whose places are sound; unless `needs_input`, the input may be
+    anywhere."""
+    if found.whole is None:
         return []
-    subject = Subject(found.job, folder)
+    subject = Subject(found.whole, folder)
     problems: list[Problem] = []
     for check, places in _CHECKS:
-        if found.sound(*places):
+        if found.sound(*places) and (needs_input or check is not _input_files):
             problems.extend(check(subject))
     return problems
 
@@ -66,53 +67,15 @@ def _one_action(subject: Subject) -> Iterator[Problem]:
 
 
 def _unique_names(subject: Subject) -> Iterator[Problem]:
-    first: dict[str, int] = {}
-    for i, (loc, stage) in enumerate(subject.stages()):
-        if stage.name in first:
-            number = first[stage.name] + 1
-            message = f"Stage {number} is named '{stage.name}' already."
-            yield Problem((*loc, "name"), message, "Give this stage another name.")
-        first.setdefault(stage.name, i)
+    yield from graph.unique_names(subject.job.stages, ("stages",))
 
 
 def _graph(subject: Subject) -> Iterator[Problem]:
-    names = [stage.name for stage in subject.job.stages]
-    for loc, stage in subject.stages():
-        for i, upstream in enumerate(stage.after or ()):
-            if upstream not in names:
-                message = f"There is no stage '{upstream}' to come after."
-                yield Problem((*loc, "after", i), message, suggest(upstream, names, "stages"))
-            elif upstream in (stage.after or ())[:i]:
-                message = f"'{upstream}' is named twice."
-                yield Problem((*loc, "after", i), message, "Delete one of the two.")
-    upstream_of = {name: subject.job.upstream(i) for i, name in enumerate(names)}
-    cycle = _cycle(upstream_of) if len(upstream_of) == len(names) else []
-    if cycle:
-        loc = ("stages", names.index(cycle[-1]), "after")
-        message = f"The stages run in a circle: {' → '.join(cycle)}."
-        yield Problem(loc, message, "Change 'after' so that one of them comes first.")
-
-
-def _cycle(upstream: dict[str, tuple[str, ...]]) -> list[str]:
-    """One circle in the direction of the data, its first stage repeated at the end."""
-    left = dict(upstream)
-    while ready := [name for name, before in left.items() if not any(b in left for b in before)]:
-        for name in ready:
-            del left[name]
-    if not left:
-        return []
-    path = [next(iter(left))]
-    while path[-1] not in path[:-1]:
-        path.append(next(b for b in left[path[-1]] if b in left))
-    return path[path.index(path[-1]) :][::-1]
+    yield from graph.order(subject.job.stages, ("stages",))
 
 
 def _gathers(subject: Subject) -> Iterator[Problem]:
-    for i, (loc, stage) in enumerate(subject.stages()):
-        if stage.gather is not None and not subject.job.upstream(i):
-            message = f"Stage '{stage.name}' follows no stage, so it has nothing to gather."
-            remedy = "Delete gather, or name the stages before in 'after'."
-            yield Problem((*loc, "gather"), message, remedy, at_key=True)
+    yield from graph.gathers(subject.job.stages, ("stages",))
 
 
 def _code(subject: Subject) -> Iterator[Problem]:

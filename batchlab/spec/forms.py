@@ -20,6 +20,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from batchlab.costs import money
+from batchlab.errors import UsageError
 from batchlab.spec import units
 from batchlab.task import name_problem
 
@@ -94,6 +96,16 @@ def _start(value: object) -> str:
     return value
 
 
+def _cost(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{units.shown(value)} is no amount with its currency")
+    try:
+        money.parse(value)
+    except UsageError as error:
+        raise ValueError(error.message.rstrip(".")) from error
+    return value
+
+
 def _output(value: str) -> str:
     if problem := name_problem(value):
         raise refusal(f"The output name '{value}' {problem}.", "Write for example count.txt.")
@@ -142,6 +154,11 @@ Allowance = Annotated[
     int | str,
     PlainValidator(_check(_allowance, "0, a number of tasks, or a share such as 5%")),
     _either("number or percentage", "integer", 0, _SHARE_PATTERN),
+]
+Cost = Annotated[
+    str,
+    BeforeValidator(_check(_cost, "an amount with its currency such as 5USD")),
+    WithJsonSchema({"type": "string", "pattern": money.PATTERN}),
 ]
 Start = Annotated[
     str, BeforeValidator(_check(_start, units.AT_FORMS)), WithJsonSchema({"type": "string"})

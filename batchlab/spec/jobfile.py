@@ -13,16 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchlab.errors import JobFileError
+from batchlab.costs import money
 from batchlab.jobdef import InputDef, JobDef, RetryRule, SplitBy, StageDef
 from batchlab.model import FailureKind, JobId, Json, StageName
-from batchlab.spec import checks, paths, source, units
-from batchlab.spec.problems import JobFileErrors, Problem, suggest
-from batchlab.spec.schema import JobSpec, RetrySpec, StageSpec, is_text
+from batchlab.spec import checks, paths, reading, source, units
+from batchlab.spec.problems import Problem, suggest
+from batchlab.spec.schema import SHAPE, JobSpec, RetrySpec, StageSpec, is_text
 from batchlab.spec.structure import validate
 
-_MOST_TOLD = 50
-"""Mistakes of one file: nobody reads more, and the first may be the cause of all."""
+_NONE = "Write its path, or make one with `batchlab init`."
 _TASK_SIZES = {"file": 1, "lines": 1000, "bytes": 8 * 1024 * 1024, "items": 1}
 
 
@@ -48,26 +47,29 @@ class JobFile:
         return Path(os.path.relpath(file, self.path.parent)).as_posix()
 
 
-def load(path: Path, overrides: Mapping[str, str] | None = None) -> JobFile:
+def load(
+    path: Path, overrides: Mapping[str, str] | None = None, *, needs_input: bool = True
+) -> JobFile:
     """Read and check the job file at `path`, its parameters replaced by `overrides` (`--set`).
 
-    JobFileErrors with every mistake there is. Nothing of the user's code is run.
+    Unless `needs_input`, its input files need not be there. JobFileErrors with every mistake there
+    is. Nothing of the user's code is run.
     """
     path = paths.absolute(path)
-    document = source.parse(_read(path), is_text)
+    document = source.parse(reading.text_of(path, SHAPE.what, _NONE), is_text)
     problems = list(document.problems)
     job: JobSpec | None = None
     params: dict[str, Json] = {}
     if document.data is not None or not problems:
-        structure = validate(document.data, {problem.loc for problem in problems})
+        structure = validate(document.data, SHAPE, {problem.loc for problem in problems})
         problems += structure.problems
-        problems += checks.run(structure, path.parent)
-        job = structure.job
+        problems += checks.run(structure, path.parent, needs_input=needs_input)
+        job = structure.whole
         if job is not None and structure.sound(("params",)):
             params, refused = _override(job.params, overrides or {})
             problems += refused
     if problems or job is None:
-        raise _errors(path, document, problems)
+        raise reading.errors(path, document, problems)
     return JobFile(
         path,
         job,
@@ -96,7 +98,7 @@ def compile_job(
         stages=tuple(_stage(stage, job.upstream(i)) for i, stage in enumerate(job.stages)),
         submitted_s=submitted_s,
         input=InputDef(
-            tuple(input_keys), SplitBy(job.input.split), _task_size(job), job.input.header
+            tuple(input_keys), SplitBy(job.input.split), task_size(job), job.input.header
         ),
         code=code_key,
         params=tuple(jobfile.params.items()),
@@ -106,6 +108,7 @@ def compile_job(
         priority=job.priority,
         tags=tuple(job.tags.items()),
         token=token,
+        max_cost_usd=None if job.max_cost is None else money.parse(job.max_cost),
         start_at_s=None if job.at is None else units.start_s(job.at, submitted_s),
     )
 
@@ -120,53 +123,10 @@ def fingerprint(jobfile: JobFile, code_digest: str) -> str:
             facts.append([jobfile.name_of(file), stat.st_size, stat.st_mtime_ns])
         else:
             facts.append([file])
-    content = jobfile.job.model_dump(mode="json")
+    # What it may cost is nothing that it does.
+    content = jobfile.job.model_dump(mode="json", exclude={"max_cost"})
     whole = [content, dict(jobfile.params), code_digest, facts]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-
-
-def _read(path: Path) -> str:
-    try:
-        # A pipe would be waited for, and a device might never end.
-        if path.exists() and not path.is_file():
-            raise _unreadable(path, "it is no file")
-        with path.open(encoding="utf-8") as file:
-            return file.read(source.MAX_CHARACTERS + 1)
-    except FileNotFoundError as error:
-        raise JobFileError(
-            "There is no such job file.",
-            file=str(path),
-            remedy="Write its path, or make one with `batchlab init`.",
-        ) from error
-    except UnicodeDecodeError as error:
-        raise _unreadable(path, f"it is not UTF-8 text, from byte {error.start} on") from error
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from error
-
-
-def _unreadable(path: Path, why: str) -> JobFileError:
-    return JobFileError(
-        f"The job file cannot be read: {why}.",
-        file=str(path),
-        remedy="Write the path of a text file in UTF-8.",
-    )
-
-
-def _errors(path: Path, document: source.Document, problems: Sequence[Problem]) -> JobFileErrors:
-    errors = {}
-    for problem in problems:
-        line = document.line(problem)
-        # A mistake in an anchored part shows once, however many aliases repeat it.
-        errors[line, problem.message] = JobFileError(
-            problem.message, file=str(path), line=line, remedy=problem.remedy
-        )
-    told = [errors[key] for key in sorted(errors, key=lambda key: key[0] or 0)]
-    if len(told) > _MOST_TOLD:
-        more = f"There are {len(told) - _MOST_TOLD} more mistakes."
-        told[_MOST_TOLD:] = [
-            JobFileError(more, file=str(path), remedy="Mend the first ones first.")
-        ]
-    return JobFileErrors(told)
 
 
 def _override(
@@ -198,7 +158,8 @@ def _files(job: JobSpec, folder: Path) -> tuple[Path | str, ...]:
     return tuple(found)
 
 
-def _task_size(job: JobSpec) -> int:
+def task_size(job: JobSpec) -> int:
+    """What one task gets: lines, bytes or items."""
     size = job.input.size
     return _TASK_SIZES[job.input.split] if size is None else units.size_bytes(size)
 
@@ -212,7 +173,7 @@ def _stage(stage: StageSpec, upstream: Sequence[str]) -> StageDef:
         command=tuple(stage.command or ()),
         stdout=stage.stdout,
         timeout_s=stage.timeout,
-        retry=_rule(stage.retry),
+        retry=retry_rule(stage.retry),
         slots=stage.resources.slots,
         memory_bytes=stage.resources.memory,
         bundle=stage.bundle,
@@ -220,7 +181,8 @@ def _stage(stage: StageSpec, upstream: Sequence[str]) -> StageDef:
     )
 
 
-def _rule(retry: RetrySpec) -> RetryRule:
+def retry_rule(retry: RetrySpec) -> RetryRule:
+    """The rule that a stage's `retry` means."""
     return RetryRule(
         attempts=retry.attempts,
         backoff_s=retry.backoff,

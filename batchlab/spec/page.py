@@ -5,7 +5,11 @@ Invariant: the page says nothing about a key that the models do not say.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
+
+from pydantic import BaseModel
 
 from batchlab.model import Json
 from batchlab.spec import units
@@ -69,9 +73,20 @@ the value stays text as it is written.
 
 def json_schema() -> dict[str, Json]:
     """JSON Schema (draft 2020-12) of the job file, for editors."""
-    schema: dict[str, Json] = _plain(JobSpec.model_json_schema())
+    return schema_of(JobSpec, "batchlab job file")
+
+
+def schema_of(model: type[BaseModel], title: str) -> dict[str, Json]:
+    """JSON Schema (draft 2020-12) of a file that is a `model`; its parts under their titles."""
+    schema: dict[str, Json] = _plain(model.model_json_schema())
+    text = json.dumps(schema)
+    for name, part in schema["$defs"].items():
+        title_of = part.get("title", name)
+        if name != title_of:
+            text = text.replace(json.dumps(name), json.dumps(title_of))
+            text = text.replace(f"#/$defs/{name}", f"#/$defs/{title_of}")
     draft = "https://json-schema.org/draft/2020-12/schema"
-    return {"$schema": draft, **schema, "title": "batchlab job file"}
+    return {"$schema": draft, **json.loads(text), "title": title}
 
 
 def _plain(schema: Json) -> Json:
@@ -98,12 +113,13 @@ def reference() -> str:
     pages = [_HEAD + JOB + "```\n"]
     for loc, model in SECTIONS.items():
         own = schema if loc == () else schema["$defs"][model.__name__]
-        pages.append(_section(_TITLES[loc], own))
+        pages.append(section(_TITLES[loc], own))
     pages.append(_NOTES)
     return "\n".join(pages)
 
 
-def _section(title: str, schema: dict[str, Any]) -> str:
+def section(title: str, schema: Mapping[str, Any]) -> str:
+    """A section in Markdown with a table of the keys of `schema`."""
     lines = [f"## {title}", "", schema["description"], ""]
     lines += ["| key | value | unless said | meaning |", "| --- | --- | --- | --- |"]
     for key, field in schema["properties"].items():
@@ -118,7 +134,7 @@ def _default(field: dict[str, Any]) -> str:
     default = field.get("default")
     if field.get("title") == "duration" and default is not None:
         return f"`{default:g}s`"
-    return "" if default is None else f"`{str(default).lower()}`"
+    return "" if default in (None, "") else f"`{str(default).lower()}`"
 
 
 def _form(schema: dict[str, Any]) -> str:
@@ -130,7 +146,7 @@ def _form(schema: dict[str, Any]) -> str:
         forms = [_form(one) for one in schema["anyOf"]]
         if forms[-1] == f"list of {forms[0]}":
             return f"{forms[0]}; one or a list"
-        return " or ".join(forms)
+        return " or ".join(dict.fromkeys(forms))
     for word in ("const", "enum"):
         if word in schema:
             values = schema[word] if word == "enum" else [schema[word]]

@@ -1,11 +1,11 @@
-"""What is wrong with a job file, collected so that one look at it shows every mistake.
+"""What is wrong with a job file or a scenario, collected so that one look shows every mistake.
 
 Invariant: each mistake is one sentence at one line, with a remedy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -13,6 +13,14 @@ from batchlab.errors import JobFileError
 
 Loc = tuple[str | int, ...]
 """Where in the document: keys and list indices from the root."""
+
+
+def lies(loc: Loc, places: Collection[Loc]) -> bool:
+    """Whether `loc` is one of `places`, where "*" is any index or key."""
+    return any(
+        len(loc) == len(place) and all(b in (a, "*") for a, b in zip(loc, place, strict=True))
+        for place in places
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +35,7 @@ class Problem:
 
 
 class JobFileErrors(JobFileError):
-    """All mistakes of a job file in the order of its lines; its own fields are the first one's."""
+    """All mistakes of a file in the order of its lines; its own fields are the first one's."""
 
     def __init__(self, errors: Sequence[JobFileError]) -> None:
         first = errors[0]

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from batchlab.jobdef import RetryRule
-from batchlab.spec import forms
-from batchlab.spec.problems import Loc
+from batchlab.spec import forms, graph
+from batchlab.spec.problems import Loc, lies
+from batchlab.spec.structure import Shape
 
 RetryKind = Literal["exception", "exit", "timeout", "memory", "crash", "input"]
 """Kinds of failure that another try can mend."""
@@ -20,7 +21,8 @@ RetryKind = Literal["exception", "exit", "timeout", "memory", "crash", "input"]
 _RULE = RetryRule()
 
 
-def _rule(value: Any) -> Any:
+def rule_of(value: Any) -> Any:
+    """A number alone is the number of tries."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     return {"attempts": value} if whole else value
 
@@ -39,11 +41,13 @@ def _group(value: Any) -> Any:
     return value
 
 
-class _Model(BaseModel):
+class Keys(BaseModel):
+    """A mapping of the file: no other keys, and no value taken for another."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class InputSpec(_Model):
+class InputSpec(Keys):
     """Where the tasks of the first stage come from, and how raw data is cut into them."""
 
     files: forms.OneOrMany = Field(
@@ -78,7 +82,7 @@ class InputSpec(_Model):
     )
 
 
-class RetrySpec(_Model):
+class RetrySpec(Keys):
     """When and how often a failed task is tried again. A number alone means `attempts`.
 
     The loss of a worker (crash of the machine, Spot interruption, scale-in) never counts.
@@ -137,25 +141,76 @@ class RetrySpec(_Model):
     )
 
 
-class ResourcesSpec(_Model):
-    """What one task needs of its worker."""
-
-    slots: int = Field(
-        default=1,
+# What the stages and jobs of a scenario have in common with these.
+StageName = Annotated[
+    forms.Name,
+    Field(
+        description="Name of the stage, unique in the job: lower case letters, digits, `-` and "
+        "`_`, at most 40 characters.",
+        examples=["total"],
+    ),
+]
+After = Annotated[
+    forms.OneOrMany | None,
+    Field(
+        description="The stage or stages it follows, which are listed before it. Unless said: the "
+        "previous one in the list, and the job's input for the first. `[]`: the job's input. "
+        "After several without `gather`, which must have equally many tasks, a task gets its "
+        "result of each, by the stage's name.",
+        examples=["total"],
+    ),
+]
+Retry = Annotated[
+    RetrySpec,
+    BeforeValidator(rule_of, json_schema_input_type=int | RetrySpec),
+    Field(
+        default_factory=RetrySpec,
+        description="When a failed task is tried again.",
+        examples=[3],
+    ),
+]
+Slots = Annotated[
+    int,
+    Field(
         ge=1,
         le=9999,
-        description="Task slots it takes; a worker has one per CPU.",
+        description="Task slots that a task takes; a worker has one per CPU or what its pool says.",
         examples=[2],
-    )
-    memory: forms.Memory | None = Field(
-        default=None,
+    ),
+]
+Memory = Annotated[
+    forms.Memory | None,
+    Field(
         description="Most memory the task may use, bytes or text with a unit, at least 16 MiB; a "
         "task that needs more fails with `memory`. No limit unless said.",
         examples=["512 MiB"],
-    )
+    ),
+]
+Bundle = Annotated[
+    forms.BundleSize,
+    Field(
+        description="Tasks that travel as one message. `auto`, which is also the value unless "
+        "said, follows the measured run time, so that tiny tasks do not pay for a message each.",
+        examples=[100],
+    ),
+]
+Pool = Annotated[
+    forms.Name, Field(description="Pool of workers that runs it.", examples=["big-memory"])
+]
+Priority = Annotated[
+    int,
+    Field(ge=-1000, le=1000, description="Jobs with a higher number start first.", examples=[10]),
+]
 
 
-class GatherSpec(_Model):
+class ResourcesSpec(Keys):
+    """What one task needs of its worker."""
+
+    slots: Slots = 1
+    memory: Memory = None
+
+
+class GatherSpec(Keys):
     """Fan-in: `gather: all` makes one task of all results; this makes one for each group."""
 
     by: Annotated[str, BeforeValidator(_group)] = Field(
@@ -166,14 +221,10 @@ class GatherSpec(_Model):
     )
 
 
-class StageSpec(_Model):
+class StageSpec(Keys):
     """One step: exactly one of `python` and `command` says what runs for each task."""
 
-    name: forms.Name = Field(
-        description="Name of the stage, unique in the job: lower case letters, digits, `-` and "
-        "`_`, at most 40 characters.",
-        examples=["total"],
-    )
+    name: StageName
     python: forms.Handler | None = Field(
         default=None,
         description="Python function to call, `module:function`. The module lies in the code "
@@ -194,14 +245,7 @@ class StageSpec(_Model):
         "it, standard output goes to the log.",
         examples=["count.txt"],
     )
-    after: forms.OneOrMany | None = Field(
-        default=None,
-        description="The stage or stages it follows. Unless said: the previous one in the list, "
-        "and the job's input for the first. `[]`: the job's input. After several without "
-        "`gather`, which must have equally many tasks, a task gets its result of each, by the "
-        "stage's name.",
-        examples=["total"],
-    )
+    after: After = None
     gather: Annotated[
         GatherSpec | None,
         BeforeValidator(_gather, json_schema_input_type=Literal["all"] | GatherSpec),
@@ -218,32 +262,17 @@ class StageSpec(_Model):
         "said.",
         examples=["5m"],
     )
-    retry: Annotated[RetrySpec, BeforeValidator(_rule, json_schema_input_type=int | RetrySpec)] = (
-        Field(
-            default_factory=RetrySpec,
-            description="When a failed task is tried again.",
-            examples=[3],
-        )
-    )
+    retry: Retry
     resources: ResourcesSpec = Field(
         default_factory=ResourcesSpec,
         description="What one task needs.",
         examples=[{"memory": "512 MiB"}],
     )
-    bundle: forms.BundleSize = Field(
-        default=None,
-        description="Tasks that travel as one message. `auto`, which is also the value unless "
-        "said, follows the measured run time, so that tiny tasks do not pay for a message each.",
-        examples=[100],
-    )
-    pool: forms.Name = Field(
-        default="default",
-        description="Pool of workers that runs it.",
-        examples=["big-memory"],
-    )
+    bundle: Bundle = None
+    pool: Pool = "default"
 
 
-class FailureSpec(_Model):
+class FailureSpec(Keys):
     """What failed tasks mean for the job."""
 
     max_failures: forms.Allowance = Field(
@@ -260,7 +289,7 @@ class FailureSpec(_Model):
     )
 
 
-class JobSpec(_Model):
+class JobSpec(Keys):
     """The job as a whole."""
 
     name: forms.Name = Field(
@@ -285,13 +314,7 @@ class JobSpec(_Model):
         description="How many failed tasks the job survives, and what follows from more.",
         examples=[{"max_failures": "5%"}],
     )
-    priority: int = Field(
-        default=0,
-        ge=-1000,
-        le=1000,
-        description="Jobs with a higher number start first.",
-        examples=[10],
-    )
+    priority: Priority = 0
     tags: dict[str, str] = Field(
         default_factory=dict,
         description="Labels for your own accounting, text to text.",
@@ -303,6 +326,13 @@ class JobSpec(_Model):
         "commands. `--set KEY=VALUE` replaces one.",
         examples=[{"currency": "USD"}],
     )
+    max_cost: forms.Cost | None = Field(
+        default=None,
+        description="Cap on what the job costs on AWS, in USD at list prices: beyond it nothing "
+        "more is launched for it, what runs is finished, and the job waits until the cap is "
+        "raised. Unless said there is none.",
+        examples=["5USD"],
+    )
     at: forms.Start | None = Field(
         default=None,
         description="When to start: a wait such as `+10m`, or an ISO 8601 time with its zone. At "
@@ -312,10 +342,7 @@ class JobSpec(_Model):
 
     def upstream(self, stage: int) -> tuple[str, ...]:
         """Names of the stages that the `stage`-th follows, the default filled in."""
-        named = self.stages[stage].after
-        if named is not None:
-            return tuple(named)
-        return (self.stages[stage - 1].name,) if stage else ()
+        return graph.upstream(self.stages, stage)
 
 
 SECTIONS: dict[Loc, type[BaseModel]] = {
@@ -327,31 +354,32 @@ SECTIONS: dict[Loc, type[BaseModel]] = {
     ("stages", "*", "resources"): ResourcesSpec,
     ("failure",): FailureSpec,
 }
-"""Every model by the place of its mapping in the file; "*" is any index or key."""
+"""Every model by the place of its mapping in the file; "*" is any index."""
 
-_TEXT_PLACES: frozenset[Loc] = frozenset(
-    {
-        ("name",),
-        ("code",),
-        ("at",),
-        ("tags", "*"),
-        ("stages", "*", "name"),
-        ("stages", "*", "pool"),
-        ("stages", "*", "stdout"),
-        ("stages", "*", "after"),
-        ("stages", "*", "after", "*"),
-        ("stages", "*", "command", "*"),
-        ("stages", "*", "retry", "exceptions", "*"),
-    }
+SHAPE = Shape(
+    JobSpec,
+    "job file",
+    "Write name:, input: and stages:.",
+    {"name": "unnamed", "input": {"files": "-"}, "files": "-", "by": "-"},
+    free=frozenset({("params",)}),
 )
 
-
-def general(loc: Loc) -> Loc:
-    """`loc` with "*" for every index, and for the names that are the user's own."""
-    shape = tuple("*" if isinstance(part, int) else part for part in loc)
-    return ("tags", "*") if len(shape) == 2 and shape[0] == "tags" else shape
+_TEXT_PLACES: tuple[Loc, ...] = (
+    ("name",),
+    ("code",),
+    ("at",),
+    ("max_cost",),
+    ("tags", "*"),
+    ("stages", "*", "name"),
+    ("stages", "*", "pool"),
+    ("stages", "*", "stdout"),
+    ("stages", "*", "after"),
+    ("stages", "*", "after", "*"),
+    ("stages", "*", "command", "*"),
+    ("stages", "*", "retry", "exceptions", "*"),
+)
 
 
 def is_text(loc: Loc) -> bool:
     """Whether a scalar at `loc` is text however it is written: 2024 is a good name."""
-    return general(loc) in _TEXT_PLACES
+    return lies(loc, _TEXT_PLACES)

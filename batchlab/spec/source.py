@@ -55,7 +55,7 @@ class ScalarRefused(ValueError):
 
 
 class _TooMuch(Exception):
-    """Aliases multiply the text beyond every honest job file."""
+    """Aliases multiply the text beyond every honest file."""
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ def parse(text: str, is_text: Callable[[Loc], bool]) -> Document:
     document = Document()
     if len(text) > MAX_CHARACTERS:
         limit = f"It is longer than {MAX_CHARACTERS} characters."
-        document.problems.append(Problem((), limit, "Name input files by patterns."))
+        document.problems.append(Problem((), limit, "Move what is long into files of its own."))
         return document
     try:
         root = yaml.compose(text, Loader=_Loader)
@@ -160,7 +160,7 @@ def _scalar(node: ScalarNode) -> Json:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        what = f"{_clipped(text)} is no value of a job file."
+        what = f"{_clipped(text)} is no value here."
         raise ScalarRefused(what, "Write it in quotes as text.")
     return number
 

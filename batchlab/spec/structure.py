@@ -1,4 +1,4 @@
-"""From plain data to the validated models, with every mistake said in words of the job file.
+"""From plain data to the validated models, with every mistake said in words of the file.
 
 Invariant: a key that is wrong does not hide the mistakes after it: the checks across keys still
 run on the rest, except those that depend on what is broken.
@@ -10,23 +10,19 @@ import re
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from batchlab.model import Json
 from batchlab.spec import forms
 from batchlab.spec.problems import Loc, Problem, nearest, suggest
-from batchlab.spec.schema import SECTIONS, JobSpec, general
 from batchlab.spec.units import shown
 
-_STAND_INS: Mapping[str, Json] = {
-    "name": "unnamed",
-    "input": {"files": "-"},
-    "files": "-",
-    "by": "-",
-}
+M = TypeVar("M", bound=BaseModel)
 
 _KINDS = {
     "string": "text",
@@ -45,47 +41,60 @@ _PATTERNS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Shape(Generic[M]):
+    """What kind of file it is: the model of the whole, and what is needed to speak of it."""
+
+    model: type[M]
+    what: str
+    """Such as "job file"."""
+    begin: str
+    """What to write where there is nothing yet."""
+    stand_ins: Mapping[str, Json]
+    """What stands, until the mistakes have been told, for a key that is missing."""
+    free: frozenset[Loc] = frozenset()
+    """Mappings of the user's own, where a key may be without a value."""
+
+
 @dataclass(slots=True)
-class Structure:
-    """`job` is None where too little is left to look at; `broken` are the places that were wrong
+class Structure(Generic[M]):
+    """`whole` is None where too little is left to look at; `broken` are the places that were wrong
     and that stand-ins or defaults fill."""
 
-    job: JobSpec | None = None
+    whole: M | None = None
     problems: list[Problem] = field(default_factory=list)
     broken: list[Loc] = field(default_factory=list)
 
     def sound(self, *places: Loc) -> bool:
         """Whether nothing was wrong at, around or inside any of `places` ("*": anywhere)."""
-        return not any(_related(general(loc), place) for loc in self.broken for place in places)
+        return not any(_related(loc, place) for loc in self.broken for place in places)
 
 
-def validate(data: Json, refused: Collection[Loc | None] = ()) -> Structure:
-    """Check `data` against the models; whatever is wrong is left out and reported, except what
-    lies at `refused`, which has been reported before."""
-    found = Structure()
+def validate(data: Json, shape: Shape[M], refused: Collection[Loc | None] = ()) -> Structure[M]:
+    """Check `data` against the models of `shape`; whatever is wrong is left out and reported,
+    except what lies at `refused`, which has been reported before."""
+    found = Structure[M]()
     if not isinstance(data, dict):
-        found.problems.append(
-            Problem((), "A job file is a mapping of keys.", "Write name:, input: and stages:.")
-        )
+        found.problems.append(Problem((), f"A {shape.what} is a mapping of keys.", shape.begin))
         return found
     data = deepcopy(data)
-    _drop_empty(data, (), found, refused)
+    _drop_empty(data, (), found, refused, shape.free)
     reported = False
-    # Leaving out one value can uncover that a key is missing, hence a second and third look.
-    for _ in range(3):
+    # Leaving out one value can uncover that a key is missing, hence the further looks.
+    for _ in range(4):
         try:
-            found.job = JobSpec.model_validate(data)
+            found.whole = shape.model.model_validate(data)
             break
         except ValidationError as error:
             details = error.errors(include_url=False)
             # A key that is misspelt or has no value is told as that, not as missing too.
-            known = {*found.broken, *(_blamed(e) for e in details if e["type"] != "missing")}
+            known = {*found.broken, *(_blamed(shape, e) for e in details if e["type"] != "missing")}
             for one in details:
                 again = one["loc"] in (known if one["type"] == "missing" else refused)
                 if not reported and not again:
-                    found.problems.append(_explain(one))
-                found.broken.append(_blamed(one))
-                _mend(data, one)
+                    found.problems.append(_explain(shape, one))
+                found.broken.append(_blamed(shape, one))
+                _mend(data, one, shape.stand_ins)
             reported = True
     return found
 
@@ -94,14 +103,20 @@ def _related(loc: Loc, place: Loc) -> bool:
     return all(a == b or "*" in (a, b) for a, b in zip(loc, place, strict=False))
 
 
-def _drop_empty(data: Any, loc: Loc, found: Structure, refused: Collection[Loc | None]) -> None:
+def _drop_empty(
+    data: Any,
+    loc: Loc,
+    found: Structure[M],
+    refused: Collection[Loc | None],
+    free: Collection[Loc],
+) -> None:
     """A key without a value is a slip, not a wish for the default."""
-    if loc == ("params",):
+    if loc in free:
         return
     items = data.items() if isinstance(data, dict) else enumerate(data)
     for key, value in list(items):
         if isinstance(value, dict | list):
-            _drop_empty(value, (*loc, key), found, refused)
+            _drop_empty(value, (*loc, key), found, refused, free)
         elif value is None and isinstance(data, dict):
             del data[key]
             at = (*loc, key)
@@ -111,20 +126,61 @@ def _drop_empty(data: Any, loc: Loc, found: Structure, refused: Collection[Loc |
                 found.problems.append(Problem(at, f"'{key}' has no value.", remedy))
 
 
-def _fields(loc: Loc) -> tuple[type[BaseModel], str] | None:
-    """The model and field that `loc` is in, None where it is below the user's own keys."""
-    for length in range(len(loc) - 1, -1, -1):
-        model = SECTIONS.get(general(loc[:length]))
-        if model is not None:
-            return model, str(loc[length])
-    return None
+def keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of `model` by the keys that the file has for them."""
+    return {
+        field.alias or name: field
+        for name, field in model.model_fields.items()
+        if not field.exclude  # what a validator alone writes
+    }
 
 
-def _example(loc: Loc) -> str:
-    place = _fields(loc)
-    if place is None or place[1] not in place[0].model_fields:
+def _place(shape: Shape[M], loc: Loc) -> tuple[type[BaseModel], str] | None:
+    """The model and key that `loc` is in, or the last such on the way there."""
+    found: tuple[type[BaseModel], str] | None = None
+    here: Any = shape.model
+    for part in loc:
+        here = _bare(here)
+        if _is_model(here):
+            found = (here, str(part))
+            known = keys(here).get(str(part))
+            if known is None:
+                break
+            here = known.annotation
+        elif get_origin(here) in (list, dict):
+            here = get_args(here)[-1]
+        else:
+            break
+    return found
+
+
+def _bare(annotation: Any) -> Any:
+    """`annotation` without its checks, and of several forms the one that has parts."""
+    if get_origin(annotation) is Annotated:
+        return _bare(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        forms_ = [_bare(one) for one in get_args(annotation)]
+        parted = [one for one in forms_ if get_origin(one) or _is_model(one)]
+        return parted[0] if parted else forms_[0]
+    return annotation
+
+
+def _is_model(one: Any) -> bool:
+    return isinstance(one, type) and issubclass(one, BaseModel)
+
+
+def _known(shape: Shape[M], loc: Loc) -> dict[str, FieldInfo]:
+    """The keys that there are where `loc` is."""
+    place = _place(shape, loc)
+    return keys(place[0]) if place else {}
+
+
+def _example(shape: Shape[M], loc: Loc) -> str:
+    place = _place(shape, loc)
+    known = keys(place[0]).get(place[1]) if place else None
+    if place is None or known is None:
         return "Write another value."
-    examples = place[0].model_fields[place[1]].examples or [""]
+    examples = known.examples or [""]
     return f"Write for example `{place[1]}: {_flow(examples[0])}`."
 
 
@@ -151,14 +207,14 @@ def _kind_of(value: Json) -> str:
     return "nothing"
 
 
-def _explain(error: ErrorDetails) -> Problem:
+def _explain(shape: Shape[M], error: ErrorDetails) -> Problem:
     loc, kind, context = error["loc"], error["type"], error.get("ctx", {})
     name = next((str(part) for part in reversed(loc) if isinstance(part, str)), "")
     value = error["input"]
     if kind == "missing":
-        return Problem(loc[:-1], f"'{name}' is missing.", _example(loc), at_key=True)
+        return Problem(loc[:-1], f"'{name}' is missing.", _example(shape, loc), at_key=True)
     if kind == "extra_forbidden":
-        known = SECTIONS[general(loc[:-1])].model_fields
+        known = _known(shape, loc)
         return Problem(loc, f"There is no key '{name}' here.", suggest(name, known, "keys"), True)
     if kind == "refused":
         return Problem(loc, context["message"], context["remedy"])
@@ -168,48 +224,56 @@ def _explain(error: ErrorDetails) -> Problem:
             loc, f"'{name}' cannot be {shown(value)}.", suggest(str(value), words, "values")
         )
     if kind == "string_pattern_mismatch":
-        return _pattern(loc, name, str(value), context["pattern"])
+        return _pattern(shape, loc, name, str(value), context["pattern"])
     if kind == "string_too_long":
         limit = context["max_length"]
         return Problem(loc, f"'{name}' has more than {limit} characters.", "Write a shorter one.")
+    if kind in ("too_short", "too_long") and context["actual_length"]:
+        wanted = context["min_length" if kind == "too_short" else "max_length"]
+        message = f"'{name}' has {context['actual_length']} entries, and must have {wanted}."
+        return Problem(loc, message, _example(shape, loc))
     if kind in ("too_short", "string_too_short"):
-        return Problem(loc, f"'{name}' is empty.", _example(loc))
+        return Problem(loc, f"'{name}' is empty.", _example(shape, loc))
     if kind in _BOUNDS:
-        bound = f"{_BOUNDS[kind]} {context['ge' if 'ge' in context else 'le']:g}"
-        return Problem(loc, f"'{name}' must be {bound}, not {shown(value)}.", _example(loc))
+        bound = f"{_BOUNDS[kind]} {next(iter(context.values())):g}"
+        return Problem(loc, f"'{name}' must be {bound}, not {shown(value)}.", _example(shape, loc))
     wanted = _KINDS.get(kind.split("_")[0])
     what = f"An entry of '{name}'" if isinstance(loc[-1], int) else f"'{name}'"
     if wanted is None:
-        return Problem(loc, f"{what} is wrong: {error['msg']}.", _example(loc))
-    return Problem(loc, f"{what} must be {wanted}, not {_kind_of(value)}.", _example(loc))
+        return Problem(loc, f"{what} is wrong: {error['msg']}.", _example(shape, loc))
+    return Problem(loc, f"{what} must be {wanted}, not {_kind_of(value)}.", _example(shape, loc))
 
 
-_BOUNDS = {"greater_than_equal": "at least", "less_than_equal": "at most"}
+_BOUNDS = {
+    "greater_than_equal": "at least",
+    "less_than_equal": "at most",
+    "greater_than": "above",
+}
 
 
-def _pattern(loc: Loc, name: str, value: str, pattern: str) -> Problem:
+def _pattern(shape: Shape[M], loc: Loc, name: str, value: str, pattern: str) -> Problem:
     takes = f"it takes {_PATTERNS[pattern]}."
-    if pattern == forms.PARAM_PATTERN:
-        # pydantic places an error of a dict's key under "[key]".
-        return Problem(
-            loc[:-1], f"No parameter can be named {shown(value)}: {takes}", _example(loc[:-1])
-        )
+    # pydantic places an error of a dict's key under "[key]".
+    if is_key := loc[-1] == "[key]":
+        loc = loc[:-1]
+        name = str(loc[-2])
+    what = f"A name in '{name}'" if is_key else f"'{name}'"
     slug = re.sub(r"[^a-z0-9_]+", "-", value.lower()).strip("-_")[:40]
     rename = slug if pattern == forms.NAME_PATTERN else ""
-    remedy = f"Write {rename}." if rename else _example(loc)
-    return Problem(loc, f"'{name}' cannot be {shown(value)}: {takes}", remedy)
+    remedy = f"Write {rename}." if rename else _example(shape, loc)
+    return Problem(loc, f"{what} cannot be {shown(value)}: {takes}", remedy, at_key=is_key)
 
 
-def _blamed(error: ErrorDetails) -> Loc:
+def _blamed(shape: Shape[M], error: ErrorDetails) -> Loc:
     loc = error["loc"]
     if error["type"] != "extra_forbidden":
         return loc
     # A misspelt key leaves the key it was meant for unset.
-    meant = nearest(str(loc[-1]), SECTIONS[general(loc[:-1])].model_fields)
+    meant = nearest(str(loc[-1]), _known(shape, loc))
     return (*loc[:-1], meant or loc[-1])
 
 
-def _mend(data: Any, error: ErrorDetails) -> None:
+def _mend(data: Any, error: ErrorDetails, stand_ins: Mapping[str, Json]) -> None:
     """Take the faulty key out of `data`, or put a stand-in where one is missing."""
     owner: Any = None
     key: str | int = ""
@@ -223,7 +287,7 @@ def _mend(data: Any, error: ErrorDetails) -> None:
             here = here[part]
     if error["type"] == "missing" and isinstance(here, dict):
         name = str(error["loc"][-1])
-        if name in _STAND_INS:
-            here[name] = deepcopy(_STAND_INS[name])
+        if name in stand_ins:
+            here[name] = deepcopy(stand_ins[name])
     elif owner is not None:
         owner.pop(key, None)

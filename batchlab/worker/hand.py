@@ -27,6 +27,8 @@ class Hand:
     handle: Handle = field(default_factory=Handle)
     waiting: asyncio.Future[bool] | None = None
     slots: int = 1
+    alone: bool = False
+    """Its next start decides whether it is poison: nobody is to be beside it then."""
     running: bool = False
     committing: bool = False
     shedding: bool = False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -21,6 +22,7 @@ from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, Clock, Message, Notice, Notices, Objects, Queue
 from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.sizing import BUDGET_S
+from batchlab.tally import Tally
 from batchlab.worker.beats import Beats, Identity
 from batchlab.worker.controls import Controls
 from batchlab.worker.hand import Hand
@@ -36,10 +38,6 @@ from batchlab.worker.suspects import RunsElsewhereError, Suspects
 from batchlab.worker.tenure import Tenure
 
 log = logging.getLogger(__name__)
-
-QUICK_S = 1.5
-"""Bundles that end within this are prefetched, one per slot: a longer one would keep the
-prefetched message from an idle worker."""
 
 OUTAGE_S = 1.0
 """Wait before the next try of a receive that failed."""
@@ -58,6 +56,7 @@ class Worker:
         patience: Patience,
         settings: WorkerSettings,
         notices: Notices | None = None,
+        tally: Tally | None = None,
     ) -> None:
         self.who = who
         self._objects = objects
@@ -68,7 +67,7 @@ class Worker:
         self._settings = settings
         self._notices = notices
         self._tasks_queue = naming.tasks_queue(who.pool)
-        self._outbox = Outbox(queue, patience)
+        self._outbox = Outbox(queue, patience, tally)
         self._inputs = Inputs(objects, patience)
         self._shedding = Shedding(objects, clock, patience, self._outbox, who.worker)
         self._controls = Controls(objects, clock, settings.control_lease_s, self._looked)
@@ -237,22 +236,21 @@ class Worker:
     async def _in_slots(
         self, hand: Hand, job: JobDef, stage: StageDef, items: Sequence[Json]
     ) -> None:
-        hand.slots = min(stage.slots, self._slots.total)
-        hand.waiting = self._slots.ask(hand.slots)
-        if self._draining.is_set():
-            self._slots.refuse(hand.waiting)
-        # One that needs several slots keeps its place: sent away, it would never get them all.
-        longest_s = 2 * QUICK_S if hand.slots == 1 else None
-        try:
-            async with asyncio.timeout(longest_s):
-                await asyncio.shield(hand.waiting)
-        except TimeoutError:
-            # Prefetched behind a long bundle: an idle worker may take it sooner than we can.
-            self._prefetch = 0
-            self._slots.refuse(hand.waiting)
-        if not await hand.waiting:
-            await self._send_again(hand, job, items=items)
-            return
+        beside = min(stage.slots, self._slots.total)
+        is_apart = False
+        if hand.alone and beside < self._slots.total:
+            # With nobody beside it, it can kill nobody else's start. But not at any price: a
+            # neighbour may run for half a day.
+            is_apart = await self._ask(hand, self._slots.total, self._settings.visibility_s)
+            self._room.set()  # for what it does not need after all
+        if not is_apart:
+            # One that needs several slots keeps its place: sent away, it would never get them all.
+            longest_s = 2 * self._settings.quick_s if beside == 1 else None
+            if not await self._ask(hand, beside, longest_s):
+                # Prefetched behind a long bundle: an idle worker may take it sooner than we can.
+                self._prefetch = 0
+                await self._send_again(hand, job, items=items)
+                return
         started_s = self._clock.now_s()
         begun_s = self._clock.monotonic_s()
         try:
@@ -262,7 +260,7 @@ class Worker:
             hand.committing = True
             self._slots.release(hand.slots)
             took_s = self._clock.monotonic_s() - begun_s
-            self._prefetch = self._slots.total if took_s < QUICK_S else 0
+            self._prefetch = self._slots.total if took_s < self._settings.quick_s else 0
             self._room.set()
         if hand.part:
             told = zip(hand.task.bundle.tasks, items, strict=True)
@@ -276,6 +274,18 @@ class Worker:
             return
         outcome = await self._commit(hand, job, started_s, ran, cancelled=cancelled)
         await self._finish(hand, job, outcome, items)
+
+    async def _ask(self, hand: Hand, slots: int, longest_s: float | None) -> bool:
+        """Whether so many slots are its own, within so many seconds."""
+        hand.slots = slots
+        hand.waiting = self._slots.ask(slots)
+        if self._draining.is_set():
+            self._slots.refuse(hand.waiting)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(longest_s):
+                await asyncio.shield(hand.waiting)
+        self._slots.refuse(hand.waiting)
+        return await hand.waiting
 
     async def _run(
         self, hand: Hand, job: JobDef, stage: StageDef, items: Sequence[Json], started_s: float
@@ -320,7 +330,9 @@ class Worker:
         self, hand: Hand, job: JobDef, outcome: Outcome, items: Sequence[Json] | None = None
     ) -> None:
         """Forward what was committed, whoever committed it, then delete the message."""
-        known = dict(zip(hand.bundle.tasks, items, strict=True)) if items is not None else None
+        known = None
+        if items is not None and outcome.follows:
+            known = dict(zip(hand.bundle.tasks, items, strict=True))
         messages = follow_ups(job, outcome, now_s=self._clock.now_s(), items=known)
         # Follow-ups first, the event second: the manager may end a stage only when what follows
         # from it is on its way, and it learns of the follow-ups from this very event.
@@ -357,7 +369,9 @@ class Worker:
         wait_s = (hand.task.not_before_s or 0.0) - self._clock.now_s()
         if wait_s <= 0.5:
             return False
-        await self._send_again(hand, job, items=hand.task.items, delay_s=wait_s)
+        await self._send_again(
+            hand, job, items=hand.task.items, delay_s=wait_s, watchdog=hand.task.watchdog
+        )
         return True
 
     async def _send_again(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -16,6 +17,7 @@ from batchlab.model import Outcome
 from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, Outgoing, Queue
 from batchlab.protocol import naming, settle, wire
+from batchlab.tally import Asked, Tally
 
 T = TypeVar("T")
 
@@ -62,9 +64,16 @@ class _Group(Generic[T]):
 class Outbox:
     """Sends, events and deletes of one worker, coalesced."""
 
-    def __init__(self, queue: Queue, patience: Patience) -> None:
+    def __init__(
+        self,
+        queue: Queue,
+        patience: Patience,
+        tally: Tally | None = None,
+    ) -> None:
+        """What `tally` counts of the worker's requests is told with its beats."""
         self._queue = queue
         self._patience = patience
+        self._tally = tally
         self._sends: dict[str, _Group[Sequence[Outgoing]]] = {}
         self._deletes: dict[str, _Group[str]] = {}
         self._events: _Group[Outcome | wire.Beat] = _Group(self._flush_events)
@@ -93,7 +102,13 @@ class Outbox:
             await self._patience(partial(self._queue.delete, queue, receipts[i : i + MAX_BATCH]))
 
     async def _flush_events(self, events: Sequence[Outcome | wire.Beat]) -> None:
-        bodies = [Outgoing(wire.events_message(e)) for e in _pack(events)]
+        packed = _pack(events)
+        beats = [one for one in events if isinstance(one, wire.Beat)]
+        if self._tally and beats and (made := self._tally.read()):
+            last = beats[-1]
+            asked = Asked(last.worker, last.instance, made, self._tally.is_spot)
+            packed[-1] = replace(packed[-1], asked=(asked,))
+        bodies = [Outgoing(wire.events_message(e)) for e in packed]
         await send_to(self._queue, naming.EVENTS, bodies, self._patience)
 
 

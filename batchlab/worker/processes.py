@@ -64,18 +64,24 @@ class Sampler:
         return self._groups.get(group, 0)
 
 
+def family(leader: int) -> set[int]:
+    """The process and its descendants, and whoever is in its process group."""
+    left = table()
+    found = {leader} | {p.pid for p in left if p.group == leader}
+    grew = True
+    while grew:
+        more = {p.pid for p in left if p.parent in found and p.pid not in found}
+        found |= more
+        grew = bool(more)
+    return found
+
+
 def kill_family(leader: int) -> None:
     """SIGKILL to the process group `leader` and to its descendants in other groups.
 
     `leader` must not have been waited for yet, or its number may be somebody else's.
     """
-    left = table()
-    doomed = {leader}
-    grew = True
-    while grew:
-        more = {p.pid for p in left if p.parent in doomed and p.pid not in doomed}
-        doomed |= more
-        grew = bool(more)
+    doomed = family(leader)
     with suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
     for pid in doomed - {leader}:

@@ -17,7 +17,8 @@ class WorkerSettings:
     hand, `idle_beat_s` while nothing is; `beat_gap_s` the least time between two beats. `drain_s`
     is what a draining worker gives its running tasks. `hand_over_s` after the receive a running
     bundle is handed over to a watchdog message, before SQS's cap of 12 h takes the receipt away;
-    the watchdog comes back every `watchdog_s`.
+    the watchdog comes back every `watchdog_s`. Bundles that end within `quick_s` are prefetched,
+    one per slot: a longer one would keep the prefetched message from an idle worker.
     """
 
     visibility_s: float = 30.0
@@ -29,6 +30,7 @@ class WorkerSettings:
     drain_s: float = 20.0
     hand_over_s: float = MAX_VISIBILITY_S * 0.9
     watchdog_s: float = 900.0
+    quick_s: float = 1.5
 
     @property
     def marker_s(self) -> float:

@@ -89,6 +89,7 @@ class Suspects:
                 )
         else:
             killed = await self._killed(bundle)
+            hand.alone = killed == settle.LOSS_LIMIT - 1
             if killed >= settle.LOSS_LIMIT:
                 judged = settle.poisoned(
                     bundle,

@@ -6,6 +6,7 @@ cd "$(dirname "$0")"
 base=batchlab-offline/base:trixie
 localstack=batchlab-offline/localstack:4.14.0
 postgres=batchlab-offline/postgres:17
+instance=batchlab-offline/instance:trixie
 say() { printf '%s\n' "$*" >&2; }
 
 certificates="${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}"
@@ -30,10 +31,13 @@ say "LocalStack"
 build Dockerfile.localstack "$localstack"
 say "PostgreSQL"
 build Dockerfile.postgres "$postgres"
+say "an instance"
+build Dockerfile.instance "$instance"
 
 cat <<SETTINGS
 export BATCHLAB_BASE_IMAGE=$base
 export BATCHLAB_LOCALSTACK_IMAGE=$localstack
 export BATCHLAB_LOCALSTACK_READ_ONLY=true
 export BATCHLAB_POSTGRES_IMAGE=$postgres
+export BATCHLAB_INSTANCE_IMAGE=$instance
 SETTINGS

@@ -195,7 +195,7 @@ VALUES = [
     Case(
         "5,000 digits",
         "writes a number of 5,000 digits",
-        "is no value of a job file",
+        "is no value here",
         swap("limit: 1", "limit: " + "9" * 5000),
     ),
     Case(

@@ -9,8 +9,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +22,9 @@ WAIT_S = 120.0
 """Longer than any command takes on the slowest machine: past it, it hangs."""
 
 _FORKS = multiprocessing.get_context("forkserver")
+_TURN = threading.Lock()
+"""Whoever starts a process asks about all that there are; of two threads that ask about one at the
+same time the second is told 255."""
 _FORKS.set_forkserver_preload(["batchlab.cli.app", "batchlab.spec", "batchlab.submission"])
 
 
@@ -60,7 +65,8 @@ class Shell:
         said.mkdir()
         given = {**self._environment, **environment}
         process = _FORKS.Process(target=_be, args=(arguments, str(self.folder), str(said), given))
-        process.start()
+        with _TURN:
+            process.start()
         return Command(process, said, arguments)
 
     def __call__(self, *arguments: str, **environment: str) -> Told:
@@ -78,7 +84,9 @@ class Command:
 
     def end(self, within_s: float = WAIT_S) -> Told:
         """Wait for its end; fails where it does not come."""
-        self.process.join(within_s)
+        wait([self.process.sentinel], within_s)
+        with _TURN:
+            self.process.join(0)
         hangs = self.process.exitcode is None
         if hangs:
             self.process.kill()

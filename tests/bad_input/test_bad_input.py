@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.bad_input import acts, asked, folders, job_files, jobs, places, tampered
+from tests.bad_input import acts, asked, folders, job_files, jobs, places, scenarios, tampered
 from tests.bad_input.acts import Act
 from tests.bad_input.asked import Question
 from tests.bad_input.case import Case, check, sound
@@ -20,7 +20,7 @@ from tests.bad_input.tampered import Tampered
 from tests.bad_input.trial import Evidence
 from tests.integration.local_grid import processes_of
 
-REFUSED = [*job_files.CASES, *folders.CASES]
+REFUSED = [*job_files.CASES, *folders.CASES, *scenarios.CASES]
 CASES: list[Any] = [
     *REFUSED,
     *places.PLACES,

@@ -30,6 +30,8 @@ from tests.chaos.rig import Containers, Teller
 from tests.integration.local_grid import ENDED
 
 LOOK_S = 0.25
+ONE_DECISION_S = 3.0
+"""Well below the cool-downs, which keep one decision from the next."""
 SETTLED_S = 30.0
 """Simulated time before the submission: a manager that leads and has nothing to do."""
 
@@ -92,11 +94,19 @@ class Timeline:
 
     @property
     def steps(self) -> list[Step]:
-        """Desired capacity at the start, and each change of it."""
+        """Desired capacity at the start, and each change of it. Changes the same way within
+        `ONE_DECISION_S` are one: instances are terminated by a call each, and looks fall between
+        these calls."""
         found: list[Step] = []
         for look in self.looks:
-            if not found or look.desired != found[-1].level:
-                found.append(Step(look.at_s, look.desired))
+            if found and look.desired == found[-1].level:
+                continue
+            if len(found) > 1 and look.at_s - found[-1].at_s < ONE_DECISION_S:
+                before, last = found[-2].level, found[-1].level
+                if (last > before) == (look.desired > last):
+                    found[-1] = Step(found[-1].at_s, look.desired)
+                    continue
+            found.append(Step(look.at_s, look.desired))
         return found
 
     @property

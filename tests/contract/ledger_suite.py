@@ -17,6 +17,9 @@ from typing import Protocol
 
 import pytest
 
+from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.sim.ledger import SimLedger
+from batchlab.adapters.simpledb import open_simpledb
 from batchlab.adapters.sql import open_memory, open_postgres, open_sqlite
 from batchlab.jobdef import JobDef, RetryRule, StageDef
 from batchlab.model import (
@@ -39,6 +42,7 @@ from batchlab.ports import Cut, Ledger, Reopening, StageRecord
 from batchlab.protocol import settle
 from batchlab.sim.loop import SimLoop
 from tests.postgres import Postgres
+from tests.simpledb.rig import Sdb
 
 RESIZE, INDEX, TOTAL = StageName("resize"), StageName("index"), StageName("total")
 JOB = JobDef(
@@ -65,8 +69,8 @@ class DumpingLedger(Ledger, Protocol):
 
 
 Check = Callable[[DumpingLedger], Awaitable[None]]
-Place = Path | Postgres
-"""Where a ledger is that several processes may use: a file, or a schema."""
+Place = Path | Postgres | Sdb
+"""Where a ledger is that several processes may use: a file, a schema, or a domain."""
 
 
 def opened(where: Place | None) -> DumpingLedger:
@@ -75,6 +79,8 @@ def opened(where: Place | None) -> DumpingLedger:
         return open_memory()
     if isinstance(where, Path):
         return open_sqlite(where)
+    if isinstance(where, Sdb):
+        return open_simpledb(where.endpoint, where.domain)
     return open_postgres(where.url, schema=where.schema)
 
 
@@ -97,6 +103,13 @@ def _sim_world(check: Check, _: pytest.FixtureRequest) -> None:
     SimLoop().run(_checked(check, None))
 
 
+def _memory_world(check: Check, _: pytest.FixtureRequest) -> None:
+    async def main() -> None:
+        await check(SimLedger())
+
+    SimLoop().run(main())
+
+
 def _file_world(check: Check, request: pytest.FixtureRequest) -> None:
     asyncio.run(_checked(check, request.getfixturevalue("tmp_path") / "ledger.sqlite"))
 
@@ -105,11 +118,22 @@ def _postgres_world(check: Check, request: pytest.FixtureRequest) -> None:
     asyncio.run(_checked(check, request.getfixturevalue("postgres")))
 
 
+def _simpledb_world(check: Check, request: pytest.FixtureRequest) -> None:
+    asyncio.run(_checked(check, request.getfixturevalue("simpledb")))
+
+
+def _rough_simpledb_world(check: Check, request: pytest.FixtureRequest) -> None:
+    asyncio.run(_checked(check, request.getfixturevalue("rough_simpledb")))
+
+
 # Another database joins the suite by one more function here.
 LEDGER_WORLDS: Mapping[str, Callable[[Check, pytest.FixtureRequest], None]] = {
     "sim": _sim_world,
+    "memory": _memory_world,
     "file": _file_world,
     "postgres": _postgres_world,
+    "simpledb": _simpledb_world,
+    "simpledb-rough": _rough_simpledb_world,
 }
 
 
@@ -124,11 +148,11 @@ def on_every_ledger(check: Check) -> Callable[[str, pytest.FixtureRequest], None
     return test
 
 
-@pytest.fixture(params=["file", "postgres"])
+@pytest.fixture(params=["file", "postgres", "simpledb", "rough_simpledb"])
 def place(request: pytest.FixtureRequest) -> Place:
     """Where a ledger may be that several processes use: nothing is there yet."""
-    if request.param == "postgres":
-        found: Postgres = request.getfixturevalue("postgres")
+    if request.param != "file":
+        found: Postgres | Sdb = request.getfixturevalue(request.param)
         return found
     folder: Path = request.getfixturevalue("tmp_path")
     return folder / "ledger.sqlite"
@@ -274,7 +298,10 @@ BATCH = 20
 @contextmanager
 def second_process(what: str, where: Place, owner: str = "") -> Iterator[subprocess.Popen[str]]:
     """Another process, which is gone at the end whatever happens."""
-    place = [str(where)] if isinstance(where, Path) else [where.url, where.schema]
+    if isinstance(where, Path):
+        place = [str(where)]
+    else:
+        place = [where.url, where.domain if isinstance(where, Sdb) else where.schema]
     argv = [*(sys.executable, "-m", "tests.contract.ledger_suite"), what, owner, *place]
     pipe = subprocess.PIPE
     with subprocess.Popen(argv, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
@@ -315,8 +342,15 @@ async def _race(ledger: Ledger, owner: str) -> None:
     print(owner if stands.owner == owner else "", flush=True)
 
 
-async def _main(what: str, owner: str, path: str, *schema: str) -> None:
-    ledger = open_postgres(path, schema=schema[0]) if schema else open_sqlite(Path(path))
+def opened_at(path: str, *part: str) -> DumpingLedger:
+    """The ledger in a file, or at a URL in that schema or domain."""
+    if path.startswith("http"):
+        return open_simpledb(Endpoint(path), part[0])
+    return open_postgres(path, schema=part[0]) if part else open_sqlite(Path(path))
+
+
+async def _main(what: str, owner: str, *where: str) -> None:
+    ledger = opened_at(*where)
     await (_race(ledger, owner) if what == "race" else _fold_many(ledger))
     await ledger.close()
 

@@ -308,6 +308,17 @@ async def test_a_lease_given_back_is_free_at_once(ledger: DumpingLedger) -> None
 
 
 @on_every_ledger
+async def test_the_beat_of_a_lease_tells_whether_others_have_had_it(ledger: DumpingLedger) -> None:
+    first = await ledger.lease("leader", "a")
+    assert (await ledger.lease("leader", "a")).beat == first.beat + 1
+    await ledger.release("leader", "a")
+    await ledger.lease("leader", "b")
+    await ledger.release("leader", "b")
+    again = await ledger.lease("leader", "a")
+    assert (again.owner, again.beat > first.beat + 2) == ("a", True)
+
+
+@on_every_ledger
 async def test_leases_of_other_names_are_other_leases(ledger: DumpingLedger) -> None:
     assert (await ledger.lease("leader", "a")).owner == "a"
     assert (await ledger.lease("scheduler", "b")).owner == "b"

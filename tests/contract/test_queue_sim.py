@@ -7,6 +7,8 @@ import random
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+import pytest
+
 from batchlab.adapters.sim.queue import SimQueue
 from batchlab.ports import Depth, Outgoing, QueueSpec
 from batchlab.sim.loop import SimLoop
@@ -15,9 +17,11 @@ from tests.contract.queue_worlds import LoopClock, bodies, receipts
 T = TypeVar("T")
 
 
-def _run(scenario: Callable[[SimQueue], Coroutine[Any, Any, T]], *, seed: int = 1) -> T:
+def _run(
+    scenario: Callable[[SimQueue], Coroutine[Any, Any, T]], *, seed: int = 1, **options: Any
+) -> T:
     async def run() -> T:
-        queue = SimQueue(LoopClock(), random.Random(seed))
+        queue = SimQueue(LoopClock(), random.Random(seed), **options)
         await queue.ensure(QueueSpec("dead"))
         await queue.ensure(QueueSpec("q", visibility_s=5, dead_letters="dead", max_receives=3))
         return await scenario(queue)
@@ -171,3 +175,36 @@ def test_idle_receivers_let_virtual_time_jump() -> None:
         return loop.steps - before
 
     assert _run(scenario) < 200
+
+
+def test_a_queue_in_order_gives_messages_as_they_became_visible() -> None:
+    async def scenario(queue: SimQueue) -> list[str]:
+        await queue.send("q", [Outgoing("late", 1)])
+        await _send(queue, 200)
+        first = await queue.receive("q", max_messages=5)
+        assert [message.body for message in first] == [str(number) for number in range(5)]
+        await queue.change_visibility("q", [(first[3].receipt, 0)])
+        await queue.delete("q", receipts([*first[:3], first[4]]))
+        await asyncio.sleep(2)
+        order: list[str] = []
+        while messages := await queue.receive("q", max_messages=7, wait_s=0):
+            order += [message.body for message in messages]
+        return order
+
+    order = _run(scenario, fifo=True)
+    assert order == [*(str(number) for number in range(5, 200)), "3", "late"]
+
+
+def test_a_receive_waits_for_hours_where_it_may_and_is_refused_elsewhere() -> None:
+    async def scenario(queue: SimQueue) -> float:
+        waiter = asyncio.create_task(queue.receive("q", wait_s=7200))
+        await asyncio.sleep(3600)
+        await _send(queue, 1)
+        assert bodies(await waiter) == ["0"]
+        with pytest.raises(ValueError, match="a receive waits 0 to 7200 s, not 7201"):
+            await queue.receive("q", wait_s=7201)
+        return asyncio.get_running_loop().time()
+
+    assert _run(scenario, max_wait_s=7200.0) == 3600
+    with pytest.raises(ValueError, match="a receive waits 0 to 20 s, not 7200"):
+        _run(scenario)

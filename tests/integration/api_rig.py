@@ -119,7 +119,7 @@ class Rig:
         patience = Patience(random.Random(3), limit_s=0.2)
         ports = Ports(self.objects, self.queue, self.fleet, self.ledger, clock, ids, patience)
         self.manager = Manager(ports, SETTINGS, self.pools, "manager-1")
-        app = create_app(
+        app, _ = create_app(
             self.manager, token=TOKEN, backend_name="memory", on_shutdown=self._count_shutdown
         )
         config = uvicorn.Config(

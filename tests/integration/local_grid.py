@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from batchlab import backends, results, services, submission
+from batchlab import backends, results, submission, updown
 from batchlab.client import Client
 from batchlab.home import Home
 from batchlab.model import Pool
@@ -47,12 +47,12 @@ class LocalGrid:
         return self.backend.open_objects(self.home)
 
     def _start(self) -> Client:
-        record = services.start_manager(self.home, self.backend, pools=self.pools, parent=True)
+        record = updown.start_manager(self.home, self.backend, pools=self.pools, parent=True)
         return Client(record.url, self.home.token())
 
     def stop(self) -> None:
         self.client.close()
-        services.stop_manager(self.home)
+        updown.stop_manager(self.home)
 
     def submit(self, path: Path, token: str = "t", **params: str) -> JobView:
         job = asyncio.run(

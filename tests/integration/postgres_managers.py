@@ -1,4 +1,4 @@
-"""Managers that share one PostgreSQL, each a process of its own, and the workers they share.
+"""Managers that share one ledger, each a process of its own, and the workers they share.
 
 Run as a program it is one manager, which leads or stands by until it is killed.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -17,19 +18,20 @@ from typing import cast
 
 from batchlab.adapters.clock import RandomIds, WallClock
 from batchlab.adapters.objects import open_local
-from batchlab.adapters.sql import open_postgres
 from batchlab.adapters.sqlite_queue import SqliteQueue
+from batchlab.errors import NotFound
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.live import ManagerSettings, Ports
 from batchlab.manager.manager import Manager
-from batchlab.model import JobId, Pool, StageName
+from batchlab.model import JobId, Json, Pool, StageName
 from batchlab.patience import Patience
-from batchlab.ports import Ledger
+from batchlab.ports import JobRecord, Ledger
+from batchlab.protocol import wire
 from batchlab.sim.runner import Play, Scene, ScriptedRunner
 from batchlab.worker.beats import Identity
 from batchlab.worker.loop import Worker
 from batchlab.worker.settings import WorkerSettings
-from tests.contract.ledger_suite import ROOT
+from tests.contract.ledger_suite import ROOT, DumpingLedger, opened_at
 from tests.no_fleet import NoFleet
 
 SQUARE, TOTAL = StageName("square"), StageName("total")
@@ -50,6 +52,8 @@ SETTINGS = ManagerSettings(
     lease_ttl_s=LEASE_S, tick_s=0.2, silence_s=6.0, visibility_s=3.0, wait_s=0.5
 )
 TASK_S = 0.05
+# A standby looks every third of the lease; the rest is for a machine that is busy.
+TAKEN_OVER_S = LEASE_S * 5 / 3 + 20.0
 
 
 def ports_in(folder: Path, ledger: Ledger) -> Ports:
@@ -88,6 +92,50 @@ async def workers(ports: Ports, count: int) -> AsyncIterator[None]:
         await asyncio.gather(*(task for _, task in crew))
 
 
+# --- What becomes of the job ---------------------------------------------------------------------
+
+
+async def done(ledger: DumpingLedger, at_least: int) -> None:
+    """Wait until so many tasks have succeeded."""
+    deadline_s = time.monotonic() + 60
+    while True:
+        try:
+            if (await ledger.rows(JOB.id)).stages[0].counts.succeeded >= at_least:
+                return
+        except NotFound:
+            pass  # nobody has submitted it yet
+        assert time.monotonic() < deadline_s
+        await asyncio.sleep(0.05)
+
+
+async def ended(ledger: DumpingLedger) -> JobRecord:
+    """The job, once it has ended."""
+    deadline_s = time.monotonic() + 60
+    while not (record := await ledger.job(JOB.id)).state.ended:
+        assert time.monotonic() < deadline_s, await ledger.rows(JOB.id)
+        await asyncio.sleep(0.1)
+    return record
+
+
+async def check_bucket(ports: Ports, ledger: DumpingLedger) -> None:
+    """I1 and I2: each task has one result, and the sums close."""
+    squares: dict[int, Json] = {}
+    totals: dict[int, Json] = {}
+    async for page in ports.objects.list(f"jobs/{JOB.id}/"):
+        for info in page:
+            if "/outcomes/" in info.key:
+                outcome = wire.outcome_from_json(wire.loads(await ports.objects.get(info.key)))
+                values = dict(zip(outcome.succeeded, outcome.values, strict=True))
+                into = squares if outcome.bundle.stage == SQUARE else totals
+                assert not into.keys() & values.keys()
+                into |= values
+    assert squares == {n: n**2 for n in ITEMS}
+    assert totals == {0: sum(n**2 for n in ITEMS)}
+    for stage in (await ledger.rows(JOB.id)).stages:
+        counts = stage.counts
+        assert counts.planned == counts.succeeded == (len(ITEMS) if counts.stage == SQUARE else 1)
+
+
 # --- Managers ------------------------------------------------------------------------------------
 
 
@@ -107,7 +155,7 @@ class Process:
 
 @contextmanager
 def manager(folder: Path, url: str, schema: str, owner: str) -> Iterator[Process]:
-    """A manager process, killed at the end."""
+    """A manager process, killed at the end; its ledger is in that schema, or domain, at `url`."""
     argv = [*(sys.executable, "-m", "tests.integration.postgres_managers"), str(folder)]
     with (
         (folder / f"{owner}.log").open("w") as log,
@@ -124,7 +172,7 @@ def manager(folder: Path, url: str, schema: str, owner: str) -> Iterator[Process
 
 async def _manage(folder: Path, url: str, schema: str, owner: str) -> None:
     """Say "leads" and "lost" whenever it comes to that."""
-    ports = ports_in(folder, open_postgres(url, schema=schema))
+    ports = ports_in(folder, opened_at(url, schema))
     while True:
         one = Manager(ports, SETTINGS, [POOL], owner)
         leading = asyncio.create_task(one.run())

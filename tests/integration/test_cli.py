@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import services
+from batchlab import updown
 from batchlab.home import Home
 from tests.integration.local_grid import processes_of
 
@@ -102,7 +102,7 @@ class Cli:
 def cli(tmp_path: Path) -> Iterator[Cli]:
     made = Cli(tmp_path)
     yield made
-    services.stop_manager(made.home)
+    updown.stop_manager(made.home)
     for process in made.started:
         if process.poll() is None:
             process.kill()

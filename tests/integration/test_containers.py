@@ -14,7 +14,7 @@ from batchlab.adapters.compose import deployment
 from batchlab.adapters.compose.project import checked
 from batchlab.home import Home
 from tests.integration.containers_grid import need_containers
-from tests.integration.test_same_results import batchlab
+from tests.integration.worlds import command as batchlab
 from tests.waiting import until
 
 OURS = ("asg", "manager")

@@ -79,6 +79,14 @@ def test_a_job_that_takes_too_long_is_cancelled(grid: Grid, job_file: Path) -> N
     assert grid.wait(newest(grid)).state is JobState.CANCELLED
 
 
+def test_a_cap_of_the_call_takes_the_place_of_the_files(grid: Grid, job_file: Path) -> None:
+    job = grid.submit(job_file, max_cost_usd=1.5)
+    grid.wait(job)
+    assert grid.client.job_use(job)["max_cost_usd"] == 1.5
+    with pytest.raises(UsageError, match="max_cost_usd is 0"):
+        grid.run(job_file, max_cost_usd=0)
+
+
 def test_a_job_may_be_submitted_now_and_waited_for_later(grid: Grid, job_file: Path) -> None:
     job = grid.submit(job_file)
     assert grid.wait(job).state is JobState.SUCCEEDED

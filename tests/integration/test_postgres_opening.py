@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Engine
 
 from batchlab.adapters.sql import migrate, open_postgres
 from batchlab.adapters.sql.bundle_rows import select_bundles
-from batchlab.adapters.sql.engines import as_writer
+from batchlab.adapters.sql.engines import transaction
 from batchlab.adapters.sql.postgres import postgres_engine
 from batchlab.adapters.sql.tables import HEAD, metadata, versions
 from batchlab.errors import BackendError, Unreachable, UsageError
@@ -118,7 +118,7 @@ def test_an_option_that_does_not_exist_is_told(postgres: Postgres) -> None:
 def test_options_of_the_url_go_before_our_own(postgres: Postgres) -> None:
     url = postgres.server.url(application_name="mine", connect_timeout="2")
     engine = postgres_engine(url, postgres.schema)
-    with engine.begin() as connection:
+    with transaction(engine) as connection:
         names = connection.exec_driver_sql("SELECT application_name FROM pg_stat_activity").all()
     engine.dispose()
     assert ("mine",) in [tuple(name) for name in names]
@@ -236,7 +236,7 @@ def _described(engine: Engine, schema: str) -> list[tuple[object, ...]]:
         "SELECT indexname, replace(indexdef, %(schema)s, '') FROM pg_indexes "
         "WHERE schemaname = %(schema)s ORDER BY 1",
     )
-    with engine.begin() as connection:
+    with transaction(engine) as connection:
         # As a literal of an identifier, for ::regnamespace.
         return [
             tuple(row)
@@ -252,7 +252,7 @@ def test_a_schema_that_is_behind_becomes_what_a_fresh_one_is(postgres: Postgres)
     other = f"{postgres.schema}-old"
     engine, old = (postgres_engine(postgres.url, name) for name in (postgres.schema, other))
     migrate.ensure(engine)
-    with as_writer(old).begin() as connection:
+    with transaction(old, writes=True) as connection:
         connection.exec_driver_sql(f'CREATE SCHEMA "{other}"')
         versions.create(connection)
     migrate.ensure(old)
@@ -262,7 +262,7 @@ def test_a_schema_that_is_behind_becomes_what_a_fresh_one_is(postgres: Postgres)
         for row in _described(engine, postgres.schema)
     ]
     assert len(found) > 40
-    with old.begin() as connection:
+    with transaction(old) as connection:
         assert connection.execute(versions.select()).scalars().all() == [HEAD]
         context = MigrationContext.configure(connection)
         assert compare_metadata(context, metadata) == []
@@ -303,7 +303,7 @@ def test_bundles_are_read_in_the_order_of_an_index(postgres: Postgres) -> None:
     asyncio.run(fill())
     postgres.server.execute(f'ANALYZE "{postgres.schema}".bundles')
     engine = postgres_engine(postgres.url, postgres.schema)
-    with engine.begin() as connection:
+    with transaction(engine) as connection:
         for is_done, after_seq, failed in product((None, False, True), (None, 7), (False, True)):
             query = select_bundles(jobs[1].id, None, is_done, after_seq, failed).limit(10)
             sql = query.compile(engine, compile_kwargs={"literal_binds": True})

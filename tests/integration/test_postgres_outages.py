@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Select
 
 from batchlab.adapters.sql import bundle_rows, job_rows
 from batchlab.adapters.sql import postgres as sql_postgres
-from batchlab.adapters.sql.engines import Busy
+from batchlab.adapters.threads import Busy
 from batchlab.errors import Unreachable
 from batchlab.model import Control, JobId
 from batchlab.patience import Patience, patiently

@@ -223,7 +223,7 @@ def test_saved_files_are_stored_under_the_executions_own_prefix(tmp_path: Path) 
             items = [["save", "a.txt", "charts/b.png"], ["save", "a.txt"], ["save_silently"]]
             [[a, b], [other], nothing] = await rig.values(items)
             assert (a["name"], a["size"]) == ("a.txt", 5)
-            assert a["$file"].startswith("jobs/j/s/files/")
+            assert a["$file"].startswith("files/j/s/")
             assert "/e-1/0/a.txt" in a["$file"]
             assert b["$file"].endswith("/e-1/0/charts/b.png")
             assert other["$file"].endswith("/e-1/1/a.txt")

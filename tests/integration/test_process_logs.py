@@ -18,7 +18,7 @@ def test_everything_a_task_prints_is_its_own(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             await rig.values([["print", "one"], "silent", ["print_everywhere"], ["print", "ü☃"]])
-            assert rig.handle.log.startswith("jobs/j/s/logs/")
+            assert rig.handle.log.startswith("logs/j/s/")
             assert rig.handle.log.endswith("/e-1.log")
             assert await rig.log(0) == "one\n"
             assert await rig.log(1) == ""

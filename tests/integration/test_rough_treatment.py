@@ -11,11 +11,14 @@ import pytest
 
 from batchlab.adapters.sql.ledger import open_sqlite
 from batchlab.datagen import ClaimsFacts, write_claims
+from batchlab.errors import BackendError
+from batchlab.manager.manager import LEASE
 from batchlab.model import Pool
 from batchlab.views import JobView
 from tests.integration.conftest import Bring
 from tests.integration.local_grid import LocalGrid, outcomes
 from tests.integration.test_examples_end_to_end import TWO, copy
+from tests.waiting import until
 
 FILES = 120
 
@@ -155,3 +158,42 @@ def alive(grid: LocalGrid) -> list[dict[str, object]]:
         }
         for pool in grid.client.grid()["pools"]
     ]
+
+
+def test_a_manager_that_has_lost_the_lead_stands_for_it_again(
+    bring_up: Bring, claims: tuple[Path, ClaimsFacts], tmp_path: Path
+) -> None:
+    """As after a disk that was full, or a database that was away, for longer than the lease."""
+    path, facts = claims
+    grid = bring_up(TWO)
+    job = grid.submit(path)["id"]
+    grid.wait(job, until=under_way)
+    before = grid.home.record()
+    asyncio.run(_usurp(grid))
+    until(lambda: _leads(grid), 30)
+    view = grid.wait(job, within_s=90)
+    check(grid, view, tmp_path / "out", facts)
+    assert grid.home.record() == before, "the same process leads, at the same address"
+    assert "standing for the lead again" in grid.home.manager_log.read_text()
+
+
+def _leads(grid: LocalGrid) -> bool:
+    try:
+        return grid.client.grid()["leader"]
+    except BackendError:
+        return False
+
+
+async def _usurp(grid: LocalGrid) -> None:
+    """Take the lead from whoever has it, keep it until that is noticed, and give it back."""
+    ledger = open_sqlite(grid.home.ledger_file)
+    try:
+        stands = await ledger.lease(LEASE, "usurper")
+        while stands.owner != "usurper":  # renewed in between
+            stands = await ledger.lease(LEASE, "usurper", over=stands)
+        while "no longer the leader" not in grid.home.manager_log.read_text():
+            await ledger.lease(LEASE, "usurper")
+            await asyncio.sleep(0.2)
+        await ledger.release(LEASE, "usurper")
+    finally:
+        await ledger.close()

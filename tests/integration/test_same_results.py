@@ -1,22 +1,25 @@
-"""The four example jobs come to the same wherever they run: simulated, local, in containers."""
+"""The example jobs come to the same wherever they run: simulated, local, in containers, on AWS."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
-import sys
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import duckdb
 import pytest
 
 from batchlab.datagen import write_claims, write_records
-from tests.integration.containers_grid import need_containers
+from tests.integration import worlds
+from tests.integration.worlds import World
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-BACKENDS = ("sim", "local", "localstack")
 _OURS = ("summary.json", "printed.log", ".batchlab-made")
 """What is about the run, not of it."""
 
@@ -45,19 +48,6 @@ FILL: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
-def batchlab(*arguments: object) -> str:
-    """What a command of ours says on stderr; it must succeed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "batchlab", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    assert not done.returncode, (arguments, done.stdout[-2000:], done.stderr[-2000:])
-    return done.stderr
-
-
 def content(path: Path) -> object:
     """What a result file holds, however it is packed."""
     if path.suffix == ".mp4":
@@ -77,27 +67,88 @@ def contents(folder: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.usefixtures("ffmpeg")
-def test_the_examples_come_to_the_same_everywhere(tmp_path: Path, shared_data: Path) -> None:
-    need_containers(tmp_path)
-    homes = {name: tmp_path / "homes" / name for name in BACKENDS}
-    batchlab("grid", "up", "--backend", "localstack", "--home", homes["localstack"])
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> dict[str, Path]:
+    """The examples' job files, with little data."""
+    made = {}
+    for name, fill in FILL.items():
+        job = tmp_path_factory.mktemp(name) / name
+        shutil.copytree(EXAMPLES / name, job, ignore=shutil.ignore_patterns("data"))
+        (job / "data").mkdir()
+        fill(job / "data", shared_data)
+        made[name] = job / "job.yaml"
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(
+    jobs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, ffmpeg: None
+) -> dict[str, dict[str, object]]:
+    """What they come to on `local`."""
+    found = {}
+    with worlds.plain("local", tmp_path_factory.mktemp("local")) as world:
+        for name, job in jobs.items():
+            out = tmp_path_factory.mktemp("out") / name
+            world.run(job, out)
+            found[name] = contents(out)
+            assert any(path.endswith(".jsonl") for path in found[name])
+    return found
+
+
+WORLDS: dict[str, Callable[[Path], AbstractContextManager[World]]] = {
+    "sim": partial(worlds.plain, "sim"),
+    "localstack": worlds.localstack,
+    "emulated": worlds.emulated,
+    "aws": worlds.real,
+}
+
+
+@pytest.mark.parametrize(
+    "backend", [*("sim", "localstack", "emulated"), pytest.param("aws", marks=pytest.mark.aws)]
+)
+def test_the_examples_come_to_the_same_everywhere(
+    backend: str,
+    jobs: dict[str, Path],
+    expected: dict[str, dict[str, object]],
+    tmp_path: Path,
+) -> None:
+    """The same job files by the same code; which backend it is is a flag."""
+    with WORLDS[backend](tmp_path) as world:
+        for name, job in jobs.items():
+            # Amazon Linux has no ffmpeg: on AWS an image of one's own brings it.
+            if name != "media" or world.has_ffmpeg:
+                world.run(job, tmp_path / "out" / name)
+                assert contents(tmp_path / "out" / name) == expected[name], name
+        if world.backend == "aws":
+            a_dead_instance_costs_only_time(world, jobs["claims"], tmp_path / "again")
+            assert contents(tmp_path / "again") == expected["claims"]
+
+
+def a_dead_instance_costs_only_time(world: World, job: Path, out: Path) -> None:
+    """One is ended under its worker while the job runs."""
+    stop = threading.Event()
+    ended: list[str] = []
+    ending = threading.Thread(target=end_one, args=(world, stop, ended))
+    ending.start()
     try:
-        for name, fill in FILL.items():
-            job = tmp_path / name
-            shutil.copytree(EXAMPLES / name, job, ignore=shutil.ignore_patterns("data"))
-            (job / "data").mkdir()
-            fill(job / "data", shared_data)
-            found = {}
-            for backend in BACKENDS:
-                out = tmp_path / "out" / backend / name
-                batchlab(
-                    *("run", job / "job.yaml", "--backend", backend),
-                    *("--home", homes[backend], "--out", out),
-                )
-                found[backend] = contents(out)
-            assert any(path.endswith(".jsonl") for path in found["local"])
-            assert found["sim"] == found["local"]
-            assert found["localstack"] == found["local"]
+        world.run(job, out)
     finally:
-        batchlab("grid", "down", "--home", homes["localstack"])
+        stop.set()
+        ending.join()
+    assert ended
+
+
+def end_one(world: World, stop: threading.Event, ended: list[str]) -> None:
+    """Once one of the pool's instances is in service."""
+    scaling = world.aws("autoscaling")
+    prefix = json.loads((world.home / "aws" / "deployment.json").read_text())["prefix"]
+    while not stop.wait(0.5) and not ended:
+        groups = scaling.describe_auto_scaling_groups(
+            AutoScalingGroupNames=[f"{prefix}pool-default"]
+        )["AutoScalingGroups"]
+        for one in groups[0]["Instances"]:
+            if one["LifecycleState"] == "InService" and not ended:
+                scaling.terminate_instance_in_auto_scaling_group(
+                    InstanceId=one["InstanceId"], ShouldDecrementDesiredCapacity=False
+                )
+                ended.append(one["InstanceId"])

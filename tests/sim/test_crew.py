@@ -6,12 +6,15 @@ import multiprocessing
 import os
 import signal
 import time
+from contextlib import closing
 from itertools import count
+from multiprocessing.connection import Connection
+from typing import cast
 
 import pytest
 
 from batchlab.sim import crew
-from batchlab.sim.crew import Died, spread
+from batchlab.sim.crew import Crew, Died, spread
 
 
 def square(item: int) -> int:
@@ -85,3 +88,46 @@ def test_it_ends_at_once_when_the_consumer_fails(processes: int) -> None:
         consume()
     assert time.monotonic() - begun_s < 60
     assert not multiprocessing.active_children()
+
+
+def who(_: int) -> int:
+    return os.getpid()
+
+
+def test_a_crew_stays_from_one_lot_to_the_next_and_none_is_left_of_it() -> None:
+    with closing(Crew(who, 2)) as crew:
+        first = {pid for _, pid in crew.each(range(6))}
+        second = {pid for _, pid in crew.each(range(6))}
+        assert first | second <= {one.pid for one in multiprocessing.active_children()}
+        assert len(first | second) <= 2
+        # Who leaves in between leaves nobody at work whose answer the next lot would get.
+        results = crew.each(count())
+        next(results)
+        results.close()
+        assert len(dict(crew.each(range(10, 14)))) == 4
+    assert not multiprocessing.active_children()
+
+
+class OneItem:
+    """A pipe that hands out one item and then has nobody at its other end."""
+
+    def __init__(self) -> None:
+        self.items, self.answers = [0], list[float]()
+
+    def recv(self) -> int:
+        if not self.items:
+            raise EOFError
+        return self.items.pop()
+
+    def send(self, answer: float) -> None:
+        self.answers.append(answer)
+
+
+def test_only_work_can_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that waits for its next item has hung nobody, however long that takes."""
+    set_s: list[int] = []
+    monkeypatch.setattr(signal, "alarm", set_s.append)
+    pipe = OneItem()
+    crew._serve(cast(Connection, pipe), lambda _: float(set_s[-1]))
+    assert pipe.answers == [crew.ENDLESS_S]
+    assert set_s == [crew.ENDLESS_S, 0]

@@ -53,6 +53,16 @@ def test_a_task_longer_than_twelve_hours_runs_once_and_is_handed_over_in_time() 
     in_world(act, script=takes(14 * 3600.0), **UNHURRIED)
 
 
+def test_a_watchdog_that_waits_longer_than_a_message_can_is_still_one() -> None:
+    async def act(world: World) -> None:
+        made = job(stage(A), items=1)
+        assert await run_to_end(world, made) is JobState.SUCCEEDED
+        assert len(world.starts) == 1
+
+    rare = replace(UNHURRIED["worker_settings"], watchdog_s=3600.0)
+    in_world(act, script=takes(14 * 3600.0), **{**UNHURRIED, "worker_settings": rare})
+
+
 def test_a_worker_lost_after_the_hand_over_is_noticed_by_the_watchdog() -> None:
     async def act(world: World) -> None:
         made = job(stage(A), items=1)

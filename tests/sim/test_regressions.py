@@ -369,7 +369,7 @@ def test_a_gather_over_a_large_result_that_has_vanished_fails_its_job_with_a_rea
     """I7: planning met the missing object again and again, for ever."""
 
     def script(scene: Scene) -> Play:
-        return Play(0.5, {"$value": "jobs/job/a/files/gone.json"})
+        return Play(0.5, {"$value": "files/job/a/gone.json"})
 
     async def act(world: World) -> None:
         made = job(stage(A), stage(B, A, gather="key"), items=3)

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from batchlab.jobdef import JobDef
+from batchlab.manager import conductor
 from batchlab.model import JobState, Pool
 from batchlab.protocol import naming
 from batchlab.sim import invariants
 from batchlab.sim.world import MANAGER, World
 from tests.sim.scenes import (
+    UNHURRIED,
     A,
     B,
     around,
@@ -81,3 +83,23 @@ def test_what_follows_from_the_first_bundle_may_come_before_the_control_object(
         assert world.clock.monotonic_s() < MANAGER.silence_s, "before the reconciler looks for it"
 
     in_world(act, script=takes(0.1), pools=(Pool("default", 4, 4, 1),))
+
+
+@pytest.mark.parametrize(("begun_s", "is_there"), [(0.0, True), (60.0, False)])
+def test_a_job_that_ends_at_once_needs_no_control_object(
+    monkeypatch: pytest.MonkeyPatch, begun_s: float, is_there: bool
+) -> None:
+    monkeypatch.setattr(conductor, "BEGUN_S", begun_s)
+
+    async def act(world: World) -> None:
+        manager = await leader(world)
+        while not manager.registry.workers:
+            await asyncio.sleep(1.0)
+        await asyncio.sleep(25.0)  # a tick sees that it is there; then no job hurries another
+        made = job(stage(A), items=1)
+        await world.ask(lambda m: m.requests.submit(made, [0]), "submit")
+        await ended_well(world, made)
+        assert (await world.objects.head(naming.control(made.id)) is not None) == is_there
+
+    # The manager looks at every job at each tick, and here at none while this one runs.
+    in_world(act, script=takes(0.1), pools=(Pool("default", 1, 1, 1),), **UNHURRIED)

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from batchlab.model import Bundle, FailureKind, JobId, JobState, TaskSet
+from batchlab.jobdef import JobDef
+from batchlab.model import Bundle, FailureKind, JobId, JobState, Pool, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Message
 from batchlab.protocol import naming, wire
 from batchlab.sim import invariants
 from batchlab.sim.actors import CURRENT, Actor
-from batchlab.sim.fates import Fates
+from batchlab.sim.fates import Fates, value_of
 from batchlab.sim.runner import Play, Scene
 from batchlab.sim.watch import BEGIN_S
 from batchlab.sim.world import World
@@ -124,3 +125,62 @@ def test_a_start_counts_only_where_its_worker_died_at_once() -> None:
         assert world.watch.lost_starts(suspect(1), 1) == 0
 
     in_world(act, script=takes(1.0))
+
+
+@pytest.mark.parametrize("kills_after_s", [0.5, 2.0, 6.0])
+def test_who_works_beside_a_poisonous_task_is_not_called_poison(kills_after_s: float) -> None:
+    """In a worker of several slots a task that was caught three times beside one that kills its
+    worker looked as if it had killed three."""
+    poison = {3, 17, 30}
+
+    def script(scene: Scene) -> Play:
+        is_poison = scene.item in poison
+        run_s = kills_after_s if is_poison else 3.0
+        return Play(run_s, value_of(scene.stage.name, scene.item), kills_worker=is_poison)
+
+    async def act(world: World) -> None:
+        made = job(stage(A, bundle=1), items=40, max_failures=40)
+        await submitted(world, made)
+        assert (await ended(world, made)).state is JobState.SUCCEEDED
+        outcomes = await invariants.outcomes_of(world.objects, made.id)
+        failed = {failure.task for one in outcomes for failure in one.failed}
+        assert failed == poison
+
+    in_world(act, script=script, pools=(Pool("default", 0, 2, 4),))
+
+
+def test_who_waits_in_vain_for_a_whole_worker_leaves_the_rest_of_it_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A suspect that could not have all slots kept the worker from receiving: two stood idle until
+    somebody ended."""
+    lasts_s = {"neighbour": 4000.0, "suspect": 3500.0}
+    suspicion = Hand.suspicion
+    monkeypatch.setattr(
+        Hand,
+        "suspicion",
+        property(lambda hand: 1 if hand.bundle.job == "suspect" else suspicion.__get__(hand)),
+    )
+
+    async def act(world: World) -> None:
+        async def begun(name: str, tasks: int) -> JobDef:
+            made = job(stage(A, bundle=1), items=tasks, id=JobId(name), token=name)
+            await submitted(world, made)
+            return made
+
+        await begun("neighbour", 1)
+        while not world.starts:
+            await asyncio.sleep(1.0)
+        tried = Bundle(JobId("suspect"), A, TaskSet.of([0]))
+        for worker in ("w-a", "w-b"):
+            await world.objects.put(naming.starts(tried) + f"{worker}-1", b"{}")
+        await begun("suspect", 1)
+        while len(world.starts) < 2:
+            await asyncio.sleep(1.0)
+        after = await begun("after", 4)
+        assert (await ended(world, after, within_s=600.0)).state is JobState.SUCCEEDED
+
+    def script(scene: Scene) -> Play:
+        return Play(lasts_s.get(scene.job.id, 3.0), value_of(scene.stage.name, scene.item))
+
+    in_world(act, script=script, pools=(Pool("default", 1, 1, 4),))

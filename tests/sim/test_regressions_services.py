@@ -270,3 +270,23 @@ def test_a_stage_that_needs_several_slots_is_not_starved_by_one_that_needs_one()
         assert not (await world.ledger.job(small.id)).state.ended
 
     in_world(act, script=script, pools=(Pool("default", 0, 1, 4),))
+
+
+def test_instances_that_boot_slowly_do_not_call_for_more_of_them() -> None:
+    """While nothing ran, a task was taken to last as long as its job had waited."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A, bundle=1), items=40)
+        await ends_well(world, made)
+        assert world.manager
+        activities = await world.manager.ports.fleet.activities(limit=100)
+        launched = [one for one in activities if one.description.startswith("Launching")]
+        assert len(launched) <= 2, [one.cause for one in activities]
+
+    pool = Pool("default", 0, 10, 2, boot_s=90.0)
+    in_world(
+        act,
+        script=takes(0.05),
+        pools=(pool,),
+        manager_settings=replace(MANAGER, drain_target_s=120.0),
+    )

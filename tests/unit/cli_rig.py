@@ -89,6 +89,9 @@ def a_grid() -> dict[str, Any]:
         "protected": True,
         "launched_s": 1_700_000_000.0,
         "note": "",
+        "type": "",
+        "zone": "",
+        "market": "on-demand",
         "worker": "w-1",
         "busy": 1,
         "held": 2,
@@ -102,6 +105,7 @@ def a_grid() -> dict[str, Any]:
         "backlog_tasks": 8,
         "backlog_s": 4.0,
         "held_by_hand": True,
+        "trouble": "",
         "instances": [instance],
     }
     queue = {"name": "tasks-default", "visible": 3, "in_flight": 1, "delayed": 0}
@@ -109,6 +113,7 @@ def a_grid() -> dict[str, Any]:
         "backend": "local",
         "leader": True,
         "owner": "manager-1",
+        "settings": {},
         "pools": [pool],
         "queues": [queue],
     }

@@ -12,6 +12,7 @@ from batchlab import spec
 from batchlab.errors import JobFileError
 from batchlab.jobdef import JobDef
 from batchlab.model import JobId
+from tests.mistakes import complete
 
 MINIMAL = """\
 name: j
@@ -49,17 +50,10 @@ def load(folder: Path, text: str, **overrides: str) -> spec.JobFile:
 
 
 def refused(folder: Path, text: str, **overrides: str) -> list[JobFileError]:
-    """The mistakes of the file, after checking that each has all that a person needs."""
+    """The mistakes of the file, each with all that a person needs."""
     with pytest.raises(spec.JobFileErrors) as caught:
         load(folder, text, **overrides)
-    lines = len(textwrap.dedent(text).splitlines()) + 1
-    for error in caught.value.errors:
-        assert error.file == str(folder / "job.yaml")
-        assert error.line is None or 1 <= error.line <= lines
-        assert error.message.endswith(".")
-        assert error.remedy.endswith((".", "?"))
-        assert f"{error.file}:" in str(error)
-    return list(caught.value.errors)
+    return list(complete(caught.value.errors, folder / "job.yaml", textwrap.dedent(text)))
 
 
 def told(errors: list[JobFileError]) -> list[tuple[int | None, str]]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from batchlab.adapters.imds_tree import Interruption, Metadata, Signals
+from batchlab.adapters.imds_tree import Interruption, Metadata, Signals, iso
 from batchlab.asg.app import Request
 from batchlab.asg.fault import Fault
-from batchlab.asg.metadata import Facts
+from batchlab.asg.metadata import CREDENTIALS_S, Facts
 from batchlab.asg.notices import NoticeService, give
+from batchlab.asg.templates import TemplateFile
 from batchlab.errors import Unreachable
 from batchlab.fleet.api import Tag
 from tests.asg_rigs import World, in_aws
@@ -74,23 +76,41 @@ def test_an_endpoint_that_is_not_there_is_told() -> None:
         give("http://127.0.0.1:9", "i-1", "interruption", 1, access_key="a", secret_key="b")
 
 
-@in_aws
-async def test_the_metadata_has_the_groups_word_and_its_tags(w: World) -> None:
-    (name,) = await w.group(1, SPOT, tags=[Tag("batchlab:pool", "default", True), Tag("own")])
-    facts = Facts()
-    facts.engine = w.asg
-    assert facts.signals(name) == Signals("InService")
-    assert facts.signals("i-none") == Signals("Terminated")
-    w.asg.interrupt(name, notice_s=60)
-    assert facts.signals(name).interruption == Interruption(w.clock.now_s() + 60)
+TEMPLATES = """\
+[workers]
+[[workers.version]]
+role = { name = "worker", access_key = "AKID", secret_key = "secret" }
+user_data = "IyEvYmluL3NoCmVjaG8gaGVsbG8K"
+"""
 
-    class Launcher:
-        async def metadata(self, address: str) -> Metadata | None:
-            return Metadata(name, address, tags={"a": "b"}) if address == "10.0.0.7" else None
 
-    source = facts.of(Launcher())
-    found = await source.metadata("10.0.0.7")
-    assert found is not None
-    assert dict(found.tags) == {"a": "b", "batchlab:pool": "default"}
-    assert await source.metadata("10.0.0.8") is None
-    assert await facts.of(object()).metadata("10.0.0.7") is None
+def test_the_metadata_has_what_group_and_template_say(tmp_path: Path) -> None:
+    @in_aws
+    async def told(w: World) -> None:
+        (name,) = await w.group(1, SPOT, tags=[Tag("batchlab:pool", "default", True), Tag("own")])
+        facts = Facts()
+        facts.engine = w.asg
+        assert facts.signals(name) == Signals("InService")
+        assert facts.signals("i-none") == Signals("Terminated")
+        w.asg.interrupt(name, notice_s=60)
+        assert facts.signals(name).interruption == Interruption(w.clock.now_s() + 60)
+
+        class Launcher:
+            async def metadata(self, address: str) -> Metadata | None:
+                return Metadata(name, address, tags={"a": "b"}) if address == "10.0.0.7" else None
+
+        file = tmp_path / "templates.toml"
+        file.write_text(TEMPLATES)
+        templates = TemplateFile(file)
+        source = facts.of(Launcher(), templates, w.clock)
+        found = await source.metadata("10.0.0.7")
+        assert found is not None
+        assert dict(found.tags) == {"a": "b", "batchlab:pool": "default"}
+        assert found.user_data == "#!/bin/sh\necho hello\n"
+        (document,) = found.credentials.values()
+        assert (document["AccessKeyId"], document["SecretAccessKey"]) == ("AKID", "secret")
+        assert document["Expiration"] == iso(w.clock.now_s() + CREDENTIALS_S)
+        assert await source.metadata("10.0.0.8") is None
+        assert await facts.of(object(), templates, w.clock).metadata("10.0.0.7") is None
+
+    told()

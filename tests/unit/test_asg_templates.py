@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,22 @@ WRONG = {
     "no such key": ("[worker]\n[[worker.version]]\nimages = 'x'", "worker.version.0.images"),
     "no such name": ('["a b"]\n[["a b".version]]', "a b"),
     "no slots": ("[worker]\n[[worker.version]]\nslots = 0", "worker.version.0.slots"),
+    "no base64": (
+        "[worker]\n[[worker.version]]\nuser_data = 'hello!'",
+        "worker.version.0.user_data: Value error, not text in base64",
+    ),
+    "no text": (
+        f"[worker]\n[[worker.version]]\nuser_data = '{b64encode(bytes([255])).decode()}'",
+        "not text in base64",
+    ),
+    "too much": (
+        f"[worker]\n[[worker.version]]\nuser_data = '{b64encode(bytes(16_385)).decode()}'",
+        "16385 bytes of user data, and EC2 takes 16384",
+    ),
+    "no role": (
+        "[worker]\n[[worker.version]]\nrole = { name = 'a b', access_key = '', secret_key = '' }",
+        "worker.version.0.role.name",
+    ),
     "no market": ("[worker]\n[[worker.version]]\nmarket = 'fish'", "worker.version.0.market"),
 }
 

@@ -24,8 +24,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 # --- Help ----------------------------------------------------------------------------------------
 
 GROUPS = {
-    "job": "submit list show watch cancel pause resume retry results logs why failures check",
-    "grid": "up down status workers activities scale drain",
+    "job": "submit list show watch cancel cap pause resume retry results logs why failures check",
+    "grid": "up down status workers activities scale cap drain",
+    "cost": "estimate bill",
+    "prices": "show refresh",
     "ledger": "rebuild",
 }
 COMMANDS = [
@@ -53,7 +55,7 @@ def test_every_listing_speaks_json(run: Run, command: str) -> None:
 def test_help_names_every_group_and_what_exit_codes_mean(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for word in ("demo", "init", "run", "job", "grid", "ledger", "schema", "doctor"):
+    for word in ("demo", "init", "run", "job", "grid", "scenario", "ledger", "schema", "doctor"):
         assert re.search(rf"^  {word} ", out, re.MULTILINE)
     assert "130 interrupted" in " ".join(out.split())
     assert "..." not in out.partition("Commands:")[2], "a summary is cut off"

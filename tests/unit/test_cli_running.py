@@ -181,8 +181,8 @@ class Managers:
 def managers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], Managers]:
     def make(lives: list[int]) -> Managers:
         made = Managers(Home(tmp_path), lives)
-        monkeypatch.setattr("batchlab.services.start_manager", made.start)
-        monkeypatch.setattr("batchlab.services.stop_manager", made.stop)
+        monkeypatch.setattr("batchlab.updown.start_manager", made.start)
+        monkeypatch.setattr("batchlab.updown.stop_manager", made.stop)
         monkeypatch.setattr(Home, "record", lambda _: made.record())
         return made
 

@@ -73,7 +73,8 @@ def test_a_campaign_shows_what_happened_and_how_often(run: Run, tmp_path: Path) 
         *("sim", "fuzz", "--seeds", 3, "--from", 5, "--weather", "crashes", "--jobs", 2),
         *("--report", file),
     )
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert "Traceback" not in err  # how far it is, where it takes long
     assert re.match(r"3 seeds from 5, weather crashes, in .*, 2 at a time\n", out)
     assert out.endswith("\nEvery promise was kept.\n")
     told = rows(out)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from batchlab import backends, containers, services
+from batchlab import backends, containers, updown
 from batchlab.adapters.compose import deployment, images, project
 from batchlab.adapters.compose.deployment import Deployment
 from batchlab.adapters.compose.images import Recipe, requirements
@@ -121,14 +121,14 @@ def test_what_a_folder_knows_nothing_of_is_an_orphan(tmp_path: Path) -> None:
 
 
 def test_functions_are_sent_to_the_same_python_only(tmp_path: Path) -> None:
-    home = Home(tmp_path)
-    containers.check_python(home)
+    home, backend = Home(tmp_path), backends.load("localstack")
+    backend.check_python(home)
     deployment.write(home, AT)
     with pytest.raises(UsageError, match=r"run on Python 3\.9"):
-        containers.check_python(home)
+        backend.check_python(home)
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     deployment.write(home, replace(AT, python=here))
-    containers.check_python(home)
+    backend.check_python(home)
 
 
 def test_a_folder_that_cannot_be_asked_is_no_orphan(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_manager_in_a_container_gets_no_signal_by_its_number_there(
     with home.locked():
         home.write_record(ManagerRecord("http://10.213.70.13:8080", os.getpid(), "m", "localstack"))
         with pytest.raises(BackendError, match="in a container"):
-            services.stop_manager(home)
+            updown.stop_manager(home)
 
 
 def test_containers_without_a_manager_are_taken_down_too(
@@ -311,8 +311,8 @@ def test_a_grid_that_a_program_has_brought_up_in_containers_goes_with_it(
 ) -> None:
     stopped: list[Home] = []
     record = ManagerRecord("http://10.213.70.13:8080", 7, "manager", "localstack")
-    monkeypatch.setattr("batchlab.services.start_manager", lambda *_, **__: record)
-    monkeypatch.setattr("batchlab.services.stop_manager", stopped.append)
+    monkeypatch.setattr("batchlab.updown.start_manager", lambda *_, **__: record)
+    monkeypatch.setattr("batchlab.updown.stop_manager", stopped.append)
     home = Home(tmp_path)
     home.of("localstack").mkdir()
     home.write_place("localstack", PLACE)

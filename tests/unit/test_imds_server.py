@@ -188,6 +188,14 @@ def test_an_instance_without_a_group_has_no_lifecycle_state() -> None:
     assert answer(paths, "meta-data/autoscaling/target-lifecycle-state") is None
 
 
+def test_user_data_is_told_as_it_is_where_there_is_some(service: Service) -> None:
+    assert service.get("/latest/user-data")[0] == 404
+    text = "#!/bin/sh\necho 'grüße'\n"
+    service.source.known[HERE] = replace(SPOT, user_data=text)
+    assert service.get("/latest/user-data") == (200, text)
+    assert "user-data" in service.get("/latest/")[1].split()
+
+
 def test_the_identity_document(service: Service) -> None:
     status, content = service.get("/latest/dynamic/instance-identity/document")
     told = json.loads(content)

@@ -21,7 +21,7 @@ from sqlalchemy import Connection, Engine, create_mock_engine, make_url
 
 from batchlab.adapters.sql import migrate, open_sqlite
 from batchlab.adapters.sql.bundle_rows import select_bundles
-from batchlab.adapters.sql.engines import as_writer, sqlite_engine
+from batchlab.adapters.sql.engines import sqlite_engine, transaction
 from batchlab.adapters.sql.tables import HEAD, metadata, versions
 from batchlab.errors import BackendError
 from batchlab.model import JobId
@@ -30,21 +30,21 @@ from batchlab.model import JobId
 def _schema(engine: Engine) -> list[tuple[str, ...]]:
     """Every table and index, as SQLite has noted it."""
     query = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name"
-    with engine.begin() as connection:
+    with transaction(engine) as connection:
         rows = connection.exec_driver_sql(query).all()
     return [tuple(re.sub(r"\s+", " ", str(field)) for field in row) for row in rows]
 
 
 def _migrated() -> Engine:
     engine = sqlite_engine(None)
-    with as_writer(engine).begin() as connection:
+    with transaction(engine, writes=True) as connection:
         migrate.upgrade(connection)
     return engine
 
 
 def _created() -> Engine:
     engine = sqlite_engine(None)
-    with as_writer(engine).begin() as connection:
+    with transaction(engine, writes=True) as connection:
         migrate.create(connection)
     return engine
 
@@ -54,14 +54,14 @@ def test_a_fresh_database_has_the_schema_that_the_migrations_make() -> None:
     assert _schema(created) == _schema(migrated)
     assert len(_schema(created)) > 6
     for engine in (created, migrated):
-        with engine.begin() as connection:
+        with transaction(engine) as connection:
             assert connection.execute(versions.select()).scalars().all() == [HEAD]
         engine.dispose()
 
 
 def test_alembic_finds_nothing_that_a_migration_forgot() -> None:
     engine = _migrated()
-    with engine.begin() as connection:
+    with transaction(engine) as connection:
         context = MigrationContext.configure(connection)
         assert compare_metadata(context, metadata) == []
     engine.dispose()
@@ -117,7 +117,7 @@ def test_bundles_are_read_in_the_order_of_an_index(
     """A job may have millions: none of the port's queries may sort them, or scan other jobs'."""
     engine = _created()
     query = select_bundles(JobId("j"), None, done, after_seq, failed).limit(10)
-    with engine.begin() as connection:
+    with transaction(engine) as connection:
         sql = str(query.compile(connection, compile_kwargs={"literal_binds": True}))
         plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}")]
     engine.dispose()
@@ -134,7 +134,7 @@ def test_a_database_that_is_behind_is_migrated_at_the_first_call(
     monkeypatch.setattr(migrate, "MIGRATIONS", installed)
     path = tmp_path / "ledger.sqlite"
     engine = sqlite_engine(path)
-    with as_writer(engine).begin() as connection:
+    with transaction(engine, writes=True) as connection:
         versions.create(connection)
     engine.dispose()
     _open(path)

@@ -24,6 +24,7 @@ from batchlab.model import (
 from batchlab.ports import Cut
 from batchlab.protocol import definition, settle, sizing, wire
 from batchlab.protocol.policy import judge
+from batchlab.tally import Asked, Requests
 
 A, B, C = StageName("a"), StageName("b"), StageName("c")
 JOB = JobDef(
@@ -230,6 +231,22 @@ def test_what_is_written_is_what_is_read() -> None:
     beat = wire.Beat("w", "i", "p", 1.0, 2, 1, (held,), 7)
     events = wire.Events((done,), ("k",), (beat,), (outcome,))
     assert wire.read_events_message(wire.events_message(events)) == events
+    asked = (Asked("w", "i", Requests(10, 2, 3, 4, 5), is_spot=True),)
+    assert (
+        wire.read_events_message(wire.events_message(replace(events, asked=asked))).asked == asked
+    )
+
+
+def test_what_nobody_asks_for_changes_no_message() -> None:
+    """A grid may be of two versions while it is renewed: what an earlier one does not know it must
+    not meet, unless somebody caps a cost."""
+    assert "max_cost_usd" not in wire.job_to_json(JOB)
+    assert wire.job_to_json(replace(JOB, max_cost_usd=5.0))["max_cost_usd"] == 5.0
+    capped = replace(JOB, max_cost_usd=5.0)
+    assert wire.job_from_json(wire.loads(wire.to_bytes(wire.job_to_json(capped)))) == capped
+    # What an earlier worker sends has no counts, and what an earlier manager reads it skips.
+    assert wire.read_events_message(wire.events_message(wire.Events())).asked == ()
+    assert "q" not in wire.loads(wire.events_message(wire.Events()))
 
 
 def test_an_unknown_format_is_refused() -> None:

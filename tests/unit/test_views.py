@@ -31,7 +31,7 @@ POOLS = {"default": 2, "gpu": 8}
 
 def live_job(*bundles: Bundle) -> LiveJob:
     stages = {s.name: StageRecord(StageCounts(s.name, planned=9)) for s in JOB.stages}
-    live = LiveJob(JobRecord(JOB, JobState.RUNNING), stages, since_s=0.0, version=7)
+    live = LiveJob(JobRecord(JOB, JobState.RUNNING), stages, version=7)
     live.expect((bundle, 0.0) for bundle in bundles)
     return live
 

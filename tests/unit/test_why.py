@@ -82,6 +82,7 @@ class Situation:
     workers: Mapping[str, Seen] = field(default_factory=dict)
     held: Mapping[str, int] = field(default_factory=dict)
     activities: Sequence[Activity] = ()
+    stopped: Mapping[str, str] = field(default_factory=dict)
     others: Sequence[LiveJob] = ()
     conducted: bool = True
     forbidden: bool = False
@@ -100,9 +101,7 @@ class Situation:
         record = JobRecord(job, self.state, self.reason, self.control)
         first, *rest = self.counts
         stages = [StageRecord(first, left=self.left), *(StageRecord(c) for c in rest)]
-        live = LiveJob(
-            record, {s.counts.stage: s for s in stages}, since_s=0.0, forbidden=self.forbidden
-        )
+        live = LiveJob(record, {s.counts.stage: s for s in stages}, forbidden=self.forbidden)
         live.expect((b, MONO_S - heard_s) for b, heard_s in self.out)
         live.trouble = self.trouble
         return Facts(
@@ -117,6 +116,7 @@ class Situation:
             workers=self.workers,
             held=self.held,
             activities={"default": self.activities},
+            stopped=self.stopped,
             trouble=self.tick_trouble,
         )
 
@@ -126,7 +126,7 @@ def other(name: str, priority: int = 0, *, waiting: int = 5) -> LiveJob:
     job = JobDef(JobId(name), name, (StageDef(MAP, handler="m:f"),), NOW_S, priority=priority)
     counts = StageCounts(MAP, planned=10)
     stage = StageRecord(counts, left=TaskSet.span(0, waiting))
-    return LiveJob(JobRecord(job, JobState.RUNNING), {MAP: stage}, since_s=0.0)
+    return LiveJob(JobRecord(job, JobState.RUNNING), {MAP: stage})
 
 
 QUEUED = [(bundle(), 3.0)]
@@ -220,6 +220,10 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
             "see the instance log of w-1",
             "1 more launched",
         ],
+    ),
+    "no more launched": (
+        Situation(out=QUEUED, activities=CRASHES, stopped={"default": "the last 3 did not"}),
+        ["waiting for capacity: the last 3 did not; ", "`batchlab grid scale default --auto`"],
     ),
     "one crash": (
         Situation(out=QUEUED, instances=[DEAD], activities=CRASHES[1:]),

@@ -21,7 +21,6 @@ from batchlab import package_data
 from batchlab.errors import BackendError, UsageError
 
 REPOSITORY = "batchlab/grid"
-_DATA = ("backends", "scenarios", "compose", "examples")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +74,10 @@ def python_of(tag: str) -> str:
 
 
 def _fill(context: Path) -> None:
-    here = Path(__file__).resolve().parents[2]
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(here, context / "batchlab", ignore=ignored)
-    for name in _DATA:
-        target = context / "batchlab" / "_data" / name
-        if not target.exists():
-            shutil.copytree(package_data.folder(name), target, ignore=ignored)
+    for name, path in package_data.files():
+        target = context / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
     (context / "requirements.txt").write_text("\n".join(requirements()) + "\n")
     shutil.copy(package_data.folder("compose") / "Dockerfile", context / "Dockerfile")
 

@@ -46,10 +46,9 @@ def name_for(home: Home) -> str:
 
 def networks() -> list[str]:
     """The subnets of every Docker network on this machine; Unreachable where Docker is away."""
-    listed = checked("network", "ls", "-q").split()
-    if not listed:
-        return []
-    found = json.loads(checked("network", "inspect", *listed))
+    # One call: of a list first and each of them then, one may be gone in between.
+    with Engine() as engine:
+        found = engine.do("list the networks", lambda api: api.networks())
     return [
         config["Subnet"]
         for one in found

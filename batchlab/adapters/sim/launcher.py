@@ -46,13 +46,16 @@ class SimLauncher:
     """The Launcher port over coroutines of one event loop.
 
     Booting takes the pool's `boot_s` give or take a quarter, drawn from `rng`. `refuse` may name
-    a reason not to launch (no capacity), which is then the BackendError's text. `changed` is set
-    by `crash`; a worker that ends by itself is noticed at the next look.
+    a reason not to launch (no capacity), which is then the BackendError's text. `launched` and
+    `ended` are told (pool, instance) and (instance, how) as that happens; `changed` is set by
+    `crash`; a worker that ends by itself is noticed at the next look.
     """
 
     def __init__(self, start: Callable[[Pool, str], SimInstance], rng: Random) -> None:
         self.changed = asyncio.Event()
         self.refuse: Callable[[Pool, str], str | None] = lambda _pool, _instance: None
+        self.launched: Callable[[Pool, str], None] = lambda _pool, _instance: None
+        self.ended: Callable[[str, str], None] = lambda _instance, _how: None
         self._start = start
         self._rng = rng
         self._slots: dict[str, _Slot] = {}
@@ -78,15 +81,16 @@ class SimLauncher:
         self._slots[instance] = _Slot(
             loop.call_later(delay_s, self._boot, pool, instance, context=self._context)
         )
+        self.launched(pool, instance)
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
         """As the port says. Asked again, the earlier of the two deadlines holds; an instance that
         is unknown or has ended is left alone."""
         slot = self._slots.get(instance)
-        if slot is None or self._look(slot) is not None:
+        if slot is None or self._look(instance, slot) is not None:
             return
         if slot.worker is None:
-            self._end(slot, "exit -15")
+            self._end(instance, slot, "exit -15")
             return
         if slot.kill is None:
             self._context.run(slot.worker.stop, grace_s)
@@ -95,12 +99,14 @@ class SimLauncher:
         if slot.kill is None or due_s < slot.kill.when():
             if slot.kill is not None:
                 slot.kill.cancel()
-            slot.kill = loop.call_at(due_s, self._end, slot, "exit -9", context=self._context)
+            slot.kill = loop.call_at(
+                due_s, self._end, instance, slot, "exit -9", context=self._context
+            )
 
     async def running(self) -> Mapping[str, str | None]:
         """As the port says; the end of an instance is remembered for ten minutes."""
         now_s = asyncio.get_running_loop().time()
-        known = {name: self._look(slot) for name, slot in self._slots.items()}
+        known = {name: self._look(name, slot) for name, slot in self._slots.items()}
         for name, slot in list(self._slots.items()):
             if slot.ended_s is not None and now_s - slot.ended_s > KEEP_ENDED_S:
                 del self._slots[name]
@@ -108,7 +114,7 @@ class SimLauncher:
 
     def crash(self, instance: str, note: str = "exit -9") -> None:
         """End it at once, as if by itself; nothing where it has ended. KeyError if unknown."""
-        self._end(self._slots[instance], note)
+        self._end(instance, self._slots[instance], note)
         self.changed.set()
 
     def _boot(self, pool: Pool, instance: str) -> None:
@@ -116,26 +122,27 @@ class SimLauncher:
         slot.booting = None
         slot.worker = self._start(pool, instance)
 
-    def _end(self, slot: _Slot, how: str) -> None:
-        if self._look(slot) is not None:
+    def _end(self, instance: str, slot: _Slot, how: str) -> None:
+        if self._look(instance, slot) is not None:
             return
         if slot.booting is not None:
             slot.booting.cancel()
         if slot.worker is not None:
             slot.worker.kill(how)
-        self._settle(slot, how)
+        self._settle(instance, slot, how)
 
-    def _look(self, slot: _Slot) -> str | None:
+    def _look(self, instance: str, slot: _Slot) -> str | None:
         if slot.ended is None and slot.worker is not None and slot.worker.ended is not None:
-            self._settle(slot, slot.worker.ended)
+            self._settle(instance, slot, slot.worker.ended)
         return slot.ended
 
-    def _settle(self, slot: _Slot, how: str) -> None:
+    def _settle(self, instance: str, slot: _Slot, how: str) -> None:
         slot.ended, slot.ended_s = how, asyncio.get_running_loop().time()
         # The worker goes: thousands of ended ones must not keep their memory for ten minutes.
         slot.worker = slot.booting = None
         if slot.kill is not None:
             slot.kill.cancel()
+        self.ended(instance, how)
 
 
 class MemoryState:

@@ -23,7 +23,7 @@ from batchlab.adapters.limits import (
 )
 from batchlab.adapters.sim.queue_state import Entry, QueueState, Waiter, entry_of
 from batchlab.errors import NotFound, Throttled
-from batchlab.ports import MAX_VISIBILITY_S, Clock, Depth, Message, Outgoing, QueueSpec
+from batchlab.ports import MAX_VISIBILITY_S, MAX_WAIT_S, Clock, Depth, Message, Outgoing, QueueSpec
 
 _DISORDER = 32
 """A receive picks among this many of the oldest: SQS's order is loose, not random."""
@@ -37,16 +37,28 @@ class SimQueue:
 
     `rng` decides in which order messages come. Receives past `max_in_flight` are Throttled where
     they do not wait, and empty where they do, as from SQS.
+
+    Two things that SQS does not offer, for worlds that are compared with theory or are idle for
+    hours: with `fifo` messages come in the order in which they became visible, and a receive may
+    wait for up to `max_wait_s`.
     """
 
     def __init__(
-        self, clock: Clock, rng: random.Random, *, max_in_flight: int = MAX_IN_FLIGHT
+        self,
+        clock: Clock,
+        rng: random.Random,
+        *,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        fifo: bool = False,
+        max_wait_s: float = MAX_WAIT_S,
     ) -> None:
         self.lapsed: Callable[[str, str], None] = lambda _queue, _receipt: None
         """Told (queue, receipt) when the visibility timeout of a message in flight runs out."""
         self._clock = clock
         self._rng = rng
         self._max_in_flight = max_in_flight
+        self._disorder = 1 if fifo else _DISORDER
+        self._max_wait_s = max_wait_s
         self._queues: dict[str, QueueState] = {}
         self._sent = 0
         self._waits = 0
@@ -161,7 +173,7 @@ class SimQueue:
         wait_s: float = 20.0,
         visibility_s: float | None = None,
     ) -> Sequence[Message]:
-        check_receive(max_messages, wait_s, visibility_s)
+        check_receive(max_messages, wait_s, visibility_s, max_wait_s=self._max_wait_s)
         found = self._found(queue)
         messages = self._take(found, max_messages, visibility_s)
         self._stir(found)
@@ -222,7 +234,7 @@ class SimQueue:
 
     def _draw(self, queue: QueueState) -> Entry | None:
         while True:
-            while queue.ready and len(queue.window) < _DISORDER:
+            while queue.ready and len(queue.window) < self._disorder:
                 queue.window.append(queue.ready.popleft())
             if not queue.window:
                 return None

@@ -1,5 +1,15 @@
 """The ledger as SQL: SQLite, PostgreSQL."""
 
 from batchlab.adapters.sql.ledger import SqlLedger, open_memory, open_postgres, open_sqlite
+from batchlab.adapters.sql.logins import IamLogins, Login, Logins, SecretLogins
 
-__all__ = ["SqlLedger", "open_memory", "open_postgres", "open_sqlite"]
+__all__ = [
+    "IamLogins",
+    "Login",
+    "Logins",
+    "SecretLogins",
+    "SqlLedger",
+    "open_memory",
+    "open_postgres",
+    "open_sqlite",
+]

@@ -108,9 +108,9 @@ def fold(
     completions: Sequence[Completion],
     casualties: Sequence[Mapping[StageName, int]],
 ) -> Folded:
-    count = len(completions)
-    last = connection.execute(upserts.take_seqs, {"count": count}).scalar_one()
-    new = _complete(connection, upserts, completions, last - count + 1)
+    last = connection.execute(upserts.take_seqs, {"count": len(completions)}).scalar_one()
+    first_seq = last - len(completions) + 1
+    new = _complete(connection, upserts, completions, first_seq)
     growth: dict[tuple[JobId, StageName], _Growth] = defaultdict(_Growth)
     for c, lost, is_new in zip(completions, casualties, new, strict=True):
         if is_new:
@@ -125,7 +125,7 @@ def fold(
     if growth:
         connection.execute(_grow, [growth[key].parameters(*key) for key in sorted(growth)])
     jobs = set_running(connection, dict.fromkeys(c.bundle.job for c in completions))
-    return Folded(new, last - count + 1, jobs)
+    return Folded(new, first_seq, jobs)
 
 
 def _complete(

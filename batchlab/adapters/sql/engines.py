@@ -1,32 +1,26 @@
-"""Opens databases so that SqlLedger may rely on them, and says where its calls run.
+"""Opens databases so that SqlLedger may rely on them.
 
-Invariant: transactions that write exclude each other from their begin on (`as_writer`), and a
-transaction that reads sees one state. SQLite gives the first with BEGIN IMMEDIATE and the second
-with WAL; PostgreSQL's begin hook is in postgres.py.
+Invariant: transactions that write exclude each other from their begin on, and one that reads sees
+one state (`transaction`). SQLite gives the first with BEGIN IMMEDIATE and the second with WAL;
+PostgreSQL's way to begin is in postgres.py.
 """
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event
-
-from batchlab.errors import Unreachable
-
-T = TypeVar("T")
 
 _BUSY_S = 10.0
 _AGAIN_S = 0.01
 _MOMENT_S = 0.01
-_WRITES = "batchlab_writes"
-_LASTS = "batchlab_lasts"
+BEGIN = "batchlab_begin"
+"""The execution option that holds the Begin of an engine's transactions."""
 SCHEMA = "batchlab_schema"
 """The execution option that names an engine's schema, where its database has several."""
 
@@ -40,24 +34,24 @@ _PRAGMAS = (
 )
 
 
-def as_writer(engine: Engine) -> Engine:
-    """The same engine and connections, for transactions that write."""
-    return engine.execution_options(**{_WRITES: True})
+class Begin(Protocol):
+    """Says BEGIN in a database's own way."""
+
+    def __call__(self, connection: Connection, /, *, writes: bool, lasts: bool) -> None:
+        """For a transaction that `writes`, or only reads; one that `lasts` may take minutes."""
 
 
-def at_length(engine: Engine) -> Engine:
-    """The same engine and connections, for transactions that may take minutes."""
-    return engine.execution_options(**{_LASTS: True})
-
-
-def writes(connection: Connection) -> bool:
-    """Whether it comes from an engine `as_writer`."""
-    return bool(connection.get_execution_options().get(_WRITES))
-
-
-def lasts(connection: Connection) -> bool:
-    """Whether it comes from an engine `at_length`."""
-    return bool(connection.get_execution_options().get(_LASTS))
+@contextmanager
+def transaction(
+    engine: Engine, *, writes: bool = False, lasts: bool = False
+) -> Iterator[Connection]:
+    """Commits at the end, or rolls back what raises. Everything on an engine happens in these."""
+    with engine.begin() as connection:
+        # Not a listener of SQLAlchemy's: an engine that has one asks for listeners at every step
+        # of every statement, which takes longer than what a lease is.
+        begin: Begin = engine.get_execution_options()[BEGIN]
+        begin(connection, writes=writes, lasts=lasts)
+        yield connection
 
 
 def sqlite_engine(path: Path | None) -> Engine:
@@ -72,9 +66,9 @@ def sqlite_engine(path: Path | None) -> Engine:
             # The driver would begin by itself, but only before the first write.
             "isolation_level": None,
         },
+        execution_options={BEGIN: _begin},
     )
     event.listen(engine, "connect", _prepare)
-    event.listen(engine, "begin", _begin)
     return engine
 
 
@@ -98,95 +92,7 @@ def _switch_to_wal(connection: sqlite3.Connection) -> None:
         time.sleep(_AGAIN_S)
 
 
-def _begin(connection: Connection) -> None:
+def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:  # noqa: ARG001
     # A reader that turned into a writer half-way would be refused when another process has
     # written meanwhile, without waiting.
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes(connection) else "BEGIN")
-
-
-class Busy(Unreachable):
-    """Somebody else has the database's lock."""
-
-
-class Run(Protocol):
-    """Where blocking calls run: those that write one at a time, in the order they are made."""
-
-    async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:
-        """The result of `call`, which takes about a millisecond where it is `quick`."""
-
-    async def close(self, last: Callable[[], None]) -> None:
-        """Run `last` once everything has run that was asked for, and nothing after it."""
-
-
-class Inline:
-    """On the spot: for the simulator, whose event loop knows no threads."""
-
-    async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
-        return call()
-
-    async def close(self, last: Callable[[], None]) -> None:
-        last()
-
-
-class OneThread:
-    """In one thread of its own, where calls queue up in the order they are made; but a quick one
-    that finds the thread idle runs on the spot, since going there and back takes as long."""
-
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
-        self._waiting = 0
-
-    async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
-        if quick and not self._waiting:
-            # Somebody else's lock is waited for where that holds up nobody.
-            with suppress(Busy):
-                return call()
-        self._waiting += 1
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._executor, _patiently, call)
-        finally:
-            self._waiting -= 1
-
-    async def close(self, last: Callable[[], None]) -> None:
-        await self(last, writes=True, quick=False)
-        self._executor.shutdown()
-
-
-class Threads:
-    """What writes in one thread, in the order it is asked for; what reads beside it in a few
-    others, so that a long listing holds up neither a fold nor the lease.
-
-    For a database behind a network: no call, however quick, runs in the event loop's thread, which
-    would wait with it. A read that is asked for while a write is under way may see the state
-    before it, even where its answer comes later.
-    """
-
-    READERS = 3
-
-    def __init__(self) -> None:
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-write")
-        self._readers = ThreadPoolExecutor(self.READERS, thread_name_prefix="ledger-read")
-
-    async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
-        executor = self._writer if writes else self._readers
-        return await asyncio.get_running_loop().run_in_executor(executor, call)
-
-    async def close(self, last: Callable[[], None]) -> None:
-        def end() -> None:
-            self._readers.shutdown()
-            self._writer.shutdown()
-            last()
-
-        await asyncio.get_running_loop().run_in_executor(None, end)
-
-
-def _patiently(call: Callable[[], T]) -> T:
-    deadline_s = time.monotonic() + _BUSY_S
-    while True:
-        try:
-            return call()
-        except Busy:
-            if time.monotonic() > deadline_s:
-                raise
-        time.sleep(_AGAIN_S)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

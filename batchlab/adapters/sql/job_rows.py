@@ -46,13 +46,21 @@ US = 1_000_000
 _NO_TASKS = wire.dumps(wire.tasks_to_json(TaskSet()))
 
 _job = select(jobs).where(jobs.c.id == bindparam("job"))
+_newest = (
+    select(jobs).order_by(jobs.c.submitted_s.desc(), jobs.c.id.desc()).limit(bindparam("limit"))
+)
+_active = _newest.where(jobs.c.state.not_in(sorted(ENDED)))
 _change_job = update(jobs).where(jobs.c.id == bindparam("b_job"))
 _make_runnable = _change_job.where(
     jobs.c.state.in_([JobState.SUBMITTED.value, JobState.PENDING.value])
 ).values(state=JobState.RUNNABLE.value, reason="")
 _WAITING = (JobState.SUBMITTED, JobState.PENDING, JobState.RUNNABLE, JobState.STARTING)
+_move = _change_job.values(state=bindparam("state"), reason=bindparam("reason"))
+_control = _change_job.values(control=bindparam("control"))
+_end = _move.values(control=Control.RUN.value, ended_s=bindparam("ended_s"))
 _make_running = _change_job.values(state=JobState.RUNNING.value, reason="")
 _stages = select(stages).where(stages.c.job == bindparam("job")).order_by(stages.c.position)
+_stage = _stages.where(stages.c.stage == bindparam("stage"))
 _insert_stages = insert(stages)
 _change_stage = update(stages).where(
     stages.c.job == bindparam("b_job"), stages.c.stage == bindparam("b_stage")
@@ -61,6 +69,10 @@ _count = _change_stage.values(
     succeeded=stages.c.succeeded + bindparam("d_succeeded"),
     failed=stages.c.failed + bindparam("d_failed"),
     cancelled=stages.c.cancelled + bindparam("d_cancelled"),
+)
+_set_planned = _change_stage.values(planned=bindparam("planned"))
+_take_cut = _set_planned.values(
+    {name: bindparam(name) for name in ("plan_round", "cut_seq", "uncut")}
 )
 _close = _change_stage.values(
     cancelled=stages.c.cancelled + bindparam("closed"),
@@ -133,23 +145,20 @@ def find_job(connection: Connection, job: JobId) -> JobRecord:
 def page_of_jobs(
     connection: Connection, active: bool, limit: int, before: str | None
 ) -> list[JobRecord]:
-    query = select(jobs).order_by(jobs.c.submitted_s.desc(), jobs.c.id.desc()).limit(limit)
-    if active:
-        query = query.where(jobs.c.state.not_in(sorted(ENDED)))
+    query, values = _active if active else _newest, {"limit": limit}
     if before is not None:
         last = _job_row(connection, JobId(before))
         query = query.where(
             tuple_(jobs.c.submitted_s, jobs.c.id) < (last["submitted_s"], last["id"])
         )
-    return [_job_record(row) for row in connection.execute(query).mappings()]
+    return [_job_record(row) for row in connection.execute(query, values).mappings()]
 
 
 def move_job(connection: Connection, job: JobId, state: JobState, reason: str) -> bool:
     row = _job_row(connection, job)
     if not may_move(JobState(row["state"]), state):
         return False
-    values: dict[str, Any] = {"state": state.value, "reason": _plain(reason)}
-    connection.execute(_change_job.values(values), {"b_job": job})
+    connection.execute(_move, {"b_job": job, "state": state.value, "reason": _plain(reason)})
     return True
 
 
@@ -167,7 +176,7 @@ def set_running(connection: Connection, found: Iterable[JobId]) -> dict[JobId, J
 
 def set_control(connection: Connection, job: JobId, control: Control) -> None:
     if not JobState(_job_row(connection, job)["state"]).ended:
-        connection.execute(_change_job.values(control=control.value), {"b_job": job})
+        connection.execute(_control, {"b_job": job, "control": control.value})
 
 
 def reopen(connection: Connection, job: JobId, round: int, reopened: Sequence[Reopening]) -> bool:
@@ -210,13 +219,13 @@ def finish(connection: Connection, job: JobId, round: int, end: Ending) -> Writt
     if round != row["round"] or JobState(row["state"]).ended:
         return Written(rows_of(connection, job), is_new=False)
     connection.execute(
-        _change_job.values(
-            state=end.state.value,
-            reason=_plain(end.reason),
-            control=Control.RUN.value,
-            ended_s=end.ended_s,
-        ),
-        {"b_job": job},
+        _end,
+        {
+            "b_job": job,
+            "state": end.state.value,
+            "reason": _plain(end.reason),
+            "ended_s": end.ended_s,
+        },
     )
     rows = rows_of(connection, job)
     closed = [
@@ -242,7 +251,8 @@ def rows_of(connection: Connection, job: JobId) -> JobRows:
 def set_planned(connection: Connection, job: JobId, stage: StageName, planned: int) -> Written:
     is_new = _stage_row(connection, job, stage)["planned"] is None
     if is_new:
-        connection.execute(_change_stage.values(planned=planned), {"b_job": job, "b_stage": stage})
+        where = {"b_job": job, "b_stage": stage}
+        connection.execute(_set_planned, {**where, "planned": planned})
     return Written(rows_of(connection, job), is_new)
 
 
@@ -252,13 +262,14 @@ def take_cut(connection: Connection, cut: Cut) -> bool:
     if (cut.round, cut.seq) <= (row["plan_round"], row["cut_seq"]):
         return False
     values: dict[str, Any] = {
+        "b_job": cut.job,
+        "b_stage": cut.stage,
         "plan_round": cut.round,
         "cut_seq": cut.seq,
         "uncut": wire.dumps(wire.tasks_to_json(cut.left)),
+        "planned": row["planned"] if cut.planned is None else cut.planned,
     }
-    if cut.planned is not None:
-        values["planned"] = cut.planned
-    connection.execute(_change_stage.values(values), {"b_job": cut.job, "b_stage": cut.stage})
+    connection.execute(_take_cut, values)
     connection.execute(_make_runnable, {"b_job": cut.job})
     return True
 
@@ -274,8 +285,7 @@ def _job_row(connection: Connection, job: JobId) -> RowMapping:
 
 
 def _stage_row(connection: Connection, job: JobId, stage: StageName) -> RowMapping:
-    query = _stages.where(stages.c.stage == bindparam("stage"))
-    row = connection.execute(query, {"job": job, "stage": stage}).mappings().first()
+    row = connection.execute(_stage, {"job": job, "stage": stage}).mappings().first()
     if row is None:
         raise NotFound(f"The ledger has no stage {stage} of a job {job}.")
     return row

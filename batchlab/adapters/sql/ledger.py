@@ -12,21 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, Table, delete, select
+from sqlalchemy import Connection, Engine, Table, bindparam, select, update
 
 from batchlab.adapters.sql import bundle_rows, job_rows, migrate, past_rows
 from batchlab.adapters.sql.engines import (
-    Inline,
-    OneThread,
-    Run,
-    Threads,
-    as_writer,
-    at_length,
     sqlite_engine,
+    transaction,
 )
+from batchlab.adapters.sql.logins import Logins
 from batchlab.adapters.sql.tables import bundles, jobs, leases, stages
 from batchlab.adapters.sql.troubles import translated
-from batchlab.adapters.sql.upserts import Upserts
+from batchlab.adapters.sql.upserts import NOBODY, Upserts
+from batchlab.adapters.threads import Inline, OneThread, Run, Threads
 from batchlab.jobdef import JobDef
 from batchlab.model import Completion, Control, JobId, JobState, Json, StageName
 from batchlab.ports import (
@@ -44,23 +41,39 @@ from batchlab.ports import (
 
 T = TypeVar("T")
 
+_lease = select(leases.c.owner, leases.c.beat).where(leases.c.name == bindparam("name"))
+_release = (
+    update(leases)
+    .where(leases.c.name == bindparam("b_name"), leases.c.owner == bindparam("b_owner"))
+    .values(owner=NOBODY, beat=leases.c.beat + 1)
+)
+
 
 def open_sqlite(path: Path) -> SqlLedger:
     """The ledger in this file; the first call makes the file where there is none."""
     return SqlLedger(sqlite_engine(path), OneThread())
 
 
-def open_postgres(url: str, *, schema: str = "batchlab") -> SqlLedger:
+def open_postgres(
+    url: str, *, schema: str = "batchlab", ca: Path | None = None, logins: Logins | None = None
+) -> SqlLedger:
     """The ledger in a schema of this PostgreSQL database, which must exist; the first call makes
     the schema where there is none. Grids that share a database have a schema each.
 
     `url` is libpq's, `postgresql://user:password@host:port/database?sslmode=verify-full&...`. What
     it leaves out (a password, say) comes from where libpq looks for it. Connects at the first
-    call. UsageError for a URL or a schema that can be none.
+    call.
+
+    For a database on another machine: with `ca`, a file of root certificates, the server's must
+    come from one of them and be for the URL's host, and nothing is sent that is not encrypted. With
+    `logins` user and password come from there, for each connection; then the server is checked also
+    without `ca` (against the system's roots), unless the URL says another sslmode.
+
+    UsageError for a URL or a schema that can be none, and for a `ca` that is not there.
     """
     from batchlab.adapters.sql.postgres import postgres_engine
 
-    return SqlLedger(postgres_engine(url, schema), Threads())
+    return SqlLedger(postgres_engine(url, schema, ca=ca, logins=logins), Threads())
 
 
 def open_memory() -> SqlLedger:
@@ -171,20 +184,18 @@ class SqlLedger:
     # --- The rest --------------------------------------------------------------------------------
 
     async def lease(self, name: str, owner: str, *, over: Lease | None = None) -> Lease:
-        seen = over or Lease("", 0)
+        seen = over or Lease(NOBODY, 0)
         values: dict[str, str | int] = {"name": name, "owner": owner}
         values |= {"over_owner": seen.owner, "over_beat": seen.beat}
-        stands = select(leases.c.owner, leases.c.beat).where(leases.c.name == name)
 
         def take(connection: Connection) -> Lease:
             row = connection.execute(self._upserts.take_lease, values).first()
-            return Lease(*(row or connection.execute(stands).one()))
+            return Lease(*(row or connection.execute(_lease, {"name": name}).one()))
 
         return await self._write(take)
 
     async def release(self, name: str, owner: str) -> None:
-        ours = delete(leases).where(leases.c.name == name, leases.c.owner == owner)
-        await self._write(lambda c: c.execute(ours))
+        await self._write(lambda c: c.execute(_release, {"b_name": name, "b_owner": owner}))
 
     async def version(self, job: JobId) -> str:
         return await self._read(lambda c: past_rows.version(c, job))
@@ -211,20 +222,18 @@ class SqlLedger:
     # --- Transactions ----------------------------------------------------------------------------
 
     async def _read(self, query: Callable[[Connection], T], *, quick: bool = False) -> T:
-        return await self._transact(self._engine, query, writes=False, quick=quick)
+        return await self._transact(query, writes=False, quick=quick)
 
     async def _write(self, change: Callable[[Connection], T], *, quick: bool = True) -> T:
-        return await self._transact(as_writer(self._engine), change, writes=True, quick=quick)
+        return await self._transact(change, writes=True, quick=quick)
 
-    async def _transact(
-        self, engine: Engine, work: Callable[[Connection], T], *, writes: bool, quick: bool
-    ) -> T:
+    async def _transact(self, work: Callable[[Connection], T], *, writes: bool, quick: bool) -> T:
         def call() -> T:
             with translated(self._engine):
                 if not self._has_schema:
                     migrate.ensure(self._engine)
                     self._has_schema = True
-                with (engine if quick else at_length(engine)).begin() as connection:
+                with transaction(self._engine, writes=writes, lasts=not quick) as connection:
                     return work(connection)
 
         return await self._run(call, writes=writes, quick=quick)

@@ -12,7 +12,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, insert, inspect, select
 from sqlalchemy.schema import CreateSchema
 
-from batchlab.adapters.sql.engines import SCHEMA, as_writer, at_length
+from batchlab.adapters.sql.engines import SCHEMA, transaction
 from batchlab.adapters.sql.tables import HEAD, metadata, versions
 from batchlab.adapters.sql.troubles import instead, name_of
 from batchlab.errors import BackendError
@@ -22,10 +22,10 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 
 def ensure(engine: Engine) -> None:
     """Create or migrate the tables; BackendError where a newer batchlab has been here."""
-    with engine.begin() as connection:
+    with transaction(engine) as connection:
         if _version(connection) == HEAD:
             return
-    with at_length(as_writer(engine)).begin() as connection:
+    with transaction(engine, writes=True, lasts=True) as connection:
         # Looked at again: from here on nobody else can change it.
         found = _version(connection)
         if found is None:

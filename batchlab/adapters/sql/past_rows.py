@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, delete, func, select
+from sqlalchemy import Connection, bindparam, delete, func, select
 
 from batchlab.adapters.sql import bundle_rows, job_rows
 from batchlab.adapters.sql.tables import bundles, jobs, stages
@@ -20,6 +20,8 @@ from batchlab.ports import Past, Round
 
 _FOLDED_AT_ONCE = 100
 
+_last = select(func.max(bundles.c.seq)).where(bundles.c.job == bindparam("job"))
+
 
 def version(connection: Connection, job: JobId) -> str:
     try:
@@ -27,8 +29,7 @@ def version(connection: Connection, job: JobId) -> str:
     except NotFound:
         return ""
     # Not every outcome that is folded shows in the counters.
-    last = select(func.max(bundles.c.seq)).where(bundles.c.job == job)
-    told = repr((rows, connection.execute(last).scalar_one()))
+    told = repr((rows, connection.execute(_last, {"job": job}).scalar_one()))
     return hashlib.sha256(told.encode()).hexdigest()
 
 

@@ -12,14 +12,18 @@ import re
 import select
 import time
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import psycopg
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DisconnectionError
 
-from batchlab.adapters.sql.engines import SCHEMA, Threads, lasts, writes
-from batchlab.errors import UsageError
+from batchlab.adapters.sql.engines import BEGIN, SCHEMA
+from batchlab.adapters.sql.logins import Login, Logins
+from batchlab.adapters.sql.troubles import is_refusal, name_of, plain
+from batchlab.adapters.threads import Threads
+from batchlab.errors import BackendError, Unreachable, UsageError
 
 LOCK_S = 10.0
 """So long the lock is waited for."""
@@ -46,25 +50,30 @@ _DEFAULTS = {
 }
 
 
-def postgres_engine(url: str, schema: str) -> Engine:
-    """An engine for this schema of this database; UsageError for what can be neither."""
+def postgres_engine(
+    url: str, schema: str, *, ca: Path | None = None, logins: Logins | None = None
+) -> Engine:
+    """An engine for this schema of this database; UsageError for what can be neither. See
+    `open_postgres`."""
     if not _SCHEMA_NAME.fullmatch(schema) or schema.startswith("pg_"):
         raise UsageError(
             f"{schema!r} cannot be the name of a schema.",
             remedy="Take up to 63 small letters, digits, `_`, `-` and `.`, a letter first.",
         )
     parsed = _parsed(url)
+    defaults = _DEFAULTS | _tls(parsed, ca, is_remote=logins is not None)
     engine = create_engine(
         parsed,
         # What the URL says goes first.
-        connect_args={k: v for k, v in _DEFAULTS.items() if k not in parsed.query},
+        connect_args={k: v for k, v in defaults.items() if k not in parsed.query},
         use_native_hstore=False,
         pool_size=1 + Threads.READERS,
         max_overflow=0,
-    ).execution_options(**{SCHEMA: schema})
-    event.listen(engine, "do_connect", _connect)
+        execution_options={SCHEMA: schema, BEGIN: _begin},
+    )
+    connect = Connect(logins, name_of(engine)) if logins else _connect
+    event.listen(engine, "do_connect", connect)
     event.listen(engine, "checkout", _look)
-    event.listen(engine, "begin", _begin)
     return engine
 
 
@@ -81,6 +90,27 @@ def _parsed(url: str) -> URL:
             "of the password as %XX.",
         )
     return parsed.set(drivername="postgresql+psycopg")
+
+
+def _tls(parsed: URL, ca: Path | None, *, is_remote: bool) -> dict[str, str]:
+    """Options that check the server's certificate and name."""
+    if ca is None:
+        if "sslmode" in parsed.query or not is_remote:
+            return {}
+        # Put before by a sslrootcert in the URL.
+        return {"sslmode": "verify-full", "sslrootcert": "system"}
+    if parsed.query.get("sslmode", "verify-full") != "verify-full" or "sslrootcert" in parsed.query:
+        raise UsageError(
+            "The ledger's URL and the CA bundle disagree on how its server is checked.",
+            remedy="Leave sslmode and sslrootcert out of the URL, or name no CA bundle.",
+        )
+    if not ca.is_file():
+        raise UsageError(
+            f"There is no CA bundle {ca}.",
+            remedy="For RDS download https://truststore.pki.rds.amazonaws.com/global/"
+            "global-bundle.pem.",
+        )
+    return {"sslmode": "verify-full", "sslrootcert": str(ca)}
 
 
 # --- Connections ---------------------------------------------------------------------------------
@@ -120,6 +150,48 @@ def _connect(_dialect: object, _record: object, args: Any, options: Any) -> _Bou
     return _Bounded.connect(*args, autocommit=True, **options)
 
 
+class Connect:
+    """Makes connections with what `logins` says; where the database refuses that, with what it
+    says then."""
+
+    def __init__(self, logins: Logins, ledger: str) -> None:
+        """`ledger` is what people know the database by."""
+        self._logins = logins
+        self._ledger = ledger
+        self._has_worked: Login | None = None
+
+    def __call__(self, _dialect: object, _record: object, args: Any, options: Any) -> _Bounded:
+        login = self._logins.login()
+        try:
+            return self._connected(login, args, options)
+        except psycopg.OperationalError as error:
+            if not is_refusal(error):
+                raise
+        return self._again(login, args, options)
+
+    def _again(self, refused: Login, args: Any, options: Any) -> _Bounded:
+        login = self._logins.login(refused=refused)
+        try:
+            return self._connected(login, args, options)
+        except psycopg.OperationalError as error:
+            if not is_refusal(error):
+                raise
+            text = f"The ledger {self._ledger} does not take the password of {self._logins.where}"
+            if self._has_worked == login:
+                # The database has the new one, and the secret still the old.
+                raise Unreachable(f"{text}; it is being changed.") from error
+            raise BackendError(
+                f"{text}: {plain(error)}.",
+                remedy="Look at what it holds, and at whether that user may log in.",
+            ) from error
+
+    def _connected(self, login: Login, args: Any, options: Any) -> _Bounded:
+        given = {**options, "user": login.user, "password": login.password}
+        connection = _Bounded.connect(*args, autocommit=True, **given)
+        self._has_worked = login
+        return connection
+
+
 def _look(connection: _Bounded, _record: object, _proxy: object) -> None:
     """Put away a connection that the server has ended: it has said so where nobody asked. Takes no
     round trip; one that is gone without a word shows at its first use."""
@@ -129,14 +201,14 @@ def _look(connection: _Bounded, _record: object, _proxy: object) -> None:
         raise DisconnectionError
 
 
-def _begin(connection: Connection) -> None:
+def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:
     schema = connection.get_execution_options()[SCHEMA]
-    limit_s = LONG_S if lasts(connection) else STATEMENT_S
+    limit_s = LONG_S if lasts else STATEMENT_S
     driver = connection.connection.driver_connection
     assert isinstance(driver, _Bounded)
     driver.limit_s = limit_s + GRACE_S
     # READ COMMITTED: a snapshot would be taken before the lock is had, and show what was then.
-    kind = "READ COMMITTED, READ WRITE" if writes(connection) else "REPEATABLE READ, READ ONLY"
+    kind = "READ COMMITTED, READ WRITE" if writes else "REPEATABLE READ, READ ONLY"
     statements = [
         f"BEGIN ISOLATION LEVEL {kind}",
         # For this transaction, not the connection: a pooler gives that to somebody else next.
@@ -145,7 +217,7 @@ def _begin(connection: Connection) -> None:
         f"SET LOCAL lock_timeout TO {LOCK_S * 1000:.0f}",
         f"SET LOCAL idle_in_transaction_session_timeout TO {SLEEP_S * 1000:.0f}",
     ]
-    if writes(connection):
+    if writes:
         statements.append(f"SELECT pg_advisory_xact_lock({key(schema)})")
     # One message, thus one round trip.
     connection.exec_driver_sql("; ".join(statements))

@@ -19,7 +19,7 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
-from batchlab.adapters.sql.engines import Busy
+from batchlab.adapters.threads import Busy
 from batchlab.errors import BackendError, NotFound, Unreachable
 
 _LOCKED = "55P03"
@@ -34,7 +34,7 @@ _REMEDIES = (
     ),
     (
         ("certificate", "does not support SSL", "sslmode"),
-        "Look at sslmode and sslrootcert in the ledger's URL.",
+        "Look at sslmode and sslrootcert in the ledger's URL, or at the CA bundle that was named.",
     ),
     (
         ('relation "',),
@@ -102,7 +102,7 @@ def _from_postgresql(
     engine: Engine, error: SQLAlchemyError, said: BaseException | None
 ) -> BackendError:
     state = getattr(said, "sqlstate", None) or ""
-    text = " ".join(str(said).split()).rstrip(".")
+    text = plain(said)
     remedy = next((what for signs, what in _REMEDIES if any(s in text for s in signs)), "")
     if state == _FOREIGN_KEY:
         return _nothing_there()
@@ -113,6 +113,16 @@ def _from_postgresql(
     if lost or refused or state.startswith(_PASSING):
         return Unreachable(f"The ledger {name_of(engine)} does not answer: {text}.")
     return BackendError(f"The ledger {name_of(engine)} cannot be used: {text}.", remedy=remedy)
+
+
+def plain(said: BaseException | None) -> str:
+    """Its text in one line."""
+    return " ".join(str(said).split()).rstrip(".")
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether PostgreSQL, or RDS's PAM, has refused a password."""
+    return "authentication failed" in str(error)
 
 
 def _nothing_there() -> NotFound:

@@ -17,6 +17,9 @@ from batchlab.adapters.sql.tables import bundles, counters, jobs, leases
 BUNDLE = ("job", "stage", "id", "seq", "failed", "body")
 """The columns of a bundle that are written together."""
 
+NOBODY = ""
+"""Owner of a lease that was given back: its row stays, so that its beat never starts again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Upserts:
@@ -66,6 +69,7 @@ class Upserts:
                 set_={"owner": lease.excluded.owner, "beat": leases.c.beat + 1},
                 where=or_(
                     leases.c.owner == lease.excluded.owner,
+                    leases.c.owner == NOBODY,
                     and_(
                         leases.c.owner == bindparam("over_owner"),
                         leases.c.beat == bindparam("over_beat"),

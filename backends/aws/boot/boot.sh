@@ -1,0 +1,173 @@
+#!/bin/bash
+# boot.sh ROLE: make this machine a batchlab worker or manager, from the release that lies beside
+# this file. With the role "image" it is only installed, for an AMI that boots without fetching it.
+# May be run again at any time.
+set -euo pipefail
+umask 022
+release=$(cd "$(dirname "$0")" && pwd -P) # not the link that it may be called by
+role=${1:-}
+boot=/opt/batchlab/boot
+home=/var/lib/batchlab
+logs=/var/log/batchlab
+
+# shellcheck source=/dev/null
+. "$release/version"
+CONTAINER_IMAGE='' LOG_GROUP='' REGION=''
+if [ "$role" != image ]; then
+  # shellcheck source=/dev/null
+  . "$boot/settings"
+  export AWS_DEFAULT_REGION=$REGION
+fi
+
+fail() {
+  echo "$*" >&2
+  exit 1
+}
+
+retry() {
+  local pause
+  for pause in 1 2 4 8 15; do
+    "$@" && return
+    echo "trying again in $pause s: $*"
+    sleep "$pause"
+  done
+  "$@"
+}
+
+# Amazon's own repositories lie in S3; no other registry is asked.
+need() { # program, package
+  command -v "$1" > /dev/null && return
+  if command -v dnf > /dev/null; then
+    retry dnf install -y -q "$2"
+  fi
+  command -v "$1" > /dev/null ||
+    fail "this image has no $1, and no repository of Amazon's has brought it"
+}
+
+make_user() {
+  id batchlab > /dev/null 2>&1 ||
+    useradd --system --user-group --home-dir "$home" --no-create-home \
+      --shell /usr/sbin/nologin batchlab
+  install -d -o batchlab -g batchlab -m 0750 "$home" "$home/aws"
+  install -d -m 0755 "$boot" "$logs" /etc/batchlab
+  touch /etc/batchlab/environment
+}
+
+install_wheels() {
+  [ "$(uname -m)" = "$ARCHITECTURE" ] ||
+    fail "the release is for $ARCHITECTURE, and this machine is $(uname -m)"
+  need "python$PYTHON" "python$PYTHON"
+  if [ ! -e "$release/installed" ]; then
+    rm -rf "$release/venv"
+    "python$PYTHON" -m venv --without-pip "$release/venv"
+    # A wheel of pip is a program too, so the machine's Python need not have one.
+    local pip=("$release"/wheels/pip-*.whl)
+    "$release/venv/bin/python" "${pip[0]}/pip" install --quiet \
+      --no-index --no-cache-dir --disable-pip-version-check --root-user-action ignore \
+      --find-links "$release/wheels" --requirement "$release/packages.txt" "batchlab==$VERSION"
+    touch "$release/installed"
+  fi
+  ln -sfn "$release" /opt/batchlab/current
+}
+
+pull_image() {
+  need docker docker
+  systemctl start docker
+  export DOCKER_CONFIG=$boot/docker
+  local registry=${CONTAINER_IMAGE%%/*}
+  if [[ $registry == *.dkr.ecr.*.amazonaws.com* ]]; then
+    aws ecr get-login-password | docker login --username AWS --password-stdin "$registry"
+  fi
+  docker image inspect "$CONTAINER_IMAGE" > /dev/null 2>&1 ||
+    retry docker pull --quiet "$CONTAINER_IMAGE"
+  ln -sfn "$release" /opt/batchlab/current
+}
+
+# The same command in a container: systemd stays in charge of when it starts, drains and ends.
+write_container_unit() {
+  local command options
+  command=$(sed -n 's|^ExecStart=/opt/batchlab/current/venv/bin/batchlab ||p' \
+    "$release/units/batchlab-$role.service")
+  options=(
+    --rm --pull never --name "batchlab-$role" --network host
+    --user "$(id -u batchlab):$(id -g batchlab)"
+    --cap-drop ALL --security-opt no-new-privileges --read-only
+    --tmpfs '/tmp:rw,exec,nosuid,nodev,mode=1777'
+    --volume "$home:$home" --volume "$release:/opt/batchlab/current:ro"
+    --env-file "$boot/environment" --env-file /etc/batchlab/environment
+  )
+  install -d "/etc/systemd/system/batchlab-$role.service.d"
+  cat > "/etc/systemd/system/batchlab-$role.service.d/container.conf" <<END
+[Unit]
+Requires=docker.service
+After=docker.service
+
+[Service]
+User=root
+Group=root
+Environment=DOCKER_CONFIG=$boot/docker
+ExecStartPre=-/usr/bin/docker rm --force batchlab-$role
+ExecStart=
+ExecStart=/usr/bin/docker run ${options[*]} $CONTAINER_IMAGE $command
+END
+}
+
+write_settings() {
+  local ca=''
+  [ ! -e "$release/database-ca.pem" ] || ca=/opt/batchlab/current/database-ca.pem
+  sed "s|@DATABASE_CA@|$ca|" "$boot/deployment.json" > "$home/aws/deployment.json.new"
+  install -o batchlab -g batchlab -m 0640 "$home/aws/deployment.json.new" "$home/aws/deployment.json"
+  rm "$home/aws/deployment.json.new"
+  echo "AWS_DEFAULT_REGION=$REGION" > "$boot/environment"
+}
+
+install_units() {
+  install -m 0644 "$release/units/batchlab-$role.service" "$release/units/batchlab-failed.service" \
+    /etc/systemd/system/
+  if [ -n "$CONTAINER_IMAGE" ]; then
+    write_container_unit
+  else
+    rm -f "/etc/systemd/system/batchlab-$role.service.d/container.conf"
+  fi
+  if [ -d /etc/logrotate.d ]; then
+    install -m 0644 "$release/logrotate.conf" /etc/logrotate.d/batchlab
+  fi
+  systemctl daemon-reload
+  systemctl enable --quiet "batchlab-$role.service"
+  systemctl start "batchlab-$role.service"
+}
+
+# Without it the instance works all the same; its logs stay on its disk.
+ship_logs() {
+  local agent=/opt/aws/amazon-cloudwatch-agent
+  [ -n "$LOG_GROUP" ] || return 0
+  if [ ! -x "$agent/bin/amazon-cloudwatch-agent-ctl" ] && command -v dnf > /dev/null; then
+    dnf install -y -q amazon-cloudwatch-agent || true
+  fi
+  if [ ! -x "$agent/bin/amazon-cloudwatch-agent-ctl" ]; then
+    echo "there is no CloudWatch agent here, so logs stay in $logs"
+    return 0
+  fi
+  sed -e "s|@LOG_GROUP@|$LOG_GROUP|" -e "s|@ROLE@|$role|" "$release/cloudwatch-agent.json" \
+    > "$boot/cloudwatch-agent.json"
+  "$agent/bin/amazon-cloudwatch-agent-ctl" -a fetch-config -m ec2 -s \
+    -c "file:$boot/cloudwatch-agent.json" ||
+    echo "the CloudWatch agent does not start, so logs stay in $logs"
+}
+
+case $role in
+  image)
+    make_user
+    install_wheels
+    echo "batchlab $VERSION is in this image"
+    ;;
+  worker | manager)
+    make_user
+    if [ -n "$CONTAINER_IMAGE" ]; then pull_image; else install_wheels; fi
+    write_settings
+    install_units
+    echo "the $role of batchlab $VERSION is started"
+    ship_logs
+    ;;
+  *) fail "usage: boot.sh worker|manager|image" ;;
+esac

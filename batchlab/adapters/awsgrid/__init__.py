@@ -1,0 +1,1 @@
+"""A grid on AWS, seen from a laptop and from its own instances: where its parts are."""

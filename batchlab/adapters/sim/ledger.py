@@ -1,0 +1,293 @@
+"""The Ledger port in plain memory, for the simulator.
+
+Invariant: what a call does is what `book` says, checked before anything is changed; so a call that
+raises has changed nothing. It answers as SqlLedger does, which the contract suite holds it to.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from batchlab.adapters import book as books
+from batchlab.adapters.book import Book, Key, Known, Row
+from batchlab.adapters.dumps import dumped
+from batchlab.errors import NotFound
+from batchlab.jobdef import JobDef
+from batchlab.model import Completion, Control, JobId, JobState, Json, StageName
+from batchlab.ports import (
+    BundleRecord,
+    Cut,
+    Ending,
+    Folded,
+    JobRecord,
+    JobRows,
+    Lease,
+    Past,
+    Reopening,
+    Written,
+)
+
+_NOBODY = ""
+_NOTHING = -1
+
+
+@dataclass(slots=True)
+class _Shelf:
+    """A job: its book, and its bundles. `known` are all of them, `folded` those that are done, in
+    the order of their seqs, and `planned` the others."""
+
+    book: Book
+    known: Known = field(default_factory=dict)
+    folded: list[Row] = field(default_factory=list)
+    planned: dict[Key, Row] = field(default_factory=dict)
+
+    def put(self, rows: Iterable[Row]) -> None:
+        """Keep what a write has made of bundles."""
+        for row in rows:
+            if row.completion is None:
+                self.planned[row.key] = row
+                continue
+            before = self.planned.pop(row.key, None)
+            # Of a plan that may be void by now: the moment it came counts.
+            at = before.at if before else row.at
+            self.folded.append(Row(row.stage, row.id, at, None, row.completion, row.seq))
+
+    def done(self, after_seq: int, stage: StageName | None, failed: bool) -> Iterator[Row]:
+        for n in range(bisect_right(self.folded, after_seq, key=_seq), len(self.folded)):
+            row = self.folded[n]
+            if failed and not (row.completion and row.completion.failed):
+                continue
+            if stage in (None, row.stage) and not self.book.is_void(row):
+                yield row
+
+    def waiting(self, stage: StageName | None) -> Iterator[Row]:
+        for _, row in sorted(self.planned.items()):
+            if stage in (None, row.stage) and not self.book.is_void(row):
+                yield row
+
+
+def _seq(row: Row) -> int:
+    return _NOTHING if row.seq is None else row.seq
+
+
+class SimLedger:
+    """See ports.Ledger. It ends with its process. NotFound where a job or stage to change is not
+    there, as from SqlLedger; completions keep their run time as it was given, not in microseconds.
+    """
+
+    def __init__(self) -> None:
+        self._shelves: dict[JobId, _Shelf] = {}
+        self._active: dict[JobId, None] = {}
+        self._tokens: dict[str, JobId] = {}
+        self._leases: dict[str, Lease] = {}
+        self._writes = 0
+        self._last_seq = 0
+
+    def _shelf(self, job: JobId) -> _Shelf:
+        try:
+            return self._shelves[job]
+        except KeyError as error:
+            raise NotFound(f"The ledger has no job {job}.") from error
+
+    def _change(self, shelf: _Shelf, change: Callable[[Book], bool]) -> Written:
+        """Change the job by what `change` does to its book, which says whether it does anything."""
+        book, before = shelf.book, shelf.book.at
+        book.at = self._writes + 1
+        is_new = change(book)
+        if is_new:
+            self._writes = book.at
+            self._note(book)
+        else:
+            book.at = before
+        return Written(book.rows(), is_new)
+
+    def _note(self, book: Book) -> None:
+        if book.state.ended:
+            self._active.pop(book.job.id, None)
+        else:
+            self._active[book.job.id] = None
+
+    # --- Jobs ------------------------------------------------------------------------------------
+
+    async def add_job(self, job: JobDef, *, state: JobState, cut: Cut | None = None) -> Written:
+        there = job.id if job.id in self._shelves else self._tokens.get(job.token)
+        if there is not None:
+            return Written(self._shelves[there].book.rows(), is_new=False)
+        book, rows = books.begin(job, state, cut)
+        return Written(self._install(book, rows).book.rows(), is_new=True)
+
+    def _install(self, book: Book, rows: Iterable[Row]) -> _Shelf:
+        shelf = self._shelves[book.job.id] = _Shelf(book)
+        shelf.put(rows)
+        shelf.folded.sort(key=_seq)
+        shelf.known = dict.fromkeys(shelf.planned, False) | {row.key: True for row in shelf.folded}
+        if book.job.token:
+            self._tokens[book.job.token] = book.job.id
+        self._writes += 1
+        book.at = self._writes
+        self._note(book)
+        return shelf
+
+    async def job(self, job: JobId) -> JobRecord:
+        return self._shelf(job).book.rows().job
+
+    async def jobs(
+        self, *, active: bool = False, limit: int = 100, before: str | None = None
+    ) -> Sequence[JobRecord]:
+        """Also raises NotFound where `before` is not there any more."""
+        last = self._place(JobId(before)) if before is not None else None
+        places = sorted(map(self._place, self._active if active else self._shelves), reverse=True)
+        older = (job for at_s, job in places if last is None or (at_s, job) < last)
+        return [self._shelves[job].book.rows().job for job in islice(older, limit)]
+
+    def _place(self, job: JobId) -> tuple[float, JobId]:
+        return self._shelf(job).book.job.submitted_s, job
+
+    async def move_job(self, job: JobId, state: JobState, *, reason: str = "") -> bool:
+        return self._change(self._shelf(job), lambda b: books.move(b, state, reason)).is_new
+
+    async def set_control(self, job: JobId, control: Control) -> None:
+        self._change(self._shelf(job), lambda b: books.set_control(b, control))
+
+    async def reopen(self, job: JobId, round: int, stages: Sequence[Reopening]) -> bool:
+        """Also False for a job that has not ended, or SUCCEEDED."""
+        return self._change(self._shelf(job), lambda b: books.reopen(b, round, stages)).is_new
+
+    async def finish(
+        self,
+        job: JobId,
+        state: JobState,
+        *,
+        round: int,
+        reason: str,
+        ended_s: float,
+        closed: Mapping[StageName, int],
+    ) -> Written:
+        """Changes nothing either where the job is in another round: then it is not its end."""
+        end = Ending(state, reason, ended_s, closed)
+        return self._change(self._shelf(job), lambda b: books.finish(b, round, end))
+
+    async def rows(self, job: JobId) -> JobRows:
+        return self._shelf(job).book.rows()
+
+    async def set_planned(self, job: JobId, stage: StageName, planned: int) -> Written:
+        return self._change(self._shelf(job), lambda b: books.set_planned(b, stage, planned))
+
+    # --- Stages and bundles ----------------------------------------------------------------------
+
+    async def add_cut(self, cut: Cut) -> Written:
+        shelf = self._shelf(cut.job)
+        for bundle in cut.bundles:
+            shelf.book.stage(bundle.stage)
+
+        def take(book: Book) -> bool:
+            rows = books.take_cut(book, cut, shelf.known)
+            shelf.put(rows or ())
+            return rows is not None
+
+        return self._change(shelf, take)
+
+    async def fold(
+        self, completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]
+    ) -> Folded:
+        """Also raises NotFound, and then folds none of them, where one's job is not there."""
+        if not completions:
+            return Folded([], 0, {})
+        places: dict[JobId, list[int]] = {}
+        for place, c in enumerate(completions):
+            book = self._shelf(c.bundle.job).book
+            for bundle in (c.bundle, *(f.bundle for f in c.follows)):
+                book.stage(bundle.stage)
+            places.setdefault(c.bundle.job, []).append(place)
+        first = self._last_seq + 1
+        self._last_seq += len(completions)
+        new = [False] * len(completions)
+        rows: dict[JobId, JobRows] = {}
+        for job, mine in places.items():
+            numbered = [(first + i, completions[i], casualties[i]) for i in mine]
+            which, rows[job] = self._fold(self._shelves[job], numbered)
+            for place, is_new in zip(mine, which, strict=True):
+                new[place] = is_new
+        return Folded(new, first, rows)
+
+    def _fold(
+        self, shelf: _Shelf, numbered: Sequence[tuple[int, Completion, Mapping[StageName, int]]]
+    ) -> tuple[Sequence[bool], JobRows]:
+        new: Sequence[bool] = ()
+
+        def fold(book: Book) -> bool:
+            nonlocal new
+            before = book.state
+            new, rows = books.fold(book, numbered, shelf.known)
+            shelf.put(rows)
+            return any(new) or book.state is not before
+
+        written = self._change(shelf, fold)
+        return new, written.rows
+
+    async def bundles(
+        self,
+        job: JobId,
+        *,
+        stage: StageName | None = None,
+        done: bool | None = None,
+        after_seq: int | None = None,
+        failed: bool = False,
+        limit: int | None = None,
+    ) -> Sequence[BundleRecord]:
+        shelf = self._shelves.get(job)
+        if shelf is None:
+            return []
+        found: list[Row] = []
+        if done is not False:
+            after = _NOTHING if after_seq is None else after_seq
+            found += islice(shelf.done(after, stage, failed), limit)
+        if done is not True and after_seq is None and not failed:
+            found += shelf.waiting(stage)
+        return [row.record(shelf.book.last_seq) for row in found[:limit]]
+
+    # --- The rest --------------------------------------------------------------------------------
+
+    async def lease(self, name: str, owner: str, *, over: Lease | None = None) -> Lease:
+        stands = self._leases.get(name, Lease(_NOBODY, 0))
+        if stands.owner in (owner, _NOBODY) or stands == over:
+            stands = self._leases[name] = Lease(owner, stands.beat + 1)
+        return stands
+
+    async def release(self, name: str, owner: str) -> None:
+        stands = self._leases.get(name)
+        if stands is not None and stands.owner == owner:
+            self._leases[name] = Lease(_NOBODY, stands.beat + 1)
+
+    async def version(self, job: JobId) -> str:
+        return str(self._shelves[job].book.at) if job in self._shelves else ""
+
+    async def restore(self, past: Past, *, over: str) -> bool:
+        """Also raises NotFound where another job has its token."""
+        job = past.job.id
+        if await self.version(job) != over:
+            return False
+        if self._tokens.get(past.job.token, job) != job:
+            raise NotFound(f"The ledger has no job {job}.")
+        await self.forget([job])
+        book, rows = books.relive(past, self._last_seq + 1)
+        self._last_seq += sum(len(one.completions) for one in past.rounds)
+        self._install(book, rows)
+        return True
+
+    async def forget(self, jobs: Sequence[JobId] | None = None) -> None:
+        for job in list(self._shelves) if jobs is None else jobs:
+            shelf = self._shelves.pop(job, None)
+            if shelf is not None:
+                self._active.pop(job, None)
+                self._tokens.pop(shelf.book.job.token, None)
+
+    async def dump(self) -> dict[str, Json]:
+        """As SqlLedger's, and equal to that of one which has seen the same."""
+        return dumped((s.book, [*s.folded, *s.planned.values()]) for s in self._shelves.values())
+
+    async def close(self) -> None:
+        """Nothing to release."""

@@ -1,0 +1,5 @@
+"""The ledger on Amazon SimpleDB, behind boto3."""
+
+from batchlab.adapters.simpledb.ledger import SimpleDbLedger, open_simpledb
+
+__all__ = ["SimpleDbLedger", "open_simpledb"]

@@ -1,0 +1,79 @@
+"""Leases, and the numbers that are given once, each an item that is changed conditionally."""
+
+from __future__ import annotations
+
+from batchlab.adapters.simpledb.heads import fresh
+from batchlab.adapters.simpledb.store import Item, Store
+from batchlab.ports import Lease
+
+_BLOCK = 1000
+_STAMP = "v"
+
+
+class Leases:
+    """See ports.Ledger.lease; blocks. A lease that was given back keeps its item, so that its beat
+    never comes twice."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def take(self, name: str, owner: str, over: Lease | None) -> Lease:
+        while True:
+            item = self._store.get(_name(name))
+            stands = _lease(item)
+            if stands and stands.owner != owner and stands != over:
+                return stands
+            taken = Lease(owner, 1 + (int(item["beat"]) if item else 0))
+            pairs = [(_STAMP, fresh()), ("owner", owner), ("beat", str(taken.beat))]
+            pairs.append(("free", "no"))
+            if self._store.put_if(_name(name), pairs, _STAMP, item[_STAMP] if item else None):
+                return taken
+
+    def give_back(self, name: str, owner: str) -> None:
+        while True:
+            item = self._store.get(_name(name))
+            stands = _lease(item)
+            if item is None or stands is None or stands.owner != owner:
+                return
+            pairs = [(_STAMP, fresh()), ("free", "yes")]
+            if self._store.put_if(_name(name), pairs, _STAMP, item[_STAMP]):
+                return
+
+
+def _name(lease: str) -> str:
+    return f"lease/{lease}"
+
+
+def _lease(item: Item | None) -> Lease | None:
+    """As it stands; None where it is free."""
+    if item is None or item["free"] == "yes":
+        return None
+    return Lease(item["owner"], int(item["beat"]))
+
+
+class Numbers:
+    """Numbers that grow, and of which each is given once, to whatever process; in blocks, so that
+    most are given without a call. For one thread."""
+
+    _NAME = "counter/seq"
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._next, self._end = 0, 0
+
+    def take(self, count: int, *, above: int) -> int:
+        """The first of `count` numbers in a row, all greater than `above`."""
+        if self._next <= above or self._next + count > self._end:
+            self._fetch(max(count, _BLOCK), above)
+        first = self._next
+        self._next += count
+        return first
+
+    def _fetch(self, count: int, above: int) -> None:
+        while True:
+            item = self._store.get(self._NAME)
+            start = max(int(item["next"]) if item else 1, above + 1)
+            pairs = [(_STAMP, fresh()), ("next", str(start + count))]
+            if self._store.put_if(self._NAME, pairs, _STAMP, item[_STAMP] if item else None):
+                self._next, self._end = start, start + count
+                return

@@ -1,0 +1,64 @@
+"""Endpoints of what the grid and its jobs use, and of caps on the cost of that."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from batchlab import usage
+from batchlab.api.common import Books, Leader, guarded
+from batchlab.manager.manager import Manager
+from batchlab.manager.spending import Spending
+from batchlab.model import JobId
+
+router = guarded()
+
+
+class Cap(BaseModel):
+    """In USD; null takes the cap away."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_cost_usd: Annotated[float | None, Field(ge=0, allow_inf_nan=False)]
+
+
+@router.get("/use")
+async def use(books: Books) -> usage.UseView:
+    """What the grid has used, as AWS would bill it, and what is billed now."""
+    return usage.use_view(books)
+
+
+@router.post("/use/cap")
+async def cap_grid(books: Books, manager: Leader, cap: Cap) -> usage.UseView:
+    """Cap what the grid costs since its account was opened."""
+    books.set_cap(None, cap.max_cost_usd)
+    manager.hurry()
+    return usage.use_view(books)
+
+
+@router.get("/jobs/{job}/use")
+async def job_use(books: Books, manager: Leader, job: JobId) -> usage.JobUseView:
+    """What a job has used."""
+    return await _job_use(books, manager, job)
+
+
+@router.post("/jobs/{job}/cap")
+async def cap_job(books: Books, manager: Leader, job: JobId, cap: Cap) -> usage.JobUseView:
+    """Cap what a job costs that has not ended."""
+    manager.requests.running(job, "capped")
+    books.set_cap(job, cap.max_cost_usd)
+    manager.hurry()
+    return await _job_use(books, manager, job)
+
+
+async def _job_use(books: Spending, manager: Manager, job: JobId) -> usage.JobUseView:
+    record = await manager.ports.ledger.job(job)
+    live = manager.lives.get(job)
+    return usage.job_use_view(
+        record.job,
+        await books.account(job),
+        manager.pools.values(),
+        max_cost_usd=books.cap_of(live) if live else record.job.max_cost_usd,
+        capped=live.capped if live else "",
+    )

@@ -1,0 +1,167 @@
+"""`batchlab prices …`: what AWS asks for what, and where that is known from."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from batchlab.cli import output
+from batchlab.cli.options import HomeOption, JsonOption, home_of
+
+if TYPE_CHECKING:
+    from batchlab.costs.prices import PriceBook
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def prices() -> None:
+    """Look at the price book, and take newer prices into it.
+
+    \b
+    Example: batchlab prices show
+    """
+
+
+@app.command()
+def show(
+    types: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="TYPE", help="Only these instance types.", show_default=False),
+    ] = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show prices, with their region, day and source.
+
+    \b
+    Example: batchlab prices show m7i.large c7g.large
+    """
+    from batchlab.costs.prices import load
+
+    book = load(home_of(home).path)
+    for name in types or ():
+        book.instance_usd_h(name)  # says so where there is none
+    if json:
+        output.show_json(_json(book, types))
+    else:
+        output.show(_text(book, types))
+
+
+def _json(book: PriceBook, types: list[str] | None) -> dict[str, object]:
+    blocks = {
+        name: {
+            "region": block.region,
+            "date": block.date.isoformat(),
+            "source": block.source,
+            **block.prices,
+            **({"usd_per_hour": _some(block.table, types, name)} if block.table else {}),
+        }
+        for name, block in book.blocks.items()
+    }
+    return {"currency": "USD", "path": str(book.path), "blocks": blocks}
+
+
+def _some(table: object, types: list[str] | None, block: str) -> object:
+    if types is None or block == "rds" or not isinstance(table, dict):
+        return table
+    return {name: price for name, price in table.items() if name in types}
+
+
+def _text(book: PriceBook, types: list[str] | None) -> str:
+    from batchlab.model import Market
+
+    names = types or sorted(book.blocks["on_demand"].table)
+    instances = []
+    for name in names:
+        spot = book.instance_usd_h(name, Market.SPOT)
+        figures = (book.instance_usd_h(name).typical, spot.low, spot.typical, spot.high)
+        instances.append((name, *(f"{usd:.4f}" for usd in figures)))
+    columns = ("instance, USD/h", "on-demand", "Spot from", "typical", "to")
+    others = [
+        (name, f"{key.replace('_', ' ').replace('usd', 'USD')}", f"{price:g}")
+        for name, block in book.blocks.items()
+        for key, price in block.prices.items()
+    ]
+    others += [
+        ("rds", f"{name} USD per hour", f"{price:g}")
+        for name, price in book.blocks["rds"].table.items()
+    ]
+    sources = [
+        (name, block.region, block.date.isoformat(), block.source)
+        for name, block in book.blocks.items()
+    ]
+    parts = [output.table(columns, instances)]
+    if types is None:
+        parts.append(output.table(("block", "price", "amount"), others))
+    parts.append(output.table(("block", "region", "as of", "source"), sources))
+    return "\n\n".join([*parts, f"Price book: {book.path}"])
+
+
+@app.command()
+def refresh(
+    from_: Annotated[
+        Path,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="AWS's price list of AmazonEC2 or AmazonRDS (CSV or JSON), the output of `aws ec2 "
+            "describe-spot-price-history`, or a CSV of on-demand prices.",
+            show_default=False,
+        ),
+    ],
+    region: Annotated[
+        str, typer.Option("--region", help="Where the file has several.", show_default=False)
+    ] = "",
+    date: Annotated[
+        datetime | None,
+        typer.Option(
+            "--date",
+            formats=["%Y-%m-%d"],
+            help="Of which day the prices are, where the file does not say.",
+            show_default=False,
+        ),
+    ] = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Take newer prices from a file into the grid's own price book, which wins over the shipped.
+
+    \b
+    Example: batchlab prices refresh --from AmazonEC2.csv --region us-east-1
+    """
+    from batchlab.costs import refresh as prices_of
+    from batchlab.costs.prices import NAME, load, write
+
+    place = home_of(home)
+    found = prices_of.find(from_, region=region, day=date.date() if date else None)
+    book = prices_of.refreshed(load(place.path), found)
+    place.make()
+    path = place.path / NAME
+    staged = path.with_suffix(".part")
+    staged.write_text(write(book))
+    staged.replace(path)
+    if json:
+        output.show_json(
+            {
+                "path": str(path),
+                "block": found.block,
+                "region": found.region,
+                "date": found.date.isoformat(),
+                "types": len(found.table),
+            }
+        )
+        return
+    output.show(
+        f"{output.count(len(found.table), 'price')} of [{found.block}] for {found.region}, as of "
+        f"{found.date.isoformat()}, are in {path}."
+    )
+    others = sorted(b.name for b in book.blocks.values() if b.region != found.region)
+    if others:
+        output.say(
+            f"Still of another region: {', '.join(others)}. Their prices are few: write them "
+            f"into that file."
+        )

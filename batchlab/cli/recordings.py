@@ -1,0 +1,145 @@
+"""From jobs that have ended, or the record of a replay, to a scenario file.
+
+Invariant: a home is only read, whether or not its grid is up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchlab.cli import billing, output
+from batchlab.cli.session import connect
+from batchlab.errors import Refused, UsageError
+from batchlab.home import Home
+from batchlab.model import ENDED
+
+if TYPE_CHECKING:
+    from batchlab.backends import Backend
+    from batchlab.jobdef import JobDef
+    from batchlab.replay.measuring import Measured
+    from batchlab.replay.recording import Past
+    from batchlab.scenario.model import PoolPlan
+    from batchlab.views import JobView
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for."""
+
+    jobs: tuple[str, ...]
+    record: Path | None
+    out: Path | None
+    name: str | None
+    home: Home
+
+
+def run(request: Request, *, json: bool) -> None:
+    """Write the files, and tell what they hold."""
+    from batchlab.replay import recording
+
+    if request.jobs and request.record:
+        raise UsageError(
+            "Either jobs are recorded or a replay is.", remedy="Leave out --from, or the jobs."
+        )
+    past = _of_record(request) if request.record else _of_jobs(request)
+    path = request.out or Path(f"{past.name}.yaml")
+    if path.exists() and request.out is None:
+        raise Refused(f"There is a file {path} already.", remedy="Name one with --out.")
+    written = recording.write(past, path)
+    if json:
+        output.show_json(
+            {
+                "scenario": str(written.scenario),
+                "trace": str(written.trace),
+                "jobs": written.jobs,
+                "tasks": written.tasks,
+                "task_s": written.task_s,
+                "left_out": written.left_out,
+            }
+        )
+        return
+    output.show(
+        f"{written.scenario} has {output.count(written.jobs, 'job')} with "
+        f"{output.count(written.tasks, 'task')} of {output.span(written.task_s)} in all; "
+        f"its arrivals are in {written.trace}."
+    )
+    if written.left_out:
+        output.say(
+            f"Left out: {output.count(written.left_out, 'job')} of which too little is known."
+        )
+
+
+def _of_record(request: Request) -> Past:
+    from batchlab.replay import recording
+    from batchlab.scenario import record as records
+
+    assert request.record
+    found = records.read(request.record)
+    return recording.of_record(found, _name(request.name or f"{found.scenario}-recorded"))
+
+
+def _of_jobs(request: Request) -> Past:
+    from batchlab import backends
+    from batchlab.replay import recording
+
+    home = request.home
+    facts = [billing.facts_of(home, text) for text in request.jobs or ("last",)]
+    views: dict[str, JobView] = {one.job["id"]: one.job for one in facts}
+    for view in views.values():
+        if view["state"] not in ENDED:
+            raise UsageError(
+                f"The job {view['id']} has not ended.",
+                remedy="Wait for it with `batchlab job watch`, or cancel it.",
+            )
+    backend = backends.load(facts[0].backend)
+    jobs, measured = asyncio.run(_measured(backend, home, views))
+    pools, policy = _fleet(home, backend)
+    first = min(views.values(), key=lambda view: view["submitted_s"])
+    name = _name(request.name or f"{first['name']}-recorded")
+    return recording.of_jobs(jobs, measured, name, pools, policy)
+
+
+async def _measured(
+    backend: Backend, home: Home, views: Mapping[str, JobView]
+) -> tuple[list[tuple[JobView, JobDef]], dict[str, Measured]]:
+    from batchlab.backends import patience
+    from batchlab.replay.measuring import Told, measure
+    from batchlab.results import definition
+
+    objects = backend.open_objects(home)
+    jobs, measured = [], {}
+    for job, view in views.items():
+        jobs.append((view, await definition(objects, job, patience())))
+        measured[job] = await measure([Told(view["name"], view)], 0, objects, patience())
+    return jobs, measured
+
+
+def _fleet(home: Home, backend: Backend) -> tuple[list[PoolPlan], Mapping[str, float]]:
+    """Pools and policy as they are, or were when the grid was last up."""
+    from batchlab import settings
+    from batchlab.adapters.state_file import StateFile
+    from batchlab.fleet import saved
+    from batchlab.model import Pool
+    from batchlab.scenario.model import PoolPlan
+
+    if home.record():
+        with connect(home) as client:
+            grid = client.grid()
+        pools = [Pool(p["name"], p["min"], p["max"], p["slots"]) for p in grid["pools"]]
+        return [PoolPlan(pool) for pool in pools], grid["settings"]
+    kept = StateFile(home.fleet / "groups.json").load()
+    groups = saved.decode(kept)[0] if kept else {}
+    found = [PoolPlan(group.pool) for group in groups.values()]
+    policy = asdict(settings.applied(backend, home).manager)
+    return found or [PoolPlan(pool) for pool in backend.pools], policy
+
+
+def _name(text: str) -> str:
+    """`text` as a scenario may be called."""
+    name = re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-_")[:40]
+    return name or "recorded"

@@ -1,0 +1,271 @@
+"""One replay from start to end: grid, run, record, verdict, and the forecast beside it.
+
+Invariant: what this command has started it ends, and the record is written before anything that
+could still go wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from batchlab.cli import comparing, output, replay_progress, signals, verdicts
+from batchlab.cli.session import Session
+from batchlab.errors import BatchlabError, UsageError
+from batchlab.home import Home
+from batchlab.replay.running import INTERRUPTED
+from batchlab.scenario.model import FaultName
+
+if TYPE_CHECKING:
+    from batchlab.backends import Backend
+    from batchlab.forecast.comparison import Comparison
+    from batchlab.replay.harm.front import Front
+    from batchlab.scenario.model import Calibration, Scenario
+    from batchlab.scenario.record import Record
+
+FRONTED = frozenset({FaultName.S3_ERRORS, FaultName.PARTITION})
+"""Faults that a front before the endpoint brings, where the endpoint can have one."""
+WHY = (
+    "Of `batchlab scenario replay`, which takes it away when it has ended; left behind by one that "
+    "was killed it may be deleted."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for."""
+
+    scenario: str
+    home: Home
+    backend: str
+    endpoint: str | None = None
+    compress: float | None = None
+    seed: int | None = None
+    out: Path | None = None
+    limit_s: float | None = None
+    forecast: bool = True
+    calibration: Path | None = None
+    keep_up: bool = False
+
+
+def run(request: Request, *, json: bool) -> None:
+    """Replay, and tell how it went; exits with 1 where the verdict is red, and with 130 where it
+    was interrupted."""
+    from batchlab import backends
+    from batchlab.cli.forecasting import calibrated
+    from batchlab.scenario import loader, verdict
+    from batchlab.scenario.expand import compressed
+
+    if request.backend == "sim":
+        raise UsageError(
+            "A replay needs a real grid.", remedy="`batchlab scenario simulate` is in virtual time."
+        )
+    backend = backends.load(request.backend, request.endpoint)
+    whole = loader.load(loader.find(request.scenario))
+    factor = whole.compress if request.compress is None else request.compress
+    scenario = compressed(whole, factor)
+    calibration = calibrated(request.calibration, backend.name, scenario.compressed)
+    if factor != 1:
+        output.say(f"All times of {scenario.name} are divided by {factor:g}.")
+    if odd := sum(len(tuple(source.odd())) for source in scenario.arrivals):
+        output.say(
+            f"{output.count(odd, 'record')} of its traces {'is' if odd == 1 else 'are'} odd; "
+            "`batchlab scenario check` shows what is."
+        )
+    if request.out:
+        output.check_writable(request.out, folder=True)
+    path = request.out or _free(request.home.records, scenario.name)
+    found = _replayed(request, backend, scenario, path)
+    _tell_late(found)
+    rows = verdict.judge(found, scenario.expect)
+    comparison = None
+    if request.forecast and not found.cut:
+        comparison = _compared(request.seed, backend, scenario, found, calibration)
+    if json:
+        output.show_json(
+            {
+                "record": str(path),
+                "red": verdict.is_red(rows),
+                "cut": found.cut,
+                "verdict": [row.to_json() for row in rows],
+                "comparison": comparison.to_json() if comparison else None,
+            }
+        )
+    else:
+        if comparison:
+            output.show(f"{comparing.text(comparison)}\n")
+        output.show(verdicts.text(rows))
+    output.say(f"The record is {path}.")
+    if request.keep_up and request.home.settings_file.exists():
+        output.say(
+            f"The grid stays up, with the policy that {request.home.settings_file} says; without "
+            "that file the next one has the backend's own."
+        )
+    if found.cut == INTERRUPTED:
+        raise typer.Exit(signals.INTERRUPTED)
+    if verdict.is_red(rows):
+        raise typer.Exit(1)
+
+
+def _free(folder: Path, name: str) -> Path:
+    """The next free name for a record."""
+    numbers = [
+        int(found[1])
+        for path in folder.glob(f"{name}-*.json")
+        if (found := re.fullmatch(rf"{re.escape(name)}-(\d+)\.json", path.name))
+    ]
+    return folder / f"{name}-{max(numbers, default=0) + 1}.json"
+
+
+# --- The run -------------------------------------------------------------------------------------
+
+
+def _replayed(request: Request, backend: Backend, scenario: Scenario, path: Path) -> Record:
+    from batchlab import settings
+    from batchlab.replay import fitting
+    from batchlab.replay.harm import markets
+    from batchlab.scenario import record as records
+
+    home = request.home
+    policy = {} if backend.is_deployed else fitting.settings_of(scenario.policy)
+    is_up = home.record() is not None
+    with ExitStack() as stack:
+        front = None
+        if not is_up:
+            if any(fault.name in FRONTED for fault in scenario.faults):
+                backend, front = stack.enter_context(_fronted(request, backend))
+            stack.enter_context(settings.said(home, policy, why=WHY, keep=request.keep_up))
+        pools = () if backend.is_deployed else [plan.pool for plan in scenario.pools]
+        session = stack.enter_context(Session(home, backend, pools, keep_up=request.keep_up))
+        session.start()
+        spot = {plan.pool.name: plan.spot for plan in scenario.pools}
+        stack.enter_context(markets.bought(backend, home, spot))
+        found = asyncio.run(_run(request, session, scenario, front))
+        # Before all that was changed for it is put back, which may fail.
+        records.write(found, path)
+    return found
+
+
+@contextmanager
+def _fronted(request: Request, backend: Backend) -> Iterator[tuple[Backend, Front | None]]:
+    from batchlab.replay.harm.front import fronted
+
+    if backend.emulator and request.keep_up:
+        raise UsageError(
+            f"On {backend.name} what breaks S3 stands before its endpoint, and would go with this "
+            "command.",
+            remedy="Leave out --keep-up, or bring the grid up before with `batchlab grid up`.",
+        )
+    with fronted(backend, request.home, output.say) as found:
+        yield found
+
+
+async def _run(
+    request: Request, session: Session, scenario: Scenario, front: Front | None
+) -> Record:
+    from batchlab.backends import patience
+    from batchlab.client import Client
+    from batchlab.replay import driver
+    from batchlab.replay.harm.injector import Injector, injector_for
+
+    home, backend = session.home, session.backend
+    found = home.record()
+    assert found
+
+    # The same for every manager that this one is replaced by: a fault starts them at its address.
+    with (
+        Client(found.url, home.token()) as client,
+        _stopping() as stop,
+        replay_progress.follow() as shown,
+    ):
+
+        def injector() -> Injector:
+            return injector_for(
+                backend,
+                home,
+                client,
+                pools=[plan.pool for plan in scenario.pools],
+                parent=session.ours,
+                front=front,
+            )
+
+        return await driver.replay(
+            scenario,
+            home,
+            backend,
+            patience=patience(),
+            seed=request.seed,
+            limit=request.limit_s,
+            injector=injector,
+            stop=stop,
+            progress=shown.show,
+        )
+
+
+@contextmanager
+def _stopping() -> Iterator[asyncio.Event]:
+    """Set by the first Ctrl-C or SIGTERM; the second one ends at once."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def ask() -> None:
+        if stop.is_set():
+            raise signals.Stopped(signals.INTERRUPTED)
+        output.say("Stopping: what runs is cancelled, and what was measured is kept.")
+        stop.set()
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        loop.add_signal_handler(number, ask)
+    try:
+        yield stop
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+        signals.install()
+
+
+def _tell_late(found: Record) -> None:
+    late = [job.submitted_s - job.due_s for job in found.jobs]
+    many = sum(one > replay_progress.LATE_S for one in late)
+    if many:
+        output.say(
+            f"{output.count(many, 'job')} of {len(late):,} arrived late, up to "
+            f"{output.span(max(late))}: this machine, or the manager, could not keep up."
+        )
+
+
+# --- The forecast --------------------------------------------------------------------------------
+
+
+def _compared(
+    seed: int | None,
+    backend: Backend,
+    scenario: Scenario,
+    found: Record,
+    calibration: Calibration | None,
+) -> Comparison | None:
+    """The forecast beside the fact; None, and a note, where there is none."""
+    from batchlab.forecast.comparison import compare
+    from batchlab.forecast.grid import Options
+    from batchlab.forecast.simulate import simulate
+    from batchlab.replay.harm import table
+
+    output.say("Simulating the same.")
+    options = Options(impossible=table.impossible(backend.name))
+    try:
+        forecast = simulate(
+            scenario, seed=seed, like=backend, calibration=calibration, options=options
+        )
+    except BatchlabError as error:
+        output.say(f"There is no forecast: {error.message}")
+        return None
+    return compare(forecast, found)

@@ -1,0 +1,199 @@
+"""One AWS account in one region, as boto3's own chain finds it: `Account.open(region)`.
+
+Invariant: whatever AWS refuses is a sentence that says who may not do what. Calls are tried again
+by botocore's standard mode: throttling and lost connections, with jitter, ten times in all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from batchlab.adapters.aws import ANSWER_S, CONNECT_S, code_of, session, translated
+from batchlab.errors import BackendError, NotFound, UsageError
+
+ATTEMPTS = 10
+DOCS = "docs/deploy.md"
+"""What a deployer must be allowed to do is listed there."""
+
+_REGION = re.compile(r"[a-z]{2}(-[a-z]+){1,2}-\d")
+_NOT_ALLOWED = re.compile(
+    r"(?:User: (?P<who>\S+) is )?not authorized to perform: (?P<action>[\w-]+:\w+)"
+)
+_NO_ACCESS = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "AuthFailure"}
+_BAD_KEYS = {"InvalidClientTokenId", "UnrecognizedClient", "SignatureDoesNotMatch"}
+_OLD_KEYS = {"ExpiredToken", "RequestExpired", "TokenRefreshRequired"}
+
+
+@dataclass
+class Account:
+    """Clients of the services in one region, made when they are asked for; a context manager."""
+
+    region: str
+    id: str = ""
+    who: str = ""
+    """The ARN that calls are made as."""
+    _clients: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, region: str | None = None) -> Account:
+        """The account that the environment's credentials belong to, asked of STS; UsageError where
+        there is no region or there are no credentials."""
+        account = cls(chosen_region(region))
+        with asked("AWS"):
+            told = account.client("sts").get_caller_identity()
+        account.id, account.who = told["Account"], told["Arn"]
+        return account
+
+    def client(self, service: str) -> Any:
+        """boto3's client."""
+        if service not in self._clients:
+            self._clients[service] = _client(service, self.region)
+        return self._clients[service]
+
+    @property
+    def is_real(self) -> bool:
+        """Whether this is AWS, not what AWS_ENDPOINT_URL has put in its place."""
+        host = urlsplit(self.client("cloudformation").meta.endpoint_url).hostname or ""
+        return host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
+
+    @property
+    def arn(self) -> str:
+        """How the account's ARNs begin, the service left out: "arn:aws:{}:eu-west-1:123…:"."""
+        partition = self.who.split(":")[1] if self.who.startswith("arn:") else "aws"
+        return f"arn:{partition}:{{}}:{self.region}:{self.id}:"
+
+    def pages(self, service: str, operation: str, key: str, **asking: Any) -> Iterator[Any]:
+        """What all pages of a listing have under `key`; BackendError."""
+        with asked(operation):
+            for page in self.client(service).get_paginator(operation).paginate(**asking):
+                yield from page.get(key) or ()
+
+    def close(self) -> None:
+        for client in self._clients.values():
+            client.close()
+        self._clients.clear()
+
+    def __enter__(self) -> Account:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def chosen_region(named: str | None) -> str:
+    """The region that is named, or that boto3 finds; UsageError where there is none."""
+    import boto3
+    from botocore.exceptions import ProfileNotFound
+
+    if named and not _REGION.fullmatch(named):
+        raise UsageError(f"{named!r} is not a region.", remedy="Write for example eu-west-1.")
+    try:
+        # boto3 does not read AWS_REGION, which all other tools of AWS do.
+        region = named or os.environ.get("AWS_REGION") or boto3.Session().region_name
+    except ProfileNotFound as error:
+        raise UsageError(f"{error}.", remedy="Set AWS_PROFILE to one of ~/.aws/config.") from error
+    if not region:
+        raise UsageError(
+            "No region is set.",
+            remedy="Say --region eu-west-1, set AWS_REGION, or run `aws configure`.",
+        )
+    return region
+
+
+def _client(service: str, region: str) -> Any:
+    from botocore.config import Config
+
+    here = urlsplit(os.environ.get("AWS_ENDPOINT_URL", "")).hostname in ("127.0.0.1", "localhost")
+    config = Config(
+        connect_timeout=CONNECT_S,
+        read_timeout=ANSWER_S,
+        retries={"total_max_attempts": ATTEMPTS, "mode": "standard"},
+        # No proxy reaches this machine's own address.
+        proxies={} if here else None,
+    )
+    with asked("AWS"):
+        # boto3's stubs know each service by its own type.
+        make: Any = session(region).client
+        return make(service, config=config)
+
+
+class Missing(NotFound):
+    """What a call was about is not there, or not yet."""
+
+
+def _never(_code: str, _message: str) -> bool:
+    return False
+
+
+@contextmanager
+def asked(what: str, is_missing: Callable[[str, str], bool] = _never) -> Iterator[None]:
+    """Turns botocore's errors into batchlab's; `what` is the subject of their sentence. Missing
+    where `is_missing` says so of an error's code and message."""
+    from botocore.exceptions import (
+        ClientError,
+        NoCredentialsError,
+        PartialCredentialsError,
+        ProfileNotFound,
+        SSOError,
+        TokenRetrievalError,
+    )
+
+    with translated(what):
+        try:
+            yield
+        except ClientError as error:
+            if is_missing(code_of(error), message_of(error)):
+                raise Missing(f"{what}: {message_of(error).rstrip('.')}.") from error
+            if refused := refusal(error):
+                raise refused from error
+            raise
+        except (NoCredentialsError, PartialCredentialsError) as error:
+            raise UsageError(
+                "There are no credentials for AWS.",
+                remedy="Run `aws configure` or `aws sso login`, set AWS_PROFILE, or set "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+            ) from error
+        except ProfileNotFound as error:
+            raise UsageError(
+                f"{error}.", remedy="Set AWS_PROFILE to one of ~/.aws/config."
+            ) from error
+        except (SSOError, TokenRetrievalError) as error:
+            raise UsageError(
+                "The sign-in to AWS has run out.", remedy="Run `aws sso login`."
+            ) from error
+
+
+def message_of(error: Any) -> str:
+    """What AWS says."""
+    return str(error.response.get("Error", {}).get("Message", "")).strip()
+
+
+def refusal(error: Any) -> BackendError | UsageError | None:
+    """The error as one of permissions or credentials, None where it is neither."""
+    code, message = code_of(error), message_of(error)
+    operation = error.operation_name
+    if code in _OLD_KEYS:
+        return UsageError(
+            "The credentials for AWS have run out.",
+            remedy="Run `aws sso login`, or get new ones where you got these.",
+        )
+    if code in _BAD_KEYS:
+        return UsageError(
+            f"AWS does not know these credentials ({code}).",
+            remedy="Check AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+        )
+    if code in _NO_ACCESS or "not authorized to perform" in message:
+        found = _NOT_ALLOWED.search(message)
+        action = found["action"] if found else operation
+        who = (found["who"] if found else "") or "The caller"
+        return BackendError(
+            f"{who} may not do {action}.",
+            remedy=f"Allow it that action: {DOCS} lists all that deploying needs.",
+        )
+    return None

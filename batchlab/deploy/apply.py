@@ -1,0 +1,253 @@
+"""Brings a stack to what it is to be, in two phases: `apply`.
+
+Invariant: it begins from whatever state the stack is in, so a second one takes up what a first has
+left. First everything is made without a release, by which nothing can boot yet; then the release
+is in the stack's own bucket, and the stack is told which one it is.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from batchlab import backends
+from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.awsgrid import deployment
+from batchlab.adapters.awsgrid.deployment import AwsDeployment
+from batchlab.adapters.objects import open_s3
+from batchlab.deploy import outputs, release
+from batchlab.deploy import settings as settings_
+from batchlab.deploy.account import Missing, asked
+from batchlab.deploy.explain import Cause, Event
+from batchlab.deploy.plan import Plan, planned
+from batchlab.deploy.records import State
+from batchlab.deploy.settings import RELEASE, Settings
+from batchlab.deploy.stack import Stack
+from batchlab.deploy.states import must_go, next_step, refuse_unchangeable
+from batchlab.deploy.template import Template
+from batchlab.errors import BackendError, Refused, UsageError
+from batchlab.home import Home
+
+
+class Front(Protocol):
+    """The person in front: is told, is asked, and may watch."""
+
+    def say(self, text: str) -> None: ...
+
+    def agrees(self, question: str) -> bool:
+        """Whether they want that; asked before anything is changed."""
+
+    def show(self, plan: Plan) -> None: ...
+
+    def watching(self, what: str, total: int) -> AbstractContextManager[Callable[[Event], None]]:
+        """Shows an operation on `total` resources as its events come."""
+
+
+class StackFailed(BackendError):
+    """An operation has failed; `cause` is the reason that all others follow from."""
+
+    def __init__(self, state: State, cause: Cause | None) -> None:
+        why = f": {cause.resource} ({cause.type}): {cause.reason.rstrip('.')}" if cause else ""
+        remedies = [cause.remedy if cause else "", next_step(state)]
+        super().__init__(
+            f"The stack {state.name} is {state.status}{why}.",
+            remedy=" ".join(filter(None, remedies)),
+        )
+        self.cause = cause
+
+
+@dataclass(slots=True)
+class Apply:
+    """One run of it. `archive` gives the release's path, and makes it when that is first asked."""
+
+    stack: Stack
+    wanted: Settings
+    source: Template
+    home: Home
+    front: Front
+    archive: Callable[[], Path]
+    is_renewed: bool = field(default=False, init=False)
+    """Whether there may be instances of what was deployed before."""
+
+    def run(self) -> AwsDeployment | None:
+        """The deployment, None where the person has declined; StackFailed, BackendError."""
+        state = self._at_rest()
+        if state and must_go(state):
+            if not self._cleared(state):
+                return None
+            state = None
+        elif state:
+            refuse_unchangeable(state)
+        if state is None or state.is_new:
+            state = self._created(state)
+            if state is None:
+                return None
+            self.front.say("Everything is there; next is the release, without asking again.")
+            state = self._released(state, ask=False)
+        else:
+            state = self._released(state, ask=True)
+        if state is None:
+            return None
+        found = self._kept(state)
+        if self.is_renewed:
+            self._refresh(state)
+        return found
+
+    # --- Before ----------------------------------------------------------------------------------
+
+    def _at_rest(self) -> State | None:
+        """The stack once no operation is going on, and no rollback hangs."""
+        state = self.stack.state()
+        if state and state.is_moving:
+            self.front.say(f"The stack {state.name} is {state.status}: following that first.")
+            since, _ = self.stack.last_operation(state.id)
+            self._followed(state.id, since, state.status, 0, must_succeed=False)
+            state = self.stack.state()
+        if state and state.status == "UPDATE_ROLLBACK_FAILED":
+            self._explain(state)
+            if not self.front.agrees("Have the rollback go on?"):
+                raise Refused(f"The stack {state.name} stays {state.status}.")
+            since = self.stack.mark(state.id)
+            self.stack.resume_rollback()
+            state = self._followed(state.id, since, "rolling back", 0, must_succeed=False)
+            if state.status == "UPDATE_ROLLBACK_FAILED":
+                raise self._failed(state, since)
+        return state
+
+    def _cleared(self, state: State) -> bool:
+        """Whether a stack that nothing else can be done with is gone."""
+        self._explain(state)
+        if state.status != "ROLLBACK_COMPLETE":
+            raise Refused(
+                f"The stack {state.name} is {state.status}, and may still have parts.",
+                remedy=next_step(state),
+            )
+        if not self.front.agrees(f"Delete the empty stack {state.name}, to begin anew?"):
+            return False
+        if state.is_protected:
+            self.stack.protect(on=False)
+        since = self.stack.mark(state.id)
+        self.stack.delete(state.id)
+        self._followed(state.id, since, "deleting the empty stack", 0)
+        return True
+
+    def _explain(self, state: State) -> None:
+        if cause := self.stack.cause(state.id, self.stack.last_operation(state.id)[1]):
+            self.front.say(
+                f"{state.name} is {state.status}. What failed first: {cause.resource} "
+                f"({cause.type}): {cause.reason}"
+            )
+
+    # --- The two phases --------------------------------------------------------------------------
+
+    def _created(self, state: State | None) -> State | None:
+        with planned(
+            self.stack, self.wanted, self.source, state, home=self.home, release=""
+        ) as plan:
+            self.front.show(plan)
+            if not self.front.agrees(f"Create the stack {self.stack.name}?"):
+                return None
+            settings_.write(self.home, self.wanted)
+            # One that cannot be made is known before anything costs money.
+            self.archive()
+            made = self._executed(plan, "creating")
+        self.stack.protect(on=True)
+        return made
+
+    def _released(self, state: State, *, ask: bool) -> State | None:
+        archive = self.archive()
+        sha = release.release_of(archive)
+        with planned(
+            self.stack, self.wanted, self.source, state, home=self.home, release=sha
+        ) as plan:
+            if ask:
+                self.front.show(plan)
+            if not plan.changes:
+                settings_.write(self.home, self.wanted)
+                return state
+            if ask and not self.front.agrees(f"Update the stack {self.stack.name}?"):
+                return None
+            settings_.write(self.home, self.wanted)
+            there = Endpoint(region=self.stack.account.region)
+            bucket = open_s3(there, outputs.of(state, "Bucket"))
+            release.upload(bucket, archive, backends.patience(), self.front.say)
+            if not state.is_protected and ask:
+                self.stack.protect(on=True)
+            updated = self._executed(plan, "updating")
+        templates = any(one.type == "AWS::EC2::LaunchTemplate" for one in plan.changes)
+        self.is_renewed = templates and bool(state.parameters.get(RELEASE))
+        return updated
+
+    def _executed(self, plan: Plan, what: str) -> State:
+        since = self.stack.mark(plan.change_set.stack_id)
+        self.stack.execute(plan.change_set)
+        return self._followed(plan.change_set.stack_id, since, what, len(plan.changes))
+
+    def _followed(
+        self, stack_id: str, since: str, what: str, total: int, *, must_succeed: bool = True
+    ) -> State:
+        with self.front.watching(what, total) as see:
+            state = self.stack.follow(stack_id, since, see)
+        if must_succeed and not state.has_succeeded:
+            raise self._failed(state, since)
+        return state
+
+    def _failed(self, state: State, since: str) -> StackFailed:
+        return StackFailed(state, self.stack.cause(state.id, self.stack.events(state.id, since)))
+
+    def _refresh(self, state: State) -> None:
+        """Replace instances of an older launch template, one by one; what works on tasks is waited
+        for."""
+        scaling = self.stack.account.client("autoscaling")
+        groups = [outputs.of(state, "ManagerGroup"), *outputs.pool_groups(state)]
+        told = self.stack.account.pages(
+            "autoscaling",
+            "describe_auto_scaling_groups",
+            "AutoScalingGroups",
+            AutoScalingGroupNames=groups,
+        )
+        for group in told:
+            if not group.get("Instances"):
+                continue
+            name = group["AutoScalingGroupName"]
+            # The manager is alone in its group: it has to go before the next one comes.
+            healthy = 0 if name == groups[0] else 90
+            wishes: dict[str, Any] = {
+                "MinHealthyPercentage": healthy,
+                "SkipMatching": True,
+                "ScaleInProtectedInstances": "Wait",
+                "StandbyInstances": "Ignore",
+            }
+            try:
+                with asked(f"Auto Scaling group {name!r}", _is_at_it):
+                    scaling.start_instance_refresh(AutoScalingGroupName=name, Preferences=wishes)
+            except Missing:
+                self.front.say(f"{name}: instances are being replaced already; apply again later.")
+            else:
+                self.front.say(f"{name}: its instances are being replaced, one after another.")
+
+    # --- After -----------------------------------------------------------------------------------
+
+    def _kept(self, state: State) -> AwsDeployment:
+        found = outputs.deployment_of(state, self.stack.account.region, python_of(self.archive()))
+        deployment.write(self.home, found)
+        return found
+
+
+def _is_at_it(code: str, _message: str) -> bool:
+    return code.startswith("InstanceRefreshInProgress")
+
+
+def python_of(archive: Path) -> str:
+    """The Python that a release is for; UsageError where it is none."""
+    try:
+        with tarfile.open(archive) as opened:
+            member = opened.extractfile("version")
+            lines = member.read().decode().splitlines() if member else []
+    except (tarfile.TarError, KeyError, OSError) as error:
+        raise UsageError(f"{archive} is no release: {error}.") from error
+    return next((one.partition("=")[2] for one in lines if one.startswith("PYTHON=")), "")

@@ -1,0 +1,75 @@
+"""A stack's outputs as the deployment that `--backend aws` works with."""
+
+from __future__ import annotations
+
+from batchlab import backends
+from batchlab.adapters.awsgrid.deployment import AwsDeployment, Database
+from batchlab.deploy.records import State
+from batchlab.deploy.settings import from_stack
+from batchlab.errors import BackendError
+from batchlab.model import Pool
+
+IAM_USER = "batchlab_iam"
+"""As the stack's template calls the database user of a token."""
+
+
+def of(state: State, name: str) -> str:
+    """One output; BackendError where the stack has none of that name."""
+    if found := state.outputs.get(name):
+        return found
+    raise BackendError(
+        f"The stack {state.name} has no output {name}.",
+        remedy="Was it made from this version's template? `batchlab deploy apply` updates it.",
+    )
+
+
+def pool_groups(state: State) -> list[str]:
+    """The names of the Auto Scaling groups of its workers."""
+    return [one for one in state.outputs.get("PoolGroups", "").split(",") if one]
+
+
+def deployment_of(state: State, region: str, python: str = "") -> AwsDeployment:
+    """What outputs and parameters of the stack say, with the `python` of its release, which they do
+    not; BackendError where something is missing."""
+    ledger = of(state, "Ledger")
+    database = None
+    if ledger == "postgres":
+        by_iam = state.parameters.get("DatabaseLogin") == "iam"
+        database = Database(
+            of(state, "DatabaseHost"),
+            int(of(state, "DatabasePort")),
+            of(state, "DatabaseName"),
+            "" if by_iam else of(state, "DatabaseSecret"),
+            IAM_USER if by_iam else "",
+            by_iam,
+        )
+    return AwsDeployment(
+        stack=state.name,
+        region=state.outputs.get("Region", region),
+        bucket=of(state, "Bucket"),
+        prefix=of(state, "QueuePrefix"),
+        manager_group=of(state, "ManagerGroup"),
+        token_secret=of(state, "TokenSecret"),
+        pools=_pools(state, region),
+        ledger=ledger,
+        database=database,
+        domain=of(state, "Domain") if ledger == "simpledb" else "",
+        log_group=state.outputs.get("LogGroup", ""),
+        python=python,
+    )
+
+
+def _pools(state: State, region: str) -> tuple[Pool, ...]:
+    settings, _ = from_stack(state.name, region, state.parameters)
+    (usual,) = backends.load("aws").pools
+    return tuple(
+        Pool(
+            one.name,
+            one.min_size,
+            one.max_size,
+            one.slots,
+            usual.boot_s,
+            instance_type=one.types[0] if one.types else usual.instance_type,
+        )
+        for one in settings.pools
+    )

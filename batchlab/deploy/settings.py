@@ -1,0 +1,319 @@
+"""What a stack is to be: its pools, and the parameters of its template.
+
+Invariant: settings that load can be deployed as far as that can be known without asking AWS. Kept
+in `aws/settings.json` in the home, so that the next plan begins where the last one ended; whoever
+has no such file gets them from the stack itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from batchlab import catalogue
+from batchlab.deploy.expand import BASE, parameters_of, renamed
+from batchlab.deploy.template import Template
+from batchlab.errors import BackendError, UsageError
+from batchlab.home import Home
+
+STACK = "batchlab"
+RELEASE = "Release"
+"""The one parameter that is no setting: which release runs, by its archive's SHA-256."""
+
+# With both as long as they may be, the queue of a pool's dead letters has the 80 characters that
+# SQS takes.
+_STACK_NAME = re.compile(r"[a-z][a-z0-9-]{0,27}")
+_POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
+_TYPE = re.compile(r"[a-z][a-z0-9-]*\.[a-z0-9-]+")
+_POOL = {"name", "min_size", "max_size", "slots", "types", "parameters"}
+_IS_NAME = re.compile(r"Pool(\w*)Name")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """A pool of workers. Without `types` they are the template's own; `parameters` are others of
+    the template's that begin with "Pool", by their names there."""
+
+    name: str
+    min_size: int = 0
+    max_size: int = 10
+    slots: int = 2
+    types: tuple[str, ...] = ()
+    parameters: tuple[tuple[str, str], ...] = ()
+
+    def given(self) -> dict[str, str]:
+        """Its parameters, by their names in a template with one pool."""
+        given = {
+            "PoolName": self.name,
+            "PoolMin": str(self.min_size),
+            "PoolMax": str(self.max_size),
+            "PoolSlots": str(self.slots),
+        }
+        if self.types:
+            given["PoolInstanceTypes"] = ",".join(self.types)
+        return {**given, **dict(self.parameters)}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A stack. `parameters` are those that are not a pool's; what is not named has its default.
+    `packages` are PyPI's that users' tasks need, `database_ca` a file of certificates that the
+    database's is checked against: both go into the release."""
+
+    stack: str = STACK
+    region: str = ""
+    pools: tuple[PoolSettings, ...] = (PoolSettings("default"),)
+    parameters: tuple[tuple[str, str], ...] = ()
+    packages: tuple[str, ...] = ()
+    database_ca: str = ""
+
+    @property
+    def architecture(self) -> str:
+        """What its release is for, by its pools' types; x86_64 where the catalogue knows none."""
+        known = catalogue.load().types
+        kinds = [known[one].architecture for p in self.pools for one in p.types if one in known]
+        return kinds[0] if kinds else "x86_64"
+
+    def with_parameters(self, given: Mapping[str, str]) -> Settings:
+        """With these in place of, or beside, those there are."""
+        return replace(self, parameters=tuple(sorted({**dict(self.parameters), **given}.items())))
+
+
+def path_in(home: Home) -> Path:
+    return home.of("aws") / "settings.json"
+
+
+def read(home: Home) -> Settings | None:
+    """What was kept in this home, None where nothing was; UsageError."""
+    path = path_in(home)
+    try:
+        return parse(json.loads(path.read_text()), str(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise BackendError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UsageError(
+            f"{path} is not JSON: {error}.", remedy="Delete it: the stack itself has the same."
+        ) from error
+
+
+def write(home: Home, settings: Settings) -> None:
+    """Keep them; whole or not at all."""
+    home.make()
+    path = path_in(home)
+    path.parent.mkdir(exist_ok=True)
+    staged = path.with_name(f"{path.name}.new")
+    staged.write_text(json.dumps(document(settings), indent=1))
+    staged.replace(path)
+
+
+def load(path: Path) -> Settings:
+    """Settings in a YAML file that a person has written; UsageError says what is wrong."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {error}.") from error
+    return parse(found, str(path))
+
+
+def document(settings: Settings) -> dict[str, Any]:
+    """As `parse` takes it."""
+    made = asdict(settings)
+    made["parameters"] = dict(settings.parameters)
+    made["packages"] = list(settings.packages)
+    for pool, one in zip(made["pools"], settings.pools, strict=True):
+        pool["parameters"] = dict(one.parameters)
+        pool["types"] = list(one.types)
+    return made
+
+
+def parse(found: Any, where: str) -> Settings:
+    """The settings of a YAML or JSON object; UsageError with the key that is wrong."""
+    known = {"stack", "region", "pools", "parameters", "packages", "database_ca"}
+    fields = _object(found, known, where)
+    pools = []
+    for one in fields.pop("pools", None) or []:
+        pool = _object(one, _POOL, f"{where}: pools")
+        for figure in ("min_size", "max_size", "slots"):
+            # To Python, true is a number.
+            if figure in pool and type(pool[figure]) is not int:
+                raise UsageError(f"{where}: {figure} is {pool[figure]!r}, not a whole number.")
+        pool["types"] = _texts(pool.pop("types", None), f"{where}: types")
+        pool["parameters"] = _parameters(pool.pop("parameters", None), where)
+        if "name" not in pool:
+            raise UsageError(f"{where}: a pool has no name.")
+        pools.append(PoolSettings(**{**pool, "name": str(pool["name"])}))
+    fields["parameters"] = _parameters(fields.pop("parameters", None), where)
+    fields["packages"] = _texts(fields.pop("packages", None), f"{where}: packages")
+    for name in ("stack", "region", "database_ca"):
+        if name in fields:
+            fields[name] = str(fields[name])
+    if pools:
+        fields["pools"] = tuple(pools)
+    return Settings(**fields)
+
+
+def _texts(found: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(found or [], list):
+        raise UsageError(f"{where} is {found!r}, not a list.")
+    return tuple(map(str, found or []))
+
+
+def _object(found: Any, known: set[str], where: str) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise UsageError(f"{where} is not an object with {', '.join(sorted(known))}.")
+    if unknown := set(found) - known:
+        raise UsageError(
+            f"{where} has {', '.join(map(repr, sorted(map(str, unknown))))}, which is no setting.",
+            remedy=f"There are {', '.join(sorted(known))}.",
+        )
+    return dict(found)
+
+
+def _parameters(found: Any, where: str) -> tuple[tuple[str, str], ...]:
+    if not isinstance(found or {}, dict):
+        raise UsageError(f"{where}: parameters is {found!r}, not names with values.")
+    return tuple(sorted((str(name), text_of(value)) for name, value in (found or {}).items()))
+
+
+def text_of(value: Any) -> str:
+    """A parameter's value as CloudFormation has it: text, lists with commas."""
+    if isinstance(value, list):
+        return ",".join(map(text_of, value))
+    return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
+
+
+def from_stack(name: str, region: str, deployed: Mapping[str, str]) -> tuple[Settings, str]:
+    """The settings of a stack that is there, by its parameters, and the pool that is called without
+    its name."""
+    names = {key: pool for key, pool in deployed.items() if _IS_NAME.fullmatch(key)}
+    base = names.get("PoolName", BASE)
+    rest = {key: value for key, value in deployed.items() if key != RELEASE}
+    pools = []
+    # Longest first: those of "PoolBig…" begin with "Pool" too.
+    for key in sorted(names, key=len, reverse=True):
+        begin = key.removesuffix("Name")
+        own = {f"Pool{k.removeprefix(begin)}": rest.pop(k) for k in list(rest) if _is(k, begin)}
+        pools.append(_pool(own))
+    settings = Settings(name, region, tuple(reversed(pools)), tuple(sorted(rest.items())))
+    return settings, base
+
+
+def _is(key: str, begin: str) -> bool:
+    return key.startswith(begin) and key != begin
+
+
+def _pool(own: dict[str, str]) -> PoolSettings:
+    smallest, largest, slots = (int(own.pop(key, 0)) for key in ("PoolMin", "PoolMax", "PoolSlots"))
+    types = tuple(filter(None, own.pop("PoolInstanceTypes", "").split(",")))
+    name = own.pop("PoolName")
+    return PoolSettings(name, smallest, largest, slots, types, tuple(sorted(own.items())))
+
+
+def parameters(settings: Settings, template: Template, base: str = BASE) -> dict[str, str]:
+    """All parameters that the settings give a value, by their names in the expanded template;
+    UsageError for one that the file `template` does not have or take."""
+    check(settings)
+    per_pool = parameters_of(template)
+    declared = template.get("Parameters", {})
+    given = {}
+    for name, value in settings.parameters:
+        if name not in declared or name in per_pool or name == RELEASE:
+            raise _no_parameter(name, [n for n in declared if n not in (*per_pool, RELEASE)])
+        given[name] = _accepted(name, value, declared[name])
+    for pool in settings.pools:
+        for name, value in pool.given().items():
+            if name not in per_pool:
+                raise _no_parameter(name, per_pool)
+            given[renamed(name, pool.name, base)] = _accepted(name, value, declared[name])
+    for name, form in declared.items():
+        if "Default" not in form and name not in (*given, *per_pool, RELEASE):
+            raise UsageError(f"The stack needs {name}.", remedy=f"Say --set {name}=VALUE.")
+    return given
+
+
+def _no_parameter(name: str, known: Sequence[str]) -> UsageError:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+    return UsageError(
+        f"The stack has no parameter {name!r}.", remedy=f"There are {', '.join(near)}."
+    )
+
+
+def _accepted(name: str, value: str, form: Mapping[str, Any]) -> str:
+    """The value, once it is one that CloudFormation would take."""
+    allowed = [text_of(one) for one in form.get("AllowedValues", ())]
+    wrong = f"{name} cannot be {value!r}"
+    if allowed and value not in allowed:
+        raise UsageError(f"{wrong}.", remedy=f"It is one of {', '.join(map(repr, allowed))}.")
+    if form.get("Type") == "Number":
+        try:
+            number = float(value)
+        except ValueError:
+            raise UsageError(f"{wrong}: it is no number.") from None
+        if not form.get("MinValue", number) <= number <= form.get("MaxValue", number):
+            least, most = form.get("MinValue", "-∞"), form.get("MaxValue", "∞")
+            raise UsageError(f"{wrong}.", remedy=f"It is from {least} to {most}.")
+    pattern = form.get("AllowedPattern")
+    if pattern and not re.fullmatch(pattern, value):
+        meant = form.get("ConstraintDescription") or f"It matches {pattern}"
+        raise UsageError(f"{wrong}.", remedy=f"{str(meant).rstrip('.')}.")
+    return value
+
+
+def check(settings: Settings) -> None:
+    """UsageError unless the names and figures are ones that AWS takes."""
+    if not _STACK_NAME.fullmatch(settings.stack):
+        raise UsageError(
+            f"The stack cannot be called {settings.stack!r}.",
+            remedy="Use up to 28 small letters, digits and hyphens, a letter first: its bucket, "
+            "queues and groups begin with it.",
+        )
+    names = [pool.name for pool in settings.pools]
+    for pool in settings.pools:
+        if not _POOL_NAME.fullmatch(pool.name):
+            raise UsageError(
+                f"A pool cannot be called {pool.name!r}.",
+                remedy="Use up to 40 small letters, digits, '-' and '_'.",
+            )
+        if names.count(pool.name) > 1:
+            raise UsageError(f"The pool {pool.name!r} is given twice.")
+        if not 0 <= pool.min_size <= pool.max_size or pool.max_size < 1 or pool.slots < 1:
+            raise UsageError(
+                f"The pool {pool.name!r} cannot have {pool.min_size} to {pool.max_size} instances "
+                f"with {pool.slots} slots.",
+                remedy="Write for example default:0-10x2.",
+            )
+        for one in pool.types:
+            if not _TYPE.fullmatch(one):
+                raise UsageError(
+                    f"{one!r} is no instance type.", remedy="Write for example m7i.large."
+                )
+    _check_architectures(settings)
+
+
+def _check_architectures(settings: Settings) -> None:
+    """One release, and one image, is for one kind of processor."""
+    known = catalogue.load().types
+    kinds = {
+        known[one].architecture: one
+        for pool in settings.pools
+        for one in pool.types
+        if one in known
+    }
+    if len(kinds) > 1:
+        raise UsageError(
+            f"{' and '.join(kinds.values())} have different processors "
+            f"({' and '.join(kinds)}), and one stack's release is for one.",
+            remedy="Use types of one kind, or another stack for the other.",
+        )

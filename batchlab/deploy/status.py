@@ -1,0 +1,184 @@
+"""What a stack is now: its groups, queues and alarms, and what differs from what the home knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from batchlab.adapters.awsgrid import deployment
+from batchlab.adapters.awsgrid.deployment import AwsDeployment
+from batchlab.deploy import outputs
+from batchlab.deploy.account import Account, asked
+from batchlab.deploy.explain import Cause
+from batchlab.deploy.records import State
+from batchlab.deploy.settings import RELEASE
+from batchlab.deploy.stack import Stack
+from batchlab.errors import BackendError
+from batchlab.home import Home
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """An Auto Scaling group; `instances` are those in service, by id."""
+
+    name: str
+    smallest: int
+    largest: int
+    desired: int
+    instances: tuple[str, ...]
+    others: int
+    """Instances that come or go."""
+    refresh: str
+    """What its last instance refresh is at; empty where there was none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """A queue and how many messages it has, which AWS knows approximately."""
+
+    name: str
+    visible: int
+    in_flight: int
+    delayed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    name: str
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """`drift` names the fields in which the home's deployment.json differs from the stack."""
+
+    state: State
+    cause: Cause | None
+    deployment: AwsDeployment | None
+    drift: tuple[str, ...]
+    groups: tuple[Group, ...]
+    queues: tuple[Queue, ...]
+    alarms: tuple[Alarm, ...]
+
+    @property
+    def manager(self) -> str:
+        """The instance of the manager, empty where none is in service."""
+        name = self.deployment.manager_group if self.deployment else ""
+        found = (one.instances for one in self.groups if one.name == name and one.instances)
+        return next(found, ("",))[0]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "stack": self.state.name,
+            "id": self.state.id,
+            "status": self.state.status,
+            "changed_s": self.state.changed_s,
+            "protected": self.state.is_protected,
+            "release": self.state.parameters.get(RELEASE, ""),
+            "cause": self.cause.to_json() if self.cause else None,
+            "manager": self.manager or None,
+            "drift": list(self.drift),
+            "outputs": dict(self.state.outputs),
+            "groups": [_fields(one) for one in self.groups],
+            "queues": [_fields(one) for one in self.queues],
+            "alarms": [_fields(one) for one in self.alarms],
+        }
+
+
+def _fields(one: Any) -> dict[str, Any]:
+    return {field.name: getattr(one, field.name) for field in fields(one)}
+
+
+def look(stack: Stack, state: State, home: Home) -> Status:
+    """The stack's status; what the home knows of it is not changed."""
+    account = stack.account
+    cause = None
+    if not state.has_succeeded and not state.is_moving and not state.is_new:
+        cause = stack.cause(state.id, stack.last_operation(state.id)[1])
+    found = None
+    if state.outputs.get("Bucket"):
+        found = outputs.deployment_of(state, account.region, _python(home))
+    names = [found.manager_group, *outputs.pool_groups(state)] if found else []
+    return Status(
+        state,
+        cause,
+        found,
+        tuple(drift(home, found)) if found else (),
+        tuple(_groups(account, names)),
+        tuple(_queues(account, found.prefix)) if found else (),
+        tuple(_alarms(account, f"{stack.name}-")) if found else (),
+    )
+
+
+def _python(home: Home) -> str:
+    """What the home knows and the stack does not say."""
+    try:
+        kept = deployment.read(home)
+    except BackendError:
+        return ""
+    return kept.python if kept else ""
+
+
+def drift(home: Home, found: AwsDeployment) -> Iterator[str]:
+    """The fields in which the file in the home differs from the stack's outputs."""
+    try:
+        kept = deployment.read(home)
+    except BackendError:
+        yield "the whole file"
+        return
+    if kept is None:
+        yield "no file"
+        return
+    for field in fields(AwsDeployment):
+        if getattr(kept, field.name) != getattr(found, field.name):
+            yield field.name
+
+
+def _groups(account: Account, names: list[str]) -> Iterator[Group]:
+    if not names:
+        return
+    scaling = account.client("autoscaling")
+    for told in account.pages(
+        "autoscaling",
+        "describe_auto_scaling_groups",
+        "AutoScalingGroups",
+        AutoScalingGroupNames=names,
+    ):
+        name, instances = told["AutoScalingGroupName"], told.get("Instances") or ()
+        serving = [one for one in instances if one["LifecycleState"] == "InService"]
+        with asked(f"Auto Scaling group {name!r}"):
+            refreshes = scaling.describe_instance_refreshes(
+                AutoScalingGroupName=name, MaxRecords=1
+            ).get("InstanceRefreshes")
+        yield Group(
+            name,
+            told["MinSize"],
+            told["MaxSize"],
+            told["DesiredCapacity"],
+            tuple(one["InstanceId"] for one in serving),
+            len(instances) - len(serving),
+            refreshes[0]["Status"] if refreshes else "",
+        )
+
+
+def _queues(account: Account, prefix: str) -> Iterator[Queue]:
+    sqs = account.client("sqs")
+    counts = (
+        "ApproximateNumberOfMessages",
+        "ApproximateNumberOfMessagesNotVisible",
+        "ApproximateNumberOfMessagesDelayed",
+    )
+    for url in account.pages("sqs", "list_queues", "QueueUrls", QueueNamePrefix=prefix):
+        with asked(f"Queue {url!r}"):
+            told = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=list(counts))
+        figures = [int(told["Attributes"].get(name, 0)) for name in counts]
+        yield Queue(url.rpartition("/")[2], *figures)
+
+
+def _alarms(account: Account, prefix: str) -> Iterator[Alarm]:
+    for told in account.pages(
+        "cloudwatch", "describe_alarms", "MetricAlarms", AlarmNamePrefix=prefix
+    ):
+        yield Alarm(told["AlarmName"], told["StateValue"], told.get("StateReason", ""))

@@ -1,0 +1,295 @@
+"""The wheels that an instance installs without any index: batchlab's own, and all that it needs.
+
+Invariant: a version is the one that is installed beside the command, wherever that has one, so
+what was tried here is what runs there.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name, parse_wheel_filename
+
+from batchlab import package_data
+from batchlab.adapters.compose import images
+from batchlab.adapters.ministack_install import pip_reason
+from batchlab.errors import BackendError, UsageError
+
+ARCHITECTURES = ("x86_64", "aarch64")
+PYTHONS = ("3.11", "3.12", "3.13")
+"""Those that Amazon Linux 2023 has in its own repositories, and batchlab runs on."""
+INSTALLER = "pip==25.3"
+"""What installs the others: an instance's own Python need not have it."""
+
+_GLIBC = 34
+"""Amazon Linux 2023 has glibc 2.34."""
+_OLDEST_GLIBC = 5
+_MISSING = re.compile(r"No matching distribution found for (\S+)")
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+"""The oldest time that a zip file can tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the wheels are for: Linux with glibc, of an architecture and a Python ("3.12")."""
+
+    architecture: str
+    python: str
+
+    @classmethod
+    def of(cls, architecture: str, python: str) -> Target:
+        """UsageError for one that no instance of ours has; with "" the Python that runs here."""
+        # Functions travel as their bytecode, which only the same Python understands.
+        python = python or f"{sys.version_info.major}.{sys.version_info.minor}"
+        if architecture not in ARCHITECTURES:
+            raise UsageError(
+                f"There is no architecture {architecture!r}.",
+                remedy=f"Name one of {', '.join(ARCHITECTURES)}.",
+            )
+        if python not in PYTHONS:
+            raise UsageError(
+                f"Instances do not run Python {python}.",
+                remedy=f"Name one of {', '.join(PYTHONS)}.",
+            )
+        return cls(architecture, python)
+
+    def __str__(self) -> str:
+        return f"Python {self.python} on {self.architecture}"
+
+    def markers(self) -> dict[str, str]:
+        """The environment that requirements' markers are judged in."""
+        return {
+            "implementation_name": "cpython",
+            "implementation_version": f"{self.python}.0",
+            "os_name": "posix",
+            "platform_machine": self.architecture,
+            "platform_python_implementation": "CPython",
+            "platform_release": "",
+            "platform_system": "Linux",
+            "platform_version": "",
+            "python_full_version": f"{self.python}.0",
+            "python_version": self.python,
+            "sys_platform": "linux",
+        }
+
+    def pip(self) -> list[str]:
+        """pip's options for wheels of this target."""
+        # By name each: pip does not know that a newer glibc runs what was built for an older one.
+        names = [f"manylinux_2_{minor}" for minor in range(_GLIBC, _OLDEST_GLIBC - 1, -1)]
+        names += ["manylinux2014", "manylinux2010", "manylinux1", "linux"]
+        platforms = [f"--platform={name}_{self.architecture}" for name in names]
+        return [
+            *("--only-binary=:all:", "--no-deps", "--implementation=cp"),
+            f"--python-version={self.python}",
+            *platforms,
+        ]
+
+
+def own_wheel(folder: Path) -> Path:
+    """Write batchlab's wheel, from the files and metadata of the package that runs; its path."""
+    installed = metadata.distribution("batchlab")
+    version = installed.version
+    info = f"batchlab-{version}.dist-info"
+    content = {name: path.read_bytes() for name, path in package_data.files()}
+    content[f"{info}/METADATA"] = (installed.read_text("METADATA") or "").encode()
+    content[f"{info}/WHEEL"] = (
+        b"Wheel-Version: 1.0\nGenerator: batchlab\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    )
+    content[f"{info}/entry_points.txt"] = (installed.read_text("entry_points.txt") or "").encode()
+    record = [f"{name},{_digest(body)},{len(body)}" for name, body in sorted(content.items())]
+    record.append(f"{info}/RECORD,,\n")
+    content[f"{info}/RECORD"] = "\n".join(record).encode()
+    path = folder / f"batchlab-{version}-py3-none-any.whl"
+    # Not compressed, which would depend on the version of the library that does it.
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as wheel:
+        for name, body in content.items():
+            entry = zipfile.ZipInfo(name, _EPOCH)
+            entry.external_attr = 0o100644 << 16
+            wheel.writestr(entry, body)
+    return path
+
+
+def _digest(body: bytes) -> str:
+    """As a wheel's RECORD has it."""
+    encoded = base64.urlsafe_b64encode(hashlib.sha256(body).digest()).rstrip(b"=")
+    return f"sha256={encoded.decode()}"
+
+
+def fetch(folder: Path, target: Target, packages: Sequence[str] = ()) -> list[str]:
+    """Bring the wheels of everything that batchlab and `packages` need, from the index that pip is
+    set up for; what they are, as "name==version". BackendError with pip's reason, UsageError for
+    a package whose name is none."""
+    with _Pip(target, folder) as pip:
+        pins, missing = _closure([*images.requirements(), *packages], target, pip)
+        pip.download([*pins, INSTALLER])
+    return sorted([*pins, *missing, INSTALLER])
+
+
+def _closure(
+    roots: Sequence[str], target: Target, pip: _Pip
+) -> tuple[Sequence[str], Sequence[str]]:
+    """What is needed in the target: pins of what is installed here too, and those of what is not,
+    which are fetched on the way."""
+    pins: dict[str, str] = {}
+    fetched: dict[str, metadata.Distribution] = {}
+    seen: set[tuple[str, str]] = set()
+    waiting = [_requirement(line) for line in roots]
+    while waiting:
+        wanted = waiting.pop()
+        name = canonicalize_name(wanted.name)
+        if name not in fetched:
+            try:
+                found = metadata.distribution(name)
+                pins[name] = f"{name}=={found.version}"
+            except metadata.PackageNotFoundError:
+                found = fetched[name] = pip.one(f"{name}{wanted.specifier}", name)
+        else:
+            found = fetched[name]
+        for extra in ("", *sorted(wanted.extras)):
+            if (name, extra) not in seen:
+                seen.add((name, extra))
+                waiting += _needed(found, target, extra)
+    return list(pins.values()), [f"{name}=={one.version}" for name, one in fetched.items()]
+
+
+def _requirement(line: str) -> Requirement:
+    from packaging.requirements import InvalidRequirement
+
+    try:
+        return Requirement(line)
+    except InvalidRequirement as error:
+        raise UsageError(
+            f"{line!r} is no requirement of a package.", remedy="Write for example 'duckdb>=1.1'."
+        ) from error
+
+
+def _needed(found: metadata.Distribution, target: Target, extra: str) -> list[Requirement]:
+    env = {**target.markers(), "extra": extra}
+    needed = map(Requirement, found.requires or ())
+    return [one for one in needed if one.marker is None or one.marker.evaluate(env)]
+
+
+class _Pip:
+    """pip, to download into `folder` for the target: of this environment, or of one that is made
+    for it."""
+
+    def __init__(self, target: Target, folder: Path) -> None:
+        self._target = target
+        self._folder = folder
+        self._made = tempfile.TemporaryDirectory(prefix="batchlab-pip-")
+        self._python = ""
+
+    def __enter__(self) -> _Pip:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._made.cleanup()
+
+    def one(self, requirement: str, name: str) -> metadata.Distribution:
+        """Download what is not installed here; what its wheel says of itself."""
+        self.download([requirement])
+        for path in self._folder.glob("*.whl"):
+            if parse_wheel_filename(path.name)[0] == name:
+                with zipfile.ZipFile(path) as wheel:
+                    (info,) = {
+                        top for top, _, rest in (n.partition("/") for n in wheel.namelist())
+                        if top.endswith(".dist-info") and rest == "METADATA"
+                    }  # fmt: skip
+                    text = wheel.read(f"{info}/METADATA").decode()
+                return _Told(text)
+        raise BackendError(f"pip says that it has fetched {requirement}, and there is no wheel.")
+
+    def download(self, requirements: Sequence[str]) -> None:
+        """Bring the wheel of each; one that is published as source alone is built here, if it is
+        for any platform. BackendError with the reason in a sentence."""
+        wanted = list(requirements)
+        while wanted:
+            told = self._run("download", *self._target.pip(), *wanted)
+            if told is None:
+                return
+            missing = _MISSING.search(told)
+            if missing is None or missing[1] not in wanted:
+                raise self._refusal(told)
+            wanted.remove(missing[1])
+            self._build(missing[1])
+
+    def _build(self, requirement: str) -> None:
+        with tempfile.TemporaryDirectory(dir=self._made.name) as made:
+            told = self._run("wheel", "--no-deps", requirement, folder=made)
+            if told is not None:
+                raise self._refusal(told)
+            (wheel,) = Path(made).glob("*.whl")
+            if not wheel.name.endswith("-none-any.whl"):
+                raise self._refusal(f"{requirement} has no wheel for that platform")
+            wheel.replace(self._folder / wheel.name)
+
+    def _run(self, command: str, *options: str, folder: str = "") -> str | None:
+        """What pip says where it fails, else None."""
+        done = subprocess.run(
+            [
+                *(self._interpreter(), "-I", "-m", "pip", command, "--quiet"),
+                *("--disable-pip-version-check", "--no-input", "--retries", "2"),
+                *("--dest" if command == "download" else "--wheel-dir", folder or self._folder),
+                *options,
+            ],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            # Else a wheel that is built here has the time of day in it.
+            env={**os.environ, "SOURCE_DATE_EPOCH": "315532800"},
+        )
+        return (done.stderr or done.stdout).strip() if done.returncode else None
+
+    def _refusal(self, told: str) -> BackendError:
+        return BackendError(
+            f"The packages for {self._target} cannot be fetched: {pip_reason(told)}.",
+            remedy="They come by pip: check the network and pip's settings. Each package needs "
+            "a wheel for that platform.",
+        )
+
+    def _interpreter(self) -> str:
+        if self._python:
+            return self._python
+        if util.find_spec("pip"):
+            self._python = sys.executable
+            return self._python
+        done = subprocess.run(
+            [sys.executable, "-I", "-m", "venv", self._made.name],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise BackendError(
+                f"There is no pip to fetch packages with: {pip_reason(done.stdout.strip())}.",
+                remedy=f"Install pip for {sys.executable}.",
+            )
+        self._python = os.fspath(Path(self._made.name) / "bin" / "python")
+        return self._python
+
+
+class _Told(metadata.Distribution):
+    """A distribution that is known from its METADATA alone."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def read_text(self, filename: str) -> str | None:
+        return self._text if filename == "METADATA" else None
+
+    def locate_file(self, path: str | os.PathLike[str]) -> Path:
+        raise FileNotFoundError(os.fspath(path))

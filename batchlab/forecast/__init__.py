@@ -1,0 +1,1 @@
+"""A scenario lived through in virtual time, and what can be told from that."""

@@ -1,0 +1,403 @@
+"""What the grid uses and what that costs; a cap on it stops launching.
+
+Invariants: without a cap nothing is decided here. With one, what has been spent, what is committed
+and one launch more never pass it: before anything is launched or cut, the purse must hold what it
+will cost. What runs is finished. The account survives the manager, in the bucket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import astuple
+from functools import partial
+from typing import Any
+
+from batchlab.costs.cap import Budget, Purse, launch_usd, launches
+from batchlab.costs.meter import Account, Accounting, Kind, Meter, Rates
+from batchlab.costs.money import shown
+from batchlab.errors import BackendError, NotFound, Refused
+from batchlab.manager.live import LiveJob, ManagerSettings, Ports
+from batchlab.manager.registry import Registry
+from batchlab.model import Control, GroupView, JobId, LifecycleState, Pool
+from batchlab.protocol import naming, wire
+from batchlab.tally import Requests
+
+log = logging.getLogger(__name__)
+
+SAVE_S = 60.0
+"""The account is written down so often while there are jobs: each time is a request."""
+CLOSE_S = 2.0
+"""A manager that ends waits so long for its account to be written down."""
+USED_SHARE = 0.8
+"""Of a slot's time a task gets so much at the least, where bundles follow one another."""
+MANAGER = "manager"
+"""Among those who tell of their requests."""
+
+
+class Spending:
+    """The grid's account, and what caps leave of it."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        settings: ManagerSettings,
+        lives: Mapping[JobId, LiveJob],
+        registry: Registry,
+        pools: Mapping[str, Pool],
+        accounting: Accounting,
+    ) -> None:
+        self._ports = ports
+        self._settings = settings
+        self._lives = lives
+        self._registry = registry
+        self._pools = pools
+        self._rates = accounting.rates
+        self._request_usd = accounting.request_usd
+        self._tally = accounting.tally
+        self._earlier = Requests()
+        """Of the managers before this one, which counted for themselves."""
+        self.meter = Meter()
+        self.max_cost_usd = accounting.max_cost_usd
+        """Of the whole grid, since its account was opened."""
+        self.caps: dict[JobId, float | None] = {}
+        """Set by hand, in place of what the job itself says."""
+        self.capped: dict[str, str] = {}
+        """By pool, why no more is launched in it, where a cap says so."""
+        self._grid: Purse | None = None
+        self._views: Sequence[GroupView] = ()
+        self._closed: dict[JobId, Account] = {}
+        """Of jobs that have ended, to be written down."""
+        self._known: dict[JobId, Account] = {}
+        self._saved_s: float | None = None
+        self._is_due = False
+
+    # --- What is used ----------------------------------------------------------------------------
+
+    def observe(self, views: Sequence[GroupView]) -> None:
+        """Count up to now, and see what the caps leave."""
+        self._views = views
+        clock = self._ports.clock
+        now_s, monotonic_s = clock.now_s(), clock.monotonic_s()
+        self._notice_ends()
+        there: set[str] = set()
+        for view in views:
+            waiting = self._waiting(view)
+            for instance in view.instances:
+                there.add(instance.id)
+                known = len(self.meter.lives)
+                self.meter.see(
+                    view.pool,
+                    instance,
+                    now_s=now_s,
+                    monotonic_s=monotonic_s,
+                    shares=self._shares(instance.id, waiting),
+                    accounts=self._known,
+                    is_spot=instance.id in self._registry.spot,
+                )
+                self._is_due |= len(self.meter.lives) != known
+        self._is_due |= self.meter.keep(there)
+        self._count_requests()
+        self.refill()
+
+    def _notice_ends(self) -> None:
+        gone = self._known.keys() - self._lives.keys()
+        for job in gone:
+            self._closed[job] = self._known[job]
+            self.caps.pop(job, None)
+        self._is_due |= bool(gone)
+        self._known = {job: live.account for job, live in self._lives.items()}
+
+    def _waiting(self, view: GroupView) -> dict[JobId, float]:
+        """Jobs that an idle instance of the pool waits for, in equal shares; where there are none,
+        those that a cap holds back, for which there were more instances than the least."""
+        pool = view.pool
+        found = [live.id for live in self._lives.values() if live.has_work(pool.name)]
+        if not found and len(view.instances) > pool.min_size:
+            stages = ((live, s) for live in self._lives.values() for s in live.job.stages)
+            found = list({one.id: 0 for one, s in stages if one.capped and s.pool == pool.name})
+        return dict.fromkeys(found, 1 / len(found)) if found else {}
+
+    def _shares(self, instance: str, waiting: Mapping[JobId, float]) -> Mapping[JobId, float]:
+        """Whom the instance works for: by the bundles that it runs, or has."""
+        seen = self._registry.workers.get(instance)
+        held = seen.beat.held if seen else ()
+        jobs = [h.job for h in held if h.running] or [h.job for h in held]
+        jobs = [job for job in jobs if job in self._lives]
+        if not jobs:
+            return waiting
+        found: dict[JobId, float] = {}
+        for job in jobs:
+            found[job] = found.get(job, 0.0) + 1 / len(jobs)
+        return found
+
+    def _count_requests(self) -> None:
+        live = [job for job, one in self._lives.items() if one.record.control is Control.RUN]
+        everybody = dict.fromkeys(live, 1 / len(live)) if live else {}
+        own = self._earlier + self._tally.read()
+        self.meter.hear(MANAGER, own, everybody, self._known)
+        for worker, asked in self._registry.requests.items():
+            shares: Mapping[JobId, float] = everybody
+            if asked.instance in self._registry.workers:
+                shares = self._shares(asked.instance, everybody)
+            self.meter.hear(worker, asked.requests, shares, self._known)
+        self._registry.requests.clear()
+
+    # --- Caps ------------------------------------------------------------------------------------
+
+    def cap_of(self, live: LiveJob) -> float | None:
+        """The job's own cap in USD, None where it has none."""
+        return self.caps.get(live.id, live.job.max_cost_usd)
+
+    def set_cap(self, job: JobId | None, usd: float | None) -> None:
+        """Cap a job's cost, or with None for it the grid's; Refused where nothing has a price."""
+        if usd is not None and self._rates is None:
+            raise Refused(
+                "This grid knows no prices, so no cost can be capped.",
+                remedy="`batchlab prices show` says what is wrong with the price book.",
+            )
+        if job is None:
+            self.max_cost_usd = usd
+        else:
+            self.caps[job] = usd
+        self._is_due = True
+        self._saved_s = None
+        self.refill()
+
+    def refill(self) -> None:
+        """See anew what the caps leave, for what has just changed."""
+        caps = (self.cap_of(live) for live in self._lives.values())
+        if self._rates and (self.max_cost_usd is not None or any(c is not None for c in caps)):
+            self._fill_purses(self._rates)
+            return
+        self._grid = None
+        for live in self._lives.values():
+            live.budget = None
+            self._hold(live, 0.0)
+
+    def _fill_purses(self, rates: Rates) -> None:
+        slot_usd_s = {
+            pool.name: self._pool_usd_h(pool) / 3600 / max(1, pool.slots) / USED_SHARE
+            for pool in self._pools.values()
+        }
+        slots = {name: max(1, pool.slots) for name, pool in self._pools.items()}
+        owed = {job: self._work_usd(live, slot_usd_s) for job, live in self._lives.items()}
+        all_owed = sum(owed.values())
+        for view in self._views:
+            waiting = self._waiting(view)
+            tail_s = self._tail_s(view.pool.name)
+            for instance in view.instances:
+                if life := self.meter.lives.get(instance.id):
+                    # Until it is let go once nothing is left to do; what is billed already pays for
+                    # work too, unless it boots meanwhile.
+                    still_s = tail_s - life.prepaid_s
+                    if instance.state is not LifecycleState.IN_SERVICE:
+                        still_s = max(0.0, still_s + view.pool.boot_s)
+                    usd = rates(life.kind) * still_s / 3600
+                    all_owed += usd
+                    for job, share in self._shares(instance.id, waiting).items():
+                        owed[job] += usd * share
+        self._grid = None
+        if self.max_cost_usd is not None:
+            spent = self._spent_usd(self.meter.total, rates)
+            self._grid = Purse("the grid", self.max_cost_usd, spent, max(0.0, all_owed))
+        for job, live in self._lives.items():
+            purses = [self._grid] if self._grid else []
+            if (cap := self.cap_of(live)) is not None:
+                spent = self._spent_usd(live.account, rates)
+                purses.append(Purse("it", cap, spent, max(0.0, owed[job])))
+            live.budget = Budget(tuple(purses), slot_usd_s, slots) if purses else None
+            self._hold(live, self._next_usd(live, slot_usd_s))
+
+    def _spent_usd(self, account: Account, rates: Rates) -> float:
+        return account.usd(rates) + self._request_usd(account.requests)
+
+    def _hold(self, live: LiveJob, next_usd: float) -> None:
+        """Hold the job back where a purse does not even hold what its next task costs."""
+        purses = live.budget.purses if live.budget else ()
+        empty = next((p for p in purses if p.left_usd <= 0 or p.left_usd < next_usd), None)
+        text = f"its cost is capped: {empty.text()}" if empty else ""
+        if empty and empty.left_usd > 0:
+            text += f", while its next task takes {shown(next_usd)}"
+        if bool(text) != bool(live.capped):
+            log.info("job %s: %s", live.id, text or "a cap no longer holds it back")
+            live.changed()
+            live.poke.set()
+        live.capped = text
+
+    def _next_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
+        """The least that the next task of the job costs, with an instance where there is none."""
+        now_s, found = self._ports.clock.monotonic_s(), []
+        for stage in live.job.stages:
+            record = live.stages[stage.name]
+            is_next = record.left or (record.counts.planned is None and not stage.after)
+            if stage.pool not in self._pools or not is_next:
+                continue
+            # Before one is measured, a task costs nothing that is known.
+            known = record.counts.mean_s is not None
+            usd = slot_usd_s.get(stage.pool, 0.0) * live.task_s(stage, now_s) * known
+            if not any(life.kind.pool == stage.pool for life in self.meter.lives.values()):
+                usd += self._launch_usd(self._pools[stage.pool])
+            found.append(usd)
+        return min(found, default=0.0)
+
+    def _work_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
+        """What the bundles cost that are cut and not done."""
+        now_s = self._ports.clock.monotonic_s()
+        return sum(
+            live.cut_tasks(stage.name) * live.task_s(stage, now_s) * slot_usd_s.get(stage.pool, 0.0)
+            for stage in live.job.stages
+        )
+
+    def _tail_s(self, pool: str) -> float:
+        """How long an instance may be there beyond its work: until others have finished their last
+        task, and the policy lets it go."""
+        settings, now_s = self._settings, self._ports.clock.monotonic_s()
+        longest_s = max(
+            (
+                live.task_s(stage, now_s)
+                for live in self._lives.values()
+                for stage in live.job.stages
+                if stage.pool == pool and live.cut_tasks(stage.name)
+            ),
+            default=0.0,
+        )
+        return longest_s + settings.idle_s + settings.cooldown_in_s + 2 * settings.tick_s
+
+    def _launch_usd(self, pool: Pool) -> float:
+        """What one more instance of the pool costs at the least."""
+        return launch_usd(self._pool_usd_h(pool), pool.boot_s + self._tail_s(pool.name))
+
+    def _pool_usd_h(self, pool: Pool) -> float:
+        """The dearest instance that the pool has, or would launch."""
+        assert self._rates is not None
+        kinds = {Kind(pool.name, pool.instance_type)}
+        kinds |= {one.kind for one in self.meter.lives.values() if one.kind.pool == pool.name}
+        return max(self._rates(kind) for kind in kinds)
+
+    def launches(self, view: GroupView, desired: int, why: str) -> tuple[int, str]:
+        """How far desired capacity may be raised to `desired`, and why."""
+        pool = view.pool
+        was = self.capped.pop(pool.name, "")
+        wanted = desired - max(view.desired, pool.min_size)
+        purses = self._purses(pool.name) if wanted > 0 else []
+        if not purses:
+            return desired, why
+        each = self._launch_usd(pool)
+        count = launches(wanted, each, purses)
+        if count == wanted:
+            return desired, why
+        dry = min(purses, key=lambda purse: purse.left_usd)
+        told = (
+            f"{why}; but a cap on cost allows {count} more, each for {shown(each)} "
+            f"at least: {dry.text()}"
+        )
+        self.capped[pool.name] = told
+        if not was:
+            log.info("pool %s: %s", pool.name, told)
+        return desired - wanted + count, told
+
+    def _purses(self, pool: str) -> list[Purse]:
+        """Those that pay for a launch in the pool: the grid's, and where all jobs with work for it
+        have caps, theirs."""
+        found = [self._grid] if self._grid else []
+        working = [live for live in self._lives.values() if live.has_work(pool)]
+        own = [p for live in working if live.budget for p in live.budget.purses]
+        own = [purse for purse in own if purse is not self._grid]
+        if working and len(own) == len(working):
+            left = sum(max(0.0, purse.left_usd) for purse in own)
+            found.append(own[0] if len(own) == 1 else Purse("what its jobs", left))
+        return found
+
+    # --- The bucket ------------------------------------------------------------------------------
+
+    async def load(self) -> None:
+        """Take over what the manager before us has written down."""
+        get = partial(self._ports.objects.get, naming.USE)
+        try:
+            doc = wire.loads(await self._ports.patience(get))
+        except NotFound:
+            return
+        except BackendError as error:
+            # Jobs must go on; what was spent before is not known to the caps then.
+            log.warning("the grid's account cannot be read and begins anew: %s", error)
+            return
+        self.meter = Meter.from_json(doc["meter"])
+        # What this process has counted so far may be in there: it has led before.
+        self._earlier = Requests(*doc["own"]) - self._tally.read()
+        if doc["cap"] is not None:
+            self.max_cost_usd = doc["cap"]
+        self.caps = {JobId(job): usd for job, usd in doc["caps"].items()}
+        self._known = {JobId(j): Account.from_json(a) for j, a in doc["jobs"].items()}
+
+    async def open(self, live: LiveJob, *, is_new: bool) -> None:
+        """Find the job's account, or begin it."""
+        known = self._known.get(live.id) or self._closed.get(live.id)
+        if known is None and not is_new:
+            get = partial(self._ports.objects.get, naming.used(live.id))
+            try:
+                known = Account.from_json(wire.loads(await self._ports.patience(get))["account"])
+            except BackendError:
+                # It has run where nobody counted, or nobody can say.
+                known = Account(is_whole=False)
+        if known:
+            live.account = known
+
+    async def account(self, job: JobId) -> Account | None:
+        """What a job has used, None where nobody has counted."""
+        live = self._lives.get(job)
+        if live:
+            return live.account
+        if known := self._known.get(job) or self._closed.get(job):
+            return known
+        try:
+            data = await self._ports.patience(partial(self._ports.objects.get, naming.used(job)))
+        except NotFound:
+            return None
+        return Account.from_json(wire.loads(data)["account"])
+
+    async def close(self) -> None:
+        """Write down what there is, if the bucket takes it soon."""
+        self.observe(self._views)
+        self._is_due, self._saved_s = True, None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await self.save()
+
+    async def save(self) -> None:
+        """Write the account down, where something has changed or some time has passed."""
+        now_s = self._ports.clock.monotonic_s()
+        age_s = None if self._saved_s is None else now_s - self._saved_s
+        # What lives without a job is billed from its launch on, whoever counts it.
+        is_old = self._known and self.meter.lives and (age_s is None or age_s >= SAVE_S)
+        is_due = self._is_due and (age_s is None or age_s >= self._settings.idle_s)
+        if not (is_old or is_due):
+            return
+        self._saved_s, self._is_due = now_s, False
+        put = self._ports.objects.put
+        try:
+            for job, account in list(self._closed.items()):
+                if job in self._lives:  # a retry
+                    del self._closed[job]
+                    continue
+                data = wire.to_bytes({"v": wire.VERSION, "account": account.to_json()})
+                await self._ports.patience(partial(put, naming.used(job), data))
+                self._closed.pop(job, None)
+            await self._ports.patience(partial(put, naming.USE, self._to_bytes()))
+        except BackendError as error:
+            log.warning("the grid's account is not written down yet: %s", error)
+            self._is_due = True
+
+    def _to_bytes(self) -> bytes:
+        own = self._earlier + self._tally.read()
+        doc: dict[str, Any] = {
+            "v": wire.VERSION,
+            "meter": self.meter.to_json(),
+            "own": list(astuple(own)),
+            "cap": self.max_cost_usd,
+            "caps": dict(self.caps),
+            "jobs": {job: account.to_json() for job, account in self._known.items()},
+        }
+        return wire.to_bytes(doc)

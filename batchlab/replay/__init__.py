@@ -1,0 +1,1 @@
+"""A scenario lived through in real time, on a real grid."""

@@ -1,0 +1,176 @@
+"""From what was measured of a run to its record.
+
+Invariant: what could not be asked any more is left open in the record, never guessed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from batchlab.backends import Backend
+from batchlab.client import Client
+from batchlab.costs import prices
+from batchlab.costs.meter import Account
+from batchlab.errors import BackendError, UsageError
+from batchlab.home import Home
+from batchlab.patience import Patience
+from batchlab.ports import Objects
+from batchlab.replay import costing
+from batchlab.replay.course import Course, Running
+from batchlab.replay.link import Link
+from batchlab.replay.measuring import Measured, measure, root_tasks
+from batchlab.replay.sampling import Sampler
+from batchlab.scenario.record import InstanceRun, JobRun, Record, StageRun
+from batchlab.usage import AccountView, account_of
+from batchlab.views import JobView
+
+AT_ONCE = 4
+"""Accounts of jobs that are asked for at the same time."""
+LAST_S = 10.0
+"""So long the manager's last answer is waited for."""
+
+
+async def reckon(
+    course: Course,
+    sampler: Sampler,
+    link: Link,
+    backend: Backend,
+    home: Home,
+    before: Account,
+    objects: Objects,
+    patience: Patience,
+) -> Record:
+    """The record of a run that has come to its end; `before` is the grid's account at its
+    beginning."""
+    after = await _account(link, list(course.running))
+    cut = course.cut
+    try:
+        measured = await measure(course.told(), course.seed, objects, patience)
+    except BackendError as error:
+        measured = Measured()
+        cut = cut or f"What its tasks came to cannot be read: {error.message}"
+    scenario = course.scenario
+    kinds = {plan.pool.name: plan.pool.instance_type for plan in scenario.pools}
+    # Where machines do not differ they count as what the scenario asks for, as in their cost.
+    instances = tuple(
+        replace(one, type=one.type or kinds.get(one.pool, "")) for one in sampler.instances()
+    )
+    stages = measured.runs()
+    spent = _spent(course, backend, home, before, after, stages)
+    return Record(
+        scenario=scenario.name,
+        digest=scenario.digest,
+        seed=course.seed,
+        backend=backend.name,
+        compressed=scenario.compressed,
+        pools={
+            plan.pool.name: (plan.pool.min_size, plan.pool.max_size, plan.pool.slots)
+            for plan in scenario.pools
+        },
+        jobs=tuple(
+            sorted(
+                (job_run(one, course.begun_s) for one in course.running.values()),
+                key=lambda one: one.index,
+            )
+        ),
+        stages=stages,
+        samples=tuple(sampler.samples),
+        instances=instances,
+        faults=tuple(sorted(course.injected, key=lambda one: one.at_s)),
+        lost=measured.lost,
+        duplicates=measured.duplicates,
+        instance_s=sum(lived_s(one, course.took_s) for one in instances),
+        again_s=costing.again_s(before, after) if after else None,
+        usd=spent.usd if spent else None,
+        usd_items=spent.items if spent else {},
+        settings={
+            **asdict(backend.worker),
+            **(sampler.grid["settings"] if sampler.grid else {}),
+            "cores": backend.usual.cores,
+        },
+        wall_s=course.took_s,
+        cut=cut,
+    )
+
+
+async def _account(link: Link, jobs: Sequence[str]) -> Account | None:
+    """The grid's account, and in it what attempts of these jobs came to nothing: that is in the
+    jobs' own accounts only. None where the manager does not answer."""
+    room = asyncio.Semaphore(AT_ONCE)
+
+    async def of_job(job: str) -> AccountView | None:
+        async with room:
+            used = await link.call(lambda client: client.job_use(job), within_s=LAST_S)
+        return used["account"]
+
+    try:
+        whole = account_of((await link.call(Client.use, within_s=LAST_S))["total"])
+        for one in await asyncio.gather(*map(of_job, jobs)):
+            for pool, seconds in (one["failed_s"] if one else {}).items():
+                whole.fail(pool, seconds)
+            for pool, seconds in (one["lost_s"] if one else {}).items():
+                whole.lose(pool, seconds)
+            whole.bundles += one["bundles"] if one else 0
+    except BackendError:
+        return None
+    return whole
+
+
+def _spent(
+    course: Course,
+    backend: Backend,
+    home: Home,
+    before: Account,
+    after: Account | None,
+    stages: tuple[StageRun, ...],
+) -> costing.Spent | None:
+    if after is None:
+        return None
+    try:
+        book = prices.load(home.path)
+    except UsageError:
+        return None  # no price book can be read, and without one there is no cost
+    return costing.spent(before, after, stages, course.scenario.pools, backend, book)
+
+
+def job_run(one: Running, begun_s: float) -> JobRun:
+    """One job as a record has it."""
+    view, due = one.view, one.due
+    stages = {stage.name: stage.after for stage in due.template.stages}
+    deadline_s = due.template.deadline_s
+    ends = [stage["last_end_s"] for stage in view["stages"] if stage["last_end_s"] is not None]
+    return JobRun(
+        index=due.index,
+        id=view["id"],
+        template=due.template.name,
+        tenant=due.tenant,
+        due_s=due.due_s,
+        submitted_s=one.at_s,
+        started_s=_of_run(view["started_s"], begun_s),
+        ended_s=_of_run(view["ended_s"], begun_s),
+        state=view["state"],
+        planned=sum(stage["planned"] or 0 for stage in view["stages"]),
+        succeeded=_sum(view, "succeeded"),
+        failed=_sum(view, "failed"),
+        cancelled=_sum(view, "cancelled"),
+        retried=_sum(view, "retried"),
+        deadline_s=None if deadline_s is None else due.due_s + deadline_s,
+        label=due.label,
+        tasks=root_tasks(view, stages),
+        done_s=_of_run(max(ends, default=None), begun_s),
+    )
+
+
+def _sum(view: JobView, counter: str) -> int:
+    return sum(int(dict(stage)[counter]) for stage in view["stages"])  # type: ignore[call-overload]
+
+
+def _of_run(at_s: float | None, begun_s: float) -> float | None:
+    return None if at_s is None else at_s - begun_s
+
+
+def lived_s(one: InstanceRun, end_s: float) -> float:
+    """Seconds of the run in which the instance was there."""
+    return max(0.0, (end_s if one.ended_s is None else one.ended_s) - one.launched_s)

@@ -1,0 +1,1 @@
+"""What a replay sends to the workers as its jobs' code: this folder, whole."""

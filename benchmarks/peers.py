@@ -1,0 +1,173 @@
+"""Every peer that this machine can have beside batchlab, in one run, and the table for the docs.
+
+    python benchmarks/peers.py --install [--docs]
+    python benchmarks/peers.py --small --peers batchlab_local,dask,ray
+
+With --install the peers are installed by uv, in virtual environments of their own (--venvs; what is
+there stays). The harness runs them all through `run.py`: each round measures every peer once, so
+that a slow spell of the machine hits all alike. A peer that needs a program which is not here is
+named and left out. Prints the table, each figure the median of its rounds; with --docs it takes the
+place of the one in `docs/benchmarks.md`. Three rounds of all of them take about 45 minutes on a
+machine that does nothing else. --small is one round of a tenth of the work: a check, and no
+measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parent / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"
+
+PACKAGES: Mapping[str, Sequence[str]] = {
+    "main": ("celery[redis,sqs]", "dramatiq[redis]", "rq", "dask[distributed]"),
+    "ray": ("ray",),
+    "parsl": ("parsl",),
+}
+"""By the harness's environments, which Ray and Parsl cannot share with others."""
+
+OURS = {"batchlab_local": "batchlab, `local`", "batchlab_ministack": "batchlab, `ministack`"}
+PEERS: Mapping[str, tuple[str, str, str]] = {
+    "ppe1": ("ProcessPoolExecutor", "", ""),
+    "dask": ("Dask distributed", "main", ""),
+    "ray": ("Ray", "ray", ""),
+    "parsl": ("Parsl HTEX", "parsl", ""),
+    "celery_redis": ("Celery + Redis", "main", "redis-server"),
+    "celery_sqs": ("Celery + SQS", "main", "redis-server"),
+    "dramatiq": ("Dramatiq + Redis", "main", "redis-server"),
+    "rq_simple": ("RQ (SimpleWorker)", "main", "redis-server"),
+    "parallel": ("GNU parallel", "", "parallel"),
+}
+"""What each is called, the environment that it needs, and the program."""
+
+
+def present(peers: Iterable[str], venvs: Path) -> list[str]:
+    """Those that can run here; of the others it is said what they lack."""
+    found: list[str] = []
+    for peer in peers:
+        _, venv, program = PEERS.get(peer, ("", "", ""))
+        if venv and not (venvs / f"v_{venv}" / "bin" / "python").exists():
+            print(f"{peer} is left out: it is not installed; --install does that.")
+        elif program and not shutil.which(program):
+            print(f"{peer} is left out: it needs {program}, which this machine does not have.")
+        else:
+            found.append(peer)
+    return found
+
+
+def install(venvs: Path) -> None:
+    """Make the environments that are not there yet."""
+    uv = shutil.which("uv")
+    if uv is None:
+        sys.exit("Peers are installed with uv, which is not here; install it, or name --venvs.")
+    for name, packages in PACKAGES.items():
+        venv = venvs / f"v_{name}"
+        python = venv / "bin" / "python"
+        if not python.exists():
+            subprocess.run([uv, "venv", "-q", "-p", sys.executable, str(venv)], check=True)
+            command = [uv, "pip", "install", "-q", "--compile-bytecode", "-p", str(python)]
+            subprocess.run([*command, *packages], check=True)
+
+
+def versions(venvs: Path) -> str:
+    """What is installed there, for the caption."""
+    told: list[str] = []
+    for name, packages in PACKAGES.items():
+        python = venvs / f"v_{name}" / "bin" / "python"
+        if python.exists():
+            names = [package.partition("[")[0] for package in packages]
+            code = f"import importlib.metadata as m; print(*map(m.version, {names!r}))"
+            run = subprocess.run(
+                [str(python), "-c", code], capture_output=True, text=True, check=True
+            )
+            told += [f"{n} {v}" for n, v in zip(names, run.stdout.split(), strict=True)]
+    return ", ".join(told)
+
+
+def table(runs: Mapping[str, Mapping[str, Mapping[str, Any]]], peers: Sequence[str]) -> str:
+    """The figures in Markdown, a row for each peer."""
+    head = "| | W1 | W2 | W3 | W4 | W5 median / p99 | W6 | W7 | W7N |"
+    lines = [head, f"| --- |{' ---: |' * 8}"]
+    for peer in peers:
+        title = OURS.get(peer) or PEERS[peer][0]
+        found = {name: one["median"] for name, one in runs.get(peer, {}).items()}
+        cells = [_cell(name, found.get(name, {})) for name in ("W1", "W2", "W3", "W4", "W5")]
+        cells += [_cell(name, found.get(name, {})) for name in ("W6", "W7", "W7N")]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(workload: str, figures: Mapping[str, Any]) -> str:
+    try:
+        match workload:
+            case "W1" | "W4":
+                return f"{figures['per_s']:,.0f}/s"
+            case "W2" | "W3":
+                return f"{figures['efficiency']:.1%}"
+            case "W5":
+                return f"{figures['median_ms']:.1f} / {figures['p99_ms']:.0f} ms"
+            case "W6":
+                return f"{figures['first_s']:.2f} s"
+        lost, twice = figures["lost"], figures["completed_twice"]
+        took = f"{figures['wall_s']:.1f} s" if not lost else "–"
+        return f"{took}, {lost:.0f} lost, {twice:.0f} twice"
+    except KeyError:
+        return "–"
+
+
+def write(text: str, path: Path) -> None:
+    """Put the table in the place of the one between the two marks."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        sys.exit(f"{path} has no marks {BEGIN} and {END} for the table.")
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+
+
+def main() -> None:
+    """Install, measure, tell."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--peers", default=",".join((*OURS, *PEERS)), help="comma list")
+    parser.add_argument("--workloads", default="all", help="comma list of W1 … W7N, or all")
+    parser.add_argument("--harness", type=Path, default=HERE.parents[1] / "shared" / "bench")
+    parser.add_argument("--venvs", type=Path, default=Path.home() / ".cache" / "batchlab" / "peers")
+    parser.add_argument("--install", action="store_true", help="install the peers first")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds")
+    parser.add_argument("--small", action="store_true", help="a check, not a measurement")
+    parser.add_argument("--docs", action="store_true", help="write the table to the docs")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "peers.json")
+    options = parser.parse_args()
+    unknown = set(options.peers.split(",")) - {*OURS, *PEERS}
+    if unknown:
+        sys.exit(
+            f"No such peer: {', '.join(sorted(unknown))}; there are {', '.join((*OURS, *PEERS))}."
+        )
+    options.venvs.mkdir(parents=True, exist_ok=True)
+    if options.install:
+        install(options.venvs)
+    peers = present(options.peers.split(","), options.venvs)
+    command = [sys.executable, str(HERE / "run.py"), "--harness", str(options.harness)]
+    command += ["--venvs", str(options.venvs), "--peers", ",".join(peers)]
+    command += ["--workloads", options.workloads, "--json", str(options.json)]
+    if options.small:
+        command += ["--repeat", "1", "--scale", "0.1", "--attempts", "1", "--patience", "1"]
+    else:
+        command += ["--repeat", str(options.repeat)]
+    subprocess.run(command, check=True)
+    told = table(json.loads(options.json.read_text())["runs"], peers)
+    told += f"\nVersions: {versions(options.venvs)}.\n"
+    print(f"\n{told}")
+    if options.docs:
+        write(told, DOCS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""A day of a real cluster in the simulator: 24 hours of Facebook's Hadoop jobs of 2009.
+
+Target: the 5,894 jobs of the trace in under 30 s. A job has a task for each 128 MiB of its input;
+the fleet grows and shrinks with the backlog, instances boot for a minute and a half, and the
+settings are those of AWS. Each row is a process of its own, so that its peak memory is its own.
+
+    python benchmarks/scenarios.py TRACE [--small] [--json FILE]
+
+TRACE is FB-2009_samples_24_times_1hr_0.tsv of the workload suite in github.com/SWIMProjectUCB/SWIM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from measured import peak_mb
+
+from batchlab.forecast.simulate import simulate
+from batchlab.model import Pool
+from batchlab.scenario.draws import Constant
+from batchlab.scenario.model import JobTemplate, PoolPlan, Scenario, StageTemplate
+from batchlab.scenario.traces.columns import Columns, Take
+from batchlab.scenario.traces.source import Trace, TraceFormat
+
+HOURS = (1, 6, 24)
+TASK_BYTES = 128 * 2**20
+TASK_S = 2.0
+"""Of each task: what reading 128 MiB takes at 64 MiB a second."""
+
+BUNDLE = 64
+"""Tasks of a bundle, by the user's own number: most jobs have one task, some have thousands."""
+
+POOL = Pool("default", 0, 40, slots=4, boot_s=90.0)
+COLUMNS = ("job", "submit", "gap", "input", "shuffle", "output")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One run, of the first `hours` of the trace. `virtual_s` is when the last job has ended."""
+
+    hours: float
+    jobs: int
+    tasks: int
+    bundles: int
+    instances: int
+    virtual_s: float
+    wall_s: float
+    cpu_s: float
+    peak_mb: float
+
+
+def facebook(trace: Path, hours: float) -> Scenario:
+    """The first `hours` of the trace as a scenario."""
+    columns = Columns("submit", tasks=Take(("input",), per=TASK_BYTES), label="job")
+    stage = StageTemplate("map", Constant(TASK_S), bundle=BUNDLE)
+    source = Trace(
+        template="map",
+        path=trace,
+        format=TraceFormat.TABLE,
+        columns=columns,
+        names=COLUMNS,
+        delimiter="\t",
+        until_s=None if hours == HOURS[-1] else hours * 3600,
+    )
+    jobs = {"map": JobTemplate("map", (stage,), Constant(1))}
+    return Scenario("facebook", "", jobs, (source,), (PoolPlan(POOL),))
+
+
+def measure(trace: Path, hours: float) -> Row:
+    """Run it in this process."""
+    begun_s, cpu_s = time.perf_counter(), time.process_time()
+    record = simulate(facebook(trace, hours))
+    if {job.state for job in record.jobs} != {"SUCCEEDED"} or record.lost or record.duplicates:
+        raise SystemExit(f"Not all went well: {record.lost} lost, {record.duplicates} twice")
+    return Row(
+        hours,
+        len(record.jobs),
+        sum(job.succeeded for job in record.jobs),
+        sum(stage.bundles for stage in record.stages),
+        len(record.instances),
+        max(job.ended_s or 0.0 for job in record.jobs),
+        time.perf_counter() - begun_s,
+        time.process_time() - cpu_s,
+        peak_mb(),
+    )
+
+
+def apart(trace: Path, hours: float) -> Row:
+    """Run it in a process of its own."""
+    command = [sys.executable, __file__, str(trace), "--one", str(hours)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return Row(**json.loads(done.stdout))
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("trace", type=Path, metavar="TRACE")
+    parser.add_argument("--small", action="store_true", help="its first hour only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--one", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(asdict(measure(options.trace, options.one))))
+        return
+    rows = []
+    print("  hours    jobs     tasks  bundles  instances  virtual s   wall s    CPU s  peak MB")
+    for hours in HOURS[: 1 if options.small else None]:
+        row = apart(options.trace, hours)
+        rows.append(row)
+        print(
+            f"{row.hours:7g} {row.jobs:7,} {row.tasks:9,} {row.bundles:8,} {row.instances:10,} "
+            f"{row.virtual_s:10,.0f} {row.wall_s:8.1f} {row.cpu_s:8.1f} {row.peak_mb:8.0f}",
+            flush=True,
+        )
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""CloudFormation's templates as values: loaded, sent, and with their parameters and conditions put
+in, so that a test sees what AWS would see.
+
+Independent of `batchlab.deploy`, which it judges.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import ipaddress
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from batchlab import package_data
+
+Template = dict[str, Any]
+T = TypeVar("T")
+
+PSEUDO = {
+    "AWS::StackName": "batchlab",
+    "AWS::Region": "us-east-1",
+    "AWS::AccountId": "123456789012",
+    "AWS::Partition": "aws",
+}
+_NOTHING = {"Ref": "AWS::NoValue"}
+_VARIABLE = re.compile(r"\$\{([^!}][^}]*)\}")
+
+
+class _Loader(yaml.SafeLoader):
+    pass
+
+
+def _short(loader: _Loader, suffix: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.ScalarNode):
+        value: Any = loader.construct_scalar(node)
+    elif isinstance(node, yaml.SequenceNode):
+        value = loader.construct_sequence(node, deep=True)
+    else:
+        assert isinstance(node, yaml.MappingNode)
+        value = loader.construct_mapping(node, deep=True)
+    if suffix == "GetAtt":
+        value = value.split(".", 1)
+    return {suffix if suffix in ("Ref", "Condition") else f"Fn::{suffix}": value}
+
+
+_Loader.add_multi_constructor("!", _short)
+# A policy's Version is text.
+_Loader.yaml_implicit_resolvers = {
+    key: [one for one in found if one[0] != "tag:yaml.org,2002:timestamp"]
+    for key, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def stack_file() -> Path:
+    return package_data.folder("backends") / "aws" / "stack.yaml"
+
+
+def load(text: str | None = None) -> Template:
+    """The template in `text`, else the grid's."""
+    found: Template = yaml.load(text or stack_file().read_text(), Loader=_Loader)
+    return found
+
+
+def body(template: Template) -> str:
+    """As sent: without what only people and tools read, for which a request has no room."""
+    short = copy.deepcopy(template)
+    short.pop("Metadata", None)
+    for section in ("Parameters", "Outputs"):
+        for one in short.get(section, {}).values():
+            one.pop("Description", None)
+    for one in short["Resources"].values():
+        one.pop("Metadata", None)
+    return json.dumps(short, separators=(",", ":"))
+
+
+def without(template: Template, resources: set[str]) -> Template:
+    """The template reduced by these resources, and by the outputs that name them."""
+    assert resources <= template["Resources"].keys(), resources - template["Resources"].keys()
+    made = copy.deepcopy(template)
+    for name in resources:
+        del made["Resources"][name]
+    for name, output in list(made["Outputs"].items()):
+        if resources & set(re.findall(r'"(\w+)"', json.dumps(output["Value"]))):
+            del made["Outputs"][name]
+    return made
+
+
+class Rendered:
+    """A template with these parameters: only the resources that exist then, their properties with
+    everything known put in. What AWS makes up stays "<Logical>" or "<Logical.Attribute>", or with
+    `open_ends` the reference that it is, as tools for templates expect."""
+
+    def __init__(
+        self, template: Template, *, open_ends: bool | int | str = False, **parameters: Any
+    ) -> None:
+        self._template = template
+        self._open_ends = open_ends
+        self._parameters = {
+            name: str(parameters.pop(name, one.get("Default", "")))
+            for name, one in template["Parameters"].items()
+        }
+        assert not parameters, f"no such parameters: {sorted(parameters)}"
+        self.resources: dict[str, dict[str, Any]] = {
+            name: {**one, "Properties": self._value(one.get("Properties", {}))}
+            for name, one in template["Resources"].items()
+            if "Condition" not in one or self.holds(one["Condition"])
+        }
+        self.outputs: dict[str, Any] = {
+            name: self._value(one["Value"])
+            for name, one in template["Outputs"].items()
+            if "Condition" not in one or self.holds(one["Condition"])
+        }
+
+    def of_type(self, kind: str) -> dict[str, dict[str, Any]]:
+        """Properties by logical id."""
+        return {n: one["Properties"] for n, one in self.resources.items() if one["Type"] == kind}
+
+    def properties(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.resources[name]["Properties"]
+        return found
+
+    def template(self) -> Template:
+        """As a template again, for tools that read templates."""
+        return {"AWSTemplateFormatVersion": "2010-09-09", "Resources": self.resources}
+
+    def broken_rules(self) -> list[str]:
+        """The descriptions of the assertions in Rules that do not hold."""
+        return [
+            one["AssertDescription"]
+            for rule in self._template.get("Rules", {}).values()
+            if "RuleCondition" not in rule or self._test(rule["RuleCondition"])
+            for one in rule["Assertions"]
+            if not self._test(one["Assert"])
+        ]
+
+    def holds(self, condition: str) -> bool:
+        return self._test(self._template["Conditions"][condition])
+
+    def _test(self, node: Any) -> bool:
+        ((name, value),) = node.items()
+        if name == "Condition":
+            return self.holds(value)
+        if name == "Fn::Equals":
+            first, second = map(self._value, value)
+            return str(first) == str(second)
+        tests = map(self._test, value)
+        return {"Fn::Not": lambda: not next(tests), "Fn::And": lambda: all(tests),
+                "Fn::Or": lambda: any(tests)}[name]()  # fmt: skip
+
+    def _value(self, node: Any) -> Any:
+        if isinstance(node, list):
+            return [v for v in map(self._value, node) if v != _NOTHING]
+        if not isinstance(node, dict):
+            return node
+        if len(node) == 1:
+            ((name, value),) = node.items()
+            if name == "Ref":
+                return self._ref(value)
+            if name.startswith("Fn::"):
+                return getattr(self, f"_{name[4:].lower()}")(value)
+        values = {name: self._value(value) for name, value in node.items()}
+        return {name: value for name, value in values.items() if value != _NOTHING}
+
+    def _ref(self, name: str) -> Any:
+        if name == "AWS::NoValue":
+            return _NOTHING
+        if name not in self._parameters:
+            return PSEUDO.get(name) or ({"Ref": name} if self._open_ends else f"<{name}>")
+        value = self._parameters[name]
+        return int(value) if self._template["Parameters"][name]["Type"] == "Number" else value
+
+    def _getatt(self, path: list[str]) -> Any:
+        return {"Fn::GetAtt": path} if self._open_ends else f"<{'.'.join(path)}>"
+
+    def _if(self, value: list[Any]) -> Any:
+        return self._value(value[1 if self.holds(value[0]) else 2])
+
+    def _sub(self, value: Any) -> Any:
+        text, own = value if isinstance(value, list) else (value, {})
+        known = self._parameters | PSEUDO | {k: self._value(v) for k, v in own.items()}
+
+        def put(found: re.Match[str]) -> str:
+            unknown = found[0] if self._open_ends else f"<{found[1]}>"
+            return str(known.get(found[1], unknown))
+
+        made = _VARIABLE.sub(put, text)
+        return {"Fn::Sub": made} if _VARIABLE.search(made) else made.replace("${!", "${")
+
+    def _join(self, value: list[Any]) -> str:
+        return str(value[0]).join(map(str, self._value(value[1])))
+
+    def _split(self, value: list[Any]) -> list[str]:
+        return str(self._value(value[1])).split(value[0])
+
+    def _select(self, value: list[Any]) -> Any:
+        return self._value(value[1])[int(value[0])]
+
+    def _base64(self, value: Any) -> Any:
+        made = self._value(value)
+        if isinstance(made, dict):
+            return {"Fn::Base64": made}
+        return base64.b64encode(made.encode()).decode()
+
+    def _getazs(self, value: Any) -> list[str]:
+        return [f"{PSEUDO['AWS::Region']}{zone}" for zone in "abcdef"]
+
+    def _cidr(self, value: list[Any]) -> list[str]:
+        network, count, bits = map(self._value, value)
+        subnets = ipaddress.ip_network(network).subnets(new_prefix=32 - int(bits))
+        return [str(subnet) for subnet, _ in zip(subnets, range(int(count)), strict=False)]
+
+
+def as_list(value: T | list[T]) -> list[T]:
+    """What a policy may write alone or in a list."""
+    return value if isinstance(value, list) else [value]
+
+
+def statements(role: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of all inline policies of a role's properties."""
+    return [
+        statement
+        for policy in role.get("Policies", [])
+        for statement in policy["PolicyDocument"]["Statement"]
+    ]
+
+
+MINISTACK_LACKS = {
+    "NatAddress": "AWS::EC2::EIP",
+    "NatGateway": "AWS::EC2::NatGateway",
+    "DatabaseFromManager": "AWS::EC2::SecurityGroupIngress",
+    "LedgerDomain": "AWS::SDB::Domain",
+    "Budget": "AWS::Budgets::Budget",
+}
+"""Resources whose types MiniStack refuses, whatever their conditions say."""
+
+
+_MASTER_SECRET = {"Fn::GetAtt": ["Database", "MasterUserSecret.SecretArn"]}
+NO_SECRET = "arn:aws:secretsmanager:us-east-1:000000000000:secret:rds-makes-none-here"
+"""In place of the secret that RDS makes for its master user."""
+
+
+_BATCHED = ("sqs:SendMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility")
+
+
+def for_ministack(template: Template, **parameters: Any) -> Template:
+    """The template reduced by what MiniStack cannot make, and by the route that needs one of them.
+    Its conditions know no Fn::Split, so those that use it are put in; its RDS makes no secret; and
+    its IAM takes a batch's call for an action of its own, where AWS's asks for the single one."""
+    text = json.dumps(without(template, {*MINISTACK_LACKS, "PrivateRouteOut"}))
+    made: Template = json.loads(text.replace(json.dumps(_MASTER_SECRET), json.dumps(NO_SECRET)))
+    rendered = Rendered(template, **parameters)
+    for name, condition in made["Conditions"].items():
+        if "Fn::Split" in json.dumps(condition):
+            made["Conditions"][name] = {"Fn::Equals": [str(rendered.holds(name)), "True"]}
+    for one in made["Resources"].values():
+        if one["Type"] == "AWS::IAM::Role":
+            for statement in statements(one["Properties"]):
+                if isinstance(actions := statement.get("Action"), list):
+                    actions += [f"{action}Batch" for action in actions if action in _BATCHED]
+    return made

@@ -1,0 +1,253 @@
+"""What the ledger on SimpleDB bears: processes that end between two calls, limits, rivals."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+
+from batchlab.adapters.simpledb import store
+from batchlab.errors import Throttled, Unreachable
+from batchlab.model import Control, JobId, JobState
+from batchlab.ports import Ending, Ledger, Past, Reopening, Round
+from tests.contract.ledger_lives import Call, answer, anything
+from tests.contract.ledger_suite import (
+    CALLS,
+    INDEX,
+    JOB,
+    RESIZE,
+    TOTAL,
+    DumpingLedger,
+    bundle,
+    cut,
+    done,
+    fold,
+    ledger_in,
+    submit,
+)
+from tests.simpledb.rig import FAIR, Sdb
+
+_TOKEN = replace(JOB, token="once")
+
+
+def _past() -> Past:
+    bundles = [bundle(n, n + 1) for n in range(60)]
+    first = Round(
+        (),
+        (replace(cut(0, *bundles), planned=70),),
+        {INDEX: 60},
+        tuple(done(one, replace(one, stage=INDEX)) for one in bundles),
+        tuple({TOTAL: 0} for _ in bundles),
+        Ending(JobState.FAILED, "no luck", 50.0, {RESIZE: 10}),
+    )
+    again = Round((Reopening(RESIZE, cancelled=10),), (), {}, (), (), None)
+    return Past(_TOKEN, JobState.SUBMITTED, (first, again), Control.PAUSE)
+
+
+async def _restore(ledger: Ledger) -> bool:
+    return await ledger.restore(_past(), over=await ledger.version(JOB.id))
+
+
+LIFE: list[tuple[str, Call]] = [
+    ("add", lambda of: of.add_job(_TOKEN, state=JobState.SUBMITTED, cut=cut(0, bundle(0, 5)))),
+    *((f"call {n}", call) for n, call in enumerate(CALLS) if n),
+    ("restore", _restore),
+    ("fold", lambda of: of.fold([done(bundle(n, n + 1, attempt=9)) for n in range(30)], [{}] * 30)),
+    ("forget", lambda of: of.forget([JOB.id])),
+    ("add again", lambda of: of.add_job(_TOKEN, state=JobState.SUBMITTED)),
+    ("forget all", lambda of: of.forget()),
+]
+
+
+def test_a_process_may_end_between_any_two_calls(
+    simpledb: Sdb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pain 6: whatever it was about to do has happened or has not, and can be done again. In the
+    end there is nothing left of all those deaths."""
+    monkeypatch.setattr(store, "PATIENCE_S", 0.0)
+
+    async def dies_after(calls: int, mortal: Ledger, call: Call) -> bool:
+        """Whether it died before it was done."""
+        simpledb.weather(stop_after=calls)
+        try:
+            await call(mortal)
+        except Throttled:
+            return True
+        finally:
+            simpledb.weather(**FAIR)
+        return False
+
+    async def main() -> int:
+        deaths = 0
+        async with (
+            ledger_in(None) as reference,
+            ledger_in(simpledb) as mortal,
+            ledger_in(simpledb) as survivor,
+        ):
+            before = await survivor.dump()
+            for name, call in LIFE:
+                await call(reference)
+                after = await reference.dump()
+                calls = 0
+                while await dies_after(calls, mortal, call):
+                    deaths += 1
+                    assert await survivor.dump() in (before, after), (name, calls)
+                    calls += 1
+                assert await survivor.dump() == after, name
+                before = after
+        return deaths
+
+    deaths = asyncio.run(main())
+    assert deaths > 80
+    left = {name.split("/")[0] for name in simpledb.items()}
+    assert left == {"counter"}, "of a job there is nothing"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_lives_are_those_of_the_sql_ledger(seed: int, rough_simpledb: Sdb) -> None:
+    """Two ledgers on the domain in turn, against one on SQLite."""
+    rng = Random(seed)
+
+    async def main() -> None:
+        async with (
+            ledger_in(None) as reference,
+            ledger_in(rough_simpledb) as one,
+            ledger_in(rough_simpledb) as other,
+        ):
+            ledgers = [one, other]
+            for _ in range(40):
+                call = anything(rng)
+                answers = [await answer(call, of) for of in (reference, rng.choice(ledgers))]
+                assert answers[0] == answers[1]
+                assert await rng.choice(ledgers).dump() == await reference.dump()
+
+    asyncio.run(main())
+
+
+def test_many_writers_and_a_reader_keep_the_sums(simpledb: Sdb) -> None:
+    """Each of them believes that it leads; what a reader sees is whole, all the time."""
+    simpledb.weather(throttle=0.05, lose=0.02, short=0.1)
+    outcomes = [
+        done(bundle(n, n + 1), bundle(n, n + 1, stage=INDEX), failed=n % 2) for n in range(120)
+    ]
+
+    async def write(seed: int, of: DumpingLedger) -> int:
+        mine, new = Random(seed).sample(outcomes, len(outcomes)), 0
+        for i in range(0, len(mine), 8):
+            new += sum(await _patiently_fold(of, mine[i : i + 8]))
+        return new
+
+    async def read(of: DumpingLedger, writing: asyncio.Event) -> int:
+        looks = 0
+        while not writing.is_set():
+            dump = await of.dump()
+            folded = [row for row in dump["bundles"] if row["seq"]]
+            counts = next(row for row in dump["stages"] if row["stage"] == RESIZE)
+            assert counts["failed"] + counts["succeeded"] == len(folded)
+            assert sum(row["stage"] == INDEX for row in dump["bundles"]) == len(folded)
+            looks += 1
+        return looks
+
+    async def main() -> None:
+        ended = asyncio.Event()
+        async with (
+            ledger_in(simpledb) as a,
+            ledger_in(simpledb) as b,
+            ledger_in(simpledb) as c,
+            ledger_in(simpledb) as reader,
+        ):
+            await submit(a)
+            looking = asyncio.create_task(read(reader, ended))
+            await asyncio.gather(*(write(n, of) for n, of in enumerate((a, b, c))))
+            ended.set()
+            assert await looking > 1
+            records = await reader.bundles(JOB.id, done=True)
+            assert sorted(r.bundle.tasks.first for r in records) == list(range(120))
+            seqs = [r.seq or 0 for r in records]
+            assert seqs == sorted(set(seqs))
+
+    asyncio.run(main())
+
+
+async def _patiently_fold(of: Ledger, some: Any) -> list[bool]:
+    while True:
+        try:
+            return await fold(of, *some)
+        except (Throttled, Unreachable):
+            await asyncio.sleep(0.05)
+
+
+def test_who_is_overtaken_after_a_first_job_is_told_to_repeat(simpledb: Sdb) -> None:
+    """A call over several jobs is one transaction for each."""
+    twin = replace(JOB, id=JobId("photos-2"))
+    mine, its = done(bundle(0, 5)), done(replace(bundle(0, 5), job=twin.id))
+
+    async def main() -> None:
+        async with ledger_in(simpledb) as slow, ledger_in(simpledb) as fast:
+            await submit(slow)
+            await submit(slow, twin)
+            await fold(slow, done(bundle(7, 8)))  # its numbers are older from here on
+            folding = slow._heads.commit  # type: ignore[attr-defined]
+            loop = asyncio.get_running_loop()
+
+            def overtaken(head: Any, book: Any, rows: Any) -> bool:
+                came: bool = folding(head, book, rows)
+                other = fold(fast, done(replace(bundle(8, 9), job=twin.id)))
+                asyncio.run_coroutine_threadsafe(other, loop).result()
+                return came
+
+            slow._heads.commit = overtaken  # type: ignore[attr-defined]
+            with pytest.raises(Throttled, match="photos-2"):
+                await fold(slow, mine, its)
+            slow._heads.commit = folding  # type: ignore[attr-defined]
+            assert await fold(slow, mine, its) == [False, True]
+            seqs = [r.seq or 0 for r in await slow.bundles(twin.id)]
+            assert seqs == sorted(set(seqs))
+
+    asyncio.run(main())
+
+
+def test_a_watcher_misses_nothing_though_numbers_are_given_in_blocks(simpledb: Sdb) -> None:
+    """Two leaders hold blocks of numbers; seqs are in the order of folding all the same."""
+
+    async def main() -> None:
+        async with ledger_in(simpledb) as one, ledger_in(simpledb) as other:
+            await submit(one)
+            last = -1
+            for n in range(12):
+                await fold((one, other)[n % 2], done(bundle(n, n + 1)))
+                page = await one.bundles(JOB.id, after_seq=last)
+                assert [r.bundle.tasks.first for r in page] == [n]
+                last = page[-1].seq or 0
+
+    asyncio.run(main())
+
+
+def test_every_read_is_consistent(simpledb: Sdb) -> None:
+    """An eventually consistent one would see a job without the bundles that it tells of. (The
+    server counts those under a name of their own.)"""
+    simpledb.weather(lag_s=60.0)
+    before = simpledb.asked()
+
+    async def main() -> None:
+        async with ledger_in(simpledb) as ledger:
+            for _, call in LIFE[:-3]:
+                await call(ledger)
+            await ledger.bundles(JOB.id)
+            await ledger.jobs(active=True)
+            await ledger.forget()
+
+    asyncio.run(main())
+    after = simpledb.asked()
+    used = {action for action, count in after.items() if count > before.get(action, 0)}
+    assert used == {
+        "BatchDeleteAttributes",
+        "BatchPutAttributes",
+        "DeleteAttributes",
+        "GetAttributes",
+        "PutAttributes",
+        "Select",
+    }, "what docs/ledger.md says the manager's role needs"

@@ -1,0 +1,229 @@
+"""An account on which `batchlab deploy apply` makes the stack that ships, and its instances boot.
+
+CloudFormation, S3, SQS, Secrets Manager, EC2's launch templates, logs and alarms are MiniStack's.
+Its Auto Scaling groups are numbers, so each is mirrored in batchlab's own endpoint, as the template
+describes it: containers with systemd that run the user data which MiniStack has rendered. Session
+Manager is a stub.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from botocore.exceptions import ClientError
+
+from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.docker_engine import Engine
+from tests import boot_rig, cfn
+from tests.aws_account import Sessions, laptop
+from tests.containers import DockerGrid, docker_grid, ensure_network
+from tests.emulators import Server, free_port, ministack_python
+from tests.http_front import Answer, Request, forward, standing
+from tests.wire_rigs import aws
+
+REGION = "us-east-1"
+LOOK_S = 0.3
+_GROUP = "AWS::AutoScaling::AutoScalingGroup"
+
+
+@dataclass
+class ListeningFront:
+    """Before CloudFormation; `template` and `parameters` are those of the last change set."""
+
+    target: str
+    template: cfn.Template = field(default_factory=dict)
+    parameters: dict[str, str] = field(default_factory=dict)
+
+    def answer(self, request: Request) -> Answer:
+        asked = dict(urllib.parse.parse_qsl(request.body.decode(), keep_blank_values=True))
+        if asked["Action"] == "CreateChangeSet":
+            self.template = cfn.load(self._template(asked))
+            self.parameters = {
+                asked[f"Parameters.member.{n}.ParameterKey"]: asked.get(
+                    f"Parameters.member.{n}.ParameterValue", ""
+                )
+                for n in range(1, 1 + sum(name.endswith(".ParameterKey") for name in asked))
+            }
+        return forward(self.target, request)
+
+    def _template(self, asked: dict[str, str]) -> str:
+        if url := asked.get("TemplateURL", ""):
+            bucket, _, key = urllib.parse.urlsplit(url).path.strip("/").partition("/")
+            s3 = aws(Endpoint(self.target, REGION), "s3")
+            return str(s3.get_object(Bucket=bucket, Key=key)["Body"].read().decode())
+        return asked["TemplateBody"]
+
+
+@dataclass
+class ControlPlane:
+    """`env` makes AWS of it for a laptop's commands, `inside` for an instance."""
+
+    grid: DockerGrid
+    folder: Path
+    env: dict[str, str]
+    inside: Mapping[str, str]
+    front: ListeningFront
+    name: str = "batchlab"
+
+    def aws(self, service: str) -> Any:
+        """A client of the account's owner, at MiniStack."""
+        return aws(Endpoint(self.front.target, REGION), service)
+
+    @property
+    def scaling(self) -> Any:
+        """A client of the groups whose instances are real."""
+        return aws(Endpoint(self.env["AWS_ENDPOINT_URL_AUTO_SCALING"], REGION), "autoscaling")
+
+    def groups(self) -> dict[str, Any]:
+        found = self.scaling.describe_auto_scaling_groups()["AutoScalingGroups"]
+        return {one["AutoScalingGroupName"]: one for one in found}
+
+    # --- Mirroring -------------------------------------------------------------------------------
+
+    def mirror(self, stop: threading.Event) -> None:
+        """Keep the groups as the stack's template has them, until told to stop."""
+        done: object = None
+        while not stop.wait(LOOK_S):
+            stack = self._stack()
+            state = stack and (stack["StackStatus"], stack.get("LastUpdatedTime"))
+            if state == done:
+                continue
+            if stack is None:
+                for name in self.groups():
+                    self.scaling.delete_auto_scaling_group(
+                        AutoScalingGroupName=name, ForceDelete=True
+                    )
+            elif stack["StackStatus"] in ("CREATE_COMPLETE", "UPDATE_COMPLETE"):
+                self._take_over()
+            done = state
+
+    def _stack(self) -> dict[str, Any] | None:
+        try:
+            (found,) = self.aws("cloudformation").describe_stacks(StackName=self.name)["Stacks"]
+        except ClientError:
+            return None
+        return None if found["StackStatus"] == "DELETE_COMPLETE" else found
+
+    def _take_over(self) -> None:
+        rendered = cfn.Rendered(self.front.template, **self.front.parameters)
+        groups = {
+            str(one["AutoScalingGroupName"]): one for one in rendered.of_type(_GROUP).values()
+        }
+        path = boot_rig.templates_in(self.folder)
+        fresh = path.with_name("fresh")
+        fresh.write_text("".join(self._launch_template(name) for name in groups))
+        fresh.replace(path)
+        known = self.groups()
+        for name in known.keys() - groups.keys():
+            self.scaling.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
+        for name, one in groups.items():
+            sizes = {"MinSize": int(one["MinSize"]), "MaxSize": int(one["MaxSize"])}
+            if name in known:
+                self.scaling.update_auto_scaling_group(AutoScalingGroupName=name, **sizes)
+            else:
+                self.scaling.create_auto_scaling_group(**self._request(name, one, sizes))
+
+    def _request(self, name: str, one: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+        hooks = one.get("LifecycleHookSpecificationList", [])
+        return {
+            "AutoScalingGroupName": name,
+            **sizes,
+            "LaunchTemplate": {"LaunchTemplateName": name, "Version": "$Latest"},
+            "AvailabilityZones": [f"{REGION}a"],
+            "DefaultCooldown": 0,
+            "HealthCheckGracePeriod": 0,
+            "TerminationPolicies": one.get("TerminationPolicies", ["Default"]),
+            "LifecycleHookSpecificationList": [
+                {**hook, "HeartbeatTimeout": int(hook["HeartbeatTimeout"])} for hook in hooks
+            ],
+            "Tags": [
+                {**tag, "Value": str(tag["Value"]), "PropagateAtLaunch": True}
+                for tag in one["Tags"]
+            ],
+        }
+
+    def _launch_template(self, name: str) -> str:
+        """As the stack's says, with a container's image in place of the AMI."""
+        (version,) = self.aws("ec2").describe_launch_template_versions(
+            LaunchTemplateName=name, Versions=["$Latest"]
+        )["LaunchTemplateVersions"]
+        data = version["LaunchTemplateData"]
+        table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in self.inside.items())
+        return f"""
+[[{json.dumps(name)}.version]]
+system = true
+image = {json.dumps(boot_rig.IMAGE)}
+network = {json.dumps(self.grid.id)}
+type = {json.dumps(data.get("InstanceType", "m7i.large"))}
+slots = {self.front.parameters.get("PoolSlots", "2")}
+role = {{ name = "instance", access_key = "test", secret_key = "test" }}
+env = {{ {table} }}
+user_data = {json.dumps(data["UserData"])}
+"""
+
+
+@contextmanager
+def control_plane(folder: Path) -> Iterator[ControlPlane]:
+    """The account in `folder`; all that is left in it ends with it."""
+    boot_rig.need_instances()
+    sessions = Sessions()
+    with docker_grid(folder / "docker") as grid:
+        with Engine() as engine:
+            here = ensure_network(engine, grid.id, grid.labels, internal=True)
+        ministack = _ministack(here, folder / "ministack")
+        try:
+            ministack.start()
+            url = str(ministack.endpoint.url)
+            front = ListeningFront(url)
+            with (
+                boot_rig.auto_scaling(folder, grid, here) as scaling,
+                standing(sessions) as session_manager,
+                standing(front) as cloudformation,
+            ):
+                boot_rig.install_plugin(folder / "bin", grid)
+                inside = {"AWS_ENDPOINT_URL": url, **scaling}
+                urls = {
+                    "AWS_ENDPOINT_URL": url,
+                    "AWS_ENDPOINT_URL_AUTO_SCALING": scaling["AWS_ENDPOINT_URL_AUTO_SCALING"],
+                    "AWS_ENDPOINT_URL_CLOUDFORMATION": cloudformation,
+                    "AWS_ENDPOINT_URL_SSM": session_manager,
+                }
+                env = laptop(folder, {**urls, "AWS_DEFAULT_REGION": REGION})
+                plane = ControlPlane(grid, folder, env, inside, front)
+                with _mirrored(plane):
+                    yield plane
+        finally:
+            ministack.kill()
+
+
+@contextmanager
+def _mirrored(plane: ControlPlane) -> Iterator[None]:
+    stop = threading.Event()
+    mirroring = threading.Thread(target=plane.mirror, args=(stop,))
+    mirroring.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        mirroring.join()
+
+
+def _ministack(here: str, folder: Path) -> Server:
+    """On an address that containers reach."""
+    port = free_port()
+    env = {
+        "GATEWAY_PORT": str(port),
+        "BIND_HOST": here,
+        "MINISTACK_HOST": here,
+        "IOT_MTLS_ENABLED": "0",
+        "LOG_LEVEL": "WARNING",
+    }
+    command = [str(ministack_python()), "-m", "ministack"]
+    return Server(command, folder, port=port, env=env, host=here)

@@ -1,0 +1,111 @@
+"""What tests of `batchlab deploy` share: an account on an emulator, a release, a small stack."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab.adapters.aws import session
+from batchlab.deploy import template
+from batchlab.deploy.explain import Event
+from batchlab.deploy.plan import Plan
+
+REGION = "us-east-1"
+SMALL = Path(__file__).with_name("deploy_stack.yaml")
+"""A template with what `batchlab deploy` looks at, and little else."""
+
+_ACCOUNTS = itertools.count(100_000_000_001)
+"""MiniStack takes an access key of twelve digits for an account of its own."""
+
+
+def use(monkeypatch: pytest.MonkeyPatch, url: str, source: Path = SMALL) -> str:
+    """Have `batchlab deploy` work in a fresh account at `url`, with that template; the account."""
+    account = str(next(_ACCOUNTS))
+    for name in ("AWS_PROFILE", "AWS_REGION", "AWS_SESSION_TOKEN", "BATCHLAB_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", account)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setattr(template, "shipped", lambda: source)
+    return account
+
+
+def client(service: str) -> Any:
+    """boto3's, in the account that is in use."""
+    # Not boto3's default session, which keeps the credentials of the first test.
+    make: Any = session(None).client
+    return make(service)
+
+
+def release(folder: Path, text: str = "one") -> Path:
+    """An archive as far as `deploy apply` looks into it."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        body = f"VERSION={text}\nPYTHON=3.12\nARCHITECTURE=x86_64\n".encode()
+        entry = tarfile.TarInfo("version")
+        entry.size = len(body)
+        archive.addfile(entry, io.BytesIO(body))
+    whole = packed.getvalue()
+    path = folder / f"{hashlib.sha256(whole).hexdigest()}.tar.gz"
+    path.write_bytes(whole)
+    return path
+
+
+def stacks() -> dict[str, str]:
+    """Those that are there, and what they are."""
+    told = client("cloudformation").describe_stacks()["Stacks"]
+    return {one["StackName"]: one["StackStatus"] for one in told}
+
+
+def queues() -> list[str]:
+    urls = client("sqs").list_queues().get("QueueUrls", [])
+    return sorted(url.rpartition("/")[2] for url in urls)
+
+
+def group(name: str) -> dict[str, Any]:
+    told = client("autoscaling").describe_auto_scaling_groups(AutoScalingGroupNames=[name])
+    (found,) = told["AutoScalingGroups"]
+    return dict(found)
+
+
+@dataclass
+class Front:
+    """apply.Front for a test: agrees or not, and remembers what it saw. `seeing` is called with
+    each event."""
+
+    agreed: bool = True
+    said: list[str] = field(default_factory=list)
+    questions: list[str] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
+    seen: list[Event] = field(default_factory=list)
+    seeing: Callable[[Event], None] = lambda _: None
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def agrees(self, question: str) -> bool:
+        self.questions.append(question)
+        return self.agreed
+
+    def show(self, plan: Plan) -> None:
+        self.plans.append(plan)
+
+    @contextmanager
+    def watching(self, what: str, total: int) -> Iterator[Callable[[Event], None]]:
+        def see(event: Event) -> None:
+            self.seen.append(event)
+            self.seeing(event)
+
+        yield see

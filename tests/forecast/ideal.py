@@ -1,0 +1,60 @@
+"""A grid without overhead, to be compared with theory: no latency, strict order, a fixed fleet,
+and nothing that anybody does by the clock comes between."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from batchlab import backends
+from batchlab.backends import Backend
+from batchlab.forecast.grid import Options
+from batchlab.manager.live import ManagerSettings
+from batchlab.model import Pool
+from batchlab.scenario.draws import Constant
+from batchlab.scenario.model import (
+    Calibration,
+    Draw,
+    JobTemplate,
+    PoolPlan,
+    Scenario,
+    Source,
+    StageTemplate,
+)
+from batchlab.worker.settings import WorkerSettings
+
+HOUR_S = 3600.0
+
+LIKE: Backend = replace(
+    backends.load("aws"),
+    name="ideal",
+    manager=ManagerSettings(
+        control_lease_s=HOUR_S,
+        visibility_s=HOUR_S,
+        silence_s=1e6,
+        lease_ttl_s=1e5,
+        tick_s=HOUR_S,
+        wait_s=HOUR_S,
+        idle_s=1e9,
+        window=10**6,
+    ),
+    worker=WorkerSettings(
+        control_lease_s=HOUR_S,
+        visibility_s=HOUR_S,
+        beat_s=HOUR_S,
+        idle_beat_s=1e5,
+        beat_gap_s=HOUR_S,
+        wait_s=HOUR_S,
+        watchdog_s=2 * HOUR_S,
+        quick_s=0.0,
+    ),
+)
+NOTHING = Calibration("ideal", call_s=(0.0, 0.0))
+IN_ORDER = Options(fifo=True, max_wait_s=HOUR_S)
+
+
+def servers(source: Source, count: int, task_s: Draw | None = None) -> Scenario:
+    """Jobs of one task each for `count` slots, first come first served."""
+    stage = StageTemplate("run", task_s or Constant(1.0), bundle=1)
+    template = JobTemplate("job", (stage,), Constant(1))
+    pool = Pool("default", 1, 1, count)
+    return Scenario("servers", "", {"job": template}, (source,), (PoolPlan(pool),))

@@ -1,0 +1,47 @@
+"""Small scenarios for the tests of the forecast, made by hand."""
+
+from __future__ import annotations
+
+from batchlab.model import Pool
+from batchlab.scenario.draws import Constant, Lognormal
+from batchlab.scenario.model import (
+    Fault,
+    JobTemplate,
+    PoolPlan,
+    Prewarm,
+    Scenario,
+    StageTemplate,
+    WorkKind,
+)
+from batchlab.scenario.sources import At
+
+PARSE = StageTemplate("parse", Lognormal(4.0, 0.8), kind=WorkKind.IO)
+PRICE = StageTemplate("price", Constant(1.0), after=("parse",))
+BY_PAYER = StageTemplate("payer", Constant(2.0), after=("price",), gather="key", groups=3)
+SUM = StageTemplate("sum", Constant(5.0), after=("price",), gather="*")
+
+
+def claims(
+    *stages: StageTemplate,
+    jobs: int = 6,
+    gap_s: float = 60.0,
+    tasks: int = 30,
+    faults: tuple[Fault, ...] = (),
+    pool: PoolPlan | None = None,
+    prewarm: tuple[Prewarm, ...] = (),
+    zones: int = 2,
+    first_s: float = 0.0,
+) -> Scenario:
+    """Some jobs of these stages, one every `gap_s` from `first_s` on."""
+    template = JobTemplate("claims", stages or (PARSE, PRICE, BY_PAYER, SUM), Constant(tasks))
+    moments = tuple((first_s + gap_s * n, 1) for n in range(jobs))
+    return Scenario(
+        "claims",
+        "Claims come one after the other.",
+        {"claims": template},
+        (At(template="claims", moments=moments),),
+        (pool or PoolPlan(Pool("default", 0, 6, 2, 90.0, instance_type="m7i.large"), 0.5),),
+        zones=zones,
+        faults=faults,
+        prewarm=prewarm,
+    )

@@ -1,0 +1,28 @@
+"""Every scenario that ships holds what it expects of itself, in the simulator."""
+
+from __future__ import annotations
+
+import pytest
+
+from batchlab.cli import verdicts
+from batchlab.forecast.simulate import simulate
+from batchlab.scenario import loader, verdict
+
+NAMES = loader.names()
+
+
+def test_there_are_scenarios_to_try() -> None:
+    assert len(NAMES) >= 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_scenario_passes_its_own_expectations(name: str) -> None:
+    scenario = loader.load(loader.find(name))
+    record = simulate(scenario)
+    rows = verdict.judge(record, scenario.expect)
+    assert rows, "a scenario that expects nothing teaches nothing"
+    assert not verdict.is_red(rows), verdicts.text(rows)
+    assert (record.lost, record.duplicates) == (0, 0)
+    assert len(record.faults) == len(scenario.faults)
+    for fault in record.faults:
+        assert fault.evidence, f"{fault.name} was not injected: {fault.impossible}"

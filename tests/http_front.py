@@ -1,0 +1,114 @@
+"""An HTTP server of a test's own that stands in front of another one, on 127.0.0.1."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPConnection, HTTPSConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Protocol
+from urllib.parse import urlsplit
+
+_HOP = {"connection", "transfer-encoding", "content-length", "expect", "keep-alive"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """`path` with its query. The names of `headers` are as they were sent."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    def header(self, name: str) -> str:
+        """Its value, however its name is written; "" where there is none."""
+        wanted = name.lower()
+        return next((v for n, v in self.headers.items() if n.lower() == wanted), "")
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+
+
+class Server(Protocol):
+    def answer(self, request: Request) -> Answer:
+        """Called on any thread."""
+
+
+class Front(Server, Protocol):
+    target: str
+    """URL of the server behind it."""
+
+
+def forward(target: str, request: Request) -> Answer:
+    """What the server at `target` says to the request, which it gets as it is: its Host too, which
+    a signature may be over."""
+    parts = urlsplit(target)
+    host = parts.hostname or ""
+    with closing(
+        # A test's own server, whose certificate nobody else knows.
+        HTTPSConnection(host, parts.port, timeout=60, context=ssl._create_unverified_context())
+        if parts.scheme == "https"
+        else HTTPConnection(host, parts.port, timeout=60)
+    ) as connection:
+        connection.putrequest(
+            request.method, request.path, skip_host=True, skip_accept_encoding=True
+        )
+        for name, value in request.headers.items():
+            if name.lower() not in _HOP:
+                connection.putheader(name, value)
+        connection.putheader("Content-Length", str(len(request.body)))
+        connection.endheaders(request.body)
+        found = connection.getresponse()
+        kept = [(name, value) for name, value in found.getheaders() if name.lower() not in _HOP]
+        if request.method == "HEAD" and (length := found.getheader("Content-Length")):
+            kept.append(("Content-Length", length))
+        return Answer(found.status, kept, found.read())
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, front: Server, *arguments: object) -> None:
+        self._front = front
+        super().__init__(*arguments)  # type: ignore[arg-type]
+
+    def _serve(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        headers = dict(self.headers.items())
+        answer = self._front.answer(Request(self.command, self.path, headers, body))
+        self.send_response_only(answer.status)
+        for name, value in answer.headers:
+            self.send_header(name, value)
+        if self.command != "HEAD":
+            self.send_header("Content-Length", str(len(answer.body)))
+        self.end_headers()
+        self.wfile.write(answer.body)
+
+    do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = _serve  # noqa: N815 - their names
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def standing(front: Server) -> Iterator[str]:
+    """The URL of the front while it listens."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, front))
+    server.daemon_threads = True
+    serving = threading.Thread(target=server.serve_forever)
+    serving.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        serving.join()
+        server.server_close()

@@ -1,0 +1,170 @@
+"""The grid under the stack's own roles: all that it asks for is allowed, and nothing is allowed
+that it does not ask for.
+
+MiniStack holds each process to the policies of its role, over TLS; Auto Scaling is batchlab's own
+endpoint, which holds nobody to a policy but has the calls written down.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from batchlab.adapters.awsgrid.deployment import AwsDeployment
+from batchlab.home import Home
+from tests import cfn
+from tests.aws_account import POOL, Account, opened
+from tests.http_front import standing
+from tests.integration.test_aws_backend import batchlab, job_of, total
+from tests.ministack_aws import REGION, Stack, served
+from tests.recording_front import RecordingFront
+from tests.stack_shapes import RELEASE
+from tests.waiting import until
+
+SHAPE = {"Release": RELEASE}
+
+ELSEWHERE = {
+    "logs:CreateLogStream": "the CloudWatch agent, and a boot that fails (test_boot.py)",
+    "logs:PutLogEvents": "as logs:CreateLogStream",
+    "ssm:UpdateInstanceInformation": "Session Manager's agent",
+    "ssmmessages:CreateControlChannel": "Session Manager's agent",
+    "ssmmessages:CreateDataChannel": "Session Manager's agent",
+    "ssmmessages:OpenControlChannel": "Session Manager's agent",
+    "ssmmessages:OpenDataChannel": "Session Manager's agent",
+    "s3:AbortMultipartUpload": "a worker whose large upload fails",
+    "autoscaling:SetInstanceHealth": "the manager, of an instance that does not answer",
+}
+"""What is allowed, and called by something that does not run here, or not on a good day."""
+WORKERS_ELSEWHERE = {
+    "s3:DeleteObject": "a worker that leaves while it holds a suspect",
+    "autoscaling:CompleteLifecycleAction": "a worker that drains (test_boot.py)",
+}
+
+
+GATED = """\
+import pathlib, time
+
+def square(item):
+    while not pathlib.Path('{gate}').exists():
+        time.sleep(0.1)
+    return item * item
+
+def total(values):
+    return sum(values)
+"""
+
+
+@dataclass
+class Trial:
+    there: Account
+    front: RecordingFront
+    scaling: RecordingFront
+    access: dict[str, str]
+    """Access keys by role."""
+
+    def called(self, role: str) -> set[str]:
+        key = self.access[role]
+        return self.front.called[key] | self.scaling.called[key]
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
+    folder = tmp_path_factory.mktemp("least")
+    with served(folder / "ministack", enforces=True, tls=True) as root:
+        stack = Stack(root)
+        status = stack.create(cfn.for_ministack(cfn.load(), **SHAPE), **SHAPE)
+        assert status == "CREATE_COMPLETE", stack.failures()
+        keys = {role: root.role(stack.ids()[f"{role.title()}Role"]).keys for role in ROLES}
+        front, scaling = RecordingFront(root.url), RecordingFront()
+        # Nobody pays by the minute here: most of the test would be waiting for the idle time.
+        manager = Home(folder / "account" / "manager")
+        manager.make()
+        manager.settings_file.write_text("[manager]\nidle_s = 10\n")
+        with standing(front) as url:
+            at = deployment_of(stack)
+            with opened(
+                at,
+                {"AWS_ENDPOINT_URL": url},
+                folder / "account",
+                front=scaling,
+                keys={role: environment(given) for role, given in keys.items()},
+            ) as there:
+                access = {role: given["aws_access_key_id"] for role, given in keys.items()}
+                yield Trial(there, front, scaling, access)
+
+
+ROLES = ("manager", "worker")
+
+
+def environment(keys: Mapping[str, str]) -> dict[str, str]:
+    return {name.upper(): value for name, value in keys.items()}
+
+
+def deployment_of(stack: Stack) -> AwsDeployment:
+    outputs = stack.outputs()
+    name = stack.name
+    return AwsDeployment(
+        name,
+        REGION,
+        outputs["Bucket"],
+        f"{name}-",
+        f"{name}-manager",
+        outputs["TokenSecret"],
+        (POOL,),
+    )
+
+
+def allowed(role: str) -> set[str]:
+    """The actions of the role's policy, in the shape that is deployed here."""
+    rendered = cfn.Rendered(cfn.load(), **SHAPE)
+    return {
+        action
+        for statement in cfn.statements(rendered.properties(f"{role.title()}Role"))
+        if statement["Effect"] == "Allow"
+        for action in cfn.as_list(statement["Action"])
+    }
+
+
+def is_busy(there: Account, home: Home) -> bool:
+    shown, _ = batchlab(there, "grid", "workers", "--json", "--home", home.path)
+    return any(one["busy"] for one in json.loads(shown))
+
+
+def test_the_grid_needs_what_its_roles_may_and_no_more(trial: Trial, tmp_path: Path) -> None:
+    there, home = trial.there, trial.there.home()
+    until(there.manager_pid, 60)
+    job, out, gate = job_of(tmp_path / "job", 8), tmp_path / "out", tmp_path / "gate"
+    job.with_name("work.py").write_text(GATED.format(gate=gate))
+    batchlab(there, "grid", "up", "--backend", "aws", "--home", home.path)
+    batchlab(there, "job", "submit", job, "--home", home.path)
+    # A task takes longer than its worker has until it must ask for more time.
+    until(lambda: "sqs:ChangeMessageVisibility" in trial.called("worker"), 120, pause_s=0.2)
+    # A dead worker's messages are given back.
+    os.kill(there.worker_pids()[0], signal.SIGKILL)
+    gate.touch()
+    batchlab(there, "job", "watch", "last", "--home", home.path)
+    batchlab(there, "job", "results", "last", "--out", out, "--home", home.path)
+    assert total(out) == sum(i * i for i in range(8))
+    batchlab(there, "grid", "activities", "--home", home.path)
+    batchlab(there, "grid", "scale", POOL.name, "--max", 3, "--home", home.path)
+    batchlab(there, "ledger", "rebuild", "--home", home.path)
+    group = f"{there.at.groups_prefix}{POOL.name}"
+    # Its instances are idle, so the manager names them.
+    until(lambda: not there.group(group)["Instances"], 150, pause_s=1.0)
+    ended = there.aws("autoscaling").describe_scaling_activities(AutoScalingGroupName=group)
+    unasked = [a["Cause"] for a in ended["Activities"] if "(exit 0)" in a["Cause"]]
+    assert not unasked, "no worker leaves by itself"
+    batchlab(there, "grid", "down", "--home", home.path)
+    ours = {trial.access[role] for role in ROLES}
+    assert [one for one in trial.front.denied if one[0] in ours] == []
+    for role, elsewhere in (("manager", ELSEWHERE), ("worker", ELSEWHERE | WORKERS_ELSEWHERE)):
+        called, may = trial.called(role), allowed(role)
+        assert called <= may, (role, sorted(called - may))
+        idle = may - called - elsewhere.keys()
+        assert not idle, (role, "may and does not", json.dumps(sorted(idle)))

@@ -1,0 +1,66 @@
+"""In which order the processes of a run take the tests, so that no core idles and none is last.
+
+Tests that mostly wait (for containers, leases, real time) leave their core to others; left to the
+end, as the alphabet has it, they are waited for alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+WAITS_S: Mapping[str, float] = {
+    "tests/replay/test_forecast_against_fact.py": 270,
+    "tests/chaos/test_chaos.py": 255,
+    "tests/integration/test_same_results.py": 240,
+    "tests/integration/test_aws_faults.py": 205,
+    "tests/replay/test_harm_aws.py": 180,
+    "tests/integration/test_boot.py": 150,
+    "tests/integration/test_least_privilege.py": 115,
+    "tests/chaos/test_scaling.py": 110,
+    "tests/replay/test_harm_containers.py": 100,
+    "tests/integration/test_ministack.py": 90,
+    "tests/replay/test_replay_cli.py": 80,
+    "tests/replay/test_harm_processes.py": 80,
+    "tests/replay/test_replay_local.py": 70,
+    "tests/integration/test_kills_ministack.py": 65,
+    "tests/replay/test_replay_localstack.py": 60,
+    "tests/integration/test_kills.py": 50,
+    "tests/replay/test_faults_in_replays.py": 40,
+    "tests/integration/test_simpledb_leaders.py": 35,
+    "tests/bad_input/test_bad_places.py": 30,
+    "tests/integration/test_postgres_leaders.py": 20,
+}
+"""Files whose tests mostly wait, and about how long in all, in CI on two cores."""
+
+
+def dealt(names: Sequence[str], processes: int) -> list[int]:
+    """The positions of `names` (ids of tests, file by file) in the order to run them.
+
+    xdist's worksteal gives each process an equal and contiguous part of them, and whoever is done
+    steals from another's end. So the files that wait stand at the parts' beginnings; but not at the
+    last part's, whose process computes meanwhile. A file stays together, with its fixtures.
+    """
+    files: dict[str, list[int]] = {}
+    for position, name in enumerate(names):
+        files.setdefault(name.partition("::")[0], []).append(position)
+    hands: list[list[int]] = [[] for _ in range(max(1, processes - 1))]
+    held_s = [0.0] * len(hands)
+    for file in sorted(WAITS_S.keys() & files.keys(), key=lambda one: (-WAITS_S[one], one)):
+        least = held_s.index(min(held_s))
+        hands[least] += files.pop(file)
+        held_s[least] += WAITS_S[file]
+    rest = [position for positions in files.values() for position in positions]
+    order: list[int] = []
+    for size, hand in zip(_parts(len(names), processes), [*hands, []], strict=False):
+        fill = max(0, size - len(hand))
+        order += hand + rest[:fill]
+        del rest[:fill]
+    return order + rest
+
+
+def _parts(total: int, processes: int) -> Iterator[int]:
+    """As worksteal cuts them."""
+    for left in range(processes, 0, -1):
+        size = total // left
+        total -= size
+        yield size

@@ -1,0 +1,89 @@
+"""Small scenarios, and a real grid on `local` that they are replayed on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from batchlab import backends, settings, updown
+from batchlab.home import Home
+from batchlab.jobdef import RetryRule
+from batchlab.model import Pool
+from batchlab.replay import driver, fitting
+from batchlab.scenario.draws import Constant, Lognormal
+from batchlab.scenario.model import (
+    JobTemplate,
+    Policy,
+    PoolPlan,
+    Scenario,
+    StageTemplate,
+    WorkKind,
+)
+from batchlab.scenario.record import Record
+from batchlab.scenario.sources import At
+
+QUICK = RetryRule(backoff_s=0.2)
+
+
+def stage(name: str, seconds: float, **fields: Any) -> StageTemplate:
+    """A stage of tasks that all take so long."""
+    return StageTemplate(name, Constant(seconds), **{"retry": QUICK, **fields})
+
+
+def claims(tasks: int = 12, **fields: Any) -> JobTemplate:
+    """A job of every kind of stage and of work."""
+    return JobTemplate(
+        "claims",
+        (
+            StageTemplate("parse", Lognormal(0.1, 0.5), kind=WorkKind.CPU, retry=QUICK),
+            stage("price", 0.1, after=("parse",)),
+            stage("by", 0.2, after=("price",), gather="key", groups=3, kind=WorkKind.IO),
+            stage("sum", 0.2, after=("by",), gather="*", kind=WorkKind.MEMORY),
+            stage("last", 0.1, after=("sum",)),
+        ),
+        Constant(tasks),
+        tenant="payer-a",
+        deadline_s=30.0,
+        **fields,
+    )
+
+
+def scenario(
+    *jobs: JobTemplate, at: tuple[tuple[float, int], ...] = ((0.0, 1),), **fields: Any
+) -> Scenario:
+    """Those jobs, each arriving at all of these moments."""
+    return Scenario(
+        "small",
+        "A few jobs.",
+        {job.name: job for job in jobs},
+        tuple(At(template=job.name, moments=at) for job in jobs),
+        **{
+            "pools": (PoolPlan(Pool("default", 0, 2, 2)),),
+            "policy": Policy(drain_target_s=3.0, cooldown_in_s=2.0, idle_s=1.0),
+            **fields,
+        },
+    )
+
+
+@contextmanager
+def up(home: Home, wanted: Scenario) -> Iterator[backends.Backend]:
+    """A grid on `local` with the scenario's pools and policy."""
+    backend = backends.load("local")
+    with settings.said(home, fitting.settings_of(wanted.policy), why="For a test."):
+        pools = [plan.pool for plan in wanted.pools]
+        updown.start_manager(home, backend, pools=pools, parent=True)
+        try:
+            yield backend
+        finally:
+            updown.stop_manager(home)
+
+
+def replay(folder: Path, wanted: Scenario, **options: Any) -> Record:
+    """Replay it on a grid of its own."""
+    home = Home(folder)
+    with up(home, wanted) as backend:
+        patience = backends.patience()
+        return asyncio.run(driver.replay(wanted, home, backend, patience=patience, **options))

@@ -1,0 +1,66 @@
+"""Records made by hand, of which the answer is plain."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from batchlab.scenario.record import InstanceRun, JobRun, PoolSample, Record, Sample
+
+
+def a_job(index: int = 0, **more: Any) -> JobRun:
+    """Due at 0, begun at 5, ended at 60: ten tasks that succeeded."""
+    job = JobRun(
+        index=index,
+        id=f"job-{index}",
+        template="claims",
+        tenant="",
+        due_s=0.0,
+        submitted_s=0.0,
+        started_s=5.0,
+        ended_s=60.0,
+        state="SUCCEEDED",
+        planned=10,
+        succeeded=10,
+        failed=0,
+        cancelled=0,
+    )
+    return replace(job, **more)
+
+
+def a_sample(at_s: float, desired: int, in_service: int | None = None, waiting: int = 0) -> Sample:
+    there = desired if in_service is None else in_service
+    pool = PoolSample(desired, there, max(0, desired - there), waiting, float(waiting))
+    return Sample(at_s, {"default": pool}, waiting, 0)
+
+
+def an_instance(index: int = 0, **more: Any) -> InstanceRun:
+    """Launched at 0, there from 10, gone at 70."""
+    one = InstanceRun(
+        id=f"i-{index}",
+        pool="default",
+        type="m7i.large",
+        market="on-demand",
+        zone="a",
+        launched_s=0.0,
+        ready_s=10.0,
+        ended_s=70.0,
+    )
+    return replace(one, **more)
+
+
+def a_record(*jobs: JobRun, **more: Any) -> Record:
+    record = Record(
+        scenario="a",
+        digest="",
+        seed=1,
+        backend="local",
+        compressed=1.0,
+        pools={"default": (0, 4, 2)},
+        jobs=jobs or (a_job(),),
+        stages=(),
+        samples=(),
+        instances=(),
+        settings={"cooldown_in_s": 10.0},
+    )
+    return replace(record, **more)

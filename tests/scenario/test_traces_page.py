@@ -1,0 +1,128 @@
+"""What docs/traces.md shows is so: its examples run, its maps read the real files, its list of what
+is odd is the whole one."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from batchlab.scenario import loader, traces
+from batchlab.scenario.expand import expand
+from batchlab.scenario.model import Schedule
+from batchlab.scenario.traces import said, swf
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "traces.md").read_text()
+FILES = dict(re.findall(r"`([\w.-]+)`[^\n`]*:\n\n```\w+\n(.*?)```", PAGE, re.S))
+EXAMPLES = sorted(name for name in FILES if name.endswith(".yaml"))
+MAPS = PAGE.split("```yaml\n")[-1].split("```")[0]
+
+
+def after(name: str) -> str:
+    """What the page says after that file, until the next one."""
+    rest = PAGE.split(FILES[name], 1)[1]
+    return re.split(r"`[\w.-]+`[^\n`]*:\n\n```|\n##", rest, maxsplit=1)[0]
+
+
+def scheduled(folder: Path, name: str) -> Schedule:
+    for file, text in FILES.items():
+        (folder / file).write_text(text)
+    return expand(loader.load(folder / name))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_comes_to_what_the_page_says(tmp_path: Path, name: str) -> None:
+    schedule = scheduled(tmp_path, name)
+    rows = re.findall(r"^\| (\d.*) \|$", after(name), re.M)
+    shown = [
+        " | ".join(
+            [
+                f"{job.due_s:g}",
+                job.template.name,
+                str(job.tasks),
+                "" if job.task_s is None else f"{job.task_s:g}",
+                job.label,
+                job.tenant,
+            ]
+        )
+        for job in schedule.jobs
+    ]
+    if name != "requests.yaml":
+        assert rows == shown
+    (block,) = re.findall(r"```text\n(.*?)```", after(name), re.S)
+    assert block.splitlines() == [said(odd).replace(f"{tmp_path}/", "") for odd in schedule.odd]
+
+
+def test_the_counts_are_as_the_page_says(tmp_path: Path) -> None:
+    jobs = scheduled(tmp_path, "requests.yaml").jobs
+    columns = [sum(300 * i <= job.due_s < 300 * (i + 1) for job in jobs) for i in range(6)]
+    assert columns == [9, 6, 12, 0, 0, 3]
+    assert "30 jobs arrive: 9 in the first five minutes, then 6, 12, none for ten minutes" in PAGE
+    assert len(jobs) == 30
+
+
+def test_the_examples_are_all_formats() -> None:
+    assert len(EXAMPLES) == 5
+    assert set(re.findall(r"`(\w+)`", PAGE.split("Their names here are", 1)[1])) >= set(swf.FIELDS)
+
+
+def test_the_maps_read_the_real_files(tmp_path: Path, shared_data: Path) -> None:
+    kept = {
+        "NASA-iPSC-1993-3.1-cln.swf.gz": 18_239,
+        "hpc2n-2002-head.swf": 3145,
+        "FB-2009_samples_24_times_1hr_0.tsv": 5894,
+        "AzureLLMInferenceTrace_conv.csv": 19_366,
+        "Azure2021_200.csv": 199,
+        "elb_request_count_8c0756.csv": 24_932,
+        "nyc_taxi.csv": 156_219,
+    }
+    head = "name: all\nabout: All of them.\njobs: {work: {task: 1s}}\npools: {default: {max: 1}}\n"
+    for name in kept:
+        (tmp_path / name).symlink_to(shared_data / "traces" / name)
+    (tmp_path / "all.yaml").write_text(f"{head}arrivals:\n{MAPS}")
+    scenario = loader.load(tmp_path / "all.yaml")
+    assert len(scenario.arrivals) == len(kept) == len(list((shared_data / "traces").iterdir()))
+    schedule = expand(scenario)
+    assert len(schedule.jobs) == sum(kept.values())
+    assert len(schedule.odd) == 25 + 1 + 8
+
+
+def whats() -> Iterator[str]:
+    """What the readers can say is odd, with COLUMN for what a column's name stands in."""
+    for path in Path(traces.__file__).parent.glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call):
+                continue
+            name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            place = {"note": 1, "_LeftOutError": 0, "_Trouble": 0, "Odd": 2}.get(name)
+            if place is not None:
+                yield from texts(call.args[place])
+
+
+def texts(node: ast.expr) -> Iterator[str]:
+    if isinstance(node, ast.Constant):
+        yield str(node.value)
+    elif isinstance(node, ast.JoinedStr):
+        yield "".join(
+            _STANDS_FOR[ast.unparse(part.value)]
+            if isinstance(part, ast.FormattedValue)
+            else str(ast.literal_eval(part))
+            for part in node.values
+        )
+
+
+_STANDS_FOR = defaultdict(
+    lambda: "COLUMN", {"number": "-1", "'has a' if kind is Kind.ZONED else 'has no'": "has a"}
+)
+
+
+def test_the_page_lists_all_that_is_odd() -> None:
+    said_odd = set(whats())
+    assert len(said_odd) > 20
+    listed = set(re.findall(r"`([^`]+)`", PAGE.split("## What is odd")[1].split("\n## ")[0]))
+    assert said_odd <= listed

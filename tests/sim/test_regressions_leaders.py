@@ -1,0 +1,204 @@
+"""Scenes of a leader that stands still, and of one whose clock is set back; each docstring says
+what went wrong before."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from batchlab.errors import Unreachable
+from batchlab.manager.manager import LEASE, SET_BACK_S
+from batchlab.model import JobState
+from batchlab.ports import Outgoing
+from batchlab.protocol import naming, wire
+from batchlab.sim.world import EPOCH_S, World
+from tests.sim.scenes import (
+    A,
+    B,
+    around,
+    ended,
+    ended_well,
+    in_world,
+    job,
+    leader,
+    stage,
+    submitted,
+    takes,
+)
+
+# --- A leader that stands still while others lead ------------------------------------------------
+
+
+async def _another_leads(world: World, *, until: asyncio.Event) -> None:
+    """The leader freezes; another one leads until then, and is stopped; the first one wakes, and
+    finds that the lease is free."""
+    first = world.posts[0]
+    stops = world.start_manager()
+    first.actor.freeze()
+    await until.wait()
+    assert world.posts[-1].manager.is_leader.is_set()
+    stops.cancel()
+    await asyncio.wait([stops])
+    first.actor.thaw()
+
+
+@pytest.mark.parametrize("asked_twice", [False, True])
+def test_a_leader_that_stood_still_while_another_one_led_adopts_its_jobs_anew(
+    monkeypatch: pytest.MonkeyPatch, asked_twice: bool
+) -> None:
+    """Simulator, seed 6760: it renewed a lease that was free, and saw nothing in that. A bundle
+    that the other one had planned was none that it waited for; its message was lost, and nobody
+    ever sent it again (I7)."""
+
+    async def act(world: World) -> None:
+        planned, answers_lost = asyncio.Event(), list[object]()
+
+        async def send(real: Any, queue: str, messages: Sequence[Outgoing]) -> object:
+            tasks = queue == naming.tasks_queue("default") and not planned.is_set()
+            if tasks and any(wire.read_task_message(m.body).bundle.stage == B for m in messages):
+                planned.set()
+                return None  # sent, and lost
+            return await real(queue, messages)
+
+        async def lease(real: Any, name: str, owner: str, **how: Any) -> object:
+            answer = await real(name, owner, **how)
+            if asked_twice and planned.is_set() and not answers_lost:
+                answers_lost.append(answer)
+                raise Unreachable("the answer was lost")
+            return answer
+
+        around(monkeypatch, world.queue, "send", send)
+        around(monkeypatch, world.ledger, "lease", lease)
+        made = job(stage(A), stage(B, A, gather="*"), items=3)
+        await submitted(world, made)
+        first = await leader(world)
+        await _another_leads(world, until=planned)
+        await ended_well(world, made)
+        assert world.manager is first, "that was no reason to end"
+        assert world.managers == 2
+        assert len(answers_lost) == asked_twice
+
+    in_world(act, script=takes(30.0))
+
+
+def test_a_leader_that_stood_still_finishes_the_retry_that_another_one_began(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It looked back once only, when it first led: a retry of which the other one had written no
+    more than the object waited until its user asked again."""
+
+    async def act(world: World) -> None:
+        stuck = asyncio.Event()
+
+        async def reopen(real: Any, *args: Any) -> object:
+            if not stuck.is_set():
+                stuck.set()
+                await asyncio.sleep(3600)
+            return await real(*args)
+
+        around(monkeypatch, world.ledger, "reopen", reopen)
+        made = job(stage(A), items=3)
+        await submitted(world, made)
+        await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        assert (await ended(world, made)).state is JobState.CANCELLED
+        await asyncio.sleep(300)  # the fleet comes down, and the first one has looked back
+        led = asyncio.create_task(_another_leads(world, until=stuck))
+        while len(world.posts) == 1 or not world.posts[-1].manager.is_leader.is_set():
+            await asyncio.sleep(0.5)
+        post = world.posts[-1]
+        post.actor.spawn(post.manager.requests.retry(made.id))
+        await led
+        async with asyncio.timeout(600):
+            while (await world.ledger.job(made.id)).round == 0:
+                await asyncio.sleep(1.0)
+        await ended_well(world, made)
+
+    in_world(act, script=takes(5.0))
+
+
+def test_a_leader_that_nobody_has_replaced_adopts_nothing_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def act(world: World) -> None:
+        first = await leader(world)
+        made = job(stage(A), items=3)
+        await submitted(world, made)
+        live = first.lives[made.id]
+        world.posts[0].actor.freeze()
+        await asyncio.sleep(60)
+        world.posts[0].actor.thaw()
+        await asyncio.sleep(30)
+        assert first.lives[made.id] is live
+        assert (await world.ledger.lease(LEASE, "nobody")).owner == first.owner
+        await ended_well(world, made)
+
+    in_world(act, script=takes(200.0))
+
+
+# --- A clock that is set back --------------------------------------------------------------------
+
+LATER_S = 600.0
+
+
+def _later(**changes: Any) -> Any:
+    return job(stage(A), items=3, start_at_s=EPOCH_S + LATER_S, **changes)
+
+
+async def _began(world: World) -> float:
+    """The virtual time of the first task's start, which has to come before long."""
+    async with asyncio.timeout(LATER_S + 300):
+        while not world.starts:
+            await asyncio.sleep(0.5)
+    return world.starts[0][0]
+
+
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_a_scheduled_job_starts_although_the_clock_was_set_back_by_a_day(rebuilt: bool) -> None:
+    """Simulator, seed 8817: the job waited for the day that the clock had lost (I7)."""
+
+    async def act(world: World) -> None:
+        made = _later()
+        await submitted(world, made)
+        await asyncio.sleep(10)
+        world.posts[0].clock.off_s -= 86_400
+        if rebuilt:
+            await world.ask(lambda m: m.rebuild_ledger(), "rebuild")
+        assert LATER_S + SET_BACK_S <= await _began(world) <= LATER_S + SET_BACK_S + 60
+        await ended_well(world, made)
+
+    in_world(act, script=takes(5.0))
+
+
+def test_a_ledger_that_is_rebuilt_by_a_clock_that_was_set_back_lets_a_job_go_on() -> None:
+    """What ran already was SCHEDULED again by it, and stood still for as long."""
+
+    async def act(world: World) -> None:
+        made = _later()
+        await submitted(world, made)
+        await _began(world)
+        world.posts[0].task.cancel()  # the next one has seen nothing of it
+        await asyncio.wait([world.posts[0].task])
+        world.clock.jump(-86_400)
+        await world.ask(lambda m: m.rebuild_ledger(), "rebuild")
+        await ended_well(world, made)
+
+    in_world(act, script=takes(60.0))
+
+
+@pytest.mark.parametrize("off_s", [-SET_BACK_S / 2, -1.0, 30.0, 400.0, 86_400.0])
+def test_a_clock_that_is_set_right_says_when_a_job_starts(off_s: float) -> None:
+    """Forward by any time, and back by a little: midnight must not come before midnight."""
+
+    async def act(world: World) -> None:
+        made = _later()
+        await submitted(world, made)
+        await asyncio.sleep(10)
+        world.posts[0].clock.off_s += off_s
+        due_s = max(10.0, LATER_S - off_s)
+        assert due_s <= await _began(world) <= due_s + 60
+        await ended_well(world, made)
+
+    in_world(act, script=takes(5.0))

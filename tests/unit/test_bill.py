@@ -1,0 +1,234 @@
+"""The bill of a run: what an account comes to, by hand, and that its lines add up."""
+
+from __future__ import annotations
+
+import pytest
+
+from batchlab.costs import prices
+from batchlab.costs.bill import PoolFacts, StageUse, bill, burn_usd_h, spent_usd
+from batchlab.costs.cap import Budget, Purse, launch_usd, launches
+from batchlab.costs.meter import Account, Kind, Meter
+from batchlab.model import Instance, JobId, LifecycleState, Machine, Market, Pool
+from batchlab.tally import Requests, Tally
+
+BOOK = prices.load()
+POOL = Pool("default", 0, 4, 2, instance_type="m7i.large")
+ON_DEMAND = Kind("default", "m7i.large")
+SPOT = Kind("default", "m7i.large", Market.SPOT)
+FACTS = {"default": PoolFacts(2, "m7i.large", disk_gb=0.0)}
+A, B = JobId("a"), JobId("b")
+UP = LifecycleState.IN_SERVICE
+
+
+def up(name: str, launched_s: float = 0.0, **more: object) -> Instance:
+    return Instance(name, "default", UP, launched_s, **more)  # type: ignore[arg-type]
+
+
+def see(
+    meter: Meter,
+    instance: Instance,
+    at_s: float,
+    shares: dict[JobId, float] | None = None,
+    accounts: dict[JobId, Account] | None = None,
+) -> None:
+    meter.see(
+        POOL, instance, now_s=at_s, monotonic_s=at_s, shares=shares or {}, accounts=accounts or {}
+    )
+
+
+# --- The meter -----------------------------------------------------------------------------------
+
+
+def test_an_instance_is_billed_a_minute_at_once_and_by_the_second_after_it() -> None:
+    meter = Meter()
+    billed = []
+    for at_s in (0.0, 10.0, 59.0, 61.5, 100.0):
+        see(meter, up("i"), at_s)
+        billed.append(meter.total.billed_s[ON_DEMAND])
+    assert billed == [60.0, 60.0, 60.0, 61.5, 100.0]
+    assert meter.nobody.billed_s == meter.total.billed_s
+
+
+def test_it_counts_from_the_launch_also_where_it_is_seen_late() -> None:
+    meter = Meter()
+    see(meter, up("i", launched_s=-200.0), 0.0)
+    assert meter.total.billed_s[ON_DEMAND] == 200.0
+
+
+def test_a_clock_that_jumps_takes_nothing_back_and_adds_nothing() -> None:
+    meter = Meter()
+    for now_s, monotonic_s in ((0.0, 0.0), (9000.0, 100.0), (-50.0, 200.0)):
+        meter.see(POOL, up("i"), now_s=now_s, monotonic_s=monotonic_s, shares={}, accounts={})
+    assert meter.total.billed_s[ON_DEMAND] == 200.0
+
+
+def test_what_is_stopped_or_terminated_is_not_billed() -> None:
+    meter = Meter()
+    for state in (LifecycleState.TERMINATED, LifecycleState.WARMED_STOPPED):
+        see(meter, Instance("i", "default", state, 0.0), 1000.0)
+    assert meter.total.billed_s == {}
+
+
+def test_seconds_go_to_the_jobs_by_their_shares_and_the_rest_to_nobody() -> None:
+    meter, accounts = Meter(), {A: Account(), B: Account()}
+    see(meter, up("i"), 0.0, {A: 1.0}, accounts)
+    see(meter, up("i"), 100.0, {A: 0.25, B: 0.5, JobId("gone"): 0.25}, accounts)
+    assert accounts[A].billed_s[ON_DEMAND] == 60.0 + 0.25 * 40
+    assert accounts[B].billed_s[ON_DEMAND] == 20.0
+    assert meter.nobody.billed_s[ON_DEMAND] == 10.0
+    assert meter.total.billed_s[ON_DEMAND] == 100.0
+
+
+def test_the_machine_says_what_it_is_where_it_knows() -> None:
+    meter = Meter()
+    machine = Machine("c7g.large", "us-east-1a", Market.SPOT)
+    see(meter, up("i", machine=machine), 0.0)
+    assert list(meter.total.billed_s) == [Kind("default", "c7g.large", Market.SPOT)]
+
+
+def test_an_instance_is_billed_as_spot_from_when_it_has_told() -> None:
+    """Describing a group does not say who is Spot: until the worker has, it counts as dearer."""
+    meter = Meter()
+    see(meter, up("i"), 0.0)
+    meter.see(
+        POOL,
+        up("i"),
+        now_s=100.0,
+        monotonic_s=100.0,
+        shares={},
+        accounts={},
+        is_spot=True,
+    )
+    assert meter.total.billed_s == {ON_DEMAND: 60.0, SPOT: 40.0}
+
+
+def test_another_process_goes_on_where_the_one_before_stopped() -> None:
+    meter = Meter()
+    see(meter, up("i", launched_s=1000.0), 1100.0)
+    again = Meter.from_json(meter.to_json())
+    again.see(
+        POOL, up("i", launched_s=1000.0), now_s=1300.0, monotonic_s=5.0, shares={}, accounts={}
+    )
+    assert again.total.billed_s[ON_DEMAND] == 300.0
+    assert again.keep({"i"}) is False
+    assert again.keep(set()) is True
+
+
+def test_requests_are_told_as_sums_so_that_nothing_counts_twice() -> None:
+    meter, accounts = Meter(), {A: Account()}
+    for so_far in (Requests(sqs=10), Requests(sqs=25), Requests(sqs=10), Requests(sqs=25)):
+        meter.hear("w", so_far, {A: 1.0}, accounts)
+    meter.hear("v", Requests(sqs=5, s3_gets=2), {}, accounts)
+    assert accounts[A].requests == Requests(sqs=25)
+    assert meter.nobody.requests == Requests(sqs=5, s3_gets=2)
+    assert meter.total.requests == Requests(sqs=30, s3_gets=2)
+
+
+def test_a_tally_counts_steps_and_empty_receives() -> None:
+    tally = Tally()
+    tally.sqs(200_000)  # 4 steps of 64 KiB
+    tally.sqs()
+    tally.received(0, 0)
+    tally.received(70_000, 3)
+    tally.put(3)
+    tally.get()
+    tally.delete()
+    assert tally.read() == Requests(sqs=8, sqs_empty=1, s3_puts=3, s3_gets=1, s3_deletes=1)
+
+
+# --- The bill ------------------------------------------------------------------------------------
+
+
+def test_a_bill_by_hand() -> None:
+    """Two hours on-demand and one on Spot. Of 3 × 2 slot hours tasks used 8,000 s and took 1,000 s
+    for attempts that failed, and 800 s went with an instance: 4,000 s, and 900 s of instances. The
+    rest is idle. A million and a half of SQS, half of it empty; 100,000 PUT, 200,000 GET."""
+    account = Account(
+        {ON_DEMAND: 7200.0, SPOT: 3600.0},
+        {"default": 1000.0},
+        {"default": 800.0},
+        Requests(sqs=1.5e6, sqs_empty=7e5, s3_puts=1e5, s3_gets=2e5),
+        bundles=1000,
+    )
+    stages = [StageUse("parse", "default", 5000.0, 1), StageUse("total", "default", 1500.0, 2)]
+    found = bill(stages, account, FACTS, BOOK, stored_bytes=10 * 1024**3)
+    lines = {item.what: item.usd for item in found.items}
+    second = (2 * 0.1008 + 0.1008 * 0.4) / 10_800
+    assert lines["compute, pool default"].typical == pytest.approx(4000 * second)
+    assert lines["wasted work, pool default"].typical == pytest.approx(900 * second)
+    assert lines["idle, pool default"].typical == pytest.approx((10_800 - 4900) * second)
+    assert lines["SQS requests"].typical == pytest.approx(1.5 * 0.40)
+    assert lines["S3 requests"].typical == pytest.approx(100 * 0.005 + 200 * 0.0004)
+    assert lines["S3 storage"].typical == pytest.approx(10 * 0.023)
+    whole = 2 * 0.1008 + 0.1008 * 0.4 + 0.6 + 0.58 + 0.23
+    assert found.usd.typical == pytest.approx(whole)
+    assert found.usd.low == pytest.approx(whole - 0.1008 * 0.3)
+    assert found.notes == ()
+
+
+def test_without_an_account_it_is_derived_and_says_so() -> None:
+    """8,500 s of work on two slots are 4,250 s, which are 85 % of what is billed."""
+    found = bill([StageUse("a", "default", 8500.0, 1)], None, FACTS, BOOK)
+    instances = sum(i.usd.typical for i in found.items if "pool" in i.what)
+    assert instances == pytest.approx(5000 / 3600 * 0.1008)
+    assert "derived" in found.notes[0]
+
+
+def test_requests_of_a_backend_without_any_are_derived_from_bundles() -> None:
+    account = Account({ON_DEMAND: 3600.0}, bundles=100)
+    found = bill([StageUse("a", "default", 3600.0, 1)], account, FACTS, BOOK)
+    sqs = next(item for item in found.items if item.what == "SQS requests")
+    assert "derived" in sqs.how
+    assert sqs.usd.typical > 0
+    assert any("derived from bundles" in note for note in found.notes)
+
+
+def test_more_work_than_was_billed_is_no_negative_idle() -> None:
+    account = Account({ON_DEMAND: 60.0}, bundles=1)
+    found = bill([StageUse("a", "default", 130.0, 1)], account, FACTS, BOOK)
+    assert all(item.usd.low >= 0 for item in found.items)
+
+
+def test_burn_and_what_was_spent() -> None:
+    now = burn_usd_h({ON_DEMAND: 3, SPOT: 2}, {}, BOOK)
+    assert now.typical == pytest.approx(3 * 0.1008 + 2 * 0.1008 * 0.4)
+    nameless = Kind("default")
+    assert burn_usd_h({nameless: 1}, {"default": "c7g.large"}, BOOK).typical == 0.0725
+    assert burn_usd_h({nameless: 1}, {}, BOOK).typical == 0.1008  # counts as an m7i.large
+    account = Account({ON_DEMAND: 3600.0}, requests=Requests(sqs=1e6))
+    assert spent_usd(account, {}, BOOK).typical == pytest.approx(0.1008 + 0.40)
+
+
+# --- Purses --------------------------------------------------------------------------------------
+
+
+def test_a_launch_costs_a_minute_or_its_boot_and_tail() -> None:
+    assert launch_usd(0.6) == pytest.approx(0.01)
+    assert launch_usd(0.6, tail_s=120.0) == pytest.approx(0.02)
+
+
+def test_only_as_many_are_launched_as_every_purse_pays_for() -> None:
+    grid, job = Purse("the grid", 1.0, spent_usd=0.5), Purse("it", 0.25)
+    assert launches(10, 0.1, [grid, job]) == 2
+    assert job.left_usd == pytest.approx(0.05)
+    assert grid.left_usd == pytest.approx(0.3)
+    assert launches(10, 0.1, [grid, job]) == 0
+    assert launches(10, 0.1, []) == 10
+
+
+def test_bundles_are_cut_as_far_as_they_are_paid_for() -> None:
+    purse = Purse("it", 1.0)
+    budget = Budget((purse,), {"default": 0.01}, {"default": 4})
+    assert budget.afford([10, 10, 10], "default", task_s=5.0) == [10, 10]
+    assert budget.afford([1], "default", task_s=5.0) == []
+    half = Budget((Purse("it", 0.3),), {"default": 0.01}, {"default": 4})
+    assert half.afford([10], "default", task_s=5.0) == [6]
+
+
+def test_before_a_task_is_measured_one_instance_probes() -> None:
+    small = Budget((Purse("it", 0.001),), {"default": 0.01}, {"default": 4})
+    assert small.probe([1] * 20, "default", float("inf"), out=0) == [1, 1, 1, 1]
+    assert small.probe([1] * 20, "default", float("inf"), out=3) == [1]
+    large = Budget((Purse("it", 500.0),), {"default": 0.01}, {"default": 4})
+    assert len(large.probe([1] * 20, "default", float("inf"), out=0)) == 13  # an hour each
+    assert len(large.probe([1] * 20, "default", 60.0, out=0)) == 20

@@ -1,0 +1,120 @@
+"""What the manager does with a backlog of events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from batchlab.adapters.clock import RandomIds, WallClock
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.sql import open_memory
+from batchlab.adapters.sql.ledger import SqlLedger
+from batchlab.adapters.sqlite_queue import SqliteQueue
+from batchlab.errors import Unreachable
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.manager.collector import Collector, events_queue
+from batchlab.manager.folding import Folder
+from batchlab.manager.live import LiveJob, ManagerSettings, Ports
+from batchlab.manager.registry import Registry
+from batchlab.model import Bundle, Completion, JobId, JobState, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import MAX_BATCH, Cut, Depth, Folded, Message, Outgoing
+from batchlab.protocol import naming, wire
+from tests.no_fleet import NoFleet
+
+STAGE = StageName("map")
+JOB = JobDef(JobId("backlog-0123456789"), "backlog", (StageDef(STAGE, handler="work:one"),), 0.0)
+EVENTS = 4 * MAX_BATCH
+
+
+class Counting:
+    """The folds that a ledger is asked for."""
+
+    def __init__(self, ledger: SqlLedger) -> None:
+        self.sizes: list[int] = []
+        self._ledger = ledger
+        self._fold = ledger.fold
+
+    async def __call__(
+        self, completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]
+    ) -> Folded:
+        self.sizes.append(len(completions))
+        return await self._fold(completions, casualties)
+
+
+class Failing(SqliteQueue):
+    """Answers the receives with these numbers, counted from 0, with an outage."""
+
+    fails: Sequence[int] = ()
+    _receives = -1
+
+    async def receive(
+        self,
+        queue: str,
+        *,
+        max_messages: int = 10,
+        wait_s: float = 20.0,
+        visibility_s: float | None = None,
+    ) -> Sequence[Message]:
+        self._receives += 1
+        if self._receives in self.fails:
+            raise Unreachable("The queue is away.")
+        return await super().receive(
+            queue, max_messages=max_messages, wait_s=wait_s, visibility_s=visibility_s
+        )
+
+
+def completion(number: int) -> Completion:
+    tasks, nothing = TaskSet.span(number, number + 1), TaskSet()
+    return Completion(Bundle(JOB.id, STAGE, tasks), "w", 1.0, 2.0, tasks, nothing, nothing, 1.0)
+
+
+async def collected(folder: Path, fails: Sequence[int]) -> list[int]:
+    """The sizes of the folds that a backlog of one completion a message comes to."""
+    clock, ledger = WallClock(), open_memory()
+    queue = Failing(folder / "queues.db", clock)
+    queue.fails = fails
+    counting = Counting(ledger)
+    ledger.fold = counting  # type: ignore[method-assign]
+    ports = Ports(SimObjects(), queue, NoFleet(), ledger, clock, RandomIds(), Patience(Random(1)))
+    settings = replace(ManagerSettings(), wait_s=1.0)
+    done = [completion(number) for number in range(EVENTS)]
+    await ledger.add_job(JOB, state=JobState.SUBMITTED)
+    bundles = tuple(one.bundle for one in done)
+    written = await ledger.add_cut(Cut(JOB.id, STAGE, 0, 0, bundles, TaskSet(), EVENTS))
+    await queue.ensure(events_queue(settings))
+    for first in range(0, EVENTS, MAX_BATCH):
+        some = done[first : first + MAX_BATCH]
+        bodies = [Outgoing(wire.events_message(wire.Events((one,)))) for one in some]
+        await queue.send(naming.EVENTS, bodies)
+    live = LiveJob(written.rows.job, {s.counts.stage: s for s in written.rows.stages})
+    lives = {JOB.id: live}
+    folder_, registry = Folder(ports, lives), Registry(ports, lives)
+    collector = Collector(ports, settings, lives, folder_, registry, asyncio.Lock())
+    collecting = asyncio.create_task(collector.collect())
+    while sum(counting.sizes) < EVENTS or await queue.depth(naming.EVENTS) != Depth(0, 0, 0):
+        assert not collecting.done()
+        await asyncio.sleep(0.02)
+    assert live.stages[STAGE].counts.succeeded == EVENTS
+    collecting.cancel()
+    await asyncio.gather(collecting, return_exceptions=True)
+    await queue.close()
+    return counting.sizes
+
+
+@pytest.mark.parametrize(
+    ("fails", "folds"),
+    [
+        pytest.param((), [EVENTS], id="a backlog is one transaction"),
+        pytest.param((1,), [MAX_BATCH, EVENTS - MAX_BATCH], id="what came does not wait"),
+    ],
+)
+def test_a_backlog_is_folded_together(
+    tmp_path: Path, fails: Sequence[int], folds: Sequence[int]
+) -> None:
+    assert asyncio.run(collected(tmp_path, fails)) == folds

@@ -1,0 +1,510 @@
+"""CloudFormation's awkward sides, scripted: what it has not heard of yet, long lists, failures, and
+refusals. botocore itself reads the answers (Stubber), or makes the calls (a server of our own)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import boto3
+import pytest
+from botocore.stub import ANY, Stubber
+
+from batchlab.deploy.account import Account, asked, chosen_region
+from batchlab.deploy.explain import Event, root_cause
+from batchlab.deploy.stack import Stack
+from batchlab.deploy.states import must_go
+from batchlab.errors import BackendError, Refused, Throttled, Unreachable, UsageError
+
+ID = "arn:aws:cloudformation:us-east-1:1:stack/grid/1"
+SET = "arn:aws:cloudformation:us-east-1:1:changeSet/c/1"
+BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class Clock:
+    """Time that only sleeping passes."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += max(seconds, 0.5)
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def stub() -> Iterator[Stubber]:
+    client: Any = boto3.client(
+        "cloudformation",
+        region_name="us-east-1",
+        aws_access_key_id="a",
+        aws_secret_access_key="b",
+    )
+    with Stubber(client) as stubber:
+        yield stubber
+        stubber.assert_no_pending_responses()
+
+
+@pytest.fixture
+def stack(stub: Stubber) -> Stack:
+    account = Account("us-east-1", "1", "arn:aws:iam::1:user/me")
+    account._clients["cloudformation"] = stub.client
+    clock = Clock()
+    return Stack(account, "grid", sleep=clock.sleep, clock=clock)
+
+
+def told(status: str) -> dict[str, Any]:
+    one = {"StackId": ID, "StackName": "grid", "StackStatus": status, "CreationTime": BEGAN}
+    return {"Stacks": [one]}
+
+
+def event(number: int, resource: str, status: str, reason: str = "") -> dict[str, Any]:
+    is_stack = resource == "grid"
+    return {
+        "StackId": ID,
+        "EventId": f"e{number}",
+        "StackName": "grid",
+        "LogicalResourceId": resource,
+        "PhysicalResourceId": ID if is_stack else resource.lower(),
+        "ResourceType": "AWS::CloudFormation::Stack" if is_stack else "AWS::SQS::Queue",
+        "Timestamp": BEGAN + timedelta(seconds=number),
+        "ResourceStatus": status,
+        "ResourceStatusReason": reason,
+    }
+
+
+def missing(stub: Stubber, method: str, code: str = "ValidationError") -> None:
+    stub.add_client_error(method, code, "Stack [grid] does not exist", http_status_code=400)
+
+
+# --- What it has not heard of yet ----------------------------------------------------------------
+
+
+def test_a_change_set_that_is_not_found_right_after_it_was_made_is_asked_for_again(
+    stack: Stack, stub: Stubber
+) -> None:
+    stub.add_response("create_change_set", {"Id": SET, "StackId": ID})
+    missing(stub, "describe_change_set", "ChangeSetNotFound")
+    missing(stub, "describe_change_set")
+    stub.add_response("describe_change_set", {"Status": "CREATE_IN_PROGRESS"})
+    stub.add_response("describe_change_set", {"Status": "CREATE_COMPLETE"})
+    stub.add_response("describe_change_set", {"Changes": []})
+    assert stack.propose({"TemplateBody": "{}"}, [], is_new=True).id == SET
+
+
+def test_one_that_is_never_found_is_told_and_nothing_is_left(stack: Stack, stub: Stubber) -> None:
+    stub.add_response("create_change_set", {"Id": SET, "StackId": ID})
+    for _ in range(22):  # 60 s, one every 3 s
+        missing(stub, "describe_change_set", "ChangeSetNotFound")
+    missing(stub, "delete_change_set", "ChangeSetNotFound")
+    with pytest.raises(Unreachable, match="does not find what it has made"):
+        stack.propose({"TemplateBody": "{}"}, [], is_new=True)
+
+
+def test_a_stack_that_describe_does_not_know_yet_is_followed_all_the_same(
+    stack: Stack, stub: Stubber
+) -> None:
+    """Right after ExecuteChangeSet neither events nor the stack may be known, and then the state
+    is the old one for a while."""
+    missing(stub, "describe_stack_events")
+    stub.add_response("describe_stack_events", {"StackEvents": []})
+    rows = [event(2, "grid", "CREATE_COMPLETE"), event(1, "grid", "CREATE_IN_PROGRESS")]
+    stub.add_response("describe_stack_events", {"StackEvents": rows})
+    missing(stub, "describe_stacks")
+    stub.add_response("describe_stack_events", {"StackEvents": rows})
+    stub.add_response("describe_stacks", told("CREATE_IN_PROGRESS"))
+    stub.add_response("describe_stack_events", {"StackEvents": rows})
+    stub.add_response("describe_stacks", told("CREATE_COMPLETE"))
+    seen: list[Event] = []
+    assert stack.follow(ID, "", seen.append).status == "CREATE_COMPLETE"
+    assert [one.id for one in seen] == ["e1", "e2"]
+
+
+def test_a_deleted_stack_is_none_by_its_name_and_there_by_its_id(
+    stack: Stack, stub: Stubber
+) -> None:
+    stub.add_response("describe_stacks", told("DELETE_COMPLETE"), {"StackName": "grid"})
+    stub.add_response("describe_stacks", told("DELETE_COMPLETE"), {"StackName": ID})
+    missing(stub, "describe_stacks")
+    assert stack.state() is None
+    found = stack.state(ID)
+    assert found is not None
+    assert found.status == "DELETE_COMPLETE"
+    assert stack.state() is None
+
+
+# --- Change sets ---------------------------------------------------------------------------------
+
+
+def test_changes_come_from_all_pages_with_what_causes_them(stack: Stack, stub: Stubber) -> None:
+    def change(name: str, *details: tuple[str, str]) -> dict[str, Any]:
+        return {
+            "Type": "Resource",
+            "ResourceChange": {
+                "Action": "Modify",
+                "LogicalResourceId": name,
+                "ResourceType": "AWS::SQS::Queue",
+                "Replacement": "Conditional",
+                "Details": [
+                    {
+                        "Target": {"Attribute": "Properties", "Name": what},
+                        **({"CausingEntity": cause} if cause else {}),
+                    }
+                    for what, cause in details
+                ],
+            },
+        }
+
+    stub.add_response("create_change_set", {"Id": SET, "StackId": ID})
+    stub.add_response("describe_change_set", {"Status": "CREATE_COMPLETE"})
+    first = {"Changes": [change("A", ("MaxSize", ""), ("MaxSize", "PoolMax"))], "NextToken": "n"}
+    stub.add_response("describe_change_set", first)
+    stub.add_response(
+        "describe_change_set",
+        {"Changes": [change("B", ("Tags", ""))]},
+        {"StackName": "grid", "ChangeSetName": SET, "NextToken": "n"},
+    )
+    found = stack.propose({"TemplateBody": "{}"}, [], is_new=False).changes
+    assert [(one.id, one.why, one.replacement) for one in found] == [
+        ("A", ("MaxSize (PoolMax)",), "Conditional"),
+        ("B", ("Tags",), "Conditional"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "The submitted information didn't contain changes. Submit different information to create "
+        "a change set.",
+        "No updates are to be performed.",
+    ],
+)
+def test_one_without_changes_is_empty(stack: Stack, stub: Stubber, reason: str) -> None:
+    stub.add_response("create_change_set", {"Id": SET, "StackId": ID})
+    stub.add_response("describe_change_set", {"Status": "FAILED", "StatusReason": reason})
+    assert stack.propose({"TemplateBody": "{}"}, [], is_new=False).changes == ()
+
+
+def test_one_that_aws_cannot_work_out_is_told_and_taken_back(stack: Stack, stub: Stubber) -> None:
+    stub.add_response("create_change_set", {"Id": SET, "StackId": ID})
+    reason = "Parameters: [ssm:/x] cannot be found."
+    stub.add_response("describe_change_set", {"Status": "FAILED", "StatusReason": reason})
+    stub.add_response("delete_change_set", {}, {"StackName": "grid", "ChangeSetName": SET})
+    stub.add_response("describe_stacks", told("REVIEW_IN_PROGRESS"))
+    stub.add_response("delete_stack", {}, {"StackName": ID, "ClientRequestToken": ANY})
+    stub.add_response("describe_stacks", told("DELETE_IN_PROGRESS"))
+    stub.add_response("describe_stacks", told("DELETE_COMPLETE"))
+    with pytest.raises(BackendError, match=r"cannot be found\. Nothing was changed"):
+        stack.propose({"TemplateBody": "{}"}, [], is_new=True)
+
+
+def test_what_aws_refuses_before_it_begins_is_told_by_its_own_reason(
+    stack: Stack, stub: Stubber
+) -> None:
+    """The change set's reason only points to another call (early validation)."""
+    stub.add_response("create_change_set", {"Id": SET, "StackId": ID})
+    points_on = (
+        "The following hook(s)/validation failed: [AWS::EarlyValidation::ResourceExistenceCheck]. "
+        "To troubleshoot Early Validation errors, use the DescribeEvents API."
+    )
+    stub.add_response("describe_change_set", {"Status": "FAILED", "StatusReason": points_on})
+    refused_ = {
+        "EventId": "e",
+        "LogicalResourceId": "LogGroup",
+        "ResourceType": "AWS::Logs::LogGroup",
+        "ValidationStatusReason": "Resource … with identifier '/batchlab/grid' already exists.",
+    }
+    stub.add_response(
+        "describe_events",
+        {"OperationEvents": [{"EventId": "d"}, refused_]},
+        {"ChangeSetName": SET, "Filters": {"FailedEvents": True}},
+    )
+    stub.add_response("delete_change_set", {}, {"StackName": "grid", "ChangeSetName": SET})
+    with pytest.raises(BackendError) as refused:
+        stack.propose({"TemplateBody": "{}"}, [], is_new=False)
+    assert "LogGroup (AWS::Logs::LogGroup): Resource …" in refused.value.message
+    assert "gc --aws" in refused.value.remedy
+
+
+def test_a_stack_that_was_executed_meanwhile_is_not_deleted_as_an_empty_one(
+    stack: Stack, stub: Stubber
+) -> None:
+    stub.add_response("create_change_set", {"Id": SET, "StackId": ID})
+    stub.add_response("describe_change_set", {"Status": "CREATE_COMPLETE"})
+    stub.add_response("describe_change_set", {"Changes": []})
+    found = stack.propose({"TemplateBody": "{}"}, [], is_new=True)
+    stub.add_client_error("execute_change_set", "InternalFailure", "?", http_status_code=500)
+    with pytest.raises(Unreachable):
+        stack.execute(found)
+    # Nobody knows whether it has begun: no call at all.
+    stack.withdraw(found, is_new=True)
+
+
+# --- Events --------------------------------------------------------------------------------------
+
+
+def test_all_pages_of_events_are_read_until_one_that_is_known(stack: Stack, stub: Stubber) -> None:
+    rows = [event(n, "Q", "CREATE_IN_PROGRESS") for n in range(9, -1, -1)]
+    for begin, token in ((0, "a"), (4, "b")):
+        page: dict[str, Any] = {"StackEvents": rows[begin : begin + 4], "NextToken": token}
+        stub.add_response("describe_stack_events", page)
+    found = stack.events(ID, since="e3")
+    assert [one.id for one in found] == ["e4", "e5", "e6", "e7", "e8", "e9"]
+
+
+def test_a_stack_that_fails_is_followed_through_its_rollback(stack: Stack, stub: Stubber) -> None:
+    begun = [
+        event(3, "B", "CREATE_FAILED", "B already exists"),
+        event(2, "A", "CREATE_IN_PROGRESS"),
+        event(1, "grid", "CREATE_IN_PROGRESS", "User Initiated"),
+    ]
+    rolled = [
+        event(7, "grid", "ROLLBACK_COMPLETE"),
+        event(6, "A", "DELETE_COMPLETE"),
+        event(5, "grid", "ROLLBACK_IN_PROGRESS", "The following resource(s) failed: [A, B]"),
+        event(4, "A", "CREATE_FAILED", "Resource creation cancelled"),
+    ]
+    stub.add_response("describe_stack_events", {"StackEvents": begun})
+    stub.add_response("describe_stack_events", {"StackEvents": rolled + begun})
+    stub.add_response("describe_stacks", told("ROLLBACK_COMPLETE"))
+    seen: list[Event] = []
+    state = stack.follow(ID, "", seen.append)
+    assert must_go(state)
+    assert not state.has_succeeded
+    assert [one.id for one in seen] == [f"e{n}" for n in range(1, 8)]
+    cause = root_cause(seen)
+    assert cause is not None
+    assert (cause.resource, cause.reason) == ("B", "B already exists")
+
+
+def test_the_last_operation_is_told_apart_from_those_before(stack: Stack, stub: Stubber) -> None:
+    rows = [
+        event(9, "grid", "UPDATE_ROLLBACK_FAILED"),
+        event(8, "grid", "UPDATE_ROLLBACK_IN_PROGRESS"),
+        event(7, "A", "UPDATE_FAILED", "no"),
+        event(6, "grid", "UPDATE_IN_PROGRESS", "User Initiated"),
+        event(5, "grid", "CREATE_COMPLETE"),
+        event(4, "A", "CREATE_COMPLETE"),
+        event(3, "grid", "CREATE_IN_PROGRESS"),
+        event(2, "grid", "REVIEW_IN_PROGRESS"),
+    ]
+    stub.add_response("describe_stack_events", {"StackEvents": rows})
+    before, found = stack.last_operation(ID)
+    assert before == "e5"
+    assert [one.id for one in found] == ["e6", "e7", "e8", "e9"]
+    stub.add_response("describe_stack_events", {"StackEvents": rows[-1:]})
+    assert stack.last_operation(ID) == ("", stack_event(rows[-1:]))
+
+
+def stack_event(rows: list[dict[str, Any]]) -> list[Event]:
+    return [
+        Event(
+            one["EventId"],
+            one["Timestamp"].timestamp(),
+            one["LogicalResourceId"],
+            one["ResourceType"],
+            one["ResourceStatus"],
+            one["ResourceStatusReason"],
+            one["PhysicalResourceId"],
+            is_of_stack=True,
+        )
+        for one in rows
+    ]
+
+
+# --- Refusals ------------------------------------------------------------------------------------
+
+
+def test_who_may_not_is_told_which_action_and_where_to_read(stack: Stack, stub: Stubber) -> None:
+    stub.add_client_error(
+        "create_change_set",
+        "AccessDenied",
+        "User: arn:aws:iam::1:user/eve is not authorized to perform: "
+        "cloudformation:CreateChangeSet on resource: arn:aws:… because no identity-based policy "
+        "allows the cloudformation:CreateChangeSet action",
+        http_status_code=403,
+    )
+    with pytest.raises(BackendError) as refused:
+        stack.propose({"TemplateBody": "{}"}, [], is_new=True)
+    assert refused.value.message == (
+        "arn:aws:iam::1:user/eve may not do cloudformation:CreateChangeSet."
+    )
+    assert "docs/deploy.md" in refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("ExpiredToken", "have run out"),
+        ("RequestExpired", "have run out"),
+        ("InvalidClientTokenId", "does not know these credentials"),
+        ("SignatureDoesNotMatch", "does not know these credentials"),
+        ("UnrecognizedClientException", "does not know these credentials"),
+    ],
+)
+def test_credentials_that_are_none_are_told(
+    stack: Stack, stub: Stubber, code: str, says: str
+) -> None:
+    stub.add_client_error("describe_stacks", code, "no", http_status_code=403)
+    with pytest.raises(UsageError, match=says) as refused:
+        stack.state()
+    assert refused.value.remedy
+
+
+# --- Throttling ----------------------------------------------------------------------------------
+
+
+class Busy(ThreadingHTTPServer):
+    """Refuses the first `refusals` calls as AWS does when there are too many."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answering)
+        self.refusals = 0
+        self.calls = 0
+
+
+class Answering(BaseHTTPRequestHandler):
+    server: Busy
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.calls += 1
+        space = 'xmlns="http://cloudformation.amazonaws.com/doc/2010-05-15/"'
+        if self.server.calls <= self.server.refusals:
+            status, body = (
+                400,
+                (
+                    f"<ErrorResponse {space}><Error><Type>Sender</Type><Code>Throttling</Code>"
+                    "<Message>Rate exceeded</Message></Error></ErrorResponse>"
+                ),
+            )
+        else:
+            status, body = (
+                200,
+                (
+                    f"<DescribeStacksResponse {space}><DescribeStacksResult><Stacks><member>"
+                    f"<StackId>{ID}</StackId><StackName>grid</StackName>"
+                    "<StackStatus>CREATE_COMPLETE</StackStatus>"
+                    "<CreationTime>2026-01-01T00:00:00Z</CreationTime>"
+                    "</member></Stacks></DescribeStacksResult></DescribeStacksResponse>"
+                ),
+            )
+        self.send_response(status)
+        self.send_header("Content-Type", "text/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *args: object) -> None:
+        return
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Busy]:
+    with Busy() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        yield server
+        server.shutdown()
+
+
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits between tries, none of which is waited."""
+    found: list[float] = []
+    monkeypatch.setattr("botocore.endpoint.time.sleep", found.append)
+    return found
+
+
+def test_throttled_calls_are_made_again_with_growing_jittered_waits(
+    busy: Busy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = waited(monkeypatch)
+    busy.refusals = 5
+    with Account("us-east-1") as account:
+        found = Stack(account, "grid").state()
+    assert found is not None
+    assert found.status == "CREATE_COMPLETE"
+    assert busy.calls == 6
+    assert len(waits) == 5
+    assert all(0 <= wait <= min(20, 2**n) for n, wait in enumerate(waits))
+    assert len(set(waits)) == 5, "without jitter all who were refused come back together"
+
+
+def test_throttled_for_too_long_is_told(busy: Busy, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = waited(monkeypatch)
+    busy.refusals = 1000
+    with Account("us-east-1") as account, pytest.raises(Throttled, match="Rate exceeded"):
+        Stack(account, "grid").state()
+    assert busy.calls == 10
+    assert len(waits) == 9
+
+
+def test_nothing_at_the_other_end_is_told(busy: Busy, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited(monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with Account("us-east-1") as account, pytest.raises(Unreachable):
+        Stack(account, "grid").state()
+
+
+# --- Where there is no AWS to ask ----------------------------------------------------------------
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Nothing of AWS's is configured, and there is no metadata service to ask."""
+    for name in (
+        *("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID"),
+        *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"),
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    return monkeypatch
+
+
+def test_without_a_region_there_is_a_sentence(nobody: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"No region is set\.") as told_:
+        Account.open()
+    assert "--region" in told_.value.remedy
+
+
+def test_a_region_may_be_in_either_variable(nobody: pytest.MonkeyPatch) -> None:
+    nobody.setenv("AWS_DEFAULT_REGION", "eu-west-2")
+    assert chosen_region(None) == "eu-west-2"
+    nobody.setenv("AWS_REGION", "eu-west-3")
+    assert chosen_region(None) == "eu-west-3"
+    assert chosen_region("ap-northeast-1") == "ap-northeast-1"
+
+
+def test_what_is_no_region_is_refused(nobody: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="'europe' is not a region"):
+        Account.open("europe")
+
+
+def test_without_credentials_there_is_a_sentence(nobody: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="no credentials") as told_:
+        Account.open("eu-west-1")
+    assert "aws configure" in told_.value.remedy
+
+
+def test_a_profile_that_is_none_is_told(nobody: pytest.MonkeyPatch) -> None:
+    nobody.setenv("AWS_PROFILE", "work")
+    with pytest.raises(UsageError, match="work"):
+        Account.open("eu-west-1")
+
+
+def test_what_is_missing_is_only_what_was_asked_for(stub: Stubber) -> None:
+    stub.add_client_error("describe_stacks", "ValidationError", "1 validation error detected")
+    client: Any = stub.client
+    with pytest.raises(Refused, match="1 validation error"), asked("It", lambda code, _: not code):
+        client.describe_stacks(StackName="x")

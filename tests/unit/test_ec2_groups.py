@@ -1,0 +1,98 @@
+"""What two looks at an EC2 Auto Scaling group tell of an instance that never came into service."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from batchlab.adapters.ec2_groups import GONE, NEVER_UP, Seen
+from batchlab.model import LifecycleState, Pool
+
+TOKEN = "Lifecycle Action with token 7b1f was abandoned: Heartbeat Timeout"
+ABANDONED = f"Instance failed to complete user's Lifecycle Action: {TOKEN}"
+
+
+def group(desired: int, **states: str) -> Any:
+    return {
+        "MinSize": 0,
+        "MaxSize": 4,
+        "DesiredCapacity": desired,
+        "Instances": [
+            {
+                "InstanceId": name,
+                "LifecycleState": state,
+                "HealthStatus": "Healthy",
+                "ProtectedFromScaleIn": False,
+                "AvailabilityZone": "a",
+            }
+            for name, state in states.items()
+        ],
+    }
+
+
+def told(description: str, cause: str = "it was asked for.", message: str = "") -> Any:
+    return {"Description": description, "Cause": cause, "StatusMessage": message}
+
+
+LAUNCHED = told("Launching a new EC2 instance: i1")
+GIVEN_UP = [
+    told("Terminating EC2 instance: i1", "an instance was taken out of service."),
+    told("Launching a new EC2 instance: i1", message=ABANDONED),
+]
+GIVEN_UP_TOLD_AT_ONCE = [told(f"Launching a new EC2 instance: i1.  Status Reason: {ABANDONED}")]
+STOPPED = [
+    told("Terminating EC2 instance: i1", "in response to an EC2 health check: it has stopped."),
+    LAUNCHED,
+]
+SHRUNK = [told("Terminating EC2 instance: i1", "shrinking the capacity from 1 to 0."), LAUNCHED]
+
+
+@pytest.mark.parametrize("last", ["Terminating:Wait", "gone"])
+@pytest.mark.parametrize(
+    ("activities", "note"),
+    [
+        (GIVEN_UP, ABANDONED),
+        (GIVEN_UP_TOLD_AT_ONCE, ABANDONED),
+        (STOPPED, "in response to an EC2 health check: it has stopped"),
+        (SHRUNK, "terminated: shrinking the capacity from 1 to 0"),
+        ([LAUNCHED], NEVER_UP),
+    ],
+    ids=["abandoned", "abandoned-in-one", "stopped", "scaled-in", "nothing-is-said"],
+)
+def test_why_an_instance_never_came_up(activities: list[Any], note: str, last: str) -> None:
+    seen = Seen(Pool("default"))
+    seen.look(group(1, i1="Pending:Wait"), 1000.0)
+    there = {} if last == "gone" else {"i1": last}
+    seen.look(group(1, **there), 1005.0)
+    assert seen.unexplained == {"i1"}
+    seen.explain(activities)
+    assert seen.instances["i1"].note == note
+
+
+def test_what_was_not_told_at_the_first_look_is_asked_again_once_it_is_gone() -> None:
+    seen = Seen(Pool("default"))
+    seen.look(group(1, i1="Pending:Wait"), 1000.0)
+    seen.look(group(1, i1="Terminating"), 1005.0)
+    seen.explain([])
+    seen.look(group(1), 1010.0)
+    seen.explain(GIVEN_UP)
+    assert seen.instances["i1"].note == ABANDONED
+
+
+def test_after_less_capacity_was_asked_for_nobody_calls_that_a_failed_boot() -> None:
+    seen = Seen(Pool("default"))
+    seen.look(group(1, i1="Pending:Wait"), 1000.0)
+    seen.look(group(0, i1="Pending:Wait"), 1005.0)
+    seen.look(group(0, i1="Terminating"), 1020.0)
+    seen.explain([])
+    assert seen.instances["i1"].note == "terminated: scale-in"
+
+
+def test_one_that_had_been_in_service_is_gone_and_not_more() -> None:
+    seen = Seen(Pool("default"))
+    seen.look(group(1, i1="InService"), 1000.0)
+    seen.look(group(1), 1005.0)
+    seen.explain([])
+    found = seen.instances["i1"]
+    assert (found.state, found.note) == (LifecycleState.TERMINATED, GONE)

@@ -1,0 +1,221 @@
+"""The price book: what ships is right and dated, and what is wrong is named."""
+
+from __future__ import annotations
+
+import csv
+import re
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from batchlab import catalogue
+from batchlab.costs import prices
+from batchlab.costs.hourly import StackShape, hourly_cost
+from batchlab.costs.money import Usd, parse, shown
+from batchlab.errors import UsageError
+from batchlab.model import Market
+
+DATA = Path(__file__).resolve().parents[3] / "shared/data/ec2/ec2_on_demand_us-east-1.csv"
+SHIPPED = prices.load()
+
+
+def test_every_instance_type_of_the_catalogue_has_a_price_and_a_day() -> None:
+    on_demand = SHIPPED.blocks["on_demand"]
+    assert set(on_demand.table) >= set(catalogue.load().types)
+    for block in SHIPPED.blocks.values():
+        assert block.region == "us-east-1"
+        assert date(2026, 1, 1) < block.date < date(2027, 1, 1)
+        assert block.source
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the prices of others are not at hand")
+def test_the_prices_are_those_that_others_list_for_that_day() -> None:
+    with DATA.open() as file:
+        listed = {
+            row["instance_type"]: float(row["linux_on_demand_usd_per_hour"])
+            for row in csv.DictReader(file)
+        }
+    assert SHIPPED.blocks["on_demand"].date == date(2026, 7, 20)
+    for name, usd_h in SHIPPED.blocks["on_demand"].table.items():
+        assert usd_h == pytest.approx(listed[name], abs=1e-9), name
+
+
+def test_spot_is_a_range_below_on_demand() -> None:
+    found = SHIPPED.instance_usd_h("m7i.large", Market.SPOT)
+    assert (found.low, found.typical, found.high) == pytest.approx((0.01008, 0.04032, 0.07056))
+
+
+def test_an_unknown_type_or_region_is_a_sentence_with_what_to_do() -> None:
+    with pytest.raises(UsageError, match=r"no instance type 'm7i\.larg'") as caught:
+        SHIPPED.instance_usd_h("m7i.larg")
+    assert "m7i.large" in caught.value.remedy
+    assert "prices refresh" in caught.value.remedy
+    with pytest.raises(UsageError, match="no prices for eu-west-1") as caught:
+        SHIPPED.at("eu-west-1")
+    assert "prices.toml" in caught.value.remedy
+    assert SHIPPED.at("us-east-1") is SHIPPED
+
+
+def test_a_book_that_is_written_is_read_back_the_same(tmp_path: Path) -> None:
+    (tmp_path / prices.NAME).write_text(prices.write(SHIPPED))
+    again = prices.load(tmp_path)
+    assert again.blocks == SHIPPED.blocks
+    assert again.path == tmp_path / prices.NAME
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('currency = "USD"', 'currency = "EUR"', "currency is 'EUR'"),
+        ("[sqs]", "[sqqs]", r"\[sqqs\]|\[sqs\]"),
+        ("date = 2026-07-20", 'date = "lately"', "does not say of which day"),
+        ("date = 2026-07-20", "date = 2026-07-20T00:00:00", "does not say of which day"),
+        ('region = "us-east-1"', 'region = ""', "does not say its region"),
+        ("0.0052", "-1", "t3.nano.* not a price"),
+        ("0.0052", "true", "not a price"),
+        ("0.0052", "nan", "not a price"),
+        ("smallest_discount = 0.3", "smallest_discount = 0.7", "discounts"),
+        ("largest_discount = 0.9", "largest_discount = 90", "discounts"),
+        ("nat_usd_per_gb = 0.045", "", "nat_usd_per_gb.* None"),
+        ("nat_usd_per_gb", "nut_usd_per_gb", "unknown key 'nut_usd_per_gb'"),
+        ("[on_demand]", "[on_demand", "not TOML"),
+    ],
+)
+def test_what_is_wrong_with_a_book_is_named(tmp_path: Path, old: str, new: str, told: str) -> None:
+    text = prices.write(SHIPPED).replace(old, new, 1)
+    (tmp_path / prices.NAME).write_text(text)
+    with pytest.raises(UsageError, match=told):
+        prices.load(tmp_path)
+
+
+# --- Money ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "usd"), [("5USD", 5.0), ("0.50 usd", 0.5), (" 12.5 USD ", 12.5), (".5USD", 0.5)]
+)
+def test_an_amount_needs_its_currency(text: str, usd: float) -> None:
+    assert parse(text) == usd
+
+
+@pytest.mark.parametrize("text", ["5", "5 EUR", "-5USD", "USD", "$5", "5 $", "1e3USD", "5USD 5USD"])
+def test_an_amount_without_it_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="not an amount in USD"):
+        parse(text)
+
+
+def test_amounts_are_shown_with_their_currency_and_the_digits_that_count() -> None:
+    assert [shown(usd) for usd in (1234.5, 1.0, 0.1, 0.01234, 0.000123, 0.0000041, 0.0)] == [
+        "1,234.50 USD",
+        "1.00 USD",
+        "0.1 USD",
+        "0.0123 USD",
+        "0.000123 USD",
+        "0.000004 USD",
+        "0 USD",
+    ]
+    assert str(Usd(1.0, 2.0, 3.0)) == "2.00 USD (1.00 to 3.00)"
+
+
+# --- Per hour ------------------------------------------------------------------------------------
+
+SMALL = {
+    "ManagerInstanceType": "t4g.small",
+    "PoolInstanceTypes": "m7i.large",
+    "PoolName": "default",
+}
+
+
+def test_the_smallest_stack_by_hand() -> None:
+    """Manager 0.0168, its disk 20 GB × 0.08 / 730, 6 endpoints × 2 zones × 0.01, a secret 0.40 a
+    month, four alarms 0.10 a month each."""
+    found = hourly_cost(SMALL, SHIPPED)
+    by_hand = 0.0168 + 20 * 0.08 / 730 + 0.12 + 0.40 / 730 + 0.40 / 730
+    assert found.idle_usd_h.typical == pytest.approx(by_hand)
+    assert found.idle_usd_h.low == found.idle_usd_h.high
+    (worker,) = found.workers
+    assert worker.pool == "default"
+    assert worker.on_demand.typical == pytest.approx(0.1008 + 50 * 0.08 / 730)
+    assert worker.spot.low == pytest.approx(0.01008 + 50 * 0.08 / 730)
+    assert "2026-07-20" in found.prices
+    assert "USD" in found.prices
+
+
+def test_a_database_a_nat_and_least_workers_by_hand() -> None:
+    """RDS db.t4g.medium 0.065 and 30 GB × 0.115 a month, both in two zones, its secret; NAT 0.045
+    and its address 0.005; three workers that stay, with 50 GB each, one of them on-demand, the
+    others half of it."""
+    stack = {
+        **SMALL,
+        "Ledger": "postgres",
+        "DatabaseClass": "db.t4g.medium",
+        "DatabaseGiB": "30",
+        "DatabaseZones": "two",
+        "PoolDiskGiB": "50",
+        "Egress": "nat",
+        "PoolMin": "3",
+        "PoolOnDemandBase": 1,
+        "PoolOnDemandPercent": 50,
+    }
+    found = hourly_cost(stack, SHIPPED)
+    disk = 20 * 0.08 / 730
+    fixed = 0.0168 + disk + 2 * (0.065 + 30 * 0.115 / 730) + 0.05 + (2 * 0.40 + 4 * 0.10) / 730
+    disk = 50 * 0.08 / 730
+    typical = 0.1008 + 2 * (0.1008 / 2 + 0.1008 * 0.4 / 2) + 3 * disk
+    assert found.idle_usd_h.typical == pytest.approx(fixed + typical)
+    high = 0.1008 + 2 * (0.1008 / 2 + 0.1008 * 0.7 / 2) + 3 * disk
+    assert found.idle_usd_h.high == pytest.approx(fixed + high)
+
+
+def test_each_pool_has_its_own_line_and_its_own_alarms() -> None:
+    stack = {
+        **SMALL,
+        "PoolBigInstanceTypes": "c7i.xlarge, c7i.2xlarge",
+        "PoolBigName": "big",
+    }
+    found = hourly_cost(stack, SHIPPED, region="us-east-1", shape=StackShape(interface_endpoints=5))
+    assert [worker.pool for worker in found.workers] == ["default", "big"]
+    assert found.workers[1].instance_type == "c7i.xlarge and 1 more"
+    assert found.workers[1].spot.high > found.workers[1].on_demand.high  # the larger type counts
+    endpoints = next(item for item in found.idle if item.what == "VPC endpoints")
+    assert endpoints.usd.typical == pytest.approx(5 * 2 * 0.01)
+    alarms = next(item for item in found.idle if item.what == "alarms")
+    assert alarms.usd.typical == pytest.approx(6 * 0.10 / 730)
+    assert "by use" in found.text()
+    assert found.to_json()["idle_usd_per_hour"]
+
+
+def test_a_network_of_ones_own_costs_the_stack_nothing() -> None:
+    found = hourly_cost({**SMALL, "VpcId": "vpc-1", "SubnetIds": "subnet-a,subnet-b"}, SHIPPED)
+    network = next(item for item in found.idle if item.what == "network")
+    assert network.usd.typical == 0.0
+    assert "your own" in network.how
+
+
+def test_the_templates_own_defaults_have_prices() -> None:
+    """What `deploy plan` shows first."""
+    template = (Path(__file__).parents[2] / "backends/aws/stack.yaml").read_text()
+    assert template.count("VpcEndpointType: Interface") == StackShape().interface_endpoints
+    types = re.search(r"PoolInstanceTypes:\n(?:.*\n)??    Default: (\S+)", template)
+    manager = re.search(r"ManagerInstanceType:\n(?:.*\n)??    Default: (\S+)", template)
+    assert types
+    assert manager
+    for name in (*types[1].split(","), manager[1]):
+        assert SHIPPED.instance_usd_h(name).typical > 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("Ledger", "oracle", "Ledger is 'oracle'"),
+        ("Egress", "proxy", "Egress is 'proxy'"),
+        ("DatabaseZones", "three", "DatabaseZones is 'three'"),
+        ("ManagerInstanceType", "t4g.huge", "no instance type 't4g.huge'"),
+        ("PoolInstanceTypes", " , ", "names no instance type"),
+        ("PoolOnDemandPercent", "half", "not a number"),
+    ],
+)
+def test_parameters_that_cannot_be_priced_are_named(key: str, value: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        hourly_cost({"Ledger": "postgres", **SMALL, key: value}, SHIPPED)

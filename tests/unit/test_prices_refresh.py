@@ -1,0 +1,209 @@
+"""Newer prices from files as AWS publishes them, made here in their published form."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from batchlab.costs import prices
+from batchlab.costs.refresh import find, refreshed
+from batchlab.errors import UsageError
+from batchlab.model import Market
+
+SHIPPED = prices.load()
+
+OFFER = """"FormatVersion","v1.0"
+"Disclaimer","This pricing list is for informational purposes only."
+"Publication Date","2026-09-01T12:00:00Z"
+"Version","20260901120000"
+"OfferCode","AmazonEC2"
+"SKU","OfferTermCode","RateCode","TermType","PriceDescription","EffectiveDate","StartingRange",\
+"EndingRange","Unit","PricePerUnit","Currency","Product Family","serviceCode","Region Code",\
+"Instance Type","Tenancy","Operating System","Pre Installed S/W","CapacityStatus"
+"""
+
+
+def row(kind: str, usd: str, **changes: str) -> str:
+    told = {
+        "TermType": "OnDemand",
+        "Unit": "Hrs",
+        "Currency": "USD",
+        "Region": "eu-west-1",
+        "Tenancy": "Shared",
+        "System": "Linux",
+        "Software": "NA",
+        "Status": "Used",
+        **changes,
+    }
+    cells = [
+        "SKU1",
+        "JRTCKXETXF",
+        "SKU1.JRT",
+        told["TermType"],
+        "per hour",
+        "2026-09-01",
+        "0",
+        "Inf",
+        told["Unit"],
+        usd,
+        told["Currency"],
+        "Compute Instance",
+        "AmazonEC2",
+        told["Region"],
+        kind,
+        told["Tenancy"],
+        told["System"],
+        told["Software"],
+        told["Status"],
+    ]
+    return ",".join(f'"{cell}"' for cell in cells) + "\n"
+
+
+def wrote(folder: Path, text: str, name: str = "offer.csv") -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_awss_own_price_list_as_csv(tmp_path: Path) -> None:
+    path = wrote(
+        tmp_path,
+        OFFER
+        + row("m7i.large", "0.1123")
+        + row("m7i.large", "0.2043", System="Windows")
+        + row("m7i.large", "0.0700", TermType="Reserved")
+        + row("m7i.large", "0.1200", Tenancy="Dedicated")
+        + row("m7i.large", "0.5900", Software="SQL Std")
+        + row("m7i.large", "0.1123", Status="UnusedCapacityReservation")
+        + row("x9z.huge", "12.5"),
+    )
+    found = find(path)
+    assert (found.block, found.region, found.date) == ("on_demand", "eu-west-1", date(2026, 9, 1))
+    assert found.table == {"m7i.large": 0.1123, "x9z.huge": 12.5}
+    book = refreshed(SHIPPED, found)
+    assert book.instance_usd_h("x9z.huge").typical == 12.5
+    # Another region takes the place of all that was there; the other blocks stay, and say so.
+    with pytest.raises(UsageError, match=r"no instance type 'c7g\.large'"):
+        book.instance_usd_h("c7g.large")
+    with pytest.raises(UsageError, match="blocks spot, sqs"):
+        book.at("eu-west-1")
+
+
+def test_awss_own_price_list_as_json(tmp_path: Path) -> None:
+    doc = {
+        "formatVersion": "v1.0",
+        "offerCode": "AmazonRDS",
+        "publicationDate": "2026-09-02T00:00:00Z",
+        "products": {
+            "A1": {
+                "sku": "A1",
+                "productFamily": "Database Instance",
+                "attributes": {
+                    "instanceType": "db.r7g.large",
+                    "databaseEngine": "PostgreSQL",
+                    "deploymentOption": "Single-AZ",
+                    "regionCode": "us-east-1",
+                },
+            },
+            "A2": {
+                "sku": "A2",
+                "productFamily": "Database Instance",
+                "attributes": {
+                    "instanceType": "db.r7g.large",
+                    "databaseEngine": "Oracle",
+                    "deploymentOption": "Single-AZ",
+                    "regionCode": "us-east-1",
+                },
+            },
+        },
+        "terms": {
+            "OnDemand": {
+                sku: {
+                    f"{sku}.T": {
+                        "priceDimensions": {
+                            f"{sku}.T.R": {"unit": "Hrs", "pricePerUnit": {"USD": usd}}
+                        }
+                    }
+                }
+                for sku, usd in (("A1", "0.2390"), ("A2", "0.9"))
+            }
+        },
+    }
+    found = find(wrote(tmp_path, json.dumps(doc), "offer.json"))
+    book = refreshed(SHIPPED, found)
+    assert book.database_usd_h("db.r7g.large") == 0.239
+    assert book.database_usd_h("db.t4g.micro") == 0.016  # of the same region: it stays
+    assert book.blocks["rds"].date == date(2026, 9, 2)
+
+
+def test_spot_history_makes_a_range_of_what_was_paid(tmp_path: Path) -> None:
+    def one(usd: str, zone: str, **more: str) -> dict[str, str]:
+        return {
+            "AvailabilityZone": zone,
+            "InstanceType": "m7i.large",
+            "ProductDescription": "Linux/UNIX",
+            "SpotPrice": usd,
+            "Timestamp": "2026-09-03T10:00:00+00:00",
+            **more,
+        }
+
+    history = [
+        one("0.0400", "us-east-1a"),
+        one("0.0500", "us-east-1b"),
+        one("0.0450", "us-east-1c"),
+        one("0.0900", "us-east-1a", ProductDescription="Windows"),
+    ]
+    path = wrote(tmp_path, json.dumps({"SpotPriceHistory": history}), "spot.json")
+    book = refreshed(SHIPPED, find(path))
+    usd = book.instance_usd_h("m7i.large", Market.SPOT)
+    assert (usd.low, usd.typical, usd.high) == (0.04, 0.045, 0.05)
+    assert book.instance_usd_h("m7a.large", Market.SPOT).high == pytest.approx(0.11592 * 0.7)
+    (tmp_path / prices.NAME).write_text(prices.write(book))
+    assert prices.load(tmp_path).blocks == book.blocks
+
+
+def test_a_small_csv_needs_its_day_and_of_several_regions_one(tmp_path: Path) -> None:
+    text = (
+        "region,instance_type,linux_on_demand_usd_per_hour\n"
+        "us-east-1,m7i.large,0.11\neu-west-1,m7i.large,0.12\n"
+    )
+    path = wrote(tmp_path, text)
+    with pytest.raises(UsageError, match="of which day") as caught:
+        find(path, region="us-east-1")
+    assert "--date" in caught.value.remedy
+    day = date(2026, 10, 1)
+    with pytest.raises(UsageError, match="2 regions"):
+        find(path, day=day)
+    with pytest.raises(UsageError, match="no prices for us-west-9"):
+        find(path, day=day, region="us-west-9")
+    book = refreshed(SHIPPED, find(path, day=day, region="us-east-1"))
+    assert book.instance_usd_h("m7i.large").typical == 0.11
+    assert book.blocks["on_demand"].date == day
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "not a list of prices"),
+        ("a,b,c\n1,2,3\n", "not a list of prices"),
+        ("{}", "no price list of AWS"),
+        ("{", "cannot be read as prices"),
+        (OFFER, "no price of a Linux instance"),
+        (OFFER + row("m7i.large", "cheap"), "'cheap' where a price"),
+        (OFFER + row("m7i.large", "0.9", Currency="CNY"), "prices in CNY"),
+        (OFFER.replace("AmazonEC2", "AmazonS3"), "price list of AmazonS3"),
+        (OFFER.replace("2026-09-01T12", "soon") + row("m7i.large", "1"), "of which day"),
+    ],
+)
+def test_what_is_no_price_list_is_refused_in_a_sentence(
+    tmp_path: Path, text: str, told: str
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        find(wrote(tmp_path, text))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        find(tmp_path / "none.csv")

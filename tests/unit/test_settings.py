@@ -1,0 +1,71 @@
+"""What a home says of its manager in place of what the backend says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from batchlab import backends, settings
+from batchlab.errors import UsageError
+from batchlab.home import Home
+
+
+def _home(folder: Path, text: str | None) -> Home:
+    home = Home(folder / "home")
+    home.make()
+    if text is not None:
+        home.settings_file.write_text(text)
+    return home
+
+
+def test_a_home_without_a_file_changes_nothing(tmp_path: Path) -> None:
+    backend = backends.load("local")
+    assert settings.applied(backend, _home(tmp_path, None)) == backend
+
+
+def test_what_the_file_says_takes_the_place_of_the_backends_own(tmp_path: Path) -> None:
+    home = _home(tmp_path, "[manager]\ndrain_target_s = 600\nmax_receives = 3\n")
+    backend = backends.load("local")
+    wanted = replace(backend.manager, drain_target_s=600, max_receives=3)
+    assert settings.applied(backend, home) == replace(backend, manager=wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("manager = 5\n", "says manager = 5, which is no table"),
+        ("[manager]\ndrain_s = 3\n", "'drain_s', which is no setting of a manager"),
+        ("[manager]\ntick_s = 0\n", "tick_s = 0, which is not a number"),
+        ("[manager]\nidle_s = -1\n", "which is not a number"),
+        ("[manager]\nidle_s = inf\n", "which is not a number"),
+        ("[manager]\nidle_s = true\n", "which is not a number"),
+        ("[manager]\nmax_receives = 2.5\n", "which is not a number"),
+        ("[worker]\nbeat_s = 3\n", "'worker', which is nothing that a grid can be told"),
+        ("[manager\n", "cannot be read"),
+    ],
+)
+def test_what_is_no_setting_is_told_in_a_sentence(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        settings.read(_home(tmp_path, text))
+
+
+@pytest.mark.parametrize("before", [None, "# mine\n[manager]\nidle_s = 7\n"])
+def test_what_is_said_for_a_while_is_taken_back(tmp_path: Path, before: str | None) -> None:
+    home = _home(tmp_path, before)
+    own = settings.read(home)
+    with settings.said(home, {"drain_target_s": 2.5}, why="For a while."):
+        assert settings.read(home) == {**own, "drain_target_s": 2.5}
+        assert home.settings_file.read_text().startswith("# For a while.\n")
+    assert settings.read(home) == own
+    assert home.settings_file.exists() == (before is not None)
+    with settings.said(home, {"idle_s": 9.0}, why="For good.", keep=True):
+        pass
+    assert settings.read(home) == {**own, "idle_s": 9.0}
+
+
+def test_nothing_to_say_writes_nothing(tmp_path: Path) -> None:
+    home = _home(tmp_path, None)
+    with settings.said(home, {}, why="Nothing."):
+        assert not home.settings_file.exists()
