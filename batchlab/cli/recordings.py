@@ -50,6 +50,10 @@ def run(request: Request, *, json: bool) -> None:
     path = request.out or Path(f"{past.name}.yaml")
     if path.exists() and request.out is None:
         raise Refused(f"There is a file {path} already.", remedy="Name one with --out.")
+    if request.record and _is_same(request.record, path):
+        raise UsageError(
+            f"{path} is the record that is read.", remedy="Name another file with --out."
+        )
     written = recording.write(past, path)
     if json:
         output.show_json(
@@ -72,6 +76,12 @@ def run(request: Request, *, json: bool) -> None:
         output.say(
             f"Left out: {output.count(written.left_out, 'job')} of which too little is known."
         )
+
+
+def _is_same(record: Path, path: Path) -> bool:
+    # The trace is written beside the scenario, and would cover a record of that name too.
+    written = {path.resolve(), path.with_suffix(".jsonl").resolve()}
+    return record.resolve() in written
 
 
 def _of_record(request: Request) -> Past:

@@ -86,7 +86,7 @@ async def reckon(
         usd=spent.usd if spent else None,
         usd_items=spent.items if spent else {},
         settings={
-            **asdict(backend.worker),
+            **{f"worker.{name}": value for name, value in asdict(backend.worker).items()},
             **(sampler.grid["settings"] if sampler.grid else {}),
             "cores": backend.usual.cores,
         },

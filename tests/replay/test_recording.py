@@ -10,8 +10,11 @@ import pytest
 import yaml
 
 from batchlab import backends
+from batchlab.cli import recordings
+from batchlab.cli.recordings import Request
 from batchlab.errors import UsageError
 from batchlab.forecast.simulate import simulate
+from batchlab.home import Home
 from batchlab.replay import recording
 from batchlab.replay.measuring import spread
 from batchlab.scenario import loader
@@ -221,3 +224,13 @@ def test_the_file_is_one_that_a_person_can_read(tmp_path: Path) -> None:
 def test_a_sample_is_evenly_spread() -> None:
     assert spread([3, 1, 2], 5) == (1, 2, 3)
     assert spread(range(1000), 4) == (125, 375, 625, 875)
+
+
+def test_the_record_that_is_read_is_not_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    records.write(_record(), path)
+    before = path.read_bytes()
+    for out in (path, tmp_path / "x" / ".." / "run.json"):
+        with pytest.raises(UsageError, match="is the record that is read"):
+            recordings.run(Request((), path, out, None, Home(tmp_path)), json=True)
+    assert path.read_bytes() == before

@@ -194,15 +194,19 @@ def test_what_does_not_go_as_it_should_is_told_as_that(tmp_path: Path) -> None:
     async def nobody_sees(_: Fault) -> Seen:
         raise NotSeen("The end of the instances was not seen within 60 s.")
 
+    async def no_room(_: Fault) -> Seen:
+        raise OSError(28, "No space left on device", "/there")
+
     async def go() -> list[Injected]:
         there = scene.Scene(backends.load("local"), Home(tmp_path), Manager("w-1"))
-        one = Injector(there, {FaultName.KILL: nobody_sees})
+        one = Injector(there, {FaultName.KILL: nobody_sees, FaultName.PAUSE: no_room})
         fault = Fault(FaultName.KILL, 0.0)
-        found = [await one.inject(fault, 1.0)]
+        found = [await one.inject(fault, 1.0), await one.inject(Fault(FaultName.PAUSE, 0.0), 1.5)]
         await one.undo()
         return [*found, await one.inject(fault, 2.0)]
 
-    seen, after = asyncio.run(go())
+    seen, refused, after = asyncio.run(go())
+    assert "This machine refused it: [Errno 28] No space left on device" in refused.trouble
     assert (seen.impossible, seen.evidence) == ("", "")
     assert seen.trouble == "The end of the instances was not seen within 60 s."
     assert (after.impossible, after.trouble) == ("the run was over before", "")

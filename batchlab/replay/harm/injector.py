@@ -59,6 +59,8 @@ class Injector:
             return Injected(fault.name, at_s, impossible=OVER)
         except BatchlabError as error:
             return Injected(fault.name, at_s, trouble=error.message)
+        except OSError as error:  # no room, no process, no socket: this machine's, not the grid's
+            return Injected(fault.name, at_s, trouble=f"This machine refused it: {error}.")
         finally:
             del self._standing[doing]
         return Injected(fault.name, at_s, seen.targets, seen.evidence, _clause(seen.impossible))
