@@ -365,7 +365,7 @@ def _container_launcher_world(check: LauncherCheck, root: Path) -> None:
 
         try:
             await check(
-                LauncherRig(launcher, launcher.changed, crash, up, slack_s=3.0, moment_s=1.0)
+                LauncherRig(launcher, launcher.changed, crash, up, slack_s=8.0, moment_s=1.0)
             )
         finally:
             await launcher.close(kill=True)

@@ -100,17 +100,21 @@ def test_a_zone_is_lost_and_nothing_is_launched_there(bench: Bench) -> None:
 
 
 def test_s3_answers_503_and_is_itself_again(bench: Bench) -> None:
-    with bench.work(
-        300, 0.1
-    ) as work:  # what is still at work when the front is up, on a busy machine
-        before = docker("inspect", Containers(bench.grid).service("localstack"))
-        # Who has had no answer from the address while it moved waits longer before each next try.
-        seen = work.hurt(FaultName.S3_ERRORS, rate=0.4, for_s=15.0)
-        assert 0 < number(r"^(\d+) of", seen) < number(r"of (\d+) requests", seen)
-        assert f'"IPAddress": "{Containers(bench.grid).at.subnet}.10"' in before
-        after = docker("inspect", Containers(bench.grid).service("localstack"))
-        assert f'"IPAddress": "{Containers(bench.grid).at.subnet}.10"' in after
-        assert "harm.interposed" not in docker("ps", "-a", "--no-trunc")
+    # Who has had no answer from the address while it moved waits longer before each next try: on a
+    # busy machine perhaps for all of the first time.
+    for for_s in (12.0, 40.0):
+        with bench.work(300, 0.1) as work:  # still at work when the front is up
+            before = docker("inspect", Containers(bench.grid).service("localstack"))
+            seen = work.hurt(FaultName.S3_ERRORS, rate=0.4, for_s=for_s)
+        if not seen.impossible:
+            break
+    else:
+        raise AssertionError(seen.impossible)
+    assert 0 < number(r"^(\d+) of", seen) < number(r"of (\d+) requests", seen)
+    assert f'"IPAddress": "{Containers(bench.grid).at.subnet}.10"' in before
+    after = docker("inspect", Containers(bench.grid).service("localstack"))
+    assert f'"IPAddress": "{Containers(bench.grid).at.subnet}.10"' in after
+    assert "harm.interposed" not in docker("ps", "-a", "--no-trunc")
 
 
 def test_messages_come_twice(bench: Bench) -> None:
