@@ -8,6 +8,7 @@ Invariant: everything in it survives SIGKILL and can be looked at with `ls`.
     token           the API's bearer token (0600)
     scratch/        the workers' unpacked code and task folders
     settings.toml   what the manager is told in place of what its backend says; optional
+    fetched.jsonl   how much was read for results that were fetched to here
     records/        what replays of scenarios have measured
     ministack/      that backend's endpoint.json, ledger.sqlite, and its emulator's own state
     localstack/     that backend's endpoint.json, where its containers are, and what they have said
@@ -93,6 +94,10 @@ class Home:
     @property
     def settings_file(self) -> Path:
         return self.path / "settings.toml"
+
+    @property
+    def fetched_file(self) -> Path:
+        return self.path / "fetched.jsonl"
 
     @property
     def records(self) -> Path:

@@ -51,12 +51,14 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What was written: results by stage, and the files they refer to."""
+    """What was written: results by stage, and the files they refer to. `read_bytes` is all that was
+    read from the bucket for it."""
 
     folder: Path
     results: Mapping[str, int]
     files: int
     size_bytes: int
+    read_bytes: int = 0
 
 
 async def definition(objects: Objects, job: str, patience: Patience) -> JobDef:
@@ -97,7 +99,8 @@ async def fetch(
         for name, found in chosen.items():
             coming = in_task_order(objects, found, patience, steps.step)
             counts[name] = await _write(name, coming, files)
-        fetched = Fetched(out, counts, files.count, files.size_bytes)
+        read_bytes = steps.read_bytes + files.value_bytes + files.size_bytes
+        fetched = Fetched(out, counts, files.count, files.size_bytes, read_bytes)
         _write_summary(view, fetched)
     except OSError as error:
         raise UsageError(
@@ -152,14 +155,16 @@ def _make_room(out: Path, stages: Iterable[StageName]) -> None:
 
 @dataclass(slots=True)
 class _Steps:
-    """Counts outcomes as they are read."""
+    """Counts outcomes as they are read, and their bytes."""
 
     of: int
     tell: Progress | None
     done: int = 0
+    read_bytes: int = 0
 
-    def step(self) -> None:
+    def step(self, read_bytes: int) -> None:
         self.done += 1
+        self.read_bytes += read_bytes
         if self.tell:
             self.tell(self.done, self.of)
 
@@ -178,19 +183,20 @@ async def in_task_order(
     objects: Objects,
     outcomes: Sequence[Listed],
     patience: Patience,
-    read: Callable[[], None] = lambda: None,
+    read: Callable[[int], None] = lambda _: None,
 ) -> AsyncIterator[tuple[int, Json]]:
-    """(task, encoded result) of the outcomes of `of_stage`; `read` hears of each outcome."""
+    """(task, encoded result) of the outcomes of `of_stage`; `read` hears of each outcome's
+    bytes."""
     held: list[tuple[int, Json]] = []
-    fetching: deque[asyncio.Task[Outcome]] = deque()
+    fetching: deque[asyncio.Task[tuple[Outcome, int]]] = deque()
     coming = iter(outcomes)
     try:
         for number in range(len(outcomes)):
             while len(fetching) < OUTCOMES_AT_ONCE and (one := next(coming, None)):
                 fetching.append(asyncio.ensure_future(_outcome(objects, one.key, patience)))
-            outcome = await fetching[0]
+            outcome, read_bytes = await fetching[0]
             fetching.popleft()
-            read()
+            read(read_bytes)
             for pair in zip(outcome.succeeded, outcome.values, strict=True):
                 heapq.heappush(held, pair)
             # What was tried again lies within the range of an earlier bundle: what is still to
@@ -202,8 +208,9 @@ async def in_task_order(
         await _drop(fetching)
 
 
-async def _outcome(objects: Objects, key: str, patience: Patience) -> Outcome:
-    return wire.outcome_from_json(wire.loads(await patience(lambda: objects.get(key))))
+async def _outcome(objects: Objects, key: str, patience: Patience) -> tuple[Outcome, int]:
+    data = await patience(lambda: objects.get(key))
+    return wire.outcome_from_json(wire.loads(data)), len(data)
 
 
 async def _drop(tasks: Iterable[asyncio.Task[object]]) -> None:
@@ -281,6 +288,8 @@ class _Files:
     patience: Patience
     count: int = 0
     size_bytes: int = 0
+    value_bytes: int = 0
+    """Of large values, which are in the stage's file and in none of their own."""
     limit: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(VALUES_AT_ONCE))
 
     async def local(self, stage: str, task: int, value: Json) -> Json:
@@ -296,6 +305,7 @@ class _Files:
             elif depth:
                 async with self.limit:
                     data = await self.patience(partial(self.objects.get, reference["$value"]))
+                self.value_bytes += len(data)
                 found[key] = await self._value(json.loads(data), names, depth - 1)
             else:
                 raise UsageError(f"A result refers to objects more than {_DEEPEST} deep.")

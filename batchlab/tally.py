@@ -16,13 +16,15 @@ STEP_BYTES = 64 * 1024
 class Requests:
     """Billed requests. `sqs` has every step of 64 KiB and `sqs_empty`, receives that brought
     nothing; `s3_puts` are PUT, COPY, POST and LIST, `s3_gets` GET, HEAD and all other; DELETE is
-    free and only told."""
+    free and only told. `sqs_bytes` are those of the messages' bodies, both ways: a NAT gateway or
+    a VPC endpoint bills what passes."""
 
     sqs: float = 0
     sqs_empty: float = 0
     s3_puts: float = 0
     s3_gets: float = 0
     s3_deletes: float = 0
+    sqs_bytes: float = 0
 
     def __add__(self, other: Requests) -> Requests:
         return Requests(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -59,17 +61,19 @@ class Tally:
     def __init__(self, *, is_spot: bool = False) -> None:
         self.is_spot = is_spot
         self._lock = threading.Lock()
-        self._sqs = self._empty = self._puts = self._gets = self._deletes = 0
+        self._sqs = self._empty = self._puts = self._gets = self._deletes = self._sqs_bytes = 0
 
     def sqs(self, payload_bytes: int = 0) -> None:
         """One call of SQS that carries, or brings, so many bytes of messages."""
         with self._lock:
             self._sqs += steps(payload_bytes)
+            self._sqs_bytes += payload_bytes
 
     def received(self, payload_bytes: int, messages: int) -> None:
         """One receive, billed also where it brings nothing."""
         with self._lock:
             self._sqs += steps(payload_bytes)
+            self._sqs_bytes += payload_bytes
             self._empty += not messages
 
     def put(self, requests: int = 1) -> None:
@@ -90,4 +94,6 @@ class Tally:
     def read(self) -> Requests:
         """What has been counted so far."""
         with self._lock:
-            return Requests(self._sqs, self._empty, self._puts, self._gets, self._deletes)
+            return Requests(
+                self._sqs, self._empty, self._puts, self._gets, self._deletes, self._sqs_bytes
+            )

@@ -1,9 +1,9 @@
 """An account whose instances are containers that boot by the stack's own user data.
 
-S3 and SQS are LocalStack's, Secrets Manager and CloudWatch Logs moto's, Auto Scaling and the
-metadata service batchlab's own. The containers run systemd and are on a network that leads nowhere
-else. Session Manager is a stub whose plugin carries a connection into the container by `docker
-exec`.
+S3 and SQS are LocalStack's, Secrets Manager, CloudWatch Logs and ECR's sign-in moto's, Auto Scaling
+and the metadata service batchlab's own. The containers run systemd and are on a network that leads
+nowhere else. Session Manager is a stub whose plugin carries a connection into the container by
+`docker exec`.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def fleet(folder: Path, archive: Path) -> Iterator[Fleet]:
             others.start()
             with standing(sessions) as session_manager, auto_scaling(folder, grid, here) as env:
                 env["AWS_ENDPOINT_URL"] = str(storage.endpoint.url)
-                for name in ("SECRETS_MANAGER", "CLOUDWATCH_LOGS"):
+                for name in ("SECRETS_MANAGER", "CLOUDWATCH_LOGS", "ECR"):
                     env[f"AWS_ENDPOINT_URL_{name}"] = str(others.endpoint.url)
                 install_plugin(folder / "bin", grid)
                 owner = laptop(folder, {**env, "AWS_ENDPOINT_URL_SSM": session_manager})

@@ -45,7 +45,8 @@ _SYSTEM: Mapping[str, Any] = {
     # It forgets what is in these when it boots.
     "tmpfs": {"/run": "rw,exec,nosuid,nodev,mode=755", "/run/lock": "rw,noexec,nosuid,nodev"},
     "cap_drop": [],
-    "cap_add": ["SYS_ADMIN"],
+    # The second is for an Engine in it; the network is its own, as a machine's is.
+    "cap_add": ["SYS_ADMIN", "NET_ADMIN"],
     "security_opt": ["seccomp=unconfined", "apparmor=unconfined"],
     "cgroupns": "private",
     "init": False,

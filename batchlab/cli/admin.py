@@ -104,6 +104,15 @@ def gc(
         typer.Option("--aws", help="What stacks have left behind on AWS; removed only with --yes."),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="With --aws: remove what is left.")] = False,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--name",
+            help="With --aws: also this one, which only its name says to be a stack's; may be "
+            "repeated.",
+            show_default=False,
+        ),
+    ] = None,
     region: RegionOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -111,7 +120,8 @@ def gc(
 
     Grids whose folder still knows of them are left alone: `batchlab grid down` ends those. With
     --aws Docker is not looked at: everything in the region that has a stack's tag is listed, and
-    what no stack has any more is removed where --yes says so, buckets with all objects.
+    what no stack has any more is removed where --yes says so, buckets with all objects. What can
+    have no tag, as SimpleDB's domains, is listed by its name, and removed where --name says so too.
 
     \b
     Example: batchlab gc --dry-run
@@ -121,11 +131,12 @@ def gc(
     if aws:
         from batchlab.cli.leftovers import sweep_aws
 
-        sweep_aws(region, removing=yes and not dry_run, json=json)
+        sweep_aws(region, name or (), removing=yes and not dry_run, json=json)
         return
-    if yes or region:
+    if yes or region or name:
         raise UsageError(
-            "--yes and --region are for what is on AWS.", remedy="Say --aws, or leave them out."
+            "--yes, --name and --region are for what is on AWS.",
+            remedy="Say --aws, or leave them out.",
         )
     _sweep_docker(dry_run=dry_run, json=json)
 

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from batchlab import fetches
 from batchlab.cli import output
 from batchlab.costs.bill import Bill, PoolFacts, StageUse, bill, burn_usd_h, spent_usd
 from batchlab.costs.meter import Account, Kind
 from batchlab.costs.money import Usd, range_json
 from batchlab.costs.prices import PriceBook
 from batchlab.costs.prices import load as load_prices
+from batchlab.costs.transfer import Moved
 from batchlab.errors import BatchlabError, NotFound, UsageError
 from batchlab.home import Home
 from batchlab.model import Market
@@ -67,8 +69,18 @@ def bill_of(
     shown = facts.use["account"]
     account = _retyped(account_of(shown), types) if shown else None
     size = asyncio.run(_stored(backend.open_objects(home), facts.job["id"])) if stored else None
-    pace = backend.pace
-    return facts.job, bill(stages, account, pools, book, stored_bytes=size, pace=pace)
+    moved = Moved(fetches.total_bytes(home, facts.job["id"]), _egress(home, facts.backend))
+    return facts.job, bill(
+        stages, account, pools, book, stored_bytes=size, pace=backend.pace, moved=moved
+    )
+
+
+def _egress(home: Home, backend: str) -> str:
+    """How the stack's instances reach AWS, "" where there is no stack."""
+    from batchlab.adapters.awsgrid import deployment
+
+    known = deployment.read(home) if backend == AWS else None
+    return known.egress if known else ""
 
 
 def _retyped(account: Account, types: Mapping[str, str]) -> Account:
@@ -143,8 +155,11 @@ async def _kept(objects: Objects, job: str) -> Account | None:
 
 async def _stored(objects: Objects, job: str) -> int:
     """Bytes that the bucket holds of a job: a request of S3 for every thousand objects."""
+    from batchlab.model import JobId
+    from batchlab.protocol import naming
+
     size_bytes = 0
-    for prefix in (f"jobs/{job}/", f"raw/{job}/"):
+    for prefix in naming.everything_of(JobId(job)):
         async for page in objects.list(prefix):
             size_bytes += sum(info.size for info in page)
     return size_bytes
@@ -156,7 +171,8 @@ def bill_text(job: JobView, found: Bill) -> str:
     usd = found.usd
     rows.append(("all", f"{usd.typical:.6f}", ""))
     exact = usd.low == usd.high
-    spread = "" if exact else f" Spot makes that {usd.low:.6f} to {usd.high:.6f} USD."
+    between = f"between {usd.low:.6f} and {usd.high:.6f} USD"
+    spread = "" if exact else f" By what Spot and other zones may cost it is {between}."
     return "\n".join(
         [
             f"{job['id']} {job['state']}: {usd} on AWS.{spread}",

@@ -70,6 +70,16 @@ def estimate(
     spot: Annotated[
         float, typer.Option("--spot", min=0, max=100, help="Per cent of instances on Spot.")
     ] = 0.0,
+    results: Annotated[
+        str,
+        typer.Option(
+            "--results",
+            metavar="SIZE",
+            help="How large the results will be that are fetched home, as in 500MB; without it as "
+            "large as when they were fetched last.",
+            show_default=False,
+        ),
+    ] = "",
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -90,6 +100,7 @@ def estimate(
         tuple(pool or ()),
         tuple(instance_type or ()),
         spot / 100,
+        results,
     )
     found = estimating.run(request)
     if json:
@@ -105,7 +116,9 @@ def bill(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say what a job has cost on AWS, or would have: compute, wasted work, idle, requests, storage.
+    """Say what a job has cost on AWS, or would have.
+
+    Compute, wasted work, idle time, requests, storage, and data that has left AWS.
 
     \b
     Example: batchlab cost bill last --instance-type c7g.large

@@ -50,6 +50,8 @@ class Request:
     pools: Sequence[str] = ()
     types: Sequence[str] = ()
     spot: float = 0.0
+    results: str = ""
+    """How large what is fetched home will be; empty where nobody says."""
 
 
 def run(request: Request) -> Estimate:
@@ -85,6 +87,7 @@ def run(request: Request) -> Estimate:
         policy_of(backend),
         input_files=files,
         input_bytes=size_bytes,
+        result_bytes=_results(request, jobfile.job.name, assumed),
         assumed=[*assumed, *more],
     )
 
@@ -107,6 +110,24 @@ def by_name(
         else:
             found = {**dict.fromkeys(names if all_ is None else all_, value), **found}
     return found
+
+
+def _results(request: Request, name: str, assumed: list[str]) -> int | None:
+    """Bytes of results that are fetched home: as said, or as of an earlier run, which is added to
+    `assumed`; None where neither is known."""
+    from batchlab import fetches
+    from batchlab.spec import units
+
+    if request.results:
+        try:
+            return units.size_bytes(request.results)
+        except ValueError as error:
+            raise UsageError(f"{error}.", remedy="Write for example --results 500MB.") from error
+    if (known := fetches.last_of(request.home, name)) is None:
+        return None
+    job, size_bytes = known
+    assumed.append(f"results are as large as those of {job} that were fetched to here")
+    return size_bytes
 
 
 def _whole(text: str) -> int:

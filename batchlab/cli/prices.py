@@ -108,8 +108,8 @@ def refresh(
         typer.Option(
             "--from",
             metavar="FILE",
-            help="AWS's price list of AmazonEC2 or AmazonRDS (CSV or JSON), the output of `aws ec2 "
-            "describe-spot-price-history`, or a CSV of on-demand prices.",
+            help="AWS's price list of AmazonEC2, AmazonRDS or AWSDataTransfer (CSV or JSON), the "
+            "output of `aws ec2 describe-spot-price-history`, or a CSV of on-demand prices.",
             show_default=False,
         ),
     ],
@@ -152,11 +152,12 @@ def refresh(
                 "region": found.region,
                 "date": found.date.isoformat(),
                 "types": len(found.table),
+                "prices": dict(found.prices),
             }
         )
         return
     output.show(
-        f"{output.count(len(found.table), 'price')} of [{found.block}] for {found.region}, as of "
+        f"{output.count(found.count, 'price')} of [{found.block}] for {found.region}, as of "
         f"{found.date.isoformat()}, are in {path}."
     )
     others = sorted(b.name for b in book.blocks.values() if b.region != found.region)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from batchlab import fetches
 from batchlab.cli import output
 from batchlab.cli.progress import Progress
 from batchlab.cli.session import Session
@@ -84,9 +85,11 @@ def fetch_results(
     def note(done: int, of: int) -> None:
         notes.say(f"Fetching results: {done:,} of {of:,} outcomes are read.")
 
-    return asyncio.run(
+    found = asyncio.run(
         fetch(objects, view, listing, folder, patience=patience(), stages=stages, progress=note)
     )
+    fetches.note(session.home, view["id"], found.read_bytes)
+    return found
 
 
 def _outcomes(job: str, after: int | None, client: Client) -> OutcomesView:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from batchlab.costs import requests
+from batchlab.costs import requests, transfer
 from batchlab.costs.meter import Account, Kind
 from batchlab.costs.money import (
     BILLED_LEAST_S,
@@ -23,6 +23,7 @@ from batchlab.costs.money import (
 )
 from batchlab.costs.prices import AS_IF, PriceBook
 from batchlab.costs.requests import Pace
+from batchlab.costs.transfer import Moved
 from batchlab.tally import Requests
 
 UNUSED = 0.15
@@ -90,11 +91,12 @@ def bill(
     *,
     stored_bytes: int | None = None,
     pace: Pace | None = None,
+    moved: Moved | None = None,
 ) -> Bill:
     """The bill of one job, at list prices in USD. Without an account, or where that was not kept
     from the start, instance seconds are derived from task times; without counted requests (a
     backend that has no S3 and SQS) these are derived from bundles and time. `stored_bytes` is what
-    the bucket holds of the job."""
+    the bucket holds of the job, `moved` what is known of data that has left it."""
     notes: list[str] = []
     derived = account is None or not account.is_whole
     account = account or Account(is_whole=False)
@@ -121,6 +123,8 @@ def bill(
         items.append(
             Item("S3 storage", Usd.exactly(month), f"{stored_bytes / GB:,.3f} GB for a month")
         )
+    if moved is not None:
+        items += _moved(moved, account, book, notes)
     day = max(block.date for block in book.blocks.values()).isoformat()
     said = f"AWS's list prices of {book.region} in USD, as of {day}"
     return Bill(tuple(items), tuple(notes), said)
@@ -196,6 +200,19 @@ def _requests(
     if made:
         notes.append("requests are derived from bundles and time: this backend makes none")
     return requests.items((made, made, made), book, "derived")
+
+
+def _moved(moved: Moved, account: Account, book: PriceBook, notes: list[str]) -> list[Item]:
+    found: list[Item] = []
+    if moved.fetched_bytes:
+        how = "results that were fetched to here"
+        found.append(transfer.out_of_aws(moved.fetched_bytes, book, how))
+    else:
+        notes.append("no results were fetched to here, so no data out of AWS is in it")
+    if item := transfer.through(moved.egress, account.requests.sqs_bytes, book):
+        found.append(item)
+    notes += transfer.not_counted(moved.egress)
+    return found
 
 
 def burn_usd_h(living: Mapping[Kind, int], types: Mapping[str, str], book: PriceBook) -> Usd:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from batchlab.costs import requests
+from batchlab.costs import requests, transfer
 from batchlab.costs.money import BILLED_LEAST_S, GB, HOURS_A_MONTH, Item, Usd, range_json, total
 from batchlab.costs.prices import PriceBook
 from batchlab.costs.requests import Pace
@@ -170,10 +170,11 @@ def estimate(
     *,
     input_files: int = 0,
     input_bytes: int = 0,
+    result_bytes: int | None = None,
     assumed: Sequence[str] = (),
 ) -> Estimate:
     """What running these stages on these pools costs, in USD at list prices; UsageError for a
-    type that has none."""
+    type that has none. `result_bytes` is what is fetched home of it, None where nobody knows."""
     policy = policy or Policy()
     by_name = {pool.name: pool for pool in pools}
     for stage in stages:
@@ -193,6 +194,8 @@ def estimate(
         month = input_bytes / GB * prices.of("s3", "usd_per_gb_month")
         how = f"{input_bytes / GB:,.2f} GB of input for a month"
         items.append(Item("S3 storage", Usd.exactly(month), how))
+    if result_bytes is not None:
+        items.append(transfer.out_of_aws(result_bytes, prices, "results, fetched once"))
     typical = cases[1]
     day = max(block.date for block in prices.blocks.values()).isoformat()
     return Estimate(
@@ -200,7 +203,7 @@ def estimate(
         (cases[0].span_s, typical.span_s, cases[2].span_s),
         {pool.name: typical.instances[pool.name] for pool in used},
         round(sum(typical.bundles.values())),
-        (*assumed, *_assumptions(used)),
+        (*assumed, *_assumptions(used, prices, knows_results=result_bytes is not None)),
         f"AWS's list prices of {prices.region} in USD, as of {day}",
     )
 
@@ -307,12 +310,21 @@ def _compute(pool: PoolPlan, cases: Sequence[_Case], prices: PriceBook) -> list[
     return found
 
 
-def _assumptions(pools: Sequence[PoolPlan]) -> list[str]:
+def _assumptions(pools: Sequence[PoolPlan], prices: PriceBook, *, knows_results: bool) -> list[str]:
     found = [f"slots are busy {USED[2]:.0%} to {USED[0]:.0%} of the time while there is work"]
     if any(not pool.boot_s for pool in pools):
         found.append(f"an instance boots in {BOOT_S[0]:g} to {BOOT_S[2]:g} s")
     if any(pool.spot_share for pool in pools):
         found.append(f"Spot interruptions throw away up to {SPOT_WASTE[2]:.0%} of the work")
-    found.append("what tasks themselves ask of S3, and data out of AWS, is not in it")
+    found.append("what tasks themselves ask of S3 is not in it")
+    if not knows_results:
+        found.append(
+            f"fetching results home is not in it ({transfer.rates(prices, '')}): how large they "
+            "will be is not known, unless --results says"
+        )
+    found.append(
+        "data through the stack's NAT gateway or VPC endpoints is not in it: how much that will be "
+        "is not known, and `batchlab cost bill` has it afterwards"
+    )
     found.append("the stack's own cost per hour comes on top: `batchlab deploy plan` shows it")
     return found

@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from batchlab.costs import transfer
 from batchlab.costs.money import HOURS_A_MONTH, Item, Usd, range_json, total
 from batchlab.costs.prices import PriceBook
 from batchlab.errors import UsageError
 from batchlab.model import Market
 
-EGRESS = ("endpoints", "nat")
+EGRESS = (transfer.ENDPOINTS, transfer.NAT)
 LEDGERS = ("sqlite", "postgres", "simpledb")
 ZONES = {"one": 1, "two": 2}
-BY_USE = (
-    "SQS and S3 requests, stored objects, log data, data through NAT or endpoints and SimpleDB's "
-    "machine hours are billed by use, on top."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +67,8 @@ class Hourly:
     idle: tuple[Item, ...]
     workers: tuple[Worker, ...]
     prices: str
+    by_use: str
+    """What no hour has, in a sentence."""
 
     @property
     def idle_usd_h(self) -> Usd:
@@ -82,7 +81,7 @@ class Hourly:
             "idle_usd_per_month": range_json(self.idle_usd_h.times(HOURS_A_MONTH)),
             "workers": [worker.to_json() for worker in self.workers],
             "prices": self.prices,
-            "by_use": BY_USE,
+            "by_use": self.by_use,
         }
 
     def text(self) -> str:
@@ -96,7 +95,7 @@ class Hourly:
             f"{one.on_demand}, Spot {one.spot}"
             for one in self.workers
         ]
-        return "\n".join([*lines, f"Prices: {self.prices}. {BY_USE}"])
+        return "\n".join([*lines, f"Prices: {self.prices}. {self.by_use}"])
 
 
 def hourly_cost(
@@ -132,7 +131,15 @@ def hourly_cost(
             idle.append(Item(f"least workers of pool {worker.pool}", usd, how))
     day = max(block.date for block in prices.blocks.values())
     said = f"AWS's list prices of {prices.region} in USD, as of {day.isoformat()}"
-    return Hourly(tuple(idle), workers, said)
+    return Hourly(tuple(idle), workers, said, _by_use(parameters, prices))
+
+
+def _by_use(p: Mapping[str, object], prices: PriceBook) -> str:
+    egress = transfer.OWN if p.get("VpcId") else _one_of(p, "Egress", EGRESS)
+    return (
+        "SQS and S3 requests, stored objects, log data, SimpleDB's machine hours and data on the "
+        f"move ({transfer.rates(prices, egress)}) are billed by use, on top."
+    )
 
 
 def _manager(p: Mapping[str, object], prices: PriceBook) -> list[Item]:

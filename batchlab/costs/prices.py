@@ -35,6 +35,7 @@ BLOCKS: Mapping[str, Sequence[str]] = {
         "endpoint_usd_per_gb",
         "public_ipv4_usd_per_hour",
     ),
+    "transfer": ("internet_usd_per_gb", "zone_usd_per_gb_each_way"),
     "secrets": ("usd_per_secret_month", "usd_per_10000_calls"),
     "cloudwatch": ("logs_usd_per_gb", "logs_usd_per_gb_month", "usd_per_alarm_month"),
     "simpledb": ("usd_per_machine_hour", "usd_per_gb_month"),
@@ -137,7 +138,11 @@ def load(home: Path | None = None) -> PriceBook:
     what is wrong with it."""
     if home is not None and (home / NAME).exists():
         return read(home / NAME)
-    return read(package_data.folder("backends") / "aws" / NAME)
+    return read(_shipped())
+
+
+def _shipped() -> Path:
+    return package_data.folder("backends") / "aws" / NAME
 
 
 def read(path: Path) -> PriceBook:
@@ -159,9 +164,13 @@ def from_doc(doc: Mapping[str, Any], path: Path) -> PriceBook:
             remedy="AWS's list prices are in USD; convert what is shown, not the book.",
         )
     expected = {"currency", *BLOCKS}
-    if odd := sorted(expected ^ set(doc)):
-        what = "lacks" if odd[0] in expected else "has an unknown"
-        raise UsageError(f"{path} {what} block [{odd[0]}].", remedy=HOW)
+    if lacking := sorted(expected - set(doc)):
+        raise UsageError(
+            f"{path} lacks block [{lacking[0]}].",
+            remedy=f"Take it from {_shipped()}, with prices of your region. {HOW}",
+        )
+    if odd := sorted(set(doc) - expected):
+        raise UsageError(f"{path} has an unknown block [{odd[0]}].", remedy=HOW)
     return PriceBook({name: _block(path, name, doc[name]) for name in BLOCKS}, path)
 
 

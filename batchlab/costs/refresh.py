@@ -10,7 +10,7 @@ import json
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,29 @@ from batchlab.errors import UsageError
 SMALL = ("region", "instance_type", "linux_on_demand_usd_per_hour")
 """The columns of a small CSV."""
 FORMS = (
-    "Give the offer file of AmazonEC2 or AmazonRDS from AWS's price list (CSV or JSON), the output "
-    "of `aws ec2 describe-spot-price-history`, or a CSV with the columns " + ",".join(SMALL) + "."
+    "Give the offer file of AmazonEC2, AmazonRDS or AWSDataTransfer from AWS's price list (CSV or "
+    "JSON), the output of `aws ec2 describe-spot-price-history`, or a CSV with the columns "
+    + ",".join(SMALL)
+    + "."
 )
 _METADATA_ROWS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a file says: prices in USD per hour of one block, by type."""
+    """What a file says of one block: its `table`, prices in USD per hour by type, or `prices` by
+    their names in the book."""
 
     block: str
     region: str
     date: date
     source: str
     table: Mapping[str, Any]
+    prices: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return len(self.table) + len(self.prices)
 
 
 def refreshed(book: PriceBook, found: Found) -> PriceBook:
@@ -49,7 +57,7 @@ def refreshed(book: PriceBook, found: Found) -> PriceBook:
         found.region,
         found.date,
         found.source,
-        before.prices,
+        {**before.prices, **found.prices},
         dict(sorted(table.items())),
     )
     return replace(book, blocks={**book.blocks, found.block: block})
@@ -136,6 +144,8 @@ _OFFERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 def _offer(
     code: str, published: str, rows: Iterable[Mapping[str, str]], path: Path, region: str
 ) -> Found:
+    if code == "AWSDataTransfer":
+        return _transfer(published, rows, path, region)
     if code not in _OFFERS:
         raise UsageError(f"{path} is the price list of {code or 'nothing'}.", remedy=FORMS)
     block, wanted = _OFFERS[code]
@@ -145,11 +155,7 @@ def _offer(
             continue
         if any(row.get(key) != value for key, value in wanted.items()):
             continue
-        if row.get("currency", "USD") != "USD":
-            raise UsageError(
-                f"{path} has prices in {row['currency']}, not in USD.",
-                remedy="Take the price list of a region that AWS bills in USD.",
-            )
+        _check_currency(row, path)
         name, place = row.get("instancetype", ""), row.get("regioncode", "")
         usd_h = _price(row.get("priceperunit", ""), path)
         if not (name and place and usd_h):
@@ -160,6 +166,41 @@ def _offer(
     day = _day(published, path)
     region = _only_region(table, path, region)
     return Found(block, region, day, f"AWS's price list of {code}, {path.name}", table[region])
+
+
+_TRANSFERS: Mapping[str, str] = {
+    "DataTransfer-Out-Bytes": "internet_usd_per_gb",
+    "DataTransfer-Regional-Bytes": "zone_usd_per_gb_each_way",
+}
+"""The usage types that are in the book, without the region that most begin with."""
+
+
+def _transfer(published: str, rows: Iterable[Mapping[str, str]], path: Path, region: str) -> Found:
+    """Of a price with tiers the first that is billed: each further one is lower, and what comes
+    before it is a free one."""
+    table: dict[str, dict[str, float]] = {}
+    for row in rows:
+        usage = re.sub(r"^[A-Z0-9]+-(?=DataTransfer-)", "", row.get("usagetype", ""))
+        if usage not in _TRANSFERS or row.get("termtype") != "OnDemand":
+            continue
+        _check_currency(row, path)
+        place, name = row.get("fromregioncode", ""), _TRANSFERS[usage]
+        if place and row.get("unit") == "GB":
+            known = table.setdefault(place, {})
+            known[name] = max(_price(row.get("priceperunit", ""), path), known.get(name, 0.0))
+    region = _only_region(table, path, region)
+    if missing := [usage for usage, name in _TRANSFERS.items() if name not in table[region]]:
+        raise UsageError(f"{path} has no price of {missing[0]} in {region}.", remedy=FORMS)
+    source = f"AWS's price list of AWSDataTransfer, {path.name}: first tier"
+    return Found("transfer", region, _day(published, path), source, {}, table[region])
+
+
+def _check_currency(row: Mapping[str, str], path: Path) -> None:
+    if row.get("currency", "USD") != "USD":
+        raise UsageError(
+            f"{path} has prices in {row['currency']}, not in USD.",
+            remedy="Take the price list of a region that AWS bills in USD.",
+        )
 
 
 def _json_rows(doc: Mapping[str, Any]) -> Iterator[Mapping[str, str]]:
@@ -211,9 +252,7 @@ def _spot(history: Iterable[Mapping[str, Any]], path: Path, region: str) -> Foun
 
 def _only_region(table: Mapping[str, Any], path: Path, region: str) -> str:
     if not table:
-        raise UsageError(
-            f"{path} has no price of a Linux instance on demand or Spot.", remedy=FORMS
-        )
+        raise UsageError(f"{path} has no price that the price book has a place for.", remedy=FORMS)
     if region and region not in table:
         raise UsageError(
             f"{path} has no prices for {region}.", remedy=f"It has {', '.join(sorted(table))}."
@@ -232,7 +271,7 @@ def _price(text: str, path: Path) -> float:
     except ValueError:
         usd_h = -1.0
     if not 0 <= usd_h < 1e6:
-        raise UsageError(f"{path} has {text!r} where a price in USD per hour belongs.")
+        raise UsageError(f"{path} has {text!r} where a price in USD belongs.")
     return usd_h
 
 

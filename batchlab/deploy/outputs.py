@@ -56,6 +56,7 @@ def deployment_of(state: State, region: str, python: str = "") -> AwsDeployment:
         domain=of(state, "Domain") if ledger == "simpledb" else "",
         log_group=state.outputs.get("LogGroup", ""),
         python=python,
+        egress="own" if state.parameters.get("VpcId") else state.parameters.get("Egress", ""),
     )
 
 

@@ -27,8 +27,8 @@ RELEASE = "Release"
 """The one parameter that is no setting: which release runs, by its archive's SHA-256."""
 
 # With both as long as they may be, the queue of a pool's dead letters has the 80 characters that
-# SQS takes.
-_STACK_NAME = re.compile(r"[a-z][a-z0-9-]{0,27}")
+# SQS takes. RDS, whose database is called after the stack, takes no two hyphens in a row.
+_STACK_NAME = re.compile(r"(?=.{1,28}$)[a-z](-?[a-z0-9])*")
 _POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _TYPE = re.compile(r"[a-z][a-z0-9-]*\.[a-z0-9-]+")
 _POOL = {"name", "min_size", "max_size", "slots", "types", "parameters"}
@@ -276,8 +276,8 @@ def check(settings: Settings) -> None:
     if not _STACK_NAME.fullmatch(settings.stack):
         raise UsageError(
             f"The stack cannot be called {settings.stack!r}.",
-            remedy="Use up to 28 small letters, digits and hyphens, a letter first: its bucket, "
-            "queues and groups begin with it.",
+            remedy="Use up to 28 small letters, digits and single hyphens, a letter first and no "
+            "hyphen last: its bucket, queues, groups and database begin with it.",
         )
     names = [pool.name for pool in settings.pools]
     for pool in settings.pools:

@@ -1,4 +1,4 @@
-"""How a stack ends, and what stacks have left behind.
+"""How a stack ends.
 
 Invariant: data goes only where somebody has said so in as many words; what stays is listed.
 """
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchlab.deploy import outputs, removing
-from batchlab.deploy.account import Account, Missing, asked
+from batchlab.deploy.account import Missing, asked
 from batchlab.deploy.apply import Front, StackFailed
 from batchlab.deploy.records import Resource, State
-from batchlab.deploy.removing import Thing, thing_of
-from batchlab.deploy.stack import TAG, Stack
+from batchlab.deploy.removing import Thing
+from batchlab.deploy.stack import Stack
 from batchlab.errors import BackendError, Refused, Unreachable
 
 BATCH = 50
@@ -106,7 +106,9 @@ class Destroy:
             self._quiet(state)
             self._release_databases(held)
             self._emptied(held)
-        return [*self._deleted(state), *self._snapshots(held)]
+        stays = [*self._deleted(state), *self._snapshots(held)]
+        self._forget_logs(held)
+        return stays
 
     def _check(self, state: State, held: list[Holding]) -> None:
         lost = [one for one in held if one.fate == "deleted"]
@@ -247,6 +249,24 @@ class Destroy:
                 name = told["DBSnapshotIdentifier"]
                 yield Resource(one.resource.id, "AWS::RDS::DBSnapshot", name, told["Status"])
 
+    def _forget_logs(self, held: list[Holding]) -> None:
+        """End what RDS has made anew for its last words, after the stack's own log groups went."""
+        account = self.stack.account
+        for one in held:
+            if one.resource.type != _DATABASE or one.fate == "kept":
+                continue
+            prefix = f"/aws/rds/instance/{one.resource.physical}/"
+            try:
+                for told in account.pages(
+                    "logs", "describe_log_groups", "logGroups", logGroupNamePrefix=prefix
+                ):
+                    name = told["logGroupName"]
+                    thing = Thing(name, "logs:log-group", name, self.stack.name)
+                    removing.remove(account, thing, self.front.say)
+            except BackendError as error:
+                # The stack is gone all the same.
+                self.front.say(f"There may be logs left below {prefix}: {error}")
+
     def _removed(self, resource: Resource) -> bool:
         """Whether what CloudFormation has kept is gone too: that was asked for, or it is a bucket
         without data."""
@@ -275,53 +295,3 @@ def _name(group: Mapping[str, Any]) -> str:
 
 def _instances(group: Mapping[str, Any]) -> list[Any]:
     return list(group.get("Instances") or ())
-
-
-# --- What is left --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """Something with a stack's tag. `is_used` while its stack is there and has it."""
-
-    thing: Thing
-    is_used: bool
-
-
-def tagged(account: Account) -> Iterator[Left]:
-    """Everything in the region that has the tag of a stack of batchlab's, by AWS's own list of
-    tagged resources. IAM's roles are not in it."""
-    owned: dict[str, list[str] | None] = {}
-    for one in account.pages(
-        "resourcegroupstaggingapi",
-        "get_resources",
-        "ResourceTagMappingList",
-        TagFilters=[{"Key": TAG}],
-    ):
-        tags = {tag["Key"]: tag["Value"] for tag in one.get("Tags", ())}
-        thing = thing_of(one["ResourceARN"], tags.get(TAG, ""))
-        if thing.kind == "cloudformation:stack":
-            continue
-        if thing.stack not in owned:
-            stack = Stack(account, thing.stack)
-            is_there = bool(thing.stack) and stack.state() is not None
-            owned[thing.stack] = [part.physical for part in stack.resources()] if is_there else None
-        yield Left(thing, _is_used(thing, owned[thing.stack]))
-
-
-def _is_used(thing: Thing, owned: list[str] | None) -> bool:
-    if owned is None:
-        return False
-    # What groups launch, and what is taken of a disk or database, is nobody's part.
-    if thing.kind in ("ec2:instance", "ec2:volume", "ec2:network-interface", "rds:snapshot"):
-        return thing.kind != "rds:snapshot"
-    return any(part in (thing.arn, thing.name) or part.endswith(f"/{thing.name}") for part in owned)
-
-
-def remove_left(account: Account, left: Left, say: removing.Say) -> str:
-    """ "" once it is removed, else why it is not."""
-    try:
-        removing.remove(account, left.thing, say)
-    except BackendError as error:
-        return error.message
-    return ""

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from batchlab import results
+from batchlab import fetches, results
 from batchlab.client import Client
 from batchlab.errors import JobFailed, TaskFailed, UsageError
 from batchlab.grid.incoming import decoded
@@ -105,6 +105,7 @@ class JobResult:
         self.fetched = link.run(
             results.fetch(link.objects, self.view, listing, out, patience=link.patience)
         )
+        fetches.note(link.home, self.id, self.fetched.read_bytes)
         return self.fetched
 
 

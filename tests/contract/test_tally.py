@@ -32,6 +32,7 @@ class Wire:
             bodies = [entry.get("MessageBody", "") for entry in request_entries(request)]
             found = received(answer) if request.action == "ReceiveMessage" else []
             size = sum(len(body.encode()) for body in (*bodies, *found))
+            self.counts["sqs_bytes"] += size
             self.counts["sqs"] += max(1, -(-size // STEP_BYTES))
             self.counts["sqs_empty"] += request.action == "ReceiveMessage" and not found
         elif _is_put(request):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from batchlab.deploy.release import key_of
 from tests.boot_rig import IMAGE, POOL, Fleet, fleet, instance_release
+from tests.boxed_rig import NAME, Trusting, docker, registry, trusting
 from tests.integration.test_aws_backend import job_of
 from tests.integration.worlds import command
 from tests.waiting import until
@@ -42,19 +42,22 @@ def own_image(archive: Path) -> Iterator[str]:
         docker("commit", "--change", 'CMD ["/usr/local/sbin/begin"]', name, tag)
         yield tag
     finally:
-        docker("rm", "--force", name)
+        docker("rm", "--force", "--volumes", name)
         docker("rmi", "--force", tag)
 
 
-def docker(*arguments: str) -> None:
-    subprocess.run(["docker", *arguments], check=True, capture_output=True, timeout=300)
+@pytest.fixture(scope="module")
+def trusted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trusting]:
+    """An instance's image that trusts the registry of the container image."""
+    with trusting(tmp_path_factory.mktemp("trusted")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
 def there(
-    archive: Path, own_image: str, tmp_path_factory: pytest.TempPathFactory
+    archive: Path, own_image: str, trusted: Trusting, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Fleet]:
-    # The image is older, so it goes after its containers: else it would stay, without a name.
+    # Images are older, so they go after their containers: else they would stay, without a name.
     with fleet(tmp_path_factory.mktemp("account"), archive) as found:
         yield found
 
@@ -77,7 +80,11 @@ def test_a_job_completes_on_instances_that_booted_by_user_data(
     worker = until(lambda: in_service(there, group), 60)
     assert there.is_active(worker, "worker")
     check_restraint(there, worker)
-    # Nobody but the worker completes the drain hook, and it would hold for two minutes.
+    check_end(there, group, worker)
+
+
+def check_end(there: Fleet, group: str, worker: str) -> None:
+    """Nobody but the worker completes the drain hook, and it would hold for two minutes."""
     until(lambda: there.instances(group).get(worker) != "InService", 150, pause_s=0.5)
     until(lambda: worker not in there.instances(group), SOON_S, pause_s=0.5)
     ended = next(one for one in there.activities(group) if is_end(one, worker))
@@ -166,40 +173,68 @@ def test_a_worker_that_ends_again_and_again_ends_its_instance(there: Fleet, own_
     assert b"".join(kept).count(b"is not a description of a stack") == 5, "not at the first time"
 
 
-DOCKER = """\
-#!/bin/sh
-echo "docker $*"
-case $1 in
-  image) exit 1 ;;
-  run) exec sleep 1000 ;;
-esac
-"""
+def test_a_job_completes_on_instances_that_run_a_container_image(
+    there: Fleet, trusted: Trusting, tmp_path: Path
+) -> None:
+    """Manager and worker: each signs in to the registry, pulls the image and runs from it."""
+    at = there.account.at
+    group = f"{at.groups_prefix}{POOL.name}"
+    until(lambda: not there.instances(group), 240, pause_s=0.5)  # another test's job had some
+    boxed = {"image": trusted.image, "ContainerImage": NAME}
+    (before,) = until(lambda: there.instances(at.manager_group), 60)
+    with registry(there, trusted, tmp_path / "registry") as served:
+        there.template(group, "worker", POOL.slots, **boxed)
+        there.template(at.manager_group, "manager", 1, **boxed)
+        try:
+            there.account.aws("autoscaling").terminate_instance_in_auto_scaling_group(
+                InstanceId=before, ShouldDecrementDesiredCapacity=False
+            )
+            manager = until(lambda: another(there, at.manager_group, before), 120, pause_s=0.5)
+            until(lambda: there.is_active(manager, "manager"), BOOT_S, pause_s=1.0)
+            home, out = there.account.home("boxed"), tmp_path / "out"
+            job = job_of(tmp_path / "job", 20)
+            batchlab(there, "run", job, "--backend", "aws", "--home", home.path, "--out", out)
+            value = json.loads((out / "total.jsonl").read_text())["value"]
+            assert value == sum(i * i for i in range(20))
+            worker = until(lambda: in_service(there, group), 60)
+            for instance, role in ((manager, "manager"), (worker, "worker")):
+                check_box(there, instance, role)
+            check_pulls(served.asked(), 2)
+            check_end(there, group, worker)
+        finally:
+            there.template(group, "worker", POOL.slots)
+            there.template(at.manager_group, "manager", 1)
 
 
-def test_a_container_image_runs_the_same_command(there: Fleet, own_image: str) -> None:
-    """There is no Docker in Docker here: a program of that name notes what it is asked."""
-    image = "registry.example/batchlab:1"
-    group = there.pool(replace(POOL, name="boxed"), 1, image=own_image)
-    (worker,) = until(lambda: there.instances(group), 60)
-    until(lambda: there.is_active(worker, "worker"), BOOT_S, pause_s=0.5)
-    script = f"""
-        printf '%s' '{DOCKER}' > /usr/bin/docker && chmod +x /usr/bin/docker
-        printf '[Service]\\nExecStart=/bin/sleep 1000\\n' > /etc/systemd/system/docker.service
-        systemctl daemon-reload && systemctl stop batchlab-worker
-        sed -i "s|^CONTAINER_IMAGE=.*|CONTAINER_IMAGE='{image}'|" /opt/batchlab/boot/settings
-        /opt/batchlab/current/boot.sh worker
-    """
-    said = there.run(worker, "sh", "-ec", script)
-    assert "is started" in said, said
-    assert there.is_active(worker, "worker")
-    assert f"docker pull --quiet {image}" in said
-    log = "/var/log/batchlab/worker.log"
-    run = until(lambda: [one for one in lines(there, worker, log) if "docker run" in one], 20)[-1]
-    assert run.endswith(f" {image} worker --backend aws --home /var/lib/batchlab")
-    assert "--cap-drop ALL" in run
-    assert "--volume /var/lib/batchlab:/var/lib/batchlab" in run
-    there.resize(group, 0)
+def another(there: Fleet, group: str, before: str) -> str:
+    return next((one for one in there.instances(group) if one != before), "")
 
 
-def lines(there: Fleet, instance: str, path: str) -> list[str]:
-    return there.run(instance, "cat", path).splitlines()
+def check_box(there: Fleet, instance: str, role: str) -> None:
+    """The service is that container and nothing else, and the container is restrained."""
+    assert there.is_active(instance, role)
+    told = json.loads(there.run(instance, "docker", "inspect", f"batchlab-{role}"))
+    (box,) = told
+    host, image = box["HostConfig"], box["Config"]["Image"]
+    assert (image, box["State"]["Running"]) == (NAME, True)
+    assert box["Args"][:3] == [role, "--backend", "aws"]
+    assert host["NetworkMode"] == "host"
+    assert host["ReadonlyRootfs"] is True
+    assert host["CapDrop"] == ["ALL"]
+    assert host["SecurityOpt"] == ["no-new-privileges"]
+    uid = there.run(instance, "id", "-u", "batchlab").strip()
+    status = there.run(instance, "cat", f"/proc/{box['State']['Pid']}/status")
+    lines = dict(line.split(":\t", 1) for line in status.splitlines())
+    assert uid not in ("", "0")
+    assert lines["Uid"].split()[0] == uid
+    assert (lines["NoNewPrivs"], int(lines["CapEff"], 16)) == ("1", 0)
+    assert not there.run(instance, "sh", "-c", "ls -d /opt/batchlab/current/venv 2>/dev/null")
+
+
+def check_pulls(asked: list[str], times: int) -> None:
+    """Nobody was let in who had not signed in, and each instance has pulled the image."""
+    assert any(one.startswith("401 ") for one in asked)
+    assert asked.count("200 GET /v2/") >= times
+    manifests = [one for one in asked if one.startswith("200 GET /v2/batchlab/manifests/sha256")]
+    assert len(manifests) == times
+    assert not [one for one in asked if one.startswith("404 ")]

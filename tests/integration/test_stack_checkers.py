@@ -130,15 +130,26 @@ def test_our_own_rules_hold(guard: Path, templates: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "resource", "path", "value"),
     [
-        ("credentials_only_by_token", "PoolTemplate", "MetadataOptions.HttpTokens", "optional"),
-        ("disks_are_encrypted", "ManagerTemplate", "BlockDeviceMappings.0.Ebs.Encrypted", False),
+        (
+            "credentials_only_by_token",
+            "PoolTemplate",
+            "Properties.LaunchTemplateData.MetadataOptions.HttpTokens",
+            "optional",
+        ),
+        (
+            "disks_are_encrypted",
+            "ManagerTemplate",
+            "Properties.LaunchTemplateData.BlockDeviceMappings.0.Ebs.Encrypted",
+            False,
+        ),
+        ("logs_expire_and_go_with_the_stack", "LogGroup", "DeletionPolicy", "Retain"),
     ],
 )
 def test_our_own_rules_can_fail(
     guard: Path, tmp_path: Path, rule: str, resource: str, path: str, value: object
 ) -> None:
     made = cfn.Rendered(cfn.load(), open_ends=True).template()
-    at: Any = made["Resources"][resource]["Properties"]["LaunchTemplateData"]
+    at: Any = made["Resources"][resource]
     *way, last = path.split(".")
     for step in way:
         at = at[int(step) if step.isdigit() else step]

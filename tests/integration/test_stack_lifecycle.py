@@ -104,8 +104,9 @@ def assert_gone(plane: Plane, name: str) -> None:
     assert sqs.list_queues(QueueNamePrefix=f"{name}-").get("QueueUrls", []) == []
     groups = asg.describe_auto_scaling_groups()["AutoScalingGroups"]
     assert not [one for one in groups if one["AutoScalingGroupName"].startswith(f"{name}-")]
-    logs = plane.client("logs").describe_log_groups(logGroupNamePrefix=f"/batchlab/{name}")
-    assert logs["logGroups"] == []
+    for prefix in (f"/batchlab/{name}", f"/aws/rds/instance/{name}-"):
+        logs = plane.client("logs").describe_log_groups(logGroupNamePrefix=prefix)
+        assert logs["logGroups"] == []
     iam = plane.client("iam")
     assert not [r for r in iam.list_roles()["Roles"] if r["RoleName"].startswith(f"{name}-")]
     ec2 = plane.client("ec2")

@@ -272,6 +272,7 @@ def test_the_roles(plane: Plane, ids: dict[str, str], who: str) -> None:
 def test_the_database(plane: Plane, ids: dict[str, str]) -> None:
     rds = plane.client("rds")
     found = rds.describe_db_instances(DBInstanceIdentifier=ids["Database"])["DBInstances"][0]
+    assert found["DBInstanceIdentifier"] == "batchlab-ledger"
     assert found["Engine"] == "postgres"
     assert found["PubliclyAccessible"] is False
     assert found["StorageEncrypted"] is True
@@ -297,8 +298,12 @@ def test_the_database(plane: Plane, ids: dict[str, str]) -> None:
 def test_token_logs_and_alarms(plane: Plane, ids: dict[str, str]) -> None:
     secret = plane.client("secretsmanager").get_secret_value(SecretId=ids["TokenSecret"])
     assert len(secret["SecretString"]) == 43
-    (group,) = plane.client("logs").describe_log_groups()["logGroups"]
-    assert (group["logGroupName"], group["retentionInDays"]) == ("/batchlab/batchlab", 14)
+    groups = plane.client("logs").describe_log_groups()["logGroups"]
+    assert {one["logGroupName"]: one["retentionInDays"] for one in groups} == {
+        "/batchlab/batchlab": 14,
+        "/aws/rds/instance/batchlab-ledger/postgresql": 14,
+        "/aws/rds/instance/batchlab-ledger/upgrade": 14,
+    }
     alarms = {
         one["AlarmName"]: one
         for one in plane.client("cloudwatch").describe_alarms()["MetricAlarms"]

@@ -7,7 +7,9 @@ import pytest
 from batchlab.costs import prices
 from batchlab.costs.bill import PoolFacts, StageUse, bill, burn_usd_h, spent_usd
 from batchlab.costs.cap import Budget, Purse, launch_usd, launches
+from batchlab.costs.hourly import hourly_cost
 from batchlab.costs.meter import Account, Kind, Meter
+from batchlab.costs.transfer import Moved
 from batchlab.model import Instance, JobId, LifecycleState, Machine, Market, Pool
 from batchlab.tally import Requests, Tally
 
@@ -133,7 +135,9 @@ def test_a_tally_counts_steps_and_empty_receives() -> None:
     tally.put(3)
     tally.get()
     tally.delete()
-    assert tally.read() == Requests(sqs=8, sqs_empty=1, s3_puts=3, s3_gets=1, s3_deletes=1)
+    assert tally.read() == Requests(
+        sqs=8, sqs_empty=1, s3_puts=3, s3_gets=1, s3_deletes=1, sqs_bytes=270_000
+    )
 
 
 # --- The bill ------------------------------------------------------------------------------------
@@ -187,6 +191,68 @@ def test_more_work_than_was_billed_is_no_negative_idle() -> None:
     account = Account({ON_DEMAND: 60.0}, bundles=1)
     found = bill([StageUse("a", "default", 130.0, 1)], account, FACTS, BOOK)
     assert all(item.usd.low >= 0 for item in found.items)
+
+
+# --- Data on the move ----------------------------------------------------------------------------
+
+GB = 1024**3
+TALKED = Account({ON_DEMAND: 3600.0}, requests=Requests(sqs=1e6, sqs_bytes=20 * GB), bundles=1)
+
+
+def moved(moved: Moved) -> tuple[dict[str, tuple[float, float, float]], list[str]]:
+    """The lines that such data adds to a bill, which are in its sum, and the notes."""
+    stages = [StageUse("a", "default", 3600.0, 1)]
+    without = bill(stages, TALKED, FACTS, BOOK)
+    found = bill(stages, TALKED, FACTS, BOOK, moved=moved)
+    added = [item for item in found.items if item not in without.items]
+    assert found.usd.high == pytest.approx(without.usd.high + sum(i.usd.high for i in added))
+    return {i.what: (i.usd.low, i.usd.typical, i.usd.high) for i in added}, list(found.notes)
+
+
+def test_what_was_fetched_home_left_aws() -> None:
+    lines, notes = moved(Moved(fetched_bytes=5 * GB))
+    assert lines == {"data out of AWS": pytest.approx((0.45, 0.45, 0.45))}
+    assert notes == []
+
+
+def test_what_nobody_has_fetched_to_here_is_not_guessed_at() -> None:
+    lines, (note,) = moved(Moved())
+    assert lines == {}
+    assert "no data out of AWS is in it" in note
+
+
+def test_messages_through_a_nat_gateway_may_come_from_the_other_zone() -> None:
+    """20 GB at 0.045; a GB that crosses zones is billed 0.01 where it is sent and where it is
+    received. Half of the instances are in the gateway's zone, or all, or none."""
+    lines, notes = moved(Moved(GB, "nat"))
+    assert lines["data through the NAT gateway"] == pytest.approx((0.90, 1.10, 1.30))
+    assert any("messages alone are counted" in note for note in notes)
+
+
+def test_messages_through_endpoints_are_billed_by_the_gb() -> None:
+    lines, notes = moved(Moved(GB, "endpoints"))
+    assert lines["data through VPC endpoints"] == pytest.approx((0.20, 0.20, 0.20))
+    assert any("messages alone are counted" in note for note in notes)
+
+
+def test_a_network_of_ones_own_is_told_and_not_priced() -> None:
+    lines, notes = moved(Moved(GB, "own"))
+    assert lines.keys() == {"data out of AWS"}
+    assert any("your own network" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "told"),
+    [
+        ({}, "0.09 USD per GB out of AWS, 0.01 USD through endpoints"),
+        ({"Egress": "nat"}, "0.045 USD through NAT and 0.065 USD where it comes from another zone"),
+        ({"Egress": "nat", "VpcId": "vpc-1"}, "(0.09 USD per GB out of AWS) are billed by use"),
+    ],
+)
+def test_a_plan_says_what_a_gb_costs(parameters: dict[str, str], told: str) -> None:
+    found = hourly_cost({"PoolInstanceTypes": "m7i.large", **parameters}, BOOK)
+    assert told in found.text()
+    assert told in str(found.to_json()["by_use"])
 
 
 def test_burn_and_what_was_spent() -> None:

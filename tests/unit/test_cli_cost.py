@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from batchlab.cli import estimating
+from batchlab import backends, fetches
+from batchlab.adapters.awsgrid import deployment
+from batchlab.adapters.awsgrid.deployment import AwsDeployment
+from batchlab.adapters.objects import open_local
+from batchlab.cli import billing, estimating
 from batchlab.errors import UsageError
+from batchlab.home import Home
 from batchlab.spec.jobfile import load
 from batchlab.usage import JobUseView, UseView
 from tests.unit.cli_rig import FakeClient, Run, a_grid, a_job
@@ -149,6 +155,33 @@ def test_what_is_wrong_is_a_sentence(run: Run, folder: Path, options: list[str],
     assert "Traceback" not in err
 
 
+def test_results_that_are_fetched_home_are_in_it_once_their_size_is_known(
+    run: Run, folder: Path
+) -> None:
+    home = Home(folder / "grid")
+    ask = ("cost", "estimate", folder / "job.yaml", "--seconds", "2", "--json", "--home", home.path)
+
+    def told(*more: str) -> tuple[float | None, str]:
+        code, out, err = run(*ask, *more)
+        assert code == 0, err
+        doc = json.loads(out)
+        found = {item["what"]: item["usd"]["typical"] for item in doc["items"]}
+        return found.get("data out of AWS"), "; ".join(doc["assumed"])
+
+    usd, assumed = told()
+    assert usd is None
+    assert "fetching results home is not in it" in assumed
+    assert told("--results", "2GiB")[0] == pytest.approx(0.18)
+    home.make()
+    fetches.note(home, "sums-0123456789", 1024**3)
+    usd, assumed = told()
+    assert usd == pytest.approx(0.09)
+    assert "as large as those of sums-0123456789" in assumed
+    code, _, err = run(*ask, "--results", "much")
+    assert code == 2
+    assert "'much' is not a size" in err
+
+
 def test_input_in_s3_is_not_guessed_at(run: Run, folder: Path) -> None:
     text = JOB.replace('"data/*.txt"', '"s3://bucket/raw/"')
     (folder / "job.yaml").write_text(text)
@@ -205,6 +238,45 @@ def test_a_bill_of_a_job_in_a_grid_that_is_up(
     code, _, err = run("cost", "bill", "last", "--home", tmp_path / "g", "--instance-type", "z.z")
     assert code == 2
     assert "no instance type 'z.z'" in err
+
+
+def test_a_bill_on_a_stack_has_the_data_that_was_counted(
+    manager: type[FakeClient], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path / "g")
+    home.make()
+    at = AwsDeployment(
+        *("batchlab", "us-east-1", "bucket", "batchlab-", "batchlab-manager", "arn", ()),
+        egress="nat",
+    )
+    deployment.write(home, at)
+    fetches.note(home, "sums-0123456789", 1024**3)
+    used = account(requests={"sqs": 1e6, "sqs_bytes": 20 * 1024**3})
+    job: Any = a_job("sums-0123456789", "SUCCEEDED")
+    monkeypatch.setattr(
+        billing, "facts_of", lambda *_: billing.Facts(job, job_use(account=used), "aws")
+    )
+
+    async def stored(*_: object) -> int:
+        return 0
+
+    monkeypatch.setattr(billing, "_stored", stored)
+    monkeypatch.setattr(backends.Backend, "open_objects", lambda *_: None)
+    code, out, err = run("cost", "bill", "last", "--home", home.path)
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines()]
+    lines = {" ".join(row[:5]): row for row in rows if row}
+    assert "1.100000" in lines["data through the NAT gateway"]
+    assert any(row[:5] == ["data", "out", "of", "AWS", "0.090000"] for row in rows)
+    assert "By what Spot and other zones may cost it is between" in out
+    assert "messages alone are counted" in out
+
+
+def test_what_tasks_wrote_and_printed_is_stored_too(tmp_path: Path) -> None:
+    for n, name in enumerate(("jobs", "raw", "files", "logs", "code"), start=1):
+        (tmp_path / name / "j").mkdir(parents=True)
+        (tmp_path / name / "j" / "a").write_bytes(b"x" * 10**n)
+    assert asyncio.run(billing._stored(open_local(tmp_path), "j")) == 11_110
 
 
 def test_a_bill_where_nothing_has_run(run: Run, tmp_path: Path) -> None:

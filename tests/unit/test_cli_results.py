@@ -163,6 +163,8 @@ def test_files_are_fetched_and_values_name_them(bucket: Bucket, tmp_path: Path) 
     assert (tmp_path / "out" / value["chart"]).read_bytes() == b"one"
     assert (tmp_path / "out" / value["parts"][0]).read_bytes() == b"deep"
     assert (fetched.files, fetched.size_bytes) == (2, 7)
+    (outcome,) = (tmp_path / "bucket").rglob("outcomes/*/*.json")
+    assert fetched.read_bytes == outcome.stat().st_size + 7, "what has left the bucket"
 
 
 def test_files_that_are_fetched_at_once_are_all_counted(bucket: Bucket, tmp_path: Path) -> None:
@@ -323,8 +325,9 @@ def test_outcomes_are_read_several_at_a_time_and_no_more_ahead(tmp_path: Path) -
         bucket.outcome([task], {task: task})
     read = 0
 
-    def note() -> None:
+    def note(size_bytes: int) -> None:
         nonlocal read
+        assert size_bytes > 0
         read += 1
 
     async def slow_reader() -> list[int]:

@@ -169,6 +169,18 @@ def test_what_is_not_known_is_asked_for() -> None:
         estimate([stage(1, 1.0)], [nameless], BOOK)
 
 
+def test_results_are_fetched_home_where_somebody_knows_how_large_they_are() -> None:
+    known = estimate([stage(1, 1.0)], [POOL], BOOK, result_bytes=10 * 1024**3)
+    line = next(item for item in known.items if item.what == "data out of AWS")
+    assert line.usd.low == line.usd.high == pytest.approx(0.90)
+    assert not any("fetching results home" in one for one in known.assumed)
+    unknown = estimate([stage(1, 1.0)], [POOL], BOOK)
+    assert not any(item.what == "data out of AWS" for item in unknown.items)
+    assert any("is not in it (0.09 USD per GB" in one for one in unknown.assumed)
+    for found in (known, unknown):
+        assert any("NAT gateway" in one for one in found.assumed), "nobody knows it before"
+
+
 def test_what_is_stored_is_priced_by_the_gb_and_month() -> None:
     found = estimate([stage(1, 1.0)], [POOL], BOOK, input_files=1, input_bytes=2 * 1024**3)
     storage = next(item for item in found.items if item.what == "S3 storage")

@@ -41,6 +41,12 @@ def test_the_prices_are_those_that_others_list_for_that_day() -> None:
         assert usd_h == pytest.approx(listed[name], abs=1e-9), name
 
 
+def test_data_has_a_price_for_each_way_that_it_takes() -> None:
+    assert SHIPPED.of("transfer", "internet_usd_per_gb") == 0.09
+    assert SHIPPED.of("transfer", "zone_usd_per_gb_each_way") == 0.01
+    assert SHIPPED.of("network", "nat_usd_per_gb") == 0.045
+
+
 def test_spot_is_a_range_below_on_demand() -> None:
     found = SHIPPED.instance_usd_h("m7i.large", Market.SPOT)
     assert (found.low, found.typical, found.high) == pytest.approx((0.01008, 0.04032, 0.07056))
@@ -87,6 +93,15 @@ def test_what_is_wrong_with_a_book_is_named(tmp_path: Path, old: str, new: str, 
     (tmp_path / prices.NAME).write_text(text)
     with pytest.raises(UsageError, match=told):
         prices.load(tmp_path)
+
+
+def test_a_book_of_before_there_was_a_block_says_where_to_take_it_from(tmp_path: Path) -> None:
+    text = prices.write(SHIPPED)
+    start, end = text.index("[transfer]"), text.index("[secrets]")
+    (tmp_path / prices.NAME).write_text(text[:start] + text[end:])
+    with pytest.raises(UsageError, match=r"lacks block \[transfer\]") as caught:
+        prices.load(tmp_path)
+    assert str(SHIPPED.path) in caught.value.remedy
 
 
 # --- Money ---------------------------------------------------------------------------------------

@@ -138,6 +138,88 @@ def test_awss_own_price_list_as_json(tmp_path: Path) -> None:
     assert book.blocks["rds"].date == date(2026, 9, 2)
 
 
+TRANSFER = OFFER.replace("AmazonEC2", "AWSDataTransfer").replace(
+    """"Region Code",\
+"Instance Type","Tenancy","Operating System","Pre Installed S/W","CapacityStatus"
+""",
+    """"Transfer Type",\
+"From Location","To Location","usageType","From Region Code","To Region Code"
+""",
+)
+
+
+def moved(usage: str, usd: str, region: str = "eu-west-1", **changes: str) -> str:
+    """A row of the price list of data transfer."""
+    told = {"TermType": "OnDemand", "Unit": "GB", "Currency": "USD", **changes}
+    cells = [
+        *("SKU1", "JRTCKXETXF", "SKU1.JRT", told["TermType"], "per GB", "2026-09-01", "0", "Inf"),
+        *(told["Unit"], usd, told["Currency"], "Data Transfer", "AWSDataTransfer"),
+        *("AWS Outbound", "EU (Ireland)", "External", usage, region, ""),
+    ]
+    return ",".join(f'"{cell}"' for cell in cells) + "\n"
+
+
+OUT = "EU-DataTransfer-Out-Bytes"
+ZONES = "EU-DataTransfer-Regional-Bytes"
+
+
+def test_the_price_list_of_data_transfer_gives_the_first_tier_that_is_billed(
+    tmp_path: Path,
+) -> None:
+    path = wrote(
+        tmp_path,
+        TRANSFER
+        + moved(OUT, "0.0000000000")
+        + moved(OUT, "0.0920000000")
+        + moved(OUT, "0.0850000000")
+        + moved(ZONES, "0.0110000000")
+        + moved("EU-USE1-AWS-Out-Bytes", "0.0200000000")
+        + moved("EU-DataTransfer-xAZ-Out-Bytes", "0.5")
+        + moved("DataTransfer-Out-Bytes", "0.0700000000", "us-east-1")
+        + moved("DataTransfer-Regional-Bytes", "0.0200000000", "us-east-1"),
+    )
+    with pytest.raises(UsageError, match="2 regions"):
+        find(path)
+    found = find(path, region="eu-west-1")
+    assert (found.block, found.region, found.count) == ("transfer", "eu-west-1", 2)
+    book = refreshed(SHIPPED, found)
+    assert book.of("transfer", "internet_usd_per_gb") == 0.092
+    assert book.of("transfer", "zone_usd_per_gb_each_way") == 0.011
+    assert (book.blocks["transfer"].region, book.blocks["transfer"].date) == (
+        "eu-west-1",
+        date(2026, 9, 1),
+    )
+    assert book.blocks["network"] == SHIPPED.blocks["network"]
+    (tmp_path / prices.NAME).write_text(prices.write(book))
+    assert prices.load(tmp_path).blocks == book.blocks
+    here = refreshed(SHIPPED, find(path, region="us-east-1"))
+    assert here.of("transfer", "internet_usd_per_gb") == 0.07
+
+
+def test_the_price_list_of_data_transfer_as_json(tmp_path: Path) -> None:
+    prices_of = {"DataTransfer-Out-Bytes": "0.09", "DataTransfer-Regional-Bytes": "0.01"}
+    doc = {
+        "offerCode": "AWSDataTransfer",
+        "publicationDate": "2026-09-02T00:00:00Z",
+        "products": {
+            usage: {
+                "productFamily": "Data Transfer",
+                "attributes": {"usagetype": usage, "fromRegionCode": "us-east-1"},
+            }
+            for usage in prices_of
+        },
+        "terms": {
+            "OnDemand": {
+                usage: {"T": {"priceDimensions": {"R": {"unit": "GB", "pricePerUnit": {"USD": p}}}}}
+                for usage, p in prices_of.items()
+            }
+        },
+    }
+    found = find(wrote(tmp_path, json.dumps(doc), "offer.json"))
+    assert found.prices == {"internet_usd_per_gb": 0.09, "zone_usd_per_gb_each_way": 0.01}
+    assert found.date == date(2026, 9, 2)
+
+
 def test_spot_history_makes_a_range_of_what_was_paid(tmp_path: Path) -> None:
     def one(usd: str, zone: str, **more: str) -> dict[str, str]:
         return {
@@ -190,10 +272,13 @@ def test_a_small_csv_needs_its_day_and_of_several_regions_one(tmp_path: Path) ->
         ("a,b,c\n1,2,3\n", "not a list of prices"),
         ("{}", "no price list of AWS"),
         ("{", "cannot be read as prices"),
-        (OFFER, "no price of a Linux instance"),
+        (OFFER, "no price that the price book has a place for"),
         (OFFER + row("m7i.large", "cheap"), "'cheap' where a price"),
         (OFFER + row("m7i.large", "0.9", Currency="CNY"), "prices in CNY"),
         (OFFER.replace("AmazonEC2", "AmazonS3"), "price list of AmazonS3"),
+        (TRANSFER, "no price that the price book has a place for"),
+        (TRANSFER + moved(OUT, "0.09"), "no price of DataTransfer-Regional-Bytes in eu-west-1"),
+        (TRANSFER + moved(OUT, "0.09", Currency="CNY"), "prices in CNY"),
         (OFFER.replace("2026-09-01T12", "soon") + row("m7i.large", "1"), "of which day"),
     ],
 )

@@ -278,6 +278,42 @@ def test_the_database_is_private_encrypted_and_kept(name: str) -> None:
     assert rule["SourceSecurityGroupId"] == "<ManagerSecurityGroup.GroupId>"
 
 
+@pytest.mark.parametrize("name", ["postgres", "own-network"])
+def test_what_the_database_logs_expires_and_goes_with_the_stack(name: str) -> None:
+    """RDS calls its log groups after the database, and makes what is not there: for ever."""
+    shape = SHOWN[name]
+    made = shape.properties("Database")
+    assert made["DBInstanceIdentifier"] == "batchlab-ledger"
+    groups = {
+        one: found
+        for one, found in shape.of_type("AWS::Logs::LogGroup").items()
+        if found["LogGroupName"].startswith("/aws/rds/")
+    }
+    assert {one["LogGroupName"] for one in groups.values()} == {
+        f"/aws/rds/instance/batchlab-ledger/{log}" for log in made["EnableCloudwatchLogsExports"]
+    }
+    assert set(shape.resources["Database"]["DependsOn"]) == groups.keys(), "they are there first"
+    for one, found in groups.items():
+        assert found["RetentionInDays"] == shape.properties("LogGroup")["RetentionInDays"]
+        assert shape.resources[one]["DeletionPolicy"] == "Delete"
+
+
+def test_no_parameter_replaces_the_database() -> None:
+    """CloudFormation refuses to replace what has a name of its own, and an update with it."""
+    from cfnlint.schema.manager import PROVIDER_SCHEMA_MANAGER
+
+    schema = PROVIDER_SCHEMA_MANAGER.get_resource_schema("us-east-1", "AWS::RDS::DBInstance").schema
+    fixed = {one.rpartition("/")[2] for one in schema["createOnlyProperties"]}
+    properties = TEMPLATE["Resources"]["Database"]["Properties"]
+    assert "DBInstanceIdentifier" in fixed & properties.keys()
+    for name in fixed & properties.keys():
+        text = str(properties[name])
+        assert not any(one in text for one in TEMPLATE["Parameters"]), name
+    # One whose subnets change is changed, not replaced: it has no name that they are in.
+    assert properties["DBSubnetGroupName"] == {"Ref": "DatabaseSubnets"}
+    assert "DBSubnetGroupName" not in TEMPLATE["Resources"]["DatabaseSubnets"]["Properties"]
+
+
 def test_a_store_is_made_for_its_ledger_only() -> None:
     assert "Database" not in SHOWN["simpledb"].resources
     assert "LedgerDomain" in SHOWN["simpledb"].resources

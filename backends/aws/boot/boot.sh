@@ -85,16 +85,20 @@ pull_image() {
 
 # The same command in a container: systemd stays in charge of when it starts, drains and ends.
 write_container_unit() {
-  local command options
+  local command options name=batchlab-$role
+  local gone="/bin/sh -c 'if docker container inspect $name > /dev/null 2>&1; then docker rm --force $name; fi'"
   command=$(sed -n 's|^ExecStart=/opt/batchlab/current/venv/bin/batchlab ||p' \
     "$release/units/batchlab-$role.service")
   options=(
-    --rm --pull never --name "batchlab-$role" --network host
+    --rm --pull never --name "$name" --network host --workdir "$home"
     --user "$(id -u batchlab):$(id -g batchlab)"
     --cap-drop ALL --security-opt no-new-privileges --read-only
     --tmpfs '/tmp:rw,exec,nosuid,nodev,mode=1777'
     --volume "$home:$home" --volume "$release:/opt/batchlab/current:ro"
+    --env "HOME=$home" --env PYTHONUNBUFFERED=1
     --env-file "$boot/environment" --env-file /etc/batchlab/environment
+    # What it says is in the unit's log; the engine's own copy would grow without end.
+    --log-driver none
   )
   install -d "/etc/systemd/system/batchlab-$role.service.d"
   cat > "/etc/systemd/system/batchlab-$role.service.d/container.conf" <<END
@@ -105,10 +109,15 @@ After=docker.service
 [Service]
 User=root
 Group=root
+# Else the home would become this user's, and the container's could not read it.
+StateDirectory=
+WorkingDirectory=/
 Environment=DOCKER_CONFIG=$boot/docker
-ExecStartPre=-/usr/bin/docker rm --force batchlab-$role
+ExecStartPre=-$gone
 ExecStart=
 ExecStart=/usr/bin/docker run ${options[*]} $CONTAINER_IMAGE $command
+# Where the time to stop has run out only the client is killed.
+ExecStopPost=-$gone
 END
 }
 

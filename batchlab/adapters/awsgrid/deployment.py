@@ -43,7 +43,8 @@ class Database:
 @dataclass(frozen=True, slots=True)
 class AwsDeployment:
     """One stack. `prefix` begins the names of its queues and groups; `domain` is SimpleDB's.
-    `python` is the version ("3.12") that its instances run on, empty where nobody has said."""
+    `python` is the version ("3.12") that its instances run on, and `egress` how they reach AWS:
+    "endpoints", "nat", or by the user's "own" network; either is empty where nobody has said."""
 
     stack: str
     region: str
@@ -57,6 +58,7 @@ class AwsDeployment:
     domain: str = ""
     log_group: str = ""
     python: str = ""
+    egress: str = ""
 
     @property
     def groups_prefix(self) -> str:

@@ -12,6 +12,7 @@ from batchlab.adapters.awsgrid import deployment
 from batchlab.deploy import settings, template
 from batchlab.home import Home
 from tests.deploy_rig import SMALL, client, group, queues, release, stacks
+from tests.simpledb.rig import Sdb
 from tests.unit.cli_rig import Run, runner
 
 
@@ -58,6 +59,7 @@ def test_a_home_that_does_not_know_the_stack_is_told(
     assert found is not None
     assert found.bucket == known.bucket
     assert found.pools == known.pools
+    assert found.egress == "endpoints"
     # And the settings are the stack's own, so a plan changes nothing.
     code, out, err = deploy("plan", "--stack", "team")
     assert code == 0, err
@@ -170,6 +172,8 @@ def test_a_database_that_leaves_no_snapshot_is_data(
     assert code == 0, err
     (database,) = client("rds").describe_db_instances()["DBInstances"]
     assert database["DeletionProtection"]
+    # What RDS makes itself, where no stack has made it.
+    client("logs").create_log_group(logGroupName="/aws/rds/instance/batchlab-ledger/postgresql")
     code, out, err = deploy("destroy", "--yes")
     if policy == "Delete":
         assert code == 2
@@ -182,6 +186,7 @@ def test_a_database_that_leaves_no_snapshot_is_data(
         one["DBSnapshotIdentifier"] for one in client("rds").describe_db_snapshots()["DBSnapshots"]
     ]
     assert len(left) == (policy == "Snapshot")
+    assert client("logs").describe_log_groups()["logGroups"] == []
     assert [name for name in left if f"{name} (AWS::RDS::DBSnapshot) stays." in out] == left
     assert stacks() == {}
 
@@ -258,3 +263,55 @@ def test_gc_lists_what_is_left_and_removes_it_only_when_told(
     assert f"gone-{account}" not in [one["Name"] for one in s3.list_buckets()["Buckets"]]
     _, _, err = run("gc", "--yes")
     assert "Say --aws" in err
+
+
+def test_what_only_its_name_says_to_be_a_stacks_is_removed_by_that_name(
+    deploy: Run,
+    simpledb: Sdb,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A SimpleDB domain can have no tag, and what RDS makes itself has none."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_SIMPLEDB", simpledb.url)
+    domain, logs = "gone-LedgerDomain-1ABCDEF2GHIJK", "/aws/rds/instance/gone-ledger/upgrade"
+    sdb = client("sdb")
+    sdb.create_domain(DomainName=domain)
+    client("logs").create_log_group(logGroupName=logs)
+    run = runner(monkeypatch, capsys)
+
+    def there() -> tuple[bool, bool]:
+        groups = client("logs").describe_log_groups()["logGroups"]
+        return domain in sdb.list_domains()["DomainNames"], bool(groups)
+
+    code, out, err = run("gc", "--aws", "--yes")
+    assert code == 0
+    assert re.search(rf"^gone +sdb:domain +{domain} +left, by its name$", out, re.M)
+    assert re.search(rf"^gone +logs:log-group +{logs} +left, by its name$", out, re.M)
+    assert simpledb.domain not in out
+    assert "2 things left that only the name says to be a stack's" in err
+    assert there() == (True, True)
+    code, _, err = run("gc", "--aws", "--yes", "--name", simpledb.domain)
+    assert code == 3
+    assert f"Nothing is called {simpledb.domain}" in err
+    code, out, err = run("gc", "--aws", "--yes", "--name", domain, "--json")
+    assert code == 0
+    assert [(one["name"], one["known_by"], one["removed"]) for one in json.loads(out)] == [
+        (logs, "name", False),
+        (domain, "name", True),
+    ]
+    assert there() == (False, True)
+    run("gc", "--aws", "--yes", "--name", logs)
+    assert there() == (False, False)
+
+
+def test_where_there_is_no_simpledb_the_rest_is_listed(
+    deploy: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    deploy("apply", "--yes", "--release", release(tmp_path))
+    code, out, err = runner(monkeypatch, capsys)("gc", "--aws")
+    assert code == 0
+    assert "batchlab-tasks-default" in out
+    assert "SimpleDB domains are not listed: " in err

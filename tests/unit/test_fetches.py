@@ -1,0 +1,56 @@
+"""What has been fetched to a home, remembered line by line."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from batchlab import fetches
+from batchlab.home import Home
+
+JOB, OTHER = "sums-0123456789", "sums-abcdef0123"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    made = Home(tmp_path / "home")
+    made.make()
+    return made
+
+
+def test_fetches_of_a_job_add_up(home: Home) -> None:
+    assert fetches.total_bytes(home, JOB) == 0
+    for size in (100, 250):
+        fetches.note(home, JOB, size)
+    fetches.note(home, OTHER, 7)
+    assert fetches.total_bytes(home, JOB) == 350
+    assert fetches.total_bytes(home, OTHER) == 7
+
+
+def test_the_last_fetch_of_a_job_of_that_name(home: Home) -> None:
+    assert fetches.last_of(home, "sums") is None
+    for job, size in ((JOB, 100), (OTHER, 250), ("sums-more-0123456789", 9), ("sum-0123456789", 8)):
+        fetches.note(home, job, size)
+    assert fetches.last_of(home, "sums") == (OTHER, 250)
+    assert fetches.last_of(home, "su.s") is None
+
+
+def test_a_line_that_is_none_is_told_and_passed_over(
+    home: Home, caplog: pytest.LogCaptureFixture
+) -> None:
+    fetches.note(home, JOB, 100)
+    with home.fetched_file.open("a") as file:
+        file.write('{"job": "sums\n[]\n{"job": "x"}\n')
+    fetches.note(home, JOB, 1)
+    with caplog.at_level(logging.WARNING):
+        assert fetches.total_bytes(home, JOB) == 101
+    assert len(caplog.records) == 3
+
+
+def test_where_nothing_can_be_written_the_results_are_there_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fetches.note(Home(tmp_path / "nowhere"), JOB, 1)
+    assert "cannot be written: No such file" in caplog.text
