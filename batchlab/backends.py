@@ -6,13 +6,15 @@ Adapters are imported here and nowhere else, each only when it is named.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import re
 import secrets
+import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +27,13 @@ from batchlab.costs.requests import Pace
 from batchlab.errors import Unreachable, UsageError
 from batchlab.home import Home, Place
 from batchlab.manager.live import ManagerSettings
+from batchlab.manager.notifying import Deliver
 from batchlab.model import Pool
 from batchlab.patience import Patience
 from batchlab.ports import Clock, Ids, Ledger, Objects
 from batchlab.scenario.model import Calibration
 from batchlab.tally import Tally
+from batchlab.tracing import NOBODY, Tracer
 from batchlab.worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -45,6 +49,11 @@ if TYPE_CHECKING:
     from batchlab.asg.running import AsgSettings
     from batchlab.asg.templates import TemplateFile
     from batchlab.ports import Fleet
+    from batchlab.report.writing import Writer
+
+log = logging.getLogger(__name__)
+
+log = logging.getLogger(__name__)
 
 VARIABLE = "BATCHLAB_ENDPOINT"
 """Environment variable that names an endpoint where no option does."""
@@ -115,6 +124,32 @@ class Backend:
         from batchlab.adapters.clock import WallClock
 
         return WallClock()
+
+    def open_tracer(self, service: str, instance: str) -> Tracer:
+        """Where the traces of this process go, as the environment says; nowhere unless it does."""
+        if not _is_traced(os.environ):
+            return NOBODY
+        try:
+            from batchlab.adapters.otel import OtelTracer
+        except ImportError:
+            log.warning(
+                "OTEL_EXPORTER_OTLP_ENDPOINT is set, but batchlab's extra `otel` is not installed, "
+                "so there are no traces: pip install 'batchlab[otel]' brings it"
+            )
+            return NOBODY
+        return OtelTracer(f"batchlab-{service}", instance)
+
+    def open_deliveries(self, home: Home, clock: Clock) -> Deliver:
+        """The ways to who is notified."""
+        from batchlab.adapters.aws import Endpoint
+        from batchlab.adapters.notify import Deliveries
+
+        def endpoint_of(region: str) -> Endpoint:
+            """Where an emulator is the grid's AWS, it is asked too."""
+            is_aws = self.is_deployed or self.keeps_files
+            return Endpoint(None if is_aws else self.place(home).url, region)
+
+        return Deliveries(clock, endpoint_of)
 
     def open_ids(self) -> Ids:
         from batchlab.adapters.clock import RandomIds
@@ -368,9 +403,48 @@ class Backend:
         home.write_place(self.name, place)
 
 
+def _is_traced(environ: Mapping[str, str]) -> bool:
+    """Whether OpenTelemetry's own variables ask for traces that we can send."""
+    endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get(
+        "OTEL_EXPORTER_OTLP_ENDPOINT"
+    )
+    is_off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    if not endpoint or is_off or environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+        return False
+    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get(
+        "OTEL_EXPORTER_OTLP_PROTOCOL"
+    )
+    if protocol in (None, "", "http/protobuf"):
+        return True
+    log.warning(
+        "traces are sent by http/protobuf only, and OTEL_EXPORTER_OTLP_PROTOCOL says %s, so there "
+        "are none",
+        protocol,
+    )
+    return False
+
+
 def patience() -> Patience:
     """For real backends: jitter that differs from process to process."""
     return Patience(random.Random())  # noqa: S311 - jitter, not a secret
+
+
+def open_reporter(backend: Backend, home: Home, objects: Objects, pools: Sequence[Pool]) -> Writer:
+    """Who writes the performance data of the grid's jobs; without their cost where no price book
+    can be read."""
+    from batchlab.costs import prices
+    from batchlab.report.building import Setting
+    from batchlab.report.writing import Writer
+
+    try:
+        book = prices.load(home.path)
+    except UsageError as error:
+        log.warning("job performance data has no cost: %s", error)
+        book = None
+    setting = Setting(backend.name, tuple(pools), backend.pace, book)
+    scratch = home.scratch / "reports"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a manager that was killed while it wrote
+    return Writer(objects, patience(), setting, scratch)
 
 
 def names() -> list[str]:

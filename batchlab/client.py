@@ -7,6 +7,7 @@ batchlab's own errors.
 from __future__ import annotations
 
 import json
+import os
 import ssl
 import time
 from collections import deque
@@ -17,22 +18,30 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from urllib.parse import quote, urlencode, urlsplit
 
 from batchlab.errors import BackendError, BatchlabError, NotFound, Refused, Unreachable, UsageError
+from batchlab.schedule_client import ScheduleCalls
 
 if TYPE_CHECKING:
     import httpx
 
     from batchlab.jobdef import JobDef
     from batchlab.model import Json
+    from batchlab.notified import NotificationView, TargetView, TestedView
     from batchlab.usage import JobUseView, UseView
     from batchlab.views import (
         ActivityView,
+        EtaView,
+        FailureGroupView,
         FailureView,
         GridView,
         HealthView,
         JobView,
         LogView,
+        NewLogsView,
         OutcomesView,
         PoolView,
+        SessionView,
+        TailsView,
+        TaskView,
     )
 
 CONNECT_S = 5.0
@@ -43,6 +52,11 @@ IDLE_S = 2.0
 """A kept connection idle for longer is not used again: the server closes it after 5 s, and a
 request that meets that moment fails."""
 
+MOST = 1000
+"""Rows that one answer of a listing has at the most."""
+
+TRACE_VARIABLE = "TRACEPARENT"
+"""Environment variable with the W3C trace context that a command was called in."""
 BAD = 300
 """HTTP statuses from here on are errors: the manager redirects nobody."""
 
@@ -56,7 +70,7 @@ _ERRORS: dict[int, type[BatchlabError]] = {
 }
 
 
-class Client:
+class Client(ScheduleCalls):
     """Connections to one manager, usable from several threads; a context manager.
 
     Every method raises Unreachable where the manager does not answer, NotFound for an unknown id,
@@ -71,6 +85,8 @@ class Client:
         # Reading the system's certificates takes longer than all else here together.
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._headers = {"Authorization": f"Bearer {token}"}
+        if above := _trace(os.environ.get(TRACE_VARIABLE, "")):
+            self._headers["traceparent"] = above
         self._idle: deque[tuple[float, HTTPConnection]] = deque()
         """When each was last used (monotonic), and the connection; the last used comes last."""
 
@@ -109,6 +125,10 @@ class Client:
     def shutdown(self) -> None:
         """Ask it to end; returns as soon as it has agreed."""
         self._call("POST", "/v1/shutdown")
+
+    def open_session(self) -> SessionView:
+        """A code that opens the web page once."""
+        return cast("SessionView", self._call("POST", "/v1/sessions"))
 
     def rebuild(self) -> int:
         """Make the ledger anew from the bucket; answers how many jobs it found."""
@@ -161,9 +181,22 @@ class Client:
         """Go on with a paused job."""
         return cast("JobView", self._call("POST", _of(job, "/resume")))
 
-    def retry(self, job: str) -> JobView:
-        """Run again what did not succeed."""
-        return cast("JobView", self._call("POST", _of(job, "/retry")))
+    def retry(
+        self,
+        job: str,
+        *,
+        fingerprints: Sequence[str] = (),
+        tasks: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+    ) -> JobView:
+        """Run again what did not succeed; of what failed only the tasks with these fingerprints
+        and, by stage, in these ranges [first, beyond the last), where any are named."""
+        body = {"fingerprints": list(fingerprints), "tasks": tasks or {}}
+        chosen = body if fingerprints or tasks else None
+        return cast("JobView", self._call("POST", _of(job, "/retry"), body=chosen))
+
+    def eta(self, job: str) -> EtaView:
+        """How long it still takes."""
+        return cast("EtaView", self._call("GET", _of(job, "/eta")))
 
     def why(self, job: str) -> str:
         """Why the job is not further than it is, in one line."""
@@ -183,17 +216,88 @@ class Client:
         answer = self._call("GET", path, stage=stage, after=after, limit=limit, wait_s=wait_s)
         return cast("OutcomesView", answer)
 
-    def failures(self, job: str, *, limit: int = 100) -> list[FailureView]:
-        """Tasks that failed for good."""
-        answer = self._call("GET", _of(job, "/failures"), limit=limit)
-        return cast("list[FailureView]", answer["failures"])
+    def failures(
+        self, job: str, *, limit: int = 100, fingerprint: str | None = None
+    ) -> list[FailureView]:
+        """Tasks that failed for good; with `fingerprint` those of one cause."""
+        found: list[FailureView] = []
+        after: str | None = None
+        while len(found) < limit:
+            answer = self._call(
+                "GET",
+                _of(job, "/failures"),
+                limit=min(limit - len(found), MOST),
+                after=after,
+                fingerprint=fingerprint,
+            )
+            found += cast("list[FailureView]", answer["failures"])
+            after = answer["next"]
+            if after is None:
+                break
+        return found
+
+    def failure_groups(self, job: str) -> list[FailureGroupView]:
+        """The same by their fingerprints, the largest group first."""
+        while True:
+            answer = self._call("GET", _of(job, "/failures/groups"))
+            if answer["is_whole"]:
+                return cast("list[FailureGroupView]", answer["groups"])
+
+    def task(self, job: str, stage: str, task: int) -> TaskView:
+        """One task that has come to its end, with its input and its log."""
+        path = _of(job, f"/stages/{quote(stage, safe='')}/tasks/{task}")
+        return cast("TaskView", self._call("GET", path))
 
     def logs(
-        self, job: str, *, stage: str | None = None, task: int | None = None, limit: int = 100
+        self,
+        job: str,
+        *,
+        stage: str | None = None,
+        task: int | None = None,
+        limit: int = 100,
+        failed: bool = False,
+        since_s: float | None = None,
     ) -> list[LogView]:
-        """What tasks printed, by stage, task and attempt."""
-        answer = self._call("GET", _of(job, "/logs"), stage=stage, task=task, limit=limit)
+        """What tasks printed, by stage, task and attempt; of those that `failed` for good, or of
+        attempts that ended within `since_s`."""
+        answer = self._call(
+            "GET",
+            _of(job, "/logs"),
+            stage=stage,
+            task=task,
+            limit=limit,
+            failed=failed or None,
+            since_s=since_s,
+        )
         return cast("list[LogView]", answer["logs"])
+
+    def logs_after(
+        self,
+        job: str,
+        seq: int | None,
+        *,
+        stage: str | None = None,
+        task: int | None = None,
+        failed: bool = False,
+        since_s: float | None = None,
+        wait_s: float = 0.0,
+    ) -> NewLogsView:
+        """What was printed in outcomes folded after `seq`; waits up to `wait_s` for the first."""
+        answer = self._call(
+            "GET",
+            _of(job, "/logs/after"),
+            seq=seq,
+            stage=stage,
+            task=task,
+            failed=failed or None,
+            since_s=since_s,
+            wait_s=wait_s,
+        )
+        return cast("NewLogsView", answer)
+
+    def tails(self, job: str) -> TailsView:
+        """What running tasks have printed so far, which workers store while it is asked for."""
+        return cast("TailsView", self._call("POST", _of(job, "/tails")))
 
     # --- The grid --------------------------------------------------------------------------------
 
@@ -244,6 +348,22 @@ class Client:
         """Cap what a job costs, in USD; None takes the cap away."""
         body = {"max_cost_usd": max_cost_usd}
         return cast("JobUseView", self._call("POST", _of(job, "/cap"), body=body))
+
+    # --- Notifications ---------------------------------------------------------------------------
+
+    def notify_targets(self) -> list[TargetView]:
+        """Whom the grid tells, and whom the jobs name that have not ended."""
+        return cast("list[TargetView]", self._call("GET", "/v1/notifications/targets")["targets"])
+
+    def notify_test(self, target: str) -> TestedView:
+        """Tell one of the grid's own targets that this is a test, once."""
+        path = f"/v1/notifications/targets/{quote(target, safe='')}/test"
+        return cast("TestedView", self._call("POST", path))
+
+    def notifications(self, *, limit: int = 100) -> list[NotificationView]:
+        """Those on their way first, then what came of the others."""
+        answer = self._call("GET", "/v1/notifications", limit=limit)
+        return cast("list[NotificationView]", answer["notifications"])
 
     # --- One request -----------------------------------------------------------------------------
 
@@ -314,6 +434,15 @@ class Client:
             connection = HTTPConnection(self._host, timeout=CONNECT_S)
         connection.connect()
         return connection
+
+
+def _trace(given: str) -> str:
+    """The trace that this process is called in, "" where there is none, or no such thing."""
+    if not given:
+        return ""
+    from batchlab.tracing import is_context
+
+    return given if is_context(given) else ""
 
 
 def _submission(job: JobDef, items: Sequence[Json] | None) -> Json:

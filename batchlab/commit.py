@@ -69,9 +69,11 @@ def address(
     now_s: float,
     watchdog: bool = False,
     introduce: bool = False,
+    trace: str = "",
 ) -> Addressed:
     """The message for `bundle`; a delay beyond SQS's longest goes on by `not_before_s`. With
-    `introduce` it tells its worker of the job too."""
+    `introduce` it tells its worker of the job too. `trace` is whose work sends it, where the job is
+    traced; without it that is the submission."""
     if items is not None and len(json.dumps(items)) > INLINE_BYTES:
         items = None
     body = wire.task_message(
@@ -81,6 +83,7 @@ def address(
             now_s + delay_s if delay_s > MAX_DELAY_S else None,
             watchdog,
             job if introduce else None,
+            trace or job.trace,
         )
     )
     pool = job.stage(bundle.stage).pool
@@ -88,10 +91,15 @@ def address(
 
 
 def follow_ups(
-    job: JobDef, outcome: Outcome, *, now_s: float, items: Mapping[int, Json] | None = None
+    job: JobDef,
+    outcome: Outcome,
+    *,
+    now_s: float,
+    items: Mapping[int, Json] | None = None,
+    trace: str = "",
 ) -> list[Addressed]:
     """The messages that `outcome` calls for. `items` are the bundle's own inputs by task, where
-    they are at hand, so that retries and splits need not fetch them again."""
+    they are at hand, so that retries and splits need not fetch them again; `trace` as `address`."""
     if not outcome.follows:
         return []
     values = dict(zip(outcome.succeeded, outcome.values, strict=True))
@@ -104,7 +112,7 @@ def follow_ups(
         return [known[task] for task in follow.bundle.tasks]
 
     return [
-        address(job, f.bundle, items=inputs(f), delay_s=f.delay_s, now_s=now_s)
+        address(job, f.bundle, items=inputs(f), delay_s=f.delay_s, now_s=now_s, trace=trace)
         for f in outcome.follows
     ]
 

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from batchlab.adapters.aws import Endpoint
 from batchlab.adapters.compose import deployment, images
 from batchlab.adapters.compose.deployment import MANAGER_PORT, Deployment
 from batchlab.adapters.compose.project import Project, name_for, networks
 from batchlab.backends import VARIABLE, Backend, fresh_bucket
+from batchlab.deploy import environment
 from batchlab.errors import Unreachable, UsageError
 from batchlab.home import Home, ManagerRecord, Place
 from batchlab.model import Pool
@@ -121,7 +123,8 @@ def _plan(
         old, new = (f"image = {json.dumps(one.image)}" for one in (known, at))
         templates = path.read_text().replace(old, new)
     else:
-        templates = templates_for(at, place, pools or backend.pools)
+        more = environment.taken_over(os.environ)
+        templates = templates_for(at, place, pools or backend.pools, more)
     fresh = path.with_name("templates.toml.new")
     fresh.write_text(templates)
     fresh.replace(path)  # an endpoint that is up reads it at any time
@@ -131,9 +134,15 @@ def _plan(
     return at
 
 
-def templates_for(at: Deployment, place: Place, pools: Sequence[Pool]) -> str:
-    """The launch templates of the pools, for `asg serve`."""
+def templates_for(
+    at: Deployment,
+    place: Place,
+    pools: Sequence[Pool],
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """The launch templates of the pools, for `asg serve`, with `more` in the environment."""
     env = {
+        **more,
         VARIABLE: f"{place.url}/{place.bucket}",
         "AWS_EC2_METADATA_SERVICE_ENDPOINT": at.metadata_url,
     }

@@ -12,6 +12,7 @@ BatchlabError
 │   └── TooLarge            over a limit of the service
 ├── JobFailed               exit 1: the job ended FAILED or CANCELLED
 │   └── TaskFailed          one task's failure, with the remote traceback
+├── NotDelivered            notification: it did not reach its target
 ├── Refused                 exit 2: the manager declines (state, duplicate token, unknown id)
 └── SimulationError         sim.actors: a promise is broken, or the world is set up wrongly
 """

@@ -54,6 +54,12 @@ class Facts:
     capped: Mapping[str, str] = field(default_factory=dict)
     stopped: Mapping[str, str] = field(default_factory=dict)
     trouble: str = ""
+    lag_s: float = 0.0
+    """How far behind the manager is with what workers have told it."""
+    said: tuple[float, str] | None = None
+    """When (epoch) and what the manager's log last warned of, about this job."""
+    undelivered: str = ""
+    """What keeps a notification of it from its target, as a clause."""
 
     @cached_property
     def by_stage(self) -> Mapping[StageName, StageRecord]:
@@ -147,4 +153,7 @@ async def gather(manager: Manager, job: JobId) -> Facts:
         capped=manager.spending.capped if manager.spending else {},
         stopped=manager.autoscaler.boots.stopped(),
         trouble=manager.trouble,
+        lag_s=manager.counts.lag_s,
+        said=manager.recent.of(job) if manager.recent else None,
+        undelivered=manager.notifying.trouble(job) if manager.notifying else "",
     )

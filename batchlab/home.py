@@ -8,6 +8,7 @@ Invariant: everything in it survives SIGKILL and can be looked at with `ls`.
     token           the API's bearer token (0600)
     scratch/        the workers' unpacked code and task folders
     settings.toml   what the manager is told in place of what its backend says; optional
+    notify.toml     whom the grid notifies of its jobs; optional
     fetched.jsonl   how much was read for results that were fetched to here
     records/        what replays of scenarios have measured
     ministack/      that backend's endpoint.json, ledger.sqlite, and its emulator's own state
@@ -92,8 +93,17 @@ class Home:
         return self.path / "scratch"
 
     @property
+    def reports(self) -> Path:
+        """Performance data of jobs whose bucket is not here, as it was fetched."""
+        return self.path / "reports"
+
+    @property
     def settings_file(self) -> Path:
         return self.path / "settings.toml"
+
+    @property
+    def notify_file(self) -> Path:
+        return self.path / "notify.toml"
 
     @property
     def fetched_file(self) -> Path:
@@ -133,10 +143,11 @@ class Home:
             for folder in (self.path, self.objects, self.fleet, self.scratch):
                 _check(folder)
             self.path.mkdir(parents=True, exist_ok=True)
-            ignore = self.path / ".gitignore"
+            ignore, made = self.path / ".gitignore", self.path / naming.MADE
             if not ignore.exists():
                 ignore.write_text("*\n")
-            (self.path / naming.MADE).touch()
+            if not made.exists():
+                made.touch()
         except OSError as error:
             raise UsageError(
                 f"The grid's folder {error.filename or self.path} cannot be written: "

@@ -89,6 +89,23 @@ class InputDef:
 
 
 @dataclass(frozen=True, slots=True)
+class NotifyDef:
+    """Whom to tell of a job, and of which moments (see `notification.MOMENTS`).
+
+    `kind` is "webhook" or "sns", `to` the URL or the topic's ARN. `secret` names where the key is
+    that signs what is sent, never the key itself: "env:NAME", of the manager's environment.
+    `failures` is how many failed tasks are too many, `stuck_s` how long a job may stand still.
+    """
+
+    kind: str
+    to: str
+    on: tuple[str, ...] = ("ended",)
+    secret: str = ""
+    failures: int = 1
+    stuck_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
 class JobDef:
     """A job ready to run, independent of the machine that submitted it.
 
@@ -116,6 +133,10 @@ class JobDef:
     start_at_s: float | None = None
     max_cost_usd: float | None = None
     """Beyond this nothing is launched for it any more (see manager.spending)."""
+    notify: tuple[NotifyDef, ...] = ()
+    """Whom to tell of it, beside whom the grid itself tells."""
+    trace: str = ""
+    """W3C traceparent of its submission, where it is traced."""
 
     def stage(self, name: str) -> StageDef:
         """The stage of that name; KeyError where there is none."""

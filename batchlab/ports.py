@@ -8,7 +8,7 @@ otherwise; epoch times come from the Clock.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -316,6 +316,8 @@ class Cut:
     left: TaskSet
     planned: int | None = None
     """Set in a stage's first cut: its number of tasks."""
+    at_s: float | None = field(default=None, compare=False)
+    """When it was decided, for reports; None where the job's submission decided it too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,49 +11,66 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from batchlab import backends
+from batchlab import backends, logs, targets
 from batchlab.accounts import accounting_of
 from batchlab.backends import Backend
-from batchlab.errors import BackendError
+from batchlab.costs import prices
+from batchlab.costs.prices import PriceBook
+from batchlab.errors import BackendError, UsageError
 from batchlab.home import Home, ManagerRecord
 from batchlab.manager.collector import events_queue
+from batchlab.manager.counts import Counts
 from batchlab.manager.live import Ports
 from batchlab.manager.manager import LEASE, Manager
+from batchlab.manager.notifying import Outlets
+from batchlab.manager.reporting import Reports
+from batchlab.model import JobId
 from batchlab.tally import Tally
 
 if TYPE_CHECKING:
     from batchlab.adapters.docker import ContainerLauncher
+    from batchlab.adapters.imds import Imds
     from batchlab.adapters.process import ProcessLauncher
     from batchlab.api.common import Served
     from batchlab.asg.running import AsgSettings
+    from batchlab.ports import Objects
 
 log = logging.getLogger(__name__)
 
 AGAIN_S = 1.0
 """After the lead has been lost it is stood for again this much later."""
 
+TRIED_S = 3.0
+"""A manager that ends waits so long for notifications that have not been tried yet."""
 ORPHAN_S = 15.0
 """A worker whose manager has been gone for this long drains and ends: nothing is left behind."""
 
 
 def manager_main(
-    home: Home, backend: Backend, *, host: str = "127.0.0.1", port: int = 0, parent: int = 0
+    home: Home,
+    backend: Backend,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    parent: int = 0,
+    hosts: Sequence[str] = (),
 ) -> None:
-    """Run a manager until SIGTERM, SIGINT, a shutdown request, or the end of process `parent`."""
-    _log_to_stderr()
+    """Run a manager until SIGTERM, SIGINT, a shutdown request, or the end of process `parent`.
+    Its page answers to this machine's names, to `host`, and to `hosts`."""
+    logs.set_up(service="manager")
     with home.locked():
-        asyncio.run(_manage(home, backend, host, port, parent))
+        asyncio.run(_manage(home, backend, host, port, parent, hosts))
 
 
 def connection_main(home: Home, backend: Backend, *, parent: int = 0) -> None:
     """Hold a connection to a stack's manager until SIGTERM, SIGINT, or the end of process
     `parent`."""
-    _log_to_stderr()
+    logs.set_up(service="connect")
     with home.locked():
         asyncio.run(_connect(home, backend, parent))
 
@@ -69,10 +86,12 @@ async def _connect(home: Home, backend: Backend, parent: int) -> None:
         watching.cancel()
 
 
-async def _manage(home: Home, backend: Backend, host: str, port: int, parent: int) -> None:
+async def _manage(
+    home: Home, backend: Backend, host: str, port: int, parent: int, hosts: Sequence[str]
+) -> None:
     stop = _stop_by_signal()
     async with _standing(home, backend):
-        await _lead(home, backend, host, port, parent, stop)
+        await _lead(home, backend, host, port, parent, [host, *hosts], stop)
 
 
 @asynccontextmanager
@@ -98,11 +117,19 @@ async def _standing(home: Home, backend: Backend) -> AsyncIterator[None]:
 
 
 async def _lead(
-    home: Home, backend: Backend, host: str, port: int, parent: int, stop: asyncio.Event
+    home: Home,
+    backend: Backend,
+    host: str,
+    port: int,
+    parent: int,
+    hosts: Sequence[str],
+    stop: asyncio.Event,
 ) -> None:
     import uvicorn
 
+    from batchlab import web
     from batchlab.api import create_app, listen
+    from batchlab.api.history import keep_looking
 
     clock, ids = backend.open_clock(), backend.open_ids()
     ledger = backend.open_ledger(home)
@@ -119,6 +146,7 @@ async def _lead(
         backends.patience(),
     )
     owner = ids.fresh("manager")
+    logs.is_from(manager=owner)
     # The first call of each: a file that is damaged, or of a newer batchlab, is told at once, not
     # waited for like an outage. And we hold the folder's lock, so the manager before us is dead
     # and its lease need not run out.
@@ -127,12 +155,27 @@ async def _lead(
         await queue.ensure(events_queue(backend.manager))
     pools = backend.pools_in(home)
     accounting = accounting_of(home, pools, tally)
-    fresh = partial(Manager, ports, backend.manager, pools, owner, accounting)
+    reports = Reports(backends.open_reporter(backend, home, ports.objects, pools))
+    tracer = backend.open_tracer("manager", owner)
+    recent = logs.Recent()
+    logging.getLogger("batchlab").addHandler(recent)
+    fresh = partial(
+        Manager,
+        *(ports, backend.manager, pools, owner, accounting, reports, Counts(), tracer),
+        outlets=Outlets(targets.watched(home), backend.open_deliveries(home, clock)),
+        recent=recent,
+        schedules=True,
+    )
     token = await asyncio.to_thread(backend.api_token, home)
-    app, served = create_app(fresh(), token=token, backend_name=backend.name, on_shutdown=stop.set)
+    logs.hide(token, *(value for pool in pools for _, value in pool.env))
+    app, served = create_app(
+        explaining(fresh()), token=token, backend_name=backend.name, on_shutdown=stop.set
+    )
+    web.mount(app, served, hosts=hosts, prices=_prices(home))
     server = uvicorn.Server(
         uvicorn.Config(
             app,
+            log_config=None,  # its lines are ours
             log_level="warning",
             timeout_graceful_shutdown=2,
             lifespan="off",
@@ -146,6 +189,7 @@ async def _lead(
     leading = loop.create_task(_lead_on(served, fresh))
     watching = [
         loop.create_task(_end_with(parent, stop)),
+        loop.create_task(keep_looking(served.history, lambda: served.manager)),
     ]
     if launcher:
         watching.append(loop.create_task(_tell_of_deaths(served, launcher.changed)))
@@ -155,6 +199,9 @@ async def _lead(
     stopping = loop.create_task(stop.wait())
     await asyncio.wait({stopping, leading, serving}, return_when=asyncio.FIRST_COMPLETED)
     log.info("manager %s ends", owner)
+    if (telling := served.manager.notifying) and served.manager.is_leader.is_set():
+        # A grid that is there for one job only ends with it, and somebody waits to hear of that.
+        await telling.tried(TRIED_S)
     server.should_exit = True
     for task in (leading, stopping, *watching):
         task.cancel()
@@ -163,9 +210,18 @@ async def _lead(
         await _end_instances(launcher, backend.worker.drain_s)
     await queue.close()
     await ledger.close()
+    await tracer.close()
     for result in results[:2]:
         if isinstance(result, Exception):
             raise result
+
+
+def _prices(home: Home) -> PriceBook | None:
+    try:
+        return prices.load(home.path)
+    except UsageError as error:
+        log.warning("the page shows no costs: %s", error)
+        return None
 
 
 async def _lead_on(served: Served, fresh: Callable[[], Manager]) -> None:
@@ -185,7 +241,20 @@ async def _lead_on(served: Served, fresh: Callable[[], Manager]) -> None:
         has_led = True
         await asyncio.sleep(AGAIN_S)
         log.warning("standing for the lead again")
-        served.manager = fresh()
+        served.manager = explaining(fresh())
+
+
+def explaining(manager: Manager) -> Manager:
+    """The same, which can say in its notifications why a job does not go on."""
+    from batchlab import facts
+    from batchlab.why import why
+
+    async def explain(job: JobId) -> str:
+        return why(await facts.gather(manager, job))
+
+    if manager.notifying:
+        manager.notifying.explain = explain
+    return manager
 
 
 async def _tell_of_deaths(served: Served, changed: asyncio.Event) -> None:
@@ -228,7 +297,7 @@ def worker_main(
 
     What is left out the instance's metadata service knows.
     """
-    _log_to_stderr()
+    logs.set_up(service="worker")
     asyncio.run(_work(home, backend, pool, slots, instance))
 
 
@@ -246,11 +315,14 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
         instance = await asyncio.to_thread(imds.instance_id)
         pool = pool or await asyncio.to_thread(imds.needed_tag, POOL_TAG)
         slots = slots or int(await asyncio.to_thread(imds.needed_tag, SLOTS_TAG))
+    me = ids.fresh("w")
+    logs.is_from(worker=me, instance=instance, pool=pool)
     tally = Tally(is_spot=await asyncio.to_thread(imds.is_spot) if imds else False)
+    tracer = backend.open_tracer("worker", me)
     objects = backend.open_objects(home, tally)
     runner = ProcessRunner(objects, Scratch(home.scratch / instance), clock, slots)
     worker = Worker(
-        Identity(ids.fresh("w"), instance, pool, slots),
+        Identity(me, instance, pool, slots),
         objects,
         backend.open_queue(home, clock, tally),
         clock,
@@ -259,20 +331,37 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
         backend.worker,
         ImdsNotices(imds) if imds else None,
         tally,
+        tracer,
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, worker.drain)
+    telling = loop.create_task(_tell_environment(objects, worker.who.worker, imds))
     # Of a stack's manager the home of a worker says nothing: its group ends it.
     alone = imds or backend.is_deployed
     orphan = None if alone else loop.create_task(_drain_orphan(home, worker.drain))
     try:
         await worker.run()
     finally:
+        telling.cancel()
         if orphan:
             orphan.cancel()
+        await tracer.close()
     if imds and (hook := backend.open_drain_hook(home, pool, imds)):
         await hook.complete(backends.patience())
+
+
+async def _tell_environment(objects: Objects, worker: str, imds: Imds | None) -> None:
+    """Store what this worker's tasks find around them. Nothing waits for it: it is for whoever
+    looks into a failure later."""
+    from batchlab.worker import environment
+
+    try:
+        image = await asyncio.to_thread(imds.image) if imds else ""
+        found = await asyncio.to_thread(environment.here, image=image)
+        await environment.record(objects, worker, found, backends.patience())
+    except BackendError as error:
+        log.warning("the worker's environment could not be stored: %s", error)
 
 
 async def _drain_orphan(home: Home, drain: Callable[[], None]) -> None:
@@ -289,7 +378,7 @@ def asg_main(settings: AsgSettings, on_up: Callable[[str], None]) -> None:
     URL. A server that was killed leaves its instances to the next one with the same state."""
     from batchlab.asg.running import locked
 
-    _log_to_stderr()
+    logs.set_up(service="asg")
     with locked(settings.state):
         asyncio.run(_serve_asg(settings, on_up))
 
@@ -335,10 +424,3 @@ def _stop_by_signal() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     return stop
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(
-        level=os.environ.get("BATCHLAB_LOG", "INFO"),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )

@@ -40,6 +40,16 @@ def code_digest(jobfile: JobFile) -> tuple[bytes, str]:
     return data, hashlib.sha256(data).hexdigest()
 
 
+def refuse_recurring(jobfile: JobFile) -> None:
+    """UsageError where the job file asks for a schedule."""
+    if jobfile.job.cron is not None:
+        raise UsageError(
+            f"{jobfile.path.name} says cron: it is to run again and again, and not once.",
+            remedy=f"`batchlab schedule add {jobfile.path.name}` sees to that; "
+            f"`batchlab schedule run {jobfile.job.name}` then runs it now.",
+        )
+
+
 async def prepare(
     jobfile: JobFile,
     *,
@@ -49,11 +59,17 @@ async def prepare(
     token: str,
     packed: tuple[bytes, str] | None = None,
     progress: Callable[[Uploaded], None] | None = None,
+    keys: Sequence[str] | None = None,
+    recurring: bool = False,
 ) -> JobDef:
-    """Upload the code and the raw data of `jobfile`; the job to submit.
+    """Upload the code and the raw data of `jobfile`; the job to submit, or where it is `recurring`
+    the one that a schedule runs.
 
     `packed` is `code_digest(jobfile)` where it is at hand. Uploading the same again is harmless.
+    With `keys` no input is uploaded: it is these objects, or those below these prefixes.
     """
+    if not recurring:
+        refuse_recurring(jobfile)
     data, digest = packed or code_digest(jobfile)
     code_key = f"code/{digest}.zip"
     try:
@@ -62,7 +78,8 @@ async def prepare(
         # Named by its content, so what is there is the same.
         code_key = f"code/{digest}.zip"
     job_id = naming.job_id(jobfile.job.name, token)
-    keys = await _upload(jobfile, naming.raw(job_id), objects, progress)
+    if keys is None:
+        keys = await _upload(jobfile, naming.raw(job_id), objects, progress)
     return compile_job(
         jobfile,
         job_id=job_id,

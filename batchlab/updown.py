@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from batchlab import backends
+from batchlab import backends, logs
 from batchlab.adapters.compose import deployment
 from batchlab.backends import Backend
 from batchlab.errors import BackendError, Unreachable, UsageError
@@ -186,4 +186,4 @@ def _bury() -> None:
 
 def _last_line(path: Path) -> str:
     lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it ended without a word"
+    return logs.text_of(lines[-1]) if lines else "it ended without a word"

@@ -6,24 +6,24 @@ a function of the facts handed in.
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict  # pydantic refuses the standard one before Python 3.12
 
-from batchlab.errors import UsageError
 from batchlab.protocol import naming, wire
+from batchlab.protocol.fingerprint import fingerprint
+from batchlab.worker import logs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from batchlab.jobdef import JobDef, StageDef
+    from batchlab.attempts import Attempt
+    from batchlab.jobdef import JobDef
     from batchlab.manager.autoscaler import Backlog
     from batchlab.manager.live import LiveJob, Seen
     from batchlab.model import Activity, Failure, GroupView, Instance, Outcome
     from batchlab.ports import BundleRecord, Depth, JobRecord, StageRecord
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+    from batchlab.worker.tails import Tail
 
 
 class StageView(TypedDict):
@@ -44,7 +44,8 @@ class StageView(TypedDict):
 
 
 class JobView(TypedDict):
-    """A job. `version` differs as soon as anything else in here does; 0 once it has ended."""
+    """A job. `version` differs as soon as anything else in here does; 0 once it has ended. `report`
+    says why its performance data could not be written, where that is so."""
 
     id: str
     name: str
@@ -58,6 +59,7 @@ class JobView(TypedDict):
     ended_s: float | None
     version: int
     stages: list[StageView]
+    report: str
 
 
 class JobsView(TypedDict):
@@ -90,6 +92,10 @@ class OutcomesView(TypedDict):
 
 
 class FailureView(TypedDict):
+    """A task that failed for good, in the outcome `seq`; failures of one cause share their
+    `fingerprint`."""
+
+    seq: int
     stage: str
     task: int
     attempt: int
@@ -98,23 +104,113 @@ class FailureView(TypedDict):
     error: str
     traceback: str
     exit_code: int | None
+    fingerprint: str
 
 
 class FailuresView(TypedDict):
+    """`next` is what to give as `after` for the next page, None where this is the last."""
+
     failures: list[FailureView]
+    next: str | None
+
+
+class FailureGroupView(TypedDict):
+    """Failures with one fingerprint: how many tasks, and the first of them."""
+
+    fingerprint: str
+    stage: str
+    count: int
+    first: FailureView
+
+
+class FailureGroupsView(TypedDict):
+    """The largest group first. `is_whole` is false while only the first `read` failures of `failed`
+    have been looked at: ask again."""
+
+    groups: list[FailureGroupView]
+    read: int
+    failed: int
+    is_whole: bool
+
+
+class TaskView(TypedDict):
+    """A task that has come to its end, as its outcome tells: `state` is succeeded, failed or
+    cancelled, or retried where `seq` says an earlier outcome. `input` and `log` are text, cut off
+    where they are long; `input_of` says which file the input is, or is a part of."""
+
+    seq: int
+    stage: str
+    task: int
+    attempt: int
+    state: str
+    worker: str
+    started_s: float
+    ended_s: float
+    failure: FailureView | None
+    input: str
+    input_of: str
+    is_input_cut: bool
+    log: str
+    is_log_cut: bool
+
+
+class EtaView(TypedDict):
+    """How long a job still takes, in seconds, as a band; None where nobody can say, and `text` why
+    not. `unmeasured` stages come on top."""
+
+    low_s: float | None
+    high_s: float | None
+    unmeasured: list[str]
+    text: str
 
 
 class LogView(TypedDict):
-    """What one attempt of a task printed."""
+    """What one attempt of a task printed. `state` is SUCCEEDED, FAILED, RETRIED (it failed, and was
+    tried again) or CANCELLED; `ended_s` is the end of its bundle. Where it is not `stored` yet,
+    `text` says why."""
 
     stage: str
     task: int
     attempt: int
+    round: int
+    execution: str
+    state: str
+    ended_s: float
+    stored: bool
     text: str
 
 
 class LogsView(TypedDict):
     logs: list[LogView]
+
+
+class NewLogsView(TypedDict):
+    """`seq` is that of the last outcome looked at, `ended` whether nothing follows: the job has
+    ended, or the one task that was asked for."""
+
+    logs: list[LogView]
+    seq: int | None
+    ended: bool
+
+
+class TailView(TypedDict):
+    """The end of what a running attempt has printed so far: bytes [start, stop) of its output."""
+
+    stage: str
+    task: int
+    attempt: int
+    round: int
+    execution: str
+    start: int
+    stop: int
+    text: str
+
+
+class TailsView(TypedDict):
+    """There is something new every `every_s` at the most."""
+
+    tails: list[TailView]
+    every_s: float
 
 
 class InstanceView(TypedDict):
@@ -185,6 +281,34 @@ class ActivitiesView(TypedDict):
     activities: list[ActivityView]
 
 
+class PoolCurve(TypedDict):
+    """One value per moment: instances as desired and as they are, tasks that run, bundles that
+    wait in the pool's queue and that are with workers."""
+
+    name: str
+    desired: list[int]
+    in_service: list[int]
+    pending: list[int]
+    running: list[int]
+    waiting: list[int]
+    in_flight: list[int]
+
+
+class HistoryView(TypedDict):
+    """The fleet and its queues over the last while; every curve has a value for each of `at_s`."""
+
+    at_s: list[float]
+    pools: list[PoolCurve]
+
+
+class SessionView(TypedDict):
+    """A `code` that opens the web page once, within `valid_s`; `path` leads there."""
+
+    code: str
+    path: str
+    valid_s: float
+
+
 class HealthView(TypedDict):
     status: str
     version: str
@@ -212,6 +336,7 @@ def job_view(
     stages: Sequence[StageRecord],
     live: LiveJob | None = None,
     workers: Iterable[Seen] = (),
+    report: str = "",
 ) -> JobView:
     """A job, with its version and running tasks where it is `live`."""
     job = record.job
@@ -230,6 +355,7 @@ def job_view(
         "ended_s": record.ended_s,
         "version": live.version if live and not record.state.ended else 0,
         "stages": [_stage_view(job, s, running.get(s.counts.stage, 0)) for s in stages],
+        "report": report,
     }
 
 
@@ -282,8 +408,10 @@ def outcome_view(record: BundleRecord, outcome: Outcome | None = None) -> Outcom
     }
 
 
-def failure_view(outcome: Outcome, failure: Failure) -> FailureView:
+def failure_view(seq: int, outcome: Outcome, failure: Failure) -> FailureView:
+    """One failure in the outcome that was folded as `seq`."""
     return {
+        "seq": seq,
         "stage": outcome.bundle.stage,
         "task": failure.task,
         "attempt": outcome.bundle.attempt,
@@ -292,15 +420,35 @@ def failure_view(outcome: Outcome, failure: Failure) -> FailureView:
         "error": failure.error,
         "traceback": failure.traceback,
         "exit_code": failure.exit_code,
+        "fingerprint": fingerprint(failure),
     }
 
 
-def log_view(outcome: Outcome, task: int, text: bytes) -> LogView:
+def log_view(attempt: Attempt, text: bytes, stored: bool = True) -> LogView:
+    outcome = attempt.outcome
     return {
         "stage": outcome.bundle.stage,
-        "task": task,
+        "task": attempt.task,
         "attempt": outcome.bundle.attempt,
-        "text": text.decode(errors="replace"),
+        "round": outcome.bundle.round,
+        "execution": outcome.execution,
+        "state": attempt.state,
+        "ended_s": outcome.ended_s,
+        "stored": stored,
+        "text": logs.text(text),
+    }
+
+
+def tail_view(tail: Tail) -> TailView:
+    return {
+        "stage": tail.stage,
+        "task": tail.task,
+        "attempt": tail.attempt,
+        "round": tail.round,
+        "execution": tail.execution,
+        "start": tail.start,
+        "stop": tail.stop,
+        "text": tail.text,
     }
 
 
@@ -367,61 +515,3 @@ def activity_view(activity: Activity) -> ActivityView:
         "cause": activity.cause,
         "status": activity.status,
     }
-
-
-# --- Admission -----------------------------------------------------------------------------------
-
-
-def admit(job: JobDef, pools: Mapping[str, int]) -> None:
-    """UsageError where the job could never run in a grid whose `pools` have so many slots."""
-    if not job.stages:
-        raise UsageError(f"Job {job.name} has no stages.", remedy="Give it at least one.")
-    for text in (job.id, *(stage.name for stage in job.stages)):
-        # They become parts of object keys.
-        if not _NAME.fullmatch(text):
-            raise UsageError(
-                f"{text!r} cannot name a job or a stage.",
-                remedy="Use letters, digits, - and _, beginning with a letter or digit.",
-            )
-    earlier: set[str] = set()
-    for stage in job.stages:
-        _admit_stage(stage, earlier)
-        _admit_to_pool(stage, pools)
-        earlier.add(stage.name)
-
-
-def _admit_stage(stage: StageDef, earlier: set[str]) -> None:
-    if stage.name in earlier:
-        raise UsageError(
-            f"Two stages are named {stage.name!r}.", remedy="Give each a name of its own."
-        )
-    for upstream in stage.after:
-        if upstream not in earlier:
-            raise UsageError(
-                f"Stage {stage.name} comes after {upstream!r}, which is no stage before it.",
-                remedy="List the stages in an order in which they can run.",
-            )
-    if (stage.handler is None) != bool(stage.command):
-        raise UsageError(
-            f"Stage {stage.name} must have either a handler or a command.",
-            remedy="Give it exactly one of the two.",
-        )
-    if stage.bundle is not None and stage.bundle < 1:
-        raise UsageError(
-            f"Stage {stage.name} asks for bundles of {stage.bundle} tasks.",
-            remedy="Write 1 or more, or leave it out.",
-        )
-
-
-def _admit_to_pool(stage: StageDef, pools: Mapping[str, int]) -> None:
-    if stage.pool not in pools:
-        raise UsageError(
-            f"Stage {stage.name} names the pool {stage.pool!r}, which this grid does not have.",
-            remedy=f"Its pools are {', '.join(sorted(pools))}.",
-        )
-    if not 1 <= stage.slots <= pools[stage.pool]:
-        raise UsageError(
-            f"Stage {stage.name} asks for {stage.slots} slots per task, but an instance of pool "
-            f"{stage.pool!r} has {pools[stage.pool]}.",
-            remedy="Ask for as many at the most, or name a pool with larger instances.",
-        )

@@ -14,14 +14,23 @@ from batchlab.manager.live import LiveJob
 from batchlab.model import Activity, Control, GroupView, JobState
 from batchlab.protocol.policy import judge
 
+Reason = Callable[[Facts], str | None]
+LAG_S = 10.0
+"""Behind by less is nothing that anybody need act on."""
+WARNED_S = 600.0
+"""A warning of the log is worth telling for so long."""
+LONG_S = 10.0
+"""A bundle that runs for longer may be worth watching."""
 NAMED = 3
 """How many jobs are named before the rest is counted."""
 
 
 def why(facts: Facts) -> str:
     """The answer, without a line break."""
-    answers = (reason(facts) for reason in _REASONS)
-    return " ".join(next(answer for answer in answers if answer).split())
+    reason, answer = next((one, text) for one in _REASONS if (text := one(facts)))
+    # What is also wrong, where somebody can do something about it.
+    more = [f"Also, {text}." for beside in _BESIDE if (text := beside(facts, reason))]
+    return " ".join(" ".join([answer, *more]).split())
 
 
 # --- Not allowed to run --------------------------------------------------------------------------
@@ -178,7 +187,10 @@ def _running(f: Facts) -> str | None:
     )
     if f.delayed:
         text += f"; {_retries(f)}"
-    return f"{text}{_then(f)}."
+    text += _then(f)
+    if f.monotonic_s - since_s >= LONG_S:
+        text += f"; `batchlab job logs {f.record.job.id} --follow` shows what it prints"
+    return f"{text}."
 
 
 def _troubled(f: Facts) -> str | None:
@@ -311,7 +323,7 @@ def _between(f: Facts) -> str:
     )
 
 
-_REASONS: tuple[Callable[[Facts], str | None], ...] = (
+_REASONS: tuple[Reason, ...] = (
     _ended,
     _not_adopted,
     _scheduled,
@@ -332,6 +344,36 @@ _REASONS: tuple[Callable[[Facts], str | None], ...] = (
     _between,
 )
 
+
+# --- Beside the reason ----------------------------------------------------------------------------
+
+
+def _behind(f: Facts, reason: Reason) -> str:
+    """What the answer says may be old news."""
+    if reason in (_ended, _scheduled, _paused) or f.lag_s < max(LAG_S, 10 * f.settings.tick_s):
+        return ""
+    return (
+        f"the manager is {_span(f.lag_s)} behind with what its workers have told it: it, or the "
+        f"analytics store, is too slow for so many bundles; larger ones (`bundle`) help"
+    )
+
+
+def _warned(f: Facts, reason: Reason) -> str:
+    """The log's last word on a job that does not run, unless the answer says the same."""
+    if f.said is None or reason in (_ended, _scheduled, _paused, _running, _troubled):
+        return ""
+    at_s, text = f.said
+    age_s = f.now_s - at_s
+    if age_s > WARNED_S:
+        return ""
+    return f"the manager's log has said of it, {_span(age_s)} ago: {text.rstrip('.')}"
+
+
+def _undelivered(f: Facts, reason: Reason) -> str:  # noqa: ARG001 - it says so of any job
+    return f"{f.undelivered} (`batchlab notify log` has more)" if f.undelivered else ""
+
+
+_BESIDE: tuple[Callable[[Facts, Reason], str], ...] = (_behind, _warned, _undelivered)
 
 # --- Words ---------------------------------------------------------------------------------------
 

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import order
+from tests.browser import browser
 from tests.emulators import localstack, ministack, moto
 from tests.postgres import frail_server, postgres, postgres_server
 from tests.simpledb.rig import rough_simpledb, simpledb, simpledb_url
 
 __all__ = [
+    "browser",
     "ffmpeg",
     "frail_server",
     "localstack",

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 RELEASE = "0123456789abcdef" * 4
+TOPICS = tuple(
+    f"arn:aws:sns:us-east-1:123456789012:batchlab-{end}" for end in ("ends", "caps.fifo")
+)
 SHAPES: dict[str, dict[str, Any]] = {
     "empty": {},
     "endpoints": {"Release": RELEASE, "AlarmEmail": "ops@example.org", "PoolPeakMin": 2},
@@ -25,6 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "SubnetIds": "subnet-0123456789abcdef0,subnet-0123456789abcdef1",
         "Ledger": "postgres",
         "DatabaseLogin": "iam",
+        "NotifyTopics": ",".join(TOPICS),
         "WorkerPolicies": "arn:aws:iam::aws:policy/AmazonS3ReadOnlyAccess",
         "PermissionsBoundary": "arn:aws:iam::123456789012:policy/boundary",
     },

@@ -125,13 +125,15 @@ def client(
 @overload
 def client(
     endpoint: Endpoint,
-    service: Literal["ec2", "rds", "sdb", "secretsmanager", "ssm"],
+    service: Literal["ec2", "rds", "sdb", "secretsmanager", "sns", "ssm"],
     *,
     connections: int,
 ) -> Any: ...
 def client(
     endpoint: Endpoint,
-    service: Literal["sqs", "s3", "autoscaling", "ec2", "rds", "sdb", "secretsmanager", "ssm"],
+    service: Literal[
+        "sqs", "s3", "autoscaling", "ec2", "rds", "sdb", "secretsmanager", "sns", "ssm"
+    ],
     *,
     connections: int,
 ) -> Any:

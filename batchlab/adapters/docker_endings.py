@@ -31,7 +31,9 @@ class Endings:
             fresh.write_text(json.dumps(note))
             fresh.replace(self._path(instance))
         except OSError as error:
-            log.warning("when %s has to be gone is not kept: %s", instance, error)
+            log.warning(
+                "when it has to be gone is not kept: %s", error, extra={"instance": instance}
+            )
 
     def left_s(self, instance: str, container: str) -> float | None:
         """Seconds that are left to it, None where nobody has asked it to end."""

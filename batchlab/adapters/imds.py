@@ -88,6 +88,10 @@ class Imds:
         """Its region, as us-east-1; errors as `get`."""
         return self._needed("meta-data/placement/region")
 
+    def image(self) -> str:
+        """The machine image it was launched from, "" where it is none of EC2's; errors as `get`."""
+        return (self.get("meta-data/ami-id") or "").strip()
+
     def is_spot(self) -> bool:
         """Whether it may be interrupted; errors as `get`."""
         return self._needed("meta-data/instance-life-cycle") == "spot"

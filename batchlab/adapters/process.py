@@ -110,6 +110,7 @@ class ProcessLauncher:
             self._undo(record)
             raise BackendError(f"{argv[0]!r} cannot be started: {error}") from error
         processes[instance] = process
+        log.info("launched as process %d", record.pid, extra=_about(record))
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
         """As the port says. Asked again, the earlier of the two deadlines holds; an instance that
@@ -193,11 +194,13 @@ class ProcessLauncher:
         process.ended_s = self._clock.monotonic_s()
         process.gone.set()
         self.changed.set()
+        log.info("ended: %s", how, extra=_about(process.record))
         try:
             self._write(process.record)
         except OSError as error:
             # A full disk. A manager after us finds no such process, which says nearly as much.
-            log.warning("how instance %s ended is not kept: %s", process.record.instance, error)
+            about = {"instance": process.record.instance}
+            log.warning("how the instance ended is not kept: %s", error, extra=about)
 
     def _let_go(self, process: _Process) -> None:
         if process.kill is not None:
@@ -266,6 +269,10 @@ class ProcessLauncher:
         except (ValueError, TypeError):
             # Cut short by a power failure, or of another version: look for it by its environment.
             return _Record(path.stem, "", 0.0, boot_id())
+
+
+def _about(record: _Record) -> dict[str, str]:
+    return {"instance": record.instance, "pool": record.pool}
 
 
 def living(root: Path) -> dict[str, int]:

@@ -14,8 +14,22 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from batchlab import __version__
-from batchlab.api import grid, jobs, results, spending
+from batchlab.api import (
+    failures,
+    files,
+    grid,
+    jobs,
+    logs,
+    metrics,
+    notifications,
+    results,
+    schedules,
+    spending,
+    tasks,
+)
 from batchlab.api.common import Served, answer
+from batchlab.api.door import Door
+from batchlab.api.sessions import Sessions
 from batchlab.errors import BatchlabError, UsageError
 from batchlab.manager.manager import Manager
 
@@ -33,11 +47,17 @@ def create_app(
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.served = served = Served(manager, token, backend_name, on_shutdown)
+    sessions = Sessions(token, manager.ports.clock)
+    app.state.served = served = Served(manager, token, backend_name, on_shutdown, sessions)
     for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
-    for router in (grid.public, grid.router, jobs.router, results.router, spending.router):
-        app.include_router(router)
+    for module in (
+        *(grid, files, jobs, results, failures, tasks, logs, spending),
+        *(schedules, notifications, metrics),
+    ):
+        app.include_router(module.router)
+    app.include_router(grid.public)
+    app.add_middleware(Door, token=token)
     return app, served
 
 

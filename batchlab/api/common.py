@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hmac import compare_digest
 from typing import Annotated, Any, cast
 
@@ -19,14 +19,29 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 
 from batchlab import views
-from batchlab.errors import BackendError, BatchlabError, NotFound, Refused, UsageError
+from batchlab.api.grouping import Groups
+from batchlab.api.history import History
+from batchlab.api.sessions import Sessions
+from batchlab.errors import (
+    BackendError,
+    BatchlabError,
+    JobFileError,
+    NotFound,
+    Refused,
+    UsageError,
+)
 from batchlab.manager.manager import Manager
+from batchlab.manager.schedule_requests import Schedules
 from batchlab.manager.spending import Spending
+from batchlab.model import JobId
+from batchlab.protocol import wire
 
 LEADS_WITHIN_S = 3.0
 """How long a request waits for a manager that is about to lead, before it is told to come back."""
 LONGEST_WAIT_S = 60.0
 MOST = 1000
+MISTAKES = 10
+"""Of a job file, told besides the first."""
 
 
 class _Unauthorised(BatchlabError):
@@ -42,6 +57,10 @@ class Served:
     token: str
     backend_name: str
     on_shutdown: Callable[[], None]
+    sessions: Sessions
+    groups: dict[JobId, Groups] = field(default_factory=dict)
+    """What is known of the failures of the jobs that were asked for last."""
+    history: History = field(default_factory=History)
 
 
 # Coroutines, all of them: a plain function would be run on a thread, which takes longer.
@@ -53,7 +72,7 @@ Given = Annotated[Served, Depends(_served)]
 _bearer = HTTPBearer(auto_error=False)
 
 
-async def _authorised(
+async def authorised(
     served: Given,
     given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> None:
@@ -88,19 +107,37 @@ async def _spending(manager: Annotated[Manager, Depends(_leader)]) -> Spending:
     return manager.spending
 
 
+async def _scheduler(manager: Annotated[Manager, Depends(_leader)]) -> Schedules:
+    if manager.scheduler is None:
+        raise Refused(
+            "This manager keeps no schedules.", remedy="One that `batchlab grid up` starts does."
+        )
+    return manager.scheduler
+
+
 Books = Annotated[Spending, Depends(_spending)]
 Leader = Annotated[Manager, Depends(_leader)]
+Timetable = Annotated[Schedules, Depends(_scheduler)]
 Limit = Annotated[int, Query(ge=1, le=MOST)]
 Wait = Annotated[float, Query(ge=0, le=LONGEST_WAIT_S, description="Long poll, seconds")]
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": views.ProblemView} for status in (401, 404, 409, 422, 503)
+    status: {"model": views.ProblemView} for status in (400, 401, 404, 409, 422, 503)
 }
 
 
 def guarded() -> APIRouter:
     """A router whose endpoints ask for the token."""
-    return APIRouter(prefix="/v1", dependencies=[Depends(_authorised)], responses=_PROBLEMS)
+    return APIRouter(prefix="/v1", dependencies=[Depends(authorised)], responses=_PROBLEMS)
+
+
+def of_our_version(doc: Any) -> Any:
+    """A job as it is posted; ValueError where another version of batchlab has written it."""
+    if not isinstance(doc, dict):
+        return doc
+    if doc.get("v") != wire.VERSION:
+        raise ValueError(f"this manager reads version {wire.VERSION} of a job, not {doc.get('v')}")
+    return {key: value for key, value in doc.items() if key != "v"}
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -116,6 +153,12 @@ _STATUS: tuple[tuple[type[BatchlabError], int], ...] = (
 
 def answer(request: Request, error: Exception) -> JSONResponse:
     """Every error as one status, one sentence and a remedy."""
+    status, problem = problem_of(request, error)
+    return JSONResponse(problem, status, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
+
+
+def problem_of(request: Request, error: Exception) -> tuple[int, views.ProblemView]:
+    """The error's status, and what to say of it."""
     status = 500
     problem: views.ProblemView = {
         "error": f"The manager failed: {type(error).__name__}: {error}",
@@ -123,18 +166,29 @@ def answer(request: Request, error: Exception) -> JSONResponse:
     }
     if isinstance(error, BatchlabError):
         status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
-        problem = {"error": error.message, "remedy": error.remedy}
+        problem = {"error": _told(error), "remedy": error.remedy}
     elif isinstance(error, RequestValidationError):
         status = 422
         problem = {"error": _invalid(error), "remedy": "/openapi.json describes every request."}
     elif isinstance(error, HTTPException):
         status = error.status_code
         what = f"{request.method} {request.url.path}"
+        why = "cannot be read" if status == 400 else "is not served"
         problem = {
-            "error": f"{what} is not served: {error.detail}.",
+            "error": f"{what} {why}: {str(error.detail).rstrip('.')}.",
             "remedy": "/openapi.json describes every request.",
         }
-    return JSONResponse(problem, status, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
+    return status, problem
+
+
+def _told(error: BatchlabError) -> str:
+    """Of a job file's mistakes the first, and where the others are."""
+    if not isinstance(error, JobFileError):
+        return error.message
+    first, *others = getattr(error, "errors", (error,))
+    where = f"{first.file}:{first.line}: " if first.line else ""
+    more = "".join(f" Also in line {one.line}: {one.message}" for one in others[:MISTAKES])
+    return f"{where}{first.message}{more}"
 
 
 def _invalid(error: RequestValidationError) -> str:

@@ -10,10 +10,14 @@ from pydantic import BaseModel, ConfigDict
 
 from batchlab import __version__, views
 from batchlab.api.common import Given, Leader, Limit, guarded
+from batchlab.api.sessions import CODE_S
 from batchlab.manager import by_hand
 from batchlab.manager.manager import Manager
 from batchlab.model import GroupView
 from batchlab.protocol import naming
+
+PAGE = "/ui"
+"""Where the web page is."""
 
 public = APIRouter(prefix="/v1")
 router = guarded()
@@ -36,6 +40,13 @@ async def shutdown(served: Given, after: BackgroundTasks) -> views.HealthView:
     after.add_task(end)
     leads = served.manager.is_leader.is_set()
     return {"status": "ending", "version": __version__, "leader": leads}
+
+
+@router.post("/sessions", status_code=201)
+async def open_session(served: Given) -> views.SessionView:
+    """A code that opens the web page once; the token itself has no place in an address."""
+    code = served.sessions.code()
+    return {"code": code, "path": f"{PAGE}/login#{code}", "valid_s": CODE_S}
 
 
 @router.post("/ledger/rebuild")
@@ -79,6 +90,12 @@ async def activities(
     """Scaling activities with their causes, newest first."""
     found = await manager.ports.fleet.activities(pool, limit=limit)
     return {"activities": [views.activity_view(activity) for activity in found]}
+
+
+@router.get("/grid/history")
+async def history(manager: Leader, served: Given) -> views.HistoryView:  # noqa: ARG001 - who leads
+    """Instances, running tasks and what waits, pool by pool, over the last half hour."""
+    return served.history.view()
 
 
 @router.post("/grid/pools/{pool}")

@@ -6,20 +6,24 @@ Invariant: an answer shows the job as it is once the request has taken effect.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import Body, Response
+from fastapi import Body, Header, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BeforeValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from batchlab import facts, views
-from batchlab.api.common import MOST, Leader, Limit, Wait, guarded
+from batchlab.api.common import MOST, Given, Leader, Limit, Wait, guarded, of_our_version
+from batchlab.api.failures import chosen_tasks
+from batchlab.api.forecast import eta_of
 from batchlab.api.waiting import news, page
 from batchlab.errors import NotFound, UsageError
 from batchlab.jobdef import JobDef
+from batchlab.manager.admission import admit
 from batchlab.manager.manager import Manager
-from batchlab.model import JobId
-from batchlab.ports import JobRecord
+from batchlab.model import JobId, StageName, TaskSet
+from batchlab.ports import JobRecord, Written
 from batchlab.protocol import wire
 from batchlab.why import why
 
@@ -28,32 +32,46 @@ router = guarded()
 NDJSON = "application/x-ndjson"
 
 
-def _of_our_version(doc: Any) -> Any:
-    if isinstance(doc, dict) and doc.get("v") != wire.VERSION:
-        raise ValueError(f"this manager reads version {wire.VERSION} of a job, not {doc.get('v')}")
-    return doc
-
-
-PostedJob = Annotated[JobDef, BeforeValidator(_of_our_version), Body(embed=True)]
+PostedJob = Annotated[JobDef, BeforeValidator(of_our_version), Body(embed=True)]
+Edge = Annotated[int, Field(ge=0, le=2**53)]
+Range = tuple[Edge, Edge]
 Items = Annotated[list[Any] | None, Body(embed=True)]
 
 
-@router.post("/jobs", status_code=201, response_model=views.JobView)
+@router.post(
+    "/jobs",
+    status_code=201,
+    response_model=views.JobView,
+    responses={200: {"model": views.JobView}, 201: {"content": {NDJSON: {}}}},
+)
 async def submit(
     manager: Leader,
     job: PostedJob,
     response: Response,
     items: Items = None,
     wait_s: Wait = 0.0,
+    traceparent: Annotated[str, Header(max_length=200)] = "",
 ) -> Any:
     """Accept a job: 201 where it is new, 200 where the id or client token is known already.
 
     A job without an input brings its items: a few here, encoded as in a plan; more in the bucket.
     With `wait_s` the answer has two lines of JSON: the job at once, and its first outcomes, as
-    from /outcomes, as soon as there are some.
+    from /outcomes, as soon as there are some. W3C's header `traceparent` says of which trace the
+    job's is a part, where the grid is traced.
     """
+    written = await accept(manager, replace(job, trace=traceparent), items)
+    status = 201 if written.is_new else 200
+    view = await shown(manager, written.rows.job)
+    if wait_s:
+        return StreamingResponse(_lines(manager, view, wait_s), status, media_type=NDJSON)
+    response.status_code = status
+    return view
+
+
+async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> Written:
+    """Submit the job where this grid could run it; UsageError where not."""
     try:
-        views.admit(job, {name: pool.slots for name, pool in manager.pools.items()})
+        admit(job, {name: pool.slots for name, pool in manager.pools.items()})
     except UsageError as error:
         # A job that is known stays accepted, though this grid would not accept it today.
         try:
@@ -65,13 +83,7 @@ async def submit(
             f"Job {job.id} comes with {len(items)} items, but says otherwise.",
             remedy="Let `items` of the job be their number, and give it no input.",
         )
-    written = await manager.requests.submit(job, items)
-    status = 201 if written.is_new else 200
-    view = await _view(manager, written.rows.job)
-    if wait_s:
-        return StreamingResponse(_lines(manager, view, wait_s), status, media_type=NDJSON)
-    response.status_code = status
-    return view
+    return await manager.requests.submit(job, items)
 
 
 async def _lines(manager: Manager, view: views.JobView, wait_s: float) -> AsyncIterator[str]:
@@ -86,7 +98,7 @@ async def jobs(
 ) -> views.JobsView:
     """Jobs, newest first; `before` is the id of the last one of the previous page."""
     records = await manager.ports.ledger.jobs(active=active, limit=limit, before=before)
-    return {"jobs": [await _view(manager, record) for record in records]}
+    return {"jobs": [await shown(manager, record) for record in records]}
 
 
 @router.get("/jobs/{job}")
@@ -97,7 +109,7 @@ async def job(
     live = manager.lives.get(job)
     if live and version is not None:
         await news(live, version, wait_s)
-    return await _view(manager, await manager.ports.ledger.job(job))
+    return await shown(manager, await manager.ports.ledger.job(job))
 
 
 @router.post("/jobs/{job}/cancel")
@@ -105,7 +117,7 @@ async def cancel(manager: Leader, job: JobId) -> views.JobView:
     """Answers once no task of the job can start any more."""
     record = await manager.ports.ledger.job(job)
     await manager.requests.cancel(job)
-    return await _view(manager, record)
+    return await shown(manager, record)
 
 
 @router.post("/jobs/{job}/pause")
@@ -113,7 +125,7 @@ async def pause(manager: Leader, job: JobId) -> views.JobView:
     """Running tasks end, no further one starts."""
     record = await manager.ports.ledger.job(job)
     await manager.requests.pause(job)
-    return await _view(manager, record)
+    return await shown(manager, record)
 
 
 @router.post("/jobs/{job}/resume")
@@ -121,13 +133,40 @@ async def resume(manager: Leader, job: JobId) -> views.JobView:
     """Go on with a paused job."""
     record = await manager.ports.ledger.job(job)
     await manager.requests.resume(job)
-    return await _view(manager, record)
+    return await shown(manager, record)
+
+
+class Choice(BaseModel):
+    """Of the tasks that failed, those to run again: by fingerprint, and by stage as ranges
+    [first, beyond the last)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    fingerprints: Annotated[list[str], Field(max_length=1000)] = []
+    tasks: dict[StageName, Annotated[list[Range], Field(max_length=100_000)]] = {}
 
 
 @router.post("/jobs/{job}/retry")
-async def retry(manager: Leader, job: JobId) -> views.JobView:
-    """Run again what did not succeed."""
-    return await _view(manager, await manager.requests.retry(job))
+async def retry(
+    manager: Leader, served: Given, job: JobId, choice: Choice | None = None
+) -> views.JobView:
+    """Run again what did not succeed; with a choice only those of the tasks that failed, and what
+    was cancelled."""
+    chosen = None
+    if choice is not None:
+        sets = {
+            stage: TaskSet.union(TaskSet.span(*one) for one in ranges)
+            for stage, ranges in choice.tasks.items()
+        }
+        chosen = await chosen_tasks(manager, served, job, choice.fingerprints, sets)
+    return await shown(manager, await manager.requests.retry(job, chosen))
+
+
+@router.get("/jobs/{job}/eta")
+async def eta(manager: Leader, job: JobId) -> views.EtaView:
+    """How long the job still takes."""
+    await manager.ports.ledger.job(job)
+    return eta_of(manager, job)
 
 
 @router.get("/jobs/{job}/why")
@@ -136,7 +175,7 @@ async def explain(manager: Leader, job: JobId) -> views.WhyView:
     return {"why": why(await facts.gather(manager, job))}
 
 
-async def _view(manager: Manager, record: JobRecord) -> views.JobView:
+async def shown(manager: Manager, record: JobRecord) -> views.JobView:
     """The job as it is now; `record` may be older."""
     job = record.job.id
     live = manager.lives.get(job)
@@ -144,4 +183,5 @@ async def _view(manager: Manager, record: JobRecord) -> views.JobView:
         workers = manager.registry.workers.values()
         return views.job_view(live.record, list(live.stages.values()), live, workers)
     rows = await manager.ports.ledger.rows(job)
-    return views.job_view(rows.job, rows.stages)
+    trouble = manager.reports.troubles.get(job, "")
+    return views.job_view(rows.job, rows.stages, report=trouble)

@@ -136,6 +136,7 @@ async def _serve(app: App, listener: socket.socket, stop: asyncio.Event) -> None
         uvicorn.Config(
             app,
             interface="asgi3",
+            log_config=None,  # its lines are ours
             log_level="warning",
             timeout_graceful_shutdown=2,
             lifespan="off",

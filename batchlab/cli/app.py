@@ -24,17 +24,27 @@ from batchlab.cli import (
     deploy,
     grid,
     jobs,
+    logs,
+    notify,
     output,
     prices,
+    replay_task,
+    report,
+    report_diff,
     running,
     scenario,
+    schedule,
     signals,
     sim,
+    tasks,
 )
 from batchlab.errors import BatchlabError
 
 UNEXPECTED = 70
 """EX_SOFTWARE of sysexits.h: none of the codes that say something about a job."""
+
+_DEBUGS = "replay-task"
+"""The command that has a --debug of its own."""
 
 _ORDER = (
     *(
@@ -42,8 +52,11 @@ _ORDER = (
         "init",
         "run",
         "job",
+        "schedule",
         "grid",
+        "notify",
         "deploy",
+        "report",
         "scenario",
         "cost",
         "prices",
@@ -102,10 +115,17 @@ def batchlab(
 
 jobs.app.command("check")(checking.check)
 jobs.app.command("cap")(caps.job_cap)
+jobs.app.command("logs")(logs.logs)
+tasks.register(jobs.app)
+jobs.app.command("replay-task")(replay_task.replay_task)
 grid.app.command("cap")(caps.grid_cap)
+report.app.command("diff")(report_diff.diff)
 running.register(app)
 app.add_typer(jobs.app, name="job")
+app.add_typer(schedule.app, name="schedule")
 app.add_typer(grid.app, name="grid")
+app.add_typer(report.app, name="report")
+app.add_typer(notify.app, name="notify")
 app.add_typer(scenario.app, name="scenario")
 app.add_typer(cost.app, name="cost")
 app.add_typer(prices.app, name="prices")
@@ -121,6 +141,8 @@ def start(arguments: Sequence[str]) -> None:
     signals.install()
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end]
+    if _DEBUGS in arguments[:end]:
+        end = list(arguments).index(_DEBUGS)  # behind it, --debug is the command's own too
     given = [one for i, one in enumerate(arguments) if one != "--debug" or i > end]
     try:
         app(given, prog_name="batchlab")

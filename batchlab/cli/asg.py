@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import HomeOption, JsonOption, home_of
+from batchlab.cli.options import HomeOption, JsonOption, LogFormatOption, home_of
 from batchlab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    log_format: LogFormatOption = None,
     signed: Annotated[
         bool,
         typer.Option(
@@ -114,8 +115,10 @@ def serve(
     Example: batchlab asg serve --templates templates.toml --port 4580
              aws --endpoint-url http://127.0.0.1:4580 autoscaling describe-auto-scaling-groups
     """
-    from batchlab import services
+    from batchlab import logs, services
     from batchlab.asg.running import AsgSettings
+
+    logs.choose(log_format)
 
     settings = AsgSettings(
         state=state.absolute(),

@@ -110,7 +110,7 @@ PackageOption = Annotated[
     typer.Option(
         "--package",
         metavar="NAME",
-        help="A package of PyPI that tasks need, such as duckdb>=1.1,<3; may be repeated.",
+        help="A package of PyPI that tasks need, such as pandas>=2,<3; may be repeated.",
         show_default=False,
     ),
 ]

@@ -146,6 +146,7 @@ def release_for(wanted: Settings, given: Path | None, home: Home) -> Path:
             architecture=wanted.architecture,
             packages=wanted.packages,
             database_ca=certificates,
+            variables=dict(wanted.environment),
             say=output.say,
         )
     try:

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab.cli import output
+from batchlab.cli import opening, output
 from batchlab.cli.options import (
     AsIfOption,
     BackendOption,
     EndpointOption,
     HomeOption,
     JsonOption,
+    LogFormatOption,
     MaxCostOption,
     PoolOption,
+    PortOption,
     cap_of,
     home_of,
 )
@@ -59,6 +61,8 @@ def up(
     backend: BackendOption = "local",
     endpoint: EndpointOption = None,
     max_cost: MaxCostOption = None,
+    port: PortOption = 0,
+    log_format: LogFormatOption = None,
     json: JsonOption = False,
 ) -> None:
     """Bring a grid up and leave it up; jobs that have not ended go on.
@@ -66,28 +70,34 @@ def up(
     \b
     Example: batchlab grid up --pool default:0-4x1 --pool big:0-1x4
     """
-    from batchlab import backends
+    from batchlab import backends, logs
+    from batchlab.cli import scheduling
     from batchlab.cli.pools import parse_all
     from batchlab.cli.session import Session
     from batchlab.errors import Refused
 
     place, pools = home_of(home), parse_all(pool or ())
     cap = cap_of(max_cost) if max_cost else None
+    logs.choose(log_format)
     was_up = place.record() is not None
     if was_up and pools:
         raise Refused(
             f"A grid is up in {place.path} already.",
             remedy="`batchlab grid scale` changes its limits; for other pools, take it down first.",
         )
-    with Session(place, backends.load(backend, endpoint), pools, keep_up=True) as session:
+    grid = backends.load(backend, endpoint)
+    with Session(place, grid, pools, keep_up=True, port=port) as session:
         session.start()
         if max_cost:
             session.call(lambda client: client.cap_grid(cap))
         view = session.call(lambda client: client.grid())
+        notes = session.call(scheduling.kept)["notes"]
     if view["backend"] == "aws":
         output.say("Connected to the stack; `batchlab grid down` disconnects.")
     else:
         output.say(f"A grid {'was up already' if was_up else 'is up'} in {place.path}.")
+    for note in notes:
+        output.say(f"Note: {output.clean(note)}")
     _show_grid(view, place, json=json)
 
 
@@ -104,6 +114,7 @@ def down(home: HomeOption = None) -> None:
     """
     from batchlab.adapters.awsgrid import deployment as stacks
     from batchlab.adapters.compose import deployment
+    from batchlab.cli import scheduling
     from batchlab.cli.session import connect
     from batchlab.errors import BackendError
     from batchlab.updown import stop_manager
@@ -118,10 +129,11 @@ def down(home: HomeOption = None) -> None:
     if record is None and not has_containers:
         output.say(f"No grid is up in {place.path}.")
         return
-    left = 0
+    left, timed = 0, 0
     try:
         with connect(place) as client:
             left = len(client.jobs(active=True, limit=1000))
+            timed = sum(one["state"] == "active" for one in scheduling.kept(client)["schedules"])
     except BackendError as error:
         # One that cannot answer is a reason more to end it.
         why = error.message if place.record() else "Its manager is not up."
@@ -134,6 +146,8 @@ def down(home: HomeOption = None) -> None:
         output.say(f"{output.count(left, 'job')} not ended, and gone with it.")
     elif left:
         output.say(f"{output.count(left, 'job')} not ended: `batchlab grid up` goes on with it.")
+    if timed and not is_lost:
+        output.say(f"{output.count(timed, 'schedule')} not run until a grid is up here again.")
 
 
 @app.command()
@@ -216,6 +230,9 @@ def _pool_row(pool: PoolView) -> tuple[object, ...]:
         f"{pool['backlog_tasks']} tasks, {output.span(pool['backlog_s'])}",
         "hand" if pool["held_by_hand"] else "policy",
     )
+
+
+app.command("open")(opening.open_)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab.cli import output
+from batchlab.cli import failing, output
 from batchlab.cli.options import (
     AsIfOption,
     FileArgument,
@@ -136,18 +136,19 @@ def show(
     burn, cost = Burn(place, as_if_aws=as_if_aws), None
     with connect(place) as client:
         view = resolve(client, job)
-        why = client.why(view["id"])
+        why, eta = client.why(view["id"]), client.eta(view["id"])
         record = place.record()
         if record and burn.applies(record.backend):
             cost = burn.job(client, view["id"], client.grid())
     if json:
-        output.show_json({**view, "why": why, **({"cost": cost} if cost else {})})
+        output.show_json({**view, "why": why, "eta": eta, **({"cost": cost} if cost else {})})
         return
     tags = ", ".join(f"{key}={value}" for key, value in view["tags"].items())
     facts = {
         "job": view["id"],
         "state": view["state"],
         "why": why,
+        **({} if view["ended_s"] else {"to go": eta["text"]}),
         "submitted": output.moment(view["submitted_s"]),
         "started": output.moment(view["started_s"]),
         "ended": output.moment(view["ended_s"]),
@@ -155,6 +156,7 @@ def show(
         "tags": tags or "-",
         "retries": str(view["round"]),
         **({"cost": str(cost["text"])} if cost else {}),
+        **({"report": _unwritten(view)} if view.get("report") else {}),
     }
     columns = ("stage", "planned", "succeeded", "failed", "cancelled", "running", "retried", "mean")
     rows = [
@@ -192,6 +194,13 @@ def watch(job: JobArgument, as_if_aws: AsIfOption = False, home: HomeOption = No
     output.show(f"{view['id']} {view['state']}{reason}")
     if view["state"] != "SUCCEEDED":
         raise typer.Exit(1)
+
+
+def _unwritten(view: JobView) -> str:
+    return (
+        f"its performance data is not written: {view['report']}; "
+        f"`batchlab report write {view['id']}` tries again"
+    )
 
 
 def _tell(job: str, home: Path | None, verb: Callable[[Client, str], JobView], json: bool) -> None:
@@ -235,14 +244,7 @@ def resume(job: JobArgument, home: HomeOption = None, json: JsonOption = False) 
     _tell(job, home, lambda client, name: client.resume(name), json)
 
 
-@app.command()
-def retry(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """Run again what did not succeed in a job that has ended; the rest is kept.
-
-    \b
-    Example: batchlab job retry last
-    """
-    _tell(job, home, lambda client, name: client.retry(name), json)
+app.command()(failing.retry)
 
 
 @app.command()
@@ -290,93 +292,4 @@ def results(
         output.show(f"{fetched.folder / 'files'}: {files}, {output.size(fetched.size_bytes)}")
 
 
-@app.command()
-def logs(
-    job: JobArgument,
-    stage: Annotated[
-        str | None,
-        typer.Option("--stage", metavar="NAME", help="Only this stage.", show_default=False),
-    ] = None,
-    task: Annotated[
-        int | None,
-        typer.Option("--task", min=0, help="Only the task with this index.", show_default=False),
-    ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many attempts.")] = 100,
-    home: HomeOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Print what tasks printed, their failed attempts included.
-
-    \b
-    Example: batchlab job logs last --stage parse --task 3
-    """
-    from batchlab.cli.session import connect, resolve
-
-    with connect(home_of(home)) as client:
-        found = client.logs(resolve(client, job)["id"], stage=stage, task=task, limit=limit)
-    if json:
-        output.show_json(found)
-    for one in [] if json else found:
-        output.show(f"--- {one['stage']}[{one['task']}] attempt {one['attempt']}")
-        output.show(output.lines(one["text"]).rstrip("\n"))
-    if not found:
-        output.say("No task has printed anything, or not yet.")
-    elif len(found) == limit:
-        output.say(f"There may be more than {limit}; --limit shows more.")
-
-
-@app.command()
-def why(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """Say why a job is not further than it is, in one line.
-
-    \b
-    Example: batchlab job why last
-    """
-    from batchlab.cli.session import connect, resolve
-
-    with connect(home_of(home)) as client:
-        view = resolve(client, job)
-        answer = client.why(view["id"])
-    if json:
-        output.show_json({"id": view["id"], "state": view["state"], "why": answer})
-    else:
-        output.show(output.clean(answer))
-
-
-@app.command()
-def failures(
-    job: JobArgument,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 100,
-    home: HomeOption = None,
-    json: JsonOption = False,
-) -> None:
-    """List the tasks that failed for good, with reasons and the first traceback of each kind.
-
-    \b
-    Example: batchlab job failures last
-    """
-    from batchlab.cli.session import connect, resolve
-
-    with connect(home_of(home)) as client:
-        found = client.failures(resolve(client, job)["id"], limit=limit)
-    if json:
-        output.show_json(found)
-        return
-    if not found:
-        output.say("No task has failed for good.")
-        return
-    columns = ("stage", "task", "attempt", "kind", "exit", "reason")
-    rows = [
-        (f["stage"], f["task"], f["attempt"], f["kind"], f["exit_code"] or "-", f["reason"])
-        for f in found
-    ]
-    output.show(output.table(columns, rows))
-    shown: set[tuple[str, str]] = set()
-    for one in found:
-        kind = (one["stage"], one["error"])
-        if one["traceback"] and kind not in shown:
-            shown.add(kind)
-            output.show(f"\n--- {one['stage']}[{one['task']}]")
-            output.show(output.lines(one["traceback"]).rstrip("\n"))
-    if len(found) == limit:
-        output.say(f"There may be more than {limit}; --limit shows more.")
+app.command()(failing.failures)

@@ -96,6 +96,21 @@ MaxCostOption = Annotated[
         show_default=False,
     ),
 ]
+LogFormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--log-format",
+        metavar="text|json",
+        help="What the grid's logs are written as; without it BATCHLAB_LOG_FORMAT, or text.",
+        show_default=False,
+    ),
+]
+PortOption = Annotated[
+    int,
+    typer.Option(
+        "--port", min=0, max=65535, help="Where the manager listens on 127.0.0.1; 0: any free one."
+    ),
+]
 CapArgument = Annotated[
     str, typer.Argument(metavar="AMOUNT", help="Such as 5USD, or 'none'.", show_default=False)
 ]

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from batchlab import logs
 from batchlab.errors import BatchlabError
 
 
@@ -19,6 +20,7 @@ def serve(arguments: Sequence[str]) -> None:
     """Run the service named by the first argument until it ends; exits with its code."""
     asked = _parser().parse_args(arguments)
     try:
+        logs.choose(asked.log_format)
         if asked.service == "manager":
             _manager(asked)
         elif asked.service == "connect":
@@ -27,7 +29,7 @@ def serve(arguments: Sequence[str]) -> None:
             _worker(asked)
     except BatchlabError as error:
         # The last line of the log is what the command shows that started this process.
-        print(" ".join(str(error).split()), file=sys.stderr, flush=True)  # noqa: T201 - its log
+        logs.last_words(" ".join(str(error).split()))
         sys.exit(error.exit_code)
 
 
@@ -39,7 +41,14 @@ def _manager(asked: argparse.Namespace) -> None:
     home = find_home(asked.home)
     backend = backends.load(asked.backend, asked.endpoint)
     backend = settings.applied(backends.with_pools(backend, parse_all(asked.pool)), home)
-    services.manager_main(home, backend, host=asked.host, port=asked.port, parent=asked.parent)
+    services.manager_main(
+        home,
+        backend,
+        host=asked.host,
+        port=asked.port,
+        parent=asked.parent,
+        hosts=asked.page_host,
+    )
 
 
 def _connection(asked: argparse.Namespace) -> None:
@@ -77,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     manager.add_argument("--endpoint", metavar="URL", help="where S3 and SQS are")
     manager.add_argument("--host", default="127.0.0.1", help="address to listen on")
     manager.add_argument("--port", type=int, default=0, help="port to listen on; 0: any free one")
+    manager.add_argument(
+        "--page-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that the web page answers to, besides this machine's own; may be repeated",
+    )
     connection = _service(
         services, "connect", "Hold a connection to a manager on AWS, until SIGTERM."
     )
@@ -100,4 +116,9 @@ def _service(
     parser = services.add_parser(name, description=about)
     parser.add_argument("--home", type=Path, help="the grid's folder")
     parser.add_argument("--backend", default="local", help="where the grid lives")
+    parser.add_argument(
+        "--log-format",
+        choices=logs.FORMATS,
+        help=f"lines for a person or for a program; without it {logs.FORMAT_VARIABLE}, or text",
+    )
     return parser

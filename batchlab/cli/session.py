@@ -90,6 +90,7 @@ class Session:
         pools: Sequence[Pool] = (),
         *,
         keep_up: bool = False,
+        port: int = 0,
         revivals: int = REVIVALS,
     ) -> None:
         self.home = home
@@ -100,6 +101,7 @@ class Session:
         """How long the grid took to end, once it has."""
         self._pools = pools
         self._keep_up = keep_up
+        self._port = port
         self._client: Client | None = None
         self._revivals_left = revivals
 
@@ -124,6 +126,11 @@ class Session:
     def _bring_up(self) -> None:
         from batchlab.updown import start_manager
 
+        if self._port and self.backend.runs_in != "processes":
+            raise UsageError(
+                f"On {self.backend.name} the manager has a port of its own.",
+                remedy="Leave out --port.",
+            )
         self.backend.named_place(self.home)  # refuses another endpoint than this home's
         record = self.home.record()
         if record is None:
@@ -139,6 +146,7 @@ class Session:
                 self.backend,
                 pools=self._pools,
                 parent=not self._keep_up,
+                port=self._port,
                 say=output.say,
             )
         if record.backend != self.backend.name:

@@ -33,7 +33,9 @@ app = typer.Typer(no_args_is_help=True)
 WeatherOption = Annotated[
     str,
     typer.Option(
-        "--weather", metavar="NAME", help="Which faults: all, crashes (kills only) or storm."
+        "--weather",
+        metavar="NAME",
+        help="Which faults: all, crashes (kills only), storm, or timed (all, and a schedule).",
     ),
 ]
 

@@ -11,7 +11,9 @@ import typer
 from batchlab import backends
 from batchlab.cli import output
 from batchlab.cli.runner import pools_for
-from batchlab.sim.job import Simulated, run_job
+from batchlab.costs.prices import load as load_prices
+from batchlab.report.building import Setting
+from batchlab.sim.job import REPORT, Simulated, run_job
 from batchlab.spec.jobfile import load
 
 PRINTED = "printed.log"
@@ -34,7 +36,8 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     # The handlers run in this process; what they print must not mix with what we answer.
     with (folder / PRINTED).open("w") as printed, redirect_stdout(printed):
-        ended = run_job(jobfile, pools, seed=seed, out=folder)
+        setting = Setting(backend.name, pools, backend.pace, load_prices())
+        ended = run_job(jobfile, pools, seed=seed, out=folder, setting=setting)
     if json:
         output.show_json(
             {
@@ -42,6 +45,7 @@ def run(
                 "virtual_s": ended.virtual_s,
                 "instances": ended.instances,
                 "out": str(folder),
+                "report": str(folder / REPORT),
             }
         )
     else:
@@ -64,4 +68,5 @@ def _text(ended: Simulated) -> str:
         for stage in view["stages"]
     ]
     told.append(f"Results in {ended.fetched.folder}, what the tasks printed in {PRINTED} there")
+    told.append(f"How it went: batchlab report query summary {ended.fetched.folder / REPORT}")
     return "\n".join(told)

@@ -60,9 +60,10 @@ class Submission:
     def of(cls, file: Path, params: Mapping[str, str], home: Home, backend: Backend) -> Submission:
         """Read and check the file; JobFileErrors."""
         from batchlab import spec
-        from batchlab.submission import code_digest
+        from batchlab.submission import code_digest, refuse_recurring
 
         jobfile = spec.load(file, params)
+        refuse_recurring(jobfile)
         packed = code_digest(jobfile)
         fingerprint = spec.fingerprint(jobfile, packed[1])
         return cls(jobfile, packed, fingerprint, home, backend)

@@ -98,8 +98,8 @@ def bill(
     backend that has no S3 and SQS) these are derived from bundles and time. `stored_bytes` is what
     the bucket holds of the job, `moved` what is known of data that has left it."""
     notes: list[str] = []
-    derived = account is None or not account.is_whole
     account = account or Account(is_whole=False)
+    derived = not account.is_whole
     if derived:
         notes.append(
             f"not all of its instance time was counted: derived from task times, with "
@@ -108,7 +108,7 @@ def bill(
     used: dict[str, Billed] = {}
     items: list[Item] = []
     for name, facts in pools.items():
-        found = _seconds(name, facts, stages, account, derived=derived)
+        found = seconds(name, facts, stages, account)
         if not found.all_s:
             continue
         used[name] = found
@@ -130,14 +130,12 @@ def bill(
     return Bill(tuple(items), tuple(notes), said)
 
 
-def _seconds(
-    pool: str,
-    facts: PoolFacts,
-    stages: Sequence[StageUse],
-    account: Account,
-    *,
-    derived: bool,
+def seconds(
+    pool: str, facts: PoolFacts, stages: Sequence[StageUse], account: Account | None
 ) -> Billed:
+    """What instances of one pool were billed for; derived where not all of it was counted."""
+    account = account or Account(is_whole=False)
+    derived = not account.is_whole
     useful_s = sum(s.run_s * s.slots for s in stages if s.pool == pool) / facts.slots
     wasted_s = (account.failed_s.get(pool, 0.0) + account.lost_s.get(pool, 0.0)) / facts.slots
     all_s = sum(s for kind, s in account.billed_s.items() if kind.pool == pool)

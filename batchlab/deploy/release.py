@@ -11,14 +11,15 @@ import gzip
 import hashlib
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 
 from batchlab import package_data
-from batchlab.deploy import wheelhouse
+from batchlab.deploy import environment, wheelhouse
 from batchlab.deploy.wheelhouse import Target
 from batchlab.errors import BackendError, UsageError
 from batchlab.patience import Patience
@@ -38,11 +39,13 @@ def build_release(
     python: str = "",
     packages: Sequence[str] = (),
     database_ca: Path | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Write `<folder>/<sha256>.tar.gz` for instances of that architecture and Python (with "" the
-    one that runs here), with `packages` of PyPI for users' tasks, and the certificates that the
-    database's is checked against; its path. `say` hears of what takes long.
+    one that runs here), with `packages` of PyPI for users' tasks, the certificates that the
+    database's is checked against, and `variables` for the environment of manager and workers; its
+    path. `say` hears of what takes long.
 
     BackendError where a package cannot be had, UsageError for what cannot be meant.
     """
@@ -57,6 +60,8 @@ def build_release(
         content["version"] = _version(target)
         if database_ca:
             content[DATABASE_CA] = _read(database_ca)
+        if variables:
+            content[environment.FILE] = environment.content(variables)
         content |= {f"wheels/{one.name}": one.read_bytes() for one in wheels.glob("*.whl")}
     path = _write(folder, content)
     size_mib = path.stat().st_size / _MIB

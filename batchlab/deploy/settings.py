@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from batchlab import catalogue
+from batchlab.deploy import environment
 from batchlab.deploy.expand import BASE, parameters_of, renamed
 from batchlab.deploy.template import Template
 from batchlab.errors import BackendError, UsageError
@@ -64,7 +65,8 @@ class PoolSettings:
 class Settings:
     """A stack. `parameters` are those that are not a pool's; what is not named has its default.
     `packages` are PyPI's that users' tasks need, `database_ca` a file of certificates that the
-    database's is checked against: both go into the release."""
+    database's is checked against, `environment` variables of manager and workers: all of them go
+    into the release."""
 
     stack: str = STACK
     region: str = ""
@@ -72,6 +74,7 @@ class Settings:
     parameters: tuple[tuple[str, str], ...] = ()
     packages: tuple[str, ...] = ()
     database_ca: str = ""
+    environment: tuple[tuple[str, str], ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -130,6 +133,7 @@ def document(settings: Settings) -> dict[str, Any]:
     made = asdict(settings)
     made["parameters"] = dict(settings.parameters)
     made["packages"] = list(settings.packages)
+    made["environment"] = dict(settings.environment)
     for pool, one in zip(made["pools"], settings.pools, strict=True):
         pool["parameters"] = dict(one.parameters)
         pool["types"] = list(one.types)
@@ -138,7 +142,7 @@ def document(settings: Settings) -> dict[str, Any]:
 
 def parse(found: Any, where: str) -> Settings:
     """The settings of a YAML or JSON object; UsageError with the key that is wrong."""
-    known = {"stack", "region", "pools", "parameters", "packages", "database_ca"}
+    known = {"stack", "region", "pools", "parameters", "packages", "database_ca", "environment"}
     fields = _object(found, known, where)
     pools = []
     for one in fields.pop("pools", None) or []:
@@ -153,6 +157,9 @@ def parse(found: Any, where: str) -> Settings:
             raise UsageError(f"{where}: a pool has no name.")
         pools.append(PoolSettings(**{**pool, "name": str(pool["name"])}))
     fields["parameters"] = _parameters(fields.pop("parameters", None), where)
+    variables = fields.pop("environment", None)
+    fields["environment"] = _parameters(variables, f"{where}: environment")
+    environment.check(dict(fields["environment"]), f"{where}: environment")
     fields["packages"] = _texts(fields.pop("packages", None), f"{where}: packages")
     for name in ("stack", "region", "database_ca"):
         if name in fields:

@@ -171,7 +171,7 @@ def _requirement(line: str) -> Requirement:
         return Requirement(line)
     except InvalidRequirement as error:
         raise UsageError(
-            f"{line!r} is no requirement of a package.", remedy="Write for example 'duckdb>=1.1'."
+            f"{line!r} is no requirement of a package.", remedy="Write for example 'pandas>=2'."
         ) from error
 
 

@@ -18,12 +18,12 @@ from batchlab.forecast.services import Trouble, TroubledFaults, TroubledQueue
 from batchlab.forecast.tasks import DeclaredRunner, Plays
 from batchlab.forecast.timeline import Timeline
 from batchlab.forecast.watching import Watching
+from batchlab.manager.admission import admit
 from batchlab.manager.manager import LEASE, Manager
 from batchlab.model import JobId, Pool
 from batchlab.ports import MAX_WAIT_S, Objects
 from batchlab.scenario.model import Calibration, FaultName, Job, Scenario
 from batchlab.sim.world import World
-from batchlab.views import admit
 from batchlab.worker.runner import Runner
 
 READY_S = 600.0

@@ -6,15 +6,19 @@ one decision at a time, naming idle instances; to min after an idle time. Each d
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from batchlab.manager.boots import Boots
+from batchlab.manager.counts import Counts
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports
 from batchlab.manager.registry import Registry
 from batchlab.manager.spending import Spending
 from batchlab.model import Control, GroupView, JobId, JobState, LifecycleState
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,14 @@ def wanted(backlog: Backlog, view: GroupView, drain_target_s: float) -> tuple[in
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Warmth:
+    """The least capacity that a pool is to have before its work is there, and why."""
+
+    count: int
+    why: str
+
+
 class Autoscaler:
     """Applies the policy to every pool at each tick."""
 
@@ -52,18 +64,25 @@ class Autoscaler:
         lives: Mapping[JobId, LiveJob],
         registry: Registry,
         spending: Spending | None = None,
+        on_decision: Callable[[GroupView, int, str, Backlog], None] = lambda *_: None,
+        counts: Counts | None = None,
     ) -> None:
-        """`spending` knows of caps on cost, where there may be some."""
+        """`spending` knows of caps on cost, where there may be some. `on_decision` hears of each
+        change of desired capacity: the group before it, capacity after it, why, the backlog."""
+        self._counts = counts or Counts()
         self._ports = ports
         self._settings = settings
         self._lives = lives
         self._registry = registry
         self._spending = spending
+        self._on_decision = on_decision
         self._shrunk_s: dict[str, float] = {}
         self._idle_since_s: dict[str, float] = {}
         self.boots = Boots(ports.clock, settings, registry.has_reported)
         self.held: dict[str, int] = {}
         """Pools whose capacity a person has set by hand; the policy leaves them alone."""
+        self.warmth: Callable[[GroupView], Warmth | None] = lambda _: None
+        """Asked what a pool is to have for what is due soon."""
         self._short: set[str] = set()
         """Those of them that have less now, because their instances do not come up."""
 
@@ -96,6 +115,8 @@ class Autoscaler:
             return
         backlog = self.backlog(pool)
         desired, why = wanted(backlog, view, self._settings.drain_target_s)
+        if (warmth := self.warmth(view)) and warmth.count > desired:
+            desired, why = warmth.count, warmth.why
         now_s = self._ports.clock.monotonic_s()
         if backlog.tasks:
             self._idle_since_s.pop(pool, None)
@@ -104,13 +125,25 @@ class Autoscaler:
         most = self.boots.most(view)
         if most is not None and (view.desired > most or desired > most):
             # At once: what is Pending will not come up, and would be replaced.
-            await self._ports.fleet.set_desired(pool, most, cause=self.boots.trouble(pool))
+            await self.decide(view, most, self.boots.trouble(pool))
             return
         if desired > view.desired:
-            await self._ports.fleet.set_desired(pool, desired, cause=why)
+            await self.decide(view, desired, why)
         elif desired < view.desired and self._may_shrink(pool, backlog, now_s):
             await self._shrink(view, desired, why)
             self._shrunk_s[pool] = now_s
+
+    async def decide(self, view: GroupView, desired: int, why: str) -> None:
+        """Set desired capacity, and say so."""
+        await self._ports.fleet.set_desired(view.pool.name, desired, cause=why)
+        if desired != view.desired:
+            self._decided(view, desired, why)
+
+    def _decided(self, view: GroupView, desired: int, why: str) -> None:
+        pool, before = view.pool.name, view.desired
+        self._on_decision(view, desired, why, self.backlog(pool))
+        self._counts.decided(pool, before, desired)
+        log.info("desired capacity %d, before %d: %s", desired, before, why, extra={"pool": pool})
 
     async def _keep(self, view: GroupView, by_hand: int) -> None:
         """Leave the pool as it was set by hand, but for instances that do not come up."""
@@ -119,11 +152,10 @@ class Autoscaler:
         wanted = max(limits.min_size, min(limits.max_size, by_hand))
         if most is not None and min(most, wanted) != view.desired:
             self._short.add(pool)
-            why = self.boots.trouble(pool)
-            await self._ports.fleet.set_desired(pool, min(most, wanted), cause=why)
+            await self.decide(view, min(most, wanted), self.boots.trouble(pool))
         elif most is None and pool in self._short:
             self._short.discard(pool)
-            await self._ports.fleet.set_desired(pool, wanted, cause="instances come up again")
+            await self.decide(view, wanted, "instances come up again")
 
     def _may_shrink(self, pool: str, backlog: Backlog, now_s: float) -> bool:
         if not backlog.tasks:
@@ -136,16 +168,17 @@ class Autoscaler:
         """Name idle instances; a busy one is never chosen (I5). What has not even come up yet
         goes by lowering desired capacity, which the group takes from the Pending."""
         alive = {i.id for i in view.instances if i.state is LifecycleState.IN_SERVICE}
-        surplus = view.desired - desired
+        before, surplus = view, view.desired - desired
         pool = view.pool.name
         idle = [i for i in self._registry.idle(pool) if i in alive][:surplus]
         if idle:
             await self._ports.fleet.terminate(pool, idle, decrement=True, cause=why)
+            view = replace(view, desired=view.desired - len(idle))
+            self._decided(before, view.desired, why)
         pending = sum(i.state is LifecycleState.PENDING for i in view.instances)
         rest = min(surplus - len(idle), pending)
         if rest > 0:
-            target = view.desired - len(idle) - rest
-            await self._ports.fleet.set_desired(pool, target, cause=why)
+            await self.decide(view, view.desired - rest, why)
 
     async def protect_the_busy(self, view: GroupView) -> None:
         """Tell the group who is busy by now; to be done before it is asked to shrink (I5)."""

@@ -74,7 +74,7 @@ class Boots:
 
     def _came_up(self, name: str, pool: _Pool) -> None:
         if pool.pause_s:
-            log.warning("pool %s comes up again: it is scaled as ever", name)
+            log.warning("pool %s comes up again: it is scaled as ever", name, extra={"pool": name})
         pool.failures, pool.pause_s, pool.last = 0, 0.0, ""
 
     def _failed(self, name: str, pool: _Pool, instance: Instance, since_s: float) -> None:
@@ -90,7 +90,7 @@ class Boots:
         else:
             return  # launched before it was stopped: no try of its own
         pool.retry_s = now_s + pool.pause_s
-        log.warning("%s", self.trouble(name))
+        log.warning("%s", self.trouble(name), extra={"pool": name})
 
     def most(self, view: GroupView) -> int | None:
         """What desired capacity may be at the most; None where nothing is held back."""

@@ -58,7 +58,7 @@ async def scale(
     if auto:
         manager.autoscaler.held.pop(pool, None)
     elif desired is not None:
-        await _hold(manager, pool, desired)
+        await _hold(manager, await group(manager, pool), desired)
     elif auto is False:
         manager.autoscaler.held[pool] = (await group(manager, pool)).desired
     manager.hurry()
@@ -77,13 +77,13 @@ async def _limit(
     manager.pools[pool.name] = pool
 
 
-async def _hold(manager: Manager, pool: str, desired: int) -> None:
-    held = manager.autoscaler.held
+async def _hold(manager: Manager, view: GroupView, desired: int) -> None:
+    held, pool = manager.autoscaler.held, view.pool.name
     before = held.get(pool)
     # First, or a tick between the two would set it back to what the policy wants.
     held[pool] = desired
     try:
-        await manager.ports.fleet.set_desired(pool, desired, cause=CAUSE)
+        await manager.autoscaler.decide(view, desired, CAUSE)
     except BatchlabError:
         if before is None:
             del held[pool]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
 from batchlab.errors import BackendError, NotFound, Throttled, Unreachable
-from batchlab.manager.folding import Folder
+from batchlab.manager.counts import Counts
+from batchlab.manager.folding import Folder, Key
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports
 from batchlab.manager.registry import Registry
-from batchlab.model import BundleId, Completion, JobId, Outcome, StageName
+from batchlab.model import Completion, JobId, Outcome
 from batchlab.ports import MAX_BATCH, Message, QueueSpec
 from batchlab.protocol import naming, settle, wire
 
@@ -43,14 +44,19 @@ class Collector:
         folder: Folder,
         registry: Registry,
         quiet: asyncio.Lock,
+        met_twice: Callable[[Sequence[wire.Duplicate]], None] = lambda _: None,
+        counts: Counts | None = None,
     ) -> None:
-        """`quiet` is held while the ledger must not change under somebody's hands."""
+        """`quiet` is held while the ledger must not change under somebody's hands; `met_twice`
+        hears of what workers have met twice."""
+        self._met_twice = met_twice
         self._ports = ports
         self._settings = settings
         self._lives = lives
         self._folder = folder
         self._registry = registry
         self._quiet = quiet
+        self._counts = counts or Counts()
         self._folded: list[str] = []
         """Receipts of messages to delete."""
         self._is_folded = asyncio.Event()
@@ -85,6 +91,9 @@ class Collector:
 
     async def _collect_once(self) -> None:
         messages = await self._received()
+        now_s = self._ports.clock.now_s()
+        self._counts.events += len(messages)
+        self._counts.lag_s = max([0.0, *(now_s - one.sent_s for one in messages)])
         if messages:
             async with self._quiet:
                 await self._take(messages)
@@ -136,7 +145,8 @@ class Collector:
 
     async def _take(self, messages: Sequence[Message]) -> None:
         completions: list[Completion] = []
-        whole: dict[tuple[JobId, StageName, BundleId], Outcome] = {}
+        whole: dict[Key, Outcome] = {}
+        traces: dict[Key, str] = {}
         for message in messages:
             try:
                 events = wire.read_events_message(message.body)
@@ -144,19 +154,26 @@ class Collector:
             except (Throttled, Unreachable):
                 raise
             except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody's bytes
-                log.error("dropped an event that cannot be read (%s): %.200s", error, message.body)
+                # Not what is in it, which may be a user's.
+                size = len(message.body)
+                log.error("dropped an event of %d characters that cannot be read: %s", size, error)
                 continue
             completions += events.completions
             completions += [settle.completion(outcome) for outcome in events.outcomes]
             whole |= {(o.bundle.job, o.bundle.stage, o.bundle.id): o for o in events.outcomes}
+            traces |= {(job, stage, bundle): t for job, stage, bundle, t in events.traces}
             for some in fetched:
                 completions += some
+            if events.duplicates:
+                self._met_twice(events.duplicates)
+            for told in events.told:
+                self._counts.told(told)
             for asked in events.asked:
                 self._registry.told(asked)
             for beat in events.beats:
                 await self._registry.hear(beat)
                 self._named(beat)
-        await self._folder.fold(completions, whole)
+        await self._folder.fold(completions, whole, traces)
 
     async def _fetched(self, key: str) -> list[Completion]:
         get = partial(self._ports.objects.get, key)

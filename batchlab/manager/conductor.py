@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,7 @@ from functools import partial
 from batchlab.commit import Addressed, address, commit, committed, send_all
 from batchlab.errors import AlreadyExists, BackendError, NotFound, UsageError
 from batchlab.jobdef import StageDef
+from batchlab.manager.counts import Counts
 from batchlab.manager.cutting import Cutter
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports, move
@@ -25,6 +26,7 @@ from batchlab.model import Bundle, Control, JobState, Json, StageName, TaskSet
 from batchlab.ports import Cut, Ending, StageRecord
 from batchlab.protocol import definition, naming, settle, wire
 from batchlab.protocol.policy import Verdict, judge
+from batchlab.tracing import NOBODY, Subject, Tracer, span
 from batchlab.worker.inputs import Inputs
 
 log = logging.getLogger(__name__)
@@ -47,9 +49,16 @@ class Conductor:
         folder: Folder,
         cutter: Cutter,
         on_plan: Callable[[str], None],
+        counts: Counts | None = None,
+        tracer: Tracer = NOBODY,
+        on_end: Callable[[LiveJob, Ending], Awaitable[None]] | None = None,
     ) -> None:
         """`on_plan` is called with the pool of a stage whose number of tasks has become known, so
-        that capacity can be had for it."""
+        that capacity can be had for it; `on_end` with the end of a job that is committed and not in
+        the ledger yet."""
+        self._on_end = on_end
+        self._counts = counts or Counts()
+        self._tracer = tracer
         self._ports = ports
         self._settings = settings
         self._folder = folder
@@ -125,6 +134,16 @@ class Conductor:
             # Totals over a part of the input would look like totals over all of it.
             await self._first_cut(live, stage, TaskSet())
             return
+        links = [context for upstream in stage.after for context in live.traced.get(upstream, ())]
+        name, about = "gather" if stage.after else "plan", Subject(live.id, stage.name)
+        with span(self._tracer, name, live.job.trace, about, links=links) as planning:
+            live.spans[stage.name] = planning.context
+            tasks = await self._planned(live, stage, round_)
+            planning.note(planned=len(tasks))
+        await self._first_cut(live, stage, tasks)
+
+    async def _planned(self, live: LiveJob, stage: StageDef, round_: int) -> TaskSet:
+        """The tasks of the stage, as its plan has them, which is made where there is none."""
         manifest = await self.plans.existing(live.job, stage.name, round_)
         if manifest is None and not stage.after and live.job.input is not None:
             await move(self._ports, live, JobState.PENDING)
@@ -137,14 +156,18 @@ class Conductor:
                 f"Job {live.id} says it brings its own items, but they are not there.",
                 remedy="Submit it through the Python API, or give it an input.",
             )
-        tasks = TaskSet.span(0, manifest.count) - manifest.skipped
-        await self._first_cut(live, stage, tasks)
+        return TaskSet.span(0, manifest.count) - manifest.skipped
 
     async def _first_cut(self, live: LiveJob, stage: StageDef, tasks: TaskSet) -> None:
         round_ = live.record.round
         bundles, left = self._cutter.wave(live, stage, tasks, round_)
-        cut = Cut(live.id, stage.name, round_, 0, bundles, left, len(tasks))
+        now_s = self._ports.clock.now_s()
+        cut = Cut(live.id, stage.name, round_, 0, bundles, left, len(tasks), now_s)
         await self._commit_and_send(live, cut)
+        about = {"job": live.id, "stage": stage.name}
+        log.info(
+            "planned %d tasks, the first %d bundles sent", len(tasks), len(bundles), extra=about
+        )
         self._on_plan(stage.pool)
 
     def _doomed(self, live: LiveJob) -> bool:
@@ -169,7 +192,8 @@ class Conductor:
             bundles, left = self._cutter.wave(live, stage, record.left, round_)
             if not bundles:
                 return
-            cut = Cut(live.id, stage.name, round_, record.cut_seq + 1, bundles, left)
+            seq, now_s = record.cut_seq + 1, self._ports.clock.now_s()
+            cut = Cut(live.id, stage.name, round_, seq, bundles, left, at_s=now_s)
             await self._commit_and_send(live, cut)
 
     async def _commit_cut(self, live: LiveJob, cut: Cut) -> Cut:
@@ -192,13 +216,29 @@ class Conductor:
         return cut
 
     async def _commit_and_send(self, live: LiveJob, cut: Cut) -> None:
-        cut = await self._commit_cut(live, cut)
-        await self.send(live, cut.bundles, introduce=cut.seq == 0)
+        above = live.spans.get(cut.stage) or live.job.trace
+        about = Subject(live.id, cut.stage)
+        with span(self._tracer, "cut", above, about, bundles=len(cut.bundles)) as cutting:
+            cut = await self._commit_cut(live, cut)
+        trace = cutting.context
+        await self.send(live, cut.bundles, introduce=cut.seq == 0, trace=trace)
 
     async def send(
-        self, live: LiveJob, bundles: Sequence[Bundle], *, introduce: bool = False
+        self,
+        live: LiveJob,
+        bundles: Sequence[Bundle],
+        *,
+        introduce: bool = False,
+        trace: str = "",
     ) -> None:
         """Put bundles on their pool's queue, with their inputs where these are small."""
+        above, about = trace or live.job.trace, Subject(live.id)
+        with span(self._tracer, "send", above, about, bundles=len(bundles)) as sending:
+            await self._send(live, bundles, introduce, sending.context)
+
+    async def _send(
+        self, live: LiveJob, bundles: Sequence[Bundle], introduce: bool, trace: str
+    ) -> None:
         messages: list[Addressed] = []
         now_s = self._ports.clock.now_s()
         for bundle in bundles:
@@ -208,9 +248,10 @@ class Conductor:
                     items = await self._inputs.resolve(live.job, bundle)
                 except NotFound:
                     items = None  # the worker finds the same, and says so in an outcome
-            messages.append(
-                address(live.job, bundle, items=items, now_s=now_s, introduce=introduce)
+            message = address(
+                *(live.job, bundle), items=items, now_s=now_s, introduce=introduce, trace=trace
             )
+            messages.append(message)
         await send_all(self._ports.queue, messages, self._ports.patience)
 
     # --- Ending ----------------------------------------------------------------------------------
@@ -281,7 +322,8 @@ class Conductor:
                 return  # somebody has removed the job's objects
             if control is live.record.control:
                 return
-            log.warning("%s: the word is %s, which the ledger did not know", live.id, control)
+            about = {"job": live.id}
+            log.warning("the word is %s, which the ledger did not know", control, extra=about)
             await self._ports.ledger.set_control(live.id, control)
             live.record = replace(live.record, control=control)
             live.changed()
@@ -332,6 +374,13 @@ class Conductor:
     async def _finish(
         self, live: LiveJob, state: JobState, reason: str, closed: Mapping[StageName, int]
     ) -> None:
+        about = Subject(live.id)
+        with span(self._tracer, "end", live.job.trace, about, state=state.value):
+            await self._end(live, state, reason, closed)
+
+    async def _end(
+        self, live: LiveJob, state: JobState, reason: str, closed: Mapping[StageName, int]
+    ) -> None:
         some = {name: tasks for name, tasks in closed.items() if tasks}
         ending = Ending(state, reason, self._ports.clock.now_s(), some)
         data = wire.to_bytes(wire.ending_to_json(ending))
@@ -345,6 +394,8 @@ class Conductor:
 
     async def _record(self, live: LiveJob, ending: Ending) -> None:
         """Let the ledger know of the job's end, and those who wait for it."""
+        if self._on_end:
+            await self._on_end(live, ending)
         finish = partial(
             self._ports.ledger.finish,
             live.id,
@@ -354,7 +405,10 @@ class Conductor:
             ended_s=ending.ended_s,
             closed=ending.closed,
         )
-        await self._folder.write(live, finish)
+        if await self._folder.write(live, finish):
+            self._counts.ended(ending.state)
+            # Not the reason: it may be in a user's own words.
+            log.info("ended %s in round %d", ending.state, live.round, extra={"job": live.id})
         live.ended.set()
         live.poke.set()
 

@@ -82,10 +82,19 @@ class Cutter:
         slots, mine = self._slots_of.get(pool, 1), in_pool({live.id: live}, pool)
         window = self._window * slots + 1
         share = max(1, window // peers) - mine
-        room = min(share, window - in_pool(self._lives, pool)) if peers == 1 else share
+        room = min(share, window - in_pool(self._unpaused(), pool)) if peers == 1 else share
         # A cut costs the same however many bundles it has; one for every slot, unless there is
         # nothing left behind those that run.
         return room if room >= slots or mine <= slots else 0
+
+    def _unpaused(self) -> Mapping[JobId, LiveJob]:
+        """Jobs whose outstanding bundles are with workers, or on their way: workers drop those of
+        a paused one, which would take up the window for as long as it is paused."""
+        return {
+            job: live
+            for job, live in self._lives.items()
+            if live.record.control is not Control.PAUSE
+        }
 
 
 def _paid(live: LiveJob, stage: StageDef, budget: Budget, sizes: list[int]) -> list[int]:

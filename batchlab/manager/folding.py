@@ -9,24 +9,42 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from batchlab.errors import NotFound
 from batchlab.jobdef import JobDef
+from batchlab.manager.counts import Counts
 from batchlab.manager.live import LiveJob, Ports
 from batchlab.model import BundleId, Completion, Control, JobId, Outcome, StageName
 from batchlab.ports import BundleRecord, Folded, JobRecord, JobRows, Written
 from batchlab.protocol import settle
+from batchlab.tracing import NOBODY, Tracer
 
 log = logging.getLogger(__name__)
 
-Whole = Mapping[tuple[JobId, StageName, BundleId], Outcome]
+Key = tuple[JobId, StageName, BundleId]
+Whole = Mapping[Key, Outcome]
 """Outcomes that came whole, by their bundles."""
+Traces = Mapping[Key, str]
+"""Where the traces of bundles go on, as traceparents."""
+NOTHING: Mapping[Key, Any] = MappingProxyType({})
 
 
 class Folder:
     """Completions in, ledger and live jobs out."""
 
-    def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob]) -> None:
+    def __init__(
+        self,
+        ports: Ports,
+        lives: Mapping[JobId, LiveJob],
+        repeated: Callable[[JobId, StageName], None] = lambda *_: None,
+        counts: Counts | None = None,
+        tracer: Tracer = NOBODY,
+    ) -> None:
+        """`repeated` hears of outcomes that had been counted before."""
+        self._repeated = repeated
+        self._tracer = tracer
+        self._counts = counts or Counts()
         self._ports = ports
         self._lives = lives
         self._next_seq = 0
@@ -35,7 +53,8 @@ class Folder:
     async def fold(
         self,
         completions: Sequence[Completion],
-        whole: Whole = MappingProxyType({}),
+        whole: Whole = NOTHING,
+        traces: Traces = NOTHING,
     ) -> None:
         """Fold these, of which some have come `whole`; the jobs they belong to are poked."""
         known = await self._known(completions)
@@ -43,13 +62,30 @@ class Folder:
             return
         lives = (self._lives.get(one.bundle.job) for one, _ in known)
         before = {live.id: live.record for live in lives if live}
+        begun_s = self._ports.clock.now_s() if traces else 0.0
         folded = await self._ports.ledger.fold(
             [one for one, _ in known], [settle.casualties(job, one) for one, job in known]
         )
+        for (one, job), is_new in zip(known, folded.new, strict=True):
+            if is_new:
+                self._counts.folded(job.stage(one.bundle.stage), one)
+            else:
+                self._counts.repeated += 1
+        if traces:
+            self._trace([one for one, _ in known], traces, begun_s)
         touched = self._note([one for one, _ in known], folded, whole)
         for live in touched:
             await self._follow(live, before.get(live.id), folded.jobs[live.id])
             live.poke.set()
+
+    def _trace(self, folded: Sequence[Completion], traces: Traces, begun_s: float) -> None:
+        now_s = self._ports.clock.now_s()
+        for one in folded:
+            bundle = one.bundle
+            if parent := traces.get((bundle.job, bundle.stage, bundle.id)):
+                at = self._tracer.record("fold", parent, bundle, start_s=begun_s, end_s=now_s)
+                if live := self._lives.get(bundle.job):
+                    live.trace(bundle.stage, at)
 
     async def _known(self, completions: Sequence[Completion]) -> list[tuple[Completion, JobDef]]:
         """Those that the ledger can take, with their jobs."""
@@ -64,7 +100,8 @@ class Folder:
             named = {one.bundle.stage, *(f.bundle.stage for f in one.follows)}
             if not stages[job.id].issuperset(named):
                 # The ledger would refuse it, and with it all that came in the same batch.
-                log.error("dropped a completion of a stage that job %s does not have", job.id)
+                about = {"job": job.id, "bundle": one.bundle.id}
+                log.error("dropped a completion of a stage that the job does not have", extra=about)
                 continue
             known.append((one, job))
             live = self._lives.get(job.id)
@@ -97,6 +134,8 @@ class Folder:
                     record = BundleRecord(one.bundle, one, folded.first_seq + n)
                     key = (live.id, one.bundle.stage, one.bundle.id)
                     live.remember(record, whole.get(key))
+                else:
+                    self._repeated(live.id, one.bundle.stage)
                 # Or not new, but to us: the ledger's first answer was lost, and we asked again.
                 if folded.new[n] or one.bundle.id in live.outstanding.get(one.bundle.stage, {}):
                     live.expect(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from batchlab.costs.cap import Budget
 from batchlab.costs.meter import Account
+from batchlab.eta import Pace
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.model import (
     Bundle,
@@ -37,6 +38,7 @@ from batchlab.ports import (
     StageRecord,
 )
 from batchlab.protocol import sizing, wire
+from batchlab.tracing import LINKS
 
 EARLY = 256
 UNKNOWN_TASK_S = 1.0
@@ -96,6 +98,8 @@ class Outstanding:
 
     bundle: Bundle
     heard_s: float
+    since_s: float = 0.0
+    """Monotonic; when this manager has sent it, heard of it, or found it."""
 
 
 @dataclass(slots=True)
@@ -136,6 +140,12 @@ class LiveJob:
     short ones that follow from a bundle are quicker than its own event."""
     paces: dict[StageName, tuple[int, float]] = field(default_factory=dict)
     """(tasks, seconds) of what was folded here; see `pace_s`."""
+    measured: dict[StageName, Pace] = field(default_factory=dict)
+    """What tasks took, of what was folded here."""
+    spans: dict[StageName, str] = field(default_factory=dict)
+    """Where the trace of each stage goes on that was planned here, a traceparent."""
+    traced: dict[StageName, deque[str]] = field(default_factory=dict)
+    """The last outcomes of each stage in the job's trace, for a gather to be linked to."""
     account: Account = field(default_factory=Account)
     """What it has used, as AWS would bill it."""
     budget: Budget | None = None
@@ -191,6 +201,8 @@ class LiveJob:
         count = len(done.succeeded)
         seconds += sizing.weight_s(count, done.run_s)
         self.paces[done.bundle.stage] = tasks + count, seconds
+        pace = self.measured.get(done.bundle.stage, Pace())
+        self.measured[done.bundle.stage] = pace.with_bundle(count, done.run_s)
 
         self.account.bundles += 1
         if done.failed or done.retried:
@@ -202,6 +214,10 @@ class LiveJob:
         """Seconds per task of a stage, as they count for a bundle's size; None where unknown."""
         tasks, seconds = self.paces.get(stage, (0, 0.0))
         return seconds / tasks if tasks else self.stages[stage].counts.mean_s
+
+    def trace(self, stage: StageName, context: str) -> None:
+        """Note where in the trace an outcome of the stage was folded."""
+        self.traced.setdefault(stage, deque(maxlen=LINKS)).append(context)
 
     def remember(self, record: BundleRecord, outcome: Outcome | None) -> None:
         """What was folded just now, and the outcome itself where that is small."""
@@ -219,7 +235,7 @@ class LiveJob:
         """Note (bundle, monotonic time it is due) as outstanding."""
         for bundle, heard_s in bundles:
             waiting = self.outstanding.setdefault(bundle.stage, {})
-            waiting[bundle.id] = Outstanding(bundle, heard_s)
+            waiting[bundle.id] = Outstanding(bundle, heard_s, heard_s)
 
     def settled(self, bundle: Bundle) -> None:
         if self.outstanding.get(bundle.stage, {}).pop(bundle.id, None) is None:

@@ -13,24 +13,34 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
+from batchlab import logs
 from batchlab.costs.meter import Accounting
 from batchlab.errors import BackendError, NotFound, Refused, Throttled, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.manager.autoscaler import Autoscaler
 from batchlab.manager.collector import Collector, events_queue
 from batchlab.manager.conductor import Conductor
+from batchlab.manager.counts import Counts
 from batchlab.manager.cutting import Cutter
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports, in_pool, move
+from batchlab.manager.notifying import Notifying, Outlets
+from batchlab.manager.prewarm import Prewarm
 from batchlab.manager.rebuild import rebuild
 from batchlab.manager.reconciler import Reconciler
+from batchlab.manager.recorder import Recorder
 from batchlab.manager.registry import Registry
-from batchlab.manager.requests import Requests, cuts_of_round
+from batchlab.manager.reporting import Reports
+from batchlab.manager.requests import Requests
+from batchlab.manager.retries import cuts_of_round
+from batchlab.manager.schedule_requests import Schedules
 from batchlab.manager.spending import Spending
+from batchlab.manager.tails import Tails
 from batchlab.model import Control, GroupView, JobId, JobState, LifecycleState, Pool
 from batchlab.patience import patiently
 from batchlab.ports import Depth, QueueSpec, Written
 from batchlab.protocol import naming
+from batchlab.tracing import NOBODY, Tracer, trace_of
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +70,20 @@ class Manager:
         pools: Sequence[Pool],
         owner: str,
         accounting: Accounting | None = None,
+        reports: Reports | None = None,
+        counts: Counts | None = None,
+        tracer: Tracer = NOBODY,
+        outlets: Outlets | None = None,
+        recent: logs.Recent | None = None,
+        *,
+        schedules: bool = False,
     ) -> None:
-        """With `accounting` it counts what the grid uses, and keeps caps on the cost of that."""
+        """With `accounting` it counts what the grid uses, and keeps caps on the cost of that; with
+        `reports` too it records what those need, and has them written. `counts` goes on from an
+        earlier manager of the same process; with `outlets` it notifies. `recent` hears what is
+        logged, for who asks why. With `schedules` it runs jobs when they are due."""
+        self.recent = recent
+        self.counts = counts = counts or Counts()
         ports = replace(ports, ledger=patiently(ports.ledger, ports.patience))
         self.ports = ports
         self.settings = settings
@@ -77,17 +99,46 @@ class Manager:
         """Why the last tick was skipped."""
         self._slots: dict[str, int] = {p.name: _soon(p) for p in pools}
         self._hurry = asyncio.Event()
-        folder = Folder(ports, self.lives)
         self.registry = Registry(ports, self.lives)
+        self.reports = reports or Reports()
+        recorder = Recorder(ports, self.lives, self.registry) if reports and accounting else None
+        self.recorder = recorder
+        repeated = recorder.repeated if recorder else _unheard
+        folder = Folder(ports, self.lives, repeated, counts, tracer)
+        self.notifying = (
+            Notifying(ports, self.lives, self.registry.workers, outlets, counts, self._caps_of)
+            if outlets
+            else None
+        )
+        on_end = self.notifying.ended if self.notifying else None
         cutter = Cutter(ports.clock, self.lives, self._slots, settings.window)
-        self.conductor = Conductor(ports, settings, folder, cutter, self._on_plan)
-        self.requests = Requests(ports, self.conductor, cutter, self.lives, self._adopt)
+        self.conductor = Conductor(
+            ports, settings, folder, cutter, self._on_plan, counts, tracer, on_end
+        )
+        self.tails = Tails(ports, settings)
+        self.requests = Requests(
+            ports, self.conductor, cutter, self.lives, self._adopt, counts, tracer
+        )
         self.spending = (
-            Spending(ports, settings, self.lives, self.registry, self.pools, accounting)
+            Spending(
+                *(ports, settings, self.lives, self.registry, self.pools, accounting),
+                recorder,
+                self.reports.ended,
+            )
             if accounting
             else None
         )
-        self.autoscaler = Autoscaler(ports, settings, self.lives, self.registry, self.spending)
+        self.autoscaler = Autoscaler(
+            *(ports, settings, self.lives, self.registry, self.spending),
+            recorder.decided if recorder else _unheard,
+            counts,
+        )
+        self.scheduler: Schedules | None = None
+        if schedules:
+            shared = ports, settings, self.lives, self.pools, self.requests, self.registry
+            self.scheduler = Schedules(*shared)
+            prewarm = Prewarm(ports.clock, settings, self.scheduler, self.spending)
+            self.autoscaler.warmth = prewarm
         self._adopted_s = 0.0
         """Monotonic; when the ledger was last asked for jobs that nobody conducts."""
         self._looked_s = -IDLE_LOOK_S
@@ -101,7 +152,11 @@ class Manager:
         self._looked_back = False
         """For retries that an earlier leader did not finish."""
         self._quiet = asyncio.Lock()
-        self._collector = Collector(ports, settings, self.lives, folder, self.registry, self._quiet)
+        self._collector = Collector(
+            *(ports, settings, self.lives, folder, self.registry, self._quiet),
+            recorder.told if recorder else _unheard,
+            counts,
+        )
         self._reconciler = Reconciler(ports, settings, self.lives, folder, self.conductor)
         self._group: asyncio.TaskGroup | None = None
 
@@ -110,14 +165,25 @@ class Manager:
         await self._take_lease()
         try:
             await self._prepare()
+            if self.recorder:
+                await self.recorder.load()
             if self.spending:
                 await self.spending.load()
+            if self.notifying:
+                await self.notifying.load()
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 await self._adopt_active()
                 group.create_task(self._collector.collect(), name="collect")
                 group.create_task(self._tick_for_ever(), name="tick")
                 group.create_task(self._finish_retries(), name="finish retries")
+                group.create_task(self.reports.keep(), name="reports")
+                if self.notifying:
+                    group.create_task(self.notifying.run(), name="notify")
+                if self.scheduler:
+                    group.create_task(self.scheduler.run(), name="schedules")
+                if self.recorder:
+                    group.create_task(self.recorder.keep(), name="record")
                 self.is_leader.set()
                 self.has_led = True
                 await self._keep_lease()
@@ -128,6 +194,8 @@ class Manager:
         finally:
             if self.spending and self.is_leader.is_set():
                 await self.spending.close()
+                if self.recorder:
+                    await self.recorder.leave()
             self.is_leader.clear()
             self._group = None
             with suppress(BackendError):  # it runs out by itself
@@ -191,6 +259,8 @@ class Manager:
             return
         log.warning("%s stood still while another one led: it adopts every job anew", self.owner)
         self._others_led = self._looked_back = False  # first: it may be so again meanwhile
+        if self.scheduler:
+            self.scheduler.reread()
         await self._drop_all()
         try:
             await self._adopt_active()
@@ -230,6 +300,8 @@ class Manager:
             live.expect((r.bundle, heard_s) for r in planned)
         if self.spending:
             await self.spending.open(live, is_new=found.is_new)
+        if self.recorder:
+            self.recorder.adopt(live)
         known = self.lives.get(job.id)
         # Two submissions with one token came at once; or a retry came so soon after the job's end
         # that the round before has not been taken off yet: then the new one takes its place.
@@ -243,6 +315,7 @@ class Manager:
         return live
 
     async def _conduct(self, live: LiveJob) -> None:
+        logs.note(job=live.id, trace=trace_of(live.job.trace))
         while not live.ended.is_set():
             try:
                 await self.conductor.conduct(live)
@@ -276,11 +349,13 @@ class Manager:
 
     async def _tick_for_ever(self) -> None:
         while True:
+            begun_s = self.ports.clock.monotonic_s()
             try:
                 async with self._quiet:
                     await self._catch_up()
                     await self.tick()
                 self.trouble = ""
+                self.counts.ticks.observe(self.ports.clock.monotonic_s() - begun_s)
             except NotFound as error:
                 log.warning(
                     "something is not there, so queues and groups are made again: %s", error
@@ -294,8 +369,12 @@ class Manager:
             except BackendError as error:
                 log.warning("this tick is skipped: %s", error)
                 self.trouble = str(error)
+                self.counts.skipped += 1
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), self.settings.tick_s)
+            if (task := asyncio.current_task()) and task.cancelling():
+                # wait_for loses a cancellation that comes along with the event.
+                raise asyncio.CancelledError
             self._hurry.clear()
 
     async def _end_the_lost(self) -> None:
@@ -345,7 +424,18 @@ class Manager:
             await self._show_start(live)
             live.poke.set()
         if self.spending:
+            # Before the recorder forgets those that have ended meanwhile.
+            self.spending.notice_ends()
+        if self.recorder:
+            self.recorder.observe(self.groups, self.depths, self.autoscaler.backlog)
+        if self.spending:
             await self.spending.save()
+        if self.notifying:
+            await self.notifying.observe()
+
+    def _caps_of(self, live: LiveJob) -> str:
+        books = self.spending
+        return f"{books.cap_of(live)}/{books.max_cost_usd}" if books else ""
 
     async def _look_at_queues(self) -> None:
         """What waits in each pool, what has become a dead letter, and which bundles are silent."""
@@ -400,6 +490,10 @@ class Manager:
         for task in conducting:
             task.cancel()
         await asyncio.gather(*conducting, return_exceptions=True)
+
+
+def _unheard(*_: object) -> None:
+    """Where nobody records."""
 
 
 class _LeaseLostError(Exception):

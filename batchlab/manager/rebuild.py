@@ -16,7 +16,7 @@ from typing import Any
 from batchlab.errors import NotFound, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import Ports
-from batchlab.manager.requests import Retry
+from batchlab.manager.retries import Retry
 from batchlab.model import Completion, Control, JobId, JobState, StageName
 from batchlab.ports import Cut, Ending, Past, Round
 from batchlab.protocol import definition, naming, settle, wire

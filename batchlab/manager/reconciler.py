@@ -96,7 +96,7 @@ class Reconciler:
                 again.append(replace(one.bundle, losses=max(1, one.bundle.losses)))
                 one.heard_s = self._ports.clock.monotonic_s()
         if again:
-            log.warning("%s: %d silent bundles are sent again", live.id, len(again))
+            log.warning("%d silent bundles are sent again", len(again), extra={"job": live.id})
             await self._conductor.send(live, again)
 
     async def heed(self, live: LiveJob) -> None:

@@ -108,11 +108,12 @@ class Registry:
                 continue
             self._lost(seen)
             explained = instance.note.startswith("terminated")
-            log.info("%s died (%s): its messages are given back", instance.id, instance.note)
+            about = {"instance": instance.id, "pool": instance.pool}
+            log.info("died (%s): its messages are given back", instance.note, extra=about)
             try:
                 await self._give_back(seen.beat.held, explained=explained)
             except BackendError as error:
-                log.warning("they return when their visibility runs out: %s", error)
+                log.warning("they return when their visibility runs out: %s", error, extra=about)
 
     def _lost(self, seen: Seen) -> None:
         """Note what had run on it, for nothing."""

@@ -7,29 +7,22 @@ ledger second, so that a rebuild knows of it; each may be repeated.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from batchlab.errors import AlreadyExists, NotFound, Refused, Unreachable
-from batchlab.jobdef import JobDef, StageDef
+from batchlab.errors import AlreadyExists, NotFound, Refused
+from batchlab.jobdef import JobDef
 from batchlab.manager.conductor import Conductor
+from batchlab.manager.counts import Counts
 from batchlab.manager.cutting import Cutter
 from batchlab.manager.live import LiveJob, Ports, move
-from batchlab.manager.plans import successes
-from batchlab.model import (
-    Bundle,
-    Control,
-    JobId,
-    JobState,
-    Json,
-    StageCounts,
-    StageName,
-    TaskSet,
-)
-from batchlab.ports import Cut, JobRecord, Reopening, StageRecord, Written
+from batchlab.manager.retries import Chosen, Retry, RetryPlanner
+from batchlab.model import Control, JobId, JobState, Json
+from batchlab.ports import JobRecord, Written
 from batchlab.protocol import definition, naming, wire
+from batchlab.tracing import NOBODY, Subject, Tracer, ending
 
 log = logging.getLogger(__name__)
 
@@ -39,44 +32,11 @@ did not succeed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Retry:
-    """The content of a retry object: what is taken back, and what runs again."""
-
-    reopened: tuple[Reopening, ...]
-    cuts: tuple[Cut, ...]
-
-    def to_bytes(self) -> bytes:
-        return wire.to_bytes(
-            {
-                "v": wire.VERSION,
-                "reopened": [wire.reopening_to_json(r) for r in self.reopened],
-                "cuts": [wire.cut_to_json(c) for c in self.cuts],
-            }
-        )
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Retry:
-        doc = wire.loads(data)
-        return cls(
-            tuple(wire.reopening_from_json(r) for r in doc["reopened"]),
-            tuple(wire.cut_from_json(c) for c in doc["cuts"]),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class _Spoken:
     """A control object as it was read."""
 
     control: Control
     etag: str
-
-
-async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
-    """The cuts that the retry which began the job's present round committed to."""
-    if not record.round:
-        return ()
-    get = partial(ports.objects.get, naming.retry(record.job.id, record.round))
-    return Retry.from_bytes(await ports.patience(get)).cuts
 
 
 class Requests:
@@ -89,12 +49,17 @@ class Requests:
         cutter: Cutter,
         lives: dict[JobId, LiveJob],
         adopt: Callable[[Written], Awaitable[LiveJob]],
+        counts: Counts | None = None,
+        tracer: Tracer = NOBODY,
     ) -> None:
         self._ports = ports
         self._conductor = conductor
         self._cutter = cutter
         self._lives = lives
         self._adopt = adopt
+        self._retries = RetryPlanner(ports, conductor.plans)
+        self._counts = counts or Counts()
+        self._tracer = tracer
         self._begun: set[JobId] = set()
         """Jobs of which a retry may be in the bucket and not in the ledger."""
 
@@ -102,8 +67,12 @@ class Requests:
         """Accept a job, with its encoded items where it brings some and they are few.
 
         The same client token again answers with the job it made, and is Refused for a job that
-        is another.
+        is another. The trace that the job says it belongs to is gone on with, where it is traced.
         """
+        with ending(self._tracer.root("submit", Subject(job.id), parent=job.trace)) as submitting:
+            return await self._submit(replace(job, trace=submitting.context), items)
+
+    async def _submit(self, job: JobDef, items: Sequence[Json] | None) -> Written:
         opening = self._cutter.opening(job, items) if items is not None else None
         job, opening = await self._define(job, opening)
         now_s = self._ports.clock.now_s()
@@ -111,6 +80,9 @@ class Requests:
         state = JobState.SCHEDULED if later else JobState.SUBMITTED
         cut = opening.cut if opening else None
         written = await self._ports.ledger.add_job(job, state=state, cut=cut)
+        if written.is_new:
+            self._counts.submitted += 1
+            log.info("accepted", extra={"job": job.id})
         if not written.rows.job.state.ended and job.id not in self._lives:
             live = await self._adopt(written)
             if opening and opening.cut and written.is_new:
@@ -163,9 +135,9 @@ class Requests:
         await self._conductor.send(live, again)
         live.poke.set()
 
-    async def retry(self, job: JobId) -> JobRecord:
-        """Run again what did not succeed, in a new round; Refused while the job runs, or where
-        all of it succeeded."""
+    async def retry(self, job: JobId, chosen: Chosen | None = None) -> JobRecord:
+        """Run again what did not succeed, in a new round; of what has failed only the `chosen`
+        tasks. Refused while the job runs, or where that is nothing."""
         # First: whatever word comes after the end that the ledger tells of is not ours to undo.
         word = await self._word(job)
         record = await self._ports.ledger.job(job)
@@ -177,7 +149,7 @@ class Requests:
                 remedy="Submit its file again to run all of it anew.",
             )
         round_ = record.round + 1
-        made = await self._plan_retry(record, round_)
+        made = await self._retries.plan(record, chosen)
         # Before the round: who finds that one in the bucket must not find it forbidden.
         await self._say(job, Control.RUN, over=word)
         objects, patience = self._ports.objects, self._ports.patience
@@ -208,87 +180,9 @@ class Requests:
                 round_ = (await self._ports.ledger.job(job)).round + 1
                 head = partial(self._ports.objects.head, naming.retry(job, round_))
                 if await self._ports.patience(head):
-                    log.warning("the retry of %s was not finished", job)
+                    log.warning("the retry of %s was not finished", job, extra={"job": job})
                     await self.retry(job)
             self._begun.discard(job)
-
-    async def _plan_retry(self, record: JobRecord, round_: int) -> Retry:
-        """What round `round_` takes back and runs, stage by stage in the order of the list."""
-        rows = await self._ports.ledger.rows(record.job.id)
-        stages = {s.counts.stage: s for s in rows.stages}
-        void: set[StageName] = set()
-        redone: set[StageName] = set()
-        reopened: list[Reopening] = []
-        cuts: list[Cut] = []
-        for stage in record.job.stages:
-            before = stages[stage.name]
-            if self._is_void(stage, before, redone, void):
-                void.add(stage.name)
-                reopened.append(_voided(before))
-                continue
-            counts = before.counts
-            if counts.succeeded == counts.planned:
-                continue
-            redone.add(stage.name)
-            reopened.append(Reopening(stage.name, failed=counts.failed, cancelled=counts.cancelled))
-            cut = await self._redo(record, stage, stages, round_)
-            if cut:
-                cuts.append(cut)
-        if rows.job != record or await self._ports.ledger.rows(record.job.id) != rows:
-            raise Unreachable(f"The ledger changes while job {record.job.id} is read from it.")
-        return Retry(tuple(reopened), tuple(cuts))
-
-    def _is_void(
-        self,
-        stage: StageDef,
-        before: StageRecord,
-        redone: set[StageName],
-        void: set[StageName],
-    ) -> bool:
-        """Whether the stage's plan stands on results that change: then it is planned anew."""
-        changed = bool(void.intersection(stage.after))
-        if stage.gather is not None or len(stage.after) > 1:
-            changed = changed or bool(redone.intersection(stage.after))
-        if not stage.chained:
-            changed = changed or not before.counts.planned
-        return changed
-
-    async def _redo(
-        self,
-        record: JobRecord,
-        stage: StageDef,
-        stages: Mapping[StageName, StageRecord],
-        round_: int,
-    ) -> Cut | None:
-        job, before = record.job, stages[stage.name]
-        mine = await self._succeeded(job.id, before.counts)
-        if not stage.chained:
-            planned = await self._planned_tasks(job, stage, before, round_)
-            return Cut(job.id, stage.name, round_, 0, (), planned - mine)
-        # Tasks whose input is there but whose own result is not; the others come by the chain.
-        bundles = []
-        for row in await successes(self._ports, job.id, stages[stage.after[0]].counts):
-            tasks = (row.completion.succeeded if row.completion else TaskSet()) - mine
-            if tasks:
-                source = row.bundle.id
-                bundles.append(Bundle(job.id, stage.name, tasks, round=round_, source=source))
-        if not bundles:
-            return None
-        return Cut(job.id, stage.name, round_, 0, tuple(bundles), TaskSet())
-
-    async def _planned_tasks(
-        self, job: JobDef, stage: StageDef, before: StageRecord, round_: int
-    ) -> TaskSet:
-        plans = self._conductor.plans
-        for earlier in range(round_ - 1, -1, -1):
-            manifest = await plans.existing(job, stage.name, earlier)
-            if manifest:
-                return TaskSet.span(0, manifest.count) - manifest.skipped
-        return TaskSet.span(0, before.counts.planned or 0)
-
-    async def _succeeded(self, job: JobId, counts: StageCounts) -> TaskSet:
-        rows = await successes(self._ports, job, counts)
-        return TaskSet.union(r.completion.succeeded for r in rows if r.completion)
 
     def running(self, job: JobId, verb: str) -> LiveJob:
         """A job that has not ended; Refused, since it cannot be what the `verb` says."""
@@ -344,11 +238,6 @@ class Requests:
 
 
 def _content(job: JobDef, opening: definition.Opening | None) -> bytes:
-    """What a job is, but for the times at which it was submitted and is to start."""
-    timeless = replace(job, submitted_s=0.0, start_at_s=None)
+    """What a job is, but for when it was submitted and is to start, and in which trace."""
+    timeless = replace(job, submitted_s=0.0, start_at_s=None, trace="")
     return definition.to_bytes(timeless, definition.Opening(opening.items) if opening else None)
-
-
-def _voided(before: StageRecord) -> Reopening:
-    counts = before.counts
-    return Reopening(counts.stage, counts.succeeded, counts.failed, counts.cancelled, replan=True)

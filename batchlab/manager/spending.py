@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchlab.costs.cap import Budget, Purse, launch_usd, launches
 from batchlab.costs.meter import Account, Accounting, Kind, Meter, Rates
@@ -24,6 +24,10 @@ from batchlab.manager.registry import Registry
 from batchlab.model import Control, GroupView, JobId, LifecycleState, Pool
 from batchlab.protocol import naming, wire
 from batchlab.tally import Requests
+
+if TYPE_CHECKING:
+    from batchlab.manager.recorded import Doc
+    from batchlab.manager.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +52,11 @@ class Spending:
         registry: Registry,
         pools: Mapping[str, Pool],
         accounting: Accounting,
+        recorder: Recorder | None = None,
+        on_written: Callable[[JobId, float], None] = lambda *_: None,
     ) -> None:
+        """What `recorder` has seen of a job is kept along with its account; `on_written` hears of
+        each job that has ended once both are in the bucket, and how many seconds it was there."""
         self._ports = ports
         self._settings = settings
         self._lives = lives
@@ -70,6 +78,10 @@ class Spending:
         self._views: Sequence[GroupView] = ()
         self._closed: dict[JobId, Account] = {}
         """Of jobs that have ended, to be written down."""
+        self._recorder = recorder
+        self._on_written = on_written
+        self._recorded: dict[JobId, tuple[float, Doc]] = {}
+        """Of the same jobs: how long each was there (seconds), and what was seen of it."""
         self._known: dict[JobId, Account] = {}
         self._saved_s: float | None = None
         self._is_due = False
@@ -81,7 +93,7 @@ class Spending:
         self._views = views
         clock = self._ports.clock
         now_s, monotonic_s = clock.now_s(), clock.monotonic_s()
-        self._notice_ends()
+        self.notice_ends()
         there: set[str] = set()
         for view in views:
             waiting = self._waiting(view)
@@ -102,10 +114,14 @@ class Spending:
         self._count_requests()
         self.refill()
 
-    def _notice_ends(self) -> None:
+    def notice_ends(self) -> None:
+        """Close the accounts of jobs that have ended, with what was recorded of them."""
         gone = self._known.keys() - self._lives.keys()
         for job in gone:
             self._closed[job] = self._known[job]
+            if self._recorder:
+                took_s = self._recorder.took_s(job)
+                self._recorded[job] = took_s, self._recorder.close(job, self._known[job])
             self.caps.pop(job, None)
         self._is_due |= bool(gone)
         self._known = {job: live.account for job, live in self._lives.items()}
@@ -211,6 +227,10 @@ class Spending:
             live.budget = Budget(tuple(purses), slot_usd_s, slots) if purses else None
             self._hold(live, self._next_usd(live, slot_usd_s))
 
+    def spent_usd(self) -> float | None:
+        """What the grid has cost so far, None where nothing has a price."""
+        return self._spent_usd(self.meter.total, self._rates) if self._rates else None
+
     def _spent_usd(self, account: Account, rates: Rates) -> float:
         return account.usd(rates) + self._request_usd(account.requests)
 
@@ -222,7 +242,8 @@ class Spending:
         if empty and empty.left_usd > 0:
             text += f", while its next task takes {shown(next_usd)}"
         if bool(text) != bool(live.capped):
-            log.info("job %s: %s", live.id, text or "a cap no longer holds it back")
+            said = text or "a cap no longer holds it back"
+            log.info("%s", said, extra={"job": live.id})
             live.changed()
             live.poke.set()
         live.capped = text
@@ -270,6 +291,19 @@ class Spending:
         """What one more instance of the pool costs at the least."""
         return launch_usd(self._pool_usd_h(pool), pool.boot_s + self._tail_s(pool.name))
 
+    def warm_usd(self, pool: Pool, hold_s: float) -> tuple[float, float]:
+        """What it costs to have an instance of the pool `hold_s` early: one that is launched for
+        that, and one that is there. Nothing has a price where there are none."""
+        if self._rates is None:
+            return 0.0, 0.0
+        usd_h = self._pool_usd_h(pool)
+        tail_s = pool.boot_s + hold_s + self._tail_s(pool.name)
+        return launch_usd(usd_h, tail_s), usd_h * hold_s / 3600
+
+    def left_usd(self) -> float | None:
+        """What the grid's cap leaves, None where there is none."""
+        return self._grid.left_usd if self._grid else None
+
     def _pool_usd_h(self, pool: Pool) -> float:
         """The dearest instance that the pool has, or would launch."""
         assert self._rates is not None
@@ -296,7 +330,7 @@ class Spending:
         )
         self.capped[pool.name] = told
         if not was:
-            log.info("pool %s: %s", pool.name, told)
+            log.info("%s", told, extra={"pool": pool.name})
         return desired - wanted + count, told
 
     def _purses(self, pool: str) -> list[Purse]:
@@ -338,7 +372,10 @@ class Spending:
         if known is None and not is_new:
             get = partial(self._ports.objects.get, naming.used(live.id))
             try:
-                known = Account.from_json(wire.loads(await self._ports.patience(get))["account"])
+                doc = wire.loads(await self._ports.patience(get))
+                known = Account.from_json(doc["account"])
+                if self._recorder and "record" in doc:
+                    self._recorder.reopened(live.id, doc["record"])
             except BackendError:
                 # It has run where nobody counted, or nobody can say.
                 known = Account(is_whole=False)
@@ -381,10 +418,16 @@ class Spending:
             for job, account in list(self._closed.items()):
                 if job in self._lives:  # a retry
                     del self._closed[job]
+                    if self._recorder and (recorded := self._recorded.pop(job, None)):
+                        self._recorder.reopened(job, recorded[1])
                     continue
-                data = wire.to_bytes({"v": wire.VERSION, "account": account.to_json()})
-                await self._ports.patience(partial(put, naming.used(job), data))
+                doc: dict[str, Any] = {"v": wire.VERSION, "account": account.to_json()}
+                if job in self._recorded:
+                    doc["record"] = self._recorded[job][1]
+                await self._ports.patience(partial(put, naming.used(job), wire.to_bytes(doc)))
                 self._closed.pop(job, None)
+                took_s, _ = self._recorded.pop(job, (0.0, None))
+                self._on_written(job, took_s)
             await self._ports.patience(partial(put, naming.USE, self._to_bytes()))
         except BackendError as error:
             log.warning("the grid's account is not written down yet: %s", error)

@@ -6,10 +6,13 @@ Invariant: a name is a function of what it names, so a second writer writes the 
 from __future__ import annotations
 
 import hashlib
+import re
 
 from batchlab.model import Bundle, BundleId, JobId, StageName
 
 EVENTS = "events"
+
+_OUTCOME = re.compile(r"/outcomes/[0-9a-f]{2}/(\d{8,})-(\d{8,})\.(\d+)\.(\d+)\.json$")
 
 MADE = ".batchlab-made"
 """A file that marks a local folder as batchlab's own (a grid's home, fetched results): wherever it
@@ -40,9 +43,36 @@ USE = "grid/use.json"
 """What the grid uses, as AWS would bill it, and the caps on that."""
 
 
+NOTIFICATIONS = "grid/notifications.json"
+"""What is to be told to whom, and what came of what has been."""
+
+
 def used(job: JobId) -> str:
     """What a job that has ended has used."""
     return f"grid/used/{job}.json"
+
+
+RECORD = "grid/record.json"
+"""What the manager has seen of queues and fleet while jobs ran, for their reports."""
+
+
+def reports(job: JobId) -> str:
+    """Prefix of a job's performance data."""
+    return f"reports/{job}/"
+
+
+SCHEDULES = "grid/schedules/"
+"""Prefix of the schedules, one object each."""
+
+
+def schedule(name: str) -> str:
+    """A schedule with its runs; whoever changes it names what it was."""
+    return f"{SCHEDULES}{name}.json"
+
+
+def template(digest: str) -> str:
+    """The job that a schedule runs, named by its content."""
+    return f"grid/templates/{digest}.json"
 
 
 def spec(job: JobId) -> str:
@@ -112,13 +142,37 @@ def log(bundle: Bundle, execution: str) -> str:
     return f"logs/{bundle.job}/{bundle.stage}/{_spread(bundle.id)}/{bundle.id}/{execution}.log"
 
 
+def environment(worker: str) -> str:
+    """What a worker's tasks find around them; no name of a job begins with a dot."""
+    return f"logs/.workers/{worker}.json"
+
+
+def tails(job: JobId) -> str:
+    """Prefix of what running tasks have printed so far, stored while somebody asks for it."""
+    return f"logs/{job}/.tails/"
+
+
+def tail(job: JobId, worker: str) -> str:
+    """The tails of all tasks of the job that one worker runs."""
+    return f"{tails(job)}{worker}.json"
+
+
+def bundle_of(key: str) -> tuple[int, int, int, int] | None:
+    """First task, last task, round and attempt of an outcome's key; None of any other key."""
+    found = _OUTCOME.search(key)
+    if found is None:
+        return None
+    first, last, round_, attempt = map(int, found.groups())
+    return first, last, round_, attempt
+
+
 def everything_of(job: JobId) -> tuple[str, ...]:
     """The prefixes of all that there is of a job, its code apart: that may be another's too.
 
     What tasks write is not below jobs/: a rebuild lists what has been committed and nothing else,
     and S3's lifecycle rules and policies know a prefix, but nothing in the middle of a key.
     """
-    return (f"jobs/{job}/", raw(job), f"files/{job}/", f"logs/{job}/")
+    return (f"jobs/{job}/", raw(job), f"files/{job}/", f"logs/{job}/", reports(job))
 
 
 def starts(bundle: Bundle) -> str:

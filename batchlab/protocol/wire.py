@@ -7,12 +7,12 @@ Plain dicts by hand, since this is the hot path and the worker must not import p
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
 from batchlab.errors import BackendError
-from batchlab.jobdef import InputDef, JobDef, RetryRule, SplitBy, StageDef
+from batchlab.jobdef import InputDef, JobDef, NotifyDef, RetryRule, SplitBy, StageDef
 from batchlab.model import (
     Bundle,
     BundleId,
@@ -32,6 +32,7 @@ from batchlab.ports import Cut, Ending, Reopening
 from batchlab.tally import Asked, Requests
 
 VERSION = 1
+FAILURE_KINDS = frozenset(kind.value for kind in FailureKind)
 NO_TASKS = TaskSet()
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
@@ -176,7 +177,7 @@ def completion_from_json(doc: dict[str, Any]) -> Completion:
 
 
 def cut_to_json(c: Cut) -> dict[str, Json]:
-    return {
+    doc: dict[str, Json] = {
         "v": VERSION,
         "j": c.job,
         "s": c.stage,
@@ -186,6 +187,9 @@ def cut_to_json(c: Cut) -> dict[str, Json]:
         "left": tasks_to_json(c.left),
         "planned": c.planned,
     }
+    if c.at_s is not None:
+        doc["at"] = c.at_s
+    return doc
 
 
 def cut_from_json(doc: dict[str, Any]) -> Cut:
@@ -197,6 +201,7 @@ def cut_from_json(doc: dict[str, Any]) -> Cut:
         tuple(bundle_from_json(b) for b in doc["bundles"]),
         tasks_from_json(doc["left"]),
         doc["planned"],
+        doc.get("at"),
     )
 
 
@@ -212,8 +217,15 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
     doc = {"v": VERSION, **_fields(job)}
     doc["stages"] = [{**_fields(stage), "retry": _fields(stage.retry)} for stage in job.stages]
     doc["input"] = _fields(job.input) if job.input else None
+    # What an earlier batchlab does not know is left out where it says nothing.
     if job.max_cost_usd is None:
-        del doc["max_cost_usd"]  # an earlier batchlab does not know it
+        del doc["max_cost_usd"]
+    if not job.trace:
+        del doc["trace"]
+    if job.notify:
+        doc["notify"] = [_fields(one) for one in job.notify]
+    else:
+        del doc["notify"]
     return doc
 
 
@@ -228,7 +240,8 @@ def job_from_json(doc: dict[str, Any]) -> JobDef:
     if source is not None:
         split = SplitBy(source["split"])
         made = InputDef(tuple(source["keys"]), split, source["size"], source["header"])
-    return JobDef(**fields, stages=stages, input=made, params=params, tags=tags)
+    notify = tuple(NotifyDef(**{**one, "on": tuple(one["on"])}) for one in fields.pop("notify", ()))
+    return JobDef(**fields, stages=stages, input=made, params=params, tags=tags, notify=notify)
 
 
 def _stage_from_json(doc: dict[str, Any]) -> StageDef:
@@ -261,6 +274,7 @@ class TaskMessage:
     bundle's tasks. `not_before_s` (epoch) is a wait longer than one DelaySeconds can be.
     `watchdog` marks a hand-over: the bundle still runs, and is run again only if it fell silent.
     `job` comes with the first bundles of a job, which saves their workers reading its spec.
+    `trace` is the W3C traceparent of whoever sent it, where the job is traced.
     """
 
     bundle: Bundle
@@ -268,6 +282,7 @@ class TaskMessage:
     not_before_s: float | None = None
     watchdog: bool = False
     job: JobDef | None = None
+    trace: str = ""
 
 
 def task_message(m: TaskMessage) -> str:
@@ -280,6 +295,8 @@ def task_message(m: TaskMessage) -> str:
         doc["wd"] = True
     if m.job:
         doc["job"] = job_to_json(m.job)
+    if m.trace:
+        doc["tp"] = m.trace
     return dumps(doc)
 
 
@@ -291,6 +308,7 @@ def read_task_message(body: str) -> TaskMessage:
         doc.get("nb"),
         doc.get("wd", False),
         job_from_json(doc["job"]) if "job" in doc else None,
+        doc.get("tp", ""),
     )
 
 
@@ -328,6 +346,31 @@ class Beat:
 
 
 @dataclass(frozen=True, slots=True)
+class Duplicate:
+    """What a worker has met twice: a "message" of a bundle whose outcome was there, or an
+    "execution" that another one was faster than, for so many slot seconds. `execution` is its own,
+    so that hearing of it again counts nothing."""
+
+    job: JobId
+    stage: StageName
+    kind: str
+    execution: str
+    slot_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a worker has done since its start, in numbers by name (see worker.deeds)."""
+
+    worker: str
+    counts: Mapping[str, int]
+
+
+Traces = tuple[tuple[JobId, StageName, BundleId, str], ...]
+"""Where the trace of each bundle goes on, as a W3C traceparent."""
+
+
+@dataclass(frozen=True, slots=True)
 class Events:
     """The body of one message on the events queue."""
 
@@ -340,6 +383,11 @@ class Events:
     """
     asked: tuple[Asked, ...] = ()
     """Goes along with beats."""
+    duplicates: tuple[Duplicate, ...] = ()
+    told: tuple[Told, ...] = ()
+    """Likewise."""
+    traces: Traces = ()
+    """Of the outcomes in here that belong to a job that is traced."""
 
 
 def events_message(e: Events) -> str:
@@ -354,6 +402,12 @@ def events_message(e: Events) -> str:
         doc["o"] = [outcome_to_json(o) for o in e.outcomes]
     if e.asked:
         doc["q"] = [[a.worker, a.instance, a.is_spot, *astuple(a.requests)] for a in e.asked]
+    if e.duplicates:
+        doc["d"] = [list(astuple(d)) for d in e.duplicates]
+    if e.told:
+        doc["m"] = [[t.worker, t.counts] for t in e.told]
+    if e.traces:
+        doc["tp"] = e.traces
     return dumps(doc)
 
 
@@ -369,24 +423,37 @@ def read_events_message(body: str) -> Events:
         tuple(Beat(**{**b, "held": tuple(Held(**h) for h in b["held"])}) for b in doc.get("h", ())),
         tuple(outcome_from_json(o) for o in doc.get("o", ())),
         tuple(Asked(a[0], a[1], Requests(*a[3:]), a[2]) for a in doc.get("q", ())),
+        tuple(Duplicate(*d) for d in doc.get("d", ())),
+        tuple(
+            Told(str(worker), {str(name): int(count) for name, count in counts.items()})
+            for worker, counts in doc.get("m", ())
+        ),
+        tuple(
+            (JobId(str(job)), StageName(str(stage)), BundleId(str(bundle)), str(trace))
+            for job, stage, bundle, trace in doc.get("tp", ())
+        ),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Word:
     """The content of a control object. With CANCEL it says what the job ends as, and why, and which
-    round of it: a bucket whose ETags are hashes must tell one cancellation from the next."""
+    round of it: a bucket whose ETags are hashes must tell one cancellation from the next. `tail`
+    grows each time somebody asks for what running tasks print (see worker.tails)."""
 
     control: Control
     state: JobState = JobState.CANCELLED
     reason: str = ""
     round: int = 0
+    tail: int = 0
 
 
 def word_to_bytes(word: Word) -> bytes:
     doc = {"v": VERSION, "control": word.control.value}
     if word.control is Control.CANCEL:
         doc |= {"state": word.state.value, "reason": word.reason, "round": word.round}
+    if word.tail:
+        doc["tail"] = word.tail
     return to_bytes(doc)
 
 
@@ -397,6 +464,7 @@ def word_from_bytes(data: bytes) -> Word:
         JobState(doc.get("state", "CANCELLED")),
         doc.get("reason", ""),
         doc.get("round", 0),
+        doc.get("tail", 0),
     )
 
 

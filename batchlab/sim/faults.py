@@ -94,7 +94,8 @@ class FaultKind(StrEnum):
 class Weather:
     """Probability of each kind of fault per port call, look at the sky, or thought of a user.
 
-    With `varied` each seed chooses which kinds it has, and how heavily.
+    With `varied` each seed chooses which kinds it has, and how heavily. With `timed` its worlds
+    have a schedule too.
     """
 
     kill_before: float = 0.0
@@ -132,6 +133,7 @@ class Weather:
     retried: float = 0.0
     resubmitted: float = 0.0
     varied: bool = False
+    timed: bool = False
 
     def rate(self, kind: FaultKind) -> float:
         rate: float = getattr(self, kind.value)
@@ -142,7 +144,7 @@ class Weather:
         if not self.varied:
             return self
         rates = {k.value: self.rate(k) * rng.choice(_SHARES) * heaviness for k in FaultKind}
-        return replace(self, **rates, varied=False)
+        return replace(self, **rates, varied=False, timed=self.timed)
 
 
 _SHARES = (0.0, 0.0, 0.3, 1.0, 2.0)

@@ -31,6 +31,7 @@ WEATHERS: Mapping[str, Weather] = {
     "all": trial.ALL,
     "crashes": trial.CRASHES,
     "storm": trial.STORM,
+    "timed": trial.TIMED,
 }
 FAIR = "none"
 """How an empty list of faults is written: an empty argument is easily lost in a shell."""

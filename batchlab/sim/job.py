@@ -12,21 +12,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchlab import submission
+from batchlab.costs.meter import Accounting
 from batchlab.jobdef import JobDef
-from batchlab.model import Pool
+from batchlab.manager.admission import admit
+from batchlab.manager.reporting import Reports
+from batchlab.model import JobId, Pool
 from batchlab.patience import Patience
 from batchlab.ports import Objects
+from batchlab.protocol import naming
+from batchlab.report.building import Setting
+from batchlab.report.writing import Writer
 from batchlab.results import Fetched, Listed, fetch
 from batchlab.sim.loop import SimLoop
 from batchlab.sim.trial import calm
 from batchlab.sim.world import World
 from batchlab.spec.jobfile import JobFile
-from batchlab.views import JobView, admit, job_view, outcome_view
+from batchlab.views import JobView, job_view, outcome_view
 from batchlab.worker.inline_runner import InlineRunner
 from batchlab.worker.runner import Runner
 
 TASK_S = (0.5, 1.5)
 """Virtual seconds that a task takes: drawn evenly between these, whatever its handler does."""
+
+
+REPORT = "report-data"
+"""The folder of Parquet files among the results."""
+MOST_TICKS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +51,25 @@ class Simulated:
     """Instances launched in all."""
 
 
-def run_job(jobfile: JobFile, pools: Sequence[Pool], *, seed: int, out: Path) -> Simulated:
-    """Run the job to its end in virtual time and write its results to `out`."""
+def run_job(
+    jobfile: JobFile, pools: Sequence[Pool], *, seed: int, out: Path, setting: Setting
+) -> Simulated:
+    """Run the job to its end in virtual time and write its results to `out`, and its performance
+    data to a folder in there."""
     loop = SimLoop(inline_executor=True)
-    return loop.run(_main(jobfile, pools, seed, out))
+    return loop.run(_main(jobfile, pools, seed, out, setting))
 
 
-async def _main(jobfile: JobFile, pools: Sequence[Pool], seed: int, out: Path) -> Simulated:
-    world = World(seed, pools, faults=calm(seed), make_runner=_real_handlers, logged=False)
+async def _main(
+    jobfile: JobFile, pools: Sequence[Pool], seed: int, out: Path, setting: Setting
+) -> Simulated:
+    world = World(
+        *(seed, pools, calm(seed)),
+        make_runner=_real_handlers,
+        logged=False,
+        accounting=Accounting(),
+        reports=Reports(),
+    )
     supervisor = asyncio.create_task(world.supervise(), name="supervisor")
     patience = Patience(world.rng("client"))
     job = await submission.prepare(
@@ -63,9 +85,21 @@ async def _main(jobfile: JobFile, pools: Sequence[Pool], seed: int, out: Path) -
     virtual_s = world.clock.monotonic_s()
     view, listing = await _told(world, job)
     fetched = await fetch(world.objects, view, listing, out, patience=patience)
+    await _accounted(world, job.id)
+    report = out / REPORT
+    report.mkdir(parents=True, exist_ok=True)
+    await Writer(world.objects, patience, setting).make(job.id, report)
     supervisor.cancel()
     await world.ledger.close()
     return Simulated(view, fetched, virtual_s, len(world.workers))
+
+
+async def _accounted(world: World, job: JobId) -> None:
+    """Wait until what the job has used is written down: it is with the manager's next tick."""
+    for _ in range(MOST_TICKS):
+        if await world.objects.head(naming.used(job)):
+            return
+        await asyncio.sleep(1.0)
 
 
 async def _told(world: World, job: JobDef) -> tuple[JobView, list[Listed]]:

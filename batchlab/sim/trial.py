@@ -15,7 +15,8 @@ from batchlab.sim import invariants
 from batchlab.sim.fates import Fates
 from batchlab.sim.faults import Fault, FaultKind, Faults, Weather
 from batchlab.sim.loop import SimLoop, TimeLimit
-from batchlab.sim.plans import Plan, draw
+from batchlab.sim.plans import LIMIT_S, Plan, draw
+from batchlab.sim.schedules import Keeper
 from batchlab.sim.users import User
 from batchlab.sim.weather import Sky
 from batchlab.sim.world import World
@@ -64,6 +65,9 @@ ALL = replace(
     varied=True,
 )
 """Everything that can happen; each seed chooses some of it, and how much."""
+
+TIMED = replace(ALL, timed=True)
+"""Everything that can happen, in worlds with a schedule."""
 
 BUDGET = dict.fromkeys(FaultKind, 12)
 """After these many the weather is fair, so that a world comes to rest."""
@@ -128,7 +132,9 @@ def run(
     """
     chosen, plan = faults or faults_for(seed, weather), draw(seed)
     loop = SimLoop(inline_executor=True)
-    main = _main(seed, plan, chosen, logged=logged, log=log, sql=sql)
+    # A world of many hours has tasks that are longer than any schedule's period.
+    timed = weather.timed and plan.limit_s == LIMIT_S
+    main = _main(seed, plan, chosen, logged=logged, log=log, sql=sql, timed=timed)
     try:
         return loop.run(main, limit_s=plan.limit_s, limit_steps=STEPS)
     except TimeLimit as error:
@@ -136,7 +142,14 @@ def run(
 
 
 async def _main(
-    seed: int, plan: Plan, faults: Faults, *, logged: bool, log: list[str] | None, sql: bool
+    seed: int,
+    plan: Plan,
+    faults: Faults,
+    *,
+    logged: bool,
+    log: list[str] | None,
+    sql: bool,
+    timed: bool,
 ) -> Report:
     world = World(
         seed,
@@ -148,14 +161,17 @@ async def _main(
         skew_s=plan.skew_s,
         logged=logged or log is not None,
         sql=sql,
+        schedules=timed,
     )
     if world.log is not None and log is not None:
         world.log.lines = log
     supervisor = asyncio.create_task(world.supervise(), name="supervisor")
     watcher = asyncio.create_task(_watch_ledger(world, plan), name="watcher")
     sky = Sky(world, faults, plan.pace)
-    users = [User(world, job, faults, plan.pace) for job in plan.jobs]
-    await asyncio.gather(sky.change(), *(user.use() for user in users))
+    users = [User(world, job, faults, plan.pace).use() for job in plan.jobs]
+    if timed:
+        users.append(Keeper(world, plan, faults).use())
+    await asyncio.gather(sky.change(), *users)
     watcher.cancel()
     await _rest(world, max(plan.run_s))
     await invariants.check_trial(world, plan)

@@ -22,6 +22,7 @@ from batchlab.errors import BackendError, NotFound, Refused
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import ManagerSettings, Ports
 from batchlab.manager.manager import Manager
+from batchlab.manager.reporting import Reports
 from batchlab.model import GroupView, JobId, Pool
 from batchlab.patience import Patience
 from batchlab.ports import Fleet, JobRecord, Objects
@@ -70,9 +71,10 @@ class World:
     `make_runner` replaces them by something else (real handlers). Each process's wall clock is off
     by up to `skew_s`; the services' is right. Without `watched` nothing looks whether the steps of
     the protocol are kept, which costs a worker of thousands as much as its own work. With
-    `accounting` the managers keep an account of what the grid uses. The ledger is that of every
+    `accounting` the managers keep an account of what the grid uses, and with `reports` too record
+    what those need. The ledger is that of every
     grid, in a SQLite that lives in memory; without `sql` it is SimLedger, which answers the same
-    for a tenth of the time."""
+    for a tenth of the time. With `schedules` the managers run jobs when they are due."""
 
     seed: int
     pools: Sequence[Pool]
@@ -85,7 +87,9 @@ class World:
     skew_s: float = 0.0
     watched: bool = True
     accounting: Accounting | None = None
+    reports: Reports | None = None
     sql: bool = True
+    schedules: bool = False
     log: EventLog | None = field(init=False)
     objects: SimObjects = field(init=False)
     queue: SimQueue = field(init=False)
@@ -178,7 +182,12 @@ class World:
             ids,
             Patience(rng),
         )
-        manager = Manager(ports, self.manager_settings, self.pools, owner, self.accounting)
+        manager = Manager(
+            *(ports, self.manager_settings, self.pools, owner),
+            accounting=self.accounting,
+            reports=self.reports,
+            schedules=self.schedules,
+        )
         fleet.registry = manager.registry
         task = actor.spawn(manager.run(), name=owner)
         post = Post(manager, actor, clock, task)

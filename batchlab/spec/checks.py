@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from batchlab import notification
+from batchlab.jobdef import NotifyDef
 from batchlab.protocol import placeholders
 from batchlab.spec import graph, handlers, paths, units
 from batchlab.spec.problems import Loc, Problem, suggest
 from batchlab.spec.schema import JobSpec, StageSpec
+from batchlab.spec.schema_notify import NotifySpec
 from batchlab.spec.structure import Structure
 
 
@@ -154,6 +157,15 @@ def _input_size(subject: Subject) -> Iterator[Problem]:
         yield Problem(("input", "header"), message, remedy, at_key=True)
 
 
+def _times(subject: Subject) -> Iterator[Problem]:
+    if subject.job.at is not None and subject.job.cron is not None:
+        message = "The job says both at, which is once, and cron, which is again and again."
+        yield Problem(("cron",), message, "Delete one of the two.", at_key=True)
+    if subject.job.timezone != "UTC" and subject.job.cron is None:
+        message = "timezone says where cron is meant, and there is no cron."
+        yield Problem(("timezone",), message, "Delete it, or write cron.", at_key=True)
+
+
 def _input_files(subject: Subject) -> Iterator[Problem]:
     for i, pattern in enumerate(subject.job.input.files):
         loc = ("input", "files", i)
@@ -181,6 +193,29 @@ def _matches(loc: Loc, pattern: str, folder: Path) -> Iterator[Problem]:
         yield Problem(loc, message, "Rename it, or write a pattern that leaves it out.")
 
 
+def _notify(subject: Subject) -> Iterator[Problem]:
+    for i, one in enumerate(subject.job.notify):
+        loc: Loc = ("notify", i)
+        if (one.webhook is None) == (one.sns is None):
+            message = "A target of notify says either webhook or sns."
+            yield Problem(loc, message, "Write one of the two.")
+            continue
+        if problem := notification.problem(notify_def(one)):
+            yield Problem(loc, problem, "Mend it, or delete it.")
+
+
+def notify_def(one: NotifySpec) -> NotifyDef:
+    """The target as the grid knows it."""
+    return NotifyDef(
+        "sns" if one.webhook is None else "webhook",
+        one.webhook or one.sns or "",
+        tuple(one.on),
+        one.secret or "",
+        one.failures,
+        one.stuck_after,
+    )
+
+
 _ANY = ("stages", "*")
 
 _CHECKS: tuple[tuple[Callable[[Subject], Iterator[Problem]], tuple[Loc, ...]], ...] = (
@@ -195,5 +230,7 @@ _CHECKS: tuple[tuple[Callable[[Subject], Iterator[Problem]], tuple[Loc, ...]], .
     (_outputs, ((*_ANY, "command"), (*_ANY, "stdout"))),
     (_retries, ((*_ANY, "retry"),)),
     (_input_size, (("input", "split"), ("input", "size"), ("input", "header"))),
+    (_times, (("at",), ("cron",), ("timezone",))),
     (_input_files, (("input", "files"),)),
+    (_notify, (("notify",),)),
 )

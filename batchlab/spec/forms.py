@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from batchlab.costs import money
 from batchlab.errors import UsageError
+from batchlab.schedule import times
 from batchlab.spec import units
 from batchlab.task import name_problem
 
@@ -106,6 +107,24 @@ def _cost(value: object) -> str:
     return value
 
 
+def _cron(value: object) -> str:
+    return _checked(value, lambda text: times.check(text, "UTC"))
+
+
+def _zone(value: object) -> str:
+    return _checked(value, times.zone_of)
+
+
+def _checked(value: object, check: Callable[[str], object]) -> str:
+    if not isinstance(value, str):
+        raise refusal(f"{units.shown(value)} is no text.", "Put it in quotes.")
+    try:
+        check(value)
+    except UsageError as error:
+        raise refusal(error.message, error.remedy) from error
+    return value
+
+
 def _output(value: str) -> str:
     if problem := name_problem(value):
         raise refusal(f"The output name '{value}' {problem}.", "Write for example count.txt.")
@@ -163,6 +182,8 @@ Cost = Annotated[
 Start = Annotated[
     str, BeforeValidator(_check(_start, units.AT_FORMS)), WithJsonSchema({"type": "string"})
 ]
+Cron = Annotated[str, BeforeValidator(_cron), WithJsonSchema({"type": "string"})]
+Zone = Annotated[str, BeforeValidator(_zone), WithJsonSchema({"type": "string"})]
 BundleSize = Annotated[
     Annotated[int, Field(ge=1)] | None,
     BeforeValidator(_auto),

@@ -78,7 +78,7 @@ def _ask_finders(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
 
 def _missing_in(source: Path, module: str, function: str, code: Path) -> tuple[str, str] | None:
     try:
-        names = set(_names(source, code, frozenset()))
+        names = set(_names(source, code, set()))
     except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
         line = f" line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         # The parser says MemoryError where its own stack has no room for the nesting.
@@ -97,12 +97,18 @@ def _missing_in(source: Path, module: str, function: str, code: Path) -> tuple[s
 
 
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+READ_BYTES = 1024 * 1024
+"""Of a module; a larger one is data, and to parse it takes some hundred times its size."""
 _ANY = "*"
 """Stands for names that only running the module could tell."""
 
 
-def _names(source: Path, code: Path, seen: frozenset[Path]) -> Iterator[str]:
+def _names(source: Path, code: Path, seen: set[Path]) -> Iterator[str]:
     if source in seen:
+        return
+    seen.add(source)
+    if source.stat().st_size > READ_BYTES:
+        yield _ANY
         return
     with warnings.catch_warnings():
         # Python warns of old escapes while it parses; that is between the module and its author.
@@ -114,7 +120,7 @@ def _names(source: Path, code: Path, seen: frozenset[Path]) -> Iterator[str]:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             for alias in node.names:
                 if alias.name == "*" and isinstance(node, ast.ImportFrom):
-                    yield from _starred(node, source, code, seen | {source})
+                    yield from _starred(node, source, code, seen)
                 else:
                     yield (alias.asname or alias.name).split(".")[0]
         elif isinstance(node, ast.Assign | ast.AnnAssign):
@@ -123,9 +129,7 @@ def _names(source: Path, code: Path, seen: frozenset[Path]) -> Iterator[str]:
                     yield part.id
 
 
-def _starred(
-    node: ast.ImportFrom, source: Path, code: Path, seen: frozenset[Path]
-) -> Iterator[str]:
+def _starred(node: ast.ImportFrom, source: Path, code: Path, seen: set[Path]) -> Iterator[str]:
     module = node.module or ""
     if node.level:
         folder = source.parents[node.level - 1]

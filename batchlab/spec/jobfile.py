@@ -109,6 +109,7 @@ def compile_job(
         tags=tuple(job.tags.items()),
         token=token,
         max_cost_usd=None if job.max_cost is None else money.parse(job.max_cost),
+        notify=tuple(map(checks.notify_def, job.notify)),
         start_at_s=None if job.at is None else units.start_s(job.at, submitted_s),
     )
 
@@ -123,8 +124,9 @@ def fingerprint(jobfile: JobFile, code_digest: str) -> str:
             facts.append([jobfile.name_of(file), stat.st_size, stat.st_mtime_ns])
         else:
             facts.append([file])
-    # What it may cost is nothing that it does.
-    content = jobfile.job.model_dump(mode="json", exclude={"max_cost"})
+    # What it may cost, when a schedule runs it, and who is told of it, is nothing that it does.
+    apart = {"max_cost", "cron", "timezone", "notify"}
+    content = jobfile.job.model_dump(mode="json", exclude=apart)
     whole = [content, dict(jobfile.params), code_digest, facts]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 

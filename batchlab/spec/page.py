@@ -25,6 +25,7 @@ _TITLES: dict[Loc, str] = {
     ("stages", "*", "retry"): "`retry` of a stage",
     ("stages", "*", "resources"): "`resources` of a stage",
     ("failure",): "`failure`",
+    ("notify", "*"): "`notify`: each one",
 }
 
 _HEAD = """\
@@ -134,7 +135,10 @@ def _default(field: dict[str, Any]) -> str:
     default = field.get("default")
     if field.get("title") == "duration" and default is not None:
         return f"`{default:g}s`"
-    return "" if default in (None, "") else f"`{str(default).lower()}`"
+    if default in (None, ""):
+        return ""
+    # YAML's true and false; a name, as of a time zone, is written as it is.
+    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
 
 def _form(schema: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 from batchlab.jobdef import RetryRule
 from batchlab.spec import forms, graph
 from batchlab.spec.problems import Loc, lies
+from batchlab.spec.schema_notify import Notify, NotifySpec
 from batchlab.spec.structure import Shape
 
 RetryKind = Literal["exception", "exit", "timeout", "memory", "crash", "input"]
@@ -326,6 +327,7 @@ class JobSpec(Keys):
         "commands. `--set KEY=VALUE` replaces one.",
         examples=[{"currency": "USD"}],
     )
+    notify: Notify = Field(default_factory=list)
     max_cost: forms.Cost | None = Field(
         default=None,
         description="Cap on what the job costs on AWS, in USD at list prices: beyond it nothing "
@@ -338,6 +340,18 @@ class JobSpec(Keys):
         description="When to start: a wait such as `+10m`, or an ISO 8601 time with its zone. At "
         "once unless said.",
         examples=["2026-01-31T06:00:00Z"],
+    )
+    cron: forms.Cron | None = Field(
+        default=None,
+        description="When to run again and again: minute, hour, day of month, month and "
+        "weekday, as cron has them. For `batchlab schedule add`, whose options take its place; "
+        "what runs a job once (`run`, `job submit`, the web page) refuses it.",
+        examples=["0 2 * * 1-5"],
+    )
+    timezone: forms.Zone = Field(
+        default="UTC",
+        description="IANA name of the time zone that `cron` is meant in.",
+        examples=["Europe/Berlin"],
     )
 
     def upstream(self, stage: int) -> tuple[str, ...]:
@@ -353,6 +367,7 @@ SECTIONS: dict[Loc, type[BaseModel]] = {
     ("stages", "*", "retry"): RetrySpec,
     ("stages", "*", "resources"): ResourcesSpec,
     ("failure",): FailureSpec,
+    ("notify", "*"): NotifySpec,
 }
 """Every model by the place of its mapping in the file; "*" is any index."""
 
@@ -368,6 +383,8 @@ _TEXT_PLACES: tuple[Loc, ...] = (
     ("name",),
     ("code",),
     ("at",),
+    ("cron",),
+    ("timezone",),
     ("max_cost",),
     ("tags", "*"),
     ("stages", "*", "name"),

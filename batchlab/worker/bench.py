@@ -78,18 +78,9 @@ class Bench:
 
     def run(self, task: int, item: Json) -> Done:
         """Run one task. `item` is encoded, its references local. Raises whatever user code does."""
-        request = self._request
-        ctx = Context(
-            job=request["job"],
-            stage=request["stage"],
-            task=task,
-            attempt=request["attempt"],
-            params_json=request["params_json"],
-            folder=f"{request['folder']}/{task}",
-            cwd=request["cwd"],
-        )
+        ctx = context(self._request, task)
         try:
-            value = self._call(item if type(item) in _PLAIN else _decode(item), ctx)
+            value = self._call(item if type(item) in _PLAIN else decoded(item), ctx)
             if type(value) is int and not ctx.saved and -_SHORT < value < _SHORT:
                 return Done(str(value), _NOTHING)
             return self._keep(value, ctx)
@@ -125,7 +116,21 @@ class Bench:
         return Done(text, outputs.uploads)
 
 
-def _decode(item: Json) -> Any:
+def context(request: Request, task: int) -> Context:
+    """What the task of that index is told of itself."""
+    return Context(
+        job=request["job"],
+        stage=request["stage"],
+        task=task,
+        attempt=request["attempt"],
+        params_json=request["params_json"],
+        folder=f"{request['folder']}/{task}",
+        cwd=request["cwd"],
+    )
+
+
+def decoded(item: Json) -> Any:
+    """The item as its handler gets it, Files for local references. Problem of kind "input"."""
     try:
         return values.decode(item, _open)
     except Exception as error:

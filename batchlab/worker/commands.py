@@ -13,7 +13,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from batchlab.protocol import placeholders
 from batchlab.task import Context, File
@@ -33,6 +33,29 @@ def run(
 
     An output whose name ends in a slash is a folder and gives a list. Problem where it fails.
     """
+    call = prepare(template, stdout, code, item, ctx)
+    _execute(call)
+    written = {name: _output(ctx.made("out"), name) for name in call.outputs}
+    if len(written) == 1:
+        return next(iter(written.values()))
+    return written or None
+
+
+class Call(NamedTuple):
+    """A program that is ready to be run: in the folder `cwd`, with `stdout` the file that takes its
+    standard output (None: the log), to write the outputs of these names."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+    cwd: Path
+    stdout: Path | None
+    outputs: list[str]
+
+
+def prepare(
+    template: Sequence[str], stdout: str | None, code: str, item: Any, ctx: Context
+) -> Call:
+    """Everything that comes before the program runs. Problem where it cannot be."""
     if problems := placeholders.check(template):
         raise Problem("import", problems[0])
     names = placeholders.outputs(template)
@@ -44,11 +67,8 @@ def run(
             parents=True, exist_ok=True
         )
     arguments = _arguments(template, code, item, ctx)
-    _execute(arguments, out / stdout if stdout is not None else None, code, ctx)
-    written = {name: _output(out, name) for name in names}
-    if len(written) == 1:
-        return next(iter(written.values()))
-    return written or None
+    target = out / stdout if stdout is not None else None
+    return Call(arguments, _environment(code), ctx.scratch, target, names)
 
 
 def _arguments(template: Sequence[str], code: str, item: Any, ctx: Context) -> list[str]:
@@ -109,30 +129,37 @@ def _param(key: str, ctx: Context) -> str:
 # --- Running -------------------------------------------------------------------------------------
 
 
-def _execute(arguments: list[str], stdout: Path | None, code: str, ctx: Context) -> None:
-    import subprocess  # slow to import, and most tasks are Python
-
+def _environment(code: str) -> dict[str, str]:
     environment = dict(os.environ)
     if code:
         # The job's own programs and modules are found by their names.
         for name in ("PATH", "PYTHONPATH"):
             before = environment.get(name)
             environment[name] = f"{code}{os.pathsep}{before}" if before else code
+    return environment
+
+
+def _execute(call: Call) -> None:
+    import subprocess  # slow to import, and most tasks are Python
+
+    program, *arguments = call.arguments
     with ExitStack() as stack:
-        target: IO[bytes] | None = stack.enter_context(stdout.open("wb")) if stdout else None
+        target: IO[bytes] | None = (
+            stack.enter_context(call.stdout.open("wb")) if call.stdout else None
+        )
         try:
             process = stack.enter_context(
                 subprocess.Popen(
-                    [_program(arguments[0], environment), *arguments[1:]],
-                    cwd=ctx.scratch,
-                    env=environment,
+                    [_program(program, call.environment), *arguments],
+                    cwd=call.cwd,
+                    env=call.environment,
                     stdin=subprocess.DEVNULL,
                     stdout=target,
                     stderr=subprocess.PIPE,
                 )
             )
         except OSError as error:
-            raise _cannot_run(arguments[0], error) from error
+            raise _cannot_run(program, error) from error
         last = _relay(process)
         code_ = process.wait()
     if code_:

@@ -36,13 +36,16 @@ class Controls:
         clock: Clock,
         lease_s: float,
         on_look: Callable[[JobId, Control, float], None],
+        on_tail: Callable[[JobId], None] = lambda _: None,
     ) -> None:
         """`on_look(job, control, until_s)` is called after every look at a watched job; tasks
-        may start until the monotonic time `until_s`."""
+        may start until the monotonic time `until_s`. `on_tail(job)` is called when a look finds
+        that somebody has asked anew for what its tasks print."""
         self._objects = objects
         self._clock = clock
         self._lease_s = lease_s
         self._on_look = on_look
+        self._on_tail = on_tail
         self._entries: dict[JobId, _Entry] = {}
 
     async def look(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
@@ -55,12 +58,14 @@ class Controls:
         # The lease counts from before the request: the answer may be as old as the question.
         asked_s = self._clock.monotonic_s()
         changed: tuple[Control, str | None, bool] | None = None
+        tail = 0
         try:
             found = await self._objects.get_if_changed(
                 naming.control(job), entry.etag if entry else None
             )
             if found is not None:
-                changed = (wire.word_from_bytes(found[0]).control, found[1], False)
+                word = wire.word_from_bytes(found[0])
+                changed, tail = (word.control, found[1], False), word.tail
         except NotFound:
             is_new = is_new or (entry is not None and entry.is_new)
             if not is_new:
@@ -77,6 +82,8 @@ class Controls:
             entry.asked_s = max(entry.asked_s, asked_s)
         until_s = entry.asked_s + self._lease_s
         self._on_look(job, entry.control, until_s)
+        if tail:
+            self._on_tail(job)
         return entry.control, until_s
 
     async def current(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:

@@ -31,7 +31,7 @@ from batchlab.worker.handlers import Fault, Problem, fault
 from batchlab.worker.library import Library
 from batchlab.worker.limits import TICK_S, Limits, Verdict
 from batchlab.worker.processes import Sampler
-from batchlab.worker.runner import Handle, Work
+from batchlab.worker.runner import Handle, Peek, Work
 
 T = TypeVar("T")
 Chunk = list[tuple[int, Json | Failure]]
@@ -80,6 +80,7 @@ class Execution:
         self._inputs = materialise.Inputs(objects, folder, asyncio.to_thread)
         self._storing: set[asyncio.Task[Ran]] = set()
         self._uploads = asyncio.Semaphore(_UPLOADS)
+        handle.peek = self._peek
 
     async def drive(self) -> None:
         """Run the tasks. BackendError where a port or this machine cannot do its part."""
@@ -92,7 +93,7 @@ class Execution:
                 raise BackendError(f"The worker cannot run tasks: {error}") from error
             self._fail_left(fault("input", f"The worker's disk is full: {reason}"))
         finally:
-            self._handle.running = None
+            self._handle.running = self._handle.peek = None
             if self._child is not None and self._busy:
                 await self._children.bury(self._child)
             elif self._child is not None:
@@ -290,8 +291,7 @@ class Execution:
             )
         exit_code = code if verdict.kind is FailureKind.CRASH else None
         if verdict.task == IMPORTING:
-            reason = f"Loading the handler {verdict.reason}."
-            self._fail_left(fault(verdict.kind, reason, exit_code=exit_code))
+            self._fail_left(fault(verdict.kind, verdict.sentence, exit_code=exit_code))
         elif verdict.task in self._pending:
             # Not in it: its answer was on the way when its time was up.
             self._blame(verdict, exit_code)
@@ -302,6 +302,19 @@ class Execution:
         if task >= 0 and task in self._pending and self._log_size() > log_at:
             end = logs.trim(str(self._log), log_at)
             self._handle.log_spans.append((task, log_at, end))
+
+    def _peek(self, most: int) -> Peek | None:
+        child = self._child
+        if child is None or not self._busy:
+            return None
+        task, log_at = child.board.task, child.board.log_at
+        size = self._log_size()
+        if task < 0 or size < log_at:
+            return None
+        start = max(log_at, size - most)
+        data = logs.read(str(self._log), start, size - start)
+        # Else the next one's output may be in it.
+        return Peek(task, log_at, start, data) if child.board.task == task else None
 
     def _log_size(self) -> int:
         try:

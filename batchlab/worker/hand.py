@@ -35,6 +35,8 @@ class Hand:
     """What waits behind the running task is being given away, or has been."""
     part: Bundle | None = None
     """What is left of the message's bundle, once the rest has been given away."""
+    trace: str = ""
+    """What is done for it goes below this, a traceparent; "" where its job is not traced."""
     marked_s: float | None = None
     """When the running marker of a handed-over bundle was last refreshed."""
 

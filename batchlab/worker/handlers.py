@@ -77,7 +77,7 @@ def load(handler: str, function: str | None) -> Call:
     Problem of kind "import" where there is none. It takes (item, ctx) whatever the user's takes.
     """
     try:
-        found = _unpickled(Path(function)) if function else _imported(handler)
+        found = find(handler, function)
         if not callable(found):
             raise Problem("import", f"{handler} is no function but of type {type(found).__name__}.")
         return _adapted(handler, found)
@@ -85,6 +85,12 @@ def load(handler: str, function: str | None) -> Call:
         raise
     except BaseException as error:  # user code runs on import
         raise _import_problem(handler, error) from error
+
+
+def find(handler: str, function: str | None) -> Any:
+    """What `handler` names, or the file `function` holds, as its author wrote it. Raises whatever
+    the author's code does."""
+    return _unpickled(Path(function)) if function else _imported(handler)
 
 
 def _imported(handler: str) -> Any:

@@ -53,6 +53,10 @@ class Manifest:
         )
 
 
+class NoSuchTask(NotFound):
+    """A stage's plan has fewer tasks."""
+
+
 class Inputs:
     """Resolves inputs, keeping the last few plan parts, which neighbouring bundles share."""
 
@@ -75,6 +79,10 @@ class Inputs:
                 part = await self._part(bundle, manifest.round, number)
                 offset = start - manifest.starts[number]
                 items = part[offset : offset + stop - start]
+                if not items:
+                    raise NoSuchTask(
+                        f"The plan of stage {bundle.stage} of job {bundle.job} has no task {start}."
+                    )
                 found += [await self._gathered(job, i) if is_gather(i) else i for i in items]
                 start += len(items)
         return found

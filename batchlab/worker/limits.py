@@ -6,13 +6,12 @@ may be running there.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from batchlab.jobdef import StageDef
 from batchlab.model import FailureKind
-from batchlab.worker.board import IMPORTING
-from batchlab.worker.child_process import ChildProcess, monotonic_s
-from batchlab.worker.processes import Sampler
+from batchlab.worker.board import IMPORTING, Board
+from batchlab.worker.child_process import monotonic_s
 
 TICK_S = 0.04
 """How often a running child is looked at."""
@@ -29,23 +28,47 @@ class Verdict(NamedTuple):
     reason: str
     ran_s: float
 
+    @property
+    def sentence(self) -> str:
+        """The reason of the failure."""
+        return f"Loading the handler {self.reason}." if self.task == IMPORTING else self.reason
+
+
+class Watched(Protocol):
+    """A process in which tasks run."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    @property
+    def board(self) -> Board:
+        """Where it says what runs."""
+
+
+class Memory(Protocol):
+    """Says what a process, and all that it has started, takes of the machine's memory."""
+
+    def resident_bytes(self, group: int, since_s: float) -> int:
+        """At some time after `since_s` (monotonic)."""
+
 
 class Limits:
     """The limits of one stage."""
 
-    def __init__(self, stage: StageDef, sampler: Sampler) -> None:
+    def __init__(self, stage: StageDef, sampler: Memory) -> None:
         self._timeout_s = stage.timeout_s
         self._memory_bytes = stage.memory_bytes
         self._sampler = sampler
 
-    def wait_s(self, child: ChildProcess) -> float:
+    def wait_s(self, child: Watched) -> float:
         """How long nobody need look at the child."""
         task, since_s = child.board.running()
         if task < 0 or self._timeout_s is None:
             return TICK_S
         return min(TICK_S, max(0.001, since_s + self._timeout_s - monotonic_s()))
 
-    def broken(self, child: ChildProcess) -> Verdict | None:
+    def broken(self, child: Watched) -> Verdict | None:
         """Whether what runs now has gone beyond a limit."""
         task, since_s = child.board.running()
         ran_s = monotonic_s() - since_s

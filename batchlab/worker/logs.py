@@ -7,11 +7,13 @@ by every child process.
 from __future__ import annotations
 
 import os
+import re
 
 TASK_BYTES = 1024 * 1024
 """What one task may keep of its output: the first and the last half of it."""
 _EXECUTION_BYTES = 64 * 1024 * 1024
 _LEAST_BYTES = 4096
+_STRAY = re.compile("[\udc80-\udcff]")
 # How far a running task may go beyond its share before the worker cuts it.
 _SLACK = 16
 
@@ -19,6 +21,23 @@ _SLACK = 16
 def share(start: int) -> int:
     """Bytes a task may keep whose output begins at `start`: little once the log has grown long."""
     return min(TASK_BYTES, max(_LEAST_BYTES, _EXECUTION_BYTES - start))
+
+
+def read(path: str, start: int, length: int) -> bytes:
+    """That part of a log; b"" where there is none yet."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return b""
+    try:
+        return os.pread(fd, length, start)
+    finally:
+        os.close(fd)
+
+
+def text(data: bytes) -> str:
+    """What was printed, as text of just as many bytes: each that is no UTF-8 becomes a `?`."""
+    return _STRAY.sub("?", data.decode("utf-8", "surrogateescape"))
 
 
 def overflowing(size: int, start: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -23,8 +23,11 @@ from batchlab.ports import MAX_BATCH, Clock, Message, Notice, Notices, Objects, 
 from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.sizing import BUDGET_S
 from batchlab.tally import Tally
+from batchlab.tracing import NOBODY, Tracer, span
+from batchlab.worker import lines
 from batchlab.worker.beats import Beats, Identity
 from batchlab.worker.controls import Controls
+from batchlab.worker.deeds import Deeds
 from batchlab.worker.hand import Hand
 from batchlab.worker.inputs import Inputs
 from batchlab.worker.jobs import Jobs
@@ -35,7 +38,9 @@ from batchlab.worker.settings import WorkerSettings
 from batchlab.worker.shedding import Shedding
 from batchlab.worker.slots import Slots
 from batchlab.worker.suspects import RunsElsewhereError, Suspects
+from batchlab.worker.tails import Tails
 from batchlab.worker.tenure import Tenure
+from batchlab.worker.traced import Ended, noted, tell
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +62,10 @@ class Worker:
         settings: WorkerSettings,
         notices: Notices | None = None,
         tally: Tally | None = None,
+        tracer: Tracer = NOBODY,
     ) -> None:
         self.who = who
+        self._tracer = tracer
         self._objects = objects
         self._queue = queue
         self._clock = clock
@@ -67,13 +74,19 @@ class Worker:
         self._settings = settings
         self._notices = notices
         self._tasks_queue = naming.tasks_queue(who.pool)
-        self._outbox = Outbox(queue, patience, tally)
+        self._deeds = Deeds()
+        self._outbox = Outbox(queue, patience, tally, self._deeds)
         self._inputs = Inputs(objects, patience)
-        self._shedding = Shedding(objects, clock, patience, self._outbox, who.worker)
-        self._controls = Controls(objects, clock, settings.control_lease_s, self._looked)
+        self._shedding = Shedding(objects, clock, patience, self._outbox, who.worker, self._deeds)
+        self._hands: dict[str, Hand] = {}
+        self._tails = Tails(
+            who.worker, self._hands, objects, clock, every_s=settings.control_lease_s
+        )
+        self._controls = Controls(
+            *(objects, clock, settings.control_lease_s, self._looked, self._tails.asked)
+        )
         self._slots = Slots(who.slots)
         self._jobs = Jobs(objects, patience)
-        self._hands: dict[str, Hand] = {}
         self._beats = Beats(who, self._hands, self._outbox, clock, settings)
         self._departure = Departure(clock, settings.drain_s, self._hands, self._slots)
         self._tenure = Tenure(self._hands, queue, objects, clock, self._outbox, settings)
@@ -103,6 +116,7 @@ class Worker:
                 group.create_task(self._controls.poll(), name="controls"),
                 group.create_task(self._beats.keep(), name="beats"),
                 group.create_task(self._suspects.keep(), name="suspects"),
+                group.create_task(self._tails.keep(), name="tails"),
             ]
             if self._notices is not None:
                 others.append(group.create_task(heed(self._notices, self.drain), name="notices"))
@@ -168,6 +182,16 @@ class Worker:
         group.create_task(self._hold(hand), name=f"bundle {task.bundle.id}")
 
     async def _hold(self, hand: Hand) -> None:
+        lines.about(hand)
+        if not hand.task.trace:
+            await self._handle(hand)
+            return
+        with span(self._tracer, "receive", hand.task.trace, hand.bundle) as received:
+            received.note(receives=hand.message.receive_count, worker=self.who.worker)
+            hand.trace = received.context
+            await self._handle(hand)
+
+    async def _handle(self, hand: Hand) -> None:
         watched = False
         try:
             is_new = hand.task.job is not None
@@ -178,7 +202,7 @@ class Worker:
         except BackendError as error:
             # The message comes back by itself; sooner than its timeout, but not at once, since
             # whatever did not answer us needs a moment.
-            log.warning("bundle %s is given back: %s", hand.bundle.id, error)
+            log.warning("the bundle is given back: %s", error)
             await self._suspects.withdraw(hand)
             await self._tenure.give_back_later(hand)
         finally:
@@ -218,12 +242,13 @@ class Worker:
                 await self._send_again(hand, job, delay_s=self._settings.visibility_s)
                 return
             if done:
+                if done.execution != hand.execution:
+                    self._met_twice(hand, "message", 0.0)
                 await self._forward_again(hand, job, done)
                 return
         items: Sequence[Json]
         try:
-            inline = hand.task.items
-            items = inline if inline is not None else await self._inputs.resolve(job, hand.bundle)
+            items = await self._items(hand, job)
         except NotFound as error:
             await self._finish(
                 hand,
@@ -232,6 +257,12 @@ class Worker:
             )
             return
         await self._in_slots(hand, job, stage, items)
+
+    async def _items(self, hand: Hand, job: JobDef) -> Sequence[Json]:
+        if hand.task.items is not None:
+            return hand.task.items
+        with span(self._tracer, "fetch input", hand.trace, hand.bundle):
+            return await self._inputs.resolve(job, hand.bundle)
 
     async def _in_slots(
         self, hand: Hand, job: JobDef, stage: StageDef, items: Sequence[Json]
@@ -298,6 +329,24 @@ class Worker:
         budget_s = BUDGET_S if stage.bundle is None else None
         work = Work(job, stage, hand.bundle, hand.execution, items, budget_s)
         runs = self._runner.run(work, hand.handle)
+        if not hand.trace:
+            return await self._ran(hand, job, items, started_s, runs, budget_s)
+        with span(self._tracer, "run", hand.trace, hand.bundle, start_s=started_s) as running:
+            ended: list[Ended] = []
+            runs = noted(runs, ended, self._clock)
+            ran = await self._ran(hand, job, items, started_s, runs, budget_s)
+            tell(self._tracer, running, hand.bundle, ended, started_s)
+            return ran
+
+    async def _ran(
+        self,
+        hand: Hand,
+        job: JobDef,
+        items: Sequence[Json],
+        started_s: float,
+        runs: AsyncIterator[Ran],
+        budget_s: float | None,
+    ) -> list[Ran]:
         if budget_s is None or len(hand.bundle.tasks) == 1:
             return [ran async for ran in runs]
         return await self._shedding.run(hand, job, items, started_s, runs)
@@ -324,7 +373,20 @@ class Worker:
             log=hand.handle.log,
             log_spans=[s for s in hand.handle.log_spans if s[0] in hand.bundle.tasks],
         )
-        return await commit(self._objects, outcome, self._patience)
+        lines.failures(outcome)
+        with span(self._tracer, "commit", hand.trace, hand.bundle):
+            committed = await commit(self._objects, outcome, self._patience)
+        self._deeds.committed(outcome, committed)
+        if committed.execution != hand.execution:
+            took_s = outcome.ended_s - outcome.started_s
+            self._met_twice(hand, "execution", took_s * job.stage(hand.bundle.stage).slots)
+        return committed
+
+    def _met_twice(self, hand: Hand, kind: str, slot_s: float) -> None:
+        bundle = hand.bundle
+        self._outbox.met_twice(
+            wire.Duplicate(bundle.job, bundle.stage, kind, hand.execution, slot_s)
+        )
 
     async def _finish(
         self, hand: Hand, job: JobDef, outcome: Outcome, items: Sequence[Json] | None = None
@@ -333,19 +395,23 @@ class Worker:
         known = None
         if items is not None and outcome.follows:
             known = dict(zip(hand.bundle.tasks, items, strict=True))
-        messages = follow_ups(job, outcome, now_s=self._clock.now_s(), items=known)
-        # Follow-ups first, the event second: the manager may end a stage only when what follows
-        # from it is on its way, and it learns of the follow-ups from this very event.
-        await self._outbox.send(messages)
-        await self._outbox.event(outcome)
+        with span(self._tracer, "forward", hand.trace, hand.bundle) as forward:
+            now_s, trace = self._clock.now_s(), forward.context
+            messages = follow_ups(job, outcome, now_s=now_s, items=known, trace=trace)
+            # Follow-ups first, the event second: the manager may end a stage only when what follows
+            # from it is on its way, and it learns of the follow-ups from this very event.
+            await self._outbox.send(messages)
+            await self._outbox.event(outcome, trace)
         await self._delete(hand)
 
     async def _forward_again(self, hand: Hand, job: JobDef, outcome: Outcome) -> None:
         """As `_finish`, for somebody who may have forwarded it long ago."""
         follows = await uncommitted(self._objects, outcome.follows, self._patience)
-        messages = follow_ups(job, replace(outcome, follows=follows), now_s=self._clock.now_s())
-        await self._outbox.send(messages)
-        await self._outbox.event(outcome)
+        left = replace(outcome, follows=follows)
+        with span(self._tracer, "forward", hand.trace, hand.bundle) as forward:
+            now_s, trace = self._clock.now_s(), forward.context
+            await self._outbox.send(follow_ups(job, left, now_s=now_s, trace=trace))
+            await self._outbox.event(outcome, trace)
         await self._delete(hand)
 
     # --- Ways not to run it ----------------------------------------------------------------------
@@ -396,6 +462,7 @@ class Worker:
             delay_s=delay_s,
             now_s=self._clock.now_s(),
             watchdog=watchdog,
+            trace=hand.trace,
         )
         await self._outbox.send([message])
         await self._delete(hand)

@@ -18,6 +18,7 @@ from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, Outgoing, Queue
 from batchlab.protocol import naming, settle, wire
 from batchlab.tally import Asked, Tally
+from batchlab.worker.deeds import Deeds
 
 T = TypeVar("T")
 
@@ -26,6 +27,10 @@ WHOLE_VALUES = 16
 """An outcome no larger than this is sent as it is, and not only counted."""
 EVENT_BYTES = 200_000
 """A completion larger than this (very many follows) is sent as a key to fetch."""
+TRACE_BYTES = 250
+"""What a trace adds to an event, about."""
+
+_Event = tuple[Outcome | wire.Beat, str]
 
 
 class _Group(Generic[T]):
@@ -69,14 +74,18 @@ class Outbox:
         queue: Queue,
         patience: Patience,
         tally: Tally | None = None,
+        deeds: Deeds | None = None,
     ) -> None:
-        """What `tally` counts of the worker's requests is told with its beats."""
+        """What `tally` counts of the worker's requests, and `deeds` of what it has done, is told
+        with its beats."""
         self._queue = queue
         self._patience = patience
         self._tally = tally
+        self._deeds = deeds
         self._sends: dict[str, _Group[Sequence[Outgoing]]] = {}
         self._deletes: dict[str, _Group[str]] = {}
-        self._events: _Group[Outcome | wire.Beat] = _Group(self._flush_events)
+        self._duplicates: list[wire.Duplicate] = []
+        self._events: _Group[_Event] = _Group(self._flush_events)
 
     async def send(self, messages: Sequence[Addressed]) -> None:
         """Send to whatever queues they are addressed to."""
@@ -89,9 +98,14 @@ class Outbox:
         group = self._deletes.setdefault(queue, _Group(partial(self._flush_deletes, queue)))
         await group.put(receipt)
 
-    async def event(self, event: Outcome | wire.Beat) -> None:
-        """Tell of a committed outcome, or a beat, on the events queue."""
-        await self._events.put(event)
+    async def event(self, event: Outcome | wire.Beat, trace: str = "") -> None:
+        """Tell of a committed outcome, or a beat, on the events queue. `trace` is where the trace
+        of a bundle goes on."""
+        await self._events.put((event, trace))
+
+    def met_twice(self, duplicate: wire.Duplicate) -> None:
+        """Tell of it along with the next event."""
+        self._duplicates.append(duplicate)
 
     async def _flush_sends(self, queue: str, groups: Sequence[Sequence[Outgoing]]) -> None:
         messages = [m for group in groups for m in group]
@@ -101,22 +115,32 @@ class Outbox:
         for i in range(0, len(receipts), MAX_BATCH):
             await self._patience(partial(self._queue.delete, queue, receipts[i : i + MAX_BATCH]))
 
-    async def _flush_events(self, events: Sequence[Outcome | wire.Beat]) -> None:
+    async def _flush_events(self, events: Sequence[_Event]) -> None:
         packed = _pack(events)
-        beats = [one for one in events if isinstance(one, wire.Beat)]
+        beats = [one for one, _ in events if isinstance(one, wire.Beat)]
         if self._tally and beats and (made := self._tally.read()):
             last = beats[-1]
             asked = Asked(last.worker, last.instance, made, self._tally.is_spot)
             packed[-1] = replace(packed[-1], asked=(asked,))
+        told, self._duplicates = self._duplicates, []
+        if told:
+            packed[-1] = replace(packed[-1], duplicates=tuple(told))
+        if self._deeds and beats and (done := self._deeds.news()):
+            packed[-1] = replace(packed[-1], told=(wire.Told(beats[-1].worker, done),))
         bodies = [Outgoing(wire.events_message(e)) for e in packed]
         await send_to(self._queue, naming.EVENTS, bodies, self._patience)
 
 
-def _pack(events: Sequence[Outcome | wire.Beat]) -> list[wire.Events]:
+def _pack(events: Sequence[_Event]) -> list[wire.Events]:
     packed: list[wire.Events] = []
     size = EVENT_BYTES
-    for event in events:
+    for event, trace in events:
         one, length = _one(event)
+        traces: wire.Traces = ()
+        if trace and isinstance(event, Outcome):
+            bundle = event.bundle
+            traces = ((bundle.job, bundle.stage, bundle.id, trace),)
+            length += TRACE_BYTES
         if size + length > EVENT_BYTES:
             packed.append(wire.Events())
             size = 0
@@ -127,6 +151,7 @@ def _pack(events: Sequence[Outcome | wire.Beat]) -> list[wire.Events]:
             last.committed + one.committed,
             last.beats + one.beats,
             last.outcomes + one.outcomes,
+            traces=last.traces + traces,
         )
     return packed
 

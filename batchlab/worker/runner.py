@@ -7,7 +7,7 @@ drives warm child processes, real handlers inside the simulator, and simulated d
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +33,17 @@ class Work:
     budget_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """What a running task has printed so far: from byte `start` of the execution's log, in which
+    its output begins at byte `log_at`."""
+
+    task: int
+    log_at: int
+    start: int
+    data: bytes
+
+
 @dataclass(slots=True)
 class Handle:
     """Steering of one `Runner.run` from outside, shared by both sides.
@@ -41,6 +52,8 @@ class Handle:
     control object; the worker keeps moving it. `stop` asks to start no further task; `kill` to
     end the running one at once too (it then yields no `Ran`). `running` is the task that runs
     now, None between tasks. `log` and `log_spans` are filled when the run has ended (see Outcome).
+    `peek(n)` reads the last n bytes at most of what the running task has printed, None between
+    tasks; a runner without a log has none.
     """
 
     stop: bool = False
@@ -49,6 +62,7 @@ class Handle:
     until_s: float = math.inf
     log: str = ""
     log_spans: list[tuple[int, int, int]] = field(default_factory=list)
+    peek: Callable[[int], Peek | None] | None = None
 
 
 class Runner(Protocol):
@@ -79,4 +93,4 @@ class Scratch:
         return self.root / "run" / name
 
 
-__all__ = ["Handle", "Ran", "Runner", "Scratch", "Work"]
+__all__ = ["Handle", "Peek", "Ran", "Runner", "Scratch", "Work"]

@@ -19,6 +19,7 @@ from batchlab.patience import Patience
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming, settle
 from batchlab.protocol.sizing import BUDGET_S
+from batchlab.worker.deeds import Deeds
 from batchlab.worker.hand import Hand
 from batchlab.worker.outbox import Outbox
 
@@ -30,13 +31,20 @@ class Shedding:
     """Of one worker."""
 
     def __init__(
-        self, objects: Objects, clock: Clock, patience: Patience, outbox: Outbox, worker: str
+        self,
+        objects: Objects,
+        clock: Clock,
+        patience: Patience,
+        outbox: Outbox,
+        worker: str,
+        deeds: Deeds,
     ) -> None:
         self._objects = objects
         self._clock = clock
         self._patience = patience
         self._outbox = outbox
         self._worker = worker
+        self._deeds = deeds
 
     async def run(
         self,
@@ -109,20 +117,23 @@ class Shedding:
             log_spans=spans,
         )
         outcome = await commit(self._objects, draft, self._patience)
+        self._deeds.committed(draft, outcome)
         if outcome != draft:
             return  # somebody else was faster, and at its end this run comes to the same
-        await self._forward(kept, job, outcome, dict(zip(bundle.tasks, items, strict=True)))
+        told = dict(zip(bundle.tasks, items, strict=True))
+        await self._forward(kept, job, outcome, told, hand.trace)
         # Only now: where a beat names the part, the manager may do without the bundle's message.
         hand.part = kept
 
     async def _forward(
-        self, kept: Bundle, job: JobDef, outcome: Outcome, items: dict[int, Json]
+        self, kept: Bundle, job: JobDef, outcome: Outcome, items: dict[int, Json], trace: str
     ) -> None:
         """As for any outcome, but the part that is kept needs no message."""
         others = tuple(follow for follow in outcome.follows if follow.bundle != kept)
         told = replace(outcome, follows=others)
-        await self._outbox.send(follow_ups(job, told, now_s=self._clock.now_s(), items=items))
-        await self._outbox.event(outcome)
+        now_s = self._clock.now_s()
+        await self._outbox.send(follow_ups(job, told, now_s=now_s, items=items, trace=trace))
+        await self._outbox.event(outcome, trace)
 
 
 def _after(hand: Hand, ran: Sequence[Ran], running: int) -> TaskSet:

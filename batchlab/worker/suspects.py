@@ -156,7 +156,7 @@ class Suspects:
                     await self._objects.delete([key])
             except BackendError as error:
                 # One start too many is counted; it takes three to condemn.
-                log.warning("the start of %s is not taken back: %s", hand.bundle.id, error)
+                log.warning("its start is not taken back: %s", error)
 
     async def runs_elsewhere(self, bundle: Bundle, stale_s: float) -> bool:
         """Whether a handed-over bundle's worker still refreshes its running marker."""

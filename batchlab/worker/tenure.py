@@ -97,6 +97,7 @@ class Tenure:
                     delay_s=self._settings.watchdog_s,
                     now_s=self._clock.now_s(),
                     watchdog=True,
+                    trace=hand.trace,
                 )
                 await self._outbox.send([message])
                 receipt, hand.receipt = hand.receipt, None

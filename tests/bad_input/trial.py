@@ -133,7 +133,7 @@ def _acts(folder: Path) -> None:
 def _run_acts(shell: Shell) -> Evidence:
     found = _run(shell)
     job = Told.of(found["told"]).out.split()[0]
-    failures = shell("job", "failures", job, "--limit", "500", "--json")
+    failures = shell("job", "failures", job, "--each", "--limit", "500", "--json")
     values = {one["task"]: one["value"] for one in lines(shell.folder / "out/act.jsonl")}
     return {
         "told": found["told"],

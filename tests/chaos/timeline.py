@@ -17,6 +17,7 @@ from typing import Any
 
 from batchlab import submission
 from batchlab.backends import Backend
+from batchlab.manager.admission import admit
 from batchlab.manager.autoscaler import Backlog, wanted
 from batchlab.model import GroupView, LifecycleState, Pool
 from batchlab.patience import Patience
@@ -25,7 +26,6 @@ from batchlab.sim.timed import TimedRunner
 from batchlab.sim.trial import calm
 from batchlab.sim.world import World
 from batchlab.spec.jobfile import load
-from batchlab.views import admit
 from tests.chaos.rig import Containers, Teller
 from tests.integration.local_grid import ENDED
 

@@ -10,14 +10,15 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
 import uvicorn
 
+from batchlab import web
 from batchlab.adapters.clock import RandomIds, WallClock
 from batchlab.adapters.sim.launcher import MemoryState, SimLauncher
 from batchlab.adapters.sim.objects import SimObjects
@@ -84,6 +85,7 @@ class Rig:
 
     pools: Sequence[Pool] = (Pool("default", max_size=2, slots=2),)
     lead: bool = True
+    failure: Callable[[int], Failure] = field(default_factory=lambda: _failure)
 
     def __enter__(self) -> Self:
         self.shutdowns = 0
@@ -118,12 +120,13 @@ class Rig:
         self.ledger = open_memory()
         patience = Patience(random.Random(3), limit_s=0.2)
         ports = Ports(self.objects, self.queue, self.fleet, self.ledger, clock, ids, patience)
-        self.manager = Manager(ports, SETTINGS, self.pools, "manager-1")
-        app, _ = create_app(
+        self.manager = Manager(ports, SETTINGS, self.pools, "manager-1", schedules=True)
+        self.app, self.served = create_app(
             self.manager, token=TOKEN, backend_name="memory", on_shutdown=self._count_shutdown
         )
+        web.mount(self.app, self.served, hosts=["grid.example"])
         config = uvicorn.Config(
-            app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1
+            self.app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1
         )
         server = uvicorn.Server(config)
         with listen("127.0.0.1", 0) as listener:
@@ -182,11 +185,18 @@ class Rig:
     def work(self, job: str, count: int, *, bad: Collection[int] = ()) -> None:
         """Do the `count` bundles that are out as a worker would; tasks in `bad` fail. Returns when
         the manager has folded them."""
-        found = sorted(self.outstanding(job, count), key=lambda one: one.bundle.tasks.first)
+        self.work_on(job, count, range(count), bad=bad)
+
+    def work_on(
+        self, job: str, count: int, which: Collection[int], *, bad: Collection[int] = ()
+    ) -> None:
+        """The same, but only of these of them, by the order of their tasks."""
+        every = sorted(self.outstanding(job, count), key=lambda one: one.bundle.tasks.first)
+        found = [every[number] for number in which]
         live = self.manager.lives[JobId(job)]
         self.run(self._work(live, found, bad))
-        ids = {one.bundle.id for one in found}
-        self.until(lambda: not ids & {one.bundle.id for one in live.all_outstanding()}, "the fold")
+        ids = _ids(found)
+        self.until(lambda: not ids & _ids(live.all_outstanding()), "the fold")
 
     async def _work(
         self, live: LiveJob, found: Sequence[Outstanding], bad: Collection[int]
@@ -203,7 +213,10 @@ class Rig:
             outcome = settle.settle(
                 live.job,
                 bundle,
-                [Ran(task, 0.01, task, _failure(task) if task in bad else None) for task in texts],
+                [
+                    Ran(task, 0.01, task, self.failure(task) if task in bad else None)
+                    for task in texts
+                ],
                 execution="x",
                 worker="w",
                 started_s=now_s,
@@ -244,6 +257,10 @@ class Rig:
             return found if len(found) == count else []
 
         return self.until(look, f"{count} instances {state}")
+
+
+def _ids(found: Iterable[Outstanding]) -> set[tuple[str, str]]:
+    return {(one.bundle.stage, one.bundle.id) for one in found}
 
 
 def _failure(task: int) -> Failure:

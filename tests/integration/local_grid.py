@@ -15,6 +15,7 @@ from typing import Any
 from batchlab import backends, results, submission, updown
 from batchlab.client import Client
 from batchlab.home import Home
+from batchlab.jobdef import JobDef
 from batchlab.model import Pool
 from batchlab.ports import Objects
 from batchlab.protocol import naming
@@ -55,7 +56,11 @@ class LocalGrid:
         updown.stop_manager(self.home)
 
     def submit(self, path: Path, token: str = "t", **params: str) -> JobView:
-        job = asyncio.run(
+        return self.client.submit(self.prepared(path, token, **params))
+
+    def prepared(self, path: Path, token: str = "t", **params: str) -> JobDef:
+        """The job of that file, with all that it names in the bucket."""
+        return asyncio.run(
             submission.prepare(
                 load(path, params),
                 objects=self.objects,
@@ -64,7 +69,6 @@ class LocalGrid:
                 token=token,
             )
         )
-        return self.client.submit(job)
 
     def wait(
         self,

@@ -97,6 +97,8 @@ WORKER_MAY: dict[str, Call] = {
     "write files": lambda it: it.put("files/j/s/ab/b/w/0/a.csv"),
     "upload in parts": lambda it: multipart(it, "files/j/s/ab/b/w/0/big"),
     "write logs": lambda it: it.put("logs/j/s/ab/b/w.log"),
+    "write tails": lambda it: it.put("logs/j/.tails/w.json"),
+    "tell its environment": lambda it: it.put("logs/.workers/w.json"),
     "say that it still runs": lambda it: it.put("jobs/j/s/running/b.json"),
     "mark a start, and take it back": marked_and_removed,
     "list starts": lambda it: it.s3.list_objects_v2(Bucket=it.bucket, Prefix="jobs/j/s/starts/"),

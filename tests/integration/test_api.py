@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -26,8 +27,9 @@ from batchlab.errors import (
 )
 from batchlab.jobdef import RetryRule, StageDef
 from batchlab.manager.live import LiveJob
-from batchlab.model import GroupView, JobId, Pool, StageName
-from batchlab.protocol import wire
+from batchlab.model import Control, GroupView, JobId, Pool, StageName
+from batchlab.protocol import naming, wire
+from batchlab.worker.tails import Tail, to_bytes
 from tests.integration.api_rig import MAP, TOKEN, Rig, job, later
 
 
@@ -51,7 +53,7 @@ def get(rig: Rig, path: str) -> httpx.Response:
 def test_only_health_answers_without_the_token(rig: Rig) -> None:
     described = get(rig, "/openapi.json").json()
     asked = [
-        (method, path.format(job="x", pool="x"))
+        (method, path.format(job="x", pool="x", stage="x", task=0, target="x", name="x"))
         for path, methods in described["paths"].items()
         for method in methods
     ]
@@ -355,7 +357,9 @@ def test_a_retry_runs_what_failed_and_forgets_its_failures(rig: Rig) -> None:
     assert rig.ended(name)["state"] == "FAILED"
     failures = rig.client.failures(name)
     assert [one["task"] for one in failures] == [0, 2]
+    assert failures[0]["fingerprint"] == failures[1]["fingerprint"]
     assert failures[0] == {
+        "seq": failures[0]["seq"],
         "stage": "map",
         "task": 0,
         "attempt": 1,
@@ -364,6 +368,7 @@ def test_a_retry_runs_what_failed_and_forgets_its_failures(rig: Rig) -> None:
         "error": "ValueError",
         "traceback": "Traceback",
         "exit_code": None,
+        "fingerprint": failures[1]["fingerprint"],
     }
     assert len(rig.client.failures(name, limit=1)) == 1
     assert "task 0 is bad" in rig.client.why(name)
@@ -421,6 +426,67 @@ def test_the_log_of_every_attempt_is_kept(rig: Rig) -> None:
     every = rig.client.logs(name, stage="map")
     assert [(log["task"], log["attempt"]) for log in every] == [(0, 1), (1, 1), (1, 2)]
     assert len(rig.client.logs(name, limit=2)) == 2
+    assert rig.client.logs(name, failed=True) == []
+    assert rig.client.logs(name, since_s=3600.0)
+    assert [log["state"] for log in every] == ["SUCCEEDED", "RETRIED", "SUCCEEDED"]
+
+
+def test_logs_are_handed_out_as_they_come(rig: Rig) -> None:
+    name = rig.submit(job(tasks=3, retry=RetryRule(attempts=1)))
+    rig.outstanding(name, 3)
+    answer = later(lambda: rig.client.logs_after(name, None, wait_s=30))
+    rig.work(name, 3, bad=[1])
+    first = answer()
+    seq, texts = first["seq"], [log["text"] for log in first["logs"]]
+    while not (page := rig.client.logs_after(name, seq, wait_s=5))["ended"]:
+        texts += [log["text"] for log in page["logs"]]
+        seq = page["seq"]
+    assert sorted(texts) == [f"task {task}, try 1\n" for task in range(3)]
+    failed = rig.client.logs_after(name, None, failed=True)["logs"]
+    assert [(log["task"], log["state"]) for log in failed] == [(1, "FAILED")]
+    # One task's end is the end, and not only the job's.
+    one = rig.client.logs_after(name, None, task=2)
+    assert (one["ended"], [log["task"] for log in one["logs"]]) == (True, [2])
+
+
+def test_tails_are_asked_for_by_the_word_that_workers_read(rig: Rig) -> None:
+    name = rig.submit(job(tasks=2))
+    bundles = rig.outstanding(name, 2)
+    key = naming.control(JobId(name))
+
+    def word() -> wire.Word:
+        return wire.word_from_bytes(rig.run(rig.objects.get(key)))
+
+    tails = [
+        Tail("map", o.bundle.tasks.first, 1, 0, o.bundle.id, "x", 0, 5, "hello") for o in bundles
+    ]
+    rig.run(rig.objects.put(naming.tail(JobId(name), "w-1"), to_bytes(tails)))
+    rig.until(lambda: rig.client.tails(name)["tails"], "the tails")
+    assert word() == wire.Word(Control.RUN, tail=1)
+    # However many ask, and however often.
+    for _ in range(20):
+        rig.client.tails(name)
+    assert word().tail == 1
+    rig.client.pause(name)
+    rig.client.resume(name)
+    assert word() == wire.Word(Control.RUN)
+    # What a worker has stored of a bundle that has ended since is no news.
+    rig.work(name, 2)
+    rig.ended(name)
+    assert rig.client.tails(name)["tails"] == []
+    with pytest.raises(NotFound):
+        rig.client.tails("nobody-0123456789")
+
+
+def test_asking_for_tails_never_undoes_a_cancellation(rig: Rig) -> None:
+    name = rig.submit(job(tasks=2))
+    rig.outstanding(name, 2)
+    key = naming.control(JobId(name))
+    # Another leader's, which the ledger does not know of yet.
+    cancel = wire.word_to_bytes(wire.Word(Control.CANCEL, reason="enough"))
+    rig.run(rig.objects.put(key, cancel))
+    rig.client.tails(name)
+    assert rig.run(rig.objects.get(key)) == cancel
 
 
 # --- The grid ------------------------------------------------------------------------------------
@@ -590,6 +656,29 @@ def test_every_answer_is_described(rig: Rig) -> None:
     assert len({one["operationId"] for one in operations}) == len(operations)
     for operation in operations:
         good = next(r for code, r in operation["responses"].items() if code.startswith("2"))
+        if "application/zip" in good["content"]:
+            continue
         assert "$ref" in good["content"]["application/json"]["schema"], operation["operationId"]
         assert operation["description"]
     assert "JobDef" in described["components"]["schemas"]
+
+
+@pytest.mark.parametrize("given", [{}, {"Authorization": "Bearer wrong"}])
+def test_of_a_request_without_the_token_no_body_is_read(rig: Rig, given: dict[str, str]) -> None:
+    """Any page that the operator visits may send one."""
+    read: list[bytes] = []
+
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            read.append(b"x")
+            yield b"[]"
+
+    async def asked(headers: dict[str, str]) -> int:
+        through = httpx.ASGITransport(app=rig.app)
+        async with httpx.AsyncClient(transport=through, base_url="http://127.0.0.1") as http:
+            return (await http.post("/v1/jobs", content=body(), headers=headers)).status_code
+
+    assert asyncio.run(asked(given)) == 401
+    assert read == []
+    assert asyncio.run(asked({"Authorization": f"Bearer {TOKEN}"})) == 422
+    assert read

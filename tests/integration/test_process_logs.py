@@ -90,3 +90,23 @@ def test_many_chatty_tasks_share_what_one_execution_may_keep(tmp_path: Path) -> 
             b"h" * 2048,
             b"t" * 2048,
         )
+
+
+def test_what_a_running_task_has_printed_can_be_peeked_at(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path) as rig:
+            items = [["print", "before"], ["print_and_hang", "working"], ["print", "after"]]
+            work, handle = await rig.work(items, timeout_s=1.0), Handle()
+            run = asyncio.create_task(collect(rig, work, handle))
+            seen = None
+            while not run.done() and not (seen and seen.task == 1 and seen.data):
+                await asyncio.sleep(0.01)
+                seen = handle.peek(4) if handle.peek else None
+            assert seen is not None
+            # The end of its own output, and nothing of its neighbour's.
+            assert (seen.task, seen.log_at, seen.start) == (1, 7, 11)
+            assert seen.data == b"ing\n"
+            await run
+            assert handle.peek is None
+
+    go(main())

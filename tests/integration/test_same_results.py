@@ -20,7 +20,7 @@ from tests.integration import worlds
 from tests.integration.worlds import World
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-_OURS = ("summary.json", "printed.log", ".batchlab-made")
+_OURS = {"summary.json", "printed.log", ".batchlab-made", "report-data"}
 """What is about the run, not of it."""
 
 
@@ -63,7 +63,7 @@ def contents(folder: Path) -> dict[str, object]:
     return {
         str(path.relative_to(folder)): content(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in _OURS
+        if path.is_file() and not _OURS.intersection(path.relative_to(folder).parts)
     }
 
 

@@ -42,6 +42,7 @@ def a_job(job: str, state: str = "RUNNING", **more: Any) -> dict[str, Any]:
         "ended_s": None,
         "version": 3,
         "stages": [stage],
+        "report": "",
         **more,
     }
 

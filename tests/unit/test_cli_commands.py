@@ -83,13 +83,20 @@ def test_job_list_is_a_table_and_json(manager: type[FakeClient], run: Run) -> No
 
 def test_job_show_says_why(manager: type[FakeClient], run: Run) -> None:
     """Pain 1: stuck, and no reason given."""
-    manager.answers = {"job": a_job("sums-0123456789"), "why": "It waits for capacity."}
+    eta = {"low_s": 60.0, "high_s": 120.0, "unmeasured": [], "text": "60 s to 2 min left"}
+    manager.answers = {
+        "job": a_job("sums-0123456789"),
+        "why": "It waits for capacity.",
+        "eta": eta,
+    }
     code, out, _ = run("job", "show", "sums-0123456789")
     assert code == 0
     assert re.search(r"^why +It waits for capacity\.$", out, re.MULTILINE)
+    assert re.search(r"^to go +60 s to 2 min left$", out, re.MULTILINE)
     assert re.search(r"^parse +10 +4 +1 +0 +2 +1 +500 ms$", out, re.MULTILINE)
     code, out, _ = run("job", "show", "sums-0123456789", "--json")
     assert json.loads(out)["why"] == "It waits for capacity."
+    assert json.loads(out)["eta"] == eta
 
 
 @pytest.mark.parametrize("verb", ["cancel", "pause", "resume", "retry"])
@@ -105,27 +112,132 @@ def test_logs_show_who_printed_what(manager: type[FakeClient], run: Run) -> None
     manager.answers = {"job": a_job("sums-0123456789"), "logs": [log]}
     code, out, _ = run("job", "logs", "sums-0123456789", "--stage", "parse", "--task", 3)
     assert code == 0
-    assert manager.asked[-1][2] == {"stage": "parse", "task": 3, "limit": 100}
+    which = {"stage": "parse", "task": 3, "failed": False, "since_s": None}
+    assert manager.asked[-1][2] == {**which, "limit": 100}
     assert out == "--- parse[3] attempt 2\none\n\\x1b]0;evil\\x07two\n"
 
 
-def test_failures_show_each_kind_of_traceback_once(manager: type[FakeClient], run: Run) -> None:
-    failure = {
-        "stage": "parse",
-        "task": 0,
-        "attempt": 3,
-        "kind": "exception",
-        "reason": "no such column",
-        "error": "KeyError",
-        "traceback": "Traceback (most recent call last):\n  KeyError: 'x'\n",
-        "exit_code": None,
-    }
-    found = [{**failure, "task": task} for task in range(3)]
+A_FAILURE = {
+    "seq": 7,
+    "stage": "parse",
+    "task": 0,
+    "attempt": 3,
+    "kind": "exception",
+    "reason": "no such column",
+    "error": "KeyError",
+    "traceback": "Traceback (most recent call last):\n  KeyError: 'x'\n",
+    "exit_code": None,
+    "fingerprint": "0123456789",
+}
+
+
+def test_failures_are_told_by_cause(manager: type[FakeClient], run: Run) -> None:
+    groups = [{"fingerprint": "0123456789", "stage": "parse", "count": 12, "first": A_FAILURE}]
+    manager.answers = {"job": a_job("sums-0123456789"), "failure_groups": groups}
+    code, out, err = run("job", "failures", "sums-0123456789")
+    assert code == 0
+    assert re.search(r"^ *0123456789 +12 +parse +exception +- +no such column$", out, re.MULTILINE)
+    assert out.count("Traceback") == 1
+    assert "job retry JOB --fingerprint" in err
+    code, out, _ = run("job", "failures", "sums-0123456789", "--json")
+    assert json.loads(out) == groups
+    manager.answers["failure_groups"] = []
+    assert "No task has failed" in run("job", "failures", "sums-0123456789")[2]
+
+
+def test_each_failure_is_listed_with_one_traceback_for_each_cause(
+    manager: type[FakeClient], run: Run
+) -> None:
+    found = [{**A_FAILURE, "task": task} for task in range(3)]
     manager.answers = {"job": a_job("sums-0123456789"), "failures": found}
-    code, out, _ = run("job", "failures", "sums-0123456789")
+    code, out, _ = run("job", "failures", "sums-0123456789", "--each")
     assert code == 0
     assert out.count("no such column") == 3
     assert out.count("Traceback") == 1
+    run("job", "failures", "sums-0123456789", "--fingerprint", "0123456789", "--limit", 3)
+    assert manager.asked[-1][2] == {"limit": 3, "fingerprint": "0123456789"}
+
+
+def test_a_retry_may_be_of_some_failures(manager: type[FakeClient], run: Run) -> None:
+    manager.answers = {
+        "job": a_job("sums-0123456789"),
+        "retry": a_job("sums-0123456789", "PENDING"),
+    }
+    code, _, _ = run(
+        *("job", "retry", "sums-0123456789", "--fingerprint", "0123456789"),
+        *("--tasks", "parse:3,7-9", "--tasks", "price:0"),
+    )
+    assert code == 0
+    assert manager.asked[-1][2] == {
+        "fingerprints": ["0123456789"],
+        "tasks": {"parse": [(3, 4), (7, 10)], "price": [(0, 1)]},
+    }
+    for wrong in ("parse", "parse:", ":3", "parse:9-7", "parse:x", "parse:1,,2", "parse:-1"):
+        code, _, err = run("job", "retry", "sums-0123456789", "--tasks", wrong)
+        assert code == 2, wrong
+        assert "parse:3,7-9" in err
+
+
+# --- The page ------------------------------------------------------------------------------------
+
+
+def test_grid_open_shows_an_address_that_works_once(
+    manager: type[FakeClient], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = {"code": "abc", "path": "/ui/login#abc", "valid_s": 60.0}
+    manager.answers = {"open_session": session}
+    code, out, err = run("grid", "open", "--no-browser")
+    assert code == 0
+    assert out.endswith("/ui/login#abc\n")
+    assert "once" in err
+    assert json.loads(run("grid", "open", "--json")[1])["url"] == out.strip()
+    opened: list[str] = []
+
+    def open_browser(url: str) -> bool:
+        opened.append(url)
+        return True
+
+    monkeypatch.setattr("webbrowser.open", open_browser)
+    monkeypatch.setenv("DISPLAY", ":0")
+    code, shown, _ = run("grid", "open")
+    assert (code, shown, opened) == (0, "", [out.strip()])
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    assert run("grid", "open")[1] == out  # no screen here: a person takes it to another one
+    assert len(opened) == 1
+
+
+def test_why_tells_of_each_reason_once_and_how_to_bring_it_home(
+    manager: type[FakeClient], run: Run
+) -> None:
+    def failure(task: int, fingerprint: str) -> dict[str, Any]:
+        where = {"stage": "parse", "task": task, "attempt": 2, "kind": "exception"}
+        return {**where, "reason": f"bad {fingerprint}", "fingerprint": fingerprint}
+
+    manager.answers = {
+        "job": a_job("sums-0123456789"),
+        "why": "It ended FAILED.",
+        "failure_groups": [
+            {"fingerprint": "bbb", "stage": "parse", "count": 2, "first": failure(1, "bbb")},
+            {"fingerprint": "aaa", "stage": "parse", "count": 1, "first": failure(0, "aaa")},
+        ],
+        "logs": lambda *_, task, **__: [{"text": f"first\n{task} \x1b[0m\n\nlast\n"}],
+    }
+    code, out, _ = run("job", "why", "sums-0123456789", "--home", "/a b")
+    assert code == 0
+    command = "batchlab job replay-task sums-0123456789 parse/{} --local --home '/a b'"
+    assert out.splitlines() == [
+        "It ended FAILED.",
+        "",
+        "parse[1] failed (bbb): bad bbb, and so did 1 other task",
+        *("  | first", "  | 1  [0m", "  | last", f"  {command.format(1)}"),
+        "",
+        "parse[0] failed (aaa): bad aaa",
+        *("  | first", "  | 0  [0m", "  | last", f"  {command.format(0)}"),
+    ]
+    code, out, _ = run("job", "why", "sums-0123456789", "--json")
+    assert [one["tasks"] for one in json.loads(out)["failed"]] == [2, 1]
 
 
 def test_watch_ends_with_the_jobs_own_verdict(manager: type[FakeClient], run: Run) -> None:

@@ -306,6 +306,7 @@ def test_a_job_shows_its_cost_and_that_its_cap_is_reached(
     manager.answers = {
         "jobs": [a_job("sums-0123456789")],
         "why": "Nothing more is launched for it.",
+        "eta": {"text": "not known"},
         "grid": a_grid(),
         "job_use": job_use(capped="its cost is capped"),
     }

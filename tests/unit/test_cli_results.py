@@ -53,6 +53,7 @@ def view(round_: int = 0) -> JobView:
         "started_s": 0.0,
         "ended_s": 1.0,
         "version": 0,
+        "report": "",
         "stages": [],
     }
 

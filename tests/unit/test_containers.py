@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from batchlab import backends, containers, updown
+from batchlab import backends, containers, package_data, updown
 from batchlab.adapters.compose import deployment, images, project
 from batchlab.adapters.compose.deployment import Deployment
 from batchlab.adapters.compose.images import Recipe, requirements
 from batchlab.adapters.compose.project import Found, Project, name_for, unpulled_of
 from batchlab.asg.templates import TemplateFile
 from batchlab.cli import grid
+from batchlab.deploy import environment
 from batchlab.errors import BackendError, UsageError
 from batchlab.fleet.api import LaunchTemplate
 from batchlab.grid.link import Link
@@ -78,7 +80,7 @@ def test_the_image_has_what_is_installed_here_and_no_extras() -> None:
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+(\[\w+\])?==[\w.+!]+", line) for line in found)
     names = {re.split(r"[\[=]", line)[0] for line in found}
     assert {"boto3", "docker", "psycopg", "localstack-client"} <= names
-    assert "duckdb" not in names
+    assert "opentelemetry-sdk" not in names
 
 
 def test_settings_say_what_else_is_in_the_image() -> None:
@@ -102,6 +104,23 @@ def test_every_pool_has_a_launch_template(tmp_path: Path) -> None:
     env = dict(big.env)
     assert env["BATCHLAB_ENDPOINT"] == "http://10.213.70.10:4566/bucket-1"
     assert env["AWS_EC2_METADATA_SERVICE_ENDPOINT"] == AT.metadata_url
+
+
+def test_how_a_grid_is_observed_is_passed_on(tmp_path: Path) -> None:
+    """To the manager by Compose, and to instances by their launch templates."""
+    compose = yaml.safe_load((package_data.folder("compose") / "compose.yaml").read_text())
+    services = compose["services"]
+    assert tuple(services["asg"]["environment"]) == environment.PASSED_ON
+    assert set(services["manager"]["environment"]) >= set(environment.PASSED_ON)
+    assert not any(services["manager"]["environment"].values()), "as it is outside, or not at all"
+    told = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://10.0.0.1:4318", "HOME": "/root", "OTEL_X": "1"}
+    path = tmp_path / "templates.toml"
+    more = environment.taken_over(told)
+    path.write_text(containers.templates_for(AT, PLACE, [Pool("default")], more))
+    template = TemplateFile(path).template(LaunchTemplate(launch_template_name="worker-default"))
+    env = dict(template.env)
+    assert env["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://10.0.0.1:4318"
+    assert not {"HOME", "OTEL_X"} & env.keys()
 
 
 def test_an_instance_knows_its_bucket_from_its_environment_alone(tmp_path: Path) -> None:

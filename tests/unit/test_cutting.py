@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.cutting import Cutter
 from batchlab.manager.live import LiveJob
-from batchlab.model import JobId, JobState, StageCounts, StageName, TaskSet
+from batchlab.model import Bundle, Control, JobId, JobState, StageCounts, StageName, TaskSet
 from batchlab.ports import JobRecord, StageRecord
 from tests.contract.queue_worlds import LoopClock
 
@@ -46,3 +47,17 @@ def test_a_job_with_nothing_left_to_cut_looks_at_no_other_job() -> None:
     assert sum(len(one.tasks) for one in bundles) + len(left) == 5
     assert bundles
     assert lives.looks > 0
+
+
+def test_a_paused_job_does_not_keep_the_window_from_others() -> None:
+    """Its bundles are dropped by the workers, and stay outstanding for as long as it is paused."""
+    lives = {one.id: one for one in map(_live, range(2))}
+    cutter = Cutter(LoopClock(), lives, {"default": 2})
+    first, second = lives.values()
+    tasks = TaskSet.span(0, 5)
+    one = replace(STAGE, bundle=1)
+    out = [Bundle(first.id, STAGE.name, TaskSet.span(n, n + 1)) for n in range(50)]
+    first.expect((bundle, 0.0) for bundle in out)
+    assert cutter.wave(second, one, tasks, 0) == ((), tasks)
+    first.record = replace(first.record, control=Control.PAUSE)
+    assert cutter.wave(second, one, tasks, 0)[0]

@@ -47,12 +47,14 @@ def test_a_persons_yaml_is_read(tmp_path: Path) -> None:
         "stack: grid\nregion: eu-west-1\n"
         "pools:\n  - {name: gpu, max_size: 4, types: [g5.xlarge]}\n"
         "parameters: {LogDays: 7, Versioning: true, SubnetIds: [subnet-1, subnet-2]}\n"
+        "environment: {BATCHLAB_LOG_FORMAT: json}\n"
     )
     assert settings.load(file) == Settings(
         "grid",
         "eu-west-1",
         (PoolSettings("gpu", max_size=4, types=("g5.xlarge",)),),
         (("LogDays", "7"), ("SubnetIds", "subnet-1,subnet-2"), ("Versioning", "true")),
+        environment=(("BATCHLAB_LOG_FORMAT", "json"),),
     )
 
 
@@ -68,6 +70,7 @@ def test_a_persons_yaml_is_read(tmp_path: Path) -> None:
         ("pools: [{name: a, types: m7i.large}]\n", "not a list"),
         ("parameters: [a]\n", "not names with values"),
         ("packages: duckdb\n", "not a list"),
+        ("environment: {API_TOKEN: x}\n", "API_TOKEN is a secret by its name"),
         ("a: [\n", "is not YAML"),
     ],
 )

@@ -28,4 +28,6 @@ def test_a_disk_that_takes_nothing_keeps_nobody_from_ending_an_instance(
     (tmp_path / "ending").touch()
     with caplog.at_level(logging.WARNING):
         Endings(tmp_path / "ending", WallClock()).note("i-1", "container", 100.0)
-    assert "i-1 has to be gone is not kept" in caplog.text
+    (told,) = caplog.records
+    assert "when it has to be gone is not kept" in told.getMessage()
+    assert vars(told)["instance"] == "i-1"

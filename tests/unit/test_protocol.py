@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -269,3 +270,12 @@ def test_the_policy_counts_tasks_or_percent() -> None:
     assert judge(replace(JOB, max_failures=2.9, max_failures_percent=True), counts).failed
     assert not judge(JOB, counts).stop
     assert judge(replace(JOB, fail_fast=True), counts).stop
+
+
+def test_what_workers_tell_of_themselves_survives_the_way_and_mischief() -> None:
+    told = wire.Events(told=(wire.Told("w-1", {"retried.timeout": 2}),))
+    assert wire.read_events_message(wire.events_message(told)) == told
+    for mischief in ([["w", 3]], [["w", {"a": "x"}]], [["w"]], [["w", {"a": float("inf")}]]):
+        body = json.dumps({"v": 1, "m": mischief})
+        with pytest.raises((TypeError, ValueError, AttributeError, OverflowError)):
+            wire.read_events_message(body)

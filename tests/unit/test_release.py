@@ -20,7 +20,7 @@ from batchlab import backends, package_data
 from batchlab.adapters.compose import images
 from batchlab.adapters.ec2_form import READY_HOOK, GroupForm
 from batchlab.adapters.objects import open_local
-from batchlab.deploy import release, wheelhouse
+from batchlab.deploy import environment, release, wheelhouse
 from batchlab.deploy.wheelhouse import Target
 from batchlab.errors import BackendError, UsageError
 from batchlab.patience import Patience
@@ -186,6 +186,34 @@ def test_the_databases_certificates_travel_with_it(tmp_path: Path, made: list[st
         release.build_release(tmp_path, database_ca=ca)
     with pytest.raises(UsageError, match="cannot be read"):
         release.build_release(tmp_path, database_ca=tmp_path / "none")
+
+
+def test_variables_travel_with_it_and_secrets_do_not(tmp_path: Path, made: list[str]) -> None:
+    variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://10.0.0.1:4318", "BATCHLAB_LOG": "DEBUG"}
+    environment.check(variables, "here")
+    with tarfile.open(release.build_release(tmp_path, variables=variables)) as archive:
+        file = archive.extractfile(environment.FILE)
+        assert file
+        text = file.read().decode()
+    assert text == "BATCHLAB_LOG=DEBUG\nOTEL_EXPORTER_OTLP_ENDPOINT=http://10.0.0.1:4318\n"
+    with tarfile.open(release.build_release(tmp_path)) as archive:
+        assert environment.FILE not in archive.getnames()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("OTEL_EXPORTER_OTLP_HEADERS", "x-api-key=k", "a secret by its name"),
+        ("BATCHLAB_NOTIFY_SECRET", "k", "a secret by its name"),
+        ("low", "x", "no name of a variable"),
+        ("A", "two words", "not everybody reads alike"),
+        ("A", "$HOME", "not everybody reads alike"),
+        ("A", "x\nB=y", "not everybody reads alike"),
+    ],
+)
+def test_what_cannot_travel_with_it_is_told(name: str, value: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        environment.check({name: value}, "settings.yaml: environment")
 
 
 def test_a_release_is_uploaded_once(tmp_path: Path) -> None:

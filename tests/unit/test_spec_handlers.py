@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from pathlib import Path
 
 import pytest
 
+from batchlab.spec import handlers
 from tests.unit.jobfiles import FOLDER, MINIMAL, WORK, compiled, load, refused, told, write
 
 
@@ -111,3 +113,30 @@ def test_the_remedy_for_a_missing_handler_names_the_nearest(
     write(folder, {"bad.py": "def one(:\n"})
     [error] = refused(folder, MINIMAL.replace("work:one", handler))
     assert (error.line, error.remedy) == (4, remedy)
+
+
+def test_each_module_is_read_once_however_they_import_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is sent to a manager is looked at there, by a thread that nobody can end."""
+    names = [f"m{number}" for number in range(12)]
+    for name in names:
+        others = "".join(f"from {other} import *\n" for other in names if other != name)
+        (tmp_path / f"{name}.py").write_text(others)
+    (tmp_path / "last.py").write_text("".join(f"from {name} import *\n" for name in names))
+    read: list[str] = []
+    parse = ast.parse
+
+    def noted(text: bytes, filename: str) -> ast.Module:
+        read.append(filename)
+        return parse(text, filename)
+
+    monkeypatch.setattr(ast, "parse", noted)
+    found = handlers.missing("last:absent", tmp_path)
+    assert found is not None
+    assert len(read) == len(set(read)) == 13
+
+
+def test_a_module_that_is_data_is_not_parsed(tmp_path: Path) -> None:
+    (tmp_path / "big.py").write_text("x = 1\n" * (handlers.READ_BYTES // 6 + 1))
+    assert handlers.missing("big:anything", tmp_path) is None

@@ -19,7 +19,7 @@ from batchlab.protocol import naming
 from tests import cfn
 from tests.properties.prove import PROPERTY
 from tests.properties.test_naming import COUNT, NAME, bundles, keys_of
-from tests.stack_shapes import SHAPES
+from tests.stack_shapes import SHAPES, TOPICS
 
 TEMPLATE = cfn.load()
 SHOWN = {name: cfn.Rendered(TEMPLATE, **shape) for name, shape in SHAPES.items()}
@@ -129,6 +129,28 @@ def test_the_store_is_reached_in_the_one_way_that_was_chosen() -> None:
     assert domain.endswith(":domain/<LedgerDomain>")
 
 
+def test_only_the_topics_that_are_named_may_be_published_to() -> None:
+    found = [(role, one["Resource"]) for role, action, one in allowed() if action == "sns:Publish"]
+    assert found == [("ManagerRole", list(TOPICS))]
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ("", True),
+        (TOPICS[0], True),
+        (",".join(TOPICS), True),
+        ("*", False),
+        (TOPICS[0].replace("batchlab-ends", "*"), False),
+        (TOPICS[0] + ",", False),
+        ("arn:aws:sqs:us-east-1:123456789012:queue", False),
+    ],
+)
+def test_no_other_text_names_topics(text: str, fits: bool) -> None:
+    pattern = TEMPLATE["Parameters"]["NotifyTopics"]["AllowedPattern"]
+    assert bool(re.fullmatch(pattern, text)) == fits
+
+
 def test_bounds_and_further_policies_are_attached_where_they_are_asked_for() -> None:
     own, plain = SHOWN["own-network"], SHOWN["empty"]
     for role in ("WorkerRole", "ManagerRole"):
@@ -214,7 +236,7 @@ def test_commits_are_protected_and_nothing_else_is(
         assert may("WorkerRole", "s3:GetObject", key)
         for role in ("WorkerRole", "ManagerRole"):
             assert not may(role, "s3:PutObject", key)
-    for key in (naming.USE, naming.used(job)):
+    for key in (naming.USE, naming.used(job), naming.NOTIFICATIONS):
         assert may("ManagerRole", "s3:PutObject", key)
         assert may("ManagerRole", "s3:GetObject", key)
         assert not may("WorkerRole", "s3:PutObject", key)

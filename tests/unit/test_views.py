@@ -12,11 +12,12 @@ import pytest
 
 from batchlab.errors import UsageError
 from batchlab.jobdef import JobDef, StageDef
+from batchlab.manager.admission import admit
 from batchlab.manager.live import LiveJob, Seen
 from batchlab.model import Bundle, Completion, JobId, JobState, StageCounts, StageName, TaskSet
 from batchlab.ports import BundleRecord, JobRecord, StageRecord
 from batchlab.protocol import naming, wire
-from batchlab.views import admit, job_view, outcome_view
+from batchlab.views import job_view, outcome_view
 
 MAP, SUM = StageName("map"), StageName("sum")
 JOB = JobDef(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -350,7 +350,11 @@ def test_the_oldest_running_bundle_is_named() -> None:
             "w-2": worker("w-2", old, since_s=MONO_S - 4000),
         },
     )
-    assert "w-2) for 66 min" in why(situation.facts())
+    answer = why(situation.facts())
+    assert "w-2) for 66 min" in answer
+    assert f"`batchlab job logs {JOB} --follow` shows what it prints" in answer
+    situation.workers = {"w-1": worker("w-1", young, since_s=MONO_S - 5)}
+    assert "--follow" not in why(situation.facts())
 
 
 def test_a_bundle_that_two_workers_run_counts_once() -> None:
@@ -413,3 +417,41 @@ def test_there_is_always_one_line_of_answer(situation: Situation) -> None:
 def test_one_and_many_are_told_apart(tasks: int, verb: str) -> None:
     make: Callable[[int], Bundle] = lambda n: bundle(JOB, *range(n))  # noqa: E731 - a fixture's worth
     assert verb in why(Situation(out=[(make(tasks), -5.0)]).facts())
+
+
+# --- What is said beside the reason --------------------------------------------------------------
+
+WAITS = Situation(out=QUEUED, instances=[instance("w-1")], workers={"w-1": worker("w-1")})
+RUNS = Situation(out=QUEUED, instances=[instance("w-1")], workers={"w-1": worker("w-1", bundle())})
+ENDED = Situation(JobState.FAILED, reason="2 tasks failed")
+
+
+def beside(situation: Situation, **more: Any) -> str:
+    """What the answer has beyond the reason alone."""
+    facts = situation.facts()
+    alone, whole = why(facts), why(replace(facts, **more))
+    assert whole.startswith(alone)
+    return whole.removeprefix(alone)
+
+
+def test_a_manager_that_is_behind_says_so() -> None:
+    told = beside(WAITS, lag_s=75.0)
+    assert told.startswith(" Also, the manager is 75 s behind")
+    assert "`bundle`" in told
+    assert beside(WAITS, lag_s=3.0) == ""
+    assert beside(ENDED, lag_s=75.0) == ""
+
+
+def test_what_the_log_has_warned_of_is_told_while_it_is_news() -> None:
+    said = (NOW_S - 12.0, "the bundle is given back:\nthe bucket is away.")
+    told = beside(WAITS, said=said)
+    assert told.startswith(" Also, the manager's log has said of it, 12 s ago: ")
+    assert told.endswith("the bundle is given back: the bucket is away.")
+    assert beside(RUNS, said=said) == "", "it runs: nobody need act on that"
+    assert beside(WAITS, said=(NOW_S - 3600.0, "old")) == ""
+
+
+def test_a_notification_that_does_not_arrive_is_told_of_any_job() -> None:
+    for situation in (WAITS, RUNS, ENDED):
+        told = beside(situation, undelivered="a notification of it to x has failed 3 times")
+        assert told.endswith("3 times (`batchlab notify log` has more).")

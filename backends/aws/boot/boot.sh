@@ -128,6 +128,7 @@ write_settings() {
   install -o batchlab -g batchlab -m 0640 "$home/aws/deployment.json.new" "$home/aws/deployment.json"
   rm "$home/aws/deployment.json.new"
   echo "AWS_DEFAULT_REGION=$REGION" > "$boot/environment"
+  [ ! -e "$release/environment" ] || cat "$release/environment" >> "$boot/environment"
 }
 
 install_units() {

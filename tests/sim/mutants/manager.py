@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 
 from batchlab.commit import commit
 from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager import rebuild, requests
+from batchlab.manager import rebuild, retries
 from batchlab.manager.conductor import Conductor
-from batchlab.manager.folding import Folder, Whole
+from batchlab.manager.folding import NOTHING, Folder, Traces, Whole
 from batchlab.manager.live import LiveJob, Outstanding, Ports
 from batchlab.manager.manager import Manager
 from batchlab.manager.plans import PartWriter
 from batchlab.manager.reconciler import Reconciler
-from batchlab.manager.requests import Requests
+from batchlab.manager.retries import RetryPlanner
 from batchlab.model import Completion, Control, JobId, StageCounts, StageName, TaskSet
 from batchlab.ports import Cut, Depth, JobRecord, Round, Written
 from batchlab.protocol import naming, settle, wire
@@ -39,13 +38,16 @@ def gather_on_message_count(plant: Plant) -> None:
 
     @plant.method(Folder, "fold")
     async def _fold(
-        self: Folder, completions: Sequence[Completion], whole: Whole = MappingProxyType({})
+        self: Folder,
+        completions: Sequence[Completion],
+        whole: Whole = NOTHING,
+        traces: Traces = NOTHING,
     ) -> None:
         for one in completions:
             if not one.bundle.round:
                 ended = len(one.succeeded) + len(one.failed) + len(one.cancelled)
                 heard[one.bundle.job, one.bundle.stage] += ended
-        await fold(self, completions, whole)
+        await fold(self, completions, whole, traces)
 
     @plant.method(Conductor, "_plan")
     async def _plan(self: Conductor, live: LiveJob, stage: StageDef) -> None:
@@ -177,8 +179,8 @@ def retry_runs_all_again(plant: Plant) -> None:
     """A retry runs the whole stage again, as it would a new one. What had succeeded has a second
     result (I1, I2)."""
 
-    @plant.method(Requests, "_succeeded")
-    async def _succeeded(self: Requests, job: JobId, counts: StageCounts) -> TaskSet:
+    @plant.method(RetryPlanner, "_succeeded")
+    async def _succeeded(self: RetryPlanner, job: JobId, counts: StageCounts) -> TaskSet:
         return TaskSet()
 
 
@@ -187,7 +189,7 @@ def retry_forgotten_by_the_next_leader(plant: Plant) -> None:
     """A retry re-opens the job in the ledger, and then sends its bundles. A manager that dies in
     between leaves a running job without a bundle (I7)."""
 
-    @plant.everywhere(requests.cuts_of_round)
+    @plant.everywhere(retries.cuts_of_round)
     async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
         return ()
 
@@ -256,7 +258,7 @@ def rebuild_forgets_casualties(plant: Plant) -> None:
 
     @plant.everywhere(original)
     async def _round(
-        ports: Ports, job: JobDef, number: int, retry: requests.Retry, found: rebuild._Found
+        ports: Ports, job: JobDef, number: int, retry: retries.Retry, found: rebuild._Found
     ) -> Round:
         whole = await original(ports, job, number, retry, found)
         return replace(whole, casualties=[{} for _ in whole.casualties])

@@ -150,6 +150,7 @@ def inputs_by_position(plant: Plant) -> None:
         *,
         now_s: float,
         items: dict[int, Json] | None = None,
+        trace: str = "",
     ) -> list[Addressed]:
         def inputs(stage: str, count: int) -> Sequence[Json] | None:
             known = outcome.values if stage != outcome.bundle.stage else [*(items or {}).values()]

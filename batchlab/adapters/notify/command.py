@@ -1,0 +1,73 @@
+"""A notification as a run of a command, which only the grid's own settings can name.
+
+Invariant: no shell, and no text of a job among its arguments: the notification is its standard
+input. It has ended, with all that it started, when its time is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import tempfile
+from contextlib import suppress
+
+from batchlab.notification import NotDelivered, Notification, Target
+
+WHOLE_S = 30.0
+TOLD_BYTES = 4096
+"""Of what it said, the end is looked at."""
+
+
+async def run(target: Target, one: Notification) -> None:
+    """Deliver; NotDelivered where it does not end with status 0."""
+    environment = {
+        **os.environ,
+        "BATCHLAB_NOTIFICATION": one.id,
+        "BATCHLAB_MOMENT": one.moment,
+        "BATCHLAB_JOB": one.job,
+        "BATCHLAB_ATTEMPT": str(one.attempts + 1),
+    }
+    # A file and not a pipe: what it leaves running may hold that open for as long as it likes.
+    with tempfile.TemporaryFile() as said:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *target.command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=said,
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise NotDelivered(
+                f"The program {target.command[0]!r} cannot be run: {error.strerror}."
+            ) from error
+        try:
+            async with asyncio.timeout(WHOLE_S):
+                await _told(process, one.body.encode())
+                status = await process.wait()
+        except TimeoutError:
+            raise NotDelivered(f"It had not ended after {WHOLE_S:.0f} s.") from None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+        if status:
+            last = _last_line(said.fileno())
+            raise NotDelivered(f"It ended with status {status}{f': {last}' if last else ''}.")
+
+
+async def _told(process: asyncio.subprocess.Process, body: bytes) -> None:
+    assert process.stdin
+    with suppress(BrokenPipeError, ConnectionResetError):  # it need not read
+        process.stdin.write(body)
+        await process.stdin.drain()
+    process.stdin.close()
+
+
+def _last_line(file: int) -> str:
+    size = os.fstat(file).st_size
+    text = os.pread(file, TOLD_BYTES, max(0, size - TOLD_BYTES)).decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines()]
+    return next((line for line in reversed(lines) if line), "")[:200].rstrip(".")

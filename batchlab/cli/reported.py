@@ -1,0 +1,217 @@
+"""Where the performance data lies that RUN means: a folder, or a job of the grid.
+
+Invariant: whoever names a folder needs no grid, no account and no network; whoever names a job gets
+its data as it is now, written anew where the bucket has none that is up to date.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchlab.cli import output
+from batchlab.errors import BatchlabError, UsageError
+from batchlab.home import Home
+from batchlab.model import JobId
+from batchlab.protocol import naming
+
+if TYPE_CHECKING:
+    from batchlab.backends import Backend
+    from batchlab.ports import Objects
+    from batchlab.report.writing import Index, Writer
+
+LOCAL = "local"
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The bucket of one grid, as this command reaches it. `backend` is its name, or "" for that of
+    the grid that is up."""
+
+    home: Home
+    backend: str = ""
+    endpoint: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the backend that is meant."""
+        if self.backend:
+            return self.backend
+        record = self.home.record()
+        return record.backend if record else LOCAL
+
+    def load(self) -> Backend:
+        from batchlab import backends
+
+        return backends.load(self.name, self.endpoint)
+
+
+@contextmanager
+def folders(source: Source, runs: Sequence[str]) -> Iterator[list[Path]]:
+    """The folders with the data of these runs, for as long as they are needed; "last" where none is
+    named. UsageError for what is neither a folder nor a job."""
+    with ExitStack() as stack:
+        yield [_folder(source, run, stack) for run in runs or ["last"]]
+
+
+def _folder(source: Source, run: str, stack: ExitStack) -> Path:
+    path = Path(run)
+    if path.is_dir():
+        return path
+    if "/" in run:
+        raise UsageError(
+            f"There is no folder {run}.",
+            remedy="Name a folder that `batchlab report pull` has made, or a job.",
+        )
+    job = job_of(source, run)
+    return asyncio.run(_of_job(source, job, stack))
+
+
+async def _of_job(source: Source, job: JobId, stack: ExitStack) -> Path:
+    from batchlab import backends
+    from batchlab.report.writing import fetch, index_of
+
+    backend = source.load()
+    objects, patience = backend.open_objects(source.home), backends.patience()
+    index = await index_of(objects, patience, job)
+    if index is None:
+        return await _written(source, backend, objects, job, stack)
+    here = objects.local_path(naming.reports(job) + "jobs.parquet")
+    if here is not None:
+        return here.parent
+    kept = source.home.reports / backend.name / job
+    if not _is_kept(kept, index):
+        with _made_anew(kept) as fresh:
+            await fetch(objects, patience, job, index, fresh)
+            (fresh / ".index.json").write_bytes(index.to_bytes())
+    return kept
+
+
+async def _written(
+    source: Source, backend: Backend, objects: Objects, job: JobId, stack: ExitStack
+) -> Path:
+    """What is made now; it goes into the bucket too, where it is the job's end and may."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="batchlab-report-")))
+    writer = writer_of(source, backend, objects)
+    index = await writer.make(job, folder)
+    if index.is_final:
+        # Of use to the next one who asks, and nothing to this one: it may not be allowed.
+        with suppress(BatchlabError):
+            await writer.publish(job, folder, index)
+    return folder
+
+
+def writer_of(source: Source, backend: Backend, objects: Objects) -> Writer:
+    """Writes by the home's prices; without cost, and saying so, where these cannot be read."""
+    from batchlab import backends
+    from batchlab.costs import prices
+    from batchlab.report.building import Setting
+    from batchlab.report.writing import Writer
+
+    book = None
+    try:
+        book = prices.load(source.home.path)
+    except UsageError as error:
+        output.say(f"The data has no cost: {error}")
+    pools = tuple(backend.pools_in(source.home))
+    return Writer(objects, backends.patience(), Setting(backend.name, pools, backend.pace, book))
+
+
+def _is_kept(folder: Path, index: Index) -> bool:
+    try:
+        return (folder / ".index.json").read_bytes() == index.to_bytes()
+    except OSError:
+        return False
+
+
+@contextmanager
+def _made_anew(folder: Path) -> Iterator[Path]:
+    """A folder that takes the place of `folder` once it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    try:
+        yield fresh
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.chmod(0o755)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def pull(source: Source, job: JobId, out: Path) -> Index:
+    """Bring a job's data into the folder `out`, which is made or replaced; UsageError where that
+    holds something else."""
+    from batchlab.report.schema import JOBS
+
+    is_run = (out / JOBS.file).is_file()
+    if out.exists() and not is_run and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(
+            f"{out} is there already, and is no job performance data.",
+            remedy="Name another folder with --out.",
+        )
+    try:
+        with _made_anew(out.absolute()) as fresh:
+            return asyncio.run(_brought(source, job, fresh))
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written: {error.strerror}.") from error
+
+
+async def _brought(source: Source, job: JobId, folder: Path) -> Index:
+    from batchlab import backends
+    from batchlab.report.writing import fetch, index_of
+
+    backend = source.load()
+    objects, patience = backend.open_objects(source.home), backends.patience()
+    index = await index_of(objects, patience, job)
+    if index is None:
+        return await writer_of(source, backend, objects).make(job, folder)
+    await fetch(objects, patience, job, index, folder)
+    return index
+
+
+async def write(source: Source, job: JobId) -> Index:
+    """Make a job's data anew and put it into the bucket."""
+    backend = source.load()
+    objects = backend.open_objects(source.home)
+    writer = writer_of(source, backend, objects)
+    with tempfile.TemporaryDirectory(prefix="batchlab-report-") as folder:
+        index = await writer.make(job, Path(folder))
+        await writer.publish(job, Path(folder), index)
+    return index
+
+
+# --- Jobs ----------------------------------------------------------------------------------------
+
+
+def job_of(source: Source, text: str) -> JobId:
+    """The job that `text` means: an id, the beginning of one, or "last"; UsageError. Of a grid that
+    is not up, and whose ledger is not here, only a whole id means one."""
+    from batchlab.cli.session import connect, resolve
+
+    record = source.home.record()
+    if record and record.backend == source.name:
+        with connect(source.home) as client:
+            return JobId(resolve(client, text)["id"])
+    if source.load().keeps_files:
+        from batchlab.cli.billing import facts_of
+
+        return JobId(facts_of(source.home, text).job["id"])
+    if text == "last":
+        raise UsageError(
+            f"No grid on {source.name} is up in {source.home.path}, so nobody knows which job is "
+            "the last one.",
+            remedy="Write the job's whole id, or bring the grid up.",
+        )
+    if not _ID.fullmatch(text):
+        raise UsageError(
+            f"{text!r} is no job's id.", remedy="An id looks like month-end-0123456789."
+        )
+    return JobId(text)

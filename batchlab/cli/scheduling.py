@@ -1,0 +1,227 @@
+"""A job file on its way to a schedule, and what has become of the file since.
+
+Invariant: what a schedule runs is what was uploaded when it was added; a file that has changed
+since is told of, and never used unasked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchlab.cli import output
+from batchlab.errors import BatchlabError, NotFound, UsageError
+
+if TYPE_CHECKING:
+    from batchlab.client import Client
+    from batchlab.home import Home
+    from batchlab.jobdef import JobDef
+    from batchlab.model import Json
+    from batchlab.spec.jobfile import JobFile
+    from batchlab.timetable import SchedulesView, ScheduleView
+
+RAW = "raw/"
+"""Where a worker may read a job's input, on AWS and so everywhere."""
+_AT = "Write +10m, or a time such as 2026-03-29T06:00 (in --timezone) or with its own zone."
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the command line says; what is None the job file may say, or nobody."""
+
+    name: str | None = None
+    cron: str | None = None
+    at: str | None = None
+    timezone: str | None = None
+    missed: str = "run-once"
+    missed_within: str | None = None
+    overlap: str = "skip"
+    prewarm: str | None = None
+    capacity: int | None = None
+    input: str | None = None
+    due_param: str | None = None
+    max_cost_usd: float | None = None
+
+
+def add(
+    home: Home, file: Path, sets: Iterable[str], given: Given, *, replacing: bool
+) -> ScheduleView:
+    """Upload what the job file names, and keep it as a schedule of the grid that is up."""
+    from batchlab import backends, spec
+    from batchlab.cli.session import Session
+    from batchlab.cli.submitting import overrides
+    from batchlab.submission import Uploaded, code_digest, prepare
+
+    changes = overrides(sets)
+    with Session.attached(home) as session:
+        backend = session.backend
+        clock = backend.open_clock()
+        jobfile = spec.load(file, changes, needs_input=given.input is None)
+        bucket = backends.client_environment(backend, home).get("BATCHLAB_BUCKET", "")
+        keys = _keys(jobfile, given.input, bucket)
+        packed = code_digest(jobfile)
+        name = given.name or jobfile.job.name
+        schedule = _described(jobfile, given, name, clock.now_s())
+        schedule["fingerprint"] = _fingerprint(file, packed[1], given.input is None)
+        notes = output.Sometimes()
+
+        def note(up: Uploaded) -> None:
+            notes.say(f"Uploaded {up.files:,} of {up.of:,} files, {output.size(up.size_bytes)}.")
+
+        preparing = prepare(
+            jobfile,
+            objects=backend.open_objects(home),
+            clock=clock,
+            patience=backends.patience(),
+            # Of the same content the same: what was uploaded before is found there.
+            token=f"schedule/{name}/{spec.fingerprint(jobfile, packed[1])}",
+            packed=packed,
+            progress=note,
+            keys=keys,
+            recurring=True,
+        )
+        job: JobDef = asyncio.run(preparing)
+        if given.max_cost_usd is not None:
+            job = replace(job, max_cost_usd=given.max_cost_usd)
+        return session.call(lambda client: client.add_schedule(schedule, job, replace=replacing))
+
+
+def _described(jobfile: JobFile, given: Given, name: str, now_s: float) -> dict[str, Json]:
+    if given.cron and given.at:
+        raise UsageError("--cron and --at exclude each other.", remedy="Say one of them.")
+    said = jobfile.job
+    cron = given.cron or (None if given.at else said.cron)
+    at = given.at or (None if cron else said.at)
+    if not cron and not at:
+        raise UsageError(
+            "Nothing says when it is to run.",
+            remedy="Say --cron '0 2 * * *' or --at 2026-03-29T06:00, or write cron: in the file.",
+        )
+    zone = given.timezone or said.timezone
+    if given.capacity is not None and given.prewarm is None:
+        raise UsageError(
+            "--capacity is what --prewarm has ready.", remedy="Say --prewarm 10m as well."
+        )
+    return {
+        "name": name,
+        "cron": cron or "",
+        "timezone": zone,
+        "at_s": moment(at, zone, now_s) if at else None,
+        "missed": given.missed,
+        "missed_within_s": _span("--missed-within", given.missed_within),
+        "overlap": given.overlap,
+        "prewarm_s": _span("--prewarm", given.prewarm) or 0.0,
+        "capacity": given.capacity,
+        "due_param": given.due_param or "",
+        "source": str(jobfile.path),
+    }
+
+
+def moment(text: str, zone: str, now_s: float) -> float:
+    """The epoch second that `--at` names: `+10m`, or an ISO 8601 time, in `zone` where it names
+    none of its own; UsageError."""
+    from batchlab.schedule import times
+    from batchlab.spec import units
+
+    tz = times.zone_of(zone)
+    try:
+        if not text.startswith("+"):
+            naive = datetime.fromisoformat(text)
+            if naive.tzinfo is None:
+                return times.of_local(naive, tz)
+        return units.start_s(text, now_s)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"{text[:60]!r} is no time.", remedy=_AT) from error
+
+
+def _span(option: str, text: str | None) -> float | None:
+    from batchlab.spec import units
+
+    if text is None:
+        return None
+    try:
+        return units.seconds(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}.", remedy=f"Write {units.DURATION_FORMS}.") from error
+
+
+def _keys(jobfile: JobFile, prefix: str | None, bucket: str) -> list[str] | None:
+    """Objects of the grid's own bucket that are the input, None where files are to be uploaded."""
+    if prefix is not None:
+        found = [prefix]
+    else:
+        begin = f"s3://{bucket}/"
+        own = [
+            one.removeprefix(begin)
+            for one in jobfile.files
+            if bucket and isinstance(one, str) and one.startswith(begin)
+        ]
+        if not own:
+            return None
+        if len(own) < len(jobfile.files):
+            raise UsageError(
+                "The input is partly in the grid's bucket, and partly not.",
+                remedy="Name objects of the bucket only, or files only.",
+            )
+        found = own
+    for one in found:
+        is_prefix = one.endswith("/") or prefix is None
+        if not one.startswith(RAW) or not is_prefix or ".." in one.split("/"):
+            raise UsageError(
+                f"The input {one!r} is not below raw/ in the grid's bucket, where workers may "
+                "read.",
+                remedy="Write a prefix such as raw/incoming/, which ends in a slash.",
+            )
+    return found
+
+
+def _fingerprint(file: Path, code: str, needs_input: bool) -> str:
+    """Of the file by itself, without what --set has changed."""
+    from batchlab import spec
+
+    return spec.fingerprint(spec.load(file, needs_input=needs_input), code)
+
+
+def since(view: ScheduleView) -> str:
+    """What has become of the schedule's job file since it was added; "" where it is as it was, or
+    lies on another machine."""
+    from batchlab.submission import code_digest
+
+    file = Path(view["source"]) if view["source"] else None
+    if file is None or not file.exists():
+        return ""
+    needs_input = not view["input"]
+    try:
+        from batchlab import spec
+
+        jobfile = spec.load(file, needs_input=needs_input)
+        now = _fingerprint(file, code_digest(jobfile)[1], needs_input)
+    except BatchlabError:
+        return f"{file} has changed since, and is no job file that can be run now."
+    except OSError as error:
+        return f"{file} cannot be looked at: {error.strerror}."
+    if now == view["fingerprint"]:
+        return ""
+    return (
+        f"{file}, or what it names, has changed since: runs are as it was when it was added; "
+        f"`batchlab schedule add` with --replace takes what it is now."
+    )
+
+
+def kept(client: Client) -> SchedulesView:
+    """The schedules of the grid; none where its manager is of a release that has none."""
+    try:
+        return client.schedules()
+    except NotFound:
+        return {"schedules": [], "notes": []}
+
+
+def asked() -> str:
+    """A name for one request, so that asking again asks for nothing more."""
+    from batchlab.adapters.clock import RandomIds
+
+    return RandomIds().fresh("asked")

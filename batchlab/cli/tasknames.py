@@ -1,0 +1,143 @@
+"""Which task a command line means, and the bucket it is in.
+
+Invariant: where a grid is up its manager says which job is meant; where none is, the bucket is read
+without one, as far as it is there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from batchlab.errors import UsageError
+
+if TYPE_CHECKING:
+    from batchlab.backends import Backend
+    from batchlab.home import Home
+    from batchlab.model import StageName
+    from batchlab.patience import Patience
+    from batchlab.ports import Objects
+
+T = TypeVar("T")
+
+TaskArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TASK",
+        help="A task: stage/3 or 'stage[3]', or 3 alone where the job has one stage.",
+        show_default=False,
+    ),
+]
+StageOption = Annotated[
+    str | None,
+    typer.Option("--stage", metavar="NAME", help="The task's stage.", show_default=False),
+]
+AnyBackendOption = Annotated[
+    str | None,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="Where the grid lives, where none is up in the folder; 'local' unless said.",
+        show_default=False,
+    ),
+]
+
+PATIENCE_S = 5.0
+"""How long a bucket may fail to answer somebody who waits for it."""
+
+_TASK = re.compile(r"(?:(?P<stage>[^/\[\]:]+)[/:\[])?(?P<index>\d+)\]?")
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def parse(text: str, stage: str | None = None) -> tuple[str | None, int]:
+    """Stage, where it is said, and index of `parse/3`, `parse[3]`, `parse:3` or `3`; UsageError."""
+    found = _TASK.fullmatch(text.strip())
+    if found is None or (found["stage"] and stage and found["stage"] != stage):
+        raise UsageError(
+            f"{text!r} names no task.", remedy="Write the stage and the index, such as parse/3."
+        )
+    return found["stage"] or stage, int(found["index"])
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Where a job's objects are. `job` is its whole id."""
+
+    home: Home
+    backend: Backend
+    job: str
+
+    @property
+    def patience(self) -> Patience:
+        import random
+
+        from batchlab.patience import Patience
+
+        return Patience(random.Random(), limit_s=PATIENCE_S)  # noqa: S311 - jitter, not a secret
+
+    def read(self, call: Callable[[Objects, Patience], Coroutine[Any, Any, T]]) -> T:
+        """What `call` comes to, given the bucket and some patience."""
+        import asyncio
+
+        objects = self.backend.open_objects(self.home)
+        return asyncio.run(call(objects, self.patience))
+
+
+def find(home: Home, backend: str | None, job: str) -> Bucket:
+    """The bucket that a job is in, by the manager that runs in `home`, or where none does by the
+    whole id. UsageError."""
+    from batchlab import backends
+    from batchlab.cli.session import connect, resolve
+
+    if record := home.record():
+        if backend and backend != record.backend:
+            raise UsageError(
+                f"The grid in {home.path} runs on backend {record.backend}, not {backend}.",
+                remedy="Leave out --backend, or name another folder with --home.",
+            )
+        with connect(home) as client:
+            return Bucket(home, backends.load(record.backend), resolve(client, job)["id"])
+    loaded = backends.load(backend or "local")
+    if loaded.fleet == "simulated":
+        raise UsageError(
+            "The simulator keeps no tasks.", remedy="Run the job on --backend local first."
+        )
+    if loaded.keeps_files and not home.objects.is_dir():
+        raise UsageError(
+            f"There is no grid in {home.path}, and never was one.",
+            remedy="Name its folder with --home.",
+        )
+    if job == "last" or not _ID.fullmatch(job):
+        raise UsageError(
+            f"No grid is up in {home.path}, so nobody knows which job {job!r} is.",
+            remedy="Name it by its whole id, or bring the grid up: `batchlab grid up`.",
+        )
+    return Bucket(home, loaded, job)
+
+
+def stage_of(bucket: Bucket, stage: str | None) -> StageName:
+    """The stage that is named, or the only one there is; UsageError."""
+    from batchlab import attempts
+    from batchlab.errors import NotFound
+    from batchlab.model import JobId, StageName
+
+    try:
+        job = bucket.read(
+            lambda objects, patience: attempts.definition(objects, JobId(bucket.job), patience)
+        )
+    except NotFound as error:
+        raise UsageError(
+            f"The bucket has no job {bucket.job}: it never had, or its objects have been removed.",
+            remedy="Name the job by its whole id, as `batchlab job list` shows it.",
+        ) from error
+    names = [one.name for one in job.stages]
+    if stage is None and len(names) == 1:
+        return names[0]
+    if stage in names:
+        return StageName(stage)
+    missing = f"Job {bucket.job} has no stage {stage!r}." if stage else "Which stage is meant?"
+    raise UsageError(missing, remedy=f"It has {', '.join(names)}; write {names[0]}/INDEX.")

@@ -1,0 +1,384 @@
+"""Tells whoever wants to know of a job's end, its failures, its standing still and its cap.
+
+Invariants: at least once. What is to be told is in the bucket before the ledger says that the job
+has ended, and stays there until it is delivered or given up, whichever manager leads meanwhile. A
+target that is away costs nobody but itself anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+
+from batchlab import notification
+from batchlab.errors import AlreadyExists, BackendError, NotFound
+from batchlab.manager.counts import Counts
+from batchlab.manager.live import LiveJob, Ports, Seen
+from batchlab.manager.told import Book
+from batchlab.model import Control, JobId, JobState
+from batchlab.notification import NotDelivered, Notification, Target
+from batchlab.ports import Ending
+from batchlab.protocol import naming, wire
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 8
+AT_ONCE_TO_ONE = 2
+"""So one target that hangs takes few of the others' places, however much waits for it."""
+LONGEST_WAIT_S = 900.0
+"""Between two tries; the first comes after 2 s, each further wait is twice as long."""
+GIVE_UP_S = 86_400.0
+REWRITES = 8
+"""Others write only while a lead changes, so a few tries are plenty."""
+EXPLAINED_AT_ONCE = 5
+"""Of jobs that stand still, in one tick: each asks the fleet and the ledger."""
+MOST_PENDING = 2000
+"""Beyond so many the oldest is given up."""
+
+Deliver = Callable[[Target, Notification], Awaitable[None]]
+"""Returns once it has been delivered; NotDelivered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlets:
+    """What a manager notifies by: the grid's own targets as they are now, and the way to any."""
+
+    targets: Callable[[], Sequence[Target]]
+    deliver: Deliver
+
+
+@dataclass(slots=True)
+class _Stand:
+    """How far a job was when it was last seen to move."""
+
+    marker: tuple[int, ...]
+    since_s: float
+
+
+class Notifying:
+    """One manager's. `explain` says why a job does not go on."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        lives: Mapping[JobId, LiveJob],
+        workers: Mapping[str, Seen],
+        outlets: Outlets,
+        counts: Counts,
+        cap_of: Callable[[LiveJob], str] = lambda _: "",
+    ) -> None:
+        """`cap_of` names the caps that hold for a job: another one is another moment."""
+        self._ports = ports
+        self._lives = lives
+        self._workers = workers
+        self._outlets = outlets
+        self._counts = counts
+        self._cap_of = cap_of
+        self.explain: Callable[[JobId], Awaitable[str]] | None = None
+        self.book = Book()
+        self._etag: str | None = None
+        self._changes = 0
+        self._saved = 0
+        self._lock = asyncio.Lock()
+        self._due = asyncio.Event()
+        self._sending: dict[str, str] = {}
+        """Where to, by id."""
+        self._stands: dict[JobId, _Stand] = {}
+        self._told_of: dict[JobId, set[str]] = {}
+        """Moments of live jobs that are in the book, or were: it forgets, and they last."""
+
+    def targets(self) -> list[Target]:
+        """The grid's own."""
+        return list(self._outlets.targets())
+
+    # --- Moments ---------------------------------------------------------------------------------
+
+    async def ended(self, live: LiveJob, ending: Ending) -> None:
+        """The job's end is committed. BackendError where that cannot be told of yet."""
+        moment = ending.state.value.lower()
+        every = [*self._outlets.targets(), *notification.targets_of(live.job)]
+        wanted = [one for one in every if one.wants(moment)]
+        self._stands.pop(live.id, None)
+        if not wanted:
+            return
+        state, reason, at_s = ending.state, ending.reason, ending.ended_s
+        record = replace(live.record, state=state, reason=reason, ended_s=at_s, round=live.round)
+        body = notification.body_of(record, list(live.stages.values()))
+        await self._add(
+            [
+                notification.made(one, live.job, live.round, moment, body, at_s=at_s)
+                for one in wanted
+            ]
+        )
+
+    async def observe(self) -> None:
+        """See which jobs have come to a moment that somebody waits for."""
+        for gone in self._stands.keys() - self._lives.keys():
+            del self._stands[gone]
+        for gone in self._told_of.keys() - self._lives.keys():
+            del self._told_of[gone]
+        explained = 0
+        found: list[Notification] = []
+        everybodys = self._outlets.targets()
+        for live in list(self._lives.values()):
+            targets = [*everybodys, *notification.targets_of(live.job)]
+            if not targets or live.ended.is_set():
+                continue
+            # It looks at all that runs anywhere: only for somebody.
+            waits = any(target.wants("stuck") for target in targets)
+            stood_s = self._stood_s(live) if waits else 0.0
+            told_of = self._told_of.setdefault(live.id, set())
+            for target in targets:
+                for moment, key in self._moments(live, target, stood_s):
+                    id_ = notification.derived_id(target, live.id, live.round, moment, key)
+                    if id_ in told_of or self.book.knows(id_):
+                        continue
+                    explained += moment == "stuck"
+                    if moment == "stuck" and explained > EXPLAINED_AT_ONCE:
+                        continue  # the tick waits for each, and the next one comes soon
+                    told_of.add(id_)
+                    found.append(await self._told(live, target, moment, key))
+        try:
+            await self._add(found)
+        except BackendError as error:
+            log.warning("notifications are not written down yet: %s", error)
+
+    def _moments(self, live: LiveJob, target: Target, stood_s: float) -> Iterator[tuple[str, str]]:
+        failed = sum(one.counts.failed for one in live.stages.values())
+        if target.wants("failures") and failed >= target.failures:
+            yield "failures", str(target.failures)
+        if target.wants("capped") and live.capped:
+            yield "capped", self._cap_of(live)
+        if target.wants("stuck") and stood_s >= target.stuck_s:
+            yield "stuck", ".".join(map(str, self._stands[live.id].marker))
+
+    async def _told(self, live: LiveJob, target: Target, moment: str, key: str) -> Notification:
+        why = live.capped
+        if moment == "stuck" and self.explain:
+            try:
+                why = await self.explain(live.id)
+            except BackendError as error:
+                why = f"The backend does not answer: {error}"
+            except Exception:
+                # A bug, met by one job's facts: it must not end the manager's tick.
+                log.exception("why job %s stands still could not be told", live.id)
+        body = notification.body_of(live.record, list(live.stages.values()), why=why)
+        at_s = self._ports.clock.now_s()
+        return notification.made(target, live.job, live.round, moment, body, at_s=at_s, key=key)
+
+    def _stood_s(self, live: LiveJob) -> float:
+        """For how long nothing of the job has moved that should."""
+        now_s = self._ports.clock.monotonic_s()
+        counts = [one.counts for one in live.stages.values()]
+        marker = (
+            live.round,
+            sum(one.planned is not None for one in counts),
+            sum(one.terminal + one.retried for one in counts),
+        )
+        stand = self._stands.setdefault(live.id, _Stand(marker, now_s))
+        if stand.marker != marker or self._moves(live, now_s):
+            stand.marker, stand.since_s = marker, now_s
+        return now_s - stand.since_s
+
+    def _moves(self, live: LiveJob, now_s: float) -> bool:
+        """Whether it runs somewhere, or waits for what its user or its retry rule has asked for."""
+        if live.record.control is not Control.RUN or live.record.state is JobState.SCHEDULED:
+            return True
+        if live.capped or any(one.heard_s > now_s for one in live.all_outstanding()):
+            return True
+        held = (one for seen in self._workers.values() for one in seen.since_s)
+        return any(one.job == live.id for one in held)
+
+    # --- The bucket ------------------------------------------------------------------------------
+
+    async def load(self) -> None:
+        """Take over what the manager before us has not delivered. It is left where it is while the
+        bucket does not answer: writing meets what is there anyway."""
+        try:
+            await self._read()
+        except BackendError as error:
+            log.warning("what is to be notified cannot be read yet: %s", error)
+
+    async def _read(self) -> None:
+        get = partial(self._ports.objects.get_if_changed, naming.NOTIFICATIONS, None)
+        try:
+            found = await self._ports.patience(get)
+        except NotFound:
+            self._etag = None
+            return
+        assert found, "asked for without a version"
+        self._etag = found[1]
+        try:
+            self.book.merge(Book.from_bytes(found[0]))
+        except (KeyError, TypeError, ValueError) as error:
+            # One that a later release has written must not keep anybody from leading.
+            log.error("what is to be notified cannot be read, and begins anew: %r", error)
+        self._due.set()
+
+    async def _add(self, some: Sequence[Notification]) -> None:
+        fresh = [one for one in some if not self.book.knows(one.id)]
+        if not fresh and self._saved >= self._changes:
+            return  # else one who was here before has not got it into the bucket
+        for one in fresh:
+            self.book.pending[one.id] = one
+        while len(self.book.pending) > MOST_PENDING:
+            self._close(next(iter(self.book.pending.values())), "given up", "there are too many")
+        try:
+            await self._save()
+        finally:
+            self._due.set()
+
+    async def _save(self) -> None:
+        """Write the book down; those who come together share one write."""
+        self._changes += 1
+        mine = self._changes
+        async with self._lock:
+            for left in reversed(range(REWRITES)):
+                if self._saved >= mine:
+                    return
+                writing = self._changes
+                put = partial(
+                    self._ports.objects.put,
+                    naming.NOTIFICATIONS,
+                    self.book.to_bytes(),
+                    if_absent=self._etag is None,
+                    if_match=self._etag,
+                )
+                try:
+                    self._etag = await self._ports.patience(put)
+                    self._saved = writing
+                except (AlreadyExists, NotFound):
+                    # Another leader's, or our own first try whose answer was lost. Or there is no
+                    # bucket, which no number of tries mends.
+                    if not left:
+                        raise
+                    await self._read()
+
+    # --- Delivery --------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Deliver for ever what is due."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self._due.clear()
+                now_s = self._ports.clock.now_s()
+                waits_s = LONGEST_WAIT_S
+                for one in list(self.book.pending.values()):
+                    if one.id in self._sending:
+                        continue
+                    if one.due_s > now_s:
+                        waits_s = min(waits_s, one.due_s - now_s)
+                    elif self._has_room(_place(one)):
+                        self._sending[one.id] = _place(one)
+                        group.create_task(self._deliver(one), name=f"notification {one.id}")
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(waits_s):
+                        await self._due.wait()
+
+    def _has_room(self, place: str) -> bool:
+        busy = list(self._sending.values())
+        return len(busy) < AT_ONCE and busy.count(place) < AT_ONCE_TO_ONE
+
+    async def tried(self, within_s: float) -> None:
+        """Return once everything has been tried, or after so long: for who is about to end."""
+        until_s = self._ports.clock.monotonic_s() + within_s
+        while any(not one.attempts for one in self.book.pending.values()):
+            if self._ports.clock.monotonic_s() >= until_s:
+                return
+            await asyncio.sleep(0.02)
+
+    async def _deliver(self, one: Notification) -> None:
+        try:
+            await self._try(one)
+            await self._save()
+        except BackendError as error:
+            log.warning("what came of a notification is not written down yet: %s", error)
+        finally:
+            del self._sending[one.id]
+            self._due.set()
+
+    async def _try(self, one: Notification) -> None:
+        now_s = self._ports.clock.now_s()
+        target = self._target(one)
+        if target is None:
+            self._close(one, "given up", f"the grid has no target {one.target!r} any more")
+            return
+        about = {"job": one.job}
+        try:
+            await self._outlets.deliver(target, one)
+        except NotDelivered as error:
+            tried = replace(one, attempts=one.attempts + 1, error=error.message)
+            if error.final or now_s - one.at_s >= GIVE_UP_S:
+                self._counts.deliveries[target.kind, "given_up"] += 1
+                self._close(tried, "given up", error.message)
+                log.warning(
+                    "a notification to %s is given up: %s", target.shown, error, extra=about
+                )
+                return
+            self._counts.deliveries[target.kind, "failed"] += 1
+            wait_s = min(LONGEST_WAIT_S, 2.0 ** min(tried.attempts, 20))
+            if one.id in self.book.pending:  # else another leader has told them meanwhile
+                self.book.pending[one.id] = replace(tried, due_s=now_s + wait_s)
+            log.warning(
+                "a notification to %s is tried again in %.0f s: %s",
+                *(target.shown, wait_s, error.message),
+                extra=about,
+            )
+        else:
+            self._counts.deliveries[target.kind, "delivered"] += 1
+            self._close(replace(one, attempts=one.attempts + 1), "delivered", "")
+            log.info("told %s that it is %s", target.shown, one.moment, extra=about)
+
+    def _close(self, one: Notification, state: str, error: str) -> None:
+        ended_s = self._ports.clock.now_s()
+        self.book.close(replace(one, state=state, error=error, ended_s=ended_s))
+
+    def _target(self, one: Notification) -> Target | None:
+        if one.own is not None:
+            number = int(one.target.rpartition("#")[2])
+            return notification.own_target(one.job, number, one.own)
+        return next((t for t in self._outlets.targets() if t.name == one.target), None)
+
+    async def test(self, name: str) -> str:
+        """Tell one of the grid's targets that this is a test, once; what went wrong, or ""."""
+        target = next((t for t in self._outlets.targets() if t.name == name), None)
+        if target is None:
+            names = ", ".join(t.name for t in self._outlets.targets()) or "none"
+            raise NotFound(f"The grid has no target {name!r}.", remedy=f"Its targets are: {names}.")
+        at_s = self._ports.clock.now_s()
+        id_ = notification.derived_id(target, "", 0, "test", self._ports.ids.fresh("test"))
+        text = {"v": wire.VERSION, "id": id_, "moment": "test", "at_s": at_s}
+        one = Notification(id_, "test", "", name, None, wire.dumps(text), at_s)
+        try:
+            await self._outlets.deliver(target, one)
+        except NotDelivered as error:
+            self._close(replace(one, attempts=1), "given up", error.message)
+            return error.message
+        else:
+            self._close(replace(one, attempts=1), "delivered", "")
+            return ""
+        finally:
+            with suppress(BackendError):  # it is in the log of this manager at least
+                await self._save()
+
+    def trouble(self, job: str) -> str:
+        """What keeps the job's notifications, as a clause; "" where nothing does."""
+        waiting = [one for one in self.book.pending.values() if one.job == job and one.attempts]
+        if not waiting:
+            return ""
+        last = max(waiting, key=lambda one: one.attempts)
+        target = self._target(last)
+        where = target.shown if target else last.target
+        return (
+            f"a notification of it to {where} has not arrived, tries so far: {last.attempts}, the "
+            f"last: {last.error.rstrip('.')}"
+        )
+
+
+def _place(one: Notification) -> str:
+    """Where it goes, whichever job names that."""
+    return one.own.to if one.own else one.target

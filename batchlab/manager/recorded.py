@@ -1,0 +1,106 @@
+"""What was recorded, as a document in the bucket: a job's part of it, and two parts together.
+
+Invariant: pure; what is made of a document does not depend on who makes it, or when.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+from batchlab.model import JobId
+
+Doc = dict[str, Any]
+"""As `Recorder` keeps it: `pools` by name with `slots`, `type` and the points of their `series`;
+`scaling`, `instances` and `workers` as rows; in a job's part `requests` and `duplicates` too."""
+
+BEFORE_S = 5.0
+"""A decision may come before the first look at the job that it was made for."""
+
+
+def part_of(doc: Doc, job: JobId) -> Doc:
+    """What of the whole document belongs to a job; an empty part where nothing does."""
+    own: Mapping[str, Any] | None = doc["jobs"].get(job)
+    earlier: Doc | None = doc["earlier"].get(job)
+    if own is None:
+        return earlier or empty()
+    since_s = own["since_s"]
+    mine = {name: pool for name, pool in doc["pools"].items() if name in own["pools"]}
+    part = {
+        "pools": {
+            name: {
+                **pool,
+                "series": pool["series"][bisect_right(pool["series"], since_s, key=_at) :],
+            }
+            for name, pool in mine.items()
+        },
+        "scaling": _decisions(doc["scaling"], mine, since_s - BEFORE_S),
+        "instances": {
+            name: list(one)
+            for name, one in doc["instances"].items()
+            if one[0] in mine and (one[6] is None or one[6] >= since_s)
+        },
+        "workers": {
+            name: list(one)
+            for name, one in doc["workers"].items()
+            if one[1] in mine and one[4] >= since_s
+        },
+        "requests": list(own["requests"]),
+        "duplicates": {
+            stage: {kind: list(counted) for kind, counted in kinds.items()}
+            for stage, kinds in own["duplicates"].items()
+        },
+    }
+    return together(earlier, part) if earlier else part
+
+
+def _at(point: Sequence[Any]) -> float:
+    return float(point[0])
+
+
+def _decisions(
+    every: Sequence[Sequence[Any]], pools: Collection[str], since_s: float
+) -> list[list[Any]]:
+    recent = takewhile(lambda one: one[1] > since_s, reversed(every))
+    return [list(one) for one in recent if one[0] in pools][::-1]
+
+
+def empty() -> Doc:
+    """Of a job while which nobody looked."""
+    return {
+        "pools": {},
+        "scaling": [],
+        "instances": {},
+        "workers": {},
+        "requests": [],
+        "duplicates": {},
+    }
+
+
+def together(a: Doc, b: Doc) -> Doc:
+    """Two parts of one job, of which `b` is the later one."""
+    pools = dict(a["pools"])
+    for name, pool in b["pools"].items():
+        series = [*pools[name]["series"], *pool["series"]] if name in pools else pool["series"]
+        pools[name] = {**pool, "series": series}
+    duplicates: dict[str, dict[str, list[float]]] = {}
+    for one in (a, b):
+        for stage, kinds in one["duplicates"].items():
+            for kind, (count, slot_s) in kinds.items():
+                known = duplicates.setdefault(stage, {}).setdefault(kind, [0, 0.0])
+                known[0] += count
+                known[1] += slot_s
+    workers = dict(a["workers"])
+    for name, worker in b["workers"].items():
+        first_s = min(worker[3], workers[name][3]) if name in workers else worker[3]
+        workers[name] = [*worker[:3], first_s, worker[4]]
+    return {
+        "pools": pools,
+        "scaling": [*a["scaling"], *(one for one in b["scaling"] if one not in a["scaling"])],
+        "instances": {**a["instances"], **b["instances"]},
+        "workers": workers,
+        "requests": [*a["requests"], *b["requests"]],
+        "duplicates": duplicates,
+    }

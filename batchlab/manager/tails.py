@@ -1,0 +1,106 @@
+"""Asks the workers of a job for what its running tasks print, and reads what they have stored.
+
+Invariant: the word that the workers follow stays what it is: it is written again only in the place
+of the one that was read, with a number that has grown. However many ask, that costs a GET and a PUT
+in half of the time for which a request holds, and a LIST in half of a control lease.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from batchlab.errors import AlreadyExists, NotFound
+from batchlab.manager.live import LiveJob, ManagerSettings, Ports
+from batchlab.model import BundleId, Control, JobId, StageName
+from batchlab.protocol import naming, wire
+from batchlab.worker.tails import ASKED_S, Tail, from_bytes
+
+
+@dataclass(slots=True)
+class _Looked:
+    """What was stored by each worker: ETag and content by key. Times are monotonic."""
+
+    asked_s: float = float("-inf")
+    read_s: float = float("-inf")
+    stored: dict[str, tuple[str, Sequence[Tail]]] = field(default_factory=dict)
+
+
+class Tails:
+    """Of all jobs that a manager conducts."""
+
+    def __init__(self, ports: Ports, settings: ManagerSettings) -> None:
+        self._ports = ports
+        self.every_s = settings.control_lease_s
+        """How often there may be something new."""
+        self._jobs: dict[JobId, _Looked] = {}
+
+    async def of(self, live: LiveJob) -> list[Tail]:
+        """What the job's running tasks have printed so far, as far as it is stored; and ask that it
+        is stored from now on."""
+        looked = self._jobs.setdefault(live.id, _Looked())
+        await self._ask(live, looked)
+        await self._read(live, looked)
+        return [
+            tail
+            for _, tails in looked.stored.values()
+            for tail in tails
+            # What a worker stored last of a bundle that has ended since is no news.
+            if BundleId(tail.bundle) in live.outstanding.get(StageName(tail.stage), {})
+        ]
+
+    async def _ask(self, live: LiveJob, looked: _Looked) -> None:
+        now_s = self._ports.clock.monotonic_s()
+        if now_s - looked.asked_s < ASKED_S / 2:
+            return
+        self._forget(now_s)
+        async with live.control_lock:
+            if await self._say(live):
+                looked.asked_s = now_s
+
+    async def _say(self, live: LiveJob) -> bool:
+        """Whether the workers will hear of it; where not, whoever asks next tries again."""
+        key, objects = naming.control(live.id), self._ports.objects
+        word, etag = wire.Word(Control.RUN), None
+        try:
+            found = await self._ports.patience(partial(objects.get_if_changed, key, None))
+        except NotFound:
+            found = None  # it comes when the job has run for a moment
+        if found is not None:
+            word, etag = wire.word_from_bytes(found[0]), found[1]
+        if word.control is not live.record.control or word.control is Control.CANCEL:
+            return False
+        put = partial(
+            objects.put,
+            key,
+            wire.word_to_bytes(replace(word, tail=word.tail + 1)),
+            if_absent=etag is None,
+            if_match=etag,
+        )
+        try:
+            await self._ports.patience(put)
+        except (AlreadyExists, NotFound):
+            return False
+        return True
+
+    def _forget(self, now_s: float) -> None:
+        for job, looked in list(self._jobs.items()):
+            if -float("inf") < looked.read_s < now_s - 2 * ASKED_S:
+                del self._jobs[job]
+
+    async def _read(self, live: LiveJob, looked: _Looked) -> None:
+        now_s = self._ports.clock.monotonic_s()
+        if now_s - looked.read_s < self.every_s / 2:
+            return
+        looked.read_s = now_s
+        stored: dict[str, tuple[str, Sequence[Tail]]] = {}
+        async for page in self._ports.objects.list(naming.tails(live.id)):
+            for info in page:
+                known = looked.stored.get(info.key)
+                if known and known[0] == info.etag:
+                    stored[info.key] = known
+                else:
+                    get = partial(self._ports.objects.get, info.key)
+                    stored[info.key] = info.etag, from_bytes(await self._ports.patience(get))
+        looked.stored = stored

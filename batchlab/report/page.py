@@ -1,0 +1,31 @@
+"""The reference of the tables in docs/report-data.md, made from the schema.
+
+Invariant: it says nothing about a column that the schema does not say.
+"""
+
+from __future__ import annotations
+
+from batchlab.report.schema import TABLES, Table
+
+TITLE = "## The tables\n\n"
+
+
+def reference() -> str:
+    """The section on the tables, in Markdown."""
+    names = "\n".join(f"| [`{t.name}`](#{t.name}) | {t.meaning} |" for t in TABLES)
+    index = f"| table | what it has |\n| --- | --- |\n{names}\n\n"
+    return TITLE + index + "\n".join(_section(table) for table in TABLES)
+
+
+def _section(table: Table) -> str:
+    rows = "\n".join(f"| `{c.name}` | {c.type} | {c.meaning} |" for c in table.columns)
+    key = ", ".join(f"`{name}`" for name in table.key)
+    return (
+        f"### {table.name}\n\n{table.meaning[0].upper()}{table.meaning[1:]}. Key: {key}.\n\n"
+        f"| column | type | meaning |\n| --- | --- | --- |\n{rows}\n"
+    )
+
+
+def renewed(text: str) -> str:
+    """The page's text with the section as the schema is now."""
+    return text[: text.index(TITLE)] + reference()

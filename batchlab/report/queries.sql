@@ -1,0 +1,220 @@
+-- The named queries of `batchlab report query NAME RUN…`, over the tables of docs/report-data.md.
+-- Each begins with `-- name:`; the comment after it says what it answers. They answer for every
+-- job that is opened, in order, and say for which.
+
+-- name: summary
+-- The job at a glance: how long, how many, how fast, for how much.
+SELECT job, state, took_s, planned AS tasks, succeeded, failed, cancelled, retried,
+       succeeded / nullif(took_s, 0) AS tasks_per_s, run_s, failed_run_s, cost_usd,
+       1000 * cost_usd / nullif(succeeded, 0) AS cost_usd_per_1000
+FROM jobs
+ORDER BY submitted_s, job;
+
+-- name: stages
+-- Run time, wait, retries and cost of each stage.
+WITH spread AS (
+  SELECT job, stage, quantile_cont(run_s, [0.5, 0.95, 0.99]) AS run, max(run_s) AS longest_s,
+         quantile_cont(wait_s, [0.5, 0.95]) AS wait
+  FROM tasks WHERE attempts > 0 GROUP BY job, stage
+)
+SELECT s.job, s.stage, s.pool, s.planned AS tasks, s.succeeded, s.failed, s.cancelled, s.retried,
+       s.run_s, t.run[1] AS run_p50_s, t.run[2] AS run_p95_s, t.run[3] AS run_p99_s,
+       t.longest_s AS run_max_s, t.wait[1] AS wait_p50_s, t.wait[2] AS wait_p95_s,
+       s.ended_s - s.started_s AS span_s, s.cost_usd
+FROM stages s LEFT JOIN spread t USING (job, stage)
+ORDER BY s.job, s.position;
+
+-- name: slowest_tasks
+-- The twenty tasks whose last attempt took longest, and how many times their stage's median.
+WITH longest AS (
+  SELECT job, stage, task, state, run_s, wait_s, attempts, worker, bundle
+  FROM tasks WHERE run_s IS NOT NULL ORDER BY run_s DESC LIMIT 20
+), typical AS (
+  SELECT job, stage, quantile_cont(run_s, 0.5) AS median_s
+  FROM tasks WHERE attempts > 0 GROUP BY job, stage
+)
+SELECT l.job, l.stage, l.task, l.run_s, l.run_s / nullif(t.median_s, 0) AS times_median, l.wait_s,
+       l.attempts, l.state, l.worker, l.bundle
+FROM longest l LEFT JOIN typical t USING (job, stage)
+ORDER BY l.run_s DESC, l.job, l.stage, l.task;
+
+-- name: stragglers
+-- Tasks that took more than three times their stage's median: how many, the longest, and what
+-- their time beyond the median comes to.
+WITH typical AS (
+  SELECT job, stage, quantile_cont(run_s, 0.5) AS median_s, count(*) AS tasks
+  FROM tasks WHERE attempts > 0 GROUP BY job, stage
+)
+SELECT y.job, y.stage, y.tasks, y.median_s, count(*) AS stragglers, count(*) / y.tasks AS share,
+       max(t.run_s) AS longest_s, arg_max(t.task, t.run_s) AS longest_task,
+       sum(t.run_s - y.median_s) AS beyond_median_s
+FROM tasks t JOIN typical y ON t.job = y.job AND t.stage = y.stage AND t.run_s > 3 * y.median_s
+GROUP BY y.job, y.stage, y.tasks, y.median_s
+ORDER BY beyond_median_s DESC, y.job, y.stage;
+
+-- name: queue_wait
+-- How long tasks were ready before the bundle of their last attempt began, by percentile.
+WITH spread AS (
+  SELECT job, stage, count(*) AS tasks, max(wait_s) AS longest_s,
+         quantile_cont(wait_s, [0.5, 0.9, 0.95, 0.99]) AS wait
+  FROM tasks WHERE wait_s IS NOT NULL GROUP BY job, stage
+)
+SELECT job, stage, tasks, wait[1] AS wait_p50_s, wait[2] AS wait_p90_s, wait[3] AS wait_p95_s,
+       wait[4] AS wait_p99_s, longest_s AS wait_max_s
+FROM spread JOIN stages USING (job, stage)
+ORDER BY job, stages.position;
+
+-- name: utilisation
+-- What became of the slot time of each pool while the job ran: there at all, holding a bundle of
+-- this job, running its tasks. Other jobs of the grid may have had the rest.
+WITH there AS (
+  SELECT i.job, i.pool, count(*) AS instances,
+         sum(i.slots * greatest(0, least(coalesce(i.ended_s, 'infinity'),
+                                         coalesce(j.ended_s, last.at_s, 'infinity'))
+                                   - greatest(i.in_service_s, j.submitted_s))) AS slot_s
+  FROM instances i JOIN jobs j USING (job)
+  LEFT JOIN (SELECT job, max(at_s) AS at_s FROM fleet GROUP BY job) last USING (job)
+  WHERE i.in_service_s IS NOT NULL
+  GROUP BY i.job, i.pool
+), used AS (
+  SELECT b.job, s.pool, sum(b.took_s * b.slots) AS busy_slot_s,
+         sum(b.run_s * b.slots) AS run_slot_s, sum(b.failed_run_s * b.slots) AS failed_slot_s
+  FROM bundles b JOIN stages s USING (job, stage)
+  GROUP BY b.job, s.pool
+)
+SELECT used.job, used.pool, there.instances,
+       CASE WHEN isfinite(there.slot_s) THEN there.slot_s END AS there_slot_s, busy_slot_s,
+       run_slot_s, failed_slot_s,
+       CASE WHEN isfinite(there.slot_s) THEN busy_slot_s / nullif(there.slot_s, 0) END AS busy_share,
+       CASE WHEN isfinite(there.slot_s) THEN run_slot_s / nullif(there.slot_s, 0) END AS run_share
+FROM used LEFT JOIN there USING (job, pool)
+ORDER BY used.job, used.pool;
+
+-- name: workers
+-- What each worker did for the job.
+SELECT job, worker, instance, pool, slots, bundles, tasks, busy_slot_s, run_s, failed_run_s,
+       last_s - first_s AS seen_s,
+       busy_slot_s / nullif(slots * (last_s - first_s), 0) AS busy_share
+FROM workers
+ORDER BY job, busy_slot_s DESC NULLS LAST, worker;
+
+-- name: cost_by_stage
+-- The bill by stage; what is no stage's (idle time, storage) stands under an empty stage.
+SELECT c.job, coalesce(c.stage, '') AS stage,
+       sum(c.cost_usd) AS cost_usd,
+       sum(c.cost_usd) FILTER (c.kind = 'compute') AS compute_usd,
+       sum(c.cost_usd) FILTER (c.kind = 'wasted') AS wasted_usd,
+       sum(c.cost_usd) FILTER (c.kind = 'idle') AS idle_usd,
+       sum(c.cost_usd) FILTER (c.kind IN ('sqs', 's3')) AS requests_usd,
+       sum(c.cost_usd) FILTER (c.kind = 'storage') AS storage_usd,
+       1000 * sum(c.cost_usd) / nullif(max(s.succeeded), 0) AS cost_usd_per_1000
+FROM cost c LEFT JOIN stages s USING (job, stage)
+GROUP BY c.job, c.stage, s.position
+ORDER BY c.job, s.position NULLS LAST;
+
+-- name: retries
+-- Failed attempts by stage and fingerprint: how many, on how many tasks, how many for
+-- good, the time they took, and one of them in words.
+SELECT job, stage, fingerprint, count(*) AS attempts, count(DISTINCT task) AS tasks,
+       count(*) FILTER (is_final) AS final, sum(run_s) AS run_s, min(task) AS first_task,
+       arg_min(reason, (round, task, attempt)) AS example
+FROM attempts WHERE state = 'FAILED'
+GROUP BY job, stage, fingerprint
+ORDER BY attempts DESC, job, stage, fingerprint;
+
+-- name: failures
+-- Tasks that failed for good, at most a hundred, with the reason of their last attempt.
+WITH gone AS (
+  SELECT t.job, t.stage, t.task, t.attempts, t.fingerprint, t.worker, t.bundle
+  FROM tasks t JOIN stages s USING (job, stage)
+  WHERE t.state = 'FAILED' ORDER BY t.job, s.position, t.task LIMIT 100
+)
+SELECT g.job, g.stage, g.task, g.attempts, a.kind, a.error, a.reason, g.fingerprint, g.worker
+FROM gone g LEFT JOIN attempts a
+  ON a.job = g.job AND a.stage = g.stage AND a.task = g.task AND a.bundle = g.bundle
+ AND a.state = 'FAILED'
+ORDER BY g.job, g.stage, g.task;
+
+-- name: duplicates
+-- What came twice: seen, harmless, harmful. The last must be 0.
+SELECT j.job, k.kind, coalesce(sum(d.seen), 0) AS seen, coalesce(sum(d.harmless), 0) AS harmless,
+       coalesce(sum(d.harmful), 0) AS harmful, coalesce(sum(d.wasted_slot_s), 0) AS wasted_slot_s
+FROM jobs j
+CROSS JOIN (VALUES ('message', 1), ('event', 2), ('execution', 3), ('result', 4)) k(kind, n)
+LEFT JOIN duplicates d ON d.job = j.job AND d.kind = k.kind
+GROUP BY j.job, k.kind, k.n
+ORDER BY j.job, k.n;
+
+-- name: scaling
+-- Each change of desired capacity with its reason, and how long it took until so many instances
+-- were in service; the lag is empty for a smaller fleet, and where it never came to that.
+SELECT s.job, s.pool, s.at_s, s.before, s.after, s.in_service, s.backlog_tasks, s.backlog_s,
+       CASE WHEN s.after > s.before THEN (
+         SELECT min(f.at_s) FROM fleet f
+         WHERE f.job = s.job AND f.pool = s.pool AND f.at_s >= s.at_s AND f.in_service >= s.after
+       ) - s.at_s END AS lag_s,
+       s.reason
+FROM scaling s
+ORDER BY s.job, s.at_s, s.pool;
+
+-- name: scaling_lag
+-- From wanting more capacity to having it, by pool: how often, the usual and the longest lag, and
+-- how long an instance takes to boot.
+WITH lags AS (
+  SELECT s.job, s.pool, s.at_s,
+         (SELECT min(f.at_s) FROM fleet f WHERE f.job = s.job AND f.pool = s.pool
+          AND f.at_s >= s.at_s AND f.in_service >= s.after) - s.at_s AS lag_s
+  FROM scaling s WHERE s.after > s.before
+), boots AS (
+  SELECT job, pool, count(*) AS launched, quantile_cont(boot_s, 0.5) AS boot_p50_s,
+         max(boot_s) AS boot_max_s
+  FROM instances GROUP BY job, pool
+)
+SELECT b.job, b.pool, count(l.at_s) AS scaled_out, count(l.lag_s) AS reached,
+       quantile_cont(l.lag_s, 0.5) AS lag_p50_s, max(l.lag_s) AS lag_max_s, b.launched,
+       b.boot_p50_s, b.boot_max_s
+FROM boots b LEFT JOIN lags l USING (job, pool)
+GROUP BY b.job, b.pool, b.launched, b.boot_p50_s, b.boot_max_s
+ORDER BY b.job, b.pool;
+
+-- name: wasted_work
+-- Slot time that came to nothing, by cause, and its share of all that bundles took.
+WITH causes AS (
+  SELECT b.job, 1 AS n, 'failed attempts' AS cause, sum(b.failed_run_s * b.slots) AS slot_s
+  FROM bundles b GROUP BY b.job
+  UNION ALL
+  SELECT job, 2, 'lost with an instance', lost_slot_s FROM jobs
+  UNION ALL
+  SELECT j.job, 3, 'thrown away: another had committed first', coalesce(sum(d.wasted_slot_s), 0)
+  FROM jobs j LEFT JOIN duplicates d USING (job) GROUP BY j.job
+  UNION ALL
+  SELECT b.job, 4, 'around the tasks: starting, inputs, commit',
+         sum(greatest(0, b.took_s - b.run_s - b.failed_run_s) * b.slots)
+  FROM bundles b GROUP BY b.job
+), whole AS (
+  SELECT job, sum(took_s * slots) AS slot_s FROM bundles GROUP BY job
+)
+SELECT c.job, c.cause, coalesce(c.slot_s, 0) AS slot_s,
+       coalesce(c.slot_s, 0) / nullif(w.slot_s, 0) AS share
+FROM causes c LEFT JOIN whole w USING (job)
+ORDER BY c.job, c.n;
+
+-- name: throughput
+-- Tasks that ended in each hundredth of the job's time.
+WITH span AS (
+  SELECT job, started_s AS from_s,
+         greatest(coalesce(ended_s, (SELECT max(b.ended_s) FROM bundles b WHERE b.job = j.job))
+                  - started_s, 1e-3) / 100 AS step_s
+  FROM jobs j WHERE started_s IS NOT NULL
+), ended AS (
+  SELECT s.job, s.from_s, s.step_s,
+         least(99, greatest(0, floor((b.ended_s - s.from_s) / s.step_s)))::INTEGER AS step,
+         sum(b.succeeded + b.failed) AS tasks
+  FROM bundles b JOIN span s USING (job) WHERE b.ended_s IS NOT NULL
+  GROUP BY ALL
+)
+SELECT s.job, s.from_s + (g.step + 1) * s.step_s AS at_s, s.step_s, coalesce(e.tasks, 0) AS tasks,
+       coalesce(e.tasks, 0) / s.step_s AS tasks_per_s
+FROM span s CROSS JOIN (SELECT range AS step FROM range(100)) g
+LEFT JOIN ended e ON e.job = s.job AND e.step = g.step
+ORDER BY s.job, at_s;

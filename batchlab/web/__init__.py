@@ -1,0 +1,52 @@
+"""The web page of the manager: HTML for people, rendered from the same answers as /v1.
+
+Invariant: no rules live here. A view shows what an endpoint of /v1 answers, an action is one
+request of /v1; what the page cannot ask of the API it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import RedirectResponse
+from starlette.exceptions import HTTPException
+
+from batchlab.api.common import Served
+from batchlab.api.grid import PAGE
+from batchlab.costs.prices import PriceBook
+from batchlab.errors import BatchlabError
+from batchlab.web import actions, costs, failures, fleet, jobs, login, submitting
+from batchlab.web.assets import Assets
+from batchlab.web.guard import Guard
+from batchlab.web.rendering import problem_page
+from batchlab.web.shared import State
+
+_ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - nobody listens on it here
+
+
+def mount(
+    app: FastAPI, served: Served, *, hosts: Iterable[str] = (), prices: PriceBook | None = None
+) -> None:
+    """Serve the page below PAGE of `app`. It answers to this machine's own names, and to `hosts`
+    where the manager was told more. Without `prices` it shows no costs."""
+    page = FastAPI(
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+    )
+    page.state.served = served
+    page.state.page = State(prices)
+    for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
+        page.add_exception_handler(kind, problem_page)
+    for module in (login, jobs, failures, fleet, costs, submitting, actions):
+        page.include_router(module.router)
+    page.mount("/static", Assets())
+
+    async def to_page() -> RedirectResponse:
+        return RedirectResponse(f"{PAGE}/", 303)
+
+    app.add_api_route("/", to_page, include_in_schema=False)
+    # Not as a middleware: an answer to an unforeseen error is made outside of those.
+    app.mount(PAGE, Guard(page, served.sessions, frozenset(hosts) - _ANY_ADDRESS))

@@ -1,0 +1,216 @@
+"""What a person may do from the page: one request of the API each.
+
+Invariant: what cannot be taken back is asked about first, by the server too: a form that does not
+say that its sender is sure leads to the question.
+"""
+
+from __future__ import annotations
+
+from fastapi import Request
+from fastapi.responses import RedirectResponse, Response
+from starlette.datastructures import FormData
+
+from batchlab.api import grid as api_grid
+from batchlab.api import jobs as api
+from batchlab.api import spending as api_spending
+from batchlab.api.common import Given, Leader
+from batchlab.api.grid import PAGE
+from batchlab.costs import money
+from batchlab.errors import NotFound, Refused, UsageError
+from batchlab.manager.manager import Manager
+from batchlab.manager.spending import Spending
+from batchlab.model import JobId, StageName
+from batchlab.web import words
+from batchlab.web.rendering import render
+from batchlab.web.shared import Page, field_of, form_of, guarded
+
+router = guarded()
+
+LARGEST = 100_000
+
+
+def _to(path: str) -> Response:
+    return RedirectResponse(f"{PAGE}{path}", 303)
+
+
+def _job(job: str) -> str:
+    return f"/jobs/{words.path(job)}"
+
+
+# --- Jobs -----------------------------------------------------------------------------------------
+
+
+@router.get("/jobs/{job}/cancel")
+async def ask_cancel(request: Request, manager: Leader, job: JobId) -> Response:
+    """Whether to cancel."""
+    view = await api.job(manager, job)
+    return render(request, "ask_cancel.html", here="jobs", job=view, progress=words.of_job(view))
+
+
+@router.post("/jobs/{job}/cancel")
+async def cancel(request: Request, manager: Leader, job: JobId) -> Response:
+    """Cancel, where its sender is sure."""
+    if not _is_sure(await form_of(request)):
+        return _to(f"{_job(job)}/cancel")
+    await api.cancel(manager, job)
+    return _to(_job(job))
+
+
+@router.post("/jobs/{job}/pause")
+async def pause(manager: Leader, job: JobId) -> Response:
+    """Pause."""
+    await api.pause(manager, job)
+    return _to(_job(job))
+
+
+@router.post("/jobs/{job}/resume")
+async def resume(manager: Leader, job: JobId) -> Response:
+    """Resume."""
+    await api.resume(manager, job)
+    return _to(_job(job))
+
+
+@router.post("/jobs/{job}/retry")
+async def retry(request: Request, manager: Leader, served: Given, job: JobId) -> Response:
+    """Run again: all that did not succeed, or the groups and tasks that were ticked."""
+    form = await form_of(request)
+    choice = _choice(form) if field_of(form, "which") != "all" else None
+    await api.retry(manager, served, job, choice)
+    return _to(_job(job))
+
+
+def _choice(form: FormData) -> api.Choice:
+    fingerprints = [one for one in form.getlist("fingerprint") if isinstance(one, str)]
+    tasks: dict[StageName, list[tuple[int, int]]] = {}
+    for one in form.getlist("task"):
+        stage, _, index = str(one).rpartition(":")
+        if not (stage and index.isascii() and index.isdigit() and len(index) < 16):
+            raise UsageError(f"{one!r} names no task.", remedy="Open the page again.")
+        tasks.setdefault(StageName(stage), []).append((int(index), int(index) + 1))
+    if not fingerprints and not tasks:
+        raise UsageError("Nothing was ticked.", remedy="Tick what to run again.")
+    return api.Choice(fingerprints=fingerprints, tasks=tasks)
+
+
+@router.get("/jobs/{job}/cap")
+async def ask_cap(request: Request, manager: Leader, job: JobId) -> Response:
+    """What the job may cost."""
+    use = await api_spending.job_use(_books(manager), manager, job)
+    return render(
+        request,
+        "ask_cap.html",
+        here="jobs",
+        action=f"{_job(job)}/cap",
+        back=_job(job),
+        of=f"job {job}",
+        cap=use["max_cost_usd"],
+    )
+
+
+@router.post("/jobs/{job}/cap")
+async def cap(request: Request, manager: Leader, job: JobId) -> Response:
+    """Cap what it costs."""
+    await api_spending.cap_job(_books(manager), manager, job, _cap(await form_of(request)))
+    return _to(_job(job))
+
+
+@router.get("/costs/cap")
+async def ask_grid_cap(request: Request, manager: Leader) -> Response:
+    """What the grid may cost."""
+    use = await api_spending.use(_books(manager))
+    return render(
+        request,
+        "ask_cap.html",
+        here="costs",
+        action="/costs/cap",
+        back="/costs",
+        of="the whole grid",
+        cap=use["max_cost_usd"],
+    )
+
+
+@router.post("/costs/cap")
+async def grid_cap(request: Request, manager: Leader) -> Response:
+    """Cap what the grid costs."""
+    await api_spending.cap_grid(_books(manager), manager, _cap(await form_of(request)))
+    return _to("/costs")
+
+
+def _cap(form: FormData) -> api_spending.Cap:
+    text = field_of(form, "amount")
+    if not text:
+        return api_spending.Cap(max_cost_usd=None)
+    plain = text if text.upper().endswith(money.CURRENCY) else f"{text} {money.CURRENCY}"
+    return api_spending.Cap(max_cost_usd=money.parse(plain))
+
+
+def _books(manager: Manager) -> Spending:
+    if manager.spending is None:
+        raise Refused("This manager keeps no account of what its grid uses.")
+    return manager.spending
+
+
+# --- The grid -------------------------------------------------------------------------------------
+
+
+@router.get("/grid/pools/{pool}")
+async def ask_scale(
+    request: Request, manager: Leader, served: Given, page: Page, pool: str
+) -> Response:
+    """How large a pool is to be."""
+    grid = await page.grid(manager, served)
+    for one in grid["pools"]:
+        if one["name"] == pool:
+            return render(request, "ask_scale.html", here="grid", pool=one)
+    raise NotFound(f"There is no pool {pool!r}.", remedy="The grid's view lists those there are.")
+
+
+@router.post("/grid/pools/{pool}")
+async def scale(request: Request, manager: Leader, pool: str) -> Response:
+    """Set limits, and who decides on the capacity."""
+    form = await form_of(request)
+    by_hand = field_of(form, "by") == "hand"
+    scaling = api_grid.Scaling(
+        min=_number(form, "min"),
+        max=_number(form, "max"),
+        desired=_number(form, "desired") if by_hand else None,
+        auto=None if by_hand else True,
+    )
+    await api_grid.scale(manager, pool, scaling)
+    return _to("/grid")
+
+
+def _number(form: FormData, name: str) -> int | None:
+    text = field_of(form, name)
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text[:9]) <= LARGEST and len(text) < 9):
+        raise UsageError(
+            f"{text[:40]!r} is no number of instances.", remedy=f"Write one up to {LARGEST:,}."
+        )
+    return int(text)
+
+
+@router.get("/grid/drain")
+async def ask_drain(
+    request: Request, manager: Leader, served: Given, page: Page, pool: str | None = None
+) -> Response:
+    """Whether to drain."""
+    grid = await page.grid(manager, served)
+    pools = [one for one in grid["pools"] if pool in (None, one["name"])]
+    return render(request, "ask_drain.html", here="grid", pools=pools, pool=pool)
+
+
+@router.post("/grid/drain")
+async def drain(request: Request, manager: Leader, served: Given) -> Response:
+    """Drain one pool, or all, where its sender is sure."""
+    form = await form_of(request)
+    pool = field_of(form, "pool") or None
+    if not _is_sure(form):
+        return _to(f"/grid/drain?pool={words.path(pool)}" if pool else "/grid/drain")
+    await api_grid.drain(manager, api_grid.Draining(pool=pool), served)
+    return _to("/grid")
+
+
+def _is_sure(form: FormData) -> bool:
+    return field_of(form, "sure") == "yes"

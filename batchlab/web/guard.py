@@ -1,0 +1,123 @@
+"""Who may see the page, and what its browser may do with it.
+
+Invariant: without a session nothing answers but the login page and the static files; a request that
+changes something comes from a page of ours; and whatever is answered, errors too, carries HEADERS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http.cookies import CookieError, SimpleCookie
+from types import MappingProxyType
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from batchlab.api.grid import PAGE
+from batchlab.api.sessions import Session, Sessions
+
+HEADERS = MappingProxyType(
+    {
+        "Content-Security-Policy": "; ".join(
+            (
+                "default-src 'none'",
+                "script-src 'self'",
+                "style-src 'self'",
+                "connect-src 'self'",
+                "img-src 'self' data:",
+                "form-action 'self'",
+                "frame-ancestors 'none'",
+                "base-uri 'none'",
+            )
+        ),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+        "Cache-Control": "no-store",
+    }
+)
+OWN_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
+SESSION = "batchlab.session"
+"""Where a request's session is in its scope."""
+
+_OPEN = ("/login", "/static/")
+_SAFE = frozenset({"GET", "HEAD"})
+
+
+class Guard:
+    """Stands before every route of the page."""
+
+    def __init__(self, app: ASGIApp, sessions: Sessions, hosts: frozenset[str]) -> None:
+        self.app = app
+        self._sessions = sessions
+        self.hosts = OWN_NAMES | {host.lower() for host in hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    if name not in headers or name != "Cache-Control":
+                        headers[name] = value
+            await send(message)
+
+        headers = Headers(scope=scope)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        session = self._session(headers)
+        scope[SESSION] = session
+        refusal = self._refusal(scope["method"], path, headers, session)
+        await (refusal or self.app)(scope, receive, send_guarded)
+
+    def _refusal(
+        self, method: str, path: str, headers: Headers, session: Session | None
+    ) -> Response | None:
+        # A name that leads here by somebody else's DNS is another origin to the browser: its
+        # pages would read ours (DNS rebinding).
+        if _name_of(headers.get("host", "")) not in self.hosts:
+            return PlainTextResponse("This page does not answer to that name.\n", 421)
+        if method not in _SAFE and not _is_ours(headers):
+            return PlainTextResponse("The request comes from another page.\n", 403)
+        if session is None and not (path == _OPEN[0] or path.startswith(_OPEN[1])):
+            return _log_in(method, headers)
+        return None
+
+    def _session(self, headers: Headers) -> Session | None:
+        try:
+            found = SimpleCookie(headers.get("cookie", "")).get(self._sessions.cookie)
+        except CookieError:
+            return None
+        return self._sessions.of(found.value) if found else None
+
+
+def _log_in(method: str, headers: Headers) -> Response:
+    to = f"{PAGE}/login"
+    if "hx-request" in headers:
+        return PlainTextResponse("", 401, {"HX-Redirect": to})
+    wants_page = method in _SAFE and "application/json" not in headers.get("accept", "")
+    return RedirectResponse(to, 303) if wants_page else PlainTextResponse("Log in first.\n", 401)
+
+
+def _name_of(host: str) -> str:
+    try:
+        return (urlsplit(f"//{host}").hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def _is_ours(headers: Mapping[str, str]) -> bool:
+    """Whether a page of ours has sent the request. A browser says so itself; where it does not,
+    as for a name that is not this machine's, its origin must be ours."""
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site == "same-origin"
+    origin = headers.get("origin", "")
+    return urlsplit(origin).scheme in ("http", "https") and (
+        urlsplit(origin).netloc == headers.get("host", "")
+    )

@@ -1,0 +1,57 @@
+"""Coming and going: the login page, and the end of a session."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import RedirectResponse, Response
+
+from batchlab.api.common import Given
+from batchlab.api.grid import PAGE
+from batchlab.api.sessions import SESSION_S
+from batchlab.web.guard import SESSION
+from batchlab.web.rendering import render
+from batchlab.web.shared import field_of, form_of, guarded
+
+router = APIRouter()
+"""Without a form's token: who logs in has no session yet to have one of."""
+inside = guarded()
+
+LONGEST = 200
+
+
+@router.get("/login")
+async def login_page(request: Request) -> Response:
+    """Ask for the token. The address that `grid open` shows brings a code in its fragment."""
+    return render(request, "login.html", refused=False)
+
+
+@router.post("/login")
+async def log_in(request: Request, served: Given) -> Response:
+    """Begin a session."""
+    word = field_of(await form_of(request), "word")
+    if not word or len(word) > LONGEST or not served.sessions.opens(word):
+        return render(request, "login.html", status=403, refused=True)
+    _, value = served.sessions.begin()
+    answer = RedirectResponse(f"{PAGE}/", 303)
+    answer.set_cookie(
+        served.sessions.cookie,
+        value,
+        max_age=int(SESSION_S),
+        path=PAGE,
+        secure=request.url.scheme == "https",
+        httponly=True,
+        samesite="strict",
+    )
+    return answer
+
+
+@inside.post("/logout")
+async def log_out(request: Request, served: Given) -> Response:
+    """End the session, here and for whoever has its cookie."""
+    served.sessions.close(request.scope[SESSION])
+    answer = RedirectResponse(f"{PAGE}/login", 303)
+    answer.delete_cookie(served.sessions.cookie, path=PAGE, httponly=True, samesite="strict")
+    return answer
+
+
+router.include_router(inside)

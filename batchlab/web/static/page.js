@@ -1,0 +1,77 @@
+(function () {
+  "use strict";
+
+  // A moment in the reader's own zone. It is shown from a shadow root: what the server wrote stays
+  // as it is, so that an update finds nothing to change.
+  const MOMENT = { year: "numeric", month: "2-digit", day: "2-digit", hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" };
+  const moments = new Intl.DateTimeFormat("en-CA", MOMENT);
+  class LocalTime extends HTMLElement {
+    static observedAttributes = ["datetime"];
+    attributeChangedCallback() {
+      const at = new Date(this.getAttribute("datetime"));
+      if (Number.isNaN(at.getTime())) return;
+      if (!this.shadowRoot) this.attachShadow({ mode: "open" });
+      this.shadowRoot.textContent = moments.format(at).replace(",", "");
+    }
+  }
+  customElements.define("local-time", LocalTime);
+
+  // --- Updates ---------------------------------------------------------------------------------
+
+  const away = document.getElementById("away");
+  document.body.addEventListener("htmx:beforeRequest", function (event) {
+    const polls = event.detail.elt.id === "live";
+    const picking = document.getSelection().toString() !== "";
+    // Nobody looks, or somebody is marking text that an update would take away.
+    if (polls && (document.hidden || picking)) event.preventDefault();
+  });
+  document.body.addEventListener("htmx:afterRequest", function (event) {
+    if (event.detail.elt.id === "live") away.hidden = event.detail.successful;
+  });
+
+  // --- Questions -------------------------------------------------------------------------------
+
+  const dialog = document.getElementById("dialog");
+  document.addEventListener("click", function (event) {
+    const link = event.target.closest("[data-dialog]");
+    if (link && !event.ctrlKey && !event.metaKey && !event.shiftKey) {
+      event.preventDefault();
+      htmx.ajax("GET", link.getAttribute("href"), { target: "#dialog-body", swap: "innerHTML" });
+    } else if (event.target.closest("#dialog [data-close]") || event.target === dialog) {
+      event.preventDefault();
+      dialog.close();
+    } else if (event.target.closest("[data-back]") && window.history.length > 1) {
+      event.preventDefault();
+      window.history.back();
+    }
+  });
+  document.body.addEventListener("htmx:afterSwap", function (event) {
+    if (event.detail.target.id !== "dialog-body" || dialog.open) return;
+    const title = dialog.querySelector("h1");
+    if (title) dialog.setAttribute("aria-label", title.textContent);
+    dialog.showModal();
+  });
+
+  // --- Forms -----------------------------------------------------------------------------------
+
+  document.addEventListener("change", function (event) {
+    const name = event.target.dataset.all;
+    if (!name) return;
+    for (const box of event.target.form.querySelectorAll('input[name="' + name + '"]')) {
+      box.checked = event.target.checked;
+    }
+  });
+  document.addEventListener("input", function (event) {
+    if (event.target.id === "desired") document.getElementById("by-hand").checked = true;
+  });
+  document.addEventListener("submit", function (event) {
+    // Sent once, however often it is clicked; a page that comes back from memory starts anew.
+    const button = event.submitter;
+    if (!button) return;
+    if (button.getAttribute("aria-disabled") === "true") event.preventDefault();
+    button.setAttribute("aria-disabled", "true");
+  });
+  window.addEventListener("pageshow", function (event) {
+    if (event.persisted) window.location.reload();
+  });
+})();

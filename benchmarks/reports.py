@@ -1,0 +1,77 @@
+"""How long every named query takes over a run that never was, of as many tasks as one asks for.
+
+    python benchmarks/reports.py [--tasks N] [--keep DIR] [--json FILE]
+
+Targets, on two cores: with 10 million tasks every named query answers in under 2 s, by the files
+alone. The data is that of `tests/report/made.py`; making it takes about a minute at full size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from batchlab.report import queries, store
+from batchlab.report.schema import TABLES
+from tests.report.made import Made, write_run
+
+TARGET_S = 2.0
+TIMES = 3
+CORES = 2
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """The median seconds of each query. Opening is measured too: whoever asks waits for it."""
+    begun_s = time.perf_counter()
+    with store.opened([folder]) as connection:
+        found = {"(opening)": time.perf_counter() - begun_s}
+        for name, query in queries.known().items():
+            took_s = []
+            for _ in range(TIMES):
+                begun_s = time.perf_counter()
+                store.asked(connection, query.sql)
+                took_s.append(time.perf_counter() - begun_s)
+            found[name] = statistics.median(took_s)
+    return found
+
+
+def show(tasks: int, size_bytes: int, found: Mapping[str, float]) -> None:
+    print(f"{tasks:,} tasks, {size_bytes / 1e6:,.0f} MB of Parquet, {os.cpu_count()} cores")
+    for name, seconds in sorted(found.items(), key=lambda one: -one[1]):
+        late = "  TOO SLOW" if seconds > TARGET_S else ""
+        print(f"  {name:<16} {seconds:6.3f} s{late}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--tasks", type=int, default=10_000_000)
+    parser.add_argument("--keep", type=Path, help="make the data here, or take what is here")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    with tempfile.TemporaryDirectory() as made:
+        folder = given.keep or Path(made) / "run"
+        if not (folder / TABLES[0].file).exists():
+            # Two stages have the tasks, half each.
+            write_run(folder, Made(tasks=given.tasks // 2, per_bundle=500, workers=64))
+        size_bytes = sum(one.stat().st_size for one in folder.glob("*.parquet"))
+        found = measured(folder)
+    show(given.tasks, size_bytes, found)
+    if given.json:
+        told = {"tasks": given.tasks, "bytes": size_bytes, "seconds": found}
+        given.json.write_text(json.dumps(told, indent=2) + "\n")
+    return int(max(found.values()) > TARGET_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

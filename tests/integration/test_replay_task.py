@@ -1,0 +1,402 @@
+"""A task of a grid, brought home: the same failure, here, under pdb, and nothing of it there."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab import Grid
+from batchlab.cli import app as cli
+from batchlab.errors import TaskFailed
+from batchlab.worker.board import Board
+from batchlab.worker.processes import table
+from tests.integration.tasks_rig import Ran, contents, ran
+from tests.waiting import until
+
+
+@pytest.fixture(scope="module")
+def grids(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Ran]]:
+    """The job on a grid of that backend, one for all tests."""
+    with ExitStack() as stack:
+
+        @cache
+        def on(backend: str) -> Ran:
+            return stack.enter_context(ran(tmp_path_factory.mktemp(backend), backend))
+
+        yield on
+
+
+@pytest.fixture(params=["local", "ministack"])
+def anywhere(request: pytest.FixtureRequest, grids: Callable[[str], Ran]) -> Ran:
+    return grids(request.param)
+
+
+@pytest.fixture
+def here(grids: Callable[[str], Ran]) -> Ran:
+    return grids("local")
+
+
+Quick = Callable[..., tuple[int, str, str]]
+Verdict = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Quick:
+    """A command line in this process, which spares its start: exit code, stdout and stderr."""
+    monkeypatch.setattr("batchlab.cli.signals.install", lambda: None)
+
+    def quick(one: Ran, *words: str) -> tuple[int, str, str]:
+        argv = one.argv(*words)
+        with pytest.raises(SystemExit) as ended:
+            cli.start(argv[argv.index("job") :])
+        told = capfd.readouterr()
+        return int(ended.value.code or 0), told.out, told.err
+
+    return quick
+
+
+@pytest.fixture
+def verdict(quick: Quick) -> Verdict:
+    """What `--json` says of a run, whose exit code must go with it; what the task prints comes as
+    `stderr`."""
+
+    def verdict(one: Ran, *words: str) -> dict[str, Any]:
+        code, out, err = quick(one, "replay-task", *words, "--json")
+        found: dict[str, Any] = json.loads(out)
+        assert code == (found["verdict"] not in ("succeeded", "not at all"))
+        return {**found, "stderr": err}
+
+    return verdict
+
+
+# --- The same failure, from any backend ----------------------------------------------------------
+
+
+def test_it_fails_here_as_it_did_there_under_pdb(anywhere: Ran) -> None:
+    done = anywhere.cli(
+        "replay-task", "parse/1", "--local", "--debug", typed="p text\nu\np line\nq\n"
+    )
+    assert done.returncode == 1, done.stderr
+    # The item that nobody had thought of, in the frame where it hurts.
+    assert "'four'" in done.stdout
+    assert "'d,four'" in done.stdout
+    (said,) = [line for line in done.stdout.splitlines() if "same way" in line]
+    (failure,) = [f for f in anywhere.grid.client.failures(anywhere.job) if f["stage"] == "parse"]
+    assert failure["reason"] in said
+    assert f"({failure['fingerprint']})" in said
+    assert "attempt 2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [("check/0", "a command"), ("gathered/0", "results of other tasks")],
+)
+def test_every_kind_of_input_comes_along(
+    anywhere: Ran, verdict: Verdict, task: str, kind: str
+) -> None:
+    found = verdict(anywhere, task)
+    assert found["verdict"] == "same", (kind, found)
+    assert found["fingerprint"] == found["fingerprint_on_grid"]
+    assert found["differences"] == []
+
+
+def test_a_chained_task_that_succeeded_succeeds_with_the_same_result(
+    here: Ran, verdict: Verdict
+) -> None:
+    found = verdict(here, "double/0")
+    assert found["verdict"] == "succeeded"
+    assert found["sentence"].endswith("as on the grid, with the same result.")
+
+
+def test_each_attempt_can_be_had(here: Ran, verdict: Verdict, quick: Quick) -> None:
+    assert verdict(here, "parse/1", "--attempt", "1")["attempt"] == 1
+    assert verdict(here, "1", "--stage", "parse")["attempt"] == 2
+    code, _, err = quick(here, "replay-task", "parse/1", "--attempt", "3")
+    assert code == 2
+    assert "It has 1 (round 0), 2 (round 0)." in err
+
+
+def test_a_task_is_shown_with_its_attempts_and_where_it_ran(here: Ran, quick: Quick) -> None:
+    code, out, _ = quick(here, "show-task", "parse/1", "--json")
+    doc = json.loads(out)
+    assert (code, [one["state"] for one in doc["attempts"]]) == (0, ["RETRIED", "FAILED"])
+    assert "bytes of amounts.csv" in doc["input"]
+    last = doc["attempts"][-1]
+    assert last["environment"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert last["log_bytes"] == len("parsing 2 lines of amounts.csv\n")
+    assert doc["replay"].endswith(f"replay-task {here.job} parse/1 --local --home {here.home}")
+    code, out, _ = quick(here, "show-task", "double/1")
+    assert "No attempt of it has ended yet." in out
+    assert "parse[1] has not succeeded" in out
+
+
+# --- Limits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["hang/0", "die/0", "eat/0"])
+def test_time_memory_and_crashes_are_judged_as_on_a_worker(
+    here: Ran, verdict: Verdict, task: str
+) -> None:
+    found = verdict(here, task)
+    assert found["verdict"] == "same", found
+    # Where it was when it was ended.
+    assert f"in {task.partition('/')[0]}" in found["stderr"]
+
+
+def test_without_limits_it_goes_on_and_says_so(here: Ran, verdict: Verdict) -> None:
+    found = verdict(here, "eat/0", "--no-limits")
+    assert found["verdict"] == "not at all"
+    assert "Its memory limit of 128 MiB did not hold." in found["differences"]
+
+
+# --- Debuggers -----------------------------------------------------------------------------------
+
+
+def test_at_a_terminal_pdb_comes_by_itself(here: Ran) -> None:
+    shown = at_a_terminal(here.argv("replay-task", "parse/1"), ["p text\n", "q\n"])
+    assert "Post-mortem of ValueError" in shown
+    assert "'four'" in shown
+    assert "failed the same way as on the grid" in shown
+
+
+def test_it_stops_at_the_handlers_first_line(here: Ran) -> None:
+    typed = "p part.name\nn\np lines\nc\nq\n"
+    done = here.cli("replay-task", "parse/1", "--break", typed=typed)
+    assert "handlers.py(6)parse()" in done.stdout, done
+    assert "'amounts.csv'" in done.stdout
+    assert "['name,amount', 'c,3', 'd,four']" in done.stdout
+    assert "failed the same way" in done.stdout
+    assert "Its time limit of 30 s did not hold." in done.stdout
+
+
+def test_leaving_the_debugger_is_no_failure_of_the_task(here: Ran) -> None:
+    done = here.cli("replay-task", "parse/0", "--break", typed="q\n")
+    assert done.returncode == 1
+    assert "was left before its end" in done.stdout
+
+
+def test_ctrl_c_is_for_the_task_and_leaves_nothing_behind(here: Ran) -> None:
+    process = subprocess.Popen(
+        here.argv("replay-task", "hang/0", "--no-limits"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    (folder,) = until(lambda: _folders_of(process.pid))
+    until(lambda: (folder / "run" / "cwd").is_dir() and _hangs(folder))
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 1, err
+    assert "was left before its end" in out
+    assert not folder.exists()
+
+
+def _folders_of(group: int) -> list[Path]:
+    """What the processes of a group, which run tasks, are told to run."""
+    found = []
+    for one in table():
+        if one.group == group and one.pid != group:
+            words = Path(f"/proc/{one.pid}/cmdline").read_bytes().decode().split("\0")
+            found += [Path(word) for word in words if "batchlab-task-" in word]
+    return found
+
+
+def _hangs(folder: Path) -> bool:
+    with closing(Board(folder / "board")) as board:
+        return board.task == 0
+
+
+def test_an_ide_is_waited_for_and_debugpy_told_of_where_it_is_missing(
+    here: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: Quick
+) -> None:
+    """A stand-in for debugpy, which need not be installed here: what is asked of it counts."""
+    (tmp_path / "debugpy.py").write_text(
+        "def listen(at): print('listens at', at)\n"
+        "def wait_for_client(): print('attached')\n"
+        "def breakpoint(): print('stopped')\n"
+    )
+    before = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{before}")
+    done = here.cli("replay-task", "parse/1", "--debugpy", "5678", "--break")
+    assert done.stdout.startswith("listens at ('127.0.0.1', 5678)\nattached\nstopped\n"), done
+    assert "same way" in done.stdout
+    monkeypatch.setattr("batchlab.cli.replay_task.find_spec", lambda _: None)
+    code, _, err = quick(here, "replay-task", "parse/1", "--debugpy", "5678")
+    assert code == 2
+    assert "-m pip install debugpy" in err
+
+
+def test_a_command_gets_a_shell_where_it_would_run(
+    here: Ran, monkeypatch: pytest.MonkeyPatch, quick: Quick
+) -> None:
+    monkeypatch.setenv("SHELL", "/bin/sh")
+    done = here.cli("replay-task", "check/0", "--shell", typed="pwd\ncommand -v show.sh\n")
+    assert done.returncode == 0, done.stderr
+    command, where, program = done.stdout.splitlines()
+    assert "moon" in command
+    assert where.endswith("/run/0/scratch")
+    assert program.endswith("/code/show.sh")
+    assert not Path(where).exists()
+    code, _, err = quick(here, "replay-task", "parse/1", "--shell")
+    assert code == 2
+    assert "is a Python function" in err
+
+
+# --- Kept ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_can_be_kept_moved_and_run_by_an_ide(
+    here: Ran, tmp_path: Path, quick: Quick
+) -> None:
+    folder = tmp_path / "a" / "task"
+    code, out, err = quick(here, "replay-task", "parse/1", "--keep", str(folder))
+    assert (code, out.split()[-1]) == (0, str(folder / "run.py")), err
+    assert (folder / "code" / "handlers.py").is_file()
+    text = (folder / "README.md").read_text()
+    assert "`handlers:parse`" in text
+    assert "invalid literal for int()" in text
+    assert (folder / "run" / "1" / "in" / "0" / "amounts.csv").read_text() == (
+        "name,amount\nc,3\nd,four\n"
+    )
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, str(moved / "run.py")], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert "failed the same way" in done.stderr, done
+    # Mended here, before it is mended there.
+    handlers = moved / "code" / "handlers.py"
+    handlers.write_text(handlers.read_text().replace("int(text)", "len(text)"))
+    done = subprocess.run(
+        [sys.executable, str(moved / "run.py")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, "did not fail here" in done.stderr) == (0, True)
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(
+    here: Ran, tmp_path: Path, quick: Quick
+) -> None:
+    (tmp_path / "precious").write_text("x")
+    code, _, err = quick(here, "replay-task", "parse/1", "--keep", str(tmp_path))
+    assert code == 2
+    assert "is not empty" in err
+    assert (tmp_path / "precious").read_text() == "x"
+
+
+# --- Functions from Python -----------------------------------------------------------------------
+
+
+def test_a_function_of_the_python_api_comes_home_too(tmp_path: Path) -> None:
+    def inverse(number: int) -> float:
+        return 1 / number
+
+    with Grid("local", home=tmp_path / "home", workers=1) as grid:
+        with pytest.raises(TaskFailed):
+            list(grid.map(inverse, [4, 0], retry=1))
+        job = grid.client.jobs(limit=1)[0]["id"]
+        words = ("job", "replay-task", job, "1", "--json", "--home", str(tmp_path / "home"))
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "batchlab", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    found = json.loads(done.stdout)
+    assert found["verdict"] == "same", found
+    assert "division by zero" in found["sentence"]
+
+
+# --- The grid ------------------------------------------------------------------------------------
+
+
+def test_nothing_of_the_grid_is_changed_and_none_need_be_up(
+    here: Ran, tmp_path: Path, quick: Quick
+) -> None:
+    # No manager runs in the copy of its folder.
+    shutil.copytree(here.home / "objects", tmp_path / "objects")
+    down = here.moved(tmp_path)
+    assert quick(down, "replay-task", "double/0")[0] == 0
+    before = contents(tmp_path)
+    assert len(before) > 20
+    for task in ("parse/1", "check/0", "gathered/0", "double/0"):
+        code, _, err = quick(down, "replay-task", task)
+        assert code == (task != "double/0"), err
+    code, out, _ = quick(down, "show-task", "parse/1")
+    assert code == 0
+    assert "RETRIED" in out
+    assert contents(tmp_path) == before
+    code, _, err = quick(down.named("last"), "replay-task", "parse/1")
+    assert (code, "whole id" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "task", "what", "remedy"),
+    [
+        ("files", "gathered/0", "The input of gathered[0] cannot be had", "AttemptDays"),
+        ("raw", "parse/1", "The input of parse[1] cannot be had", "uploads its input again"),
+        ("code", "parse/1", "The code of parse[1] cannot be had", "uploads its code again"),
+        ("jobs", "parse/1", "has no job", "job list"),
+    ],
+)
+def test_what_is_no_longer_there_is_named(
+    here: Ran, tmp_path: Path, quick: Quick, prefix: str, task: str, what: str, remedy: str
+) -> None:
+    shutil.copytree(here.home / "objects", tmp_path / "objects")
+    shutil.rmtree(tmp_path / "objects" / prefix)
+    code, _, err = quick(here.moved(tmp_path), "replay-task", task)
+    assert code == 2
+    assert what in err
+    assert remedy in err
+    assert "Traceback" not in err
+
+
+def test_without_logs_it_still_comes_home_and_says_what_is_not_known(
+    here: Ran, tmp_path: Path, verdict: Verdict
+) -> None:
+    shutil.copytree(here.home / "objects", tmp_path / "objects")
+    shutil.rmtree(tmp_path / "objects" / "logs")
+    found = verdict(here.moved(tmp_path), "parse/1")
+    assert found["verdict"] == "same"
+    assert found["differences"][0].startswith("Nothing is known of the surroundings")
+
+
+def at_a_terminal(argv: list[str], typed: list[str], within_s: float = 30.0) -> str:
+    """What a terminal shows of a command; each line is typed when pdb asks for one."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown, answered, deadline_s = "", 0, time.monotonic() + within_s
+    try:
+        while time.monotonic() < deadline_s:
+            if select.select([ours], [], [], 0.1)[0]:
+                try:
+                    data = os.read(ours, 65536)
+                except OSError:  # the terminal's other end is closed
+                    break
+                shown += data.decode(errors="replace")
+            if shown.count("(Pdb) ") > answered and answered < len(typed):
+                os.write(ours, typed[answered].encode())
+                answered += 1
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    return shown

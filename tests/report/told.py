@@ -1,0 +1,121 @@
+"""A simulated job's data written and read back, beside what the ledger and the bill say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from duckdb import DuckDBPyConnection
+
+from batchlab.costs import prices
+from batchlab.costs.bill import Bill, PoolFacts, StageUse, bill
+from batchlab.costs.requests import Pace
+from batchlab.model import JobId, Pool
+from batchlab.patience import Patience
+from batchlab.ports import JobRows, Objects
+from batchlab.report import store
+from batchlab.report.building import Setting
+from batchlab.report.writing import Index, Writer
+from batchlab.sim.world import World
+
+BOOK = prices.load()
+PACE = Pace()
+COUNTS = ("planned", "succeeded", "failed", "cancelled", "retried")
+
+
+def setting(pools: tuple[Pool, ...] = (Pool("default"),)) -> Setting:
+    return Setting("sim", pools, PACE, BOOK)
+
+
+async def written(
+    objects: Objects, patience: Patience, job: JobId, folder: Path, *pools: Pool
+) -> Index:
+    """The job's files, in a folder that is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return await Writer(objects, patience, setting(pools)).make(job, folder)
+
+
+@contextmanager
+def answers(*folders: Path) -> Iterator[Any]:
+    """A function that gives the rows of a query, as dicts."""
+    with store.opened(folders) as connection:
+        yield lambda sql: rows(connection, sql)
+
+
+def rows(connection: DuckDBPyConnection, sql: str) -> list[dict[str, Any]]:
+    names, found = store.asked(connection, sql)
+    return [dict(zip(names, row, strict=True)) for row in found]
+
+
+def one(ask: Any, sql: str) -> Any:
+    """The only value that a query comes to."""
+    (row,) = ask(sql)
+    (value,) = row.values()
+    return value
+
+
+def check_against_ledger(ask: Any, ledger: JobRows) -> None:
+    """Stage by stage what `job show` shows, from the tasks one by one."""
+    job = ledger.job.job.id
+    for record in ledger.stages:
+        counts = record.counts
+        (told,) = ask(f"SELECT * FROM stages WHERE job = '{job}' AND stage = '{counts.stage}'")
+        assert {name: told[name] for name in COUNTS} == {
+            name: getattr(counts, name) for name in COUNTS
+        }, counts.stage
+        (by_task,) = ask(
+            "SELECT count(*) AS tasks, count(DISTINCT task) AS different, "
+            "count(*) FILTER (state = 'SUCCEEDED') AS succeeded, "
+            "count(*) FILTER (state = 'FAILED') AS failed, "
+            "coalesce(sum(run_s) FILTER (state = 'SUCCEEDED'), 0) AS run_s "
+            f"FROM tasks WHERE job = '{job}' AND stage = '{counts.stage}'"
+        )
+        assert by_task["tasks"] == by_task["different"] == (counts.planned or 0)
+        assert (by_task["succeeded"], by_task["failed"]) == (counts.succeeded, counts.failed)
+        assert by_task["run_s"] == pytest.approx(counts.run_s, abs=1e-4)
+        assert told["run_s"] == pytest.approx(by_task["run_s"])
+    (whole,) = ask(f"SELECT * FROM jobs WHERE job = '{job}'")
+    assert whole["state"] == ledger.job.state.value
+    assert whole["rounds"] == ledger.job.round + 1
+    assert whole["ended_s"] == ledger.job.ended_s
+    for name in COUNTS[1:]:
+        assert whole[name] == sum(getattr(s.counts, name) for s in ledger.stages)
+    assert whole["run_s"] == pytest.approx(sum(s.counts.run_s for s in ledger.stages), abs=1e-3)
+
+
+async def bill_of(world: World, ledger: JobRows, pools: tuple[Pool, ...]) -> Bill:
+    """As `cost bill` reckons it, from the ledger."""
+    job = ledger.job.job
+    account = await world.ask(lambda m: m.spending and m.spending.account(job.id), "account")
+    uses = [
+        StageUse(s.counts.stage, job.stage(s.counts.stage).pool, s.counts.run_s, 1)
+        for s in ledger.stages
+    ]
+    facts = {pool.name: PoolFacts(pool.slots, pool.instance_type) for pool in pools}
+    stored_bytes = 0
+    for prefix in (f"jobs/{job.id}/", f"raw/{job.id}/"):
+        async for page in world.objects.list(prefix):
+            stored_bytes += sum(info.size for info in page)
+    return bill(uses, account, facts, BOOK, stored_bytes=stored_bytes, pace=PACE)  # type: ignore[arg-type]
+
+
+def check_against_bill(ask: Any, found: Bill) -> None:
+    """Line by line, and the rows add up exactly."""
+    usd = one(ask, "SELECT cost_usd FROM jobs")
+    assert isinstance(usd, Decimal)
+    assert float(usd) == pytest.approx(found.usd.typical, abs=1e-9)
+    assert one(ask, "SELECT sum(cost_usd) FROM cost") == usd
+    lines = {
+        r["line"]: r["usd"] for r in ask("SELECT line, sum(cost_usd) AS usd FROM cost GROUP BY 1")
+    }
+    assert set(lines) == {item.what for item in found.items}
+    for item in found.items:
+        assert float(lines[item.what]) == pytest.approx(item.usd.typical, abs=1e-9), item.what
+    by_stage = one(ask, "SELECT coalesce(sum(cost_usd), 0) FROM stages")
+    assert by_stage == one(
+        ask, "SELECT coalesce(sum(cost_usd), 0) FROM cost WHERE stage IS NOT NULL"
+    )

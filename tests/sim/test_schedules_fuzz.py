@@ -1,0 +1,55 @@
+"""Random worlds with a schedule: each due time runs once; and the check would notice if not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from batchlab.schedule import decide
+from batchlab.schedule.model import Run, Schedule
+from batchlab.sim import trial
+from batchlab.sim.faults import Weather
+from batchlab.sim.watch import Violated
+
+WHOLE = 14
+"""A seed whose schedule is due each minute, and makes up for everything."""
+
+
+@pytest.mark.parametrize("seed", [1, 9, 31])
+def test_a_schedule_keeps_its_promise_in_any_weather(seed: int) -> None:
+    trial.run(seed, trial.TIMED, sql=False)
+
+
+def test_a_world_with_a_schedule_is_a_function_of_its_seed() -> None:
+    digests = {trial.run(1, trial.TIMED, logged=True, sql=False).digest for _ in range(2)}
+    assert len(digests) == 1
+    assert digests != {trial.run(1, trial.ALL, logged=True, sql=False).digest}
+
+
+def test_a_due_time_that_is_lost_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lapse, seen = decide.lapse, 0
+
+    def losing(schedule: Schedule, now_s: float) -> Schedule:
+        nonlocal seen
+        after = lapse(schedule, now_s)
+        seen += after is not schedule
+        lost = after is not schedule and seen == 2
+        return replace(schedule, through_s=after.through_s) if lost else after
+
+    monkeypatch.setattr(decide, "lapse", losing)
+    with pytest.raises(Violated, match="nothing has run at"):
+        trial.run(WHOLE, Weather(timed=True), sql=False)
+
+
+def test_a_run_at_no_due_time_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = decide.started
+
+    def astray(schedule: Schedule, run: Run, now_s: float) -> Schedule:
+        wrong = replace(run, token=f"{run.token[:-2]}7Z")
+        runs = tuple(wrong if one is run else one for one in schedule.runs)
+        return started(replace(schedule, runs=runs), wrong, now_s)
+
+    monkeypatch.setattr(decide, "started", astray)
+    with pytest.raises(Violated, match="was due at"):
+        trial.run(WHOLE, Weather(timed=True), sql=False)

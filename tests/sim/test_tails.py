@@ -1,0 +1,59 @@
+"""Somebody follows every job, in random worlds full of faults: no promise is broken by that."""
+
+from __future__ import annotations
+
+import asyncio
+from unittest.mock import patch
+
+import pytest
+
+from batchlab.manager.live import LiveJob
+from batchlab.manager.manager import Manager
+from batchlab.manager.tails import Tails
+from batchlab.model import JobId
+from batchlab.sim import fuzz
+from batchlab.sim.users import User
+from batchlab.sim.world import World
+
+SEEDS = range(7_000, 7_006)
+
+
+async def _follow(world: World, job: JobId) -> None:
+    async def look(manager: Manager) -> None:
+        live = manager.lives.get(job)
+        if live is not None:
+            await manager.tails.of(live)
+
+    while True:
+        await world.ask(look, f"follow {job}")
+        await asyncio.sleep(4.0)
+
+
+def test_following_breaks_no_promise() -> None:
+    """Above all no cancellation is undone by the word that asks for output (I4)."""
+    use, say = User.use, Tails._say
+    said: list[bool] = []
+
+    async def use_and_follow(user: User) -> None:
+        following = asyncio.create_task(_follow(user._world, user._job.id))
+        try:
+            await use(user)
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+
+    async def counted(tails: Tails, live: LiveJob) -> bool:
+        said.append(await say(tails, live))
+        return said[-1]
+
+    with (
+        patch.object(User, "use", use_and_follow),
+        patch.object(Tails, "_say", counted),
+        fuzz.silence(),
+    ):
+        for seed in SEEDS:
+            if failure := fuzz.try_seed(seed, "all").failure:
+                pytest.fail(f"seed {seed}: {failure.text}\n{failure.trace}")
+    # Words were written, and some that another word was faster than.
+    assert sum(said) > 10, said
+    assert not all(said), said

@@ -1,0 +1,91 @@
+"""Failures are grouped by why they failed, and by nothing that differs from task to task."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from batchlab.model import Failure, FailureKind
+from batchlab.protocol.fingerprint import LENGTH, fingerprint, shape
+from batchlab.worker.handlers import user_traceback
+
+
+def raised(item: object, *, folder: str = "", kind: str = "first") -> Failure:
+    """The failure of a handler of a job's own, as a worker would tell of it."""
+    source = (
+        "import json\n"
+        "def act(item):\n"
+        "    check(item)\n"
+        "    json.loads(item)\n"
+        "def check(item):\n"
+        "    if item == 'x':\n"
+        "        raise ValueError(f'{item} is bad')\n"
+        "    if item == 'y':\n"
+        "        raise ValueError(f'{item} is bad')\n"
+    )
+    space: dict[str, object] = {}
+    exec(compile(source, f"{folder}handlers.py", "exec"), space)
+    try:
+        space["act"](item)  # type: ignore[operator]
+    except ValueError as error:
+        text = user_traceback(error).replace(folder, "") if folder else user_traceback(error)
+        return Failure(7, FailureKind.EXCEPTION, str(error), type(error).__name__, text)
+    raise AssertionError("it did not fail")
+
+
+def test_it_is_short_and_always_the_same() -> None:
+    one = raised("x")
+    assert fingerprint(one) == fingerprint(raised("x"))
+    assert len(fingerprint(one)) == LENGTH
+    assert set(fingerprint(one)) <= set("0123456789abcdef")
+
+
+def test_the_task_the_message_and_the_time_do_not_matter() -> None:
+    one = raised("x")
+    other = replace(one, task=99, reason="ValueError: z is bad", run_s=3.0, final=False)
+    assert fingerprint(one) == fingerprint(other)
+
+
+def test_another_line_or_another_exception_is_another_reason() -> None:
+    prints = {
+        fingerprint(raised("x")),
+        fingerprint(raised("y")),
+        fingerprint(raised("{")),
+        fingerprint(replace(raised("x"), error="KeyError")),
+        fingerprint(replace(raised("x"), kind=FailureKind.IMPORT)),
+    }
+    assert len(prints) == 5
+
+
+def test_where_the_code_was_unpacked_and_which_python_ran_it_do_not_matter() -> None:
+    one = raised("{", folder="/srv/scratch/i-1/code/3f/")
+    assert fingerprint(one) == fingerprint(raised("{"))
+    # json's own lines differ from version to version; the user's do not.
+    frame = '  File "handlers.py", line 3, in act\n'
+    inner = frame + '  File "handlers.py", line 3, in <listcomp>\n'
+    whole = one.traceback.replace("Traceback (most recent call last):\n", f"{inner}", 1)
+    plain = one.traceback.replace("Traceback (most recent call last):\n", f"{frame}", 1)
+    assert fingerprint(replace(one, traceback=whole)) == fingerprint(replace(one, traceback=plain))
+    moved = one.traceback.replace("/json/", "/newer/json/").replace("line 35", "line 41")
+    assert fingerprint(replace(one, traceback=moved)) == fingerprint(one)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            "exit code 3: cat: /a/b/in/0/x.csv: No such file",
+            "exit code 3: cat: /c/y.csv: No such file",
+        ),
+        ("ran longer than its timeout of 0.5 s", "ran longer than its timeout of 60 s"),
+        ("KeyError: 'a'", "KeyError: 'b c'"),
+        ("claim CLM-0041 has no total", "claim CLM-99 has no total"),
+    ],
+)
+def test_sentences_are_compared_without_numbers_names_and_paths(one: str, other: str) -> None:
+    assert shape(one) == shape(other)
+    failure = Failure(0, FailureKind.EXIT, one, exit_code=3)
+    assert fingerprint(failure) == fingerprint(replace(failure, reason=other))
+    assert fingerprint(failure) != fingerprint(replace(failure, exit_code=4))
+    assert fingerprint(failure) != fingerprint(replace(failure, reason="something else"))

@@ -1,0 +1,224 @@
+"""What may be notified, where nothing is ever sent, and the grid's own targets in their file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchlab import notification, targets
+from batchlab.errors import UsageError
+from batchlab.home import Home
+from batchlab.jobdef import JobDef, NotifyDef, StageDef
+from batchlab.manager.admission import admit
+from batchlab.model import JobId, StageName
+from batchlab.notification import Target
+from batchlab.protocol import wire
+
+TOPIC = "arn:aws:sns:eu-central-1:123456789012:batch"
+URL = "https://hooks.example.org/T0/s3cret?x=1"
+
+
+def a_job(*notify: NotifyDef) -> JobDef:
+    stages = (StageDef(StageName("map"), handler="m:f"),)
+    return JobDef(JobId("sums-1"), "sums", stages, 1.0, notify=notify)
+
+
+# --- What a job may name -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        NotifyDef("webhook", URL),
+        NotifyDef("webhook", "https://10.1.2.3:8443/", ("failed", "stuck")),
+        NotifyDef("webhook", "http://127.0.0.1:8000/hook"),
+        NotifyDef("webhook", "http://localhost/"),
+        NotifyDef("webhook", "http://[::1]:80/"),
+        NotifyDef("webhook", URL, ("ended",), "env:BATCHLAB_NOTIFY_SECRET"),
+        NotifyDef("sns", TOPIC),
+        NotifyDef("sns", TOPIC + ".fifo", ("capped",), failures=3, stuck_s=1.0),
+    ],
+)
+def test_what_a_job_may_name(one: NotifyDef) -> None:
+    assert notification.problem(one) == ""
+    admit(a_job(one), {"default": 1})
+    job = a_job(one)
+    assert wire.job_from_json(wire.job_to_json(job)) == job
+
+
+@pytest.mark.parametrize(
+    ("one", "told"),
+    [
+        (NotifyDef("command", "rm"), "only the grid's own settings name commands"),
+        (NotifyDef("webhook", "http://hooks.example.org/"), "http is only for this machine"),
+        (NotifyDef("webhook", "ftp://hooks.example.org/"), "by https"),
+        (NotifyDef("webhook", "file:///etc/passwd"), "no URL"),
+        (NotifyDef("webhook", "hooks.example.org"), "no URL"),
+        (NotifyDef("webhook", "https://h.example.org:x/"), "no URL"),
+        (NotifyDef("webhook", "https://h.example.org/a b"), "no URL"),
+        (NotifyDef("webhook", "https://h\u00e9.example.org/"), "no URL"),
+        (NotifyDef("webhook", "https://h.example.org/\r\nX: y"), "no URL"),
+        (NotifyDef("webhook", "https://h.example.org/" + "x" * 3000), "no URL"),
+        (NotifyDef("webhook", "https://me:pw@h.example.org/"), "no user and password"),
+        (
+            NotifyDef("webhook", "https://169.254.169.254/latest/meta-data"),
+            "link-local or metadata",
+        ),
+        (NotifyDef("webhook", "http://169.254.169.254/"), "http is only for this machine"),
+        (NotifyDef("webhook", "https://[fe80::1]/"), "link-local or metadata"),
+        (NotifyDef("webhook", "https://[::ffff:169.254.169.254]/"), "link-local or metadata"),
+        (NotifyDef("webhook", "https://[fd00:ec2::254]/"), "link-local or metadata"),
+        (NotifyDef("webhook", "https://0.0.0.0/"), "no address of one machine"),
+        (NotifyDef("webhook", URL, secret="env:AWS_SECRET_ACCESS_KEY"), "env:BATCHLAB_NOTIFY_"),
+        (NotifyDef("webhook", URL, secret="file:/etc/shadow"), "env:BATCHLAB_NOTIFY_"),
+        (NotifyDef("webhook", URL, secret="hunter2"), "env:BATCHLAB_NOTIFY_"),
+        (NotifyDef("webhook", URL, ("always",)), "The moments are"),
+        (NotifyDef("webhook", URL, ()), "The moments are"),
+        (NotifyDef("webhook", URL, failures=0), "begin with 1"),
+        (NotifyDef("webhook", URL, stuck_s=float("inf")), "begin with 1"),
+        (NotifyDef("sns", "batch"), "by its ARN"),
+        (NotifyDef("sns", TOPIC, secret="env:BATCHLAB_NOTIFY_X"), "webhook"),
+    ],
+)
+def test_what_a_job_may_not_name(one: NotifyDef, told: str) -> None:
+    assert told in notification.problem(one)
+    with pytest.raises(UsageError) as caught:
+        admit(a_job(one), {"default": 1})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_job_names_so_many_targets_at_the_most() -> None:
+    many = [NotifyDef("sns", TOPIC)] * (notification.MOST_TARGETS + 1)
+    with pytest.raises(UsageError, match="notifies 11 targets"):
+        admit(a_job(*many), {"default": 1})
+
+
+@given(st.integers(0, 0xFFFF))
+def test_no_way_of_writing_a_link_local_address_gets_through(low: int) -> None:
+    v4 = f"169.254.{low >> 8}.{low & 255}"
+    number = (169 << 24) + (254 << 16) + low
+    words = f"{number >> 16:x}:{number & 0xFFFF:x}"
+    for address in (
+        *(v4, f"::ffff:{v4}", f"::ffff:{words}", f"64:ff9b::{words}", f"2002:{words}::1"),
+        *(f"fe80::{low:x}", f"fe80::{low:x}%eth0"),
+    ):
+        assert notification.address_refusal(address), address
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "10.0.0.1", "127.0.0.1", "::1", "2001:db8::1"])
+def test_other_addresses_are_let_through(address: str) -> None:
+    assert notification.address_refusal(address) == ""
+
+
+def test_an_id_tells_apart_what_is_not_the_same() -> None:
+    one = Target("ops", "webhook", URL)
+    ids = {
+        notification.derived_id(one, "j", 0, "failed"),
+        notification.derived_id(one, "j", 1, "failed"),
+        notification.derived_id(one, "k", 0, "failed"),
+        notification.derived_id(one, "j", 0, "stuck", "1"),
+        notification.derived_id(one, "j", 0, "stuck", "2"),
+        notification.derived_id(Target("ops", "webhook", URL + "2"), "j", 0, "failed"),
+        notification.derived_id(Target("ops2", "webhook", URL), "j", 0, "failed"),
+    }
+    assert len(ids) == 7
+    assert notification.derived_id(one, "j", 0, "failed") in ids
+
+
+def test_an_address_is_shown_without_its_path() -> None:
+    assert Target("ops", "webhook", URL).shown == "https://hooks.example.org/…"
+
+
+# --- The grid's own file -------------------------------------------------------------------------
+
+
+def at(folder: Path, text: str | None) -> Home:
+    home = Home(folder / "home")
+    home.make()
+    if text is not None:
+        home.notify_file.write_text(text)
+    return home
+
+
+def test_the_grids_own_targets(tmp_path: Path) -> None:
+    home = at(
+        tmp_path,
+        f"""
+[ops]
+webhook = "{URL}"
+on = ["failed", "stuck"]
+secret = "file:/etc/batchlab/secret"
+stuck_after = "5m"
+
+[chat]
+webhook = "env:CHAT_URL"
+
+[topic]
+sns = "{TOPIC}"
+on = "failures"
+failures = 10
+
+[pager]
+command = ["/usr/local/bin/page", "--urgent"]
+""",
+    )
+    found = {one.name: one for one in targets.read(home, {"CHAT_URL": "https://chat.example/x"})}
+    assert found == {
+        "ops": Target(
+            *("ops", "webhook", URL, (), ("failed", "stuck"), "file:/etc/batchlab/secret"),
+            stuck_s=300.0,
+        ),
+        "chat": Target("chat", "webhook", "https://chat.example/x"),
+        "topic": Target("topic", "sns", TOPIC, on=("failures",), failures=10),
+        "pager": Target("pager", "command", "", ("/usr/local/bin/page", "--urgent")),
+    }
+
+
+def test_no_file_is_nobody(tmp_path: Path) -> None:
+    assert targets.read(at(tmp_path, None)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[ops\n", "cannot be read"),
+        ("ops = 3\n", "is no table"),
+        ("[Ops]\ncommand = ['x']\n", "has no fit name"),
+        ("[ops]\n", "Write one of webhook, sns and command"),
+        (f"[ops]\nwebhook = '{URL}'\nsns = '{TOPIC}'\n", "Write one of"),
+        (f"[ops]\nwebhook = '{URL}'\nto = 'x'\n", "'to', which is no key"),
+        (f"[ops]\nwebhook = '{URL}'\non = 3\n", "'on' that is no list"),
+        (f"[ops]\nwebhook = '{URL}'\non = ['late']\n", "The moments are"),
+        (f"[ops]\nwebhook = '{URL}'\nsecret = 'hunter2'\n", "never written here"),
+        (f"[ops]\nwebhook = '{URL}'\nfailures = true\n", "whole number"),
+        (f"[ops]\nwebhook = '{URL}'\nstuck_after = 'soon'\n", "stuck_after"),
+        ("[ops]\nwebhook = 'env:NOT_SET_HERE'\n", "no URL"),
+        ("[ops]\ncommand = 'page'\n", "no list of texts"),
+        ("[ops]\ncommand = []\n", "a program and its arguments"),
+    ],
+)
+def test_a_mistake_is_told_in_a_sentence(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        targets.read(at(tmp_path, text))
+    assert told in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_file_is_read_again_when_it_changes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = at(tmp_path, "[a]\ncommand = ['x']\n")
+    now = targets.watched(home)
+    assert [one.name for one in now()] == ["a"]
+    home.notify_file.write_text("[a]\ncommand = ['x']\n[b]\ncommand = ['y']\n")
+    assert [one.name for one in now()] == ["a", "b"]
+    with caplog.at_level(logging.WARNING):
+        home.notify_file.write_text("[c\n")
+        assert [one.name for one in now()] == ["a", "b"] == [one.name for one in now()]
+    assert len(caplog.records) == 1
+    home.notify_file.unlink()
+    assert now() == []

@@ -1,0 +1,205 @@
+"""What the manager keeps of the time while jobs run: few points, bounded, and handed on."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, ClassVar, cast
+
+import pytest
+
+from batchlab.manager import recorded
+from batchlab.manager.autoscaler import Backlog
+from batchlab.manager.live import Ports
+from batchlab.manager.recorder import Recorder
+from batchlab.manager.registry import Registry
+from batchlab.manager.reporting import Reports
+from batchlab.manager.series import FINE, Series, latest, of_pool
+from batchlab.model import (
+    Bundle,
+    GroupView,
+    Instance,
+    JobId,
+    LifecycleState,
+    Pool,
+    StageName,
+    TaskSet,
+)
+from batchlab.protocol import wire
+
+
+def pool_point(at_s: float, step_s: float = 1.0, visible: int = 0, busy: float = 0.0) -> list[Any]:
+    return [at_s, step_s, visible, 0, 0, visible, 2, 0, 2, 0, 1, 4, busy]
+
+
+def test_a_day_takes_few_points_and_the_last_minutes_keep_theirs() -> None:
+    series = Series(of_pool)
+    for second in range(20_000):
+        series.add(pool_point(float(second), visible=second % 7, busy=second % 4))
+    series.thin()
+    assert len(series.points) < 2_500
+    # No time is lost, none counts twice, and the mean stays what it was.
+    assert sum(point[1] for point in series.points) == 20_000
+    ends = [point[0] for point in series.points]
+    assert ends == sorted(ends)
+    mean = sum(point[1] * point[-1] for point in series.points) / 20_000
+    assert mean == pytest.approx(1.5)
+    assert max(point[2] for point in series.points) == 6
+    for at_s, step_s, *_ in series.points:
+        age_s = 19_999 - at_s
+        assert step_s <= max(1.0, age_s / FINE) + 1e-9
+    recent = [point for point in series.points if point[0] > 20_000 - FINE]
+    assert all(point[1] == 1.0 for point in recent)
+
+
+def test_counts_that_grow_keep_the_last() -> None:
+    series = Series(latest)
+    for n in range(2_000):
+        series.add([float(n), 1.0, 2 * n])
+    series.thin()
+    assert series.points[-1][2] == 2 * 1_999
+    assert all(point[2] == 2 * point[0] for point in series.points)
+
+
+def whole() -> dict[str, Any]:
+    points = [pool_point(float(n)) for n in range(10)]
+    return {
+        "pools": {
+            "default": {"slots": 2, "type": "", "series": points},
+            "other": {"slots": 1, "type": "", "series": points},
+        },
+        "scaling": [
+            ["default", -20.0, 0, 1, 0, 1, 1.0, "long before"],
+            ["other", 3.0, 0, 1, 0, 1, 1.0, "another pool"],
+            ["default", 3.0, 0, 1, 0, 1, 1.0, "a backlog"],
+        ],
+        "instances": {
+            "i-gone": ["default", "", "", "on-demand", -50.0, -40.0, 1.0, "Terminated", "", 2],
+            "i-here": ["default", "", "", "on-demand", 0.0, 2.0, None, "InService", "", 2],
+        },
+        "workers": {
+            "w-1": ["i-here", "default", 2, 2.0, 9.0],
+            "w-0": ["i-gone", "default", 2, 0, 1],
+        },
+        "jobs": {
+            "a": {
+                "since_s": 4.0,
+                "requests": [[5.0, 0.0, 1, 0, 1, 1, 0]],
+                "duplicates": {"s": {"message": [1, 0.0]}},
+                "pools": ["default"],
+            }
+        },
+        "earlier": {},
+    }
+
+
+def test_a_job_has_its_own_part_of_what_was_seen() -> None:
+    part = recorded.part_of(whole(), JobId("a"))
+    assert list(part["pools"]) == ["default"]
+    assert [point[0] for point in part["pools"]["default"]["series"]] == [5.0, 6.0, 7.0, 8.0, 9.0]
+    assert [one[7] for one in part["scaling"]] == ["a backlog"]
+    assert list(part["instances"]) == ["i-here"]
+    assert list(part["workers"]) == ["w-1"]
+    assert recorded.part_of(whole(), JobId("unknown")) == recorded.empty()
+
+
+def test_rounds_are_put_together() -> None:
+    first = recorded.part_of(whole(), JobId("a"))
+    doc = whole()
+    doc["earlier"] = {"a": first}
+    doc["jobs"]["a"] |= {"since_s": 7.0, "duplicates": {"s": {"message": [2, 0.5]}}}
+    both = recorded.part_of(doc, JobId("a"))
+    times = [point[0] for point in both["pools"]["default"]["series"]]
+    assert times == [5.0, 6.0, 7.0, 8.0, 9.0, 8.0, 9.0]
+    assert both["duplicates"] == {"s": {"message": [3, 0.5]}}
+    assert len(both["scaling"]) == 1
+    assert both["workers"]["w-1"][3:] == [2.0, 9.0]
+
+
+def test_what_came_twice_and_when_a_cut_was_made_travel() -> None:
+    told = wire.Duplicate(JobId("a"), StageName("s"), "execution", "w-1-3", 2.5)
+    events = wire.Events(duplicates=(told,))
+    assert wire.read_events_message(wire.events_message(events)) == events
+    from batchlab.ports import Cut
+
+    bundle = Bundle(JobId("a"), StageName("s"), TaskSet.span(0, 4))
+    cut = Cut(JobId("a"), StageName("s"), 0, 0, (bundle,), TaskSet(), 4, 17.5)
+    assert wire.cut_from_json(wire.cut_to_json(cut)).at_s == 17.5
+    old = {k: v for k, v in wire.cut_to_json(cut).items() if k != "at"}
+    assert wire.cut_from_json(old).at_s is None
+
+
+# --- The reporter --------------------------------------------------------------------------------
+
+
+class Moody:
+    """A reporter that fails as often as it is told to."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.asked: list[JobId] = []
+
+    async def write(self, job: JobId) -> None:
+        self.asked.append(job)
+        if len(self.asked) <= self.failures:
+            raise OSError("the disk is full")
+
+
+@pytest.mark.parametrize(("failures", "tries", "trouble"), [(0, 1, ""), (2, 3, ""), (9, 3, "full")])
+def test_what_cannot_be_written_is_tried_again_and_then_told(
+    failures: int, tries: int, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from batchlab.manager import reporting
+
+    monkeypatch.setattr(reporting, "AGAIN_S", 0.0)
+    monkeypatch.setattr(reporting, "LATER_S", 0.0)
+    moody = Moody(failures)
+    reports = Reports(moody)
+
+    async def act() -> None:
+        keeping = asyncio.create_task(reports.keep())
+        reports.ended(JobId("short"), reporting.SHORT_S - 1)
+        reports.ended(JobId("a"), reporting.SHORT_S)
+        reports.ended(JobId("a"), reporting.SHORT_S)
+        for _ in range(100):
+            await asyncio.sleep(0)
+            if len(moody.asked) == tries:
+                break
+        await asyncio.sleep(0.01)
+        assert not keeping.done()
+        keeping.cancel()
+
+    asyncio.run(act())
+    assert moody.asked == [JobId("a")] * tries
+    assert trouble in reports.troubles.get(JobId("a"), "")
+    assert bool(reports.troubles) == bool(trouble)
+
+
+def test_an_instance_that_was_gone_before_is_no_job_s() -> None:
+    recorder = Recorder(cast(Ports, FakePorts()), {}, cast(Registry, FakeRegistry()))
+    old = Instance("i-old", "default", LifecycleState.TERMINATED, 100.0)
+    new = Instance("i-new", "default", LifecycleState.IN_SERVICE, 900.0)
+    view = GroupView(Pool("default"), 1, (old, new))
+    recorder.observe({"default": view}, {}, lambda _: Backlog())
+    assert list(recorder._instances) == ["i-new"]
+    assert recorder._instances["i-new"][5] == 1000.0
+
+
+class FakePorts:
+    """A clock that stands still."""
+
+    @property
+    def clock(self) -> FakePorts:
+        return self
+
+    def now_s(self) -> float:
+        return 1000.0
+
+    def monotonic_s(self) -> float:
+        return 5.0
+
+
+class FakeRegistry:
+    """Of no workers."""
+
+    workers: ClassVar[dict[str, Any]] = {}
+    spot: ClassVar[dict[str, None]] = {}

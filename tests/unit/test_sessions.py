@@ -1,0 +1,112 @@
+"""Who may see the page: codes that work once, cookies that are signed and end."""
+
+from __future__ import annotations
+
+import pytest
+
+from batchlab.api.sessions import CODE_S, MOST_CODES, SESSION_S, Sessions
+from tests.fleet_rigs import ManualClock
+
+TOKEN = "the grid's token"
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def sessions(clock: ManualClock) -> Sessions:
+    return Sessions(TOKEN, clock)
+
+
+def test_a_code_opens_once_and_for_a_minute(sessions: Sessions, clock: ManualClock) -> None:
+    first, second = sessions.code(), sessions.code()
+    assert first != second
+    assert sessions.opens(first)
+    assert not sessions.opens(first)
+    clock.time_s += CODE_S + 0.1
+    assert not sessions.opens(second)
+
+
+def test_the_token_opens_and_nothing_like_it(sessions: Sessions) -> None:
+    assert sessions.opens(TOKEN)
+    for wrong in ("", TOKEN[:-1], TOKEN + " ", "ü", "\ud800"):
+        assert not sessions.opens(wrong)
+
+
+def test_only_so_many_codes_wait(sessions: Sessions) -> None:
+    codes = [sessions.code() for _ in range(MOST_CODES + 1)]
+    assert not sessions.opens(codes[0])
+    assert sessions.opens(codes[1])
+
+
+def test_a_session_ends_at_its_time(sessions: Sessions, clock: ManualClock) -> None:
+    session, cookie = sessions.begin()
+    assert sessions.of(cookie) == session
+    clock.time_s += SESSION_S - 2
+    assert sessions.of(cookie) == session
+    clock.time_s += 2
+    assert sessions.of(cookie) is None
+
+
+def test_a_cookie_that_was_changed_is_none_of_ours(sessions: Sessions) -> None:
+    session, cookie = sessions.begin()
+    until, name, mark = cookie.split(".")
+    later = f"{int(until) + 1}.{name}.{mark}"
+    for wrong in (
+        *(
+            "",
+            ".",
+            "..",
+            "x",
+            later,
+            f"{until}.{name}x.{mark}",
+            f"{until}.{name}.",
+            f"{until}.{name}",
+        ),
+        *(
+            f"{until}.{name}.{sessions.form_token(session)}",
+            "9" * 30 + f".{name}.{mark}",
+            "²." + name,
+        ),
+    ):
+        assert sessions.of(wrong) is None, wrong
+
+
+def test_another_grid_or_another_token_knows_nothing_of_it(clock: ManualClock) -> None:
+    mine, other = Sessions(TOKEN, clock), Sessions("another", clock)
+    session, cookie = mine.begin()
+    assert other.of(cookie) is None
+    assert mine.cookie != other.cookie
+    assert not other.has_sent(session, mine.form_token(session))
+
+
+def test_a_manager_that_was_started_again_knows_it(clock: ManualClock) -> None:
+    session, cookie = Sessions(TOKEN, clock).begin()
+    again = Sessions(TOKEN, clock)
+    assert again.of(cookie) == session
+    assert again.cookie == Sessions(TOKEN, clock).cookie
+
+
+def test_who_logs_out_takes_the_cookie_along(sessions: Sessions, clock: ManualClock) -> None:
+    session, cookie = sessions.begin()
+    other, kept = sessions.begin()
+    sessions.close(session)
+    assert sessions.of(cookie) is None
+    assert sessions.of(kept) == other
+    clock.time_s += SESSION_S
+    sessions.close(other)
+    assert session.name not in sessions._closed  # what is over anyway is not remembered
+
+
+def test_a_forms_token_is_of_one_session(sessions: Sessions) -> None:
+    one, other = sessions.begin()[0], sessions.begin()[0]
+    assert sessions.has_sent(one, sessions.form_token(one))
+    assert not sessions.has_sent(one, sessions.form_token(other))
+    assert not sessions.has_sent(one, "")
+
+
+def test_the_token_is_in_no_cookie(sessions: Sessions) -> None:
+    session, cookie = sessions.begin()
+    assert TOKEN not in cookie + sessions.cookie + sessions.form_token(session)

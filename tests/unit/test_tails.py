@@ -1,0 +1,187 @@
+"""What running tasks print is stored while somebody asks for it, and then no more."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import Any
+
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.errors import Unreachable
+from batchlab.model import Bundle, Control, JobId, StageName, TaskSet
+from batchlab.ports import Message
+from batchlab.protocol import naming, wire
+from batchlab.sim.clocks import SimClock
+from batchlab.sim.loop import SimLoop
+from batchlab.worker import logs
+from batchlab.worker.controls import Controls
+from batchlab.worker.hand import Hand
+from batchlab.worker.runner import Peek
+from batchlab.worker.tails import ASKED_S, WORKER_BYTES, Tails, from_bytes
+
+JOB = JobId("talk-0123456789")
+EVERY_S = 5.0
+KEY = naming.tail(JOB, "w-1")
+
+
+def _clock() -> SimClock:
+    return SimClock(asyncio.get_running_loop(), 1_700_000_000.0)
+
+
+def _in_virtual_time(main: Coroutine[Any, Any, None]) -> None:
+    SimLoop().run(main)
+
+
+class Bucket(SimObjects):
+    """Counts what is put, and fails where it is told to."""
+
+    puts = 0
+    away = False
+
+    def counted(self) -> int:
+        return self.puts
+
+    async def put(self, key: str, data: bytes, **how: Any) -> str:
+        self.puts += key == KEY
+        if self.away:
+            raise Unreachable("away")
+        return await super().put(key, data, **how)
+
+
+class Talk:
+    """A task that has printed `data`."""
+
+    def __init__(self, hands: dict[str, Hand], task: int, job: JobId = JOB) -> None:
+        self.data = b""
+        self.task: int | None = task
+        bundle = Bundle(job, StageName("talk"), TaskSet.of([task]), attempt=2)
+        message = Message("m", "", "r", 1, 0.0, 0.0)
+        hand = Hand("q", message, wire.TaskMessage(bundle), f"w-1-{task}", 0.0, 0.0, "r")
+        hand.running = True
+        hand.handle.peek = self.peek
+        hands[hand.execution] = hand
+
+    def peek(self, most: int) -> Peek | None:
+        if self.task is None:
+            return None
+        start = max(0, len(self.data) - most)
+        return Peek(self.task, 1000, 1000 + start, self.data[start:])
+
+
+def test_nobody_pays_where_nobody_looks() -> None:
+    async def main() -> None:
+        objects = Bucket()
+        hands: dict[str, Hand] = {}
+        talk = Talk(hands, 3)
+        other = Talk(hands, 4, JobId("other-0123456789"))
+        tails = Tails("w-1", hands, objects, _clock(), every_s=EVERY_S)
+        keeping = asyncio.create_task(tails.keep())
+        talk.data = other.data = b"secret of nobody"
+        await asyncio.sleep(3600)
+        assert objects.counted() == 0
+
+        tails.asked(JOB)
+        await asyncio.sleep(0.1)
+        (tail,) = from_bytes(await objects.get(KEY))
+        assert (tail.stage, tail.task, tail.attempt, tail.execution) == ("talk", 3, 2, "w-1-3")
+        assert (tail.start, tail.stop, tail.text) == (0, 16, "secret of nobody")
+        # Nothing new, nothing stored; something new, once a step.
+        await asyncio.sleep(2 * EVERY_S)
+        assert objects.counted() == 1
+        for _ in range(100):
+            talk.data += b"x\n"
+            await asyncio.sleep(0.1)
+        assert objects.counted() == 3
+        # The request has run out; another one begins it anew.
+        await asyncio.sleep(ASKED_S)
+        before = objects.puts
+        talk.data += b"later"
+        await asyncio.sleep(3600)
+        assert objects.puts == before
+        tails.asked(JOB)
+        await asyncio.sleep(0.1)
+        assert from_bytes(await objects.get(KEY))[0].text.endswith("later")
+        keeping.cancel()
+
+    _in_virtual_time(main())
+
+
+def test_a_talkative_worker_stores_the_ends_only() -> None:
+    async def main() -> None:
+        objects = Bucket()
+        hands: dict[str, Hand] = {}
+        talks = [Talk(hands, task) for task in range(16)]
+        for talk in talks:
+            talk.data = b"a" * 100_000 + b"end"
+        tails = Tails("w-1", hands, objects, _clock(), every_s=EVERY_S)
+        keeping = asyncio.create_task(tails.keep())
+        tails.asked(JOB)
+        await asyncio.sleep(0.1)
+        found = from_bytes(await objects.get(KEY))
+        assert len(found) == 16
+        assert all(one.text.endswith("end") for one in found)
+        assert all(one.stop == 100_003 and one.stop - one.start == len(one.text) for one in found)
+        assert sum(len(one.text) for one in found) <= WORKER_BYTES
+        # Those that have ended are in it no more.
+        for talk in talks[1:]:
+            talk.task = None
+        await asyncio.sleep(EVERY_S)
+        assert [one.task for one in from_bytes(await objects.get(KEY))] == [0]
+        keeping.cancel()
+
+    _in_virtual_time(main())
+
+
+def test_a_bucket_that_is_away_costs_a_step_and_no_worker() -> None:
+    async def main() -> None:
+        objects = Bucket()
+        hands: dict[str, Hand] = {}
+        Talk(hands, 0).data = b"hello"
+        tails = Tails("w-1", hands, objects, _clock(), every_s=EVERY_S)
+        keeping = asyncio.create_task(tails.keep())
+        objects.away = True
+        tails.asked(JOB)
+        await asyncio.sleep(1.0)
+        objects.away = False
+        await asyncio.sleep(EVERY_S)
+        assert from_bytes(await objects.get(KEY))[0].text == "hello"
+        assert not keeping.done()
+        keeping.cancel()
+
+    _in_virtual_time(main())
+
+
+def test_the_request_comes_with_the_word_that_is_read_anyway() -> None:
+    async def main() -> None:
+        objects = SimObjects()
+        asked: list[JobId] = []
+        word = wire.Word(Control.RUN)
+        await objects.put(naming.control(JOB), wire.word_to_bytes(word))
+        controls = Controls(objects, _clock(), 1.0, lambda *_: None, asked.append)
+        await controls.look(JOB)
+        assert not asked
+        await objects.put(naming.control(JOB), wire.word_to_bytes(replace(word, tail=1)))
+        for _ in range(3):
+            assert (await controls.look(JOB))[0] is Control.RUN
+        assert asked == [JOB]
+        await objects.put(naming.control(JOB), wire.word_to_bytes(replace(word, tail=2)))
+        await controls.look(JOB)
+        assert asked == [JOB, JOB]
+
+    asyncio.run(main())
+
+
+def test_a_word_without_a_tail_is_written_as_before() -> None:
+    for word in (wire.Word(Control.RUN), wire.Word(Control.CANCEL, reason="x", round=1)):
+        assert "tail" not in json.loads(wire.word_to_bytes(word))
+        assert wire.word_from_bytes(wire.word_to_bytes(word)) == word
+        more = replace(word, tail=7)
+        assert wire.word_from_bytes(wire.word_to_bytes(more)) == more
+
+
+def test_text_has_as_many_bytes_as_what_was_printed() -> None:
+    for data in (b"plain", "ü☃".encode(), b"\xff\xfe half \xc3", "☃".encode()[1:] + b"x"):
+        assert len(logs.text(data).encode()) == len(data)
+    assert logs.text(b"a\xffb") == "a?b"
