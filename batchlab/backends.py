@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-log = logging.getLogger(__name__)
 
 VARIABLE = "BATCHLAB_ENDPOINT"
 """Environment variable that names an endpoint where no option does."""

@@ -9,8 +9,7 @@ from batchlab.api import failures as api
 from batchlab.api import jobs as api_jobs
 from batchlab.api import tasks as api_tasks
 from batchlab.api.common import Given, Leader
-from batchlab.model import JobId, StageName
-from batchlab.web import words
+from batchlab.model import ENDED, JobId, StageName
 from batchlab.web.rendering import live, render
 from batchlab.web.shared import Page, guarded
 
@@ -46,7 +45,7 @@ async def of_job(request: Request, manager: Leader, served: Given, job: JobId) -
         here="failures",
         job=view,
         found=await api.failure_groups(manager, served, job),
-        may_retry=view["state"] in words.ENDED - {"SUCCEEDED"},
+        may_retry=view["state"] in ENDED - {"SUCCEEDED"},
     )
 
 
@@ -73,7 +72,7 @@ async def of_group(
         failures=found["failures"],
         next=found["next"],
         is_first=after is None,
-        may_retry=view["state"] in words.ENDED - {"SUCCEEDED"},
+        may_retry=view["state"] in ENDED - {"SUCCEEDED"},
     )
 
 
@@ -95,5 +94,5 @@ async def task(
         here="failures",
         job=view,
         task=found,
-        may_retry=view["state"] in words.ENDED - {"SUCCEEDED"} and found["state"] == "failed",
+        may_retry=view["state"] in ENDED - {"SUCCEEDED"} and found["state"] == "failed",
     )

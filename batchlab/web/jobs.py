@@ -14,7 +14,7 @@ from batchlab.api.common import Given, Leader
 from batchlab.costs.bill import spent_usd
 from batchlab.costs.meter import Account
 from batchlab.manager.manager import Manager
-from batchlab.model import JobId
+from batchlab.model import ENDED, JobId
 from batchlab.web import words
 from batchlab.web.rendering import live
 from batchlab.web.shared import Page, State, guarded
@@ -41,7 +41,7 @@ async def jobs(
 
 
 async def _eta(manager: Manager, job: views.JobView) -> views.EtaView | None:
-    return None if job["state"] in words.ENDED else await api.eta(manager, JobId(job["id"]))
+    return None if job["state"] in ENDED else await api.eta(manager, JobId(job["id"]))
 
 
 @router.get("/jobs/{job}")
@@ -63,7 +63,7 @@ async def job(request: Request, manager: Leader, served: Given, page: Page, job:
         groups=groups,
         shown_groups=LARGEST_GROUPS,
         cost=await _cost(manager, page, job),
-        is_final=view["state"] in words.ENDED,
+        is_final=view["state"] in ENDED,
     )
 
 

@@ -14,8 +14,6 @@ from markupsafe import Markup, escape
 
 from batchlab.views import EtaView, JobView, StageView
 
-ENDED = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
-
 _TICKS = re.compile(r"`([^`]+)`")
 _TONES = {
     "RUNNING": "primary",
