@@ -19,6 +19,7 @@ from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import naming, values, wire
 from batchlab.protocol.fingerprint import fingerprint
+from batchlab.tasknames import task_name
 from batchlab.worker.inputs import Inputs
 
 READ_AT_ONCE = 16
@@ -42,8 +43,8 @@ class Attempt:
 
     @property
     def name(self) -> str:
-        """As `parse[3]`."""
-        return f"{self.outcome.bundle.stage}[{self.task}]"
+        """As `parse/3`."""
+        return task_name(self.outcome.bundle.stage, self.task)
 
     @property
     def state(self) -> str:
@@ -139,17 +140,11 @@ def chosen(
 # --- What it printed, and what it was given -------------------------------------------------------
 
 
-async def task_log(objects: Objects, attempt: Attempt, patience: Patience) -> bytes:
-    """What an attempt printed, b"" where that was nothing; NotFound where its log is not stored
-    yet, or has expired."""
-    return (await printed(objects, attempt.outcome, [attempt.task], patience))[attempt.task]
-
-
 async def printed(
     objects: Objects, outcome: Outcome, tasks: Iterable[int], patience: Patience
 ) -> dict[int, bytes]:
-    """What each of these tasks printed in an outcome; neighbours are read in one request. NotFound
-    as `task_log`."""
+    """What each of these tasks printed in an outcome, b"" where that was nothing; neighbours are
+    read in one request. NotFound where their log is not stored yet, or has expired."""
     wanted = set(tasks)
     spans = sorted((start, stop, task) for task, start, stop in outcome.log_spans if task in wanted)
     found = dict.fromkeys(wanted, b"")
@@ -201,9 +196,10 @@ async def task_bundle(
     upstream = await attempts(objects, job.id, step.after[0], task, patience)
     done = [one for one in upstream if one.state == "SUCCEEDED"]
     if not done:
+        before = task_name(step.after[0], task)
         raise UsageError(
-            f"{stage}[{task}] has no input yet: {step.after[0]}[{task}] has not succeeded.",
-            remedy=f"Look at that one: `batchlab job show-task {job.id} {step.after[0]}/{task}`.",
+            f"{task_name(stage, task)} has no input yet: {before} has not succeeded.",
+            remedy=f"Look at that one: `batchlab job show-task {job.id} {before}`.",
         )
     source = done[-1].outcome.bundle.id
     return replace(alone, source=BundleId(source))

@@ -77,27 +77,38 @@ def load(path: Path | None = None) -> Catalogue:
     try:
         doc = tomllib.loads(path.read_text())
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}.",
+            remedy="Name a file that is there and can be read.",
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}.") from error
+        raise UsageError(f"{path} is not TOML: {error}.", remedy="Put that line right.") from error
     rows = doc.get("types")
     if set(doc) != {"types"} or not isinstance(rows, dict) or not rows:
-        raise UsageError(f"{path} must have a table [types] with a line for each instance type.")
+        raise UsageError(
+            f"{path} must have a table [types] with a line for each instance type.",
+            remedy="backends/instance-types.toml has one.",
+        )
     return Catalogue({name: _type(path, name, row) for name, row in rows.items()})
 
 
 def _type(path: Path, name: str, row: Any) -> InstanceType:
     if not isinstance(row, dict) or set(row) != _FIGURES:
-        raise UsageError(f"{path}: the type {name!r} must have {', '.join(sorted(_FIGURES))}.")
+        raise UsageError(
+            f"{path}: the type {name!r} must have {', '.join(sorted(_FIGURES))}.",
+            remedy="Say each of them, and nothing else.",
+        )
     for figure in ("vcpu", "memory_mib"):
         # To Python, true is a number.
         if type(row[figure]) is not int or row[figure] < 1:
             raise UsageError(
-                f"{path}: {figure} of {name!r} is {row[figure]!r}, not a whole number above 0."
+                f"{path}: {figure} of {name!r} is {row[figure]!r}, not a whole number above 0.",
+                remedy="Write what AWS says of the type.",
             )
     if row["architecture"] not in ARCHITECTURES:
         raise UsageError(
             f"{path}: architecture of {name!r} is {row['architecture']!r},"
-            f" not {' or '.join(ARCHITECTURES)}."
+            f" not {' or '.join(ARCHITECTURES)}.",
+            remedy="Write one of these.",
         )
     return InstanceType(name, **row)

@@ -21,6 +21,7 @@ from batchlab.backends import Backend
 from batchlab.client import Client
 from batchlab.errors import BackendError, Unreachable, UsageError
 from batchlab.home import Home, ManagerRecord
+from batchlab.waits import set_within
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ async def hold(home: Home, backend: Backend, stop: asyncio.Event) -> None:
             if not was_up and asyncio.get_running_loop().time() > give_up_s:
                 raise
             log.warning("%s", error)
-            await _pause(stop, pause_s)
+            await set_within(stop, pause_s)
             pause_s = min(AGAIN_S[1], pause_s * 2)
             continue
         if not was_up:
@@ -66,7 +67,7 @@ async def hold(home: Home, backend: Backend, stop: asyncio.Event) -> None:
         pause_s, was_up = AGAIN_S[0], True
         if not await _ended_first(session, stop):
             log.warning("the session has ended; opening another one")
-            await _pause(stop, pause_s)
+            await set_within(stop, pause_s)
 
 
 def _say(home: Home, backend: Backend, url: str) -> None:
@@ -112,15 +113,9 @@ async def _opened(
 async def _ended_first(session: subprocess.Popen[bytes], stop: asyncio.Event) -> bool:
     """Whether `stop` came before the session's end; then it is ended."""
     while session.poll() is None:
-        if await _pause(stop, 0.5):
+        if await set_within(stop, 0.5):
             _end(session)
             return True
-    return stop.is_set()
-
-
-async def _pause(stop: asyncio.Event, seconds: float) -> bool:
-    with suppress(TimeoutError):
-        await asyncio.wait_for(stop.wait(), seconds)
     return stop.is_set()
 
 

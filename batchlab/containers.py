@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from batchlab.adapters.aws import Endpoint
+from batchlab import targets
+from batchlab.adapters.aws import Endpoint, loopback
 from batchlab.adapters.compose import deployment, images
 from batchlab.adapters.compose.deployment import MANAGER_PORT, Deployment
 from batchlab.adapters.compose.project import Project, name_for, networks
@@ -39,6 +40,12 @@ def up(
     if named:
         _refuse_loopback(named)
         backend.provide(home, say)
+    for name, value in environment.taken_over(os.environ).items():
+        if "ENDPOINT" in name and loopback(value):
+            say(
+                f"{name} is {value}, which in a container is the container itself: let the "
+                "receiver listen on an address that containers reach, and name that."
+            )
     _refuse_foreign(home)
     home.make()
     deployment.folder(home).mkdir(exist_ok=True)
@@ -55,10 +62,11 @@ def _up(
     named: Place | None,
     say: Callable[[str], None],
 ) -> ManagerRecord:
+    passed = targets.variables(home)  # a mistake in notify.toml is told before anything starts
     known = deployment.read(home)
     try:
         at = _plan(home, backend, pools, known, named, say)
-        project = Project(home, at, settings=_settings(at))
+        project = Project(home, at, settings=_settings(at), passed=passed)
         project.up(say, storage=named is None)
     except BaseException:
         # One that was there before has work and a database in it.
@@ -187,8 +195,9 @@ def _storage_port() -> int:
 def _refuse_foreign(home: Home) -> None:
     """Root's grid gives its folder to the containers' user, so that must be a grid's folder."""
     here = home.path
-    is_new = not here.exists() or (here / naming.MADE).exists() or not any(here.iterdir())
-    if not os.getuid() and not is_new:
+    ours = {naming.MADE, home.settings_file.name, home.notify_file.name}
+    is_grids = not here.exists() or (here / naming.MADE).exists()
+    if not os.getuid() and not is_grids and {one.name for one in here.iterdir()} - ours:
         raise UsageError(
             f"{here} has other things in it, and root's grid in containers gives its folder to "
             "another user.",
@@ -218,6 +227,7 @@ def handed_over(home: Home) -> list[Path]:
     they are: it is the user's to name."""
     here = home.path
     files = [here / name for name in (naming.MADE, "token", "manager.json", "manager.lock")]
+    files += [home.settings_file, home.notify_file]
     folders = [here, home.objects, home.fleet, home.scratch]  # it must be possible to write there
     ours = deployment.folder(home)
     return [*folders, *files, ours, *ours.rglob("*")]

@@ -9,7 +9,8 @@ BatchlabError
 │   ├── Throttled           try again later (S3 503, SQS throttling)
 │   ├── NotFound            no such object, queue or row
 │   ├── AlreadyExists       a conditional create lost (HTTP 412)
-│   └── TooLarge            over a limit of the service
+│   ├── TooLarge            over a limit of the service
+│   └── TooNew              a later batchlab has written what this one is to read
 ├── JobFailed               exit 1: the job ended FAILED or CANCELLED
 │   └── TaskFailed          one task's failure, with the remote traceback
 ├── NotDelivered            notification: it did not reach its target
@@ -87,6 +88,10 @@ class AlreadyExists(BackendError):
 
 class TooLarge(BackendError):
     """Over a hard limit of the service."""
+
+
+class TooNew(BackendError):
+    """A later batchlab has written it, and says or shows that this one does not know enough."""
 
 
 class JobFailed(BatchlabError):

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from batchlab.words import about
+
 SIGMAS = 2.0
 """Half the width of the band, in standard deviations."""
 FEW = 4
@@ -109,27 +111,14 @@ def estimate(stages: Sequence[StageWork], rooms: Mapping[str, Room]) -> Eta | No
 
 def told(eta: Eta) -> str:
     """The band for a person."""
-    low, high = span(eta.low_s), span(eta.high_s)
+    low, high = about(eta.low_s), about(eta.high_s)
     middle_s = (eta.low_s + eta.high_s) / 2
     narrow = low == high or eta.high_s - eta.low_s <= CLOSE * middle_s
     if eta.unmeasured:
         noun = "stage" if len(eta.unmeasured) == 1 else "stages"
         names = ", ".join(eta.unmeasured)
         return f"more than {low} left; {noun} {names} not measured yet"
-    return f"about {span(middle_s)} left" if narrow else f"{low} to {high} left"
-
-
-def span(seconds: float) -> str:
-    """A duration to the precision that an estimate has."""
-    if seconds < 1:
-        return "1 s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 172_800:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86_400:.1f} days"
+    return f"about {about(middle_s)} left" if narrow else f"{low} to {high} left"
 
 
 # --- One end of the band --------------------------------------------------------------------------

@@ -10,6 +10,8 @@ Invariant: everything in it survives SIGKILL and can be looked at with `ls`.
     settings.toml   what the manager is told in place of what its backend says; optional
     notify.toml     whom the grid notifies of its jobs; optional
     fetched.jsonl   how much was read for results that were fetched to here
+    sessions.json   who has logged out of the web page before their time
+    open-*.html     leads a browser to the page (0600), while `grid open` waits for it
     records/        what replays of scenarios have measured
     ministack/      that backend's endpoint.json, ledger.sqlite, and its emulator's own state
     localstack/     that backend's endpoint.json, where its containers are, and what they have said
@@ -104,6 +106,10 @@ class Home:
     @property
     def notify_file(self) -> Path:
         return self.path / "notify.toml"
+
+    @property
+    def sessions_file(self) -> Path:
+        return self.path / "sessions.json"
 
     @property
     def fetched_file(self) -> Path:

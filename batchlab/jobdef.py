@@ -92,7 +92,8 @@ class InputDef:
 class NotifyDef:
     """Whom to tell of a job, and of which moments (see `notification.MOMENTS`).
 
-    `kind` is "webhook" or "sns", `to` the URL or the topic's ARN. `secret` names where the key is
+    `kind` is "webhook", "sns" or "target", `to` the URL, the topic's ARN or the name of one of the
+    grid's own targets. `secret` names where the key is
     that signs what is sent, never the key itself: "env:NAME", of the manager's environment.
     `failures` is how many failed tasks are too many, `stuck_s` how long a job may stand still.
     """

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from batchlab.errors import UsageError
+from batchlab.words import visible, visible_json
 
 FORMAT_VARIABLE = "BATCHLAB_LOG_FORMAT"
 LEVEL_VARIABLE = "BATCHLAB_LOG"
@@ -85,7 +86,12 @@ def hide(*secrets: str) -> None:
 
 def secrets_of(environment: Mapping[str, str]) -> Iterable[str]:
     """The values in an environment whose names say that they are secrets."""
-    return (value for name, value in environment.items() if _SECRET_NAME.search(name))
+    return (value for name, value in environment.items() if is_secret(name))
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable's name says that it holds a secret."""
+    return _SECRET_NAME.search(name) is not None
 
 
 def shown(text: str) -> str:
@@ -106,15 +112,16 @@ class Text(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        # One line, or a text that somebody else has chosen could look like lines of ours.
-        record.message = record.message.replace("\n", "\\n")
+        # One line, or a text that somebody else has chosen could look like lines of ours; and no
+        # control characters, or it could look like anything where the log is read.
+        record.message = visible(record.message, layout="")
         line = super().formatMessage(record)
         # Whose file it is every line would repeat.
         own = {n: v for n, v in fields_of(record).items() if n not in _process}
         return f"{line} [{' '.join(f'{n}={v}' for n, v in own.items())}]" if own else line
 
     def format(self, record: logging.LogRecord) -> str:
-        return shown(super().format(record))
+        return visible(shown(super().format(record)))
 
 
 class JsonLines(logging.Formatter):
@@ -135,7 +142,7 @@ class JsonLines(logging.Formatter):
             doc["exception"] = shown(self.formatException(record.exc_info))
         if record.stack_info:
             doc["stack"] = shown(self.formatStack(record.stack_info))
-        return json.dumps(doc, ensure_ascii=False)
+        return visible_json(doc)
 
 
 # --- The process ---------------------------------------------------------------------------------

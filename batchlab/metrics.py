@@ -16,7 +16,7 @@ from batchlab.manager.live import LiveJob, Outstanding
 from batchlab.manager.manager import Manager
 from batchlab.model import ENDED, JobState, LifecycleState
 from batchlab.protocol.wire import FAILURE_KINDS
-from batchlab.views import running_tasks
+from batchlab.viewing import running_tasks
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric

@@ -28,10 +28,13 @@ moved for so long; `capped`: a cap on cost holds the job back."""
 KINDS = ("webhook", "sns", "command")
 MOST_TARGETS = 10
 """Of one job."""
+NAMED = "target"
+"""The kind of a job's target that names one of the grid's own."""
 LONGEST_URL = 2000
 SECRET_PREFIX = "BATCHLAB_NOTIFY_"  # noqa: S105 - what the names of variables begin with
 """A job may name no other variables of the manager's environment: those are for other things."""
 TOPIC = re.compile(r"arn:aws[a-z-]*:sns:([a-z0-9-]+):\d{12}:[A-Za-z0-9_-]{1,250}(\.fifo)?")
+TARGET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _ENV = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
 _JOB_ENV = re.compile(rf"env:{SECRET_PREFIX}[A-Za-z0-9_]+")
 _FILE = re.compile(r"file:/.+")
@@ -60,13 +63,22 @@ class Target:
     stuck_s: float = 600.0
     job: str = ""
     """Whose it is, "" where it is the grid's."""
+    jobs: bool = False
+    """Of the grid's: jobs may name it."""
+    local: bool = False
+    """Of a job's: it may lead to the manager's own machine."""
+
+    @property
+    def stays_out(self) -> bool:
+        """Whether nothing of it may reach the manager's own machine."""
+        return bool(self.job) and not self.local
 
     @property
     def shown(self) -> str:
         """Where it leads, without what may be a secret: the path of a web address often is."""
         if self.kind == "command":
             return self.command[0]
-        if self.kind == "sns":
+        if self.kind in ("sns", NAMED):
             return self.to
         parts = urlsplit(self.to)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/…"
@@ -170,6 +182,12 @@ def body_of(record: JobRecord, stages: Sequence[StageRecord], **more: Json) -> d
 
 def problem(one: NotifyDef) -> str:
     """What is wrong with a target that a job names, as a sentence; "" where nothing is."""
+    if one.kind == NAMED:
+        if one.secret:
+            return "A target of the grid's own signs by its own secret, so a job names none."
+        named = TARGET_NAME.fullmatch(one.to)
+        wrong = "" if named else "No target of a grid's own can have that name."
+        return wrong or _figures(one.on, one.failures, one.stuck_s)
     if one.kind not in ("webhook", "sns"):
         return f"A job cannot notify by {one.kind!r}: only the grid's own settings name commands."
     if one.secret and (one.kind != "webhook" or not _JOB_ENV.fullmatch(one.secret)):
@@ -190,7 +208,12 @@ def target_problem(target: Target) -> str:
     secret = target.secret
     if secret and not (_ENV.fullmatch(secret) or _FILE.fullmatch(secret)):
         return "A secret is named as env:NAME or file:/PATH, and is never written here itself."
-    return _figures(target.on, target.failures, target.stuck_s)
+    if target.jobs and target.kind == "command":
+        return "Jobs may not name a command: say jobs = true of a webhook or a topic."
+    # One that is there for jobs alone need not be told of every job.
+    return _figures(
+        target.on or (("ended",) if target.jobs else ()), target.failures, target.stuck_s
+    )
 
 
 def address_problem(kind: str, to: str) -> str:
@@ -223,9 +246,10 @@ def address_problem(kind: str, to: str) -> str:
 def is_loopback(host: str) -> bool:
     """Whether a host, as it is written, is this machine."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        found = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return host.lower() == "localhost"
+    return any(one.is_loopback for one in (found, *_within(found)))
 
 
 _METADATA = frozenset(
@@ -235,6 +259,8 @@ _METADATA = frozenset(
     )
 )
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_LOCAL_NAT64 = ipaddress.ip_network("64:ff9b:1::/48")
+_COMPATIBLE = ipaddress.ip_network("::/96")
 
 
 def address_refusal(address: str) -> str:
@@ -251,13 +277,23 @@ def address_refusal(address: str) -> str:
 def _within(
     address: ipaddress.IPv4Address | ipaddress.IPv6Address,
 ) -> list[ipaddress.IPv4Address]:
-    """IPv4 addresses that an IPv6 one leads to."""
+    """IPv4 addresses that an IPv6 one leads to, or may lead to."""
     if isinstance(address, ipaddress.IPv4Address):
         return []
     found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-    if address in _NAT64:
-        found.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+    whole = int(address)
+    # `::` and `::1` are no IPv4 addresses, but what they are anyway.
+    if address in _NAT64 or (address in _COMPATIBLE and whole > 1):
+        found.append(_low(whole))
+    if address in _LOCAL_NAT64:
+        # Its prefix may have four lengths, and bits 64 to 71 are passed over (RFC 6052).
+        joined = (whole >> 64 << 56) | (whole & (1 << 56) - 1)
+        found += [_low(whole), *(_low(joined >> shift) for shift in (40, 32, 24))]
     return [one for one in found if one is not None]
+
+
+def _low(number: int) -> ipaddress.IPv4Address:
+    return ipaddress.IPv4Address(number & 0xFFFFFFFF)
 
 
 def _figures(on: Sequence[str], failures: int, stuck_s: float) -> str:
@@ -272,8 +308,8 @@ def _figures(on: Sequence[str], failures: int, stuck_s: float) -> str:
 
 
 def to_json(one: Notification) -> dict[str, Json]:
-    doc = {name: getattr(one, name) for name in one.__slots__}
-    doc["own"] = {n: getattr(one.own, n) for n in one.own.__slots__} if one.own else None
+    doc = wire.fields(one)
+    doc["own"] = wire.fields(one.own) if one.own else None
     return doc
 
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 class TargetView(TypedDict):
     """Somebody who is told. `to` is where, without what may be a secret; `signed` says whether what
-    is sent is; `job` is whose target it is, "" where it is the grid's."""
+    is sent is; `job` is whose it is, "" where it is the grid's, which `jobs` may name or not.
+    """
 
     name: str
     kind: str
@@ -26,6 +27,7 @@ class TargetView(TypedDict):
     failures: int
     stuck_s: float
     job: str
+    jobs: bool
 
 
 class TargetsView(TypedDict):
@@ -71,6 +73,7 @@ def target_view(target: Target) -> TargetView:
         "failures": target.failures,
         "stuck_s": target.stuck_s,
         "job": target.job,
+        "jobs": target.jobs,
     }
 
 

@@ -10,6 +10,7 @@ from batchlab.errors import UsageError
 FOLDERS = ("backends", "scenarios", "compose", "examples")
 
 _PACKAGE = Path(__file__).resolve().parent
+_MADE = {"data", "out"}
 
 
 def folder(name: str) -> Path:
@@ -26,8 +27,17 @@ def files() -> Iterator[tuple[str, Path]]:
     found = {f"{_PACKAGE.name}/{path}": _PACKAGE / path for path in _below(_PACKAGE)}
     for name in FOLDERS:
         root = folder(name)
-        found |= {f"{_PACKAGE.name}/_data/{name}/{path}": root / path for path in _below(root)}
+        found |= {
+            f"{_PACKAGE.name}/_data/{name}/{path}": root / path
+            for path in _below(root)
+            if name != "examples" or not _is_made(path)
+        }
     yield from sorted(found.items())
+
+
+def _is_made(path: str) -> bool:
+    """Whether running an example in a checkout has made it: its input, its results, a grid."""
+    return any(part in _MADE or part.startswith(".") for part in path.split("/")[:-1])
 
 
 def _below(root: Path) -> Iterator[str]:

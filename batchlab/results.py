@@ -12,8 +12,7 @@ import json
 import shutil
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 from batchlab.errors import UsageError
@@ -22,14 +21,14 @@ from batchlab.model import JobId, Json, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import naming, values, wire
-from batchlab.task import name_problem
+from batchlab.result_files import VALUES_AT_ONCE, Files, Within, plain
 from batchlab.views import JobView, OutcomeView
 
 OUTCOMES_AT_ONCE = 8
-VALUES_AT_ONCE = 16
-"""Results whose files and large values are fetched at the same time."""
-_DEEPEST = 8
-_PIECE_BYTES = 8 * 1024 * 1024
+LIMITED_AT_ONCE = 2
+"""Outcomes and results that are in memory together where they are within limits."""
+OUTCOME_BYTES = 64 * 1024 * 1024
+"""More than the values of a bundle come to that are not objects of their own."""
 
 Progress = Callable[[int, int], None]
 """Hears of outcomes read, of how many."""
@@ -82,22 +81,23 @@ async def fetch(
     patience: Patience,
     stages: Sequence[str] = (),
     progress: Progress | None = None,
+    within: Within | None = None,
 ) -> Fetched:
     """Write `out/<stage>.jsonl`, `out/files/<stage>/<task>/…` and `out/summary.json`.
 
     `view` is the job as the manager shows it, `listing` all of its outcomes. No `stages` means the
     final ones. What an earlier fetch of these stages has left in `out` is replaced. UsageError for
-    a stage that there is not, and for a folder that cannot be written.
+    a stage that there is not, for a folder that cannot be written, and where it is not `within`.
     """
     job = await definition(objects, view["id"], patience)
     chosen = {name: of_stage(name, listing) for name in _known(job, stages) or final_stages(job)}
     steps = _Steps(sum(len(found) for found in chosen.values()), progress)
     try:
         _make_room(out, chosen)
-        files = _Files(objects, out, patience)
+        files = Files(objects, out, patience, within)
         counts: dict[str, int] = {}
         for name, found in chosen.items():
-            coming = in_task_order(objects, found, patience, steps.step)
+            coming = in_task_order(objects, found, patience, steps.step, within)
             counts[name] = await _write(name, coming, files)
         read_bytes = steps.read_bytes + files.value_bytes + files.size_bytes
         fetched = Fetched(out, counts, files.count, files.size_bytes, read_bytes)
@@ -184,6 +184,7 @@ async def in_task_order(
     outcomes: Sequence[Listed],
     patience: Patience,
     read: Callable[[int], None] = lambda _: None,
+    within: Within | None = None,
 ) -> AsyncIterator[tuple[int, Json]]:
     """(task, encoded result) of the outcomes of `of_stage`; `read` hears of each outcome's
     bytes."""
@@ -192,8 +193,10 @@ async def in_task_order(
     coming = iter(outcomes)
     try:
         for number in range(len(outcomes)):
-            while len(fetching) < OUTCOMES_AT_ONCE and (one := next(coming, None)):
-                fetching.append(asyncio.ensure_future(_outcome(objects, one.key, patience)))
+            most = LIMITED_AT_ONCE if within else OUTCOMES_AT_ONCE
+            while len(fetching) < most and (one := next(coming, None)):
+                reading = _outcome(objects, one.key, patience, within)
+                fetching.append(asyncio.ensure_future(reading))
             outcome, read_bytes = await fetching[0]
             fetching.popleft()
             read(read_bytes)
@@ -208,8 +211,13 @@ async def in_task_order(
         await _drop(fetching)
 
 
-async def _outcome(objects: Objects, key: str, patience: Patience) -> tuple[Outcome, int]:
-    data = await patience(lambda: objects.get(key))
+async def _outcome(
+    objects: Objects, key: str, patience: Patience, within: Within | None
+) -> tuple[Outcome, int]:
+    if within:
+        data = await within.read(objects, key, OUTCOME_BYTES, patience)
+    else:
+        data = await patience(lambda: objects.get(key))
     return wire.outcome_from_json(wire.loads(data)), len(data)
 
 
@@ -222,31 +230,35 @@ async def _drop(tasks: Iterable[asyncio.Task[object]]) -> None:
 # --- Writing -------------------------------------------------------------------------------------
 
 
-async def _write(stage: StageName, results: AsyncIterator[tuple[int, Json]], files: _Files) -> int:
+async def _write(stage: StageName, results: AsyncIterator[tuple[int, Json]], files: Files) -> int:
     """Write one stage's lines; answers how many."""
     staged = files.out / f".{stage}.jsonl.part"
     waiting: deque[tuple[int, Json | asyncio.Task[Json]]] = deque()
+    most = LIMITED_AT_ONCE if files.within else VALUES_AT_ONCE
     count = 0
 
     async def first() -> str:
         task, value = waiting[0]
         if isinstance(value, asyncio.Task):
-            value = await value
+            line = files.line({"task": task, "value": await value})
+        else:
+            line = wire.dumps({"task": task, "value": value}) + "\n"
         waiting.popleft()
-        return wire.dumps({"task": task, "value": value}) + "\n"
+        files.claim(len(line))
+        return line
 
     try:
         with staged.open("w", encoding="utf-8") as file:
             async for task, value in results:
                 count += 1
                 # No coroutine for a plain value: there may be millions of them.
-                plain = next(values.references(value), None) is None
+                is_plain = next(values.references(value), None) is None
                 waiting.append(
-                    (task, _plain(value, {}))
-                    if plain
+                    (task, plain(value, {}))
+                    if is_plain
                     else (task, asyncio.ensure_future(files.local(stage, task, value)))
                 )
-                while len(waiting) >= VALUES_AT_ONCE:
+                while len(waiting) >= most:
                     file.write(await first())
             while waiting:
                 file.write(await first())
@@ -255,121 +267,3 @@ async def _write(stage: StageName, results: AsyncIterator[tuple[int, Json]], fil
         await _drop([value for _, value in waiting if isinstance(value, asyncio.Task)])
         staged.unlink(missing_ok=True)
     return count
-
-
-def _plain(encoded: Json, found: Mapping[str, Json]) -> Json:
-    """The value as its author wrote it, with `found` in the place of references.
-
-    A pickled object stays as it is: reading it would run code, and JSON has no place for it.
-    """
-    if type(encoded) is list:
-        return [_plain(one, found) for one in encoded]
-    if type(encoded) is not dict:
-        return encoded
-    kind = values.kind(encoded)
-    if kind is None:
-        return {
-            key[1:] if key.startswith("$") else key: _plain(one, found)
-            for key, one in encoded.items()
-        }
-    return encoded if kind == "$pickle" else found[_id(encoded)]
-
-
-def _id(reference: Json) -> str:
-    return json.dumps(reference, sort_keys=True)
-
-
-@dataclass(slots=True)
-class _Files:
-    """Fetches what results refer to; a file is named after its stage, task and own name."""
-
-    objects: Objects
-    out: Path
-    patience: Patience
-    count: int = 0
-    size_bytes: int = 0
-    value_bytes: int = 0
-    """Of large values, which are in the stage's file and in none of their own."""
-    limit: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(VALUES_AT_ONCE))
-
-    async def local(self, stage: str, task: int, value: Json) -> Json:
-        """The result with its large values in place, and paths relative to `out` for its files."""
-        return await self._value(value, _Names(f"files/{stage}/{task}"), _DEEPEST)
-
-    async def _value(self, value: Json, names: _Names, depth: int) -> Json:
-        references = {_id(one): one for one in values.references(value)}
-        found: dict[str, Json] = {}
-        for key, reference in references.items():
-            if values.kind(reference) != "$value":
-                found[key] = await self._file(reference, names)
-            elif depth:
-                async with self.limit:
-                    data = await self.patience(partial(self.objects.get, reference["$value"]))
-                self.value_bytes += len(data)
-                found[key] = await self._value(json.loads(data), names, depth - 1)
-            else:
-                raise UsageError(f"A result refers to objects more than {_DEEPEST} deep.")
-        return _plain(value, found)
-
-    async def _file(self, reference: Json, names: _Names) -> str:
-        name, is_new = names.of(reference)
-        if is_new:
-            path = self.out / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            async with self.limit:
-                if values.kind(reference) == "$part":
-                    size_bytes = await self._part(reference, path)
-                else:
-                    get = partial(self.objects.download, reference["$file"], path)
-                    size_bytes = await self.patience(get)
-            # Not `+= await`, which would add to what the sum was before the wait.
-            self.size_bytes += size_bytes
-            self.count += 1
-        return name
-
-    async def _part(self, reference: Json, path: Path) -> int:
-        spans = [reference["header"]] if reference["header"] else []
-        size = 0
-        with path.open("wb") as file:
-            for start, stop in [*spans, (reference["start"], reference["stop"])]:
-                for at in range(start, stop, _PIECE_BYTES):
-                    end = min(at + _PIECE_BYTES, stop)
-                    get = partial(self.objects.get_range, reference["$part"], at, end)
-                    size += file.write(await self.patience(get))
-        return size
-
-
-class _Names:
-    """Names within one task's folder: safe, and none the same as or inside of another."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-        self._known: dict[str, str] = {}
-        self._taken: set[str] = set()
-        """Names and the folders they lie in; folded, since some file systems do so."""
-
-    def of(self, reference: Json) -> tuple[str, bool]:
-        """The path of the file that `reference` stands for, and whether it is new."""
-        key = _id(reference)
-        if key in self._known:
-            return self._known[key], False
-        name = str(reference["name"])
-        if name_problem(name):
-            # Never trusted: an outcome may have been written by anybody who may write outcomes.
-            last = name.replace("\\", "/").rpartition("/")[2]
-            name = "file" if name_problem(last) else last
-        number, free = 1, name
-        while self._clashes(free):
-            number += 1
-            free = f"{number}-{name}"  # before all of it: the clash may be of its folder
-        parts = free.casefold().split("/")
-        self._taken.update("/".join(parts[:i]) + "/" for i in range(1, len(parts)))
-        self._taken.add("/".join(parts))
-        self._known[key] = f"{self._folder}/{free}"
-        return self._known[key], True
-
-    def _clashes(self, name: str) -> bool:
-        parts = name.casefold().split("/")
-        above = {"/".join(parts[:i]) for i in range(1, len(parts))}
-        whole = "/".join(parts)
-        return whole in self._taken or f"{whole}/" in self._taken or bool(above & self._taken)

@@ -5,10 +5,11 @@ Invariant: as the client itself: cheap to import, every failure one of batchlab'
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 from urllib.parse import quote
+
+from batchlab.calls import Calls
 
 if TYPE_CHECKING:
     from batchlab.jobdef import JobDef
@@ -18,20 +19,8 @@ if TYPE_CHECKING:
 _ALL = "/v1/schedules"
 
 
-class ScheduleCalls(ABC):
+class ScheduleCalls(Calls):
     """The part of `Client` that is about schedules."""
-
-    @abstractmethod
-    def _call(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: Any = None,
-        answer_s: float = 60.0,
-        **query: str | float | None,
-    ) -> Any:
-        """One request; its answer's JSON."""
 
     def add_schedule(
         self, schedule: Mapping[str, Json], job: JobDef, *, replace: bool = False

@@ -12,32 +12,29 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from batchlab import backends, logs, targets
-from batchlab.accounts import accounting_of
+from batchlab import backends, logs
 from batchlab.backends import Backend
-from batchlab.costs import prices
-from batchlab.costs.prices import PriceBook
 from batchlab.errors import BackendError, UsageError
 from batchlab.home import Home, ManagerRecord
-from batchlab.manager.collector import events_queue
-from batchlab.manager.counts import Counts
-from batchlab.manager.live import Ports
-from batchlab.manager.manager import LEASE, Manager
-from batchlab.manager.notifying import Outlets
-from batchlab.manager.reporting import Reports
 from batchlab.model import JobId
 from batchlab.tally import Tally
+from batchlab.waits import set_within
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from batchlab.adapters.docker import ContainerLauncher
     from batchlab.adapters.imds import Imds
     from batchlab.adapters.process import ProcessLauncher
     from batchlab.api.common import Served
     from batchlab.asg.running import AsgSettings
+    from batchlab.costs.prices import PriceBook
+    from batchlab.manager.manager import Manager
     from batchlab.ports import Objects
 
 log = logging.getLogger(__name__)
@@ -125,11 +122,15 @@ async def _lead(
     hosts: Sequence[str],
     stop: asyncio.Event,
 ) -> None:
-    import uvicorn
-
-    from batchlab import web
-    from batchlab.api import create_app, listen
-    from batchlab.api.history import keep_looking
+    from batchlab import targets
+    from batchlab.accounts import accounting_of
+    from batchlab.listening import listen
+    from batchlab.manager.collector import events_queue
+    from batchlab.manager.counts import Counts
+    from batchlab.manager.live import Ports
+    from batchlab.manager.manager import LEASE, Manager
+    from batchlab.manager.notifying import Outlets
+    from batchlab.manager.reporting import Reports
 
     clock, ids = backend.open_clock(), backend.open_ids()
     ledger = backend.open_ledger(home)
@@ -168,38 +169,40 @@ async def _lead(
     )
     token = await asyncio.to_thread(backend.api_token, home)
     logs.hide(token, *(value for pool in pools for _, value in pool.env))
-    app, served = create_app(
-        explaining(fresh()), token=token, backend_name=backend.name, on_shutdown=stop.set
-    )
-    web.mount(app, served, hosts=hosts, prices=_prices(home))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_config=None,  # its lines are ours
-            log_level="warning",
-            timeout_graceful_shutdown=2,
-            lifespan="off",
-            proxy_headers=False,
-        )
-    )
     listener = listen(host, port)
     loop = asyncio.get_running_loop()
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    # Before anybody leads: whoever comes after us must know whose the lease is. Who asks already is
+    # answered in a moment.
+    home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name))
+    lead = _Lead(explaining(fresh()))
+    leading = loop.create_task(_lead_on(lead, fresh))
+    # Workers boot while it is made, which takes as long.
+    make = partial(_server, lead, token, backend.name, stop.set, hosts, home)
+    try:
+        server, served = await asyncio.to_thread(make)
+    except BaseException:
+        leading.cancel()
+        await asyncio.gather(leading, return_exceptions=True)
+        if launcher:
+            await _end_instances(launcher, backend.worker.drain_s)
+        raise
+    lead.serve(served)
+    from batchlab.api.history import keep_looking
+
     # uvicorn takes SIGTERM and SIGINT for itself while it serves; its return ends us all the same.
     serving = loop.create_task(server.serve(sockets=[listener]))
-    leading = loop.create_task(_lead_on(served, fresh))
     watching = [
         loop.create_task(_end_with(parent, stop)),
-        loop.create_task(keep_looking(served.history, lambda: served.manager)),
+        loop.create_task(keep_looking(served.history, lambda: lead.manager)),
     ]
     if launcher:
-        watching.append(loop.create_task(_tell_of_deaths(served, launcher.changed)))
-    url = f"http://{host}:{listener.getsockname()[1]}"
-    home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name))
+        watching.append(loop.create_task(_tell_of_deaths(lead, launcher.changed)))
     log.info("manager %s listens on %s", owner, url)
     stopping = loop.create_task(stop.wait())
     await asyncio.wait({stopping, leading, serving}, return_when=asyncio.FIRST_COMPLETED)
     log.info("manager %s ends", owner)
-    if (telling := served.manager.notifying) and served.manager.is_leader.is_set():
+    if (telling := lead.manager.notifying) and lead.manager.is_leader.is_set():
         # A grid that is there for one job only ends with it, and somebody waits to hear of that.
         await telling.tried(TRIED_S)
     server.should_exit = True
@@ -216,7 +219,61 @@ async def _lead(
             raise result
 
 
+@dataclass
+class _Lead:
+    """Who stands for the lead. What is served asks it, once there is something to serve."""
+
+    manager: Manager
+    served: Served | None = None
+
+    def pass_to(self, manager: Manager) -> None:
+        self.manager = manager
+        if self.served:
+            self.served.manager = manager
+
+    def serve(self, served: Served) -> None:
+        self.served = served
+        served.manager = self.manager
+
+
+def _server(
+    lead: _Lead,
+    token: str,
+    backend_name: str,
+    on_shutdown: Callable[[], None],
+    hosts: Sequence[str],
+    home: Home,
+) -> tuple[uvicorn.Server, Served]:
+    """The API and the page, ready to be served. Their imports and routes take half of a grid's
+    start."""
+    import uvicorn
+
+    from batchlab import web
+    from batchlab.adapters.state_file import StateFile
+    from batchlab.api import create_app
+
+    app, served = create_app(
+        lead.manager,
+        token=token,
+        backend_name=backend_name,
+        on_shutdown=on_shutdown,
+        sessions=StateFile(home.sessions_file),
+    )
+    web.mount(app, served, hosts=hosts, prices=_prices(home))
+    config = uvicorn.Config(
+        app,
+        log_config=None,  # its lines are ours
+        log_level="warning",
+        timeout_graceful_shutdown=2,
+        lifespan="off",
+        proxy_headers=False,
+    )
+    return uvicorn.Server(config), served
+
+
 def _prices(home: Home) -> PriceBook | None:
+    from batchlab.costs import prices
+
     try:
         return prices.load(home.path)
     except UsageError as error:
@@ -224,7 +281,7 @@ def _prices(home: Home) -> PriceBook | None:
         return None
 
 
-async def _lead_on(served: Served, fresh: Callable[[], Manager]) -> None:
+async def _lead_on(lead: _Lead, fresh: Callable[[], Manager]) -> None:
     """Lead, and stand for it again, as a fresh manager, whenever the lead is lost: to a disk that
     was full or a database that was away for longer than the lease lasts, or to another manager.
 
@@ -233,15 +290,15 @@ async def _lead_on(served: Served, fresh: Callable[[], Manager]) -> None:
     has_led = False
     while True:
         try:
-            await served.manager.run()
+            await lead.manager.run()
         except* BackendError as errors:
-            if not (has_led or served.manager.has_led):
+            if not (has_led or lead.manager.has_led):
                 raise
             log.warning("the backend is away: %s", errors.exceptions[0])
         has_led = True
         await asyncio.sleep(AGAIN_S)
         log.warning("standing for the lead again")
-        served.manager = explaining(fresh())
+        lead.pass_to(explaining(fresh()))
 
 
 def explaining(manager: Manager) -> Manager:
@@ -257,11 +314,11 @@ def explaining(manager: Manager) -> Manager:
     return manager
 
 
-async def _tell_of_deaths(served: Served, changed: asyncio.Event) -> None:
+async def _tell_of_deaths(lead: _Lead, changed: asyncio.Event) -> None:
     while True:
         await changed.wait()
         changed.clear()
-        served.manager.hurry()
+        lead.manager.hurry()
 
 
 async def _end_with(parent: int, stop: asyncio.Event) -> None:
@@ -284,8 +341,7 @@ async def _end_instances(launcher: ProcessLauncher | ContainerLauncher, drain_s:
         if all(living.get(name) is not None for name in running):
             break
         launcher.changed.clear()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(launcher.changed.wait(), 0.2)
+        await set_within(launcher.changed, 0.2)
     await launcher.close(kill=True)
 
 
@@ -387,12 +443,12 @@ async def _serve_asg(settings: AsgSettings, on_up: Callable[[str], None]) -> Non
     from batchlab.adapters.clock import RandomIds, WallClock
     from batchlab.adapters.imds_server import MetadataServer
     from batchlab.adapters.state_file import StateFile
-    from batchlab.api import listen
     from batchlab.asg.metadata import Facts
     from batchlab.asg.metrics import MetricStore
     from batchlab.asg.running import application, run
     from batchlab.asg.templates import TemplateFile
     from batchlab.fleet.autoscaling import AutoScaling
+    from batchlab.listening import listen
 
     clock, templates, facts = WallClock(), TemplateFile(settings.templates), Facts()
     launcher = backends.open_asg_launcher(settings, templates, clock, facts.signals)

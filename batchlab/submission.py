@@ -34,9 +34,12 @@ class Uploaded:
     size_bytes: int
 
 
-def code_digest(jobfile: JobFile) -> tuple[bytes, str]:
-    """The code folder as a zip, without the input that may lie in it, and its sha256."""
-    data = code.pack(jobfile.code, [f for f in jobfile.input_files() if isinstance(f, Path)])
+def code_digest(jobfile: JobFile, most_bytes: int | None = None) -> tuple[bytes, str]:
+    """The code folder as a zip, without the input that may lie in it, and its sha256; UsageError
+    where it is more than that, or than what workers take."""
+    data = code.pack(
+        jobfile.code, [f for f in jobfile.input_files() if isinstance(f, Path)], most_bytes
+    )
     return data, hashlib.sha256(data).hexdigest()
 
 
@@ -100,8 +103,9 @@ async def _upload(
     for file in jobfile.input_files():
         if isinstance(file, str):
             raise UsageError(
-                f"The input {file} lies in S3, which this backend cannot read.",
-                remedy="Use --backend aws, or name local files.",
+                f"The input {file} lies in S3, from where `run` and `submit` take none.",
+                remedy="Name local files, which are uploaded; a schedule can read `--input raw/…/` "
+                "of the grid's own bucket.",
             )
         paths.append(file)
     many = len(paths) > MANY_FILES

@@ -53,7 +53,7 @@ class ScheduleView(TypedDict):
     capacity: int | None
     due_param: str
     source: str
-    fingerprint: str
+    source_digest: str
     input: list[str]
     added_s: float
     runs: list[RunView]
@@ -99,7 +99,7 @@ def schedule_view(schedule: Schedule, *, runs: int, input: Sequence[str] = ()) -
         "capacity": definition.capacity,
         "due_param": definition.due_param,
         "source": definition.source,
-        "fingerprint": definition.fingerprint,
+        "source_digest": definition.source_digest,
         "input": list(input),
         "added_s": schedule.added_s,
         "runs": [run_view(schedule, run) for run in reversed(schedule.runs[-runs:])],

@@ -13,6 +13,7 @@ from batchlab.facts import Facts
 from batchlab.manager.live import LiveJob
 from batchlab.model import Activity, Control, GroupView, JobState
 from batchlab.protocol.policy import judge
+from batchlab.words import count, first_of, whole
 
 Reason = Callable[[Facts], str | None]
 LAG_S = 10.0
@@ -43,8 +44,8 @@ def _ended(f: Facts) -> str | None:
         return f"It ended {f.record.state}: {f.record.reason.rstrip('.')}."
     counts = [s.counts for s in f.stages]
     failed = sum(c.failed for c in counts)
-    allowed = f"; {_count(failed, 'task')} failed, as its failure policy allows" if failed else ""
-    done = _count(sum(c.succeeded for c in counts), "task")
+    allowed = f"; {count(failed, 'task')} failed, as its failure policy allows" if failed else ""
+    done = count(sum(c.succeeded for c in counts), "task")
     return f"It ended {f.record.state}: {done} succeeded{allowed}."
 
 
@@ -61,15 +62,13 @@ def _scheduled(f: Facts) -> str | None:
     when = datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     if at_s <= f.now_s:
         return f"It was scheduled for {when} and starts at the manager's next tick."
-    return f"It is scheduled for {when}, in {_span(at_s - f.now_s)}."
+    return f"It is scheduled for {when}, in {whole(at_s - f.now_s)}."
 
 
 def _paused(f: Facts) -> str | None:
     if f.record.control is not Control.PAUSE:
         return None
-    still = (
-        f"; {_count(len(f.running), 'bundle')} that had begun may still end" if f.running else ""
-    )
+    still = f"; {count(len(f.running), 'bundle')} that had begun may still end" if f.running else ""
     return (
         f"Its user has paused it: {_progress(f)}{still}; "
         f"`batchlab job resume {f.record.job.id}` lets it go on."
@@ -82,7 +81,7 @@ def _stopping(f: Facts) -> str | None:
     verdict = judge(f.record.job, [s.counts for s in f.stages])
     cause = f"It is being stopped because {verdict.reason}" if verdict.stop else None
     if f.live and f.live.forbidden:
-        rest = f"{_count(len(f.outstanding), 'outstanding bundle')} will be closed as cancelled"
+        rest = f"{count(len(f.outstanding), 'outstanding bundle')} will be closed as cancelled"
     else:
         rest = f"its workers notice within {f.settings.control_lease_s:g} s"
     return f"{cause or 'It is being cancelled'}: {rest}."
@@ -113,7 +112,7 @@ def _misplaced(f: Facts) -> str | None:
 def _capped(f: Facts) -> str | None:
     """Held back by a cap on cost: of the job, of the grid, or of what a pool may launch."""
     if f.live and f.live.capped:
-        still = f"{_count(len(f.running), 'bundle')} that had begun may still end"
+        still = f"{count(len(f.running), 'bundle')} that had begun may still end"
         more = f"; {still}" if f.running else ""
         return (
             f"Nothing more is launched for it, because {f.live.capped}: {_progress(f)}{more}; "
@@ -181,9 +180,9 @@ def _running(f: Facts) -> str | None:
     (stage, _), (since_s, instance) = min(f.running.items(), key=lambda one: one[1])
     workers = {instance for _, instance in f.running.values()}
     text = (
-        f"It is running {_count(tasks, 'task')} in {_count(len(f.running), 'bundle')} on "
-        f"{_count(len(workers), 'worker')}, the oldest bundle (stage {stage}, {instance}) for "
-        f"{_span(f.monotonic_s - since_s)}; {_progress(f)}"
+        f"It is running {count(tasks, 'task')} in {count(len(f.running), 'bundle')} on "
+        f"{count(len(workers), 'worker')}, the oldest bundle (stage {stage}, {instance}) for "
+        f"{whole(f.monotonic_s - since_s)}; {_progress(f)}"
     )
     if f.delayed:
         text += f"; {_retries(f)}"
@@ -212,7 +211,7 @@ def _no_instance(f: Facts) -> str | None:
         )
         if pending := f.pending(pool):
             age_s = f.now_s - min(i.launched_s for i in pending)
-            text += f", {len(pending)} launched, the first {_span(age_s)} ago"
+            text += f", {len(pending)} launched, the first {whole(age_s)} ago"
         elif group.desired:
             text += f", desired capacity is {group.desired} and the launch is next"
         else:
@@ -230,7 +229,7 @@ def _outranked(f: Facts) -> str | None:
         if ahead:
             are = _verb(len(ahead), "is", "are")
             return (
-                f"{_count(len(ahead), 'job')} of higher priority {are} ahead of it in pool {pool}: "
+                f"{count(len(ahead), 'job')} of higher priority {are} ahead of it in pool {pool}: "
                 f"{_names(ahead)}; its own priority is {priority}."
             )
     return None
@@ -241,26 +240,26 @@ def _queued(f: Facts) -> str | None:
         return None
     oldest = min(f.queued, key=lambda one: one.heard_s)
     pool = f.record.job.stage(oldest.bundle.stage).pool
-    bundles, wait = _count(len(f.queued), "bundle"), _verb(len(f.queued), "waits", "wait")
+    bundles, wait = count(len(f.queued), "bundle"), _verb(len(f.queued), "waits", "wait")
     instances = {i.id for i in f.in_service(pool)}
     seen = [f.workers[i] for i in instances if i in f.workers]
     if not seen:
         have = _verb(len(instances), "has", "have")
         return (
-            f"{bundles} of it {wait} in pool {pool}, whose {_count(len(instances), 'instance')} "
+            f"{bundles} of it {wait} in pool {pool}, whose {count(len(instances), 'instance')} "
             f"in service {have} not reported yet{_then(f)}."
         )
     others = {one.job for worker in seen for one in worker.since_s} - {f.record.job.id}
     rivals = [f.lives[job] for job in sorted(others) if job in f.lives]
     if rivals and all(worker.beat.busy >= worker.beat.slots for worker in seen):
         return (
-            f"All slots of pool {pool} are busy with {_count(len(rivals), 'other job')}: "
+            f"All slots of pool {pool} are busy with {count(len(rivals), 'other job')}: "
             f"{_names(rivals)}; {bundles} of this one {wait} in its queue{_then(f)}."
         )
     age_s = f.monotonic_s - oldest.heard_s
     return (
         f"{bundles} of it {_verb(len(f.queued), 'is', 'are')} on the way to "
-        f"{_count(len(seen), 'worker')} of pool {pool}, the oldest for {_span(age_s)}; what stays "
+        f"{count(len(seen), 'worker')} of pool {pool}, the oldest for {whole(age_s)}; what stays "
         f"silent for {f.settings.silence_s:g} s is looked for and sent again{_then(f)}."
     )
 
@@ -276,10 +275,10 @@ def _uncut(f: Facts) -> str | None:
         if not left:
             continue
         waits = _verb(left, "waits", "wait")
-        text = f"{_count(left, 'task')} of stage {stage.name} {waits} for room in pool {stage.pool}"
+        text = f"{count(left, 'task')} of stage {stage.name} {waits} for room in pool {stage.pool}"
         if peers := list(f.rivals(stage.pool)):
             share = _verb(len(peers), "shares", "share")
-            text += f", which {_count(len(peers), 'other job')} {share}: {_names(peers)}"
+            text += f", which {count(len(peers), 'other job')} {share}: {_names(peers)}"
         else:
             text += f": the manager sends the next bundles within {f.settings.tick_s:g} s"
         return f"{text}{_then(f)}."
@@ -296,13 +295,13 @@ def _planning(f: Facts) -> str | None:
         if counts.planned is not None or stage.chained or not all(c.ended for c in upstream):
             continue
         if upstream:
-            results = _count(sum(c.succeeded for c in upstream), "result")
+            results = count(sum(c.succeeded for c in upstream), "result")
             return f"It is planning stage {stage.name} from {results} of {', '.join(stage.after)}."
         source = f.record.job.input
         if source is None:
             return f"It is planning stage {stage.name} from the items that it brought along."
         return (
-            f"It is planning its input: stage {stage.name} gets {_count(len(source.keys), 'key')} "
+            f"It is planning its input: stage {stage.name} gets {count(len(source.keys), 'key')} "
             f"of raw data, split by {source.split}."
         )
     return None
@@ -311,7 +310,7 @@ def _planning(f: Facts) -> str | None:
 def _closing(f: Facts) -> str | None:
     if f.open_stages:
         return None
-    tasks = _count(sum(s.counts.terminal for s in f.stages), "task")
+    tasks = count(sum(s.counts.terminal for s in f.stages), "task")
     return f"All of its {tasks} have ended; the manager is writing down its end."
 
 
@@ -353,7 +352,7 @@ def _behind(f: Facts, reason: Reason) -> str:
     if reason in (_ended, _scheduled, _paused) or f.lag_s < max(LAG_S, 10 * f.settings.tick_s):
         return ""
     return (
-        f"the manager is {_span(f.lag_s)} behind with what its workers have told it: it, or the "
+        f"the manager is {whole(f.lag_s)} behind with what its workers have told it: it, or the "
         f"analytics store, is too slow for so many bundles; larger ones (`bundle`) help"
     )
 
@@ -366,7 +365,7 @@ def _warned(f: Facts, reason: Reason) -> str:
     age_s = f.now_s - at_s
     if age_s > WARNED_S:
         return ""
-    return f"the manager's log has said of it, {_span(age_s)} ago: {text.rstrip('.')}"
+    return f"the manager's log has said of it, {whole(age_s)} ago: {text.rstrip('.')}"
 
 
 def _undelivered(f: Facts, reason: Reason) -> str:  # noqa: ARG001 - it says so of any job
@@ -383,14 +382,14 @@ def _progress(f: Facts) -> str:
     planned = [s.counts.planned for s in f.stages]
     known = sum(p for p in planned if p is not None)
     more = "" if None not in planned else " planned so far"
-    return f"{ended} of {known} tasks{more} have ended"
+    return f"{ended:,} of {known:,} tasks{more} have ended"
 
 
 def _retries(f: Facts) -> str:
     tasks = sum(len(one.bundle.tasks) for one in f.delayed)
     due_s = f.delayed[0].heard_s - f.monotonic_s
     waits = _verb(tasks, "waits for its retry", "wait for their retries")
-    return f"{_count(tasks, 'task')} {waits}, next due in {_span(due_s)}"
+    return f"{count(tasks, 'task')} {waits}, next due in {whole(due_s)}"
 
 
 def _then(f: Facts) -> str:
@@ -402,14 +401,10 @@ def _then(f: Facts) -> str:
             counts = f.by_stage[name].counts
             if not counts.ended:
                 known = counts.planned is not None
-                far = f"{counts.terminal} of {counts.planned} tasks terminal"
+                far = f"{counts.terminal:,} of {counts.planned or 0:,} tasks ended"
                 how = far if known else "not planned yet"
                 return f"; stage {stage.name} waits for stage {name} ({how})"
     return ""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _verb(number: int, one: str, many: str) -> str:
@@ -417,21 +412,8 @@ def _verb(number: int, one: str, many: str) -> str:
 
 
 def _names(lives: Sequence[LiveJob]) -> str:
-    more = f" and {len(lives) - NAMED} more" if len(lives) > NAMED else ""
-    return ", ".join(one.id for one in lives[:NAMED]) + more
+    return first_of([one.id for one in lives], NAMED)
 
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _span(seconds: float) -> str:
-    """A duration for a person, in at most two units."""
-    whole = max(0, round(seconds))
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min"
-    if whole < 172_800:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86_400} days"

@@ -15,7 +15,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from batchlab import package_data
 from batchlab.adapters.aws import Endpoint
 from batchlab.adapters.docker_engine import Engine
 from batchlab.adapters.ec2_form import GroupForm
@@ -39,7 +40,7 @@ from tests.wire_rigs import aws
 IMAGE = os.environ.get("BATCHLAB_INSTANCE_IMAGE", "batchlab-offline/instance:trixie")
 """compose/offline/build.sh makes the one that is looked for."""
 LOG_GROUP = "/batchlab/try"
-USER_DATA = Path(__file__).resolve().parent.parent / "backends" / "aws" / "userdata.sh"
+USER_DATA = package_data.folder("backends") / "aws" / "userdata.sh"
 
 POOL = Pool("default", 0, 1, 2, boot_s=240.0, instance_type="m7i.large")
 
@@ -106,11 +107,10 @@ def _python_of_image() -> str:
     return done.stdout.strip()
 
 
-def instance_release(folder: Path, packages: Sequence[str] = ()) -> Path:
-    """This code's release, for the instance image, with what tasks need of PyPI; skips or fails
-    where none can be made."""
+def instance_release(folder: Path) -> Path:
+    """This code's release, for the instance image; skips or fails where none can be made."""
     try:
-        return build_release(folder, python=need_instances(), packages=packages)
+        return build_release(folder, python=need_instances())
     except BackendError as error:
         if os.environ.get("CI"):
             raise

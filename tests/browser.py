@@ -6,7 +6,7 @@ Invariant: no test finds a browser that another one has changed; each page has a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,10 @@ if TYPE_CHECKING:  # its import takes too long for every process of tests
 
 CHROMIUM = Path("/usr/bin/chromium")
 TIMEOUT_MS = 120_000
+ELSEWHERE = "grid.example"
+"""A name that is this machine, and that Chromium trusts no more than any other machine's."""
 _ARGUMENTS = [
+    f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1",
     "--no-sandbox",
     "--disable-background-networking",
     "--disable-component-update",
@@ -81,15 +84,19 @@ def opened(browser: Browser, url: str, **context: Any) -> Iterator[tuple[Page, S
         place.close()
 
 
-def offences(page: Page, within: str | None = None, *, without: str = "") -> list[str]:
+def offences(
+    page: Page, within: str | None = None, *, without: str = "", rules: Sequence[str] = ()
+) -> list[str]:
     """What axe-core finds wrong with a page, or with what a selector names, `without` what another
-    names: a line for each rule, with the elements. Its time follows the number of elements."""
+    names, by all `rules` or these alone: a line for each rule, with the elements. Its time follows
+    the number of elements."""
     from axe_playwright_python.sync_playwright import Axe
 
     context: str | dict[str, list[list[str]]] | None = within
     if without:
         context = {"include": [[within or "html"]], "exclude": [[without]]}
-    found = Axe().run(page, context=context).response["violations"]
+    options = {"options": {"runOnly": {"type": "rule", "values": list(rules)}}} if rules else {}
+    found = Axe().run(page, context=context, **options).response["violations"]
     return [
         f"{one['id']} ({one['impact']}): {one['help']}: "
         + "; ".join(str(node["target"]) + " " + node["html"][:120] for node in one["nodes"][:5])
@@ -114,12 +121,14 @@ def too_wide(page: Page) -> list[str]:
 def tab_stops(page: Page, most: int = 200) -> list[str]:
     """What the Tab key comes to, in order, until it comes round: each one's text or label."""
     stops: list[str] = []
+    page.evaluate("window.firstStop = null")
     for _ in range(most):
         page.keyboard.press("Tab")
         stop: str | None = page.evaluate(
             """() => {
               const one = document.activeElement;
-              if (!one || one === document.body) return null;
+              if (!one || one === document.body || one === window.firstStop) return null;
+              window.firstStop ??= one;
               return (one.getAttribute('aria-label') || one.textContent).trim();
             }"""
         )

@@ -26,6 +26,7 @@ WAITS_S: Mapping[str, float] = {
     "tests/replay/test_replay_localstack.py": 60,
     "tests/integration/test_kills.py": 50,
     "tests/replay/test_faults_in_replays.py": 40,
+    "tests/integration/test_pages.py": 40,
     "tests/integration/test_simpledb_leaders.py": 35,
     "tests/bad_input/test_bad_places.py": 30,
     "tests/integration/test_postgres_leaders.py": 20,

@@ -24,11 +24,11 @@ from batchlab.adapters.clock import RandomIds, WallClock
 from batchlab.adapters.ec2_fleet import Ec2Fleet
 from batchlab.adapters.ec2_form import GroupForm
 from batchlab.adapters.sim.launcher import MemoryState
-from batchlab.api import listen
 from batchlab.asg.metrics import MetricStore
 from batchlab.asg.running import application, run
 from batchlab.asg.templates import TemplateFile
 from batchlab.fleet.autoscaling import AutoScaling
+from batchlab.listening import listen
 from batchlab.model import Machine, Pool
 from batchlab.ports import ANY_MACHINE, Clock, Launcher
 from tests.fleet_rigs import (

@@ -57,6 +57,7 @@ _MISSING = {"NonExistentQueue", "QueueDoesNotExist", "NoSuchBucket"}
 _TOO_LARGE = {"BatchRequestTooLong", "TooManyEntriesInBatchRequest"}
 _DENIED = {
     "AccessDenied",
+    "AuthorizationError",
     "ExpiredToken",
     "InvalidAccessKeyId",
     "InvalidClientTokenId",

@@ -175,7 +175,8 @@ class Ec2Fleet:
         if not seen.pool.min_size <= desired <= seen.pool.max_size:
             raise Refused(
                 f"desired capacity {desired} of pool {pool!r} is outside"
-                f" [{seen.pool.min_size}, {seen.pool.max_size}]"
+                f" [{seen.pool.min_size}, {seen.pool.max_size}]",
+                remedy="`batchlab grid scale --min N --max N` changes the limits.",
             )
         if desired == seen.desired:
             return
@@ -355,7 +356,9 @@ class Ec2Fleet:
 
     def _group(self, pool: str) -> Seen:
         if pool not in self._seen:
-            raise Refused(f"there is no pool {pool!r}")
+            raise Refused(
+                f"there is no pool {pool!r}", remedy="`batchlab grid status` lists those there are."
+            )
         return self._seen[pool]
 
     async def _current(self, pool: str, instances: Sequence[str] = ()) -> Seen:

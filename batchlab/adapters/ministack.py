@@ -262,7 +262,7 @@ class Emulator:
             "TMPDIR": str(self.folder / "tmp"),
             "GATEWAY_PORT": str(port),
             "BIND_HOST": _HOST,
-            "SERVICES": "s3,sqs,sts",
+            "SERVICES": "s3,sns,sqs,sts",
             "PERSIST_STATE": "1",
             "STATE_DIR": str(self.folder / "state"),
             "S3_PERSIST": "1",

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -92,6 +92,8 @@ class ObstoreObjects:
         self._tally = tally or Tally()
         self._made = 0
         self._making = threading.Lock()
+        self._staged = count()
+        """Numbers the files that are being fetched."""
         # Not obstore's own async calls: their futures are completed by Rust threads, which abort
         # the process (SIGABRT) if it ends just then; a process that exits right after a put did
         # so 6 times in 10. They also take 2 to 4 times the CPU of a thread of ours.
@@ -289,8 +291,9 @@ class ObstoreObjects:
 
     def _download(self, key: str, path: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Another process may fetch to the same place; each stages its own, and the last one wins.
-        staged = path.with_name(f"{path.name}.{os.getpid()}.part")
+        # Others may fetch to the same place: another process, or a call of ours whose caller was
+        # cancelled. Each stages its own, and the last one wins.
+        staged = path.with_name(f"{path.name}.{os.getpid()}-{next(self._staged)}.part")
         try:
             if self._root is not None:
                 folders.copy_out(self._root / key, staged)

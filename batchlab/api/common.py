@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from hmac import compare_digest
 from typing import Annotated, Any, cast
@@ -35,6 +34,7 @@ from batchlab.manager.schedule_requests import Schedules
 from batchlab.manager.spending import Spending
 from batchlab.model import JobId
 from batchlab.protocol import wire
+from batchlab.waits import set_within
 
 LEADS_WITHIN_S = 3.0
 """How long a request waits for a manager that is about to lead, before it is told to come back."""
@@ -61,6 +61,8 @@ class Served:
     groups: dict[JobId, Groups] = field(default_factory=dict)
     """What is known of the failures of the jobs that were asked for last."""
     history: History = field(default_factory=History)
+    archiving: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while an archive of results is being made or sent."""
 
 
 # Coroutines, all of them: a plain function would be run on a thread, which takes longer.
@@ -88,8 +90,7 @@ async def _leader(served: Given) -> Manager:
     manager = served.manager
     if not manager.is_leader.is_set():
         # One that has just been started leads in a moment, and its first client is here already.
-        with suppress(TimeoutError):
-            await asyncio.wait_for(manager.is_leader.wait(), LEADS_WITHIN_S)
+        await set_within(manager.is_leader, LEADS_WITHIN_S)
     if not manager.is_leader.is_set():
         raise BackendError(
             "This manager is not the leader.",
@@ -122,7 +123,7 @@ Limit = Annotated[int, Query(ge=1, le=MOST)]
 Wait = Annotated[float, Query(ge=0, le=LONGEST_WAIT_S, description="Long poll, seconds")]
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": views.ProblemView} for status in (400, 401, 404, 409, 422, 503)
+    status: {"model": views.ProblemView} for status in (400, 401, 404, 409, 413, 422, 503)
 }
 
 
@@ -173,7 +174,7 @@ def problem_of(request: Request, error: Exception) -> tuple[int, views.ProblemVi
     elif isinstance(error, HTTPException):
         status = error.status_code
         what = f"{request.method} {request.url.path}"
-        why = "cannot be read" if status == 400 else "is not served"
+        why = "cannot be read" if status in (400, 413) else "is not served"
         problem = {
             "error": f"{what} {why}: {str(error.detail).rstrip('.')}.",
             "remedy": "/openapi.json describes every request.",

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from fastapi import Query
 
-from batchlab import views
+from batchlab import viewing, views
 from batchlab.api.common import Given, Leader, Limit, Served, guarded
 from batchlab.api.grouping import Groups
 from batchlab.api.reading import outcomes_of
@@ -149,4 +149,4 @@ async def _standing(
         standing = set(taken.standing(row.bundle, failed))
         for at, failure in enumerate(outcome.failed):
             if failure.final and failure.task in standing:
-                yield (seq, at), views.failure_view(seq, outcome, failure)
+                yield (seq, at), viewing.failure_view(seq, outcome, failure)

@@ -1,4 +1,4 @@
-"""Endpoints of files: a job sent with all that it is made of, and results as one archive.
+"""The endpoint of files: a job sent with all that it is made of.
 
 Invariant: nothing is read or written outside of a folder of the request's own, whatever the files
 are called and whatever the job file says; and that folder is gone afterwards.
@@ -10,24 +10,20 @@ import asyncio
 import secrets
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from fastapi import Query, Request
-from fastapi.responses import FileResponse
-from starlette.background import BackgroundTask
+from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
 
-from batchlab import results, views
+from batchlab import views
 from batchlab.api.common import Leader, guarded
 from batchlab.api.jobs import accept, shown
+from batchlab.api.upload import form_with_files, roomy
 from batchlab.errors import JobFileError, UsageError
 from batchlab.manager.manager import Manager
-from batchlab.model import JobId
-from batchlab.results import Listed
 from batchlab.task import name_problem
 
 if TYPE_CHECKING:
@@ -37,10 +33,10 @@ router = guarded()
 
 MOST_BYTES = 1024**3
 """Of one upload; whoever has more gives it to the bucket directly, by `batchlab job submit`."""
+MOST_CODE_BYTES = 64 * 1024**2
+"""Of the code among it, which is packed in memory."""
 MOST_FILES = 5000
 MOST_FIELDS = 200
-KEPT_FREE_BYTES = 512 * 1024**2
-"""What an archive of results leaves of the manager's disk."""
 
 _BY_HAND = "`batchlab job submit` takes any amount."
 _TEXT = {"type": "string"}
@@ -86,19 +82,29 @@ _UPLOAD: dict[str, Any] = {
 @router.post("/jobs/files", status_code=201, openapi_extra=_UPLOAD)
 async def submit_files(manager: Leader, request: Request) -> views.JobView:
     """Submit a job file with its code and data, as files of a form."""
-    check_length(request.headers.get("content-length"))
+    size_bytes = check_length(request.headers.get("content-length"))
     kind = request.headers.get("content-type", "")
     if not kind.startswith("multipart/form-data"):
         raise UsageError(
             f"A job's files come as multipart/form-data, not as {kind or 'nothing'}.",
             remedy="curl -F 'files=@job.yaml' does that.",
         )
-    async with request.form(max_files=MOST_FILES, max_fields=MOST_FIELDS) as form:
+    form = await read(request, size_bytes)
+    try:
         return await submit_form(manager, form)
+    finally:
+        await form.close()
 
 
-def check_length(text: str | None, most: int = MOST_BYTES) -> None:
-    """UsageError where a body is longer than what is taken, or does not say how long it is."""
+async def read(request: Request, size_bytes: int) -> FormData:
+    """The form with a job's files, to be closed."""
+    return await form_with_files(
+        request, size_bytes, max_files=MOST_FILES, max_fields=MOST_FIELDS, remedy=_BY_HAND
+    )
+
+
+def check_length(text: str | None, most: int = MOST_BYTES) -> int:
+    """How long a body is; UsageError where that is longer than what is taken, or is not said."""
     if text is None or not (text.isascii() and text.isdigit()):
         raise UsageError(
             "The request does not say how long its body is.", remedy="Send a Content-Length."
@@ -108,6 +114,7 @@ def check_length(text: str | None, most: int = MOST_BYTES) -> None:
             f"That is more than the {most / 2**20:,.0f} MiB that a request may bring.",
             remedy=_BY_HAND,
         )
+    return int(text)
 
 
 async def submit_form(manager: Manager, form: FormData) -> views.JobView:
@@ -167,7 +174,7 @@ def _overrides(texts: Iterable[str]) -> dict[str, str]:
 
 @contextmanager
 def _own_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="batchlab-upload-") as name:
+    with tempfile.TemporaryDirectory(prefix="batchlab-upload-", dir=roomy()) as name:
         yield Path(name).resolve()
 
 
@@ -262,7 +269,11 @@ def _loaded(
     for one in (loaded.code, *(file for file in loaded.files if isinstance(file, Path))):
         if not one.resolve().is_relative_to(folder):
             raise _leaves(str(one))
-    return loaded, submission.code_digest(loaded)
+    try:
+        return loaded, submission.code_digest(loaded, MOST_CODE_BYTES)
+    except UsageError as error:
+        told = error.message.replace(str(folder), "that came along")
+        raise UsageError(told, remedy=error.remedy) from error
 
 
 def _stay_inside(path: Path) -> None:
@@ -304,65 +315,3 @@ def _leaves(name: str) -> UsageError:
         f"The job file names {name!r}, which is not among the files that came along.",
         remedy="Send it along, and name it by its path from the job file.",
     )
-
-
-# --- Results --------------------------------------------------------------------------------------
-
-
-@router.get(
-    "/jobs/{job}/results",
-    response_class=FileResponse,
-    responses={200: {"content": {"application/zip": {}}, "description": "A ZIP archive"}},
-)
-async def archive(
-    manager: Leader, job: JobId, stage: Annotated[list[str] | None, Query()] = None
-) -> FileResponse:
-    """The job's results as a ZIP archive of what `batchlab job results` writes; of what has
-    succeeded so far, if it still runs."""
-    view = await shown(manager, await manager.ports.ledger.job(job))
-    rows = await manager.ports.ledger.bundles(job, done=True)
-    listing = [Listed.of(views.outcome_view(row)) for row in rows if row.completion]
-    folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-results-"))
-    try:
-        # In a loop of its own: thousands of results are decoded and written meanwhile.
-        path = await asyncio.to_thread(_pack, manager, view, listing, stage or (), folder)
-    except BaseException:
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-        raise
-    return FileResponse(
-        path,
-        media_type="application/zip",
-        filename=f"{view['id']}.zip",
-        background=BackgroundTask(shutil.rmtree, folder, ignore_errors=True),
-    )
-
-
-def _pack(
-    manager: Manager,
-    view: views.JobView,
-    listing: Sequence[Listed],
-    stages: Sequence[str],
-    folder: Path,
-) -> Path:
-    def leave_room(*_: int) -> None:
-        if shutil.disk_usage(folder).free < KEPT_FREE_BYTES:
-            raise UsageError(
-                "The manager's disk has no room for an archive of these results.",
-                remedy="`batchlab job results` fetches them from the bucket itself.",
-            )
-
-    leave_room()
-    objects, patience = manager.ports.objects, manager.ports.patience
-    out = folder / "results"
-    asyncio.run(
-        results.fetch(
-            objects, view, listing, out, patience=patience, stages=stages, progress=leave_room
-        )
-    )
-    path = folder / "results.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as zipped:
-        for file in sorted(out.rglob("*")):
-            if file.is_file() and not file.name.startswith(".batchlab"):
-                leave_room()
-                zipped.write(file, f"{view['id']}/{file.relative_to(out).as_posix()}")
-    return path

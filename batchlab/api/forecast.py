@@ -9,7 +9,8 @@ from batchlab.eta import Pace, Room, StageWork
 from batchlab.manager.live import LiveJob
 from batchlab.manager.manager import Manager
 from batchlab.model import Control, JobId, JobState, LifecycleState
-from batchlab.views import EtaView, running_tasks
+from batchlab.viewing import running_tasks
+from batchlab.views import EtaView
 
 
 def eta_of(manager: Manager, job: JobId) -> EtaView:

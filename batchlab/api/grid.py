@@ -8,9 +8,9 @@ from dataclasses import asdict
 from fastapi import APIRouter, BackgroundTasks
 from pydantic import BaseModel, ConfigDict
 
-from batchlab import __version__, views
+from batchlab import __version__, viewing, views
 from batchlab.api.common import Given, Leader, Limit, guarded
-from batchlab.api.sessions import CODE_S
+from batchlab.api.sessions import CODE_S, name_of
 from batchlab.manager import by_hand
 from batchlab.manager.manager import Manager
 from batchlab.model import GroupView
@@ -46,7 +46,14 @@ async def shutdown(served: Given, after: BackgroundTasks) -> views.HealthView:
 async def open_session(served: Given) -> views.SessionView:
     """A code that opens the web page once; the token itself has no place in an address."""
     code = served.sessions.code()
-    return {"code": code, "path": f"{PAGE}/login#{code}", "valid_s": CODE_S}
+    path = f"{PAGE}/login#{code}"
+    return {"code": code, "name": name_of(code), "path": path, "valid_s": CODE_S}
+
+
+@router.get("/sessions/{name}")
+async def session_code(served: Given, name: str) -> views.CodeView:
+    """Whether a code, by its name, may still be used: not once it was, nor after its time."""
+    return {"name": name, "waits": served.sessions.waits(name)}
 
 
 @router.post("/ledger/rebuild")
@@ -89,12 +96,12 @@ async def activities(
 ) -> views.ActivitiesView:
     """Scaling activities with their causes, newest first."""
     found = await manager.ports.fleet.activities(pool, limit=limit)
-    return {"activities": [views.activity_view(activity) for activity in found]}
+    return {"activities": [viewing.activity_view(activity) for activity in found]}
 
 
 @router.get("/grid/history")
 async def history(manager: Leader, served: Given) -> views.HistoryView:  # noqa: ARG001 - who leads
-    """Instances, running tasks and what waits, pool by pool, over the last half hour."""
+    """Instances, running bundles and what waits, pool by pool, over the last half hour."""
     return served.history.view()
 
 
@@ -131,7 +138,7 @@ async def _grid(manager: Manager, backend_name: str) -> views.GridView:
         "owner": manager.owner,
         "settings": asdict(manager.settings),
         "pools": [_pool(manager, view) for view in groups.values()],
-        "queues": [views.queue_view(*one) for one in zip(names, depths, strict=True)],
+        "queues": [viewing.queue_view(*one) for one in zip(names, depths, strict=True)],
     }
 
 
@@ -139,7 +146,7 @@ def _pool(manager: Manager, view: GroupView) -> views.PoolView:
     name = view.pool.name
     scaler = manager.autoscaler
     workers = manager.registry.workers
-    return views.pool_view(
+    return viewing.pool_view(
         view,
         scaler.backlog(name),
         workers,

@@ -13,14 +13,13 @@ from fastapi import Body, Header, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from batchlab import facts, views
+from batchlab import facts, viewing, views
 from batchlab.api.common import MOST, Given, Leader, Limit, Wait, guarded, of_our_version
 from batchlab.api.failures import chosen_tasks
 from batchlab.api.forecast import eta_of
 from batchlab.api.waiting import news, page
 from batchlab.errors import NotFound, UsageError
 from batchlab.jobdef import JobDef
-from batchlab.manager.admission import admit
 from batchlab.manager.manager import Manager
 from batchlab.model import JobId, StageName, TaskSet
 from batchlab.ports import JobRecord, Written
@@ -71,7 +70,7 @@ async def submit(
 async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> Written:
     """Submit the job where this grid could run it; UsageError where not."""
     try:
-        admit(job, {name: pool.slots for name, pool in manager.pools.items()})
+        manager.admit(job)
     except UsageError as error:
         # A job that is known stays accepted, though this grid would not accept it today.
         try:
@@ -181,7 +180,7 @@ async def shown(manager: Manager, record: JobRecord) -> views.JobView:
     live = manager.lives.get(job)
     if live:
         workers = manager.registry.workers.values()
-        return views.job_view(live.record, list(live.stages.values()), live, workers)
+        return viewing.job_view(live.record, list(live.stages.values()), live, workers)
     rows = await manager.ports.ledger.rows(job)
     trouble = manager.reports.troubles.get(job, "")
-    return views.job_view(rows.job, rows.stages, report=trouble)
+    return viewing.job_view(rows.job, rows.stages, report=trouble)

@@ -1,13 +1,15 @@
 """Endpoints of what a job's tasks print: all of it once they have ended, its end while they run.
 
-Invariant: read from the bucket; the ledger only says which outcomes there are.
+Invariant: read from the bucket; the ledger only says which outcomes there are. No answer holds more
+than MOST_BYTES of what tasks have printed, and who asked hears of what is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 
-from batchlab import views
+from batchlab import viewing, views
 from batchlab.api.common import MOST, Leader, Limit, Wait, guarded
 from batchlab.api.reading import NOT_STORED, outcomes_of
 from batchlab.api.waiting import page
@@ -17,10 +19,27 @@ from batchlab.manager.manager import Manager
 from batchlab.model import JobId, Outcome, StageName
 from batchlab.ports import BundleRecord
 
+MOST_BYTES = 32 * 1024**2
+LEFT_OUT = "(left out: an answer holds up to 32 MiB. Name this task alone, or ask for fewer.)\n"
 PAGE_BUNDLES = 50
 """Outcomes whose logs make one answer to somebody who follows a job."""
 
 router = guarded()
+
+
+@dataclass(slots=True)
+class _Room:
+    """What an answer may still hold."""
+
+    left_bytes: int = field(default_factory=lambda: MOST_BYTES)
+
+    def takes(self, outcome: Outcome, attempt: Attempt) -> bool:
+        spans = (stop - start for task, start, stop in outcome.log_spans if task == attempt.task)
+        size_bytes = sum(max(0, one) for one in spans)
+        if size_bytes > self.left_bytes:
+            return False
+        self.left_bytes -= size_bytes
+        return True
 
 
 @router.get("/jobs/{job}/logs")
@@ -43,10 +62,11 @@ async def logs(
         # What failed in an earlier round has been taken back by the retry.
         records = [r for r in records if r.bundle.round == record.round]
     found: list[views.LogView] = []
+    room = _Room()
     async for _, outcome in outcomes_of(manager, _recent(manager, records, since_s)):
-        async for log in _of(manager, outcome, task, limit - len(found), failed=failed):
+        async for log in _of(manager, outcome, task, limit - len(found), room, failed=failed):
             found.append(log)  # noqa: PERF401 - its length bounds what is read
-        if len(found) >= limit:
+        if len(found) >= limit or room.left_bytes <= 0:
             break
     return {"logs": sorted(found, key=lambda log: (log["stage"], log["task"], log["attempt"]))}
 
@@ -75,13 +95,17 @@ async def logs_after(
     wanted = [r for r in records if task is None or task in r.bundle.tasks]
     found: list[views.LogView] = []
     over = False
+    room = _Room()
     kept = {r.bundle.id for r in _recent(manager, wanted, since_s)}
-    async for _, outcome in outcomes_of(manager, wanted):
+    async for record, outcome in outcomes_of(manager, wanted):
         one = attempt_in(outcome, task) if task is not None else None
         over = over or (one is not None and one.state != "RETRIED")
         current = outcome.bundle.round == round_
         if outcome.bundle.id in kept and (current or not failed):
-            found += [log async for log in _of(manager, outcome, task, MOST, failed=failed)]
+            found += [log async for log in _of(manager, outcome, task, MOST, room, failed=failed)]
+        if room.left_bytes < MOST_BYTES / 2:
+            last = record.seq  # the others in the next answer
+            break
     ended = waited["ended"] and not records
     return {"logs": found, "seq": last, "ended": ended or over}
 
@@ -97,7 +121,7 @@ async def tails(manager: Leader, job: JobId) -> views.TailsView:
     found = await manager.tails.of(live)
     shown = sorted((one.stage, one.task, one.attempt, one) for one in found)
     return {
-        "tails": [views.tail_view(one) for *_, one in shown],
+        "tails": [viewing.tail_view(one) for *_, one in shown],
         "every_s": manager.tails.every_s,
     }
 
@@ -112,7 +136,7 @@ def _recent(
 
 
 async def _of(
-    manager: Manager, outcome: Outcome, task: int | None, limit: int, *, failed: bool
+    manager: Manager, outcome: Outcome, task: int | None, limit: int, room: _Room, *, failed: bool
 ) -> AsyncIterator[views.LogView]:
     """The logs of an outcome's tasks, of one of them, or of those that failed for good."""
     wanted = [
@@ -122,10 +146,18 @@ async def _of(
         and (attempt := attempt_in(outcome, number))
         and (not failed or attempt.state == "FAILED")
     ][:limit]
-    for attempt, text in await _texts(manager, outcome, wanted):
-        yield views.log_view(
+    fits: list[Attempt] = []
+    left_out: list[Attempt] = []
+    for one in wanted:
+        (fits if room.takes(outcome, one) else left_out).append(one)
+    if left_out:
+        room.left_bytes = 0  # nothing after it either, or it would look as if it came next
+    for attempt, text in await _texts(manager, outcome, fits):
+        yield viewing.log_view(
             attempt, text if text is not None else NOT_STORED.encode(), text is not None
         )
+    for attempt in left_out:
+        yield viewing.log_view(attempt, LEFT_OUT.encode())
 
 
 async def _texts(

@@ -42,8 +42,13 @@ async def targets(telling: Telling, manager: Leader) -> notified.TargetsView:
 
 
 def _all(telling: Notifying, manager: Manager) -> list[notification.Target]:
-    own = [one for live in manager.lives.values() for one in notification.targets_of(live.job)]
-    return [*telling.targets(), *own]
+    known = telling.directory()
+    own = [
+        known.own(live.id, number, one)
+        for live in manager.lives.values()
+        for number, one in enumerate(live.job.notify, start=1)
+    ]
+    return [*known.targets, *own]
 
 
 @router.post("/notifications/targets/{target}/test")

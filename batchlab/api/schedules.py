@@ -45,7 +45,7 @@ class Timed(BaseModel):
     capacity: Annotated[int | None, Field(ge=1, le=99_999)] = None
     due_param: Annotated[str, Field(max_length=200)] = ""
     source: Annotated[str, Field(max_length=4096)] = ""
-    fingerprint: Annotated[str, Field(max_length=100)] = ""
+    source_digest: Annotated[str, Field(max_length=100)] = ""
 
 
 class Adding(BaseModel):
@@ -145,7 +145,7 @@ def _definition(timed: Timed, job: JobDef) -> Definition:
         capacity=timed.capacity,
         due_param=timed.due_param,
         source=timed.source,
-        fingerprint=timed.fingerprint,
+        source_digest=timed.source_digest,
     )
 
 

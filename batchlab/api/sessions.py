@@ -2,20 +2,38 @@
 
 Invariant: the grid's token is in no cookie and no address. A code opens the page once and for
 CODE_S; a session ends at its time, when it is closed, and when the grid's token becomes another.
+What is closed stays closed: it is kept beside what all sessions are signed by, so that whoever has
+lost the one has lost the other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import json
+import logging
 import secrets
 from dataclasses import dataclass
+from typing import Protocol
 
+from batchlab.errors import BackendError
 from batchlab.ports import Clock
+
+log = logging.getLogger(__name__)
 
 CODE_S = 60.0
 SESSION_S = 12 * 3600.0
 MOST_CODES = 100
+MOST_CLOSED = 1000
+"""Beyond so many all sessions end, and none need be remembered."""
+
+
+class Store(Protocol):
+    """Where it is kept; BackendError where that fails."""
+
+    def load(self) -> bytes | None: ...
+
+    def save(self, data: bytes) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +45,50 @@ class Session:
 
 
 class Sessions:
-    """All of one manager. They survive its restart, since nothing but codes and what has been
-    closed is kept here."""
+    """All of one manager. With `kept` they survive its restart."""
 
-    def __init__(self, token: str, clock: Clock) -> None:
+    def __init__(self, token: str, clock: Clock, kept: Store | None = None) -> None:
         self._clock = clock
         self._token = token
-        self._key = hmac.digest(token.encode(), b"the web page's sessions", "sha256")
+        self._kept = kept
         self._codes: dict[str, float] = {}
         """When each is over, monotonic seconds."""
+        self._seed = ""
+        """With the token it makes the key that signs. No secret by itself."""
         self._closed: dict[str, int] = {}
         """Sessions that were closed before their time, and when that would have been."""
+        self._load()
+
+    def _load(self) -> None:
+        try:
+            doc = json.loads((self._kept.load() if self._kept else None) or b"{}")
+            seed, closed = str(doc["seed"]), {str(n): int(s) for n, s in doc["closed"].items()}
+        except KeyError:
+            self._begin_anew()
+        except (BackendError, ValueError, TypeError, AttributeError) as error:
+            log.warning("sessions of the web page have ended, since they cannot be read: %s", error)
+            self._begin_anew()
+        else:
+            self._seed, self._closed = seed, closed
+
+    def _begin_anew(self) -> None:
+        """End all sessions there are."""
+        self._seed, self._closed = secrets.token_hex(16), {}
+        self._save()
+
+    def _save(self) -> None:
+        if self._kept is None:
+            return
+        try:
+            self._kept.save(json.dumps({"seed": self._seed, "closed": self._closed}).encode())
+        except BackendError as error:
+            log.warning("who has logged out of the web page is known until a restart: %s", error)
 
     @property
     def cookie(self) -> str:
         """The cookie's name. Cookies know no ports: two grids of one machine must not share it."""
-        return f"batchlab-{hashlib.sha256(self._key).hexdigest()[:12]}"
+        own = hmac.digest(self._token.encode(), b"the web page's cookie", "sha256")
+        return f"batchlab-{own.hex()[:12]}"
 
     def code(self) -> str:
         """A code that opens a session once."""
@@ -53,6 +99,11 @@ class Sessions:
         code = secrets.token_urlsafe(24)
         self._codes[code] = now_s + CODE_S
         return code
+
+    def waits(self, name: str) -> bool:
+        """Whether the code of that name may still be used."""
+        now_s = self._clock.monotonic_s()
+        return any(name_of(code) == name and over_s > now_s for code, over_s in self._codes.items())
 
     def opens(self, word: str) -> bool:
         """Whether the word is the token, or a code that was not used yet."""
@@ -83,6 +134,10 @@ class Sessions:
         now_s = self._clock.now_s()
         self._closed = {name: end_s for name, end_s in self._closed.items() if end_s > now_s}
         self._closed[session.name] = session.until_s
+        if len(self._closed) > MOST_CLOSED:
+            self._begin_anew()
+        else:
+            self._save()
 
     def form_token(self, session: Session) -> str:
         """What every form of the session carries, so that no other site can send one."""
@@ -94,7 +149,13 @@ class Sessions:
 
     def _sign(self, purpose: str, session: Session) -> str:
         text = f"{purpose}.{session.until_s}.{session.name}"
-        return hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()
+        key = hmac.digest(self._token.encode(), self._seed.encode(), "sha256")
+        return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+
+
+def name_of(code: str) -> str:
+    """What a code is called where it must not be read."""
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def _is(given: str, known: str) -> bool:

@@ -12,10 +12,10 @@ from typing import Annotated
 
 from fastapi import Path, Query
 
-from batchlab import views
+from batchlab import viewing, views
 from batchlab.api.common import Leader, guarded
 from batchlab.api.reading import NOT_STORED
-from batchlab.attempts import log_end, task_input
+from batchlab.attempts import attempt_in, log_end, task_input
 from batchlab.commit import committed
 from batchlab.errors import NotFound
 from batchlab.jobdef import JobDef
@@ -23,6 +23,7 @@ from batchlab.manager.manager import Manager
 from batchlab.model import Bundle, JobId, Json, Outcome, StageName, TaskSet
 from batchlab.ports import BundleRecord
 from batchlab.protocol import values
+from batchlab.tasknames import task_name
 
 router = guarded()
 
@@ -46,10 +47,11 @@ async def task(
     outcome = await committed(objects, row.bundle, patience) if row else None
     if row is None or outcome is None:
         raise NotFound(
-            f"No outcome tells of task {task} of stage {stage} of job {job}.",
+            f"No outcome tells of task {task_name(stage, task)} of job {job}.",
             remedy="It may not have ended yet, or there is no such task.",
         )
-    failure = next((one for one in outcome.failed if one.task == task and one.final), None)
+    attempt = attempt_in(outcome, task)
+    failure = attempt.failure if attempt and attempt.state == "FAILED" else None
     given, of, is_cut = await _input(manager, record.job, row.bundle, task)
     log, is_log_cut = await _log(manager, outcome, task)
     return {
@@ -57,23 +59,17 @@ async def task(
         "stage": stage,
         "task": task,
         "attempt": row.bundle.attempt,
-        "state": "failed" if failure else _state(outcome, task),
+        "state": attempt.state.lower() if attempt else "retried",
         "worker": outcome.worker,
         "started_s": outcome.started_s,
         "ended_s": outcome.ended_s,
-        "failure": views.failure_view(row.seq or 0, outcome, failure) if failure else None,
+        "failure": viewing.failure_view(row.seq or 0, outcome, failure) if failure else None,
         "input": given,
         "input_of": of,
         "is_input_cut": is_cut,
         "log": log,
         "is_log_cut": is_log_cut,
     }
-
-
-def _state(outcome: Outcome, task: int) -> str:
-    if task in outcome.succeeded:
-        return "succeeded"
-    return "cancelled" if task in outcome.cancelled else "retried"
 
 
 async def _row(

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 
-from batchlab import views
+from batchlab import viewing, views
 from batchlab.manager.live import LiveJob
 from batchlab.manager.manager import Manager
 from batchlab.model import JobId, Outcome, StageName
@@ -43,7 +43,7 @@ async def page(
         found = await _after(manager, live, job, stage, after, limit)
         if found or ended or live is None or loop.time() >= end_s:
             return {
-                "outcomes": [views.outcome_view(*one) for one in found],
+                "outcomes": [viewing.outcome_view(*one) for one in found],
                 "ended": ended and len(found) < limit,
             }
         while live.folds == folds and not live.record.state.ended and loop.time() < end_s:

@@ -88,8 +88,14 @@ def give(
         )
         told: Any = answer.json()
     except httpx.HTTPError as error:
-        raise Unreachable(f"No Auto Scaling endpoint answers at {url}: {error}.") from error
+        raise Unreachable(
+            f"No Auto Scaling endpoint answers at {url}: {error}.",
+            remedy="A grid of `--backend localstack` has one, and so has `batchlab asg serve`.",
+        ) from error
     except ValueError as error:
-        raise BackendError(f"What answers at {url} is no `batchlab asg serve`.") from error
+        raise BackendError(
+            f"What answers at {url} is no `batchlab asg serve`.",
+            remedy="Name its address with --endpoint.",
+        ) from error
     if answer.status_code != 200:
         raise UsageError(f"{told.get('message', 'It is refused')}".rstrip(".") + ".")

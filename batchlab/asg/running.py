@@ -8,7 +8,7 @@ import logging
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from batchlab.asg.signature import Key
 from batchlab.errors import BackendError, Refused
 from batchlab.fleet.autoscaling import AutoScaling
 from batchlab.ports import Clock
+from batchlab.waits import set_within
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +126,7 @@ async def _keep(engine: AutoScaling, changed: asyncio.Event) -> None:
                 trace = None if isinstance(error, BackendError) else error
                 log.warning("the groups cannot be kept in order: %s", error, exc_info=trace)
             failing = repr(error)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(changed.wait(), TICK_S)
+        await set_within(changed, TICK_S)
 
 
 async def _serve(app: App, listener: socket.socket, stop: asyncio.Event) -> None:

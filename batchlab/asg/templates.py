@@ -186,9 +186,14 @@ class TemplateFile:
             stamp = self._stamp_now()
             named = _FILE.validate_python(tomllib.loads(self._path.read_text("utf-8")))
         except OSError as error:
-            raise UsageError(f"{self._path} cannot be read: {error.strerror}.") from error
+            raise UsageError(
+                f"{self._path} cannot be read: {error.strerror}.",
+                remedy="Name a file that is there and can be read.",
+            ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{self._path} is not TOML: {error}.") from error
+            raise UsageError(
+                f"{self._path} is not TOML: {error}.", remedy="Put that line right."
+            ) from error
         except Malformed as error:
             first = error.errors()[0]
             place = ".".join(str(step) for step in first["loc"])
@@ -198,7 +203,10 @@ class TemplateFile:
             ) from error
         for name, one in named.items():
             if one.default > len(one.version):
-                raise UsageError(f"{self._path}: {name} has no version {one.default}.")
+                raise UsageError(
+                    f"{self._path}: {name} has no version {one.default}.",
+                    remedy="Name a version that it has as its default.",
+                )
         self._stamp, self._named = stamp, named
 
 

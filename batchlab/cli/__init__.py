@@ -15,9 +15,38 @@ BEGUN_S = time.monotonic()
 SERVICES = ("manager", "worker", "connect")
 
 
+NEEDED = frozenset(
+    {
+        *("alembic", "boto3", "botocore", "cloudpickle", "cronsim", "docker", "duckdb", "fastapi"),
+        *("httptools", "httpx", "jinja2", "localstack_client", "multipart", "obstore", "packaging"),
+        *("prometheus_client", "psycopg", "pydantic", "python_multipart", "rich", "sqlalchemy"),
+        *("typer", "typing_extensions", "tzdata", "uvicorn", "yaml"),
+    }
+)
+"""What every installation has, by the names that it is imported by."""
+
+
 def main() -> None:
     """The console script."""
-    arguments = sys.argv[1:]
+    try:
+        _main(sys.argv[1:])
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in NEEDED:
+            raise
+        print(lacking(error.name), file=sys.stderr)  # noqa: T201 - output may be what is lacking
+        sys.exit(2)
+
+
+def lacking(module: str) -> str:
+    """What is said of an installation without one of its packages, and what to do."""
+    name = module.partition(".")[0]
+    return (
+        f"Error: The Python package {name!r} is not installed, and this command needs it.\n"
+        f"  Install batchlab again with all its packages: in {sys.prefix} one of them is missing."
+    )
+
+
+def _main(arguments: list[str]) -> None:
     if arguments and arguments[0] in SERVICES:
         # Started by the grid itself, for each instance: the rest of the command line would take
         # longer to import than all else that a worker needs.

@@ -27,7 +27,7 @@ def show(
         told = [dict(zip(names, map(_plain, row), strict=True)) for row in rows]
         output.show_json({"rows": told})
     elif csv:
-        output.show(_csv(names, rows))
+        output.show_exact(_csv(names, rows))
     elif rows:
         output.show(output.table(names, [[_shown(cell) for cell in row] for row in rows]))
     else:

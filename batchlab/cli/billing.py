@@ -112,7 +112,7 @@ async def _found(home: Home, text: str) -> Facts:
     """Of a grid that is not up: from its folder."""
     from batchlab import backends
     from batchlab.usage import job_use_view
-    from batchlab.views import job_view
+    from batchlab.viewing import job_view
 
     if not home.ledger_file.exists():
         raise UsageError(

@@ -247,6 +247,7 @@ def _clock(home: Home) -> Iterator[Finding]:
 
 
 def _manager(home: Home) -> Iterator[Finding]:
+    from batchlab import backends
     from batchlab.client import Client
 
     record = home.record()
@@ -259,7 +260,8 @@ def _manager(home: Home) -> Iterator[Finding]:
     leads = "leads" if health["leader"] else "does not lead"
     text = f"{record.url} (pid {record.pid}) answers and {leads}"
     level = Level.OK if health["leader"] else Level.WARN
-    remedy = "" if health["leader"] else f"Look again in a moment; its log is {home.manager_log}."
+    where = backends.load(record.backend).manager_log(home)
+    remedy = "" if health["leader"] else f"Look again in a moment; its log is {where}."
     yield Finding("manager", level, text, remedy)
     for pool in grid["pools"]:
         if pool["trouble"]:

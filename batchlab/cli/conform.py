@@ -189,7 +189,10 @@ def _wanted(
             remedy="Leave out --only and --needed, and --service unless it is autoscaling.",
         )
     if markdown and (not markdown.parent.is_dir() or markdown.is_dir()):
-        raise UsageError(f"{markdown} cannot be written: there is no such folder, or it is one.")
+        raise UsageError(
+            f"{markdown} cannot be written: there is no such folder, or it is one.",
+            remedy="Name a file in a folder that is there.",
+        )
     return checks
 
 
@@ -330,5 +333,7 @@ def _write(path: Path, name: str, results: Sequence[Result]) -> None:
         page = merged(page, ALL_CHECKS, list_section([one.check for one in results]))
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}.") from error
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror}.", remedy="Name another file."
+        ) from error
     output.say(f"The report is in {path}.")

@@ -128,9 +128,7 @@ def _mark(number: int) -> str:
 
 def span(seconds: float) -> str:
     """A duration without parts that are nothing: 3 h, 90 s, 1 h 30 min."""
-    if seconds >= 172_800 and seconds % 86_400 == 0:
-        return f"{seconds / 86_400:g} days"
-    return re.sub(r" 00 (min|s)$|\.0(?= )", "", output.span(seconds))
+    return re.sub(r" 0?0 (h|min|s)$|\.0(?= )", "", output.span(seconds))
 
 
 def _axis(span_s: float, width: int) -> str:

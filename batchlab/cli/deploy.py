@@ -271,8 +271,9 @@ def destroy(
 ) -> None:
     """End the stack, and everything on AWS that it has made.
 
-    Refused while the bucket has objects, or a database would go without a last snapshot, unless
-    --delete-data says so.
+    Data stays unless --delete-data says otherwise: a bucket that has objects, a last snapshot of
+    the database, a SimpleDB domain; what stays is listed. Refused where a template would have data
+    deleted.
 
     \b
     Example: batchlab deploy destroy --delete-data

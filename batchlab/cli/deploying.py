@@ -152,7 +152,10 @@ def release_for(wanted: Settings, given: Path | None, home: Home) -> Path:
     try:
         content = given.read_bytes()
     except OSError as error:
-        raise UsageError(f"{given} cannot be read: {error.strerror}.") from error
+        raise UsageError(
+            f"{given} cannot be read: {error.strerror}.",
+            remedy="Name a file that is there and can be read.",
+        ) from error
     if hashlib.sha256(content).hexdigest() != release.release_of(given):
         raise UsageError(
             f"{given} is not called by the SHA-256 of what is in it, as a release is.",
@@ -290,7 +293,9 @@ class Picture:
 
         console = Console(stderr=True)
         with Live(console=console, get_renderable=self.draw, refresh_per_second=8):
-            self._say = lambda text: console.print(text, markup=False, highlight=False)
+            self._say = lambda text: console.print(
+                output.visible(text), markup=False, highlight=False
+            )
             yield
         self._say = output.say
 
@@ -319,6 +324,6 @@ class Picture:
         total = max(self._total, len(self._ended))
         count = f"{len(self._ended)}/{total}" if self._total else str(len(self._ended))
         bar = ProgressBar(total=max(total, 1), completed=len(self._ended), width=24)
-        head.add_row(self._what, bar, count, since)
+        head.add_row(Text(self._what), bar, count, since)
         names = [f"  {status.lower()} {name}" for name, status in list(self._current.items())[:8]]
         return Group(head, *(Text(one, "dim") for one in names))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from batchlab.cli import output
 from batchlab.cli.options import HomeOption, JobArgument, JsonOption, home_of
+from batchlab.tasknames import parse_tasks, task_name
 
 if TYPE_CHECKING:
     from batchlab.views import FailureGroupView, FailureView
-
-_RANGE = re.compile(r"(\d{1,15})(?:-(\d{1,15}))?")
 
 
 def failures(
@@ -84,11 +81,11 @@ def _show_each(found: list[FailureView], limit: int, json: bool) -> None:
     if not found:
         output.say("No such task has failed for good.")
         return
-    columns = ("stage", "task", "attempt", "kind", "exit", "fingerprint", "reason")
+    columns = ("task", "attempt", "kind", "exit", "fingerprint", "reason")
     rows = [
         (
-            *(f["stage"], f["task"], f["attempt"], f["kind"], _exit(f), f["fingerprint"]),
-            f["reason"],
+            *(task_name(f["stage"], f["task"]), f["attempt"], f["kind"], _exit(f)),
+            *(f["fingerprint"], f["reason"]),
         )
         for f in found
     ]
@@ -108,8 +105,8 @@ def _exit(failure: FailureView) -> object:
 
 def _show_traceback(failure: FailureView) -> None:
     if failure["traceback"]:
-        output.show(f"\n--- {failure['stage']}[{failure['task']}]")
-        output.show(output.lines(failure["traceback"]).rstrip("\n"))
+        output.show(f"\n--- {task_name(failure['stage'], failure['task'])}")
+        output.show(output.visible(failure["traceback"]).rstrip("\n"))
 
 
 def retry(
@@ -118,8 +115,8 @@ def retry(
         list[str] | None,
         typer.Option(
             "--tasks",
-            metavar="STAGE:RANGES",
-            help="Of what failed only these tasks, such as parse:3,7-9; may be repeated.",
+            metavar="TASKS",
+            help="Of what failed only these tasks, such as parse/3,7-9; may be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -144,7 +141,9 @@ def retry(
     """
     from batchlab.cli.session import connect, resolve
 
-    ranges = _ranges(tasks or ())
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for stage, some in map(parse_tasks, tasks or ()):
+        ranges.setdefault(stage, []).extend(some)
     with connect(home_of(home)) as client:
         name = resolve(client, job)["id"]
         if ranges or fingerprint:
@@ -155,22 +154,3 @@ def retry(
         output.show_json(view)
     else:
         output.show(f"{view['id']} {view['state']}")
-
-
-def _ranges(texts: Iterable[str]) -> dict[str, list[tuple[int, int]]]:
-    """`stage:3,7-9` as ranges [first, beyond the last) by stage; UsageError."""
-    from batchlab.errors import UsageError
-
-    found: dict[str, list[tuple[int, int]]] = {}
-    for text in texts:
-        stage, _, ranges = text.rpartition(":")
-        for one in ranges.split(","):
-            match = _RANGE.fullmatch(one.strip())
-            first = int(match[1]) if match else 0
-            last = int(match[2] or match[1]) if match else -1
-            if not stage or last < first:
-                raise UsageError(
-                    f"--tasks {text} names no tasks.", remedy="Write for example parse:3,7-9."
-                )
-            found.setdefault(stage, []).append((first, last + 1))
-    return found

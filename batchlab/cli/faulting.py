@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from batchlab.cli import output
+from batchlab.cli import completing, output
 from batchlab.cli.options import JsonOption
 from batchlab.errors import UsageError
 
@@ -21,7 +21,11 @@ def faults(
     backend: Annotated[
         str | None,
         typer.Option(
-            "--backend", metavar="NAME", help="Tell of this one only.", show_default=False
+            "--backend",
+            metavar="NAME",
+            help="Tell of this one only.",
+            show_default=False,
+            autocompletion=completing.backends,
         ),
     ] = None,
     json: JsonOption = False,

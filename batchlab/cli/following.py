@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from batchlab.tasknames import attempt_name
+
 if TYPE_CHECKING:
     from batchlab.client import Client
     from batchlab.views import LogView, NewLogsView, TailsView, TailView
@@ -43,9 +45,8 @@ class Line:
 
     @property
     def name(self) -> str:
-        """As `parse[3]`, with the attempt's number where it is not the first."""
-        again = f"#{self.attempt}" if self.attempt > 1 else ""
-        return f"{self.stage}[{self.task}]{again}"
+        """As `parse/3`, with the attempt's number where it is not the first."""
+        return attempt_name(self.stage, self.task, self.attempt)
 
 
 @dataclass(slots=True)

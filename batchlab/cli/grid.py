@@ -146,7 +146,9 @@ def down(home: HomeOption = None) -> None:
         output.say(f"{output.count(left, 'job')} not ended, and gone with it.")
     elif left:
         output.say(f"{output.count(left, 'job')} not ended: `batchlab grid up` goes on with it.")
-    if timed and not is_lost:
+    if timed and is_lost:
+        output.say(f"{output.count(timed, 'schedule')} gone with it.")
+    elif timed:
         output.say(f"{output.count(timed, 'schedule')} not run until a grid is up here again.")
 
 

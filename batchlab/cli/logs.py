@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,17 +22,13 @@ def logs(
         str | None,
         typer.Argument(
             metavar="[TASK]",
-            help="Only this task: stage/3, 'stage[3]', or an index of every stage.",
+            help="Only this task, such as parse/3; 3 alone is that of every stage.",
             show_default=False,
         ),
     ] = None,
     stage: Annotated[
         str | None,
-        typer.Option("--stage", metavar="NAME", help="Only this stage.", show_default=False),
-    ] = None,
-    index: Annotated[
-        int | None,
-        typer.Option("--task", min=0, help="Only the task with this index.", show_default=False),
+        typer.Option("--stage", metavar="NAME", help="All of this stage.", show_default=False),
     ] = None,
     follow: Annotated[
         bool,
@@ -66,12 +61,16 @@ def logs(
     Example: batchlab job logs last --follow
     """
     from batchlab.cli.following import Which
-    from batchlab.cli.tasknames import parse
+    from batchlab.tasknames import parse_task
 
+    index: int | None = None
     if task is not None:
-        if index is not None:
-            raise UsageError("The task is named twice.", remedy="Leave out --task.")
-        stage, index = parse(task, stage)
+        if stage is not None:
+            raise UsageError(
+                "A task and --stage exclude each other.",
+                remedy="Write the stage and the index, such as parse/3.",
+            )
+        stage, index = parse_task(task)
     which = Which(stage, index, failed, _seconds(since) if since else None)
     if follow:
         _follow(home_of(home), job, which, json=json)
@@ -90,6 +89,7 @@ def _seconds(text: str) -> float:
 
 def _print(home: Home, job: str, which: Which, limit: int, *, json: bool) -> None:
     from batchlab.cli.session import connect, resolve
+    from batchlab.tasknames import attempt_name
 
     with connect(home) as client:
         found = client.logs(
@@ -103,8 +103,9 @@ def _print(home: Home, job: str, which: Which, limit: int, *, json: bool) -> Non
     if json:
         output.show_json(found)
     for one in [] if json else found:
-        output.show(f"--- {one['stage']}[{one['task']}] attempt {one['attempt']}")
-        output.show(output.lines(one["text"]).rstrip("\n"))
+        name = attempt_name(one["stage"], one["task"], one["attempt"])
+        output.show(f"--- {name}")
+        output.show(output.visible(one["text"]).rstrip("\n"))
     if not found:
         output.say("No task has printed anything, or not yet.")
     elif len(found) == limit:
@@ -122,11 +123,11 @@ def _follow(home: Home, job: str, which: Which, *, json: bool) -> None:
 
         def tell(line: Line) -> None:
             if json:
-                output.show(json_.dumps(to_json(name, line), ensure_ascii=False))
+                output.show_json(to_json(name, line), indent=None)
             elif line.is_note:
                 output.show(f"{line.name} | [{output.clean(line.text)}]")
             else:
-                output.show(f"{line.name} | {output.lines(line.text)}")
+                output.show(f"{line.name} | {output.visible(line.text)}")
 
         follower = Follower(name, which, session.call, tell)
         try:

@@ -42,7 +42,7 @@ def list_(home: HomeOption = None, json: JsonOption = False) -> None:
     elif not found:
         output.say("Nobody is notified: name somebody in notify.toml, or by notify: in a job file.")
     else:
-        columns = ("target", "kind", "to", "of", "signed")
+        columns = ("target", "kind", "to", "of", "signed", "for jobs")
         output.show(output.table(columns, map(_target_row, found)))
 
 
@@ -56,7 +56,8 @@ def _target_row(one: TargetView) -> tuple[object, ...]:
             more = f" for {output.span(one['stuck_s'])}"
         moments.append(moment + more)
     signed = "yes" if one["signed"] else "no"
-    return (one["name"], one["kind"], one["to"], ", ".join(moments), signed)
+    jobs = "yes" if one["jobs"] else "no"
+    return (one["name"], one["kind"], one["to"], ", ".join(moments) or "-", signed, jobs)
 
 
 @app.command("test")

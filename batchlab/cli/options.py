@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from batchlab.cli import completing
+
 if TYPE_CHECKING:
     from batchlab.home import Home
 
@@ -20,7 +22,13 @@ HomeOption = Annotated[
     ),
 ]
 BackendOption = Annotated[
-    str, typer.Option("--backend", metavar="NAME", help="Where the grid lives.")
+    str,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="Where the grid lives.",
+        autocompletion=completing.backends,
+    ),
 ]
 EndpointOption = Annotated[
     str | None,
@@ -37,11 +45,18 @@ ScenarioArgument = Annotated[
     typer.Argument(
         metavar="SCENARIO",
         help="A scenario's file, or the name of a shipped one.",
+        autocompletion=completing.scenarios,
         show_default=False,
     ),
 ]
 LikeOption = Annotated[
-    str, typer.Option("--like", metavar="BACKEND", help="Whose settings the simulated grid has.")
+    str,
+    typer.Option(
+        "--like",
+        metavar="BACKEND",
+        help="Whose settings the simulated grid has.",
+        autocompletion=completing.backends,
+    ),
 ]
 CalibrationOption = Annotated[
     Path | None,
@@ -115,7 +130,12 @@ CapArgument = Annotated[
     str, typer.Argument(metavar="AMOUNT", help="Such as 5USD, or 'none'.", show_default=False)
 ]
 JobArgument = Annotated[
-    str, typer.Argument(metavar="JOB", help="A job's id, the beginning of one, or 'last'.")
+    str,
+    typer.Argument(
+        metavar="JOB",
+        help="A job's id, the beginning of one, or 'last'.",
+        autocompletion=completing.jobs,
+    ),
 ]
 FileArgument = Annotated[
     Path, typer.Argument(metavar="FILE", help="The job file.", show_default=False)

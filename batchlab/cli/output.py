@@ -1,11 +1,10 @@
 """What a person reads: sentences, tables, durations; and JSON for programs.
 
-Invariant: no control character of a job's own text reaches the terminal.
+Invariant: no control character of anybody's text reaches the terminal, whoever prints it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -19,13 +18,15 @@ from batchlab.errors import BatchlabError, JobFileError, UsageError
 from batchlab.words import count as count
 from batchlab.words import size as size
 from batchlab.words import span as span
+from batchlab.words import visible as visible
+from batchlab.words import visible_json
 
-_NUMBER = re.compile(r"-|[\d.,/+]*( (ms|s|min|h|B|[KMGT]iB)( \d\d (s|min))?)?")
+_NUMBER = re.compile(r"-|[\d.,/+]*( (ms|s|min|h|days|B|[KMGT]iB)( \d\d? (s|min|h))?)?")
 
 
 def say(text: str) -> None:
     """A note for the person in front, on stderr."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one place that does
+    print(visible(text), file=sys.stderr, flush=True)  # noqa: T201 - the one place that does
 
 
 class Sometimes:
@@ -43,12 +44,17 @@ class Sometimes:
 
 def show(text: str) -> None:
     """Output that somebody asked for, on stdout."""
-    print(text, flush=True)  # noqa: T201 - the one place that does
+    print(visible(text), flush=True)  # noqa: T201 - the one place that does
 
 
-def show_json(value: Any) -> None:
+def show_exact(text: str) -> None:
+    """The same for a program; at a terminal there is a person after all."""
+    print(visible(text) if sys.stdout.isatty() else text, flush=True)  # noqa: T201 - as above
+
+
+def show_json(value: Any, *, indent: int | None = 2) -> None:
     """`value` as JSON on stdout."""
-    show(json.dumps(value, indent=2, ensure_ascii=False))
+    show(visible_json(value, indent=indent))
 
 
 def complain(error: BatchlabError) -> None:
@@ -108,11 +114,6 @@ def _is_number(text: str) -> bool:
 def clean(text: str) -> str:
     """`text` in one line, what is not printable replaced."""
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
-
-
-def lines(text: str) -> str:
-    """`text` with its line breaks and tabs, what else is not printable made visible."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def moment(at_s: float | None) -> str:

@@ -169,7 +169,7 @@ class Picture(Moving):
             planned, done = stage["planned"], ended(stage)
             rate, left_s = self._rates.of(stage), self._rates.left_s(stage)
             table.add_row(
-                stage["name"],
+                Text(output.clean(stage["name"])),
                 ProgressBar(
                     total=max(planned or 1, 1), completed=done, width=24, finished_style="green"
                 ),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,17 +16,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import HomeOption, JobArgument, JsonOption, home_of
-from batchlab.cli.tasknames import (
+from batchlab.cli.bucket import (
     AnyBackendOption,
     Bucket,
-    StageOption,
     TaskArgument,
     find,
-    parse,
     stage_of,
 )
+from batchlab.cli.options import HomeOption, JobArgument, JsonOption, home_of
 from batchlab.errors import UsageError
+from batchlab.tasknames import parse_task, task_name
 
 if TYPE_CHECKING:
     from batchlab.rerun.folder import Told
@@ -64,7 +65,6 @@ def replay_task(
             show_default=False,
         ),
     ] = True,
-    stage: StageOption = None,
     attempt: AttemptOption = None,
     round_: RoundOption = None,
     debug: Annotated[
@@ -104,11 +104,23 @@ def replay_task(
     no_limits: Annotated[
         bool, typer.Option("--no-limits", help="Without the job's time and memory limit.")
     ] = False,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--env",
+            metavar="NAME",
+            help="Give it that variable of here though it looks like a secret; again for more.",
+            show_default=False,
+        ),
+    ] = None,
     home: HomeOption = None,
     backend: AnyBackendOption = None,
     json: JsonOption = False,
 ) -> None:
     """Run a task again on this machine, under a debugger: its input, code and limits as there.
+
+    It is the job's code that runs, with your rights. Of the environment it is not given what looks
+    like a secret: AWS_*, tokens, passwords, keys.
 
     Nothing of it reaches the grid. At the end it says whether the task failed in the same way, and
     what is known to be different here. Exit code 0 where it succeeds, 1 where it fails.
@@ -118,7 +130,8 @@ def replay_task(
     """
     del local
     how = _how(debug=debug, at_start=break_, debugpy=debugpy, no_limits=no_limits, json=json)
-    named, index = parse(task, stage)
+    how = replace(how, passed=_set_here(env or ()))
+    named, index = parse_task(task)
     place = home_of(home)
     bucket = find(place, backend, job)
     with _folder(keep) as folder:
@@ -126,7 +139,7 @@ def replay_task(
         if keep:
             _kept(told, json=json)
         elif shell:
-            _shell(told)
+            _shell(told, how)
         else:
             _run(told, how, json=json)
 
@@ -151,6 +164,26 @@ def _how(
         no_limits=no_limits,
         aside=json,
     )
+
+
+def _set_here(names: Iterable[str]) -> tuple[str, ...]:
+    """UsageError where one is not set: a name that is mistyped would give nothing."""
+    found = tuple(names)
+    for name in found:
+        if name not in os.environ:
+            raise UsageError(
+                f"There is no variable {name!r} here.",
+                remedy="Set it, or leave out --env; what does not look like a secret is given.",
+            )
+    return found
+
+
+def _is_given(how: How) -> str:
+    """What is to be known before a job's code runs here."""
+    from batchlab.rerun.withheld import told, withheld
+
+    kept_back = told(withheld(os.environ, how.passed))
+    return "It is the job's code, and runs with your rights." + (f" {kept_back}" * bool(kept_back))
 
 
 @contextmanager
@@ -179,7 +212,7 @@ def _brought(
     from batchlab.rerun.prepare import bring
 
     name = stage_of(bucket, stage)
-    output.say(f"Fetching {name}[{task}] of {bucket.job}.")
+    output.say(f"Fetching {task_name(name, task)} of {bucket.job}.")
     try:
         return bucket.read(
             lambda objects, patience: bring(
@@ -214,12 +247,13 @@ def _kept(told: Told, *, json: bool) -> None:
     output.say(f"{told.name} is in {told.folder}; this runs it{debugging}. {README} says more.")
 
 
-def _shell(told: Told) -> None:
+def _shell(told: Told, how: How) -> None:
     from batchlab.rerun import foreground
 
-    ready = foreground.shell(told)
+    ready = foreground.shell(told, how.passed)
+    output.say(_is_given(how))
     output.say("A shell where the command would run; `exit` leaves it, and removes the folder.")
-    output.show(output.lines(ready.command))
+    output.show(output.visible(ready.command))
     code = foreground.open_shell(ready)
     if code:
         raise typer.Exit(1)
@@ -227,11 +261,13 @@ def _shell(told: Told) -> None:
 
 def _run(told: Told, how: How, *, json: bool) -> None:
     from batchlab.rerun import foreground, verdict
+    from batchlab.rerun.withheld import given
 
     limits = "" if how.no_limits else _limits(told)
     output.say(f"Running {told.name}, attempt {told.attempt}, on this machine{limits}.")
+    output.say(_is_given(how))
     ended = foreground.run(told, how)
-    found = verdict.judge(told, ended)
+    found = verdict.judge(told, ended, given(os.environ, how.passed))
     found.differences.extend(foreground.not_applied(told, how))
     if json:
         output.show_json(_document(told, found))
@@ -239,7 +275,7 @@ def _run(told: Told, how: How, *, json: bool) -> None:
         sentence, *more = found.lines
         output.show(output.clean(sentence))
         for line in more:
-            output.show(output.lines(line))
+            output.show(output.visible(line))
     if ended.failure or ended.left:
         raise typer.Exit(1)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from batchlab.cli import output, report_html
+from batchlab.cli import completing, output, report_html
 from batchlab.cli.options import EndpointOption, HomeOption, JsonOption, home_of
 
 app = typer.Typer(no_args_is_help=True)
@@ -21,6 +21,7 @@ RunsArgument = Annotated[
         metavar="[RUN]...",
         help="A job of the grid (its id, the beginning of one, or 'last'), or a folder that "
         "`report pull` has made; without any the last job.",
+        autocompletion=completing.jobs,
         show_default=False,
     ),
 ]
@@ -29,6 +30,7 @@ JobsArgument = Annotated[
     typer.Argument(
         metavar="JOB...",
         help="A job's id, the beginning of one, or 'last'.",
+        autocompletion=completing.jobs,
         show_default=False,
     ),
 ]
@@ -38,6 +40,7 @@ FromOption = Annotated[
         "--backend",
         metavar="NAME",
         help="Whose bucket has the job; without it that of the grid that is up, or local.",
+        autocompletion=completing.backends,
         show_default=False,
     ),
 ]

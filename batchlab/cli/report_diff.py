@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -157,7 +158,7 @@ def _text(found: Comparison) -> str:
 
 def _markdown(found: Comparison, *, gated: bool) -> str:
     mark = "❌ " if found.broken else "✅ " if gated else ""
-    told = [f"### {mark}Performance: {_headline(found)}", "", f"{_md(_sides(found))}.", ""]
+    told = [f"### {mark}Performance: {_md(_headline(found))}", "", f"{_md(_sides(found))}.", ""]
     told += [f"- {_md(cause)}" for cause in found.causes]
     if found.causes:
         told.append("")
@@ -173,6 +174,14 @@ def _markdown(found: Comparison, *, gated: bool) -> str:
 
 
 def _md(text: str) -> str:
-    """Text that a job or stage may have named, as nothing but text."""
+    """Text that a job or stage may have named, as nothing but text: where it is posted it calls for
+    nobody, and refers and leads to nothing."""
     cleaned = output.clean(text)
-    return "".join(f"\\{c}" if c in "\\`*_[]|<>#" else c for c in cleaned)
+    escaped = "".join(f"\\{c}" if c in "\\`*_[]|<>#" else c for c in cleaned)
+    # A backslash does not keep them from being found in the page that is made of it; what stands
+    # between two parts of it, and is not shown, does.
+    return _LINKS.sub(lambda found: f"{found[0]}{_APART}", escaped)
+
+
+_LINKS = re.compile(r"[@#!](?=\w)|:(?=//)|\bwww(?=\.)|\bGH(?=-)", re.IGNORECASE)
+_APART = "<!-- -->"

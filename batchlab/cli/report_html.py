@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab.cli import output
+from batchlab.cli import completing, output
 from batchlab.cli.options import EndpointOption, HomeOption, JsonOption, home_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ RunArgument = Annotated[
         metavar="RUN",
         help="A job of the grid (its id, the beginning of one, or 'last'), or a folder that "
         "`report pull` has made; without it the last job.",
+        autocompletion=completing.jobs,
         show_default=False,
     ),
 ]
@@ -49,6 +50,7 @@ BackendOption = Annotated[
         metavar="NAME",
         help="Whose bucket has the job, and of a folder's job the logs; without it that of the "
         "grid that is up, or local.",
+        autocompletion=completing.backends,
         show_default=False,
     ),
 ]

@@ -80,7 +80,7 @@ async def _of_job(source: Source, job: JobId, stack: ExitStack) -> Path:
     from batchlab.report.writing import fetch, index_of
 
     backend = source.load()
-    objects, patience = backend.open_objects(source.home), backends.patience()
+    objects, patience = backend.open_bucket(source.home), backends.patience()
     index = await index_of(objects, patience, job)
     if index is None:
         return await _written(source, backend, objects, job, stack)
@@ -161,7 +161,9 @@ def pull(source: Source, job: JobId, out: Path) -> Index:
         with _made_anew(out.absolute()) as fresh:
             return asyncio.run(_brought(source, job, fresh))
     except OSError as error:
-        raise UsageError(f"{out} cannot be written: {error.strerror}.") from error
+        raise UsageError(
+            f"{out} cannot be written: {error.strerror}.", remedy="Name another folder with --out."
+        ) from error
 
 
 async def _brought(source: Source, job: JobId, folder: Path) -> Index:
@@ -169,7 +171,7 @@ async def _brought(source: Source, job: JobId, folder: Path) -> Index:
     from batchlab.report.writing import fetch, index_of
 
     backend = source.load()
-    objects, patience = backend.open_objects(source.home), backends.patience()
+    objects, patience = backend.open_bucket(source.home), backends.patience()
     index = await index_of(objects, patience, job)
     if index is None:
         return await writer_of(source, backend, objects).make(job, folder)
@@ -180,7 +182,7 @@ async def _brought(source: Source, job: JobId, folder: Path) -> Index:
 async def write(source: Source, job: JobId) -> Index:
     """Make a job's data anew and put it into the bucket."""
     backend = source.load()
-    objects = backend.open_objects(source.home)
+    objects = backend.open_bucket(source.home)
     writer = writer_of(source, backend, objects)
     with tempfile.TemporaryDirectory(prefix="batchlab-report-") as folder:
         index = await writer.make(job, Path(folder))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab.cli import output
+from batchlab.cli import completing, output
 from batchlab.cli.options import (
     AsIfOption,
     BackendOption,
@@ -191,20 +191,35 @@ def init(
         typer.Option(
             "--example",
             metavar="NAME",
-            help="One of the shipped examples in place of the small starter job.",
+            help="In place of the small starter job: claims (three stages), transform (CSV to "
+            "Parquet), media (video), or sort (more than a worker's memory).",
+            autocompletion=completing.examples,
             show_default=False,
         ),
     ] = None,
 ) -> None:
     """Write a first job of your own.
 
-    It is a job file, its code, and a little data to run it on. Nothing is replaced.
+    It is a job file, its code, and some data to run it on. Nothing is replaced.
 
     \b
     Example: batchlab init first && batchlab run first/job.yaml
     """
-    from batchlab.cli.templates import example_files, starter_files, write
+    from batchlab.cli.templates import (
+        DATA,
+        check_free,
+        example_files,
+        make_data,
+        starter_files,
+        write,
+    )
 
-    made = write(folder, starter_files() if example is None else example_files(example))
-    output.say(f"Wrote {', '.join(made)}.")
+    if example is None:
+        output.say(f"Wrote {', '.join(write(folder, starter_files()))}.")
+    else:
+        files = example_files(example)
+        check_free(folder, [*files, DATA])
+        # First: what it needs may not be here, and then nothing is written.
+        data = make_data(example, folder / DATA)
+        output.say(f"Wrote {', '.join(write(folder, files))}, and {data} into {DATA}.")
     output.say(f"Now run it: batchlab run {shlex.quote(str(folder / 'job.yaml'))}")

@@ -1,8 +1,8 @@
 """The runs of one job file: which there were, and how they ended, read from the bucket.
 
-Invariant: a run's client token is the fingerprint of all that decides what it does, then #2, #3
-for later ones. So the same command finds its run again, whatever became of the process that
-began it, and without a manager.
+Invariant: a run's client token is the source digest, of all that decides what it does, and for
+later ones #2, #3 after it. So the same command finds its run again, whatever became of the process
+that began it, and without a manager.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class Run:
     ended: JobState | None
 
 
-def token(fingerprint: str, number: int) -> str:
+def token(source_digest: str, number: int) -> str:
     """The client token of a job file's `number`-th run, from 1."""
-    return fingerprint if number == 1 else f"{fingerprint}#{number}"
+    return source_digest if number == 1 else f"{source_digest}#{number}"
 
 
-async def latest(objects: Objects, name: str, fingerprint: str, patience: Patience) -> Run | None:
-    """The last run with this fingerprint, None where there was none."""
+async def latest(objects: Objects, name: str, source_digest: str, patience: Patience) -> Run | None:
+    """The last run with this source digest, None where there was none."""
     number = 0
     job: JobId | None = None
     while True:
-        candidate = naming.job_id(name, token(fingerprint, number + 1))
+        candidate = naming.job_id(name, token(source_digest, number + 1))
         if await patience(partial(objects.head, naming.spec(candidate))) is None:
             break
         number, job = number + 1, candidate

@@ -89,7 +89,7 @@ def check(
         f"{path} {'can be run' if doubtful else 'is fine'}: scenario {scenario.name}, "
         f"{output.count(len(schedule.jobs), 'job')}, {output.count(tasks, 'task')}, "
         f"{output.span(seen.work_s)} of work\n\n"
-        f"{output.lines(scenario.about)}\n"
+        f"{output.visible(scenario.about)}\n"
     )
     output.show(curves.text(scenario, seen, fancy=_fancy()))
     if doubtful:

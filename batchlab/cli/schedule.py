@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab.cli import output
+from batchlab.cli import completing, output
 from batchlab.cli.options import (
     FileArgument,
     HomeOption,
@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 
 NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="The schedule's name.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="The schedule's name.",
+        show_default=False,
+        autocompletion=completing.schedules,
+    ),
 ]
 
 

@@ -66,7 +66,7 @@ def add(
         packed = code_digest(jobfile)
         name = given.name or jobfile.job.name
         schedule = _described(jobfile, given, name, clock.now_s())
-        schedule["fingerprint"] = _fingerprint(file, packed[1], given.input is None)
+        schedule["source_digest"] = _digest_of(file, packed[1], given.input is None)
         notes = output.Sometimes()
 
         def note(up: Uploaded) -> None:
@@ -78,7 +78,7 @@ def add(
             clock=clock,
             patience=backends.patience(),
             # Of the same content the same: what was uploaded before is found there.
-            token=f"schedule/{name}/{spec.fingerprint(jobfile, packed[1])}",
+            token=f"schedule/{name}/{spec.source_digest(jobfile, packed[1])}",
             packed=packed,
             progress=note,
             keys=keys,
@@ -179,11 +179,11 @@ def _keys(jobfile: JobFile, prefix: str | None, bucket: str) -> list[str] | None
     return found
 
 
-def _fingerprint(file: Path, code: str, needs_input: bool) -> str:
+def _digest_of(file: Path, code: str, needs_input: bool) -> str:
     """Of the file by itself, without what --set has changed."""
     from batchlab import spec
 
-    return spec.fingerprint(spec.load(file, needs_input=needs_input), code)
+    return spec.source_digest(spec.load(file, needs_input=needs_input), code)
 
 
 def since(view: ScheduleView) -> str:
@@ -199,12 +199,12 @@ def since(view: ScheduleView) -> str:
         from batchlab import spec
 
         jobfile = spec.load(file, needs_input=needs_input)
-        now = _fingerprint(file, code_digest(jobfile)[1], needs_input)
+        now = _digest_of(file, code_digest(jobfile)[1], needs_input)
     except BatchlabError:
         return f"{file} has changed since, and is no job file that can be run now."
     except OSError as error:
         return f"{file} cannot be looked at: {error.strerror}."
-    if now == view["fingerprint"]:
+    if now == view["source_digest"]:
         return ""
     return (
         f"{file}, or what it names, has changed since: runs are as it was when it was added; "

@@ -30,6 +30,8 @@ PAGE = 500
 _ID = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{10}")
 PATIENCE_S = 20.0
 """How long a manager that runs may fail to answer, or to lead."""
+RESTARTED_S = 60.0
+"""The same where Docker starts it again, on a busy machine."""
 
 
 @contextmanager
@@ -104,6 +106,7 @@ class Session:
         self._port = port
         self._client: Client | None = None
         self._revivals_left = revivals
+        self._revives = revivals > 0
 
     @classmethod
     def attached(cls, home: Home) -> Self:
@@ -166,7 +169,7 @@ class Session:
         """The manager's answer. One that has died is replaced, a few times: the grid's state is
         in its folder, so nothing is lost. Raises what the client raises once that does not help.
         """
-        give_up_s = time.monotonic() + PATIENCE_S
+        give_up_s = time.monotonic() + (RESTARTED_S if self._is_restarted else PATIENCE_S)
         while True:
             assert self._client is not None
             try:
@@ -174,7 +177,7 @@ class Session:
             except NotFound:
                 raise
             except BackendError as error:
-                if self.home.record() is None:
+                if self.home.record() is None and not self._is_restarted:
                     self._revive(error)
                     give_up_s = time.monotonic() + PATIENCE_S
                 elif time.monotonic() > give_up_s:
@@ -194,12 +197,17 @@ class Session:
         """Whether the grid goes down with this command."""
         return self.ours and not self.backend.is_deployed
 
+    @property
+    def _is_restarted(self) -> bool:
+        """Whether we wait for a manager that we neither started nor start again: Docker does."""
+        return not self._revives and self.backend.restarts_manager(self.home)
+
     def _revive(self, error: BackendError) -> None:
         if not self._revivals_left:
             raise Unreachable(
                 "The manager has ended, and the job is not finished.",
-                remedy=f"Its log is {self.home.manager_log}; nothing is lost, and the job goes on "
-                f"once a grid is up in that folder.",
+                remedy=f"Its log is {self.backend.manager_log(self.home)}; nothing is lost, and "
+                f"the job goes on once a grid is up in {self.home.path}.",
             ) from error
         self._revivals_left -= 1
         output.say("The manager has ended; nothing is lost, and another one takes over.")

@@ -47,7 +47,7 @@ class Submission:
     jobfile: JobFile
     packed: tuple[bytes, str]
     """The code as a zip, and its digest."""
-    fingerprint: str
+    source_digest: str
     home: Home
     backend: Backend
 
@@ -65,15 +65,15 @@ class Submission:
         jobfile = spec.load(file, params)
         refuse_recurring(jobfile)
         packed = code_digest(jobfile)
-        fingerprint = spec.fingerprint(jobfile, packed[1])
-        return cls(jobfile, packed, fingerprint, home, backend)
+        source_digest = spec.source_digest(jobfile, packed[1])
+        return cls(jobfile, packed, source_digest, home, backend)
 
     async def latest(self) -> runs.Run | None:
         """The last run of just this, None where there was none."""
         from batchlab.backends import patience
 
         name = self.jobfile.job.name
-        return await runs.latest(self.objects, name, self.fingerprint, patience())
+        return await runs.latest(self.objects, name, self.source_digest, patience())
 
     async def prepare(self, number: int, max_cost_usd: float | None = None) -> tuple[JobDef, str]:
         """Upload what run `number` needs; the job to submit, and what was uploaded in words.
@@ -94,7 +94,7 @@ class Submission:
             objects=self.objects,
             clock=self.backend.open_clock(),
             patience=patience(),
-            token=runs.token(self.fingerprint, number),
+            token=runs.token(self.source_digest, number),
             packed=self.packed,
             progress=note,
         )

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from batchlab.cli import BEGUN_S, output
 from batchlab.results import Fetched
+from batchlab.tasknames import task_name
 from batchlab.views import FailureView, JobView, StageView
 
 SHOWN_FAILURES = 5
@@ -140,7 +141,8 @@ class Summary:
         if self.job["reason"]:
             yield f"  {output.clean(self.job['reason'])}"
         for one in self.failures[:SHOWN_FAILURES]:
-            yield f"  {one['stage']}[{one['task']}] {one['kind']}: {output.clean(one['reason'])}"
+            name = task_name(one["stage"], one["task"])
+            yield f"  {name} {one['kind']}: {output.clean(one['reason'])}"
         if failed > SHOWN_FAILURES:
             yield (
                 f"  {failed - SHOWN_FAILURES:,} more: `batchlab job failures {self.job['id']}`, "

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import HomeOption, JobArgument, JsonOption, home_of
-from batchlab.cli.tasknames import (
+from batchlab.cli.bucket import (
     AnyBackendOption,
-    StageOption,
     TaskArgument,
     find,
-    parse,
     stage_of,
 )
+from batchlab.cli.options import HomeOption, JobArgument, JsonOption, home_of
+from batchlab.tasknames import parse_task, task_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +43,6 @@ def register(app: typer.Typer) -> None:
 def show_task(
     job: JobArgument,
     task: TaskArgument,
-    stage: StageOption = None,
     home: HomeOption = None,
     backend: AnyBackendOption = None,
     json: JsonOption = False,
@@ -56,7 +54,7 @@ def show_task(
     """
     from batchlab.model import JobId
 
-    named, index = parse(task, stage)
+    named, index = parse_task(task)
     place = home_of(home)
     bucket = find(place, backend, job)
     name = stage_of(bucket, named)
@@ -88,7 +86,7 @@ def show_task(
             "task": index,
             "input": given,
             "attempts": rows,
-            "replay": replay_command(bucket.job, f"{name}/{index}", home),
+            "replay": replay_command(bucket.job, task_name(name, index), home),
         }
 
     doc = bucket.read(read)
@@ -134,7 +132,7 @@ def _show(doc: dict[str, Any]) -> None:
         )
         for one in doc["attempts"]
     ]
-    output.show(f"{doc['stage']}[{doc['task']}] of {doc['job']}")
+    output.show(f"{task_name(doc['stage'], doc['task'])} of {doc['job']}")
     output.show(f"{'input':<13}{output.clean(doc['input'])}")
     if not rows:
         output.show("No attempt of it has ended yet.")
@@ -182,7 +180,7 @@ def why(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> 
         others = one["tasks"] - 1
         more = f", and so did {output.count(others, 'other task')}" if others else ""
         output.show(
-            f"\n{one['stage']}[{one['task']}] failed ({one['fingerprint']}): "
+            f"\n{task_name(one['stage'], one['task'])} failed ({one['fingerprint']}): "
             f"{output.clean(one['reason'])}{more}"
         )
         for line in one["last_lines"]:
@@ -197,6 +195,7 @@ def _failed(client: Client, view: JobView, home: Path | None) -> list[dict[str, 
     found = []
     for group in client.failure_groups(view["id"])[:GROUPS]:
         first = group["first"]
+        name = task_name(first["stage"], first["task"])
         logs = client.logs(view["id"], stage=first["stage"], task=first["task"])
         found.append(
             {
@@ -208,7 +207,7 @@ def _failed(client: Client, view: JobView, home: Path | None) -> list[dict[str, 
                 "kind": first["kind"],
                 "reason": first["reason"],
                 "last_lines": _last_lines(logs),
-                "replay": replay_command(view["id"], f"{first['stage']}/{first['task']}", home),
+                "replay": replay_command(view["id"], name, home),
             }
         )
     return found

@@ -258,7 +258,7 @@ def _number(p: Mapping[str, object], key: str, default: float) -> float:
     try:
         return float(str(value))
     except ValueError:
-        raise UsageError(f"{key} is {value!r}, not a number.") from None
+        raise UsageError(f"{key} is {value!r}, not a number.", remedy="Write a number.") from None
 
 
 def _one_of(p: Mapping[str, object], key: str, known: tuple[str, ...]) -> str:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from batchlab.costs.money import BILLED_LEAST_S
 from batchlab.model import Instance, JobId, LifecycleState, Market, Pool
 from batchlab.tally import Requests, Tally
 
+K = TypeVar("K")
+
 HEARD_KEPT = 20_000
-"""Processes that may still tell of their requests; the first one heard is forgotten first."""
+"""Processes that may still tell of their requests; the longest silent is forgotten first."""
 _FREE = {
     LifecycleState.TERMINATED,
     LifecycleState.WARMED_STOPPED,
@@ -74,6 +76,15 @@ class Account:
     def lose(self, pool: str, seconds: float) -> None:
         """What has run for so many slot seconds went with its instance."""
         self.lost_s[pool] = self.lost_s.get(pool, 0.0) + seconds
+
+    def keep_most(self, other: Account) -> None:
+        """Another one has counted too, from the same account on: of each figure the larger one."""
+        _keep_most(self.billed_s, other.billed_s)
+        _keep_most(self.failed_s, other.failed_s)
+        _keep_most(self.lost_s, other.lost_s)
+        self.requests = most(self.requests, other.requests)
+        self.bundles = max(self.bundles, other.bundles)
+        self.is_whole = self.is_whole and other.is_whole
 
     def usd(self, rates: Rates) -> float:
         """What its instances have cost so far."""
@@ -186,6 +197,7 @@ class Meter:
         if so_far.sqs < before.sqs or so_far.s3_gets < before.s3_gets:
             return
         more = so_far - before
+        self._heard.pop(process, None)  # to the end: one that still tells must not be forgotten
         self._heard[process] = so_far
         while len(self._heard) > HEARD_KEPT:
             del self._heard[next(iter(self._heard))]
@@ -197,6 +209,17 @@ class Meter:
                 left -= share
         if left > 1e-9:
             self.nobody.requests += more.times(left)
+
+    def take_in(self, other: Meter) -> None:
+        """Another leader has counted too, from the same books on."""
+        self.nobody.keep_most(other.nobody)
+        self.total.keep_most(other.total)
+        for process, requests in other._heard.items():
+            self._heard[process] = most(requests, self._heard.get(process, Requests()))
+        for name, life in other.lives.items():
+            mine = self.lives.setdefault(name, life)
+            mine.age_s = max(mine.age_s, life.age_s)
+            mine.billed_s = max(mine.billed_s, life.billed_s)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -220,3 +243,13 @@ class Meter:
         meter.nobody = Account.from_json(doc["nobody"])
         meter.total = Account.from_json(doc["total"])
         return meter
+
+
+def most(a: Requests, b: Requests) -> Requests:
+    """Of each count the larger one."""
+    return Requests(*(max(x, y) for x, y in zip(astuple(a), astuple(b), strict=True)))
+
+
+def _keep_most(mine: dict[K, float], other: Mapping[K, float]) -> None:
+    for key, figure in other.items():
+        mine[key] = max(figure, mine.get(key, 0.0))

@@ -150,9 +150,12 @@ def read(path: Path) -> PriceBook:
     try:
         doc = tomllib.loads(path.read_text())
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}.",
+            remedy="Name a file that is there and can be read.",
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}.") from error
+        raise UsageError(f"{path} is not TOML: {error}.", remedy="Put that line right.") from error
     return from_doc(doc, path)
 
 
@@ -176,7 +179,7 @@ def from_doc(doc: Mapping[str, Any], path: Path) -> PriceBook:
 
 def _block(path: Path, name: str, doc: Any) -> Block:
     if not isinstance(doc, dict):
-        raise UsageError(f"{path}: [{name}] is not a table.")
+        raise UsageError(f"{path}: [{name}] is not a table.", remedy=HOW)
     for key in ("region", "source"):
         if not isinstance(doc.get(key), str) or not doc[key].strip():
             raise UsageError(f"{path}: [{name}] does not say its {key}.", remedy=HOW)
@@ -192,7 +195,7 @@ def _block(path: Path, name: str, doc: Any) -> Block:
         raise UsageError(f"{path}: [{name}] lacks its table {table_name}.", remedy=HOW)
     known = {"region", "date", "source", *BLOCKS[name], *([table_name] if table_name else [])}
     if odd := sorted(set(doc) - known):
-        raise UsageError(f"{path}: [{name}] has an unknown key {odd[0]!r}.")
+        raise UsageError(f"{path}: [{name}] has an unknown key {odd[0]!r}.", remedy=HOW)
     prices = {key: _number(path, name, key, doc.get(key)) for key in BLOCKS[name]}
     if name == "spot":
         _check_spot(path, prices)
@@ -206,18 +209,24 @@ def _block(path: Path, name: str, doc: Any) -> Block:
 def _number(path: Path, block: str, key: str, value: Any) -> Any:
     # To Python, true is a number.
     if type(value) not in (int, float) or not 0 <= value < 1e9:
-        raise UsageError(f"{path}: {key} of [{block}] is {value!r}, not a price at or above 0.")
+        raise UsageError(
+            f"{path}: {key} of [{block}] is {value!r}, not a price at or above 0.", remedy=HOW
+        )
     return float(value)
 
 
 def _range(path: Path, block: str, key: str, value: Any) -> Any:
     if not isinstance(value, list) or len(value) != 3:
         raise UsageError(
-            f"{path}: {key} of [{block}] is {value!r}, not the lowest, typical and highest price."
+            f"{path}: {key} of [{block}] is {value!r}, not the lowest, typical and highest price.",
+            remedy=HOW,
         )
     found = tuple(_number(path, block, key, one) for one in value)
     if list(found) != sorted(found):
-        raise UsageError(f"{path}: {key} of [{block}] has its three prices in no order.")
+        raise UsageError(
+            f"{path}: {key} of [{block}] has its three prices in no order.",
+            remedy="Write the lowest first, the highest last.",
+        )
     return found
 
 
@@ -226,7 +235,8 @@ def _check_spot(path: Path, prices: Mapping[str, float]) -> None:
     if found != sorted(found) or found[-1] > 1:
         raise UsageError(
             f"{path}: the discounts of [spot] must be shares of 1, from the smallest to the "
-            f"largest."
+            f"largest.",
+            remedy=HOW,
         )
 
 

@@ -74,7 +74,10 @@ def find(path: Path, *, region: str = "", day: date | None = None) -> Found:
                 return _of_json(json.load(file), path, region)
             return _of_csv(csv.reader(file), path, region, day)
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}.",
+            remedy="Name a file that is there and can be read.",
+        ) from error
     except (ValueError, csv.Error) as error:
         raise UsageError(f"{path} cannot be read as prices: {error}.", remedy=FORMS) from error
 
@@ -271,7 +274,7 @@ def _price(text: str, path: Path) -> float:
     except ValueError:
         usd_h = -1.0
     if not 0 <= usd_h < 1e6:
-        raise UsageError(f"{path} has {text!r} where a price in USD belongs.")
+        raise UsageError(f"{path} has {text!r} where a price in USD belongs.", remedy=FORMS)
     return usd_h
 
 

@@ -61,9 +61,9 @@ def of_idle_workers(idle_s: float) -> Requests:
 
 def of_manager(span_s: float, pools: int, pace: Pace) -> Requests:
     """What a manager asks for in `span_s` with jobs: a look at each pool's queue at every tick,
-    and for events."""
+    though not more than once a second, and for events."""
     polls = span_s / BILLED_POLL_S
-    return Requests(sqs=span_s / pace.tick_s * pools + polls, sqs_empty=polls)
+    return Requests(sqs=span_s / max(pace.tick_s, 1.0) * pools + polls, sqs_empty=polls)
 
 
 def usd_of(requests: Requests, prices: PriceBook) -> tuple[float, float]:

@@ -110,7 +110,10 @@ class Apply:
         if state and state.status == "UPDATE_ROLLBACK_FAILED":
             self._explain(state)
             if not self.front.agrees("Have the rollback go on?"):
-                raise Refused(f"The stack {state.name} stays {state.status}.")
+                raise Refused(
+                    f"The stack {state.name} stays {state.status}.",
+                    remedy="`batchlab deploy apply` asks again.",
+                )
             since = self.stack.mark(state.id)
             self.stack.resume_rollback()
             state = self._followed(state.id, since, "rolling back", 0, must_succeed=False)
@@ -249,5 +252,8 @@ def python_of(archive: Path) -> str:
             member = opened.extractfile("version")
             lines = member.read().decode().splitlines() if member else []
     except (tarfile.TarError, KeyError, OSError) as error:
-        raise UsageError(f"{archive} is no release: {error}.") from error
+        raise UsageError(
+            f"{archive} is no release: {error}.",
+            remedy="Name an archive from aws/releases in the grid's folder.",
+        ) from error
     return next((one.partition("=")[2] for one in lines if one.startswith("PYTHON=")), "")

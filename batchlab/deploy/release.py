@@ -118,7 +118,10 @@ def _read(certificates: Path) -> bytes:
     try:
         found = certificates.read_bytes()
     except OSError as error:
-        raise UsageError(f"{certificates} cannot be read: {error.strerror}.") from error
+        raise UsageError(
+            f"{certificates} cannot be read: {error.strerror}.",
+            remedy="Name a file that is there and can be read.",
+        ) from error
     if b"-----BEGIN CERTIFICATE-----" not in found:
         raise UsageError(
             f"{certificates} has no certificates in PEM form.",

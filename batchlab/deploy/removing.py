@@ -29,10 +29,6 @@ class Thing:
     stack: str
     """The value of its tag."""
 
-    @property
-    def is_removable(self) -> bool:
-        return self.kind in _REMOVERS
-
 
 def thing_of(arn: str, stack: str) -> Thing:
     """What an ARN names."""

@@ -100,7 +100,10 @@ def read(home: Home) -> Settings | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise BackendError(f"{path} cannot be read: {error.strerror}.") from error
+        raise BackendError(
+            f"{path} cannot be read: {error.strerror}.",
+            remedy="Name a file that is there and can be read.",
+        ) from error
     except ValueError as error:
         raise UsageError(
             f"{path} is not JSON: {error}.", remedy="Delete it: the stack itself has the same."
@@ -122,9 +125,12 @@ def load(path: Path) -> Settings:
     try:
         found = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}.",
+            remedy="Name a file that is there and can be read.",
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {error}.") from error
+        raise UsageError(f"{path} is not YAML: {error}.", remedy="Put that line right.") from error
     return parse(found, str(path))
 
 
@@ -150,11 +156,16 @@ def parse(found: Any, where: str) -> Settings:
         for figure in ("min_size", "max_size", "slots"):
             # To Python, true is a number.
             if figure in pool and type(pool[figure]) is not int:
-                raise UsageError(f"{where}: {figure} is {pool[figure]!r}, not a whole number.")
+                raise UsageError(
+                    f"{where}: {figure} is {pool[figure]!r}, not a whole number.",
+                    remedy="Write a whole number.",
+                )
         pool["types"] = _texts(pool.pop("types", None), f"{where}: types")
         pool["parameters"] = _parameters(pool.pop("parameters", None), where)
         if "name" not in pool:
-            raise UsageError(f"{where}: a pool has no name.")
+            raise UsageError(
+                f"{where}: a pool has no name.", remedy="Say name: in each of the pools."
+            )
         pools.append(PoolSettings(**{**pool, "name": str(pool["name"])}))
     fields["parameters"] = _parameters(fields.pop("parameters", None), where)
     variables = fields.pop("environment", None)
@@ -171,13 +182,16 @@ def parse(found: Any, where: str) -> Settings:
 
 def _texts(found: Any, where: str) -> tuple[str, ...]:
     if not isinstance(found or [], list):
-        raise UsageError(f"{where} is {found!r}, not a list.")
+        raise UsageError(f"{where} is {found!r}, not a list.", remedy="Write it as [one, another].")
     return tuple(map(str, found or []))
 
 
 def _object(found: Any, known: set[str], where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
-        raise UsageError(f"{where} is not an object with {', '.join(sorted(known))}.")
+        raise UsageError(
+            f"{where} is not an object with {', '.join(sorted(known))}.",
+            remedy="Write `name: value` lines.",
+        )
     if unknown := set(found) - known:
         raise UsageError(
             f"{where} has {', '.join(map(repr, sorted(map(str, unknown))))}, which is no setting.",
@@ -188,7 +202,10 @@ def _object(found: Any, known: set[str], where: str) -> dict[str, Any]:
 
 def _parameters(found: Any, where: str) -> tuple[tuple[str, str], ...]:
     if not isinstance(found or {}, dict):
-        raise UsageError(f"{where}: parameters is {found!r}, not names with values.")
+        raise UsageError(
+            f"{where}: parameters is {found!r}, not names with values.",
+            remedy="Write `Name: value` lines.",
+        )
     return tuple(sorted((str(name), text_of(value)) for name, value in (found or {}).items()))
 
 
@@ -267,7 +284,7 @@ def _accepted(name: str, value: str, form: Mapping[str, Any]) -> str:
         try:
             number = float(value)
         except ValueError:
-            raise UsageError(f"{wrong}: it is no number.") from None
+            raise UsageError(f"{wrong}: it is no number.", remedy="Write a number.") from None
         if not form.get("MinValue", number) <= number <= form.get("MaxValue", number):
             least, most = form.get("MinValue", "-∞"), form.get("MaxValue", "∞")
             raise UsageError(f"{wrong}.", remedy=f"It is from {least} to {most}.")
@@ -294,7 +311,10 @@ def check(settings: Settings) -> None:
                 remedy="Use up to 40 small letters, digits, '-' and '_'.",
             )
         if names.count(pool.name) > 1:
-            raise UsageError(f"The pool {pool.name!r} is given twice.")
+            raise UsageError(
+                f"The pool {pool.name!r} is given twice.",
+                remedy="Give each pool a name of its own.",
+            )
         if not 0 <= pool.min_size <= pool.max_size or pool.max_size < 1 or pool.slots < 1:
             raise UsageError(
                 f"The pool {pool.name!r} cannot have {pool.min_size} to {pool.max_size} instances "

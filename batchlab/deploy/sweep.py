@@ -88,7 +88,10 @@ class Destroy:
         lost and nobody has said that it may; StackFailed, BackendError."""
         state = self.stack.state()
         if state is None:
-            raise Refused(f"There is no stack {self.stack.name} in {self.stack.account.region}.")
+            raise Refused(
+                f"There is no stack {self.stack.name} in {self.stack.account.region}.",
+                remedy="`--stack` and `--region` name another.",
+            )
         if state.is_moving:
             self.front.say(f"The stack {state.name} is {state.status}: following that first.")
             since, _ = self.stack.last_operation(state.id)

@@ -63,9 +63,12 @@ def load(path: Path) -> Template:
     try:
         return parse(path.read_text(), str(path))
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}.",
+            remedy="Name a file that is there and can be read.",
+        ) from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not YAML: {error}.") from error
+        raise UsageError(f"{path} is not YAML: {error}.", remedy="Put that line right.") from error
 
 
 def parse(text: str, where: str) -> Template:
@@ -73,9 +76,12 @@ def parse(text: str, where: str) -> Template:
     try:
         found = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
-        raise UsageError(f"{where} is not YAML: {error}.") from error
+        raise UsageError(f"{where} is not YAML: {error}.", remedy="Put that line right.") from error
     if not isinstance(found, dict) or not isinstance(found.get("Resources"), dict):
-        raise UsageError(f"{where} is no CloudFormation template: it has no Resources.")
+        raise UsageError(
+            f"{where} is no CloudFormation template: it has no Resources.",
+            remedy="backends/aws/stack.yaml is one.",
+        )
     return found
 
 

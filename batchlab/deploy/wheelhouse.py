@@ -103,6 +103,11 @@ def own_wheel(folder: Path) -> Path:
     version = installed.version
     info = f"batchlab-{version}.dist-info"
     content = {name: path.read_bytes() for name, path in package_data.files()}
+    content |= {
+        file.as_posix(): file.read_binary()
+        for file in installed.files or ()
+        if file.parts[:2] == (info, "licenses")
+    }
     content[f"{info}/METADATA"] = (installed.read_text("METADATA") or "").encode()
     content[f"{info}/WHEEL"] = (
         b"Wheel-Version: 1.0\nGenerator: batchlab\nRoot-Is-Purelib: true\nTag: py3-none-any\n"

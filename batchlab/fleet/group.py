@@ -48,7 +48,8 @@ class ManagedFleet(Engine):
         if clamp(group.pool, desired) != desired:
             raise Refused(
                 f"desired capacity {desired} of pool {pool!r} is outside"
-                f" [{group.pool.min_size}, {group.pool.max_size}]"
+                f" [{group.pool.min_size}, {group.pool.max_size}]",
+                remedy="`batchlab grid scale --min N --max N` changes the limits.",
             )
         self._changes.want(group, desired, cause)
         self._save()
@@ -117,7 +118,9 @@ class ManagedFleet(Engine):
 
     def _group(self, pool: str) -> Group:
         if pool not in self._groups:
-            raise Refused(f"there is no pool {pool!r}")
+            raise Refused(
+                f"there is no pool {pool!r}", remedy="`batchlab grid status` lists those there are."
+            )
         return self._groups[pool]
 
     def _member(self, group: Group, instance: str) -> Member:

@@ -6,9 +6,10 @@ while ScheduledActions was suspended is not done.
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
 
-from batchlab.fleet import cron
+from batchlab import cron
 from batchlab.fleet.api import Process, ScheduledAction
 from batchlab.fleet.asg import Asg
 from batchlab.fleet.changes import Changes
@@ -27,9 +28,22 @@ def _recurs_s(action: ScheduledAction, after_s: float) -> float | None:
     if not action.recurrence:
         return None
     zone = ZoneInfo(action.time_zone or "UTC")
-    due_s = cron.parse(action.recurrence).next_after(after_s, zone)
+    due_s = _next_s(action.recurrence, zone, after_s)
     late = due_s is not None and action.end_time is not None and due_s > action.end_time
     return None if late else due_s
+
+
+def _next_s(expression: str, zone: ZoneInfo, after_s: float) -> float | None:
+    """As AWS has it: a time of day that the change to summer time leaves out comes an hour later,
+    one that comes twice comes the first time."""
+    # No change of a clock is as long, so none of the times before is still to come.
+    before = datetime.fromtimestamp(after_s, zone).replace(tzinfo=None) - timedelta(hours=3)
+    try:
+        times = cron.local_times(expression, before)
+    except cron.NeverDue:
+        return None
+    due_s = (local.replace(tzinfo=zone).timestamp() for local in times)
+    return next((at_s for at_s in due_s if at_s > after_s), None)
 
 
 def run_due(changes: Changes, group: Group) -> None:

@@ -328,7 +328,7 @@ class Dispatch:
         if batch is None:
             return
         if self._is_closed():
-            self._lost(batch, Unreachable("The grid was closed."))
+            self._lost(batch, Unreachable("The grid was closed.", remedy="Make another Grid."))
         elif batch.ending:
             self._forget(batch, cancel=False)
             for future in batch.drain():

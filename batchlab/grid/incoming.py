@@ -20,6 +20,7 @@ from batchlab.grid.link import POLL_S, Link
 from batchlab.model import Failure, Json, Outcome
 from batchlab.protocol import values, wire
 from batchlab.task import File
+from batchlab.tasknames import task_name
 from batchlab.views import OutcomeView
 from batchlab.worker import materialise
 
@@ -148,8 +149,9 @@ def failed(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFail
     """The error that stands for a task's final failure."""
     attempt = outcome.bundle.attempt
     times = f" {attempt} times, at last" if attempt > 1 else ""
+    name = task_name(outcome.bundle.stage, failure.task)
     return kind(
-        f"Task {failure.task} of job {outcome.bundle.job} failed{times}: {failure.reason}",
+        f"Task {name} of job {outcome.bundle.job} failed{times}: {failure.reason}",
         task=failure.task,
         traceback=failure.traceback,
     )

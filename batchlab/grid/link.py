@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 POLL_S = 20.0
 PATIENCE_S = 20.0
 """How long a manager may fail to answer before its caller hears of it."""
+RESTARTED_S = 60.0
+"""The same where Docker starts it again, on a busy machine."""
+LOOK_S = 0.1
 _OURS = "batchlab-grid"
 """The event loop's thread and those of its pool have names that begin so."""
 ENDING_S = 3.0
@@ -133,10 +136,16 @@ class Link:
                 return ask(client)
             except Unreachable as error:
                 now_s = self.clock.monotonic_s()
-                give_up_s = give_up_s or now_s + PATIENCE_S
+                patience_s = RESTARTED_S if self._is_restarted else PATIENCE_S
+                give_up_s = give_up_s or now_s + patience_s
                 if now_s > give_up_s:
                     raise
                 self._reconnect(client, error)
+
+    @property
+    def _is_restarted(self) -> bool:
+        """Whether somebody else starts the manager again: we have not started this one."""
+        return not self.ours and self.backend.restarts_manager(self.home)
 
     def _reconnect(self, client: Client, error: Unreachable) -> None:
         with self._lock:
@@ -144,7 +153,10 @@ class Link:
                 return
             record = self.home.record()
             if record is None and not self.ours:
-                raise error
+                if not self._is_restarted:
+                    raise error
+                time.sleep(LOOK_S)
+                return
             if record is None or record.url != client.url:
                 log.warning("the manager has ended; going on with another one")
                 self._connect()

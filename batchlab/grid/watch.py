@@ -94,7 +94,9 @@ class Watch:
             async with self._asking():
                 view = await self._hear(job, after)
         except asyncio.CancelledError:  # the loop ends
-            self._listener.lost(job, Unreachable("The grid was closed."))
+            self._listener.lost(
+                job, Unreachable("The grid was closed.", remedy="Make another Grid.")
+            )
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for this job
             self._listener.lost(job, error)

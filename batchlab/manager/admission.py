@@ -9,14 +9,18 @@ import re
 from collections.abc import Mapping
 
 from batchlab import notification
+from batchlab.directory import Directory
 from batchlab.errors import UsageError
 from batchlab.jobdef import JobDef, StageDef
 
+LONGEST_NAME = 200
+LONGEST_TAG = 1000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
-def admit(job: JobDef, pools: Mapping[str, int]) -> None:
-    """UsageError where the job could never run in a grid whose `pools` have so many slots."""
+def admit(job: JobDef, pools: Mapping[str, int], directory: Directory | None = None) -> None:
+    """UsageError where the job could never run in a grid whose `pools` have so many slots, or
+    names somebody to tell whom its `directory` does not let it name."""
     if not job.stages:
         raise UsageError(f"Job {job.name} has no stages.", remedy="Give it at least one.")
     for text in (job.id, *(stage.name for stage in job.stages)):
@@ -26,6 +30,7 @@ def admit(job: JobDef, pools: Mapping[str, int]) -> None:
                 f"{text!r} cannot name a job or a stage.",
                 remedy="Use letters, digits, - and _, beginning with a letter or digit.",
             )
+    _admit_texts(job)
     earlier: set[str] = set()
     for stage in job.stages:
         _admit_stage(stage, earlier)
@@ -39,6 +44,26 @@ def admit(job: JobDef, pools: Mapping[str, int]) -> None:
     for one in job.notify:
         if wrong := notification.problem(one):
             raise UsageError(wrong, remedy="Mend `notify` of the job.")
+        if directory and (wrong := directory.refusal(one)):
+            raise UsageError(wrong, remedy="Ask who runs the grid, or leave it out of `notify`.")
+
+
+def _admit_texts(job: JobDef) -> None:
+    """What people read in listings, logs and messages, where a control character could make it look
+    like something else."""
+    for what, text, most in (
+        ("The job's name", job.name, LONGEST_NAME),
+        *(("A tag", text, LONGEST_TAG) for pair in job.tags for text in pair),
+    ):
+        if not text.isprintable():
+            raise UsageError(
+                f"{what} holds characters that cannot be printed: {text[:200]!r}.",
+                remedy="Leave out line breaks, escape sequences and the like.",
+            )
+        if len(text) > most:
+            raise UsageError(
+                f"{what} has {len(text):,} characters.", remedy=f"Write {most} at the most."
+            )
 
 
 def _admit_stage(stage: StageDef, earlier: set[str]) -> None:

@@ -39,11 +39,16 @@ def wanted(backlog: Backlog, view: GroupView, drain_target_s: float) -> tuple[in
     # More instances than tasks would only idle; one task needs one instance however short it is.
     useful = math.ceil(backlog.tasks / pool.slots)
     desired = max(pool.min_size, min(pool.max_size, max(1, min(needed, useful))))
+    work = f"a backlog of {_count(backlog.tasks, 'task')} ({backlog.seconds:.1f} s of work)"
     return desired, (
-        f"a backlog of {backlog.tasks} tasks ({backlog.seconds:.1f} s of work) drains in "
-        f"{drain_target_s:g} s on {needed} instances of {pool.slots} slots, limits "
+        f"{work} drains in {drain_target_s:g} s on {_count(needed, 'instance')} of "
+        f"{_count(pool.slots, 'slot')}, limits "
         f"{pool.min_size}-{pool.max_size}"
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 
 from batchlab.errors import BackendError, NotFound, Throttled, Unreachable
@@ -16,12 +15,17 @@ from batchlab.manager.registry import Registry
 from batchlab.model import Completion, JobId, Outcome
 from batchlab.ports import MAX_BATCH, Message, QueueSpec
 from batchlab.protocol import naming, settle, wire
+from batchlab.waits import set_within
 
 log = logging.getLogger(__name__)
 
 GATHER_S = 0.5
 """So long the messages of events that have been folded wait to be deleted together, unless they
 fill a request."""
+
+HEAD_START_S = 0.002
+"""By so much who waits for what was folded is ahead of the next receive; a backlog waits for
+nobody."""
 
 FOLD_BYTES = 32 * 1024
 """Where messages lie in wait, a fold takes so much at once, about 100 completions: a transaction
@@ -101,6 +105,8 @@ class Collector:
             self._is_folded.set()
             if len(self._folded) >= MAX_BATCH:
                 self._fills_a_request.set()
+            if len(messages) < MAX_BATCH:
+                await asyncio.sleep(HEAD_START_S)
 
     async def _received(self) -> list[Message]:
         """What one fold is to take: a receive, and while there is a backlog, further ones."""
@@ -129,9 +135,7 @@ class Collector:
         """Delete what has been folded, several messages with one request."""
         while True:
             await self._is_folded.wait()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(GATHER_S):
-                    await self._fills_a_request.wait()
+            await set_within(self._fills_a_request, GATHER_S)
             self._is_folded.clear()
             self._fills_a_request.clear()
             while receipts := self._folded[:MAX_BATCH]:
@@ -150,7 +154,9 @@ class Collector:
         for message in messages:
             try:
                 events = wire.read_events_message(message.body)
-                fetched = [await self._fetched(key) for key in events.committed]
+                done = [settle.completion(outcome) for outcome in events.outcomes]
+                for key in events.committed:
+                    done += await self._fetched(key)
             except (Throttled, Unreachable):
                 raise
             except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody's bytes
@@ -159,11 +165,9 @@ class Collector:
                 log.error("dropped an event of %d characters that cannot be read: %s", size, error)
                 continue
             completions += events.completions
-            completions += [settle.completion(outcome) for outcome in events.outcomes]
+            completions += done
             whole |= {(o.bundle.job, o.bundle.stage, o.bundle.id): o for o in events.outcomes}
             traces |= {(job, stage, bundle): t for job, stage, bundle, t in events.traces}
-            for some in fetched:
-                completions += some
             if events.duplicates:
                 self._met_twice(events.duplicates)
             for told in events.told:

@@ -26,7 +26,9 @@ from batchlab.model import Bundle, Control, JobState, Json, StageName, TaskSet
 from batchlab.ports import Cut, Ending, StageRecord
 from batchlab.protocol import definition, naming, settle, wire
 from batchlab.protocol.policy import Verdict, judge
+from batchlab.tasknames import task_name
 from batchlab.tracing import NOBODY, Subject, Tracer, span
+from batchlab.waits import set_within
 from batchlab.worker.inputs import Inputs
 
 log = logging.getLogger(__name__)
@@ -71,9 +73,7 @@ class Conductor:
         """Advance the job whenever it is poked, until it has ended."""
         if live.all_outstanding() and not live.allowed:
             # It has begun, and nothing is as urgent as its first bundles, on their way and back.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(BEGUN_S):
-                    await live.poke.wait()
+            await set_within(live.poke, BEGUN_S)
             await asyncio.sleep(MOMENT_S)
         while not live.ended.is_set():
             live.poke.clear()
@@ -421,7 +421,7 @@ class Conductor:
             outcome = await committed(self._ports.objects, record.bundle, self._ports.patience)
             for failure in outcome.failed if outcome else ():
                 if failure.final:
-                    where = f"task {failure.task} of stage {record.bundle.stage}"
+                    where = f"task {task_name(record.bundle.stage, failure.task)}"
                     return f"{verdict.reason}; {where}: {failure.reason}"
         return verdict.reason
 

@@ -16,7 +16,7 @@ from batchlab.model import Completion, JobState
 from batchlab.protocol import wire
 
 HEARD_KEPT = 20_000
-"""Workers that may still tell what they have done; the first one heard is forgotten first."""
+"""Workers that may still tell what they have done; the longest silent is forgotten first."""
 TICK_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 DUPLICATE = "duplicate"
 DEEDS = frozenset(
@@ -114,6 +114,7 @@ class Counts:
                 self.duplicates += more
             else:
                 self.attempts[kind, what] += more
+        self._heard.pop(told.worker, None)  # to the end: one that still tells must not be forgotten
         self._heard[told.worker] = known
         while len(self._heard) > HEARD_KEPT:
             del self._heard[next(iter(self._heard))]

@@ -17,6 +17,7 @@ from batchlab import logs
 from batchlab.costs.meter import Accounting
 from batchlab.errors import BackendError, NotFound, Refused, Throttled, Unreachable
 from batchlab.jobdef import JobDef
+from batchlab.manager import admission
 from batchlab.manager.autoscaler import Autoscaler
 from batchlab.manager.collector import Collector, events_queue
 from batchlab.manager.conductor import Conductor
@@ -41,12 +42,14 @@ from batchlab.patience import patiently
 from batchlab.ports import Depth, QueueSpec, Written
 from batchlab.protocol import naming
 from batchlab.tracing import NOBODY, Tracer, trace_of
+from batchlab.waits import set_within
 
 log = logging.getLogger(__name__)
 
 LEASE = "leader"
+LOOK_S = 1.0
 IDLE_LOOK_S = 60.0
-"""While there is no job, the queues are looked at so often only."""
+"""The queues are looked at so often only, the second while there is no job: each look is billed."""
 
 LOST = (
     "the bucket has lost the job's objects: it was emptied, or what serves it came back without "
@@ -91,7 +94,7 @@ class Manager:
         self.owner = owner
         self.lives: dict[JobId, LiveJob] = {}
         self.depths: dict[str, Depth] = {}
-        """Counts of each pool's tasks queue, as of the last tick."""
+        """Counts of each pool's tasks queue, as of the last look at it."""
         self.groups: dict[str, GroupView] = {}
         self.is_leader = asyncio.Event()
         self.has_led = False
@@ -135,7 +138,7 @@ class Manager:
         )
         self.scheduler: Schedules | None = None
         if schedules:
-            shared = ports, settings, self.lives, self.pools, self.requests, self.registry
+            shared = ports, settings, self.lives, self.admit, self.requests, self.registry
             self.scheduler = Schedules(*shared)
             prewarm = Prewarm(ports.clock, settings, self.scheduler, self.spending)
             self.autoscaler.warmth = prewarm
@@ -159,6 +162,11 @@ class Manager:
         )
         self._reconciler = Reconciler(ports, settings, self.lives, folder, self.conductor)
         self._group: asyncio.TaskGroup | None = None
+
+    def admit(self, job: JobDef) -> None:
+        """UsageError where this grid does not take the job."""
+        slots = {name: pool.slots for name, pool in self.pools.items()}
+        admission.admit(job, slots, self.notifying.directory() if self.notifying else None)
 
     async def run(self) -> None:
         """Lead until cancelled; returns when the lease is lost. Waits for it first."""
@@ -263,6 +271,11 @@ class Manager:
             self.scheduler.reread()
         await self._drop_all()
         try:
+            # What they have counted and seen, before any job is adopted with less.
+            if self.spending:
+                await self.spending.reread()
+            if self.recorder:
+                await self.recorder.reread()
             await self._adopt_active()
         except (Throttled, Unreachable):
             self._others_led = True
@@ -370,11 +383,7 @@ class Manager:
                 log.warning("this tick is skipped: %s", error)
                 self.trouble = str(error)
                 self.counts.skipped += 1
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), self.settings.tick_s)
-            if (task := asyncio.current_task()) and task.cancelling():
-                # wait_for loses a cancellation that comes along with the event.
-                raise asyncio.CancelledError
+            await set_within(self._hurry, self.settings.tick_s)
             self._hurry.clear()
 
     async def _end_the_lost(self) -> None:
@@ -399,7 +408,9 @@ class Manager:
         """One round of everything periodic."""
         await self.registry.bury(await self.ports.fleet.tick())
         await self._start_scheduled()
-        views = [v for v in await self.ports.fleet.describe() if v.pool.name in self.pools]
+        described = await self.ports.fleet.describe()
+        self.registry.keep({one.id for view in described for one in view.instances})
+        views = [view for view in described if view.pool.name in self.pools]
         self.autoscaler.boots.observe(views)
         if self.spending:
             self.spending.observe(views)
@@ -432,6 +443,7 @@ class Manager:
             await self.spending.save()
         if self.notifying:
             await self.notifying.observe()
+        self.tails.forget()
 
     def _caps_of(self, live: LiveJob) -> str:
         books = self.spending
@@ -440,13 +452,19 @@ class Manager:
     async def _look_at_queues(self) -> None:
         """What waits in each pool, what has become a dead letter, and which bundles are silent."""
         now_s = self.ports.clock.monotonic_s()
-        if not self.lives and now_s - self._looked_s < IDLE_LOOK_S:
-            return  # each look is billed
+        # A tick is due a moment early or late.
+        if now_s - self._looked_s < (LOOK_S if self.lives else IDLE_LOOK_S) - 0.001:
+            return
         self._looked_s = now_s
-        for name in self.pools:
-            self.depths[name] = await self.ports.queue.depth(naming.tasks_queue(name))
-            await self._reconciler.drain_dead_letters(name)
-        await self._reconciler.look_for_the_silent(self.depths)
+        try:
+            for name in self.pools:
+                self.depths[name] = await self.ports.queue.depth(naming.tasks_queue(name))
+                await self._reconciler.drain_dead_letters(name)
+            await self._reconciler.look_for_the_silent(self.depths)
+        except BackendError:
+            if self.lives:
+                self._looked_s = -IDLE_LOOK_S  # the next tick meets the outage too, and says so
+            raise
 
     async def _start_scheduled(self) -> None:
         now_s = self.ports.clock.monotonic_s()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from batchlab import notification
+from batchlab.directory import Directory
 from batchlab.errors import AlreadyExists, BackendError, NotFound
 from batchlab.manager.counts import Counts
 from batchlab.manager.live import LiveJob, Ports, Seen
@@ -23,6 +24,7 @@ from batchlab.model import Control, JobId, JobState
 from batchlab.notification import NotDelivered, Notification, Target
 from batchlab.ports import Ending
 from batchlab.protocol import naming, wire
+from batchlab.waits import set_within
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,13 @@ AT_ONCE_TO_ONE = 2
 LONGEST_WAIT_S = 900.0
 """Between two tries; the first comes after 2 s, each further wait is twice as long."""
 GIVE_UP_S = 86_400.0
+SOON_S = 1.0
+"""A large book is written so seldom for what was delivered, given up or has failed for the first
+time, one of fewer than `SMALL` sooner,"""
+SMALL = 100
+LATER_S = 60.0
+"""and so seldom, in the end, for what has only failed once more."""
+CLOSE_S = 1.0
 REWRITES = 8
 """Others write only while a lead changes, so a few tries are plenty."""
 EXPLAINED_AT_ONCE = 5
@@ -45,9 +54,9 @@ Deliver = Callable[[Target, Notification], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Outlets:
-    """What a manager notifies by: the grid's own targets as they are now, and the way to any."""
+    """What a manager notifies by: the grid's directory as it is now, and the way to any target."""
 
-    targets: Callable[[], Sequence[Target]]
+    directory: Callable[[], Directory]
     deliver: Deliver
 
 
@@ -84,6 +93,11 @@ class Notifying:
         self._changes = 0
         self._saved = 0
         self._lock = asyncio.Lock()
+        self._write_s: float | None = None
+        """Monotonic; when what has come of tries is to be written down, None where it is."""
+        self._written_s = float("-inf")
+        """Monotonic; when it was."""
+        self._unwritten = asyncio.Event()
         self._due = asyncio.Event()
         self._sending: dict[str, str] = {}
         """Where to, by id."""
@@ -91,16 +105,16 @@ class Notifying:
         self._told_of: dict[JobId, set[str]] = {}
         """Moments of live jobs that are in the book, or were: it forgets, and they last."""
 
-    def targets(self) -> list[Target]:
-        """The grid's own."""
-        return list(self._outlets.targets())
+    def directory(self) -> Directory:
+        """Whom the grid tells, and what it lets the targets of jobs do, as it is now."""
+        return self._outlets.directory()
 
     # --- Moments ---------------------------------------------------------------------------------
 
     async def ended(self, live: LiveJob, ending: Ending) -> None:
         """The job's end is committed. BackendError where that cannot be told of yet."""
         moment = ending.state.value.lower()
-        every = [*self._outlets.targets(), *notification.targets_of(live.job)]
+        every = [*self.directory().targets, *notification.targets_of(live.job)]
         wanted = [one for one in every if one.wants(moment)]
         self._stands.pop(live.id, None)
         if not wanted:
@@ -123,7 +137,7 @@ class Notifying:
             del self._told_of[gone]
         explained = 0
         found: list[Notification] = []
-        everybodys = self._outlets.targets()
+        everybodys = self.directory().targets
         for live in list(self._lives.values()):
             targets = [*everybodys, *notification.targets_of(live.job)]
             if not targets or live.ended.is_set():
@@ -240,7 +254,8 @@ class Notifying:
             for left in reversed(range(REWRITES)):
                 if self._saved >= mine:
                     return
-                writing = self._changes
+                writing, due_s = self._changes, self._write_s
+                self._write_s = None  # what comes of tries meanwhile is written the next time
                 put = partial(
                     self._ports.objects.put,
                     naming.NOTIFICATIONS,
@@ -251,18 +266,32 @@ class Notifying:
                 try:
                     self._etag = await self._ports.patience(put)
                     self._saved = writing
+                    self._written_s, due_s = self._ports.clock.monotonic_s(), None
                 except (AlreadyExists, NotFound):
                     # Another leader's, or our own first try whose answer was lost. Or there is no
                     # bucket, which no number of tries mends.
                     if not left:
                         raise
                     await self._read()
+                finally:
+                    if due_s is not None:
+                        self._write_s = min(due_s, self._write_s or due_s)
 
     # --- Delivery --------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Deliver for ever what is due."""
+        try:
+            await self._run()
+        finally:
+            if self._write_s is not None:
+                with suppress(TimeoutError, BackendError):  # then the next manager tries it sooner
+                    async with asyncio.timeout(CLOSE_S):
+                        await self._save()
+
+    async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._write_down(), name="write down what came of notifications")
             while True:
                 self._due.clear()
                 now_s = self._ports.clock.now_s()
@@ -275,9 +304,7 @@ class Notifying:
                     elif self._has_room(_place(one)):
                         self._sending[one.id] = _place(one)
                         group.create_task(self._deliver(one), name=f"notification {one.id}")
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(waits_s):
-                        await self._due.wait()
+                await set_within(self._due, waits_s)
 
     def _has_room(self, place: str) -> bool:
         busy = list(self._sending.values())
@@ -291,47 +318,88 @@ class Notifying:
                 return
             await asyncio.sleep(0.02)
 
+    async def _write_down(self) -> None:
+        """Write down, for ever, what has come of tries: the whole book each time, so seldom."""
+        pause_s = SOON_S
+        while True:
+            await self._unwritten.wait()
+            self._unwritten.clear()
+            if self._write_s is None:
+                continue  # somebody else has, along with something new
+            wait_s = self._write_s - self._ports.clock.monotonic_s()
+            if wait_s > 0:
+                await set_within(self._unwritten, wait_s)
+                self._unwritten.set()
+                continue  # it may be another time by now, or none
+            try:
+                await self._save()
+                pause_s = SOON_S
+            except BackendError as error:
+                log.warning("what came of notifications is not written down yet: %s", error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(LATER_S, pause_s * 2)
+            self._unwritten.set()
+
+    def _wants_writing(self, within_s: float) -> None:
+        """Something has come of a try: write it down so long after the last time."""
+        due_s = max(self._ports.clock.monotonic_s(), self._written_s + within_s)
+        if self._write_s is None or due_s < self._write_s:
+            self._write_s = due_s
+            self._unwritten.set()
+
     async def _deliver(self, one: Notification) -> None:
         try:
             await self._try(one)
-            await self._save()
-        except BackendError as error:
-            log.warning("what came of a notification is not written down yet: %s", error)
         finally:
+            # Who dies before it is written tells it twice, or tries it sooner.
+            left = self.book.pending.get(one.id)
+            within_s = min(SOON_S, len(self.book.pending) / SMALL)
+            if left and left.attempts > 1:
+                within_s = min(LATER_S, _pause_s(left) / 2)
+            self._wants_writing(within_s)
             del self._sending[one.id]
             self._due.set()
 
     async def _try(self, one: Notification) -> None:
-        now_s = self._ports.clock.now_s()
-        target = self._target(one)
-        if target is None:
-            self._close(one, "given up", f"the grid has no target {one.target!r} any more")
-            return
-        about = {"job": one.job}
+        target = None
         try:
+            target = self._target(one)
+            if target is None:
+                self._close(one, "given up", f"the grid has no target {one.target!r} any more")
+                return
+            # Again: the operator may have changed it since, and others may write the bucket.
+            if one.own and (wrong := self.directory().refusal(one.own)):
+                raise NotDelivered(wrong, final=True)
             await self._outlets.deliver(target, one)
         except NotDelivered as error:
-            tried = replace(one, attempts=one.attempts + 1, error=error.message)
-            if error.final or now_s - one.at_s >= GIVE_UP_S:
-                self._counts.deliveries[target.kind, "given_up"] += 1
-                self._close(tried, "given up", error.message)
-                log.warning(
-                    "a notification to %s is given up: %s", target.shown, error, extra=about
-                )
-                return
-            self._counts.deliveries[target.kind, "failed"] += 1
-            wait_s = min(LONGEST_WAIT_S, 2.0 ** min(tried.attempts, 20))
-            if one.id in self.book.pending:  # else another leader has told them meanwhile
-                self.book.pending[one.id] = replace(tried, due_s=now_s + wait_s)
-            log.warning(
-                "a notification to %s is tried again in %.0f s: %s",
-                *(target.shown, wait_s, error.message),
-                extra=about,
-            )
+            self._failed(one, target, error)
+        except Exception as error:
+            # A bug, met by one notification: it must not take the manager with it.
+            log.exception("a notification met a bug", extra={"job": one.job})
+            self._failed(one, target, NotDelivered(f"There is an error in the manager: {error!r}."))
         else:
             self._counts.deliveries[target.kind, "delivered"] += 1
             self._close(replace(one, attempts=one.attempts + 1), "delivered", "")
-            log.info("told %s that it is %s", target.shown, one.moment, extra=about)
+            log.info("told %s that it is %s", target.shown, one.moment, extra={"job": one.job})
+
+    def _failed(self, one: Notification, target: Target | None, error: NotDelivered) -> None:
+        kind, shown = (target.kind, target.shown) if target else ("unknown", one.target)
+        about, now_s = {"job": one.job}, self._ports.clock.now_s()
+        tried = replace(one, attempts=one.attempts + 1, error=error.message)
+        if error.final or now_s - one.at_s >= GIVE_UP_S:
+            self._counts.deliveries[kind, "given_up"] += 1
+            self._close(tried, "given up", error.message)
+            log.warning("a notification to %s is given up: %s", shown, error, extra=about)
+            return
+        self._counts.deliveries[kind, "failed"] += 1
+        wait_s = _pause_s(tried)
+        if one.id in self.book.pending:  # else another leader has told them meanwhile
+            self.book.pending[one.id] = replace(tried, due_s=now_s + wait_s)
+        log.warning(
+            "a notification to %s is tried again in %.0f s: %s",
+            *(shown, wait_s, error.message),
+            extra=about,
+        )
 
     def _close(self, one: Notification, state: str, error: str) -> None:
         ended_s = self._ports.clock.now_s()
@@ -340,14 +408,14 @@ class Notifying:
     def _target(self, one: Notification) -> Target | None:
         if one.own is not None:
             number = int(one.target.rpartition("#")[2])
-            return notification.own_target(one.job, number, one.own)
-        return next((t for t in self._outlets.targets() if t.name == one.target), None)
+            return self.directory().own(one.job, number, one.own)
+        return self.directory().named(one.target)
 
     async def test(self, name: str) -> str:
         """Tell one of the grid's targets that this is a test, once; what went wrong, or ""."""
-        target = next((t for t in self._outlets.targets() if t.name == name), None)
+        target = self.directory().named(name)
         if target is None:
-            names = ", ".join(t.name for t in self._outlets.targets()) or "none"
+            names = ", ".join(t.name for t in self.directory().targets) or "none"
             raise NotFound(f"The grid has no target {name!r}.", remedy=f"Its targets are: {names}.")
         at_s = self._ports.clock.now_s()
         id_ = notification.derived_id(target, "", 0, "test", self._ports.ids.fresh("test"))
@@ -377,6 +445,11 @@ class Notifying:
             f"a notification of it to {where} has not arrived, tries so far: {last.attempts}, the "
             f"last: {last.error.rstrip('.')}"
         )
+
+
+def _pause_s(tried: Notification) -> float:
+    """From its last try to the next."""
+    return min(LONGEST_WAIT_S, 2.0 ** min(tried.attempts, 20))
 
 
 def _place(one: Notification) -> str:

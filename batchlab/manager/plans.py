@@ -19,6 +19,7 @@ from batchlab.model import JobId, Json, StageCounts, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import BundleRecord, Cut, Objects
 from batchlab.protocol import definition, naming, values, wire
+from batchlab.tasknames import task_name
 from batchlab.worker.inputs import Manifest, is_gather
 
 PART_ITEMS = 4096
@@ -125,7 +126,7 @@ class Plans:
                     if not isinstance(element, dict) or field not in element:
                         raise UsageError(
                             f"Stage {stage.name} gathers by {field!r}, but the result of task "
-                            f"{task} of stage {upstream} has no such field.",
+                            f"{task_name(upstream, task)} has no such field.",
                             remedy=f"Return objects with {field!r}, or lists of them.",
                         )
                     groups.setdefault(str(element[field]), []).append(element)

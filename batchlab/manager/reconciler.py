@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 from batchlab.commit import commit, committed, follow_ups, send_all
-from batchlab.errors import Throttled, Unreachable
+from batchlab.errors import Throttled, TooNew, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.folding import Folder
@@ -36,7 +36,7 @@ DELIVERY_LIMIT = 50
 
 
 class Reconciler:
-    """Runs at every tick; does nothing while nothing is silent."""
+    """Runs at every look at the queues; does nothing while nothing is silent."""
 
     def __init__(
         self,
@@ -88,7 +88,15 @@ class Reconciler:
             return  # workers drop its messages, so of course they are silent
         again: list[Bundle] = []
         for one in silent:
-            outcome = await committed(self._ports.objects, one.bundle, self._ports.patience)
+            try:
+                outcome = await committed(self._ports.objects, one.bundle, self._ports.patience)
+            except TooNew as error:
+                # The tick must go on for all others, until a manager comes that knows more.
+                about = {"job": live.id, "bundle": one.bundle.id}
+                log.error("an outcome waits for a newer manager: %s", error, extra=about)
+                live.trouble = str(error)
+                one.heard_s = self._ports.clock.monotonic_s()
+                continue
             if outcome:
                 await self.forward(live.job, outcome)
             else:
@@ -115,7 +123,7 @@ class Reconciler:
     async def drain_dead_letters(self, pool: str) -> None:
         """Turn what the queue gave up on into outcomes; nothing rots there.
 
-        A few batches a tick, so that a flood of them does not keep the tick from its other work.
+        A few batches a look, so that a flood of them does not keep the tick from its other work.
         """
         name = naming.dead_letters(pool)
         queue, patience = self._ports.queue, self._ports.patience
@@ -141,7 +149,11 @@ class Reconciler:
         except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody's bytes
             log.error("dropped a dead letter that is no bundle of ours (%s)", error)
             return
-        outcome = await committed(self._ports.objects, bundle, self._ports.patience)
+        try:
+            outcome = await committed(self._ports.objects, bundle, self._ports.patience)
+        except TooNew as error:
+            log.error("an outcome waits for a newer manager: %s", error, extra={"job": job.id})
+            return
         if outcome is None:
             outcome = await self._condemned(bundle, message)
         if outcome is not None:

@@ -11,18 +11,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
+from itertools import chain, islice, takewhile
 from typing import Any
 
 from batchlab.costs.meter import Account
-from batchlab.errors import BackendError, NotFound
+from batchlab.errors import BackendError
 from batchlab.manager.autoscaler import Backlog
+from batchlab.manager.kept import Kept
 from batchlab.manager.live import LiveJob, Ports
-from batchlab.manager.recorded import Doc, part_of
+from batchlab.manager.recorded import Doc, joined, part_of
 from batchlab.manager.registry import Registry
-from batchlab.manager.series import Point, Series, latest, of_pool
+from batchlab.manager.series import Point, Series, asked, latest, of_pool
+from batchlab.manager.used import UNREADABLE
 from batchlab.model import (
     GroupView,
     Instance,
@@ -68,10 +70,31 @@ class _Seen:
 
     def __init__(self, since_s: float, pools: Iterable[str]) -> None:
         self.since_s = since_s
+        self.begun_s = float("inf")
+        """Monotonic; when this process began to look at it."""
         self.pools = sorted(set(pools))
         self.requests = Series(latest)
         self.duplicates: dict[str, dict[str, list[float]]] = {}
         """By stage and kind: how often, slot seconds."""
+        self.live: LiveJob | None = None
+        """Itself, once this manager has met it."""
+
+    def took_s(self, now_s: float, monotonic_s: float) -> float:
+        """For how long it has been there: by the watch of this process, and where it was there
+        before, by the calendar, which may have been set back. An earlier manager may have conducted
+        it before we have seen it, and then its tasks tell."""
+        stages = self.live.stages.values() if self.live else ()
+        starts = [stage.counts.first_start_s for stage in stages]
+        began_s = min([self.since_s, *(one for one in starts if one is not None)])
+        return max(now_s - began_s, monotonic_s - self.begun_s, 0.0)
+
+    def to_doc(self) -> Doc:
+        return {
+            "since_s": self.since_s,
+            "requests": self.requests.points,
+            "duplicates": self.duplicates,
+            "pools": self.pools,
+        }
 
 
 class Recorder:
@@ -86,7 +109,11 @@ class Recorder:
         """By pool: slots of an instance, its type."""
         self._decisions: deque[list[Any]] = deque(maxlen=MOST_DECISIONS)
         self._instances: dict[str, list[Any]] = {}
+        """Those that have not ended."""
+        self._ended: dict[str, list[Any]] = {}
+        """Those that have, the last one last."""
         self._workers: dict[str, list[Any]] = {}
+        """The one that was seen last is the last one."""
         self._jobs: dict[JobId, _Seen] = {}
         self._earlier: dict[JobId, Doc] = {}
         """Of jobs that are run again, what was recorded in the rounds before."""
@@ -95,6 +122,7 @@ class Recorder:
         """Monotonic."""
         self._asked_s: float | None = None
         self._is_due = False
+        self._kept = Kept(ports, naming.RECORD)
 
     # --- What is seen ----------------------------------------------------------------------------
 
@@ -137,34 +165,56 @@ class Recorder:
 
     def adopt(self, live: LiveJob) -> None:
         """A job is conducted from now on: it may have ended before the next look."""
-        if live.id not in self._jobs and live.record.state is not JobState.SCHEDULED:
+        if live.id in self._jobs:
+            self._jobs[live.id].live = live
+        elif live.record.state is not JobState.SCHEDULED:
             self._begin(live)
 
     def _begin(self, live: LiveJob) -> _Seen:
         now_s = round(self._ports.clock.now_s(), 3)
         seen = self._jobs[live.id] = _Seen(now_s, (stage.pool for stage in live.job.stages))
+        seen.begun_s = self._ports.clock.monotonic_s()
+        seen.live = live
         return seen
 
-    def close(self, job: JobId, account: Account) -> Doc:
-        """What was recorded of a job that has ended, to be kept along with its account."""
-        seen, now_s = self._jobs.get(job), self._ports.clock.now_s()
-        if seen:
-            self._note_workers(now_s)
-            seen.requests.add(_asked(account, now_s, 0.0))
-        part = part_of(self._to_doc(), job)
-        # Now, and not at the next look: a retry may come before that, and begins anew.
-        self._jobs.pop(job, None)
-        self._earlier.pop(job, None)
-        if seen and now_s - seen.since_s < SHORT_S:
-            # There may be very many of them, and each would tell of the whole fleet.
-            for name in ("instances", "workers"):
-                part[name] = dict(list(part[name].items())[:FEW])
-        return part
+    def close(self, ended: Mapping[JobId, Account]) -> dict[JobId, tuple[float, Doc]]:
+        """Of jobs that have ended, for how many seconds each was seen (0 where it was not) and what
+        was recorded of it, to be kept along with its account."""
+        now_s = self._ports.clock.now_s()
+        self._note_workers(now_s)
+        found: dict[JobId, tuple[float, Doc]] = {}
+        for job, account in ended.items():
+            if seen := self._jobs.get(job):
+                seen.requests.add(asked(account, now_s, 0.0))
+            took_s = seen.took_s(now_s, self._ports.clock.monotonic_s()) if seen else 0.0
+            found[job] = took_s, self._part(job, seen, took_s)
+            # Now, and not at the next look: a retry may come before that, and begins anew.
+            self._jobs.pop(job, None)
+            self._earlier.pop(job, None)
+        return found
 
-    def took_s(self, job: JobId) -> float:
-        """For how long it has been seen; 0 where it has not."""
-        seen = self._jobs.get(job)
-        return self._ports.clock.now_s() - seen.since_s if seen else 0.0
+    def _part(self, job: JobId, seen: _Seen | None, took_s: float) -> Doc:
+        """What belongs to the job; what was before it is not looked at, since there may be very
+        many jobs."""
+        doc: Doc = {
+            "jobs": {},
+            "earlier": {job: self._earlier[job]} if job in self._earlier else {},
+        }
+        if seen:
+            # Of the short ones there are most, and each would tell of the whole fleet.
+            since_s = seen.since_s
+            most = FEW if took_s < SHORT_S else None
+            ended = takewhile(lambda one: one[1][6] >= since_s, reversed(self._ended.items()))
+            lately = takewhile(lambda one: one[1][4] >= since_s, reversed(self._workers.items()))
+            there = chain(self._instances.items(), ended)
+            doc |= {
+                "pools": self._pools_doc(seen.pools),
+                "scaling": self._decisions,
+                "instances": dict(islice(_of(there, seen.pools, 0), most)),
+                "workers": dict(islice(_of(lately, seen.pools, 1), most)),
+                "jobs": {job: seen.to_doc()},
+            }
+        return part_of(doc, job)
 
     def _point(
         self, view: GroupView, depth: Depth, backlog: Backlog, now_s: float, step_s: float
@@ -204,12 +254,16 @@ class Recorder:
             for instance in view.instances:
                 there.add(instance.id)
                 self._note_instance(instance, view, now_s)
-        for one, known in self._instances.items():
-            if one not in there and known[6] is None:
-                known[6], known[7] = round(now_s, 3), _GONE.value
+        for one in [name for name in self._instances if name not in there]:
+            self._instances[one][7] = _GONE.value
+            self._end(one, now_s)
+
+    def _end(self, instance: str, now_s: float) -> None:
+        known = self._ended[instance] = self._instances.pop(instance)
+        known[6] = round(now_s, 3)
 
     def _note_instance(self, instance: Instance, view: GroupView, now_s: float) -> None:
-        known = self._instances.get(instance.id)
+        known = self._instances.get(instance.id) or self._ended.get(instance.id)
         if known is None:
             since_s = min((seen.since_s for seen in self._jobs.values()), default=now_s)
             if instance.state is _GONE and instance.launched_s < since_s:
@@ -226,21 +280,21 @@ class Recorder:
         if instance.state is LifecycleState.IN_SERVICE and known[5] is None:
             known[5] = round(now_s, 3)
         if instance.state is _GONE and known[6] is None:
-            known[6] = round(now_s, 3)
+            self._end(instance.id, now_s)
 
     def _note_workers(self, now_s: float) -> None:
         for seen in self._registry.workers.values():
             beat = seen.beat
-            known = self._workers.get(beat.worker)
+            known = self._workers.pop(beat.worker, None)
             if known is None:
                 known = [beat.instance, beat.pool, beat.slots, round(now_s, 3), 0.0]
-                self._workers[beat.worker] = known
             known[4] = round(now_s, 3)
+            self._workers[beat.worker] = known
 
     def _note_requests(self, now_s: float, step_s: float) -> None:
         for n, (job, seen) in enumerate(self._jobs.items()):
             if n < MOST_JOBS and (live := self._lives.get(job)):
-                seen.requests.add(_asked(live.account, now_s, step_s))
+                seen.requests.add(asked(live.account, now_s, step_s))
 
     def samples(self, since_s: float) -> dict[str, list[Point]]:
         """Each pool's points after that moment, as `_point` makes them."""
@@ -297,11 +351,10 @@ class Recorder:
             series.forget(since_s)
         while self._decisions and self._decisions[0][1] < since_s - SAVE_S:
             self._decisions.popleft()
-        ended = [n for n, one in self._instances.items() if one[6] is not None]
-        too_many = len(self._instances) - MOST_INSTANCES
-        for name in ended:
-            if self._instances[name][6] < since_s or too_many > 0:
-                del self._instances[name]
+        too_many = len(self._instances) + len(self._ended) - MOST_INSTANCES
+        for name, instance in list(self._ended.items()):
+            if instance[6] < since_s or too_many > 0:
+                del self._ended[name]
                 too_many -= 1
         living = {seen.beat.worker for seen in self._registry.workers.values()}
         gone = [n for n, one in self._workers.items() if n not in living]
@@ -313,53 +366,68 @@ class Recorder:
 
     def _to_doc(self) -> Doc:
         return {
-            "pools": {
-                name: {
-                    "slots": slots,
-                    "type": type_,
-                    "series": self._pools[name].points if name in self._pools else [],
-                }
-                for name, (slots, type_) in self._slots.items()
-            },
+            "pools": self._pools_doc(self._slots),
             "scaling": list(self._decisions),
-            "instances": self._instances,
+            "instances": {**self._ended, **self._instances},
             "workers": self._workers,
-            "jobs": {
-                job: {
-                    "since_s": seen.since_s,
-                    "requests": seen.requests.points,
-                    "duplicates": seen.duplicates,
-                    "pools": seen.pools,
-                }
-                for job, seen in self._jobs.items()
-            },
+            "jobs": {job: seen.to_doc() for job, seen in self._jobs.items()},
             "earlier": self._earlier,
+        }
+
+    def _pools_doc(self, names: Iterable[str]) -> Doc:
+        return {
+            name: {
+                "slots": self._slots[name][0],
+                "type": self._slots[name][1],
+                "series": self._pools[name].points if name in self._pools else [],
+            }
+            for name in names
+            if name in self._slots
         }
 
     async def load(self) -> None:
         """Take over what the leader before us has written down."""
-        get = partial(self._ports.objects.get, naming.RECORD)
         try:
-            doc = wire.loads(await self._ports.patience(get))
-            self._take_over(doc)
-        except NotFound:
-            return
-        except (BackendError, KeyError, TypeError, ValueError) as error:
+            data = await self._kept.read()
+            if data is not None:
+                self._take_over(wire.loads(data))
+        except UNREADABLE as error:
             # One that a later release has written must not keep anybody from leading.
             log.warning("what was recorded of queues and fleet cannot be read: %r", error)
 
+    async def reread(self) -> None:
+        """Others have led meanwhile: what they have seen is recorded too."""
+        data = await self._kept.read()
+        if data is not None:
+            self._meet(data)
+
+    def _meet(self, there: bytes) -> bool:
+        try:
+            self._take_over(joined(wire.loads(there), self._to_doc()))
+        except UNREADABLE as error:
+            log.warning("what was recorded of queues and fleet cannot be read: %r", error)
+        return True
+
     def _take_over(self, doc: Doc) -> None:
-        for name, pool in doc["pools"].items():
-            self._slots[name] = pool["slots"], pool["type"]
-            self._pools[name] = Series(of_pool, pool["series"])
-        self._decisions.extend(doc["scaling"])
-        self._instances = {name: list(one) for name, one in doc["instances"].items()}
-        self._workers = {name: list(one) for name, one in doc["workers"].items()}
+        pools = {name: Series(of_pool, pool["series"]) for name, pool in doc["pools"].items()}
+        slots = {name: (pool["slots"], pool["type"]) for name, pool in doc["pools"].items()}
+        instances = {name: list(one) for name, one in doc["instances"].items()}
+        ended = sorted((one[6], name) for name, one in instances.items() if one[6] is not None)
+        workers = sorted((one[4], name) for name, one in doc["workers"].items())
+        jobs: dict[JobId, _Seen] = {}
         for job, one in doc["jobs"].items():
-            seen = self._jobs[JobId(job)] = _Seen(one["since_s"], one["pools"])
+            seen = jobs[JobId(job)] = _Seen(one["since_s"], one["pools"])
+            if ours := self._jobs.get(JobId(job)):
+                seen.begun_s, seen.live = ours.begun_s, ours.live
             seen.requests = Series(latest, one["requests"])
             seen.duplicates = one["duplicates"]
-        self._earlier = {JobId(job): one for job, one in doc["earlier"].items()}
+        earlier = {JobId(job): one for job, one in doc["earlier"].items()}
+        # Only now, when all of it could be read.
+        self._slots, self._pools, self._jobs, self._earlier = slots, pools, jobs, earlier
+        self._decisions = deque(doc["scaling"], maxlen=MOST_DECISIONS)
+        self._ended = {name: instances.pop(name) for _, name in ended}
+        self._instances = instances
+        self._workers = {name: list(doc["workers"][name]) for _, name in workers}
 
     async def leave(self) -> None:
         """Write down what there is, if the bucket takes it soon; the next leader goes on."""
@@ -379,17 +447,18 @@ class Recorder:
             return
         self._is_due = False
         self._forget(self._ports.clock.now_s())
-        data = wire.to_bytes({"v": wire.VERSION, **self._to_doc()})
         try:
-            await self._ports.patience(partial(self._ports.objects.put, naming.RECORD, data))
+            await self._kept.write(self._to_bytes, self._meet)
         except BackendError as error:
             log.warning("what was recorded of queues and fleet is not written down yet: %s", error)
             self._is_due = True
 
+    def _to_bytes(self) -> bytes:
+        return wire.to_bytes({"v": wire.VERSION, **self._to_doc()})
 
-def _asked(account: Account, now_s: float, step_s: float) -> Point:
-    made = account.requests
-    return [
-        *(round(now_s, 3), round(step_s, 3)),
-        *(made.sqs, made.sqs_empty, made.s3_puts, made.s3_gets, made.s3_deletes),
-    ]
+
+def _of(
+    rows: Iterable[tuple[str, list[Any]]], pools: Collection[str], column: int
+) -> Iterator[tuple[str, list[Any]]]:
+    """The rows whose pool, in that column, is among these."""
+    return (one for one in rows if one[1][column] in pools)

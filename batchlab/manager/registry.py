@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 from batchlab.commit import address, send_all
-from batchlab.errors import BackendError
+from batchlab.errors import BackendError, Refused
 from batchlab.manager.live import LiveJob, Ports, Seen
 from batchlab.model import Bundle, Instance, JobId
 from batchlab.ports import MAX_BATCH
@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 GONE_KEPT = 1000
 SPOT_KEPT = 20_000
+LOST_S = 300.0
+"""An idle worker beats five times meanwhile."""
 
 
 class Registry:
@@ -32,6 +34,8 @@ class Registry:
         self._lives = lives
         self.workers: dict[str, Seen] = {}
         """By instance."""
+        self._ready: set[str] = set()
+        """Those of which their group has been told."""
         self.spot: dict[str, None] = {}
         """Instances that have told that they are Spot ones, in order."""
         self.requests: dict[str, Asked] = {}
@@ -61,8 +65,19 @@ class Registry:
         for job in sorted({one.job for one in since_s.keys() ^ before.keys()}):
             if live := self._lives.get(job):
                 live.changed()
-        if known is None:
-            await self._ports.fleet.ready(beat.instance)
+        if beat.instance not in self._ready:
+            await self._told_ready(beat.instance)
+
+    async def _told_ready(self, instance: str) -> None:
+        """Tell the group; where it cannot be told, with the next beat, and what came along with
+        this one does not wait for that."""
+        try:
+            await self._ports.fleet.ready(instance)
+        except (BackendError, Refused) as error:
+            about = {"instance": instance}
+            log.warning("its group is not told yet that it works: %s", error, extra=about)
+        else:
+            self._ready.add(instance)
 
     def told(self, asked: Asked) -> None:
         """Take what a worker tells of its requests."""
@@ -73,11 +88,20 @@ class Registry:
                 del self.spot[next(iter(self.spot))]
 
     def _leave(self, instance: str) -> Seen | None:
+        self._ready.discard(instance)
         seen = self.workers.pop(instance, None)
         self._gone[instance] = seen is not None or self.has_reported(instance)
         while len(self._gone) > GONE_KEPT:
             del self._gone[next(iter(self._gone))]
         return seen
+
+    def keep(self, there: Collection[str]) -> None:
+        """Forget workers that have been silent for `LOST_S` and are on none of these instances: the
+        end of theirs was told to another leader."""
+        since_s = self._ports.clock.monotonic_s() - LOST_S
+        for instance, seen in list(self.workers.items()):
+            if seen.heard_s < since_s and instance not in there:
+                self._leave(instance)
 
     def has_reported(self, instance: str) -> bool:
         """Whether a worker on it has told of itself, be it gone since."""

@@ -18,6 +18,7 @@ from batchlab.model import Bundle, JobId, StageCounts, StageName, TaskSet
 from batchlab.ports import Cut, JobRecord, Reopening, StageRecord
 from batchlab.protocol import naming, wire
 from batchlab.protocol.policy import judge
+from batchlab.tasknames import task_name
 
 Chosen = Mapping[StageName, TaskSet]
 """Failed tasks by stage."""
@@ -164,7 +165,7 @@ class RetryPlanner:
         for name, tasks in chosen.items():
             if others := tasks - failed.get(name, TaskSet()):
                 raise Refused(
-                    f"Task {others.first} of stage {name} of job {record.job.id} has not failed.",
+                    f"Task {task_name(name, others.first)} of job {record.job.id} has not failed.",
                     remedy="`batchlab job failures` lists those that have.",
                 )
         if not any(chosen.values()):

@@ -7,16 +7,16 @@ is answered, and may be repeated.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 from batchlab.errors import BackendError, NotFound, Refused, UsageError
 from batchlab.jobdef import JobDef
-from batchlab.manager.admission import admit
 from batchlab.manager.scheduler import Scheduler
 from batchlab.protocol import naming
 from batchlab.schedule import decide, times
 from batchlab.schedule.model import Definition, Missed, Overlap, Run, Schedule
+from batchlab.words import listed
 
 READY_S = 10.0
 """A request waits so long for the schedules to be read."""
@@ -88,7 +88,7 @@ class Schedules(Scheduler):
                 f"Job {job.name} has no parameter {definition.due_param!r} for the due time.",
                 remedy="Declare it under params: in the job file.",
             )
-        admit(job, {name: pool.slots for name, pool in self._pools.items()})
+        self._admit(job)
         await self._ready()
         if definition.name in self.shelf.unreadable:
             raise Refused(
@@ -190,13 +190,8 @@ def difference(old: Definition, new: Definition) -> str:
         "capacity": "the capacity it is warmed to",
         "due_param": "the parameter for the due time",
         "source": "the job file's place",
-        "fingerprint": "the job file, or what it names",
+        "source_digest": "the job file, or what it names",
         "job": "the job's name",
     }
     other = [text for name, text in words.items() if getattr(old, name) != getattr(new, name)]
-    return _listed(other)
-
-
-def _listed(texts: Iterable[str]) -> str:
-    *first, last = texts
-    return f"{', '.join(first)} and {last}" if first else last
+    return listed(other, most=len(words))

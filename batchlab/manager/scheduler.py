@@ -10,21 +10,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 
 from batchlab.errors import BackendError, BatchlabError, NotFound, UsageError
 from batchlab.jobdef import JobDef
-from batchlab.manager.admission import admit
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports
 from batchlab.manager.registry import Registry
 from batchlab.manager.requests import Requests
 from batchlab.manager.shelf import Shelf
-from batchlab.model import JobId, JobState, Pool
+from batchlab.model import JobId, JobState
 from batchlab.schedule import decide
 from batchlab.schedule.decide import named
 from batchlab.schedule.model import Run, RunState, Schedule, job_of
+from batchlab.waits import set_within
 
 log = logging.getLogger(__name__)
 
@@ -37,21 +37,22 @@ _BEFORE_PLANNED = (JobState.SUBMITTED, JobState.PENDING, JobState.SCHEDULED)
 
 
 class Scheduler:
-    """The leader's; `run` until cancelled."""
+    """The leader's; `run` until cancelled. `admit` raises UsageError for a job that the grid cannot
+    run."""
 
     def __init__(
         self,
         ports: Ports,
         settings: ManagerSettings,
         lives: Mapping[JobId, LiveJob],
-        pools: Mapping[str, Pool],
+        admit: Callable[[JobDef], None],
         requests: Requests,
         registry: Registry,
     ) -> None:
         self._ports = ports
         self._settings = settings
         self._lives = lives
-        self._pools = pools
+        self._admit = admit
         self._requests = requests
         self._registry = registry
         self.shelf = Shelf(ports)
@@ -77,10 +78,7 @@ class Scheduler:
         try:
             while True:
                 await self._round()
-                # Not wait_for, which may lose a cancellation that comes with the event.
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._pause_s()):
-                        await self._wake.wait()
+                await set_within(self._wake, self._pause_s())
                 self._wake.clear()
         finally:
             for task in self._cancelling.values():
@@ -220,7 +218,7 @@ class Scheduler:
         try:
             template = await self.shelf.template(schedule.definition.template)
             made = job_of(schedule, run, template, self._ports.clock.now_s())
-            admit(made, {name: pool.slots for name, pool in self._pools.items()})
+            self._admit(made)
         except (UsageError, NotFound) as error:
             ended = self._over(run, "REFUSED", str(error))
             if await self.shelf.put(schedule.with_run(ended)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from batchlab.costs.meter import Account
 from batchlab.model import Json
 
 FINE = 256
@@ -72,3 +73,12 @@ def of_pool(a: Point, b: Point) -> Point:
 def latest(_a: Point, b: Point) -> Point:
     """Of counts that only grow."""
     return b
+
+
+def asked(account: Account, now_s: float, step_s: float) -> Point:
+    """How many requests an account has by now, as a point of a series that keeps the latest."""
+    made = account.requests
+    return [
+        *(round(now_s, 3), round(step_s, 3)),
+        *(made.sqs, made.sqs_empty, made.s3_puts, made.s3_gets, made.s3_deletes),
+    ]

@@ -11,22 +11,21 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import astuple
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from batchlab.costs.cap import Budget, Purse, launch_usd, launches
-from batchlab.costs.meter import Account, Accounting, Kind, Meter, Rates
+from batchlab.costs.meter import Account, Accounting, Kind, Meter, Rates, most
 from batchlab.costs.money import shown
-from batchlab.errors import BackendError, NotFound, Refused
+from batchlab.errors import BackendError, Refused
+from batchlab.manager.kept import Kept
 from batchlab.manager.live import LiveJob, ManagerSettings, Ports
 from batchlab.manager.registry import Registry
+from batchlab.manager.used import UNREADABLE, Books, Used
 from batchlab.model import Control, GroupView, JobId, LifecycleState, Pool
-from batchlab.protocol import naming, wire
+from batchlab.protocol import naming
 from batchlab.tally import Requests
 
 if TYPE_CHECKING:
-    from batchlab.manager.recorded import Doc
     from batchlab.manager.recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -76,13 +75,16 @@ class Spending:
         """By pool, why no more is launched in it, where a cap says so."""
         self._grid: Purse | None = None
         self._views: Sequence[GroupView] = ()
-        self._closed: dict[JobId, Account] = {}
+        self._closed: dict[JobId, Used] = {}
         """Of jobs that have ended, to be written down."""
         self._recorder = recorder
         self._on_written = on_written
-        self._recorded: dict[JobId, tuple[float, Doc]] = {}
-        """Of the same jobs: how long each was there (seconds), and what was seen of it."""
         self._known: dict[JobId, Account] = {}
+        self._others: dict[JobId, Account] = {}
+        """Of jobs that another leader has counted for, and that are not known here."""
+        self._kept: dict[JobId, Kept] = {}
+        """What is in the bucket of live jobs that have ended before."""
+        self._books = Kept(ports, naming.USE)
         self._saved_s: float | None = None
         self._is_due = False
 
@@ -116,12 +118,11 @@ class Spending:
 
     def notice_ends(self) -> None:
         """Close the accounts of jobs that have ended, with what was recorded of them."""
-        gone = self._known.keys() - self._lives.keys()
-        for job in gone:
-            self._closed[job] = self._known[job]
-            if self._recorder:
-                took_s = self._recorder.took_s(job)
-                self._recorded[job] = took_s, self._recorder.close(job, self._known[job])
+        gone = {job: self._known[job] for job in self._known.keys() - self._lives.keys()}
+        recorded = self._recorder.close(gone) if self._recorder and gone else {}
+        for job, account in gone.items():
+            took_s, part = recorded.get(job, (0.0, None))
+            self._closed[job] = Used(account, part, took_s)
             self.caps.pop(job, None)
         self._is_due |= bool(gone)
         self._known = {job: live.account for job, live in self._lives.items()}
@@ -152,8 +153,7 @@ class Spending:
     def _count_requests(self) -> None:
         live = [job for job, one in self._lives.items() if one.record.control is Control.RUN]
         everybody = dict.fromkeys(live, 1 / len(live)) if live else {}
-        own = self._earlier + self._tally.read()
-        self.meter.hear(MANAGER, own, everybody, self._known)
+        self.meter.hear(MANAGER, self._own(), everybody, self._known)
         for worker, asked in self._registry.requests.items():
             shares: Mapping[JobId, float] = everybody
             if asked.instance in self._registry.workers:
@@ -349,51 +349,83 @@ class Spending:
 
     async def load(self) -> None:
         """Take over what the manager before us has written down."""
-        get = partial(self._ports.objects.get, naming.USE)
         try:
-            doc = wire.loads(await self._ports.patience(get))
-        except NotFound:
-            return
+            data = await self._books.read()
         except BackendError as error:
             # Jobs must go on; what was spent before is not known to the caps then.
             log.warning("the grid's account cannot be read and begins anew: %s", error)
             return
-        self.meter = Meter.from_json(doc["meter"])
+        if data is None or not (books := Books.from_bytes(data)):
+            return
+        self.meter = books.meter
         # What this process has counted so far may be in there: it has led before.
-        self._earlier = Requests(*doc["own"]) - self._tally.read()
-        if doc["cap"] is not None:
-            self.max_cost_usd = doc["cap"]
-        self.caps = {JobId(job): usd for job, usd in doc["caps"].items()}
-        self._known = {JobId(j): Account.from_json(a) for j, a in doc["jobs"].items()}
+        self._earlier = books.own - self._tally.read()
+        if books.cap is not None:
+            self.max_cost_usd = books.cap
+        self.caps = books.caps
+        self._known = dict(books.jobs)
+
+    async def reread(self) -> None:
+        """Others have led meanwhile: what they have counted, and been told of caps, holds."""
+        data = await self._books.read()
+        if data is not None and (books := Books.from_bytes(data)):
+            self._take_in(books)
+            self.max_cost_usd = books.cap
+            self.caps |= books.caps
+
+    def _take_in(self, books: Books) -> None:
+        self.meter.take_in(books.meter)
+        self._earlier = most(books.own, self._own()) - self._tally.read()
+        self._others = {}
+        for job, account in books.jobs.items():
+            live = self._lives.get(job)
+            if mine := live.account if live else self._known.get(job):
+                mine.keep_most(account)
+            elif job not in self._closed:
+                self._others[job] = account
+        self.caps = {**books.caps, **self.caps}
+
+    def _own(self) -> Requests:
+        return self._earlier + self._tally.read()
 
     async def open(self, live: LiveJob, *, is_new: bool) -> None:
         """Find the job's account, or begin it."""
-        known = self._known.get(live.id) or self._closed.get(live.id)
+        closed = self._closed.get(live.id)
+        known = self._known.get(live.id) or (closed.account if closed else None)
         if known is None and not is_new:
-            get = partial(self._ports.objects.get, naming.used(live.id))
-            try:
-                doc = wire.loads(await self._ports.patience(get))
-                known = Account.from_json(doc["account"])
-                if self._recorder and "record" in doc:
-                    self._recorder.reopened(live.id, doc["record"])
-            except BackendError:
-                # It has run where nobody counted, or nobody can say.
-                known = Account(is_whole=False)
+            known = await self._reopened(live.id)
         if known:
             live.account = known
+
+    async def _reopened(self, job: JobId) -> Account:
+        other = self._others.pop(job, None)
+        kept = Kept(self._ports, naming.used(job))
+        try:
+            data = await kept.read()
+            used = Used.from_bytes(data) if data is not None else None
+        except UNREADABLE:
+            used = None
+        if used is None:
+            # It has run where nobody counted, or nobody can say.
+            return other or Account(is_whole=False)
+        if other:
+            used.account.keep_most(other)
+        if self._recorder and used.record is not None:
+            self._recorder.reopened(job, used.record)
+        self._kept[job] = kept
+        return used.account
 
     async def account(self, job: JobId) -> Account | None:
         """What a job has used, None where nobody has counted."""
         live = self._lives.get(job)
         if live:
             return live.account
-        if known := self._known.get(job) or self._closed.get(job):
+        if known := self._known.get(job):
             return known
-        try:
-            data = await self._ports.patience(partial(self._ports.objects.get, naming.used(job)))
-        except NotFound:
-            return None
-        return Account.from_json(wire.loads(data)["account"])
+        if closed := self._closed.get(job):
+            return closed.account
+        data = await Kept(self._ports, naming.used(job)).read()
+        return Used.from_bytes(data).account if data is not None else None
 
     async def close(self) -> None:
         """Write down what there is, if the bucket takes it soon."""
@@ -413,34 +445,39 @@ class Spending:
         if not (is_old or is_due):
             return
         self._saved_s, self._is_due = now_s, False
-        put = self._ports.objects.put
         try:
-            for job, account in list(self._closed.items()):
-                if job in self._lives:  # a retry
-                    del self._closed[job]
-                    if self._recorder and (recorded := self._recorded.pop(job, None)):
-                        self._recorder.reopened(job, recorded[1])
-                    continue
-                doc: dict[str, Any] = {"v": wire.VERSION, "account": account.to_json()}
-                if job in self._recorded:
-                    doc["record"] = self._recorded[job][1]
-                await self._ports.patience(partial(put, naming.used(job), wire.to_bytes(doc)))
+            for job, used in list(self._closed.items()):
+                if job not in self._lives:
+                    await self._write_down(job, used)
+                if job in self._lives and self._recorder and used.record is not None:  # a retry
+                    self._recorder.reopened(job, used.record)
                 self._closed.pop(job, None)
-                took_s, _ = self._recorded.pop(job, (0.0, None))
-                self._on_written(job, took_s)
-            await self._ports.patience(partial(put, naming.USE, self._to_bytes()))
+            await self._books.write(self._to_bytes, self._meet)
         except BackendError as error:
             log.warning("the grid's account is not written down yet: %s", error)
             self._is_due = True
 
+    async def _write_down(self, job: JobId, used: Used) -> None:
+        """What a job has used, over what is there of it by now: it may be another leader's, or our
+        own from before we were killed, and know more."""
+
+        def meet(there: bytes) -> bool:
+            try:
+                used.take_in(Used.from_bytes(there))
+            except UNREADABLE as error:
+                log.warning("what %s has used is there, and cannot be read: %r", job, error)
+                return False
+            return True
+
+        kept = self._kept.pop(job, None) or Kept(self._ports, naming.used(job))
+        await kept.write(used.to_bytes, meet)
+        self._on_written(job, used.took_s)
+
+    def _meet(self, there: bytes) -> bool:
+        if books := Books.from_bytes(there):
+            self._take_in(books)
+        return True
+
     def _to_bytes(self) -> bytes:
-        own = self._earlier + self._tally.read()
-        doc: dict[str, Any] = {
-            "v": wire.VERSION,
-            "meter": self.meter.to_json(),
-            "own": list(astuple(own)),
-            "cap": self.max_cost_usd,
-            "caps": dict(self.caps),
-            "jobs": {job: account.to_json() for job, account in self._known.items()},
-        }
-        return wire.to_bytes(doc)
+        jobs = {**self._others, **self._known}
+        return Books(self.meter, self._own(), self.max_cost_usd, self.caps, jobs).to_bytes()

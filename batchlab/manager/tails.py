@@ -2,7 +2,8 @@
 
 Invariant: the word that the workers follow stays what it is: it is written again only in the place
 of the one that was read, with a number that has grown. However many ask, that costs a GET and a PUT
-in half of the time for which a request holds, and a LIST in half of a control lease.
+in half of the time for which a request holds, and a LIST in half of a control lease. What is kept
+in memory is bounded, and dropped soon after the last one has looked.
 """
 
 from __future__ import annotations
@@ -17,14 +18,28 @@ from batchlab.model import BundleId, Control, JobId, StageName
 from batchlab.protocol import naming, wire
 from batchlab.worker.tails import ASKED_S, Tail, from_bytes
 
+JOB_BYTES = 8 * 1024 * 1024
+ALL_BYTES = 8 * JOB_BYTES
+"""The most that is kept in memory of what workers have stored: those of one job, and all."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """What one worker has stored; `size` in bytes."""
+
+    etag: str
+    size: int
+    tails: Sequence[Tail]
+
 
 @dataclass(slots=True)
 class _Looked:
-    """What was stored by each worker: ETag and content by key. Times are monotonic."""
+    """What was stored by each worker, by key. Times are monotonic."""
 
     asked_s: float = float("-inf")
     read_s: float = float("-inf")
-    stored: dict[str, tuple[str, Sequence[Tail]]] = field(default_factory=dict)
+    wanted_s: float = float("-inf")
+    stored: dict[str, _Stored] = field(default_factory=dict)
 
 
 class Tails:
@@ -39,22 +54,17 @@ class Tails:
     async def of(self, live: LiveJob) -> list[Tail]:
         """What the job's running tasks have printed so far, as far as it is stored; and ask that it
         is stored from now on."""
-        looked = self._jobs.setdefault(live.id, _Looked())
+        looked = self._jobs[live.id] = self._jobs.pop(live.id, _Looked())
+        looked.wanted_s = self._ports.clock.monotonic_s()
         await self._ask(live, looked)
         await self._read(live, looked)
-        return [
-            tail
-            for _, tails in looked.stored.values()
-            for tail in tails
-            # What a worker stored last of a bundle that has ended since is no news.
-            if BundleId(tail.bundle) in live.outstanding.get(StageName(tail.stage), {})
-        ]
+        self._make_room()
+        return [tail for one in looked.stored.values() for tail in _running(live, one.tails)]
 
     async def _ask(self, live: LiveJob, looked: _Looked) -> None:
         now_s = self._ports.clock.monotonic_s()
         if now_s - looked.asked_s < ASKED_S / 2:
             return
-        self._forget(now_s)
         async with live.control_lock:
             if await self._say(live):
                 looked.asked_s = now_s
@@ -74,7 +84,7 @@ class Tails:
         put = partial(
             objects.put,
             key,
-            wire.word_to_bytes(replace(word, tail=word.tail + 1)),
+            wire.word_to_bytes(replace(word, tail=word.tail + 1, tail_s=self._ports.clock.now_s())),
             if_absent=etag is None,
             if_match=etag,
         )
@@ -84,9 +94,21 @@ class Tails:
             return False
         return True
 
-    def _forget(self, now_s: float) -> None:
+    def _make_room(self) -> None:
+        """Of those that nobody has looked at for longest all is read anew."""
+        sizes = [sum(one.size for one in looked.stored.values()) for looked in self._jobs.values()]
+        too_much = sum(sizes) - ALL_BYTES
+        for looked, size in zip(self._jobs.values(), sizes, strict=True):
+            if too_much <= 0:
+                return
+            looked.stored, looked.read_s = {}, float("-inf")
+            too_much -= size
+
+    def forget(self) -> None:
+        """Drop what nobody has asked for lately; to be called now and then."""
+        now_s = self._ports.clock.monotonic_s()
         for job, looked in list(self._jobs.items()):
-            if -float("inf") < looked.read_s < now_s - 2 * ASKED_S:
+            if looked.wanted_s < now_s - 2 * ASKED_S:
                 del self._jobs[job]
 
     async def _read(self, live: LiveJob, looked: _Looked) -> None:
@@ -94,13 +116,30 @@ class Tails:
         if now_s - looked.read_s < self.every_s / 2:
             return
         looked.read_s = now_s
-        stored: dict[str, tuple[str, Sequence[Tail]]] = {}
+        stored: dict[str, _Stored] = {}
+        left = JOB_BYTES
         async for page in self._ports.objects.list(naming.tails(live.id)):
             for info in page:
                 known = looked.stored.get(info.key)
-                if known and known[0] == info.etag:
-                    stored[info.key] = known
-                else:
+                if known is None or known.etag != info.etag:
+                    if info.size > left:
+                        continue  # of so many workers some are enough
                     get = partial(self._ports.objects.get, info.key)
-                    stored[info.key] = info.etag, from_bytes(await self._ports.patience(get))
+                    known = _Stored(
+                        info.etag, info.size, from_bytes(await self._ports.patience(get))
+                    )
+                elif not _running(live, known.tails):
+                    known = _Stored(info.etag, 0, ())  # it has ended, or its worker has
+                if known.size <= left:
+                    stored[info.key] = known
+                    left -= known.size
         looked.stored = stored
+
+
+def _running(live: LiveJob, tails: Sequence[Tail]) -> list[Tail]:
+    """What a worker stored last of a bundle that has ended since is no news."""
+    return [
+        tail
+        for tail in tails
+        if BundleId(tail.bundle) in live.outstanding.get(StageName(tail.stage), {})
+    ]

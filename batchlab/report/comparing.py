@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from batchlab.errors import UsageError
 from batchlab.report.measuring import MEASURES, Key, Measure, Run, Sample
+from batchlab.words import figures
 
 RESAMPLES = 1_000
 SURE = 0.95
@@ -156,7 +157,9 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UsageError(f"{text!r} is not a number.") from None
+        raise UsageError(
+            f"{text!r} is not a number.", remedy="Write a number, such as 10."
+        ) from None
 
 
 def compare(
@@ -276,12 +279,12 @@ def _of_fleet(known: Mapping[Key, Change]) -> Iterator[str]:
         yield f"the fleet: {most.b:g} instances at the most, {most.a:g} before"
     lag = known.get(("scaling_lag", ""))
     if lag and lag.b - lag.a > 1.0 and lag.relative > _TELLING:
-        after, before = _seconds(lag.b), _seconds(lag.a)
+        after, before = figures(lag.b), figures(lag.a)
         yield f"the fleet: capacity comes {after} after it is wanted, {before} before"
 
 
 def _before_and_now(change: Change) -> str:
-    return f"{_seconds(change.a)} before and {_seconds(change.b)} now ({_percent(change)})"
+    return f"{figures(change.a)} before and {figures(change.b)} now ({_percent(change)})"
 
 
 def _tells(change: Change) -> bool:
@@ -294,10 +297,6 @@ def _percent(change: Change) -> str:
     if change.low is None or change.high is None:
         return f"{change.relative:+.1%}"
     return f"{change.relative:+.1%}, 95% between {change.low:+.1%} and {change.high:+.1%}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds * 1000:.3g} ms" if abs(seconds) < 1 else f"{seconds:.3g} s"
 
 
 def _notes(a: Sequence[Run], b: Sequence[Run]) -> Iterator[str]:

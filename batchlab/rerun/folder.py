@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from batchlab.protocol import values
+from batchlab.protocol import values, wire
 from batchlab.task import Context
+from batchlab.tasknames import task_name
 from batchlab.worker.bench import Request, context
 
 VERSION = 1
@@ -64,7 +65,7 @@ class Told:
 
     @property
     def name(self) -> str:
-        return f"{self.stage}[{self.task}]"
+        return task_name(self.stage, self.task)
 
     @property
     def is_command(self) -> bool:
@@ -95,7 +96,7 @@ def write(told: Told) -> None:
     root = f"{told.folder}/"
     doc = {
         "v": VERSION,
-        **{name: getattr(told, name) for name in Told.__slots__ if name != "folder"},
+        **{name: value for name, value in wire.fields(told).items() if name != "folder"},
         "request": {
             key: one.removeprefix(root) if isinstance(one, str) else one
             for key, one in told.request.items()
@@ -141,7 +142,7 @@ class Ended:
 def write_ended(folder: Path, ended: Ended) -> None:
     """Say how a run ended; whole or not at all."""
     staged = folder / f".{ENDED}"
-    staged.write_text(json.dumps({name: getattr(ended, name) for name in Ended.__slots__}))
+    staged.write_text(json.dumps(wire.fields(ended)))
     staged.replace(folder / ENDED)
 
 

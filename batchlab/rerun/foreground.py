@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from batchlab.jobdef import StageDef
 from batchlab.model import FailureKind, StageName
 from batchlab.protocol.settle import LOSS_LIMIT
 from batchlab.rerun.folder import ENDED, Ended, Told, read_ended
+from batchlab.rerun.withheld import given
 from batchlab.worker import commands
 from batchlab.worker.bench import decoded
 from batchlab.worker.board import Board
@@ -37,13 +38,15 @@ _LOOK_S = 0.2
 @dataclass(frozen=True, slots=True)
 class How:
     """What the user wants: pdb at the exception, or at the first line too, or an IDE at a port;
-    without limits; with all that it prints on stderr, where stdout is for a program."""
+    without limits; with all that it prints on stderr, where stdout is for a program. `passed` are
+    variables that it is given though they look like secrets."""
 
     pdb: bool = False
     at_start: bool = False
     debugpy: int | None = None
     no_limits: bool = False
     aside: bool = False
+    passed: tuple[str, ...] = ()
 
     @property
     def is_interactive(self) -> bool:
@@ -62,6 +65,7 @@ def run(told: Told, how: How) -> Ended:
     with _left_to_it():
         process = subprocess.Popen(
             argv(told, how),
+            env=given(os.environ, how.passed),
             # As on a worker, where nobody is asked anything.
             stdin=None if how.is_interactive else subprocess.DEVNULL,
             stdout=2 if how.aside else None,
@@ -173,8 +177,8 @@ class Shell:
     call: commands.Call
 
 
-def shell(told: Told) -> Shell:
-    """UsageError where the task is no command, or cannot be one."""
+def shell(told: Told, passed: Collection[str] = ()) -> Shell:
+    """UsageError where the task is no command, or cannot be one. `passed` as in How."""
     if not told.is_command:
         raise UsageError(
             f"{told.name} is a Python function, not a command.",
@@ -192,7 +196,7 @@ def shell(told: Told) -> Shell:
             f"The command of {told.name} cannot be made: {problem}.",
             remedy="It fails so on the grid too.",
         ) from problem
-    return Shell(typed(call), call)
+    return Shell(typed(call), call._replace(environment=given(call.environment, passed)))
 
 
 def typed(call: commands.Call) -> str:

@@ -3,7 +3,8 @@
 Invariant: the handler is found, called and judged by what a worker's child process uses, and
 nothing is sent anywhere. Imports the standard library and a few light modules of ours only.
 
-    python -P -m batchlab.rerun.inside FOLDER [--pdb] [--break] [--debugpy PORT] [--supervised]
+    python -P -m batchlab.rerun.inside FOLDER [--pdb] [--break] [--debugpy PORT]
+                                          [--env NAME] [--supervised]
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from batchlab.rerun import debugging, verdict
+from batchlab.rerun import debugging, verdict, withheld
 from batchlab.rerun.folder import Ended, Told, Unknown, read, write_ended
 from batchlab.worker import handlers
 from batchlab.worker.bench import Bench
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A program of the user's that hangs says where, once its time is up.
     faulthandler.enable(2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    if not given.supervised:
+        _keep_back(given.passed)
     debugger = debugging.choose(pdb=given.pdb, at_start=given.at_start, port=given.debugpy)
     sys.argv = ["batchlab"]
     if code := told.request["code"]:
@@ -71,8 +74,25 @@ def _parser() -> argparse.ArgumentParser:
         "--break", dest="at_start", action="store_true", help="Stop at the handler's first line."
     )
     parser.add_argument("--debugpy", type=int, metavar="PORT", help="Wait for an IDE there.")
+    parser.add_argument(
+        "--env",
+        dest="passed",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Give it that variable though it looks like a secret; again for more.",
+    )
     parser.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     return parser
+
+
+def _keep_back(passed: Sequence[str]) -> None:
+    """Take what looks like a secret out of the environment of this process."""
+    names = withheld.withheld(os.environ, passed)
+    for name in names:
+        del os.environ[name]
+    if names:
+        _say(withheld.told(names))
 
 
 def run(told: Told, debugger: debugging.Debugger, board: Board | None) -> Ended:

@@ -21,6 +21,7 @@ from batchlab.ports import ObjectInfo, Objects
 from batchlab.protocol import naming
 from batchlab.rerun import readme
 from batchlab.rerun.folder import CODE, EXECUTION, README, RUN, TASK, Told, write
+from batchlab.tasknames import task_name
 from batchlab.worker import environment, materialise
 from batchlab.worker.environment import Environment
 from batchlab.worker.handlers import Problem
@@ -177,7 +178,7 @@ async def _definition(reading: Objects, job: JobId, patience: Patience) -> JobDe
 def _no_such_attempt(stage: str, task: int, found: Sequence[Attempt]) -> UsageError:
     there = [f"{a.outcome.bundle.attempt} (round {a.outcome.bundle.round})" for a in found]
     return UsageError(
-        f"{stage}[{task}] has no such attempt.",
+        f"{task_name(stage, task)} has no such attempt.",
         remedy=f"It has {', '.join(there)}." if there else "None of it has ended yet.",
     )
 
@@ -262,9 +263,11 @@ def _gone(what: str, stage: str, task: int, reason: str) -> UsageError:
     elif "'raw/" in reason:
         remedy = "Submit the job again: that uploads its input again."
     else:
-        remedy = f"`batchlab job show-task JOB {stage}/{task}` shows what is left of it."
+        remedy = f"`batchlab job show-task JOB {task_name(stage, task)}` shows what is left of it."
     text = reason.rstrip(".")
-    return UsageError(f"The {what} of {stage}[{task}] cannot be had: {text}.", remedy=remedy)
+    return UsageError(
+        f"The {what} of {task_name(stage, task)} cannot be had: {text}.", remedy=remedy
+    )
 
 
 def room(folder: Path) -> None:

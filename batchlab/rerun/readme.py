@@ -41,6 +41,9 @@ def text(told: Told, given: str) -> str:
         "",
         "`--pdb` debugs where it fails, `--break` stops at the handler's first line. In an IDE, "
         f"set breakpoints below `{CODE}/`, and debug `{RUN}` with {sys.executable}.",
+        "",
+        "It is the job's code, and runs with your rights. Variables that look like secrets are not "
+        "given to it; `--env NAME` gives it one.",
     ]
     if told.there:
         there = environment.from_json(told.there)

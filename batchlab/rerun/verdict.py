@@ -6,6 +6,8 @@ runs the task: standard library only.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,9 +52,9 @@ def failure_of(told: dict[str, Any] | None, task: int = 0) -> Failure | None:
     return Failure(**{"task": task, **told, "kind": FailureKind(told["kind"])})
 
 
-def judge(told: Told, ended: Ended) -> Verdict:
-    """Hold what happened here against what happened on the grid."""
-    differences = [*_differences(told), *told.notes]
+def judge(told: Told, ended: Ended, environ: Mapping[str, str] = os.environ) -> Verdict:
+    """Hold what happened here, in the environment `environ`, against what happened on the grid."""
+    differences = [*_differences(told, environ), *told.notes]
     there, here = failure_of(told.failure), failure_of(ended.failure)
     prints = (fingerprint(here) if here else "", fingerprint(there) if there else "")
     word, sentence = _word(told, ended, there, here, *prints)
@@ -96,7 +98,7 @@ def _result(told: Told, ended: Ended) -> str:
     return ", with the same result" if told.value == ended.value else ", with another result"
 
 
-def _differences(told: Told) -> list[str]:
+def _differences(told: Told, environ: Mapping[str, str]) -> list[str]:
     if told.there is None:
         return []
-    return environment.differences(environment.from_json(told.there), environment.here())
+    return environment.differences(environment.from_json(told.there), environment.here(environ))

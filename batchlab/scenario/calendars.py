@@ -11,7 +11,6 @@ from datetime import date, timedelta
 
 HOUR_S = 3600.0
 DAY_S = 24 * HOUR_S
-WEEK_S = 7 * DAY_S
 
 WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 WEEK_FORMS = "monday, tue, or monday 06:30"

@@ -43,7 +43,6 @@ class Ask:
 
     pool: str
     slots: int
-    least_slots: int
     busy: tuple[float, ...]
     behind_s: float
     behind_at_s: float
@@ -88,10 +87,10 @@ def of(scenario: Scenario, jobs: Sequence[Job], most: int = 72) -> Curve:
     for plan in scenario.pools:
         pool = plan.pool
         arriving = [column.work_s.get(pool.name, 0.0) for column in columns]
-        slots, least = pool.max_size * pool.slots, pool.min_size * pool.slots
+        slots = pool.max_size * pool.slots
         behind = _behind(arriving, slots, width_s)
         busy = tuple(one / width_s for one in arriving)
-        asks.append(Ask(pool.name, slots, least, busy, *behind))
+        asks.append(Ask(pool.name, slots, busy, *behind))
     return Curve(width_s, columns, tuple(asks))
 
 

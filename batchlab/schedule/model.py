@@ -87,8 +87,8 @@ class Definition:
     `template` is the key of the job's definition, whose name is `job`. A run that was missed by
     more than `missed_within_s` is not made up for; None sets no limit. `capacity` is how many
     instances are had `prewarm_s` before a due time; None asks the last runs. The job's parameter
-    `due_param`, where it is named, gets the due time. `source` is the job file, and `fingerprint`
-    what it was when it was added.
+    `due_param`, where it is named, gets the due time. `source` is the job file, and `source_digest`
+    that of what it was when it was added.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Definition:
     capacity: int | None = None
     due_param: str = ""
     source: str = ""
-    fingerprint: str = ""
+    source_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +206,9 @@ def job_of(schedule: Schedule, run: Run, template: JobDef, now_s: float) -> JobD
 
 # --- As objects ----------------------------------------------------------------------------------
 
+_RENAMED = {"fingerprint": "source_digest"}
+"""What fields were called in objects that were written before."""
+
 
 def to_bytes(schedule: Schedule) -> bytes:
     """The content of a schedule's object."""
@@ -216,7 +219,7 @@ def from_bytes(data: bytes) -> Schedule:
     """BackendError where it is not one of ours."""
     doc = wire.loads(data)
     return Schedule(
-        definition_from_json(doc["definition"]),
+        _definition_from_json(doc["definition"]),
         doc["generation"],
         doc["added_s"],
         doc["through_s"],
@@ -226,10 +229,10 @@ def from_bytes(data: bytes) -> Schedule:
     )
 
 
-def definition_from_json(doc: dict[str, Any]) -> Definition:
+def _definition_from_json(doc: dict[str, Any]) -> Definition:
     return Definition(
         **{
-            **doc,
+            **{_RENAMED.get(name, name): value for name, value in doc.items()},
             "when": When(**doc["when"]),
             "missed": Missed(doc["missed"]),
             "overlap": Overlap(doc["overlap"]),
@@ -241,8 +244,8 @@ def _schedule_to_json(schedule: Schedule) -> dict[str, Json]:
     definition, when = schedule.definition, schedule.definition.when
     return {
         "definition": {
-            **{name: getattr(definition, name) for name in definition.__slots__},
-            "when": {name: getattr(when, name) for name in when.__slots__},
+            **wire.fields(definition),
+            "when": wire.fields(when),
         },
         "generation": schedule.generation,
         "added_s": schedule.added_s,
@@ -250,7 +253,7 @@ def _schedule_to_json(schedule: Schedule) -> dict[str, Json]:
         "paused": schedule.paused,
         "removed": schedule.removed,
         "runs": [
-            {name: getattr(one, name) for name in one.__slots__ if getattr(one, name) is not None}
+            {name: value for name, value in wire.fields(one).items() if value is not None}
             for one in schedule.runs
         ],
     }

@@ -13,9 +13,9 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from zoneinfo import ZoneInfo
 
+from batchlab import cron
 from batchlab.errors import UsageError
 
-FIELDS = 5
 _DAY_S = 86_400
 _LONGEST = 200
 """Characters of an expression: more is a slip."""
@@ -39,9 +39,9 @@ def check(expression: str, zone: str) -> None:
     """UsageError where it is no cron expression, never due, or the zone is none."""
     known = zone_of(zone)
     fields = len(expression.split())
-    if fields != FIELDS:
+    if fields != cron.FIELDS:
         raise UsageError(
-            f"The cron expression {expression[:60]!r} has {fields} fields, not {FIELDS}.",
+            f"The cron expression {expression[:60]!r} has {fields} fields, not {cron.FIELDS}.",
             remedy=_NEVER,
         )
     if len(expression) > _LONGEST:
@@ -159,12 +159,9 @@ def _offset(at_s: float, zone: ZoneInfo) -> timedelta:
 
 
 def _cron(expression: str, after: datetime) -> Iterator[datetime]:
-    from cronsim import CronSim, CronSimError
-
     try:
-        moments = CronSim(expression, after)
-    except CronSimError as error:
+        return cron.local_times(expression, after)
+    except ValueError as error:
         raise UsageError(
             f"{expression[:60]!r} is no cron expression: {error}.", remedy=_NEVER
         ) from error
-    return iter(moments)

@@ -21,6 +21,7 @@ from batchlab.protocol import naming, settle, wire
 from batchlab.sim.clocks import SimIds
 from batchlab.sim.fates import Fates, inputs_of, value_of
 from batchlab.sim.watch import Violated
+from batchlab.tasknames import task_name
 
 if TYPE_CHECKING:
     from batchlab.sim.plans import Plan
@@ -163,12 +164,6 @@ def _differences(grown: Sequence[dict[str, Json]], rebuilt: Sequence[dict[str, J
     ][:3]
 
 
-def check_no_start_after(world: World, job: JobId, acknowledged_s: float) -> None:
-    """I4: no task starts after its job's cancellation has been acknowledged (monotonic time)."""
-    late = [s for s in world.starts if s[1] == job and s[0] > acknowledged_s]
-    _require(not late, "I4", f"{job}: acknowledged at {acknowledged_s}, started {late[:3]}")
-
-
 def counted(view: GroupView) -> list[Instance]:
     """Those of its instances that count against its capacity."""
     return [instance for instance in view.instances if instance.state in COUNTED]
@@ -244,7 +239,7 @@ def check_failures(world: World, fates: Fates, job: JobDef, outcomes: Sequence[O
         for failure in outcome.failed:
             bundle = outcome.bundle
             fate = fates.of(job.id, bundle.stage, failure.task)
-            name = f"{job.id}/{bundle.stage} task {failure.task}"
+            name = f"task {task_name(bundle.stage, failure.task)} of {job.id}"
             if failure.kind is FailureKind.LOST:
                 lost = world.watch.lost_starts(bundle, failure.task)
                 _require(

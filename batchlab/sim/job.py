@@ -27,7 +27,8 @@ from batchlab.sim.loop import SimLoop
 from batchlab.sim.trial import calm
 from batchlab.sim.world import World
 from batchlab.spec.jobfile import JobFile
-from batchlab.views import JobView, job_view, outcome_view
+from batchlab.viewing import job_view, outcome_view
+from batchlab.views import JobView
 from batchlab.worker.inline_runner import InlineRunner
 from batchlab.worker.runner import Runner
 

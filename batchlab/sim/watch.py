@@ -18,6 +18,7 @@ from batchlab.ports import MAX_VISIBILITY_S, Clock, Message, StageRecord
 from batchlab.protocol import definition, naming, wire
 from batchlab.sim.actors import Actor, SimulationError
 from batchlab.sim.faults import LATENCY_S
+from batchlab.tasknames import task_name
 from batchlab.worker.tenure import RETURN_S
 
 Name = tuple[str, str, str]
@@ -269,7 +270,7 @@ class Watch:
             forbidden_s is None,
             "I4",
             f"{start.job}: its cancellation was acknowledged at {forbidden_s}, and task "
-            f"{start.task} of stage {start.stage} starts",
+            f"{task_name(start.stage, start.task)} starts",
         )
 
     def killed(self, actor: Actor) -> None:

@@ -149,10 +149,6 @@ class World:
         return self.post.manager if self.post else None
 
     @property
-    def manager_actor(self) -> Actor | None:
-        return self.post.actor if self.post else None
-
-    @property
     def last_owner(self) -> str:
         """As whom the manager that was started last holds the lease."""
         return f"manager-{self.managers}"

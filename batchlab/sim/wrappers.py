@@ -51,7 +51,7 @@ def wrap(
         actor.guarded = False
         return inner
     # A dynamic proxy behind the type of what it stands for: delegates written out for five
-    # protocols would be 40 methods that say nothing and must follow every change of ports.py.
+    # protocols would be 40 methods that say nothing and must follow every change of the ports.
     return cast(T, _Port(inner, port, actor, faults, log, watch))
 
 

@@ -1,6 +1,6 @@
 """The job file: load, validate, explain, compile. Nothing of the user's code is run for it."""
 
-from batchlab.spec.jobfile import JobFile, fingerprint, load
+from batchlab.spec.jobfile import JobFile, load, source_digest
 from batchlab.spec.jobfile import compile_job as compile  # noqa: A004 - read as spec.compile
 from batchlab.spec.page import json_schema, reference
 from batchlab.spec.problems import JobFileErrors
@@ -10,9 +10,9 @@ __all__ = [
     "JobFile",
     "JobFileErrors",
     "compile",
-    "fingerprint",
     "json_schema",
     "load",
     "reference",
+    "source_digest",
     "starter",
 ]

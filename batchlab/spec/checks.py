@@ -196,9 +196,9 @@ def _matches(loc: Loc, pattern: str, folder: Path) -> Iterator[Problem]:
 def _notify(subject: Subject) -> Iterator[Problem]:
     for i, one in enumerate(subject.job.notify):
         loc: Loc = ("notify", i)
-        if (one.webhook is None) == (one.sns is None):
-            message = "A target of notify says either webhook or sns."
-            yield Problem(loc, message, "Write one of the two.")
+        if sum(said is not None for said in (one.webhook, one.sns, one.target)) != 1:
+            message = "A target of notify says one of webhook, sns and target."
+            yield Problem(loc, message, "Write one of the three.")
             continue
         if problem := notification.problem(notify_def(one)):
             yield Problem(loc, problem, "Mend it, or delete it.")
@@ -206,9 +206,12 @@ def _notify(subject: Subject) -> Iterator[Problem]:
 
 def notify_def(one: NotifySpec) -> NotifyDef:
     """The target as the grid knows it."""
+    ways = (("webhook", one.webhook), ("sns", one.sns), (notification.NAMED, one.target))
+    # A file without any is refused, after this has been made of it.
+    kind, to = next(((kind, to) for kind, to in ways if to is not None), ("", ""))
     return NotifyDef(
-        "sns" if one.webhook is None else "webhook",
-        one.webhook or one.sns or "",
+        kind,
+        to,
         tuple(one.on),
         one.secret or "",
         one.failures,

@@ -114,7 +114,7 @@ def compile_job(
     )
 
 
-def fingerprint(jobfile: JobFile, code_digest: str) -> str:
+def source_digest(jobfile: JobFile, code_digest: str) -> str:
     """A sha256 that is the same as long as running the job again would do the same: its content,
     parameters, code, and name, size and time of each input file."""
     facts: list[Json] = []

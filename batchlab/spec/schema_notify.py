@@ -21,20 +21,26 @@ def _ended() -> list[Moment]:
 
 
 class NotifySpec(BaseModel):
-    """Somebody to tell of the job: exactly one of `webhook` and `sns` says how."""
+    """Somebody to tell of the job: exactly one of `webhook`, `sns` and `target` says how."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     webhook: str | None = Field(
         default=None,
-        description="Address that gets a POST, by https; http only where it is the manager's own "
-        "machine.",
+        description="Address that gets a POST, by https. The manager's own machine only where the "
+        "grid's operator lets jobs; by http too then.",
         examples=["https://hooks.example.org/batch"],
     )
     sns: str | None = Field(
         default=None,
         description="ARN of an SNS topic.",
         examples=["arn:aws:sns:eu-central-1:123456789012:batch"],
+    )
+    target: str | None = Field(
+        default=None,
+        description="Name of one of the grid's own targets that jobs may name: its address and "
+        "secret are then in no job file.",
+        examples=["chat"],
     )
     on: Annotated[
         list[Moment],
@@ -50,7 +56,8 @@ class NotifySpec(BaseModel):
     secret: str | None = Field(
         default=None,
         description="Where the key is that signs what a webhook gets: `env:BATCHLAB_NOTIFY_…`, a "
-        "variable of the manager's environment. The key itself is written nowhere.",
+        "variable of the manager's environment that the grid's operator lets sign what goes "
+        "there. The key itself is written nowhere.",
         examples=["env:BATCHLAB_NOTIFY_SECRET"],
     )
     failures: int = Field(

@@ -10,7 +10,7 @@ JOB = """\
 name: first-claims
 
 input:
-  files: data/*.csv   # relative to this file; also s3://bucket/prefix
+  files: data/*.csv   # relative to this file
   split: lines        # one task gets some lines of a file
   size: 5             # lines per task; a real job would take thousands
   header: true        # each part begins with the file's first line

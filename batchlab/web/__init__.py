@@ -6,22 +6,21 @@ request of /v1; what the page cannot ask of the API it does not know.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from batchlab.api.common import Served
 from batchlab.api.grid import PAGE
 from batchlab.costs.prices import PriceBook
 from batchlab.errors import BatchlabError
-from batchlab.web import actions, costs, failures, fleet, jobs, login, submitting
-from batchlab.web.assets import Assets
 from batchlab.web.guard import Guard
-from batchlab.web.rendering import problem_page
-from batchlab.web.shared import State
 
 _ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - nobody listens on it here
 
@@ -31,6 +30,23 @@ def mount(
 ) -> None:
     """Serve the page below PAGE of `app`. It answers to this machine's own names, and to `hosts`
     where the manager was told more. Without `prices` it shows no costs."""
+
+    async def to_page() -> RedirectResponse:
+        return RedirectResponse(f"{PAGE}/", 303)
+
+    app.add_api_route("/", to_page, include_in_schema=False)
+    # Not as a middleware: an answer to an unforeseen error is made outside of those.
+    page = _Later(partial(page_of, served, prices))
+    app.mount(PAGE, Guard(page, served.sessions, frozenset(hosts) - _ANY_ADDRESS))
+
+
+def page_of(served: Served, prices: PriceBook | None) -> FastAPI:
+    """What is behind the Guard."""
+    from batchlab.web import actions, costs, failures, fleet, jobs, login, schedules, submitting
+    from batchlab.web.assets import Assets
+    from batchlab.web.rendering import problem_page
+    from batchlab.web.shared import State
+
     page = FastAPI(
         openapi_url=None,
         docs_url=None,
@@ -40,13 +56,23 @@ def mount(
     page.state.page = State(prices)
     for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
         page.add_exception_handler(kind, problem_page)
-    for module in (login, jobs, failures, fleet, costs, submitting, actions):
+    for module in (login, jobs, failures, schedules, fleet, costs, submitting, actions):
         page.include_router(module.router)
     page.mount("/static", Assets())
+    return page
 
-    async def to_page() -> RedirectResponse:
-        return RedirectResponse(f"{PAGE}/", 303)
 
-    app.add_api_route("/", to_page, include_in_schema=False)
-    # Not as a middleware: an answer to an unforeseen error is made outside of those.
-    app.mount(PAGE, Guard(page, served.sessions, frozenset(hosts) - _ANY_ADDRESS))
+class _Later:
+    """An application that is made for its first request: a grid's start need not wait for it."""
+
+    def __init__(self, make: Callable[[], ASGIApp]) -> None:
+        self._make = make
+        self._made: ASGIApp | None = None
+        self._making = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._making:
+            if self._made is None:
+                self._made = await asyncio.to_thread(self._make)
+            made = self._made
+        await made(scope, receive, send)

@@ -20,9 +20,10 @@ from batchlab.errors import NotFound, Refused, UsageError
 from batchlab.manager.manager import Manager
 from batchlab.manager.spending import Spending
 from batchlab.model import JobId, StageName
+from batchlab.tasknames import parse_tasks
 from batchlab.web import words
 from batchlab.web.rendering import render
-from batchlab.web.shared import Page, field_of, form_of, guarded
+from batchlab.web.shared import Page, field_of, form_of, guarded, is_sure
 
 router = guarded()
 
@@ -50,7 +51,7 @@ async def ask_cancel(request: Request, manager: Leader, job: JobId) -> Response:
 @router.post("/jobs/{job}/cancel")
 async def cancel(request: Request, manager: Leader, job: JobId) -> Response:
     """Cancel, where its sender is sure."""
-    if not _is_sure(await form_of(request)):
+    if not is_sure(await form_of(request)):
         return _to(f"{_job(job)}/cancel")
     await api.cancel(manager, job)
     return _to(_job(job))
@@ -83,10 +84,8 @@ def _choice(form: FormData) -> api.Choice:
     fingerprints = [one for one in form.getlist("fingerprint") if isinstance(one, str)]
     tasks: dict[StageName, list[tuple[int, int]]] = {}
     for one in form.getlist("task"):
-        stage, _, index = str(one).rpartition(":")
-        if not (stage and index.isascii() and index.isdigit() and len(index) < 16):
-            raise UsageError(f"{one!r} names no task.", remedy="Open the page again.")
-        tasks.setdefault(StageName(stage), []).append((int(index), int(index) + 1))
+        stage, ranges = parse_tasks(str(one))
+        tasks.setdefault(stage, []).extend(ranges)
     if not fingerprints and not tasks:
         raise UsageError("Nothing was ticked.", remedy="Tick what to run again.")
     return api.Choice(fingerprints=fingerprints, tasks=tasks)
@@ -206,11 +205,7 @@ async def drain(request: Request, manager: Leader, served: Given) -> Response:
     """Drain one pool, or all, where its sender is sure."""
     form = await form_of(request)
     pool = field_of(form, "pool") or None
-    if not _is_sure(form):
+    if not is_sure(form):
         return _to(f"/grid/drain?pool={words.path(pool)}" if pool else "/grid/drain")
     await api_grid.drain(manager, api_grid.Draining(pool=pool), served)
     return _to("/grid")
-
-
-def _is_sure(form: FormData) -> bool:
-    return field_of(form, "sure") == "yes"

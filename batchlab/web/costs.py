@@ -15,6 +15,7 @@ from batchlab.costs.prices import PriceBook
 from batchlab.manager.manager import Manager
 from batchlab.manager.spending import Spending
 from batchlab.model import JobId, Market
+from batchlab.web import words
 from batchlab.web.rendering import live
 from batchlab.web.shared import Page, guarded
 
@@ -42,8 +43,8 @@ async def _found(manager: Manager, books: Spending, prices: PriceBook) -> dict[s
     total = usage.account_of(use["total"])
     recent = (await api_jobs.jobs(manager, limit=JOBS))["jobs"]
     return {
-        "now": str(burn_usd_h(living, types, prices)),
-        "spent": str(spent_usd(total, types, prices)),
+        "now": words.amount(burn_usd_h(living, types, prices)),
+        "spent": words.amount(spent_usd(total, types, prices)),
         "cap": use["max_cost_usd"],
         "capped": use["capped"],
         "requests": total.requests,
@@ -51,7 +52,7 @@ async def _found(manager: Manager, books: Spending, prices: PriceBook) -> dict[s
             {
                 "kind": kind,
                 "seconds": seconds,
-                "usd": str(spent_usd(Account({kind: seconds}), types, prices)),
+                "usd": words.amount(spent_usd(Account({kind: seconds}), types, prices)),
             }
             for kind, seconds in sorted(total.billed_s.items(), key=str)
         ],
@@ -64,8 +65,10 @@ async def _found(manager: Manager, books: Spending, prices: PriceBook) -> dict[s
     }
 
 
-async def _of_job(manager: Manager, books: Spending, prices: PriceBook, job: JobId) -> str:
+async def _of_job(
+    manager: Manager, books: Spending, prices: PriceBook, job: JobId
+) -> tuple[str, str]:
     use = await api.job_use(books, manager, job)
     if use["account"] is None:
-        return "–"
-    return str(spent_usd(usage.account_of(use["account"]), use["types"], prices))
+        return "–", ""
+    return words.amount(spent_usd(usage.account_of(use["account"]), use["types"], prices))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from fastapi import Request
-from fastapi.responses import Response
+from typing import Annotated
+
+from fastapi import Query, Request
+from fastapi.responses import RedirectResponse, Response
 
 from batchlab.api import failures as api
 from batchlab.api import jobs as api_jobs
 from batchlab.api import tasks as api_tasks
 from batchlab.api.common import Given, Leader
+from batchlab.api.grid import PAGE
 from batchlab.model import ENDED, JobId, StageName
+from batchlab.web import words
 from batchlab.web.rendering import live, render
 from batchlab.web.shared import Page, guarded
 
@@ -76,6 +80,16 @@ async def of_group(
     )
 
 
+@router.get("/jobs/{job}/task")
+async def to_task(
+    manager: Leader, job: JobId, stage: StageName, task: Annotated[int, Query(ge=0, le=2**53)]
+) -> Response:
+    """The task that a form names."""
+    await api_jobs.job(manager, job)
+    path = f"{PAGE}/jobs/{words.path(job)}/stages/{words.path(stage)}/tasks/{task}"
+    return RedirectResponse(path, 303)
+
+
 @router.get("/jobs/{job}/stages/{stage}/tasks/{task}")
 async def task(
     request: Request,
@@ -91,7 +105,7 @@ async def task(
     return render(
         request,
         "task.html",
-        here="failures",
+        here="failures" if found["failure"] else "jobs",
         job=view,
         task=found,
         may_retry=view["state"] in ENDED - {"SUCCEEDED"} and found["state"] == "failed",

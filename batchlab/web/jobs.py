@@ -6,13 +6,12 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from batchlab import usage, views
+from batchlab.api import archive as api_archive
 from batchlab.api import failures as api_failures
-from batchlab.api import files as api_files
 from batchlab.api import jobs as api
 from batchlab.api import spending as api_spending
 from batchlab.api.common import Given, Leader
 from batchlab.costs.bill import spent_usd
-from batchlab.costs.meter import Account
 from batchlab.manager.manager import Manager
 from batchlab.model import ENDED, JobId
 from batchlab.web import words
@@ -72,12 +71,14 @@ async def _cost(manager: Manager, page: State, job: JobId) -> dict[str, object] 
     if manager.spending is None or page.prices is None:
         return None
     use = await api_spending.job_use(manager.spending, manager, job)
-    account = usage.account_of(use["account"]) if use["account"] else Account()
-    spent = str(spent_usd(account, use["types"], page.prices))
+    spent = "–", ""
+    if use["account"]:
+        usd = spent_usd(usage.account_of(use["account"]), use["types"], page.prices)
+        spent = words.amount(usd)
     return {"spent": spent, "cap": use["max_cost_usd"], "capped": use["capped"]}
 
 
 @router.get("/jobs/{job}/results.zip")
-async def results(manager: Leader, job: JobId) -> Response:
+async def results(manager: Leader, served: Given, job: JobId) -> Response:
     """The job's results as an archive."""
-    return await api_files.archive(manager, job)
+    return await api_archive.archive(manager, served, job)

@@ -15,6 +15,7 @@ from fastapi.responses import HTMLResponse
 from batchlab import __version__
 from batchlab.api.common import Served, problem_of
 from batchlab.api.grid import PAGE
+from batchlab.errors import BatchlabError
 from batchlab.web.guard import SESSION
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _FILTERS = (
 NAVIGATION = (
     ("jobs", "", "Jobs"),
     ("failures", "failures", "Failures"),
+    ("schedules", "schedules", "Schedules"),
     ("grid", "grid", "Grid"),
     ("costs", "costs", "Costs"),
     ("submit", "submit", "Submit"),
@@ -37,6 +39,7 @@ NAVIGATION = (
 def _templates() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    from batchlab.costs.money import shown
     from batchlab.web import words
 
     made = Environment(
@@ -48,6 +51,7 @@ def _templates() -> Environment:
     )
     for name in _FILTERS:
         made.filters[name] = getattr(words, name)
+    made.filters["usd"] = shown
     made.globals.update(root=PAGE, version=__version__, navigation=NAVIGATION)
     return made
 
@@ -96,5 +100,14 @@ def _below(path: str) -> str:
 async def problem_page(request: Request, error: Exception) -> HTMLResponse:
     """Any error as a page, with one sentence and what to do."""
     status, problem = problem_of(request, error)
-    several = [str(one) for one in getattr(error, "errors", ()) if isinstance(one, Exception)]
-    return render(request, "problem.html", status=status, problem=problem, several=several)
+    # A job file's mistakes; what FastAPI raises has a method of that name.
+    mistakes = getattr(error, "errors", ()) if isinstance(error, BatchlabError) else ()
+    several = [str(one) for one in mistakes]
+    return render(
+        request,
+        "problem.html",
+        status=status,
+        heading="Not found" if status == 404 else "Something is not right",
+        problem=problem,
+        several=several,
+    )

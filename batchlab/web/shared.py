@@ -16,7 +16,7 @@ from starlette.datastructures import FormData, UploadFile
 from batchlab import views
 from batchlab.api import grid as api
 from batchlab.api.common import Given, Served
-from batchlab.api.files import MOST_BYTES, MOST_FIELDS, MOST_FILES, check_length
+from batchlab.api.files import MOST_BYTES, check_length, read
 from batchlab.costs.prices import PriceBook
 from batchlab.errors import Refused
 from batchlab.manager.manager import Manager
@@ -54,13 +54,16 @@ Page = Annotated[State, Depends(_state)]
 
 async def form_of(request: Request) -> FormData:
     """The request's form, read once."""
-    is_upload = request.url.path.endswith("/submit")
-    check_length(
+    kind = request.headers.get("content-type", "")
+    is_upload = request.url.path.endswith("/submit") and kind.startswith("multipart/")
+    size_bytes = check_length(
         request.headers.get("content-length"), MOST_BYTES if is_upload else MOST_FORM_BYTES
     )
-    return await request.form(
-        max_files=MOST_FILES if is_upload else 0, max_fields=MOST_FIELDS if is_upload else 10_000
-    )
+    if not is_upload:
+        return await request.form(max_files=0, max_fields=10_000)
+    if not hasattr(request.state, "form"):
+        request.state.form = await read(request, size_bytes)
+    return cast(FormData, request.state.form)
 
 
 async def _comes_from_a_form(request: Request, served: Given) -> None:
@@ -83,3 +86,8 @@ def field_of(form: FormData, name: str) -> str:
     """A text field, "" where it is missing."""
     value = form.get(name)
     return "" if value is None or isinstance(value, UploadFile) else value.strip()
+
+
+def is_sure(form: FormData) -> bool:
+    """Whether the form says that its sender has been asked, and wants it."""
+    return field_of(form, "sure") == "yes"

@@ -25,7 +25,7 @@ async def submit_page(request: Request) -> Response:
         "submit.html",
         here="submit",
         client_token=secrets.token_urlsafe(16),
-        most_mib=MOST_BYTES // 2**20,
+        most_gib=MOST_BYTES // 2**30,
         most_files=MOST_FILES,
     )
 

@@ -1,4 +1,4 @@
-"""How the page says things: durations, sizes, states, bars.
+"""How the page says things: what batchlab/words.py says, and states, bars, moments.
 
 Invariant: pure; what is returned as markup holds only what was escaped here.
 """
@@ -12,7 +12,10 @@ from urllib.parse import quote
 
 from markupsafe import Markup, escape
 
+from batchlab import words as in_words
+from batchlab.costs.money import Usd
 from batchlab.views import EtaView, JobView, StageView
+from batchlab.words import count as count
 
 _TICKS = re.compile(r"`([^`]+)`")
 _TONES = {
@@ -28,9 +31,10 @@ _TONES = {
     "Successful": "success",
     "Failed": "danger",
     "InProgress": "info",
-    "succeeded": "success",
-    "failed": "danger",
-    "cancelled": "secondary",
+    "REFUSED": "danger",
+    "active": "success",
+    "running": "primary",
+    "paused": "warning",
 }
 
 
@@ -40,33 +44,19 @@ def tone(state: str) -> str:
 
 
 def span(seconds: float | None) -> str:
-    """A duration: 0.3 ms, 40 ms, 3.2 s, 12 min 05 s, 3 h 20 min; "–" where there is none."""
-    if seconds is None:
-        return "–"
-    seconds = max(0.0, seconds)
-    if 0 < seconds < 0.00005:
-        return "<0.1 ms"
-    if 0 < seconds < 0.00995:
-        return f"{seconds * 1000:.1f} ms"
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 99.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 100:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
+    """A duration; "–" where there is none."""
+    return "–" if seconds is None else in_words.span(seconds)
 
 
 def number(value: float | None) -> str:
-    """A count with thin spaces between thousands; "–" where there is none."""
-    return "–" if value is None else f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    """A count, as 1,234,567; "–" where there is none."""
+    return "–" if value is None else f"{value:,.0f}"
 
 
-def count(value: int, noun: str) -> str:
-    """`1 task`, `2 tasks`."""
-    return f"{number(value)} {noun}" + ("" if value == 1 else "s")
+def amount(usd: Usd) -> tuple[str, str]:
+    """What is most likely, and where it is not certain from how much to how much."""
+    text, _, between = str(usd).partition(" (")
+    return text, between.removesuffix(")")
 
 
 def to_go(view: EtaView) -> tuple[str, str]:
@@ -77,13 +67,18 @@ def to_go(view: EtaView) -> tuple[str, str]:
     return band.removesuffix(" left"), beside
 
 
-def when(at_s: float | None) -> Markup:
-    """A moment, which the browser shows in its reader's zone."""
+def when(at_s: float | None, *, unless: str = "", before: str = "") -> Markup:
+    """A moment, which the browser shows in its reader's zone, with what stands `before` it; not
+    where that is the zone of `unless`."""
     if at_s is None:
         return Markup("–")
     at = datetime.fromtimestamp(at_s, UTC)
     machine, shown = at.isoformat(timespec="seconds"), at.strftime("%Y-%m-%d %H:%M:%S UTC")
-    return Markup('<local-time datetime="{}">{}</local-time>').format(machine, shown)
+    if not unless:
+        return Markup('<local-time datetime="{}">{}</local-time>').format(machine, shown)
+    return Markup('<local-time unless="{}" before="{}" datetime="{}">{}{}</local-time>').format(
+        unless, before, machine, before, shown
+    )
 
 
 def ticks(text: str) -> Markup:

@@ -52,7 +52,9 @@ class Beats:
         self._settings = settings
         self._due = asyncio.Event()
         self._number = 0
+        self._told: wire.Beat | None = None
         self.leaving = False
+        outbox.signs = self
 
     def due(self) -> None:
         """Something has changed: beat soon."""
@@ -62,33 +64,51 @@ class Beats:
         """Beat for ever: soon after a change, and now and then without one."""
         while True:
             beat = self._beat()
-            told: wire.Beat | None = None
             try:
                 await self._outbox.event(beat)
-                told = beat
+                self.heard(beat)
             except BackendError as error:
+                self._told = None
                 log.warning("no sign of life could be sent: %s", error)
             await asyncio.sleep(self._settings.beat_gap_s)
             with suppress(TimeoutError):
-                held = told is None or told.held
+                held = self._told is None or self._told.held
                 async with asyncio.timeout(
                     self._settings.beat_s if held else self._settings.idle_beat_s
                 ):
-                    await self._change(told)
+                    await self._change()
 
-    async def _change(self, told: wire.Beat | None) -> None:
+    async def _change(self) -> None:
         """Wait until there is something else to tell."""
         while True:
             await self._due.wait()
             # A bundle that ends as soon as it has begun is not worth a message.
             await asyncio.sleep(MOMENT_S)
             self._due.clear()
-            if told is None or (told.held, told.leaving) != (self._held(), self.leaving):
+            if self._is_news:
                 return
 
+    @property
+    def _is_news(self) -> bool:
+        told = self._told
+        return told is None or (told.held, told.leaving) != (self._held(), self.leaving)
+
+    def news(self) -> wire.Beat | None:
+        """See outbox.SignsOfLife."""
+        return self._beat() if self._is_news else None
+
+    def heard(self, beat: wire.Beat) -> None:
+        """See outbox.SignsOfLife."""
+        if self._told is None or self._told.number < beat.number:
+            self._told = beat
+
     async def last(self) -> None:
-        """Say that everything has been given back."""
-        await self._outbox.event(self._beat(gone=True))
+        """Say that everything has been given back, where somebody hears it."""
+        try:
+            await self._outbox.event(self._beat(gone=True))
+        except BackendError as error:
+            # It is so, and the fleet sees it too: no reason to end in an error.
+            log.warning("the last sign of life could not be sent: %s", error)
 
     def _held(self) -> tuple[wire.Held, ...]:
         return tuple(

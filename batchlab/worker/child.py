@@ -32,8 +32,8 @@ EXIT_PIPE_LOST = 81
 _PR_SET_PDEATHSIG = 1
 
 
-class Job(TypedDict):
-    """One request line: tasks in order, and how long further ones may be started."""
+class RequestLine(TypedDict):
+    """What a child is asked for at once: tasks in order, and how long further ones may start."""
 
     request: Request
     items: list[tuple[int, Any]]
@@ -64,7 +64,7 @@ class Child:
             line, rest = self._line(rest)
             if not line:
                 return
-            why = self._job(json.loads(line))
+            why = self._serve_line(json.loads(line))
             self._out.detach()
             self._check_requests()
             self._answer(f'["end","{why}"]')
@@ -79,14 +79,14 @@ class Child:
         line, _, rest = b"".join(pieces).partition(b"\n")
         return line, rest
 
-    def _job(self, job: Job) -> str:
-        left_s = job["left_s"]
+    def _serve_line(self, asked: RequestLine) -> str:
+        left_s = asked["left_s"]
         deadline_s = float("inf") if left_s is None else time.monotonic() + left_s
-        self._out.attach(job["log"], job["request"]["cwd"])
+        self._out.attach(asked["log"], asked["request"]["cwd"])
         log_at = self._out.size()
         self._board.mark(IMPORTING, time.monotonic(), log_at)
         try:
-            bench = Bench(job["request"])
+            bench = Bench(asked["request"])
         except handlers.Problem as problem:
             self._exit_if_forked()
             span = (log_at, self._out.settle(log_at))
@@ -95,9 +95,9 @@ class Child:
         self._exit_if_forked()
         # Taken after loading: what a module sets for itself stays.
         habits = Habits()
-        memory = Memory(job["memory_bytes"])
-        must_start = job["must_start"]
-        for task, item in job["items"]:
+        memory = Memory(asked["memory_bytes"])
+        must_start = asked["must_start"]
+        for task, item in asked["items"]:
             self._board.rest()
             now_s = time.monotonic()
             if not self._board.may_start(now_s):

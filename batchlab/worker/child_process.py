@@ -20,12 +20,11 @@ from typing import Any
 
 from batchlab.errors import BackendError
 from batchlab.worker.board import BOOTING, Board
-from batchlab.worker.child import EXIT_PIPE_LOST, Job
+from batchlab.worker.child import EXIT_PIPE_LOST, RequestLine
 from batchlab.worker.processes import kill_family
 
 _READ_BYTES = 1 << 18
 _REAP_STEP_S = 0.002
-_GATHER_S = 0.001
 _WORDS = (["ok"], ["failed"], ["import"], ["end"])
 
 
@@ -97,9 +96,9 @@ class ChildProcess:
 
     # --- Talking ---
 
-    def send(self, job: Job) -> None:
+    def send(self, line: RequestLine) -> None:
         """Hand over a request; what the pipe does not take at once follows by itself."""
-        self._unsent += json.dumps(job).encode() + b"\n"
+        self._unsent += json.dumps(line).encode() + b"\n"
         self._writable()
 
     def _writable(self) -> None:
@@ -113,15 +112,15 @@ class ChildProcess:
             self._unsent.clear()  # it is dead, which the end of its answers tells
         self._loop.remove_writer(self._requests)
 
-    async def answers(self, wait_s: float, *, gather: bool) -> list[Any]:
+    async def answers(self, wait_s: float, *, gather_s: float) -> list[Any]:
         """Lines that have come, [] where none has come within `wait_s` or the child has ended.
 
-        With `gather` those of a millisecond come together.
+        Those of `gather_s` since the last ones were read come together.
         """
         # A wake-up costs as much as ten tiny tasks.
         gap_s = self._loop.time() - self._read_s
-        if gather and gap_s < _GATHER_S:
-            await asyncio.sleep(_GATHER_S - gap_s)
+        if gap_s < gather_s:
+            await asyncio.sleep(gather_s - gap_s)
         if not self._read():
             await self._readable(_REAP_STEP_S if self._eof else wait_s)
             self._read()

@@ -56,20 +56,23 @@ def digest_of(code_key: str) -> str:
     return digest
 
 
-def pack(folder: Path, data: Collection[Path] = ()) -> bytes:
+def pack(folder: Path, data: Collection[Path] = (), most_bytes: int | None = None) -> bytes:
     """The files of `folder` as a zip, the same for the same content and modes.
 
     Caches, virtual environments, version control and folders that batchlab made stay out, and so
     does `data` (absolute paths): the job's input, which reaches the tasks by itself.
     UsageError for a link that leaves the folder, for what is neither file nor folder or cannot be
-    read, for a name that no worker would unpack, and beyond 512 MiB or 20,000 files.
+    read, for a name that no worker would unpack, and beyond `most_bytes` (512 MiB) or 20,000 files.
     """
     root = folder.resolve()
     if not root.is_dir():
-        raise UsageError(f"The code folder {folder} does not exist.")
+        raise UsageError(
+            f"The code folder {folder} does not exist.",
+            remedy="Name the folder that the job's code is in.",
+        )
     left_out = {path.resolve() for path in data}
     try:
-        return _packed(_chosen(folder, root, left_out), root)
+        return _packed(_chosen(folder, root, left_out, most_bytes or MAX_BYTES), root)
     except OSError as error:
         raise UsageError(
             f"{error.filename or folder} cannot be read: {error.strerror}.",
@@ -77,7 +80,7 @@ def pack(folder: Path, data: Collection[Path] = ()) -> bytes:
         ) from error
 
 
-def _chosen(folder: Path, root: Path, left_out: Collection[Path]) -> list[Path]:
+def _chosen(folder: Path, root: Path, left_out: Collection[Path], most_bytes: int) -> list[Path]:
     """The files to pack, in the order of their names."""
     files: list[Path] = []
     total = 0
@@ -86,10 +89,10 @@ def _chosen(folder: Path, root: Path, left_out: Collection[Path]) -> list[Path]:
             files.append(path)
             total += path.stat().st_size
         # Not at the end: it may be somebody's whole disk.
-        if len(files) > MAX_FILES or total > MAX_BYTES:
+        if len(files) > MAX_FILES or total > most_bytes:
             raise UsageError(
                 f"The code folder {folder} holds too much: "
-                f"the limits are {MAX_FILES} files and {MAX_BYTES / 2**20:.0f} MiB.",
+                f"the limits are {MAX_FILES} files and {most_bytes / 2**20:.0f} MiB.",
                 remedy="Keep data out of it: data is the job's input.",
             )
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())

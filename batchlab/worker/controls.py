@@ -15,6 +15,10 @@ from batchlab.errors import BackendError, NotFound
 from batchlab.model import Control, JobId
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming, wire
+from batchlab.worker.tails import ASKED_S
+
+CLOCKS_S = 60.0
+"""By so much the clocks of two machines may differ."""
 
 
 @dataclass(slots=True)
@@ -66,6 +70,12 @@ class Controls:
             if found is not None:
                 word = wire.word_from_bytes(found[0])
                 changed, tail = (word.control, found[1], False), word.tail
+                is_news = entry is not None and asked_s - entry.asked_s <= self._lease_s
+                if not is_news and word.tail_s is not None:
+                    # It may be of long ago. Where the clocks differ by more, whoever asks now is
+                    # heard the next time.
+                    old_s = self._clock.now_s() - word.tail_s
+                    tail *= abs(old_s) <= ASKED_S + CLOCKS_S
         except NotFound:
             is_new = is_new or (entry is not None and entry.is_new)
             if not is_new:

@@ -28,7 +28,8 @@ class Deeds:
 
     def news(self) -> Mapping[str, int]:
         """All of it, where there is something that was not told before."""
-        if self._counts == self._told:
-            return {}
-        self._told = dict(self._counts)
-        return self._told
+        return {} if self._counts == self._told else dict(self._counts)
+
+    def told(self, news: Mapping[str, int]) -> None:
+        """That has reached the manager's queue."""
+        self._told = news

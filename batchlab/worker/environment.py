@@ -138,7 +138,7 @@ async def of(objects: Objects, worker: str, patience: Patience) -> Environment |
 def to_json(environment: Environment) -> dict[str, Json]:
     return {
         "v": wire.VERSION,
-        **{name: getattr(environment, name) for name in environment.__slots__},
+        **wire.fields(environment),
     }
 
 

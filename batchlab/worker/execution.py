@@ -24,7 +24,7 @@ from batchlab.protocol.settle import LOSS_LIMIT
 from batchlab.worker import logs, materialise
 from batchlab.worker.bench import Request
 from batchlab.worker.board import IMPORTING
-from batchlab.worker.child import Job
+from batchlab.worker.child import RequestLine
 from batchlab.worker.child_process import ChildProcess, describe_crash, monotonic_s
 from batchlab.worker.children import Children
 from batchlab.worker.handlers import Fault, Problem, fault
@@ -37,6 +37,9 @@ T = TypeVar("T")
 Chunk = list[tuple[int, Json | Failure]]
 
 _UPLOADS = 4
+_GATHER_LEAST_S = 0.001
+_GATHER_MOST_S = 0.02
+_GATHER_PART = 1 / 4
 
 
 class Execution:
@@ -73,6 +76,8 @@ class Execution:
         self._pending: dict[int, Json] = {}
         """Those of `_left` whose inputs are here and that no child has ended yet."""
         self._started = False
+        self._pace_s = 0.0
+        """What a task took on average, of those that answered last."""
         self._barren = 0
         """Requests in a row that ended no task."""
         self._slain: Counter[int] = Counter()
@@ -203,7 +208,7 @@ class Execution:
         child, before = self._child, len(self._left)
         self._allow(child)
         child.send(
-            Job(
+            RequestLine(
                 request=request,
                 items=list(self._pending.items()),
                 log=str(self._log),
@@ -237,8 +242,9 @@ class Execution:
     async def _watch(self, child: ChildProcess) -> str:
         """Take its answers until it has no more; why that is, in one word."""
         while True:
-            # Once all tasks have answered there is only one word to come.
-            lines = await child.answers(self._limits.wait_s(child), gather=bool(self._pending))
+            wait_s = self._limits.wait_s(child)
+            gather_s = min(wait_s, self._gathering_s())
+            lines = await child.answers(wait_s - gather_s, gather_s=gather_s)
             if end := self._take(lines):
                 return end
             if child.spoilt and self._pending:
@@ -251,6 +257,13 @@ class Execution:
             if verdict := self._limits.broken(child):
                 return await self._lost(child, verdict)
             await self._cut_log(child)
+
+    def _gathering_s(self) -> float:
+        left_s = self._left_s()
+        if self._pending and (self._told or (left_s is not None and left_s < 2 * _GATHER_MOST_S)):
+            # What has ended or begun meanwhile would be given away with the rest, and run twice.
+            return _GATHER_LEAST_S
+        return gathering_s(len(self._pending), self._pace_s)
 
     def _allow(self, child: ChildProcess) -> None:
         # In the child's clock, which need not be ours.
@@ -337,6 +350,7 @@ class Execution:
             else:
                 self._end_one(line, batch)
         if batch:
+            self._pace_s = sum(ran.run_s for ran in batch) / len(batch)
             self.ended.put_nowait(batch)
         return why
 
@@ -396,6 +410,16 @@ class Execution:
             key = naming.log(self._work.bundle, self._work.execution)
             await self._objects.upload(key, self._log)
             self._handle.log = key
+
+
+def gathering_s(left: int, pace_s: float) -> float:
+    """How long answers come together while `left` tasks of about `pace_s` each have not answered.
+
+    A small part of the time to the last of them, so that a bundle's end is not slept through.
+    """
+    if not left:
+        return 0.0  # there is only one word to come
+    return min(_GATHER_MOST_S, max(_GATHER_LEAST_S, left * pace_s * _GATHER_PART))
 
 
 def _span_of(task: int, extra: dict[str, Any]) -> list[tuple[int, int, int]]:

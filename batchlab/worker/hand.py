@@ -38,7 +38,9 @@ class Hand:
     trace: str = ""
     """What is done for it goes below this, a traceparent; "" where its job is not traced."""
     marked_s: float | None = None
-    """When the running marker of a handed-over bundle was last refreshed."""
+    """When the running marker of a bundle that runs for long was last refreshed."""
+    handed_over: bool = False
+    """Its watchdog message is on the way."""
 
     @property
     def bundle(self) -> Bundle:

@@ -15,6 +15,7 @@ from batchlab.model import Bundle, BundleId, JobId, Json, Outcome, StageName, Ta
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import definition, naming, wire
+from batchlab.tasknames import task_name
 
 _PARTS_KEPT = 4
 
@@ -80,9 +81,8 @@ class Inputs:
                 offset = start - manifest.starts[number]
                 items = part[offset : offset + stop - start]
                 if not items:
-                    raise NoSuchTask(
-                        f"The plan of stage {bundle.stage} of job {bundle.job} has no task {start}."
-                    )
+                    name = task_name(bundle.stage, start)
+                    raise NoSuchTask(f"The plan of job {bundle.job} has no task {name}.")
                 found += [await self._gathered(job, i) if is_gather(i) else i for i in items]
                 start += len(items)
         return found

@@ -14,12 +14,12 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from batchlab.commit import address, commit, follow_ups, uncommitted
-from batchlab.errors import BackendError, NotFound
+from batchlab.commit import Addressed, address, commit, follow_ups, uncommitted
+from batchlab.errors import BackendError, NotFound, TooNew
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.model import Control, JobId, Json, Outcome, Ran
 from batchlab.patience import Patience
-from batchlab.ports import MAX_BATCH, Clock, Message, Notice, Notices, Objects, Queue
+from batchlab.ports import MAX_BATCH, Clock, Message, Notice, Notices, Objects, Outgoing, Queue
 from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.sizing import BUDGET_S
 from batchlab.tally import Tally
@@ -46,6 +46,11 @@ log = logging.getLogger(__name__)
 
 OUTAGE_S = 1.0
 """Wait before the next try of a receive that failed."""
+OTHERS_S = 30.0
+"""For so long what only a newer worker can run comes to none of the older ones."""
+
+HEAD_START_S = 0.01
+"""By so much what was waited for is ahead of the next receive, once every slot has something."""
 
 
 class Worker:
@@ -125,8 +130,10 @@ class Worker:
             await self._leave()
             for other in others:
                 other.cancel()
-        await self._beats.last()
-        await self._runner.close()
+        try:
+            await self._beats.last()
+        finally:
+            await self._runner.close()
 
     async def _leave(self) -> None:
         self._departure.hand_back()
@@ -142,6 +149,7 @@ class Worker:
                 self._room.clear()
                 await self._room.wait()
                 continue
+            asked_s = self._clock.monotonic_s()
             try:
                 messages = await self._queue.receive(
                     self._tasks_queue,
@@ -154,8 +162,21 @@ class Worker:
                 log.warning("no messages can be received: %s", error)
                 await asyncio.sleep(OUTAGE_S)
                 continue
-            for message in messages:
-                self._take(message, group)
+            # First what can be run here: a drain must find it in hand.
+            newer = [(one, why) for one in messages if (why := self._take(one, group))]
+            for message, why in newer:
+                await self._leave_to_others(message, why)
+            waited_s = self._clock.monotonic_s() - asked_s
+            if messages and self._are_busy and waited_s > HEAD_START_S:
+                # The queue was empty until now, so asking again would mostly find nothing, and hold
+                # up what is to run.
+                await asyncio.sleep(HEAD_START_S)
+
+    @property
+    def _are_busy(self) -> bool:
+        """Whether all slots have something to run."""
+        busy = sum(hand.slots for hand in self._hands.values() if not hand.committing)
+        return busy >= self._slots.total
 
     def _free_hands(self) -> int:
         """How many more messages may be in hand. What is being committed does not count against
@@ -164,14 +185,17 @@ class Worker:
         wanted = self._slots.total + self._prefetch - busy
         return min(wanted, 3 * self._slots.total + 1 - len(self._hands))
 
-    def _take(self, message: Message, group: asyncio.TaskGroup) -> None:
+    def _take(self, message: Message, group: asyncio.TaskGroup) -> TooNew | None:
+        """Take it in hand; what it is that only a newer worker can run."""
         try:
             task = wire.read_task_message(message.body)
+        except TooNew as error:
+            return error
         except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody's bytes
             # Not ours to judge: it comes back until it goes to the dead letters, where the
             # manager reports it.
             log.error("message %s is not a bundle: %s", message.id, error)
-            return
+            return None
         now_s = self._clock.monotonic_s()
         self._executions += 1
         execution = f"{self.who.worker}-{self._executions}"
@@ -180,6 +204,7 @@ class Worker:
         self._empty.clear()
         self._beats.due()
         group.create_task(self._hold(hand), name=f"bundle {task.bundle.id}")
+        return None
 
     async def _hold(self, hand: Hand) -> None:
         lines.about(hand)
@@ -199,6 +224,11 @@ class Worker:
             self._controls.watch(hand.bundle.job)
             watched = True
             await self._serve(hand)
+        except TooNew as error:
+            await self._suspects.withdraw(hand)
+            if hand.receipt is not None:  # else it is handed over, or somebody else's by now
+                hand.receipt = None
+                await self._leave_to_others(hand.message, error)
         except BackendError as error:
             # The message comes back by itself; sooner than its timeout, but not at once, since
             # whatever did not answer us needs a moment.
@@ -401,7 +431,9 @@ class Worker:
             # Follow-ups first, the event second: the manager may end a stage only when what follows
             # from it is on its way, and it learns of the follow-ups from this very event.
             await self._outbox.send(messages)
-            await self._outbox.event(outcome, trace)
+            # While something else runs here, the sign of life that comes with it can go along.
+            others = any(not (one.committing or one is hand) for one in self._hands.values())
+            await self._outbox.event(outcome, trace, hurry=not others)
         await self._delete(hand)
 
     async def _forward_again(self, hand: Hand, job: JobDef, outcome: Outcome) -> None:
@@ -415,6 +447,22 @@ class Worker:
         await self._delete(hand)
 
     # --- Ways not to run it ----------------------------------------------------------------------
+
+    async def _leave_to_others(self, message: Message, error: TooNew) -> None:
+        """What a later batchlab has sent is for a worker that knows it: there will be one, or this
+        one would not be here. It is sent again as it is, since receives would make it look like
+        poison; what others have received before keeps its count."""
+        log.warning("message %s is left for a newer worker: %s", message.id, error)
+        try:
+            if message.receive_count > 1:
+                wait = [(message.receipt, OTHERS_S)]
+                await self._queue.change_visibility(self._tasks_queue, wait)
+                return
+            copy = Outgoing(message.body, OTHERS_S)
+            await self._outbox.send([Addressed(self._tasks_queue, copy)])
+            await self._outbox.delete(self._tasks_queue, message.receipt)
+        except BackendError as problem:
+            log.warning("it comes back when its visibility runs out: %s", problem)
 
     async def _not_wanted(self, hand: Hand) -> bool:
         """Drop the message of a cancelled or paused job; its outstanding bundles are in the

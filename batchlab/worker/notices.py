@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 from batchlab.errors import BackendError
 from batchlab.ports import Clock, Notice, Notices
+from batchlab.waits import set_within
 from batchlab.worker.hand import Hand
 from batchlab.worker.slots import Slots
 
@@ -85,9 +86,7 @@ class Departure:
 
     async def over(self, empty: asyncio.Event) -> None:
         """Wait until nothing is in hand; what still runs when the time is up is ended."""
-        try:
-            await asyncio.wait_for(empty.wait(), self._left_s)
-        except TimeoutError:
+        if not await set_within(empty, self._left_s):
             self._end()
             await empty.wait()
 

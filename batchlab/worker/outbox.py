@@ -1,16 +1,19 @@
 """Group commit for everything a worker sends: calls that come together share one request.
 
 Invariant: a caller returns only when what it handed in has been accepted by the service. While
-one request is under way, what arrives waits and goes out together, so batching adds no delay.
+one request is under way, what arrives waits and goes out together, so batching adds no delay. An
+event that nobody is in a hurry for waits `LINGER_S` for another one to go with. What nobody waits
+for stays here until it has been accepted.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from batchlab.commit import Addressed, by_queue, send_to
 from batchlab.model import Outcome
@@ -29,8 +32,24 @@ EVENT_BYTES = 200_000
 """A completion larger than this (very many follows) is sent as a key to fetch."""
 TRACE_BYTES = 250
 """What a trace adds to an event, about."""
+DUPLICATES_AT_ONCE = 200
+"""Beside the events, as far as one message has room for them."""
+MOST_DUPLICATES = 2_000
+"""That wait to be told of."""
+
+LINGER_S = 0.02
 
 _Event = tuple[Outcome | wire.Beat, str]
+
+
+class SignsOfLife(Protocol):
+    """Beats that may go along with other events."""
+
+    def news(self) -> wire.Beat | None:
+        """A beat, where it would tell what has not been told."""
+
+    def heard(self, beat: wire.Beat) -> None:
+        """It has been told."""
 
 
 class _Group(Generic[T]):
@@ -40,10 +59,13 @@ class _Group(Generic[T]):
         self._flush = flush
         self._waiting: list[tuple[T, asyncio.Future[None]]] = []
         self._worker: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
 
-    async def put(self, entry: T) -> None:
+    async def put(self, entry: T, *, hurry: bool = True) -> None:
         done = asyncio.get_running_loop().create_future()
         self._waiting.append((entry, done))
+        if hurry:
+            self._hurry.set()
         if self._worker is None:
             self._worker = asyncio.create_task(self._run())
         await done
@@ -51,6 +73,11 @@ class _Group(Generic[T]):
     async def _run(self) -> None:
         try:
             while self._waiting:
+                if not self._hurry.is_set():
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(LINGER_S):
+                            await self._hurry.wait()
+                self._hurry.clear()
                 batch, self._waiting = self._waiting, []
                 try:
                     await self._flush([entry for entry, _ in batch])
@@ -86,6 +113,7 @@ class Outbox:
         self._deletes: dict[str, _Group[str]] = {}
         self._duplicates: list[wire.Duplicate] = []
         self._events: _Group[_Event] = _Group(self._flush_events)
+        self.signs: SignsOfLife | None = None
 
     async def send(self, messages: Sequence[Addressed]) -> None:
         """Send to whatever queues they are addressed to."""
@@ -98,14 +126,17 @@ class Outbox:
         group = self._deletes.setdefault(queue, _Group(partial(self._flush_deletes, queue)))
         await group.put(receipt)
 
-    async def event(self, event: Outcome | wire.Beat, trace: str = "") -> None:
+    async def event(
+        self, event: Outcome | wire.Beat, trace: str = "", *, hurry: bool = True
+    ) -> None:
         """Tell of a committed outcome, or a beat, on the events queue. `trace` is where the trace
-        of a bundle goes on."""
-        await self._events.put((event, trace))
+        of a bundle goes on. Without `hurry` it goes with the next one, if that comes soon."""
+        await self._events.put((event, trace), hurry=hurry)
 
     def met_twice(self, duplicate: wire.Duplicate) -> None:
-        """Tell of it along with the next event."""
-        self._duplicates.append(duplicate)
+        """Tell of it along with the next event; while none can be sent, of the first ones only."""
+        if len(self._duplicates) < MOST_DUPLICATES:
+            self._duplicates.append(duplicate)
 
     async def _flush_sends(self, queue: str, groups: Sequence[Sequence[Outgoing]]) -> None:
         messages = [m for group in groups for m in group]
@@ -116,19 +147,29 @@ class Outbox:
             await self._patience(partial(self._queue.delete, queue, receipts[i : i + MAX_BATCH]))
 
     async def _flush_events(self, events: Sequence[_Event]) -> None:
-        packed = _pack(events)
         beats = [one for one, _ in events if isinstance(one, wire.Beat)]
+        along = self.signs.news() if self.signs and not beats else None
+        if along:
+            events, beats = [*events, (along, "")], [along]
+        packed = _pack(events)
         if self._tally and beats and (made := self._tally.read()):
             last = beats[-1]
             asked = Asked(last.worker, last.instance, made, self._tally.is_spot)
             packed[-1] = replace(packed[-1], asked=(asked,))
-        told, self._duplicates = self._duplicates, []
-        if told:
-            packed[-1] = replace(packed[-1], duplicates=tuple(told))
-        if self._deeds and beats and (done := self._deeds.news()):
-            packed[-1] = replace(packed[-1], told=(wire.Told(beats[-1].worker, done),))
+        duplicates = self._duplicates[:DUPLICATES_AT_ONCE]
+        if duplicates:
+            packed[-1] = replace(packed[-1], duplicates=tuple(duplicates))
+        deeds = self._deeds.news() if self._deeds and beats else {}
+        if deeds:
+            packed[-1] = replace(packed[-1], told=(wire.Told(beats[-1].worker, deeds),))
         bodies = [Outgoing(wire.events_message(e)) for e in packed]
         await send_to(self._queue, naming.EVENTS, bodies, self._patience)
+        # Only now. What is told twice counts once.
+        del self._duplicates[: len(duplicates)]
+        if self._deeds and deeds:
+            self._deeds.told(deeds)
+        if along and self.signs:
+            self.signs.heard(along)
 
 
 def _pack(events: Sequence[_Event]) -> list[wire.Events]:
@@ -159,7 +200,8 @@ def _pack(events: Sequence[_Event]) -> list[wire.Events]:
 def _one(event: Outcome | wire.Beat) -> tuple[wire.Events, int]:
     """A single event, and about how many bytes it takes."""
     if isinstance(event, wire.Beat):
-        return wire.Events(beats=(event,)), 200 + 200 * len(event.held)
+        held = sum(200 + len(one.receipt or "") for one in event.held)
+        return wire.Events(beats=(event,)), 200 + held
     if len(event.values) <= WHOLE_VALUES:
         length = len(wire.dumps(wire.outcome_to_json(event)))
         if length <= WHOLE_BYTES:

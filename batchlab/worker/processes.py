@@ -16,6 +16,8 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class Process(NamedTuple):
+    """A process of this machine, and how much of its memory it holds."""
+
     pid: int
     parent: int
     group: int

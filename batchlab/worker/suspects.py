@@ -12,7 +12,6 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import partial
 
 from batchlab.commit import commit, committed
@@ -21,6 +20,7 @@ from batchlab.model import Bundle, Outcome
 from batchlab.patience import Patience
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming, settle, wire
+from batchlab.waits import set_within
 from batchlab.worker.hand import Hand
 
 log = logging.getLogger(__name__)
@@ -108,8 +108,7 @@ class Suspects:
         before = await self._starts(bundle)
         if len(before) < settle.LOSS_LIMIT:
             return len(before)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._leaving.wait(), self._stale_s)
+        await set_within(self._leaving, self._stale_s)
         after = await self._starts(bundle)
         dead = [one for one, seen in before.items() if one != self._worker and after[one] == seen]
         if len(dead) < settle.LOSS_LIMIT or self._leaving.is_set():

@@ -2,7 +2,8 @@
 
 Invariant: nobody pays where nobody looks. A request comes with the control object, which a worker
 reads anyway, and holds for ASKED_S; meanwhile a worker makes one PUT per step at the most, and none
-where nothing new was printed. No clock is compared: the time counts from when the worker saw it.
+where nothing new was printed. The time counts from when the worker saw it; clocks are compared, and
+roughly, only to tell what a worker meets that has not looked at the job before (see controls).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchlab.errors import BackendError
-from batchlab.model import JobId, Json
+from batchlab.model import JobId
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming, wire
 from batchlab.worker import logs
@@ -139,11 +140,7 @@ def _tail(hand: Hand, most: int) -> Tail | None:
 
 
 def to_bytes(tails: list[Tail]) -> bytes:
-    return wire.to_bytes({"v": wire.VERSION, "tails": [_to_json(one) for one in tails]})
-
-
-def _to_json(tail: Tail) -> dict[str, Json]:
-    return {name: getattr(tail, name) for name in tail.__slots__}
+    return wire.to_bytes({"v": wire.VERSION, "tails": [wire.fields(one) for one in tails]})
 
 
 def from_bytes(data: bytes) -> list[Tail]:

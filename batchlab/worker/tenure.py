@@ -54,11 +54,15 @@ class Tenure:
         while True:
             await asyncio.sleep(self._settings.visibility_s / 6)
             try:
-                await self._hand_over_old(job_of)
                 await self._extend()
             except BackendError as error:
                 # The next tick tries again; two thirds of the timeout are still left.
                 log.warning("visibility could not be extended: %s", error)
+            for hand in list(self._hands.values()):
+                try:
+                    await self._hand_over(hand, job_of)
+                except BackendError as error:
+                    log.warning("what runs for long is not handed over yet: %s", error)
 
     async def _extend(self) -> None:
         now_s = self._clock.monotonic_s()
@@ -82,27 +86,28 @@ class Tenure:
                         # Somebody else may have it now. Work goes on: the commit decides.
                         hand.receipt = None
 
-    async def _hand_over_old(self, job_of: Callable[[JobId], Awaitable[JobDef]]) -> None:
+    async def _hand_over(self, hand: Hand, job_of: Callable[[JobId], Awaitable[JobDef]]) -> None:
         now_s = self._clock.monotonic_s()
-        for hand in list(self._hands.values()):
-            if hand.marked_s is not None:
-                if now_s - hand.marked_s >= self._settings.marker_s:
-                    await self._mark(hand)
-            elif now_s - hand.received_s >= self._settings.hand_over_s:
-                await self._mark(hand)
-                job = await job_of(hand.bundle.job)
-                message = address(
-                    job,
-                    hand.bundle,
-                    delay_s=self._settings.watchdog_s,
-                    now_s=self._clock.now_s(),
-                    watchdog=True,
-                    trace=hand.trace,
-                )
-                await self._outbox.send([message])
-                receipt, hand.receipt = hand.receipt, None
-                if receipt is not None:
-                    await self._outbox.delete(hand.queue, receipt)
+        if now_s - hand.received_s < self._settings.hand_over_s:
+            return
+        if hand.marked_s is None or now_s - hand.marked_s >= self._settings.marker_s:
+            await self._mark(hand)
+        if hand.handed_over:
+            return
+        job = await job_of(hand.bundle.job)
+        message = address(
+            job,
+            hand.bundle,
+            delay_s=self._settings.watchdog_s,
+            now_s=self._clock.now_s(),
+            watchdog=True,
+            trace=hand.trace,
+        )
+        await self._outbox.send([message])
+        hand.handed_over = True
+        receipt, hand.receipt = hand.receipt, None
+        if receipt is not None:
+            await self._outbox.delete(hand.queue, receipt)
 
     async def _mark(self, hand: Hand) -> None:
         worker = hand.execution

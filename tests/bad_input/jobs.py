@@ -250,7 +250,7 @@ INPUT = [
     Job(
         "100 MB record",
         "has a record of 100 MB among small ones",
-        "task 0 of stage one: TypeError: object of type 'int' has no len()",
+        "task one/0: TypeError: object of type 'int' has no len()",
         both(items(b'1\n"' + b"x" * 100_000_000 + b'"\n[2]\n'), calls("length")),
         kept={"one": [100_000_000, 1]},
     ),
@@ -300,7 +300,7 @@ FAN_IN = [
     Job(
         "gather over failed",
         "gathers the results of a stage of which a task failed",
-        "1 task failed (1 of 3 in stage one); task 1 of stage one: ValueError: no twos",
+        "1 task failed (1 of 3 in stage one); task one/1: ValueError: no twos",
         both(calls("fails_for_two"), more(ALL)),
         kept={"all": []},
     ),
@@ -319,7 +319,7 @@ FAN_IN = [
     Job(
         "gather by",
         "gathers by a field that no result has",
-        "Stage all gathers by 'region', but the result of task 0 of stage one has no such field",
+        "Stage all gathers by 'region', but the result of task one/0 has no such field",
         more(ALL.replace("gather: all", "gather: {by: region}")),
         kept={"all": []},
     ),

@@ -25,7 +25,13 @@ _FORKS = multiprocessing.get_context("forkserver")
 _TURN = threading.Lock()
 """Whoever starts a process asks about all that there are; of two threads that ask about one at the
 same time the second is told 255."""
-_FORKS.set_forkserver_preload(["batchlab.cli.app", "batchlab.spec", "batchlab.submission"])
+_COMMANDS = ("running", "jobs", "grid", "scenario", "schedule", "report", "cost", "admin")
+_FORKS.set_forkserver_preload(
+    [
+        *("batchlab.cli.app", "batchlab.spec", "batchlab.submission"),
+        *(f"batchlab.cli.{name}" for name in _COMMANDS),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)

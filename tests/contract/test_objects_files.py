@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from obstore.store import S3Store
 
+from batchlab.adapters import folders
 from batchlab.adapters.objects import ObstoreObjects, open_local
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Throttled, Unreachable
 
@@ -146,6 +147,30 @@ def test_objects_on_files_may_be_read_in_place(tmp_path: Path) -> None:
         assert path.read_bytes() == b"content"
 
     asyncio.run(check())
+
+
+def test_two_calls_that_fetch_to_one_place_do_not_write_into_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose caller was cancelled goes on in its thread, beside the next one."""
+    both, copy, staged = threading.Barrier(2, timeout=10.0), folders.copy_out, set[Path]()
+
+    def copy_out(source: Path, target: Path) -> None:
+        staged.add(target)
+        copy(source, target)
+        both.wait()
+
+    async def act() -> None:
+        objects = open_local(tmp_path / "bucket")
+        await objects.put("functions/f", b"whole")
+        monkeypatch.setattr(folders, "copy_out", copy_out)
+        calls = [objects.download("functions/f", tmp_path / "f") for _ in range(2)]
+        assert await asyncio.gather(*calls) == [5, 5]
+
+    asyncio.run(act())
+    assert len(staged) == 2
+    assert (tmp_path / "f").read_bytes() == b"whole"
+    assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -513,4 +513,4 @@ def test_a_person_reads_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("Recommended:", "drain target", "pre-warm", "◆", "┊", "P50", "pools:", "Assumed:"):
         assert part in told
     assert "Spot wave of its own" not in told
-    assert output.lines(told) == told
+    assert output.visible(told) == told

@@ -24,11 +24,12 @@ from batchlab.adapters.sim.launcher import MemoryState, SimLauncher
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.adapters.sim.queue import SimQueue
 from batchlab.adapters.sql import open_memory
-from batchlab.api import create_app, listen
+from batchlab.api import create_app
 from batchlab.client import Client
 from batchlab.commit import commit
 from batchlab.fleet.group import ManagedFleet
 from batchlab.jobdef import InputDef, JobDef, RetryRule, StageDef
+from batchlab.listening import listen
 from batchlab.manager.live import LiveJob, ManagerSettings, Outstanding, Ports
 from batchlab.manager.manager import Manager
 from batchlab.model import Failure, FailureKind, JobId, Pool, Ran, StageName

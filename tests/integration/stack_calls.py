@@ -7,7 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tests.ministack_aws import Plane
+from tests.ministack_aws import ACCOUNT, REGION, Plane
+
+TOPIC = f"arn:aws:sns:{REGION}:{ACCOUNT}:told"
+OTHER_TOPIC = f"arn:aws:sns:{REGION}:{ACCOUNT}:somebody-elses"
 
 
 @dataclass
@@ -126,11 +129,17 @@ MANAGER_MAY: dict[str, Call] = {
     "fetch the release": lambda it: it.get("boot/a.tar.gz"),
     "read logs": lambda it: it.get("logs/j/s/0"),
     "read results": lambda it: it.get("files/j/s/0"),
+    "take in the code of a job that comes by the page": lambda it: it.put("code/m.zip"),
+    "take in its input": lambda it: it.put("raw/m/0"),
+    "take that in by parts": lambda it: multipart(it, "raw/m/big"),
     "admit a job": lambda it: it.put("jobs/m/spec.json", IfNoneMatch="*"),
     "change its control word": lambda it: it.put("jobs/m/control.json"),
     "plan": lambda it: it.put("jobs/m/s/plan/0000/manifest.json", IfNoneMatch="*"),
     "fail a dead letter": lambda it: it.put("jobs/m/s/outcomes/ab/b.json", IfNoneMatch="*"),
     "list jobs": lambda it: it.s3.list_objects_v2(Bucket=it.bucket, Prefix="jobs/"),
+    "decide on a schedule": lambda it: it.put("grid/schedules/s.json", IfNoneMatch="*"),
+    "note who is to be told": lambda it: it.put("grid/notifications.json"),
+    "write a report": lambda it: it.put("reports/m/report.json"),
     "send tasks": lambda it: it.sqs.send_message(QueueUrl=it.queue("PoolTasks"), MessageBody="m"),
     "see depths": lambda it: it.sqs.get_queue_attributes(
         QueueUrl=it.queue("PoolTasks"), AttributeNames=["All"]
@@ -152,6 +161,7 @@ MANAGER_MAY: dict[str, Call] = {
     ),
     "let a worker in": lambda it: complete(it, "batchlab-pool-default"),
     "know the token": lambda it: it.secretsmanager.get_secret_value(SecretId=it.ids["TokenSecret"]),
+    "tell a topic that is named": lambda it: it.sns.publish(TopicArn=TOPIC, Message="m"),
     "log": lambda it: log_line(it, "manager"),
 }
 
@@ -218,6 +228,7 @@ WORKER_MUST_NOT: dict[str, Call] = {
     "know the token": lambda it: it.secretsmanager.get_secret_value(SecretId=it.ids["TokenSecret"]),
     "know another secret": lambda it: it.secretsmanager.get_secret_value(SecretId="somebody-elses"),
     "read a parameter": lambda it: it.ssm.get_parameter(Name="/somebody/elses"),
+    "tell a topic": lambda it: it.sns.publish(TopicArn=TOPIC, Message="m"),
     "give itself more": lambda it: it.iam.put_role_policy(
         RoleName=it.ids["WorkerRole"], PolicyName="more", PolicyDocument="{}"
     ),
@@ -235,12 +246,12 @@ WORKER_MUST_NOT: dict[str, Call] = {
 }
 
 MANAGER_MUST_NOT: dict[str, Call] = {
-    "change code": lambda it: it.put("code/a.zip"),
     "change the release": lambda it: it.put("boot/a.tar.gz"),
     "write files": lambda it: it.put("files/j/s/0"),
     "delete an outcome": lambda it: it.s3.delete_object(
         Bucket=it.bucket, Key="jobs/j/s/outcomes/ab/b1.json"
     ),
+    "tell another topic": lambda it: it.sns.publish(TopicArn=OTHER_TOPIC, Message="m"),
     "delete the bucket": lambda it: it.s3.delete_bucket(Bucket=it.bucket),
     "read another bucket": lambda it: it.s3.get_object(Bucket="somebody-elses", Key="a"),
     "send events": lambda it: it.sqs.send_message(

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from batchlab import views
-from batchlab.api import common, listen
+from batchlab import viewing
+from batchlab.api import common, door, logs
 from batchlab.client import Client
 from batchlab.errors import (
     BackendError,
@@ -26,6 +26,7 @@ from batchlab.errors import (
     UsageError,
 )
 from batchlab.jobdef import RetryRule, StageDef
+from batchlab.listening import listen
 from batchlab.manager.live import LiveJob
 from batchlab.model import Control, GroupView, JobId, Pool, StageName
 from batchlab.protocol import naming, wire
@@ -238,7 +239,7 @@ def test_a_wait_beyond_the_longest_is_refused(rig: Rig) -> None:
 
 
 def test_a_bug_is_answered_with_a_sentence_too(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "queue_view", None)
+    monkeypatch.setattr(viewing, "queue_view", None)
     with pytest.raises(BackendError, match="The manager failed: TypeError"):
         rig.client.grid()
 
@@ -449,6 +450,29 @@ def test_logs_are_handed_out_as_they_come(rig: Rig) -> None:
     assert (one["ended"], [log["task"] for log in one["logs"]]) == (True, [2])
 
 
+def test_an_answer_holds_only_so_much_of_logs_and_says_what_it_leaves_out(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = rig.submit(job(tasks=4, bundle=2))
+    rig.work(name, 2)
+    size = len("task 0, try 1\n")
+    monkeypatch.setattr(logs, "MOST_BYTES", size * 3)
+    texts = {log["task"]: log["text"] for log in rig.client.logs(name)}
+    assert [texts[n] for n in (0, 1, 2)] == [f"task {n}, try 1\n" for n in (0, 1, 2)]
+    assert "left out" in texts[3]
+    monkeypatch.setattr(logs, "MOST_BYTES", size)
+    assert [log["text"] for log in rig.client.logs(name, task=3)] == ["task 3, try 1\n"]
+    monkeypatch.setattr(logs, "MOST_BYTES", size * 2)
+    # Whoever follows gets the rest in the next answer.
+    followed: list[str] = []
+    seq = None
+    while not (page := rig.client.logs_after(name, seq))["ended"] and page["logs"]:
+        assert len(page["logs"]) == 2
+        followed += [log["text"] for log in page["logs"]]
+        seq = page["seq"]
+    assert sorted(followed) == [f"task {n}, try 1\n" for n in range(4)]
+
+
 def test_tails_are_asked_for_by_the_word_that_workers_read(rig: Rig) -> None:
     name = rig.submit(job(tasks=2))
     bundles = rig.outstanding(name, 2)
@@ -462,7 +486,7 @@ def test_tails_are_asked_for_by_the_word_that_workers_read(rig: Rig) -> None:
     ]
     rig.run(rig.objects.put(naming.tail(JobId(name), "w-1"), to_bytes(tails)))
     rig.until(lambda: rig.client.tails(name)["tails"], "the tails")
-    assert word() == wire.Word(Control.RUN, tail=1)
+    assert replace(word(), tail_s=None) == wire.Word(Control.RUN, tail=1)
     # However many ask, and however often.
     for _ in range(20):
         rig.client.tails(name)
@@ -606,7 +630,7 @@ def test_why_follows_a_job_through_its_life(rig: Rig) -> None:
     rig.work(name, 1, bad=[0])
     answer = rig.client.why(name)
     assert "1 task waits for its retry, next due in 10 min" in answer
-    assert "stage sum waits for stage map (0 of 1 tasks terminal)" in answer
+    assert "stage sum waits for stage map (0 of 1 tasks ended)" in answer
 
 
 def test_why_tells_that_instances_cannot_be_launched() -> None:
@@ -682,3 +706,18 @@ def test_of_a_request_without_the_token_no_body_is_read(rig: Rig, given: dict[st
     assert read == []
     assert asyncio.run(asked({"Authorization": f"Bearer {TOKEN}"})) == 422
     assert read
+
+
+def test_a_body_that_is_read_as_a_whole_has_a_limit(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "MOST_BYTES", 2**20)
+
+    def chunks() -> Iterator[bytes]:
+        yield from [b"[" * 2**18] * 5
+
+    head = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+    answer = rig.http.post("/v1/jobs", content=chunks(), headers=head)
+    assert answer.status_code == 413
+    assert "up to 1 MiB" in answer.json()["error"]
+    assert post(rig, "/v1/jobs", {"tags": "x" * 2**19}).status_code == 422

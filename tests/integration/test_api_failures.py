@@ -153,9 +153,9 @@ def test_a_choice_of_what_has_not_failed_is_refused(rig: Rig) -> None:
     name = rig.submit(job(token="wrong", tasks=3))
     rig.work(name, 3, bad=[0])
     rig.ended(name)
-    with pytest.raises(Refused, match=r"Task 1 of stage map .* has not failed"):
+    with pytest.raises(Refused, match=r"Task map/1 of job .* has not failed"):
         rig.client.retry(name, tasks={"map": [(0, 2)]})
-    with pytest.raises(Refused, match="Task 0 of stage nowhere"):
+    with pytest.raises(Refused, match="Task nowhere/0 of job"):
         rig.client.retry(name, tasks={"nowhere": [(0, 1)]})
     with pytest.raises(Refused, match="fingerprint 'x'"):
         rig.client.retry(name, fingerprints=["x"])
@@ -214,7 +214,7 @@ def test_of_a_task_that_was_tried_twice_the_last_try_counts(rig: Rig) -> None:
 def test_a_task_that_nothing_tells_of_is_not_found(rig: Rig) -> None:
     name = rig.submit(job(token="untold", tasks=1))
     for stage, task in (("map", 0), ("map", 5), ("nowhere", 0)):
-        with pytest.raises(NotFound, match=f"task {task} of stage {stage}"):
+        with pytest.raises(NotFound, match=f"task {stage}/{task} of job"):
             rig.client.task(name, stage, task)
     with pytest.raises(UsageError):
         rig.client.task(name, "map", -1)

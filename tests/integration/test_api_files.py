@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,12 @@ from typing import Any
 import httpx
 import pytest
 
+from batchlab import viewing
+from batchlab.api import archive, upload
 from batchlab.api import files as api
 from batchlab.model import JobId
 from batchlab.protocol import naming, wire
-from tests.integration.api_rig import TOKEN, Rig, job
+from tests.integration.api_rig import TOKEN, Rig, job, later
 
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
 JOB = """\
@@ -175,6 +178,48 @@ def test_an_upload_says_how_long_it_is_and_is_not_too_long(
     assert "job submit" in answer.json()["remedy"]
 
 
+def test_an_upload_is_on_the_disk_while_it_comes_and_there_must_be_room(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in memory nor in as many open files: a part of it is either."""
+    most_open = 0
+    write = upload._File.write
+
+    def watched(self: upload._File, data: bytes) -> int:
+        nonlocal most_open
+        most_open = max(most_open, len(list(Path("/proc/self/fd").iterdir())))
+        return write(self, data)
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    monkeypatch.setattr(upload._File, "write", watched)
+    many = [(f"sums/data/{number}.txt", "1\n" * 1000) for number in range(200)]
+    assert send(rig, [*FILES, *many]).status_code == 201
+    assert most_open < before + 20
+    monkeypatch.setattr(upload, "KEPT_FREE_BYTES", 2**62)
+    answer = send(rig)
+    assert answer.status_code == 422
+    assert "no room" in answer.json()["error"]
+    assert "job submit" in answer.json()["remedy"]
+
+
+def test_code_that_is_sent_to_the_manager_has_a_limit(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "MOST_CODE_BYTES", 1000)
+    data = ("sums/data/b.txt", "1\n" * 5000)
+    assert send(rig, [*FILES, data]).status_code == 201, "data is not code"
+    answer = send(rig, [*FILES, ("sums/model.bin", "x" * 5000)])
+    assert answer.status_code == 422
+    assert "The code folder" in answer.json()["error"]
+    assert "batchlab-upload" not in answer.text
+
+
+def test_a_field_is_no_way_around_it(rig: Rig) -> None:
+    answer = send(rig, job_file="x" * 100_000)
+    assert answer.status_code == 400
+    assert "maximum size" in answer.json()["error"]
+
+
 # --- Results -------------------------------------------------------------------------------------
 
 
@@ -202,7 +247,116 @@ def test_an_archive_of_a_stage_that_there_is_not_leaves_nothing(rig: Rig) -> Non
 
 def test_an_archive_leaves_room_on_the_disk(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     name = rig.submit(job(token="room", tasks=1))
-    monkeypatch.setattr(api, "KEPT_FREE_BYTES", 2**62)
+    monkeypatch.setattr(upload, "KEPT_FREE_BYTES", 2**62)
     answer = rig.http.get(f"/v1/jobs/{name}/results", headers=AUTH)
     assert answer.status_code == 422
     assert "job results" in answer.json()["remedy"]
+
+
+FILE = {"$file": "files/x", "name": "x", "size": 1}
+VALUE = {"$value": "files/v"}
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[Rig]:
+    with Rig() as made:  # of its own, as above
+        yield made
+
+
+def forged(rig: Rig, token: str, value: Any, **objects: bytes) -> str:
+    """A job whose only result is `value`, in its outcome: a task can write there what it likes."""
+    name = rig.submit(job(token=token, tasks=1))
+    rig.work(name, 1)
+    rig.ended(name)
+    (row,) = rig.run(rig.ledger.bundles(JobId(name), done=True))
+    key = viewing.outcome_view(row)["key"]
+    outcome = wire.loads(rig.run(rig.objects.get(key)))
+    assert outcome["values"] == [0]
+    rig.run(rig.objects.put(key, wire.to_bytes({**outcome, "values": [value]})))
+    for last, data in objects.items():
+        rig.run(rig.objects.put(f"files/{last}", data))
+    return name
+
+
+def fetched(rig: Rig, name: str) -> httpx.Response:
+    return rig.http.get(f"/v1/jobs/{name}/results", headers=AUTH)
+
+
+def test_an_archive_is_no_larger_than_its_budget_whatever_a_result_says(
+    grid: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(archive, "MOST_VALUE_BYTES", 1000)
+    small = forged(grid, "small", [FILE, VALUE], x=b"x" * 9000, v=b'"fits"')
+    assert fetched(grid, small).status_code == 200
+    often = forged(grid, "often", [VALUE] * 1000, v=b'"%s"' % (b"v" * 900))
+    assert fetched(grid, often).status_code == 422
+    large = forged(grid, "large", FILE, x=b"x" * 11_000)
+    monkeypatch.setattr(grid.objects, "download", None)  # it is refused before it is read
+    answer = fetched(grid, large)
+    assert answer.status_code == 422
+    assert answer.json()["error"] == (
+        "The job has more than 9.8 KiB of results, too much for an archive."
+    )
+    assert "`batchlab job results` fetches them" in answer.json()["remedy"]
+
+
+@pytest.mark.parametrize(
+    "value", [VALUE, [VALUE, {"$value": "files/w"}]], ids=["one", "several of one result"]
+)
+def test_a_value_is_read_no_further_than_memory_is_granted(
+    grid: Rig, monkeypatch: pytest.MonkeyPatch, value: Any
+) -> None:
+    monkeypatch.setattr(archive, "MOST_VALUE_BYTES", 1000)
+    size = 1100 if value is VALUE else 600
+    data = json.dumps("v" * (size - 2)).encode()
+    name = forged(grid, f"value-{size}", value, v=data, w=data)
+    monkeypatch.setattr(grid.objects, "get", _no_whole(grid.objects.get))
+    answer = fetched(grid, name)
+    assert answer.status_code == 422
+    assert "without being a file" in answer.json()["error"]
+    assert "job results" in answer.json()["remedy"]
+
+
+def _no_whole(get: Any) -> Any:
+    async def only_of_ours(key: str) -> bytes:
+        assert not key.startswith("files/"), "read whole, whatever its size"
+        found: bytes = await get(key)
+        return found
+
+    return only_of_ours
+
+
+def test_a_part_ends_where_its_file_does(grid: Rig) -> None:
+    part = {"$part": "files/x", "start": 2, "stop": 10**15, "header": None, "name": "x"}
+    name = forged(grid, "part", part, x=b"0123")
+    answer = fetched(grid, name)
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as zipped:
+        assert zipped.read(f"{name}/files/map/0/x") == b"23"
+
+
+def test_one_archive_is_made_at_a_time(grid: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = forged(grid, "turns", 1)
+    begun, go_on = threading.Event(), threading.Event()
+    pack = archive._pack
+
+    def slowly(*arguments: Any) -> Path:
+        begun.set()
+        assert go_on.wait(10)
+        return pack(*arguments)
+
+    monkeypatch.setattr(archive, "_pack", slowly)
+    first = later(lambda: httpx.get(f"{grid.url}/v1/jobs/{name}/results", headers=AUTH))
+    assert begun.wait(10)
+    with monkeypatch.context() as hurried:
+        hurried.setattr(archive, "WAITS_S", 0.05)
+        refused = fetched(grid, name)
+    go_on.set()
+    assert first().status_code == 200
+    assert refused.status_code == 503
+    assert "one at a time" in refused.json()["error"]
+    assert "job results" in refused.json()["remedy"]
+    assert fetched(grid, name).status_code == 200
+    # One that fails does not keep the place either.
+    assert fetched(grid, "nowhere").status_code == 404
+    assert fetched(grid, name).status_code == 200

@@ -217,4 +217,7 @@ def test_templates_that_are_none_are_told_in_a_sentence(tmp_path: Path) -> None:
         [*argv, "--templates", str(file)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
-    assert done.stderr == f"Error: {file} cannot be read: No such file or directory.\n"
+    assert done.stderr == (
+        f"Error: {file} cannot be read: No such file or directory.\n"
+        "  Name a file that is there and can be read.\n"
+    )

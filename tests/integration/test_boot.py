@@ -229,6 +229,11 @@ def check_box(there: Fleet, instance: str, role: str) -> None:
     assert lines["Uid"].split()[0] == uid
     assert (lines["NoNewPrivs"], int(lines["CapEff"], 16)) == ("1", 0)
     assert not there.run(instance, "sh", "-c", "ls -d /opt/batchlab/current/venv 2>/dev/null")
+    if role == "manager":
+        # On the disk, and where it may write.
+        assert "TMPDIR=/var/tmp" in box["Config"]["Env"]
+        (place,) = (one for one in box["Mounts"] if one["Destination"] == "/var/tmp")
+        assert (place["Type"], place["RW"]) == ("volume", True)
 
 
 def check_pulls(asked: list[str], times: int) -> None:

@@ -205,7 +205,7 @@ def test_a_failed_job_says_what_failed_and_keeps_what_succeeded(cli: Cli) -> Non
     code, out, _ = cli("run", "job.yaml", "--out", "out", "--keep-up")
     assert code == 1
     assert "5 tasks, 2 failed" in out
-    assert re.search(r"work\[[23]\] exception: .*number [23] is bad", out)
+    assert re.search(r"work/[23] exception: .*number [23] is bad", out)
     assert numbers(cli.folder / "out") == [0, 1, 4]
 
     code, out, _ = cli("job", "failures", "last")
@@ -234,7 +234,7 @@ def test_a_grid_that_is_up_serves_every_command(cli: Cli) -> None:
     assert [one["id"] for one in json.loads(out)] == [job]
     assert job in cli("job", "show", "last")[1]
     assert "SUCCEEDED" in cli("job", "why", "numbers")[1]
-    assert "worked on 3" in cli("job", "logs", job, "--task", "3")[1]
+    assert "worked on 3" in cli("job", "logs", job, "3")[1]
     code, out, _ = cli("job", "results", job, "--out", "mine")
     assert code == 0
     assert numbers(cli.folder / "mine") == list(range(6))

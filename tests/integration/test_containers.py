@@ -38,6 +38,9 @@ def test_a_grid_comes_works_with_the_aws_cli_and_leaves_nothing(tmp_path: Path) 
         for one in services:
             check_restraint(one)
         assert {name_of(one) for one in services} == {"localstack", "postgres", *OURS}
+        # On the disk, and where it may write.
+        ask = ("python", "-c", "import tempfile; print(tempfile.gettempdir())")
+        assert checked("exec", f"{at.project}-manager-1", *ask).strip() == "/var/tmp"
         batchlab("doctor", "--backend", "localstack", "--home", home.path)
         desired_capacity_makes_containers(at)
         batchlab("gc")  # what is in use is no orphan

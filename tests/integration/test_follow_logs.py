@@ -91,23 +91,23 @@ def test_what_tasks_print_is_seen_while_they_run(
     failed = Following(grid, job, "--failed", "--follow", "--json")
     # Neither has ended.
     assert {everything.line(), everything.line()} == {
-        "talk[0] | hello from good",
-        "talk[1] | hello from bad",
+        "talk/0 | hello from good",
+        "talk/1 | hello from bad",
     }
-    assert one.line() == "talk[1] | hello from bad"
+    assert one.line() == "talk/1 | hello from bad"
     one.interrupt()
     code, rest, err = one.end()
     assert (code, list(rest)) == (130, [])
     assert "Traceback" not in err
     (tmp_path / "gates" / "bad").touch()
-    assert everything.line() == "talk[1] | and good-bye"
+    assert everything.line() == "talk/1 | and good-bye"
     lines = [json.loads(failed.line()) for _ in range(2)]
     assert [line["line"] for line in lines] == ["hello from bad", "and good-bye"]
     ids = {"job": job, "stage": "talk", "task": 1, "attempt": 1, "round": 0}
     assert all(line.items() >= ids.items() for line in lines)
     (tmp_path / "gates" / "good").touch()
     code, rest, err = everything.end()
-    assert (code, list(rest)) == (0, ["talk[0] | and good-bye"])
+    assert (code, list(rest)) == (0, ["talk/0 | and good-bye"])
     assert f"{job} is SUCCEEDED." in err
     assert failed.end()[:2] == (0, [])
 

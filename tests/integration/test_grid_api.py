@@ -132,7 +132,9 @@ def fail_at_three(x: int) -> int:
 def test_a_failed_task_raises_in_its_place_with_the_remote_traceback(grid: Grid) -> None:
     results = grid.map(fail_at_three, range(6))
     assert [next(results) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(TaskFailed, match=r"Task 3 of job fail-at-three-.* three is bad") as caught:
+    with pytest.raises(
+        TaskFailed, match=r"Task map/3 of job fail-at-three-.* three is bad"
+    ) as caught:
         next(results)
     assert caught.value.task == 3
     assert f'File "{__file__}"' in caught.value.traceback
@@ -187,7 +189,7 @@ def test_a_function_that_cannot_be_pickled_is_named(grid: Grid) -> None:
 
 def test_a_result_that_cannot_be_pickled_fails_its_task_by_name(grid: Grid) -> None:
     """I7: unpicklable results become failures with a reason, never a hang."""
-    with pytest.raises(TaskFailed, match=r"Task 0 .*_thread\.lock") as caught:
+    with pytest.raises(TaskFailed, match=r"Task map/0 .*_thread\.lock") as caught:
         list(grid.map(lambda _: threading.Lock(), [1]))
     assert caught.value.task == 0
 

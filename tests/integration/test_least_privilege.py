@@ -14,20 +14,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from batchlab.adapters.awsgrid.deployment import AwsDeployment
 from batchlab.home import Home
+from batchlab.notified import NotificationView
 from tests import cfn
 from tests.aws_account import POOL, Account, opened
 from tests.http_front import standing
 from tests.integration.test_aws_backend import batchlab, job_of, total
-from tests.ministack_aws import REGION, Stack, served
+from tests.ministack_aws import ACCOUNT, REGION, Stack, served
 from tests.recording_front import RecordingFront
 from tests.stack_shapes import RELEASE
 from tests.waiting import until
 
-SHAPE = {"Release": RELEASE}
+TOPIC = f"arn:aws:sns:{REGION}:{ACCOUNT}:told"
+SHAPE = {"Release": RELEASE, "NotifyTopics": TOPIC}
 
 ELSEWHERE = {
     "logs:CreateLogStream": "the CloudWatch agent, and a boot that fails (test_boot.py)",
@@ -51,6 +54,7 @@ GATED = """\
 import pathlib, time
 
 def square(item):
+    print("item", item)
     while not pathlib.Path('{gate}').exists():
         time.sleep(0.1)
     return item * item
@@ -80,6 +84,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
         stack = Stack(root)
         status = stack.create(cfn.for_ministack(cfn.load(), **SHAPE), **SHAPE)
         assert status == "CREATE_COMPLETE", stack.failures()
+        root.client("sns").create_topic(Name="told")
         keys = {role: root.role(stack.ids()[f"{role.title()}Role"]).keys for role in ROLES}
         front, scaling = RecordingFront(root.url), RecordingFront()
         # Nobody pays by the minute here: most of the test would be waiting for the idle time.
@@ -136,11 +141,37 @@ def is_busy(there: Account, home: Home) -> bool:
     return any(one["busy"] for one in json.loads(shown))
 
 
+def notified(there: Account, home: Home) -> list[NotificationView]:
+    """The notifications that are not on their way any more."""
+    found = json.loads(batchlab(there, "notify", "log", "--json", "--home", home.path)[0])
+    return [one for one in found if one["state"] != "pending"]
+
+
+def came_to(there: Account, home: Home) -> list[str | None]:
+    shown, _ = batchlab(there, "schedule", "show", "once", "--json", "--home", home.path)
+    return [run["result"] for run in json.loads(shown)["runs"]]
+
+
+def what_the_page_sends_runs(home: Home, job: Path) -> None:
+    """The manager puts its code and its input into the bucket."""
+    record = home.record()
+    assert record
+    files = [("files", (one.name, one.read_bytes())) for one in job.parent.iterdir()]
+    with httpx.Client(base_url=record.url, trust_env=False, timeout=60) as http:
+        http.headers["Authorization"] = f"Bearer {home.token()}"
+        sent = http.post("/v1/jobs/files", files=files)
+        assert sent.status_code == 201, sent.text
+        path = f"/v1/jobs/{sent.json()['id']}"
+        until(lambda: http.get(path).json()["state"] == "SUCCEEDED", 60, pause_s=1.0)
+        assert http.get(f"{path}/results").headers["content-type"] == "application/zip"
+
+
 def test_the_grid_needs_what_its_roles_may_and_no_more(trial: Trial, tmp_path: Path) -> None:
     there, home = trial.there, trial.there.home()
     until(there.manager_pid, 60)
     job, out, gate = job_of(tmp_path / "job", 8), tmp_path / "out", tmp_path / "gate"
     job.with_name("work.py").write_text(GATED.format(gate=gate))
+    job.write_text(job.read_text() + f"notify:\n  - sns: {TOPIC}\n")
     batchlab(there, "grid", "up", "--backend", "aws", "--home", home.path)
     batchlab(there, "job", "submit", job, "--home", home.path)
     # A task takes longer than its worker has until it must ask for more time.
@@ -148,9 +179,15 @@ def test_the_grid_needs_what_its_roles_may_and_no_more(trial: Trial, tmp_path: P
     # A dead worker's messages are given back.
     os.kill(there.worker_pids()[0], signal.SIGKILL)
     gate.touch()
-    batchlab(there, "job", "watch", "last", "--home", home.path)
+    shown, _ = batchlab(there, "job", "logs", "last", "--follow", "--home", home.path)
+    assert {f"square/{i} | item {i}" for i in range(8)} <= set(shown.splitlines())
     batchlab(there, "job", "results", "last", "--out", out, "--home", home.path)
     assert total(out) == sum(i * i for i in range(8))
+    told = until(lambda: notified(there, home), 30, pause_s=0.5)
+    assert [(one["target"], one["state"]) for one in told] == [(f"{told[0]['job']}#1", "delivered")]
+    what_the_page_sends_runs(home, job)
+    batchlab(there, "schedule", "add", job, "--at", "+1s", "--name", "once", "--home", home.path)
+    until(lambda: came_to(there, home) == ["SUCCEEDED"], 60, pause_s=1.0)
     batchlab(there, "grid", "activities", "--home", home.path)
     batchlab(there, "grid", "scale", POOL.name, "--max", 3, "--home", home.path)
     batchlab(there, "ledger", "rebuild", "--home", home.path)

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from batchlab.errors import UsageError
 from batchlab.model import Pool
 from batchlab.notified import NotificationView
 from batchlab.views import JobView
@@ -38,6 +39,12 @@ on = ["ended"]
 
 [pager]
 command = ["sh", "-c", "cat > PAGED"]
+
+[jobs]
+local = ["HOOK"]
+
+[jobs.secrets]
+BATCHLAB_NOTIFY_KEY = ["HOOK"]
 """
 
 IN_SERVICE = 'batchlab_instances{pool="default",state="InService"} 2.0'
@@ -85,9 +92,16 @@ class Observed:
         self.job.write_text(JOB.replace("HOOK", hook.url + "own"))
         (folder / "handlers.py").write_text(HANDLERS)
         (folder / "numbers.jsonl").write_text("".join(f"{n}\n" for n in range(6)))
+        other = folder / "other.yaml"
+        other.write_text(JOB.replace("HOOK", "http://127.0.0.1:9/admin"))
+        with pytest.raises(UsageError) as caught:
+            self.grid.submit(other)
+        self.refused = str(caught.value)
         self.view: JobView = self.grid.run(self.job)
         self.metrics = self._scraped()
         until(lambda: len(self._paths()) == 2 and self.paged.exists())
+        # Else the manager is killed before it knows that they have failed.
+        until(lambda: all(one["attempts"] for one in self._log() if one["target"] != "pager"))
         self.why = self.grid.client.why(self.view["id"])
         # The receiver is well again when another manager leads.
         hook.statuses = [200]
@@ -263,6 +277,11 @@ def test_no_secret_is_in_any_log(observed: Observed) -> None:
 
 
 # --- Notifications -------------------------------------------------------------------------------
+
+
+def test_what_the_operator_has_not_named_is_not_reached(observed: Observed) -> None:
+    assert "http://127.0.0.1:9 is the manager's own machine" in observed.refused
+    assert "admin" not in observed.refused
 
 
 def test_who_asked_is_told_at_last_though_the_manager_was_killed(observed: Observed) -> None:

@@ -78,17 +78,9 @@ def visitor(rig: Rig) -> Iterator[Visitor]:
         yield made
 
 
-def page_of(app: FastAPI) -> FastAPI:
-    """What is mounted for the page."""
-    found = next(one for one in app.routes if isinstance(one, Mount) and one.path == "/ui")
-    assert isinstance(found.app, Guard)
-    assert isinstance(found.app.app, FastAPI)
-    return found.app.app
-
-
 def routes(rig: Rig) -> list[tuple[str, str]]:
     """Every route of the page with its method, names filled in."""
-    page = page_of(rig.app)
+    page = web.page_of(rig.served, None)
     found: list[tuple[str, str]] = []
 
     def walk(some: Any) -> None:
@@ -139,7 +131,10 @@ def test_the_token_opens_a_session(stranger: Visitor) -> None:
 def test_a_code_opens_one_session(rig: Rig, stranger: Visitor, other: Visitor) -> None:
     session = rig.client.open_session()
     assert session["path"] == f"/ui/login#{session['code']}"
+    assert session["code"] not in session["name"]
+    assert rig.client.code_waits(session["name"])
     assert stranger.log_in(session["code"]).status_code == 303
+    assert not rig.client.code_waits(session["name"])
     refused = other.log_in(session["code"])
     assert refused.status_code == 403
     assert "used before" in refused.text
@@ -271,7 +266,7 @@ def test_forms_do_what_the_api_does(rig: Rig, visitor: Visitor) -> None:
     visitor.post(f"/jobs/{name}/resume")
     rig.work(name, 3, bad=[0, 1])
     rig.ended(name)
-    visitor.post(f"/jobs/{name}/retry", task="map:0")
+    visitor.post(f"/jobs/{name}/retry", task="map/0")
     rig.work(name, 1)
     assert rig.ended(name)["stages"][0]["failed"] == 1
     (group,) = rig.client.failure_groups(name)
@@ -293,9 +288,9 @@ def test_forms_do_what_the_api_does(rig: Rig, visitor: Visitor) -> None:
     [
         ("/jobs/nowhere/pause", {}, "nowhere"),
         ("/jobs/{job}/retry", {}, "Nothing was ticked"),
-        ("/jobs/{job}/retry", {"task": "map"}, "names no task"),
-        ("/jobs/{job}/retry", {"task": "map:-1"}, "names no task"),
-        ("/jobs/{job}/retry", {"task": "map:9999"}, "still"),
+        ("/jobs/{job}/retry", {"task": "map"}, "names no tasks"),
+        ("/jobs/{job}/retry", {"task": "map/-1"}, "names no tasks"),
+        ("/jobs/{job}/retry", {"task": "map/9999"}, "still"),
         ("/jobs/{job}/resume", {}, "not paused"),
         ("/grid/pools/default", {"max": "many"}, "no number of instances"),
         ("/grid/pools/default", {"max": "9" * 50}, "no number of instances"),
@@ -366,7 +361,15 @@ def test_hostile_names_stay_text(rig: Rig, visitor: Visitor) -> None:
 
 def test_what_changes_of_a_page_is_a_part_of_it(rig: Rig, visitor: Visitor) -> None:
     name = rig.submit(job(token="live"))
-    for path in ("/", "/?active=true", f"/jobs/{name}", "/failures", "/grid", "/costs"):
+    for path in (
+        "/",
+        "/?active=true",
+        f"/jobs/{name}",
+        "/failures",
+        "/schedules",
+        "/grid",
+        "/costs",
+    ):
         whole = visitor.get(path)
         found = re.search(r'hx-get="([^"]+)"', whole.text)
         assert found, path
@@ -415,3 +418,53 @@ def test_a_manager_that_does_not_lead_says_so_on_a_page(
             answer = visitor.get("/")
         assert answer.status_code == 503
         assert "not the leader" in answer.text
+
+
+# --- Schedules -----------------------------------------------------------------------------------
+
+
+def test_a_schedule_is_looked_at_paused_resumed_run_and_removed(rig: Rig, visitor: Visitor) -> None:
+    assert "There are no schedules" in visitor.get("/schedules").text
+    timed = {"name": "nightly", "cron": "0 2 * * 1-5", "timezone": "Europe/Berlin"}
+    rig.client.add_schedule(timed, job(token="timed", tasks=1))
+    assert "Europe/Berlin" in visitor.get("/schedules").text
+    one = visitor.get("/schedules/nightly").text
+    assert "It is due next at" in one
+    assert "It has not been due yet" in one
+    assert one.count("<local-time unless=") == 5
+    here = visitor.post("/schedules/nightly/pause").headers["location"]
+    assert here == "/ui/schedules/nightly"
+    assert rig.client.schedule("nightly")["state"] == "paused"
+    assert "It is paused" in visitor.get("/schedules/nightly").text
+    visitor.post("/schedules/nightly/resume")
+    assert rig.client.schedule("nightly")["state"] == "active"
+    for _ in range(2):  # sent twice it is one run
+        visitor.post("/schedules/nightly/run", token="once")
+    (run,) = rig.until(lambda: rig.client.schedule("nightly")["runs"], "the run")
+    assert run["by_hand"]
+    name = rig.until(lambda: rig.client.schedule("nightly")["runs"][0]["job"], "its job") or ""
+    assert f"/ui/jobs/{name}" in visitor.get("/schedules/nightly").text
+    asked = visitor.post("/schedules/nightly/remove")
+    assert asked.headers["location"] == "/ui/schedules/nightly/remove"
+    assert "Remove nightly?" in visitor.get("/schedules/nightly/remove").text
+    visitor.post("/schedules/nightly/remove", sure="yes")
+    assert "There are no schedules" in visitor.get("/schedules").text
+    gone = visitor.get("/schedules/nightly")
+    assert gone.status_code == 404
+    assert "<h1>Not found</h1>" in gone.text
+    rig.ended(name)  # its input was never uploaded
+
+
+def test_a_form_leads_to_any_task(rig: Rig, visitor: Visitor) -> None:
+    name = rig.submit(job(token="any", tasks=2))
+    rig.work(name, 2)
+    rig.ended(name)
+    found = visitor.get(f"/jobs/{name}/task?stage=map&task=1")
+    assert found.headers["location"] == f"/ui/jobs/{name}/stages/map/tasks/1"
+    text = visitor.get(f"/jobs/{name}/stages/map/tasks/1").text
+    assert "task 1, try 1" in text
+    assert "SUCCEEDED" in text
+    assert visitor.get(f"/jobs/{name}/task?stage=map&task=-1").status_code == 422
+    assert visitor.get("/jobs/nowhere/task?stage=map&task=1").status_code == 404
+    elsewhere = visitor.get(f"/jobs/{name}/task?stage=//evil.example&task=1")
+    assert elsewhere.headers["location"].startswith(f"/ui/jobs/{name}/stages/%2F%2Fevil")

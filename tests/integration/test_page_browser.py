@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from batchlab.cli import opening
 from batchlab.model import Pool
-from tests.browser import Seen, offences, opened, too_wide
+from tests.browser import ELSEWHERE, Seen, offences, opened, too_wide
+from tests.integration.api_rig import TOKEN, Rig
 from tests.integration.local_grid import LocalGrid
 
 if TYPE_CHECKING:
@@ -116,7 +118,7 @@ def views(scene: Scene) -> list[str]:
     first = groups[0]["first"]
     failed = f"/jobs/{scene.failed}"
     return [
-        *("/", "/?active=true", "/failures", "/grid", "/costs", "/submit"),
+        *("/", "/?active=true", "/failures", "/grid", "/costs", "/submit", "/schedules"),
         *(f"/jobs/{scene.runs}", failed, f"/jobs/{scene.paused}"),
         *(f"{failed}/failures", f"{failed}/failures/{groups[0]['fingerprint']}"),
         f"{failed}/stages/{first['stage']}/tasks/{first['task']}?seq={first['seq']}",
@@ -130,14 +132,14 @@ def views(scene: Scene) -> list[str]:
 
 @pytest.mark.parametrize("context", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_every_view_is_sound(scene: Scene, browser: Browser, context: dict[str, Any]) -> None:
-    """No complaint of the browser or of axe, nothing asked of anybody else, nothing too wide."""
+    """No complaint of the browser, nor of axe, nothing asked of anybody else, nothing too wide."""
     paths = views(scene)
     with logged_in(scene, browser, **context) as (page, seen):
         for path in paths:
             page.goto(f"{scene.grid.client.url}/ui{path}")
             assert page.locator("h1").count() == 1, path
-            # What axe looks at is the same on a phone, but for the colours.
-            if context is DESKTOP or path in (*paths[:4], *paths[6:8]):
+            # With every view axe is busy in test_page_looks.py; names and logs are nastier here.
+            if context is DESKTOP and path in (*paths[:1], *paths[8:13]):
                 assert offences(page) == [], path
             assert too_wide(page) == [], path
             assert seen.errors == [], path
@@ -149,6 +151,21 @@ def test_the_code_of_an_address_is_gone_once_it_was_used(scene: Scene, browser: 
         assert not [one for one in seen.requests[1:] if "#" in one]
         page.go_back()
         assert "#" not in page.url
+
+
+def test_a_file_leads_the_browser_to_the_page(scene: Scene, browser: Browser) -> None:
+    """What `grid open` gives to a browser, whose command line others can read."""
+    client = scene.grid.client
+    session = client.open_session()
+    file = opening._redirect(scene.grid.home, client.url + session["path"], session["valid_s"])
+    try:
+        with opened(browser, file.as_uri()) as (page, seen):
+            page.wait_for_url("**/ui/")
+            assert page.url == f"{client.url}/ui/"
+            assert seen.errors == []
+    finally:
+        file.unlink()
+    assert not client.code_waits(session["name"])
 
 
 def test_a_job_that_runs_moves_before_ones_eyes(scene: Scene, browser: Browser) -> None:
@@ -279,7 +296,7 @@ def test_a_job_is_paused_resumed_capped_and_cancelled(scene: Scene, browser: Bro
         dialog.get_by_role("textbox").fill("12.5")
         assert offences(page, "#dialog") == []
         dialog.get_by_role("button", name="Set").click()
-        page.get_by_text("12.5 USD").first.wait_for()
+        page.get_by_text("12.50 USD").first.wait_for()
         page.locator("#cancel").click()
         dialog = page.get_by_role("dialog", name="Cancel runs?")
         dialog.get_by_role("link", name="Keep it").click()
@@ -294,7 +311,7 @@ def test_the_fleet_is_scaled_and_drained(scene: Scene, browser: Browser) -> None
     with logged_in(scene, browser, "/grid") as (page, _):
         page.get_by_role("link", name="Scale pool default").click()
         dialog = page.get_by_role("dialog", name="Scale pool default")
-        dialog.get_by_label("Most").fill("3")
+        dialog.get_by_label("Max").fill("3")
         dialog.get_by_role("spinbutton", name="Instances").fill("1")
         assert dialog.get_by_label("I do").is_checked()
         dialog.get_by_role("button", name="Scale").click()
@@ -320,3 +337,22 @@ def test_who_logs_out_is_out(scene: Scene, browser: Browser) -> None:
         page.get_by_label("Token").fill(scene.grid.home.token())
         page.get_by_role("button", name="Log in").click()
         page.get_by_role("heading", name="Jobs").wait_for()
+
+
+def test_the_page_works_at_an_address_that_the_browser_does_not_trust(browser: Browser) -> None:
+    """As that of a manager in a container is: by http, and not this machine's own. Of such a page
+    the browser says less about where its forms come from."""
+    with Rig() as rig:
+        url = rig.url.replace("127.0.0.1", ELSEWHERE)
+        path = rig.client.open_session()["path"]
+        with opened(browser, url + path, **DESKTOP) as (page, _):
+            page.wait_for_url(f"{url}/ui/")
+            page.get_by_role("heading", name="Jobs").wait_for()
+            page.get_by_role("button", name="Log out").click()
+            page.get_by_label("Token").fill(TOKEN)
+            page.get_by_role("button", name="Log in").click()
+            page.wait_for_url(f"{url}/ui/")
+            page.goto(f"{url}/ui/grid/pools/default")
+            page.get_by_label("Max").fill("3")
+            page.get_by_role("button", name="Scale").click()
+            page.get_by_text("0 to 3").wait_for()

@@ -127,6 +127,7 @@ def test_no_answer_takes_long(rig: Rig, reads: list[str]) -> None:
         paths = [
             *(f"/v1{job}", f"/v1{job}/why", f"/v1{job}/eta", "/v1/jobs", "/v1/grid"),
             *("/ui/", f"/ui{job}", f"/ui{job}?part=live", "/ui/failures", "/ui/grid"),
+            "/ui/schedules",
             *(f"/ui{job}/failures", f"/ui{job}/failures/{first['fingerprint']}"),
             f"/ui{job}/stages/map/tasks/{first['task']}?seq={first['seq']}",
         ]

@@ -124,7 +124,7 @@ def test_a_chained_task_that_succeeded_succeeds_with_the_same_result(
 
 def test_each_attempt_can_be_had(here: Ran, verdict: Verdict, quick: Quick) -> None:
     assert verdict(here, "parse/1", "--attempt", "1")["attempt"] == 1
-    assert verdict(here, "1", "--stage", "parse")["attempt"] == 2
+    assert verdict(here, "parse/1")["attempt"] == 2
     code, _, err = quick(here, "replay-task", "parse/1", "--attempt", "3")
     assert code == 2
     assert "It has 1 (round 0), 2 (round 0)." in err
@@ -141,7 +141,7 @@ def test_a_task_is_shown_with_its_attempts_and_where_it_ran(here: Ran, quick: Qu
     assert doc["replay"].endswith(f"replay-task {here.job} parse/1 --local --home {here.home}")
     code, out, _ = quick(here, "show-task", "double/1")
     assert "No attempt of it has ended yet." in out
-    assert "parse[1] has not succeeded" in out
+    assert "parse/1 has not succeeded" in out
 
 
 # --- Limits --------------------------------------------------------------------------------------
@@ -301,6 +301,62 @@ def test_a_folder_with_something_else_in_it_is_left_alone(
     assert (tmp_path / "precious").read_text() == "x"
 
 
+# --- Its environment -----------------------------------------------------------------------------
+
+SECRETS = {
+    "AWS_PROFILE": "the-profile",
+    "BATCHLAB_TOKEN": "the-token",
+    "STRIPE_API_KEY": "the-key",
+    "DATABASE_URL": "postgresql://u:the-password@db/x",
+    "SSH_AUTH_SOCK": "/the-agent",
+}
+
+
+@pytest.fixture
+def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**SECRETS, "PLAIN": "the-plain"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SHELL", "/bin/sh")
+
+
+@pytest.mark.usefixtures("secrets")
+def test_a_task_is_given_no_secret_that_is_not_named(here: Ran) -> None:
+    typed = "import os\np dict(os.environ)\nq\n"
+    done = here.cli("replay-task", "parse/1", "--debug", "--env", "STRIPE_API_KEY", typed=typed)
+    assert "the-plain" in done.stdout
+    assert "the-key" in done.stdout
+    for hidden in ("the-profile", "the-token", "the-password", "the-agent"):
+        assert hidden not in done.stdout + done.stderr
+    assert "It is the job's code, and runs with your rights." in done.stderr
+    assert "AWS_PROFILE, BATCHLAB_TOKEN, DATABASE_URL, SSH_AUTH_SOCK" in done.stderr
+    assert "--env NAME" in done.stderr
+
+
+@pytest.mark.usefixtures("secrets")
+def test_a_commands_shell_and_a_kept_folder_are_given_none_either(
+    here: Ran, tmp_path: Path, quick: Quick
+) -> None:
+    done = here.cli("replay-task", "check/0", "--shell", "--env", "AWS_PROFILE", typed="env\n")
+    assert "the-plain" in done.stdout
+    assert "the-profile" in done.stdout
+    assert "the-token" not in done.stdout
+    assert quick(here, "replay-task", "parse/1", "--keep", str(tmp_path / "task"))[0] == 0
+    handlers = tmp_path / "task" / "code" / "handlers.py"
+    handlers.write_text("import os\n\ndef parse(part, ctx):\n    print(dict(os.environ))\n")
+    run = [sys.executable, str(tmp_path / "task" / "run.py"), "--env", "AWS_PROFILE"]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert "the-plain" in done.stdout
+    assert "the-profile" in done.stdout
+    assert "the-token" not in done.stdout
+    assert "BATCHLAB_TOKEN" in done.stderr
+
+
+def test_a_variable_that_is_not_set_is_told(here: Ran, quick: Quick) -> None:
+    code, _, err = quick(here, "replay-task", "parse/1", "--env", "NOT_SET_HERE")
+    assert code == 2
+    assert "There is no variable 'NOT_SET_HERE' here." in err
+
+
 # --- Functions from Python -----------------------------------------------------------------------
 
 
@@ -350,9 +406,9 @@ def test_nothing_of_the_grid_is_changed_and_none_need_be_up(
 @pytest.mark.parametrize(
     ("prefix", "task", "what", "remedy"),
     [
-        ("files", "gathered/0", "The input of gathered[0] cannot be had", "AttemptDays"),
-        ("raw", "parse/1", "The input of parse[1] cannot be had", "uploads its input again"),
-        ("code", "parse/1", "The code of parse[1] cannot be had", "uploads its code again"),
+        ("files", "gathered/0", "The input of gathered/0 cannot be had", "AttemptDays"),
+        ("raw", "parse/1", "The input of parse/1 cannot be had", "uploads its input again"),
+        ("code", "parse/1", "The code of parse/1 cannot be had", "uploads its code again"),
         ("jobs", "parse/1", "has no job", "job list"),
     ],
 )

@@ -15,9 +15,14 @@ from pathlib import Path
 import duckdb
 import pytest
 
+from batchlab.adapters.compose import deployment
+from batchlab.adapters.compose.project import checked
 from batchlab.datagen import write_claims, write_records
+from batchlab.home import Home
 from tests.integration import worlds
+from tests.integration.tour import schedules_outlive_the_manager, tour
 from tests.integration.worlds import World
+from tests.waiting import until
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 _OURS = {"summary.json", "printed.log", ".batchlab-made", "report-data"}
@@ -111,17 +116,33 @@ def test_the_examples_come_to_the_same_everywhere(
     jobs: dict[str, Path],
     expected: dict[str, dict[str, object]],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same job files by the same code; which backend it is is a flag."""
+    """The same job files by the same code; which backend it is is a flag. And what is asked of a
+    run is answered there as on a laptop."""
     with WORLDS[backend](tmp_path) as world:
         for name, job in jobs.items():
             # Amazon Linux has no ffmpeg: on AWS an image of one's own brings it.
             if name != "media" or world.has_ffmpeg:
                 world.run(job, tmp_path / "out" / name)
                 assert contents(tmp_path / "out" / name) == expected[name], name
+        if world.backend == "localstack":
+            another = partial(another_manager, Home(world.home))
+            tour(world, tmp_path / "tour", monkeypatch, meanwhile=another)
+            schedules_outlive_the_manager(world, tmp_path, another)
         if world.backend == "aws":
+            tour(world, tmp_path / "tour", monkeypatch)
+            world.batchlab("grid", "down")
             a_dead_instance_costs_only_time(world, jobs["claims"], tmp_path / "again")
             assert contents(tmp_path / "again") == expected["claims"]
+
+
+def another_manager(home: Home) -> None:
+    """In the container of the one before it, which gets no time to end."""
+    at, before = deployment.read(home), home.record()
+    assert at
+    checked("restart", "--time", "0", f"{at.project}-manager-1")
+    until(lambda: (home.record() or before) != before, 60, pause_s=0.2)
 
 
 def a_dead_instance_costs_only_time(world: World, job: Path, out: Path) -> None:

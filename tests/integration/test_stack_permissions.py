@@ -20,6 +20,8 @@ from tests import cfn
 from tests.integration.stack_calls import (
     MANAGER_MAY,
     MANAGER_MUST_NOT,
+    OTHER_TOPIC,
+    TOPIC,
     USER_MAY,
     USER_MUST_NOT,
     WORKER_MAY,
@@ -30,9 +32,9 @@ from tests.integration.stack_calls import (
 from tests.ministack_aws import ACCOUNT, REGION, Plane, Stack, served
 from tests.stack_shapes import RELEASE
 
-SHAPE: dict[str, Any] = {"Release": RELEASE}
+SHAPE: dict[str, Any] = {"Release": RELEASE, "NotifyTopics": TOPIC}
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "aws-security.md"
-DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
+DENIED = {"AccessDenied", "AccessDeniedException", "AuthorizationError", "UnauthorizedOperation"}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,8 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Site]]
         root.client("s3").create_bucket(Bucket="somebody-elses")
         root.client("s3").put_object(Bucket="somebody-elses", Key="a", Body=b"1")
         root.client("sqs").create_queue(QueueName="somebody-elses")
+        for topic in (TOPIC, OTHER_TOPIC):
+            root.client("sns").create_topic(Name=topic.rpartition(":")[2])
         root.client("secretsmanager").create_secret(Name="somebody-elses", SecretString="x")
         root.client("ssm").put_parameter(Name="/somebody/elses", Value="x", Type="String")
         made = {who: Site(root, ids, root.role(ids[f"{who}Role"])) for who in ("Worker", "Manager")}

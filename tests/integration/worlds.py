@@ -30,8 +30,6 @@ from tests.wire_rigs import aws as client
 BUDGET = "BATCHLAB_AWS_BUDGET_USD"
 HOURS = 1.0
 """So long the stack of a run on AWS lasts at most, by which its cost is told before."""
-PACKAGES = ("duckdb>=1.1,<3",)
-"""What the example jobs need beside batchlab."""
 POOL = "default:0-2x2@m7i.large"
 
 
@@ -92,7 +90,7 @@ def localstack(folder: Path) -> Iterator[World]:
 @contextmanager
 def emulated(folder: Path) -> Iterator[World]:
     """A stack on an emulated control plane, of which nothing is left when it is destroyed."""
-    archive = instance_release(folder / "release", PACKAGES)
+    archive = instance_release(folder / "release")
     with control_plane(folder / "account") as plane:
 
         def of_owner(service: str) -> Any:
@@ -129,7 +127,7 @@ def real(folder: Path) -> Iterator[World]:
     most_usd = _most_usd(world, *settings)
     if most_usd > budget_usd:
         pytest.fail(f"An hour of this costs up to {most_usd:.2f} USD, and {BUDGET} is less.")
-    with _deployed(world, *settings, *(f"--package={one}" for one in PACKAGES)):
+    with _deployed(world, *settings):
         yield world
         told = json.loads(world.batchlab("cost", "bill", "last", "--json")[0])
         print(f"\nThe last job on {stack}: {json.dumps(told)}")

@@ -15,7 +15,7 @@ from batchlab.adapters.limits import check_key, check_prefix, check_queue_name
 from batchlab.errors import UsageError
 from batchlab.model import Bundle, JobId, StageName, TaskSet
 from batchlab.protocol import naming
-from batchlab.results import _Names
+from batchlab.result_files import Names
 from batchlab.spec import paths
 from batchlab.spec.forms import NAME_PATTERN
 from batchlab.task import name_problem
@@ -146,7 +146,7 @@ def test_a_name_that_is_safe_stays_in_its_folder(name: str) -> None:
 def test_fetched_files_neither_leave_their_folder_nor_hide_each_other(
     named: list[tuple[str, int]],
 ) -> None:
-    names = _Names("files/s/0")
+    names = Names("files/s/0")
     found: dict[str, tuple[str, int]] = {}
     for name, number in named:
         path, is_new = names.of({"$file": f"k{number}", "name": name, "size": 1})

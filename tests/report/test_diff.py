@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from batchlab.cli import report_diff
 from batchlab.errors import UsageError
 from batchlab.report.comparing import Change, Comparison, Gate, compare, gates
 from batchlab.report.measuring import MEASURES, Run, Sample, runs
@@ -232,22 +233,48 @@ def test_runs_are_named_one_by_one_too(sides: dict[str, Path], run: object) -> N
     assert "2 runs (A) against 1 run (B)" in out
 
 
-def test_markdown_holds_whatever_a_stage_is_called(
-    sides: dict[str, Path], run: object, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("@octocat", "@<!-- -->octocat"),
+        ("team/@org/x", "team/@<!-- -->org/x"),
+        ("fixes #12", "fixes \\#<!-- -->12"),
+        ("fixes GH-12, a!7", "fixes GH<!-- -->-12, a!<!-- -->7"),
+        ("https://evil.example www.evil.example", "https:<!-- -->//evil.example www<!-- -->.evil"),
+        ("<!-- @x -->", "\\<!-- @<!-- -->x --\\>"),
+        ("mail@host", "mail@<!-- -->host"),
+        ("+3.1% & a: b", "+3.1% & a: b"),
+    ],
+)
+def test_markdown_calls_for_nobody_and_refers_to_nothing(name: str, shown: str) -> None:
+    assert report_diff._md(name).startswith(shown)
+
+
+def renamed(folder: Path) -> Path:
+    """The run, its stage `score` called something odd."""
     import duckdb
 
-    assert callable(run)
-    odd = write_run(tmp_path / "odd", Made(job="odd", tasks=16))
     with duckdb.connect(":memory:") as connection:
         for name in ("stages", "tasks", "bundles"):
-            path = odd / f"{name}.parquet"
+            path = folder / f"{name}.parquet"
             connection.execute(
-                f"CREATE TABLE t AS SELECT * REPLACE (replace(stage, 'read', '<b>|`x`') AS stage) "
+                "CREATE TABLE t AS SELECT * REPLACE "
+                "(replace(stage, 'score', '<b>|`x`@you') AS stage) "
                 f"FROM '{path}'; COPY t TO '{path}'; DROP TABLE t"
             )
-    code, out, _ = run("report", "diff", str(odd), str(odd), "--markdown")
-    assert code == 0
+    return folder
+
+
+def test_markdown_holds_whatever_a_stage_is_called(run: object, tmp_path: Path) -> None:
+    assert callable(run)
+    odd = renamed(write_run(tmp_path / "odd", Made(job="odd", tasks=16)))
+    slow = renamed(write_run(tmp_path / "slow", Made(job="slow", tasks=16, slow=9.0)))
+    code, out, _ = run("report", "diff", str(odd), str(slow), "--markdown", "--threshold", "10%")
+    assert code == 1
+    assert "Too much" in out.splitlines()[0]
+    assert "x\\`@<!-- -->you" in out.splitlines()[0]
     assert "<b>" not in out.replace("\\<b\\>", "")
-    widths = {line.replace("\\|", "").count("|") for line in out.splitlines() if "|" in line}
+    assert "@you" not in out
+    rows = [line.replace("\\|", "") for line in out.splitlines() if line.startswith("|")]
+    widths = {line.count("|") for line in rows}
     assert widths == {8}

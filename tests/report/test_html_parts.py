@@ -17,12 +17,12 @@ from batchlab.report.html.text import (
     END,
     ISOLATE,
     adding_up,
-    listed,
     offset,
     share,
     visible,
     visible_lines,
 )
+from batchlab.words import listed
 
 times_s = st.floats(0.001, 1e8)
 levels = st.lists(st.floats(0, 1e6), min_size=1, max_size=50)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from batchlab.scenario.calendars import (
     DAY_S,
     HOUR_S,
-    WEEK_S,
     hours,
     week_s,
     working_days_gone,
@@ -119,7 +118,7 @@ def test_a_weekly_profile_has_its_factor_on_every_day() -> None:
         daily=(10.0,) * 24,
         weekly=WEEKLY,
         begins_s=week_s("wed"),
-        until_s=20 * WEEK_S,
+        until_s=20 * 7 * DAY_S,
     )
     days = Counter(int(at // DAY_S + 2) % 7 for at in times(source))
     assert days[6] == 0
@@ -127,7 +126,7 @@ def test_a_weekly_profile_has_its_factor_on_every_day() -> None:
 
 
 def test_a_profile_of_weights_has_its_mean_over_a_week() -> None:
-    source = Profile(template="j", daily=DAILY, weekly=WEEKLY, per_hour=50, until_s=30 * WEEK_S)
+    source = Profile(template="j", daily=DAILY, weekly=WEEKLY, per_hour=50, until_s=30 * 7 * DAY_S)
     assert near(len(times(source)), 50 * 24 * 7 * 30)
 
 

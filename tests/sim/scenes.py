@@ -106,8 +106,8 @@ def around(
 
 def kill_manager(world: World) -> None:
     """SIGKILL; another one starts in a moment."""
-    assert world.manager_actor is not None
-    world.manager_actor.kill()
+    assert world.post is not None
+    world.post.actor.kill()
 
 
 async def leader(world: World) -> Manager:

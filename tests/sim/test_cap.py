@@ -166,9 +166,10 @@ def test_the_account_survives_the_manager() -> None:
         real = sum(one.billed_s for one in manager.spending.meter.lives.values())
         assert real == 0.0
         usd = manager.lives[made.id].account.usd(rates)
-        assert 0.02 / 3 <= usd <= 0.02 + MINUTE_USD
+        # A kill may come between a launch and its entry in the books: a minute more.
+        assert 0.02 / 3 <= usd <= 0.02 + 2 * MINUTE_USD
         # What instances have really lived, seen from outside.
-        assert len(world.workers) * MINUTE_USD <= 0.02 + MINUTE_USD
+        assert len(world.workers) * MINUTE_USD <= 0.02 + 2 * MINUTE_USD
 
     in_world(act, script=takes(2.0), pools=POOLS, accounting=accounting())
 

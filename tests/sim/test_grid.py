@@ -9,15 +9,33 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
+import pytest
+
+from batchlab.errors import Unreachable
 from batchlab.jobdef import RetryRule
 from batchlab.model import Failure, FailureKind, JobId, JobState, LifecycleState, Pool
+from batchlab.ports import Outgoing
+from batchlab.protocol import naming
 from batchlab.sim import invariants
 from batchlab.sim.runner import Play, Scene
 from batchlab.sim.world import WORKER, World
-from tests.sim.scenes import UNHURRIED, A, B, in_world, job, run_to_end, stage, submitted, takes
+from tests.sim.scenes import (
+    UNHURRIED,
+    A,
+    B,
+    around,
+    in_world,
+    job,
+    run_to_end,
+    stage,
+    submitted,
+    takes,
+)
 
 
 def test_the_same_seed_gives_the_same_event_log_byte_for_byte() -> None:
@@ -49,6 +67,30 @@ def test_a_task_longer_than_twelve_hours_runs_once_and_is_handed_over_in_time() 
         assert await run_to_end(world, made) is JobState.SUCCEEDED
         assert len(world.starts) == 2
         assert world.clock.monotonic_s() > 14 * 3600
+
+    in_world(act, script=takes(14 * 3600.0), **UNHURRIED)
+
+
+def test_a_hand_over_that_a_queue_did_not_take_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was taken for done: at the cap the message came back, and the task ran twice."""
+
+    async def act(world: World) -> None:
+        refused: list[float] = []
+
+        async def send(real: Any, queue: str, messages: Sequence[Outgoing]) -> object:
+            now_s = world.clock.monotonic_s()
+            if queue == naming.tasks_queue("default") and 10 * 3600 < now_s < 11 * 3600:
+                refused.append(now_s)
+                raise Unreachable("The queue is away.")
+            return await real(queue, messages)
+
+        around(monkeypatch, world.queue, "send", send)
+        made = job(stage(A), items=1)
+        assert await run_to_end(world, made) is JobState.SUCCEEDED
+        assert refused
+        assert len(world.starts) == 1
 
     in_world(act, script=takes(14 * 3600.0), **UNHURRIED)
 
@@ -106,7 +148,7 @@ def test_a_task_that_kills_its_workers_fails_alone_and_its_neighbours_succeed() 
         (counts,) = [s.counts for s in (await world.ledger.rows(made.id)).stages]
         assert (counts.succeeded, counts.failed) == (59, 1)
         record = await world.ledger.job(made.id)
-        assert "task 37" in record.reason
+        assert "task a/37" in record.reason
         assert "killed its worker 3 times" in record.reason
 
     in_world(act, script=script)

@@ -138,8 +138,8 @@ def test_a_retry_whose_manager_dies_is_finished_by_the_next_one(
 
         around(monkeypatch, world.objects, "put", put)
         manager = await _cancelled(world, made)
-        assert world.manager_actor is not None
-        request = world.manager_actor.spawn(manager.requests.retry(made.id), name="retry")
+        assert world.post is not None
+        request = world.post.actor.spawn(manager.requests.retry(made.id), name="retry")
         await asyncio.wait([request])
         assert request.cancelled()
         assert (await world.ledger.job(made.id)).round == 0

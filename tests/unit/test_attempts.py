@@ -73,14 +73,14 @@ def test_each_attempt_says_how_it_ended_and_what_it_printed() -> None:
         assert [one.run_s for one in found] == [0.5, 0.1]
         assert [bool(one.fingerprint) for one in found] == [True, False]
         assert found[1].value == 20
-        assert await attempts.task_log(objects, found[0], PATIENCE) == b"odd\n"
-        assert await attempts.task_log(objects, found[1], PATIENCE) == b""
+        logs = [await attempts.printed(objects, one.outcome, [1], PATIENCE) for one in found]
+        assert [log[1] for log in logs] == [b"odd\n", b""]
         (other,) = await attempts.attempts(objects, JOB.id, MAP, 0, PATIENCE)
-        assert (other.state, other.name) == ("SUCCEEDED", "map[0]")
+        assert (other.state, other.name) == ("SUCCEEDED", "map/0")
         assert not await attempts.attempts(objects, JOB.id, MAP, 3, PATIENCE)
         await objects.delete([found[0].outcome.log])
         with pytest.raises(NotFound):
-            await attempts.task_log(objects, found[0], PATIENCE)
+            await attempts.printed(objects, found[0].outcome, [1], PATIENCE)
 
     asyncio.run(main())
 
@@ -114,9 +114,9 @@ def test_a_task_is_given_what_its_worker_was_given() -> None:
         assert await given(MAP, 2) == {"c": 1}
         # One that nobody has run yet, and one whose input is its upstream's result.
         assert await given(NEXT, 1) == 20
-        with pytest.raises(UsageError, match=r"map\[2\] has not succeeded"):
+        with pytest.raises(UsageError, match="map/2 has not succeeded"):
             await given(NEXT, 2)
-        with pytest.raises(NotFound, match="has no task 3"):
+        with pytest.raises(NotFound, match="has no task map/3"):
             await given(MAP, 3)
         await objects.put(naming.part(JOB.id, SUM, 0, 0), _part(objects))
         await objects.put(naming.manifest(JOB.id, SUM, 0), Manifest(1, (0,)).to_bytes())

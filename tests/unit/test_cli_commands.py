@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from batchlab.adapters.compose import deployment
+from batchlab.adapters.compose.deployment import Deployment
 from batchlab.cli import app as cli
 from batchlab.cli import session
 from batchlab.errors import BackendError, NotFound, Refused, Unreachable, UsageError
-from batchlab.home import Home, ManagerRecord
+from batchlab.home import Home, ManagerRecord, Place
 from tests.unit.cli_rig import FakeClient, Run, a_grid, a_job, runner
 
 
@@ -110,11 +115,22 @@ def test_verbs_go_to_the_manager(manager: type[FakeClient], run: Run, verb: str)
 def test_logs_show_who_printed_what(manager: type[FakeClient], run: Run) -> None:
     log = {"stage": "parse", "task": 3, "attempt": 2, "text": "one\n\x1b]0;evil\x07two\n"}
     manager.answers = {"job": a_job("sums-0123456789"), "logs": [log]}
-    code, out, _ = run("job", "logs", "sums-0123456789", "--stage", "parse", "--task", 3)
+    code, out, _ = run("job", "logs", "sums-0123456789", "parse/3")
     assert code == 0
     which = {"stage": "parse", "task": 3, "failed": False, "since_s": None}
     assert manager.asked[-1][2] == {**which, "limit": 100}
-    assert out == "--- parse[3] attempt 2\none\n\\x1b]0;evil\\x07two\n"
+    assert out == "--- parse/3#2\none\n\\x1b]0;evil\\x07two\n"
+
+
+def test_logs_are_of_one_task_or_of_a_whole_stage(manager: type[FakeClient], run: Run) -> None:
+    manager.answers = {"job": a_job("sums-0123456789"), "logs": []}
+    run("job", "logs", "sums-0123456789", "--stage", "parse")
+    assert (manager.asked[-1][2]["stage"], manager.asked[-1][2]["task"]) == ("parse", None)
+    run("job", "logs", "sums-0123456789", "3")
+    assert (manager.asked[-1][2]["stage"], manager.asked[-1][2]["task"]) == (None, 3)
+    code, _, err = run("job", "logs", "sums-0123456789", "parse/3", "--stage", "parse")
+    assert code == 2
+    assert "exclude each other" in err
 
 
 A_FAILURE = {
@@ -165,47 +181,102 @@ def test_a_retry_may_be_of_some_failures(manager: type[FakeClient], run: Run) ->
     }
     code, _, _ = run(
         *("job", "retry", "sums-0123456789", "--fingerprint", "0123456789"),
-        *("--tasks", "parse:3,7-9", "--tasks", "price:0"),
+        *("--tasks", "parse/3,7-9", "--tasks", "price/0"),
     )
     assert code == 0
     assert manager.asked[-1][2] == {
         "fingerprints": ["0123456789"],
         "tasks": {"parse": [(3, 4), (7, 10)], "price": [(0, 1)]},
     }
-    for wrong in ("parse", "parse:", ":3", "parse:9-7", "parse:x", "parse:1,,2", "parse:-1"):
+    for wrong in (
+        "parse",
+        "parse/",
+        "/3",
+        "parse/9-7",
+        "parse/x",
+        "parse/1,,2",
+        "parse/-1",
+        "parse:3",
+    ):
         code, _, err = run("job", "retry", "sums-0123456789", "--tasks", wrong)
         assert code == 2, wrong
-        assert "parse:3,7-9" in err
+        assert "parse/3,7-9" in err
+
+
+# --- Text of others -------------------------------------------------------------------------------
+
+EVIL = "a\x1b[2J\x9b31m\rb\u202ec\x07"
+ETA: dict[str, Any] = {"low_s": None, "high_s": None, "text": EVIL, "parts": []}
+
+
+@pytest.mark.parametrize("words", [("show", "last"), ("list",), ("logs", "last")])
+@pytest.mark.parametrize("json_", [False, True])
+def test_no_command_lets_a_job_write_to_the_terminal(
+    manager: type[FakeClient], run: Run, words: tuple[str, ...], json_: bool
+) -> None:
+    """From a manager that knew a job before such names were refused."""
+    job = a_job("sums-0123456789", name=EVIL, reason=EVIL, tags={EVIL: EVIL})
+    log = {"stage": EVIL, "task": 1, "attempt": 1, "text": EVIL, "worker": "w", "execution": "x"}
+    manager.answers = {
+        "jobs": [job],
+        "job": job,
+        "logs": [log],
+        "why": EVIL,
+        "eta": ETA,
+        "grid": {},
+    }
+    code, out, err = run("job", *words, *(["--json"] if json_ else []))
+    assert all(c.isprintable() or c in "\n\t" for c in out + err), out + err
+    assert code == 0, err
+    assert "2J" in out
 
 
 # --- The page ------------------------------------------------------------------------------------
 
 
 def test_grid_open_shows_an_address_that_works_once(
-    manager: type[FakeClient], run: Run, monkeypatch: pytest.MonkeyPatch
+    manager: type[FakeClient], run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    session = {"code": "abc", "path": "/ui/login#abc", "valid_s": 60.0}
-    manager.answers = {"open_session": session}
+    session = {"code": "abc", "name": "n", "path": "/ui/login#abc", "valid_s": 60.0}
+    manager.answers = {"open_session": session, "code_waits": False}
     code, out, err = run("grid", "open", "--no-browser")
     assert code == 0
     assert out.endswith("/ui/login#abc\n")
     assert "once" in err
     assert json.loads(run("grid", "open", "--json")[1])["url"] == out.strip()
     opened: list[str] = []
+    home = tmp_path / "h\u00f6me 1"
+    home.mkdir()
+    monkeypatch.setenv("BATCHLAB_HOME", str(home))
+    (home / "open-killed.html").touch()
+    os.utime(home / "open-killed.html", (1.0, 1.0))
 
-    def open_browser(url: str) -> bool:
-        opened.append(url)
+    def open_browser(address: str) -> bool:
+        assert "abc" not in address, "everybody can see the command lines of others"
+        (file,) = home.glob("open-*.html")
+        assert address == file.as_uri()
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        opened.append(re.findall(r'url=([^"]*)"', file.read_text())[0])
         return True
 
     monkeypatch.setattr("webbrowser.open", open_browser)
     monkeypatch.setenv("DISPLAY", ":0")
     code, shown, _ = run("grid", "open")
     assert (code, shown, opened) == (0, "", [out.strip()])
+    assert list(home.iterdir()) == []
+    # One that never comes.
+    manager.answers = {"open_session": {**session, "valid_s": 0.0}, "code_waits": True}
+    code, shown, err = run("grid", "open")
+    assert (code, shown) == (2, "")
+    assert "has not come" in err
+    assert "--no-browser" in err
+    assert list(home.iterdir()) == []
+    manager.answers = {"open_session": session}
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("sys.platform", "linux")
     assert run("grid", "open")[1] == out  # no screen here: a person takes it to another one
-    assert len(opened) == 1
+    assert len(opened) == 2
 
 
 def test_why_tells_of_each_reason_once_and_how_to_bring_it_home(
@@ -230,10 +301,10 @@ def test_why_tells_of_each_reason_once_and_how_to_bring_it_home(
     assert out.splitlines() == [
         "It ended FAILED.",
         "",
-        "parse[1] failed (bbb): bad bbb, and so did 1 other task",
+        "parse/1 failed (bbb): bad bbb, and so did 1 other task",
         *("  | first", "  | 1  [0m", "  | last", f"  {command.format(1)}"),
         "",
-        "parse[0] failed (aaa): bad aaa",
+        "parse/0 failed (aaa): bad aaa",
         *("  | first", "  | 0  [0m", "  | last", f"  {command.format(0)}"),
     ]
     code, out, _ = run("job", "why", "sums-0123456789", "--json")
@@ -338,3 +409,30 @@ def test_grid_up_with_other_pools_is_refused_while_one_is_up(
 def test_ledger_rebuild_says_how_many(manager: type[FakeClient], run: Run) -> None:
     manager.answers = {"rebuild": 3}
     assert run("ledger", "rebuild") == (0, "The ledger is made anew: 3 jobs.\n", "")
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        (True, ["`batchlab grid up` goes on with it", "not run until a grid is up here again"]),
+        (False, ["1 job not ended, and gone with it", "2 schedules gone with it"]),
+    ],
+)
+def test_what_goes_with_a_grid_is_said_when_it_goes(
+    manager: type[FakeClient],
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    named: bool,
+    said: list[str],
+) -> None:
+    """The bucket of a LocalStack of the grid's own, and all that is in it."""
+    home = Home(tmp_path)
+    deployment.write(home, Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13"))
+    home.write_place(deployment.NAME, Place("http://10.213.70.10:4566", "bucket-1", named))
+    monkeypatch.setattr("batchlab.updown.stop_manager", lambda _: True)
+    timed = [{"state": state} for state in ("active", "active", "paused")]
+    manager.answers = {"jobs": [a_job("sums-0123456789")], "schedules": {"schedules": timed}}
+    code, _, err = run("grid", "down", "--home", tmp_path)
+    assert code == 0
+    assert all(one in err for one in said), err

@@ -344,15 +344,15 @@ def test_an_amount_without_usd_is_refused_before_anybody_is_asked(
     assert manager.asked == []
 
 
-def test_a_job_file_has_its_cap_in_usd_and_it_changes_no_fingerprint(folder: Path) -> None:
-    from batchlab.spec import fingerprint
+def test_a_job_file_has_its_cap_in_usd_and_it_does_not_change_its_digest(folder: Path) -> None:
+    from batchlab.spec import source_digest
     from batchlab.spec.problems import JobFileErrors
 
-    before = fingerprint(load(folder / "job.yaml", {}), "code")
+    before = source_digest(load(folder / "job.yaml", {}), "code")
     (folder / "job.yaml").write_text(JOB + "max_cost: 5USD\n")
     capped = load(folder / "job.yaml", {})
     assert capped.job.max_cost == "5USD"
-    assert fingerprint(capped, "code") == before
+    assert source_digest(capped, "code") == before
     (folder / "job.yaml").write_text(JOB + "max_cost: 5\n")
     with pytest.raises(JobFileErrors) as caught:
         load(folder / "job.yaml", {})

@@ -64,6 +64,7 @@ def test_the_summary_for_programs_has_the_same(tmp_path: Path) -> None:
         (99.96, "1 min 40 s"),
         (725, "12 min 05 s"),
         (12_000, "3 h 20 min"),
+        (200_000, "2 days 7 h"),
     ],
 )
 def test_durations_read_well(seconds: float, text: str) -> None:

@@ -20,6 +20,7 @@ TARGET = {
     "failures": 10,
     "stuck_s": 600.0,
     "job": "",
+    "jobs": True,
 }
 NOTIFICATION = {
     "id": "1d" * 16,
@@ -49,10 +50,9 @@ def test_targets_are_listed(run: Run) -> None:
     FakeClient.answers = {"notify_targets": [TARGET]}
     code, out, _ = run("notify", "list")
     assert code == 0
-    assert out.splitlines()[1].split("  ")[-2:] == [
-        "failed, failures from 10, stuck for 10 min 00 s",
-        "yes",
-    ]
+    of, signed, for_jobs = [one for one in out.splitlines()[1].split("  ") if one.strip()][-3:]
+    assert of == "failed, failures from 10, stuck for 10 min 00 s"
+    assert (signed.strip(), for_jobs.strip()) == ("yes", "yes")
     assert json.loads(run("notify", "list", "--json")[1]) == [TARGET]
 
 

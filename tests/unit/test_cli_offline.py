@@ -6,11 +6,16 @@ import json
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from typer.main import get_command
 
-from batchlab.cli import output
+from batchlab.cli import NEEDED, main, output, templates
+from batchlab.cli import app as cli
 from batchlab.errors import JobFileError, Refused
 from batchlab.spec.problems import JobFileErrors
 from tests.unit.cli_rig import Run, runner
@@ -67,21 +72,74 @@ def test_version(run: Run) -> None:
     assert run("--version") == (0, f"batchlab {batchlab.__version__}\n", "")
 
 
-def test_help_and_services_import_nothing_heavy() -> None:
+HEAVY = frozenset(NEEDED - {"typer"} | {"asyncio", "opentelemetry", "ssl", "http.client", "socket"})
+"""What no command pays for that does not use it; the help, and what starts for each instance."""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["worker", "--help"], ["manager", "--help"]])
+def test_help_and_services_import_nothing_heavy(arguments: list[str]) -> None:
     """What a command pays for at its start; milliseconds would depend on the machine."""
-    heavy = "rich|httpx|pydantic|fastapi|sqlalchemy|obstore|uvicorn|yaml|asyncio"
-    for arguments in (["--help"], ["worker", "--help"], ["manager", "--help"]):
-        code = (
-            "import sys, batchlab.cli as c\n"
-            f"sys.argv = ['batchlab', *{arguments!r}]\n"
-            "try: c.main()\n"
-            f"except SystemExit: print(sorted(sys.modules.keys() & set('{heavy}'.split('|'))))\n"
-            "if sys.argv[1] != '--help': print(sorted(sys.modules.keys() & {'typer', 'click'}))"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        printed = done.stdout.splitlines()
-        assert done.returncode == 0
-        assert set(printed[-(1 if arguments == ["--help"] else 2) :]) == {"[]"}
+    imported = imported_by(*arguments)
+    if arguments == ["--help"]:
+        ours = {name for name in imported if name.startswith("batchlab.")}
+        assert ours == {f"batchlab.{one}" for one in ("cli", "cli.app", "cli.output", "cli.signals",
+                                                      "errors", "words")}  # fmt: skip
+        assert imported.isdisjoint(HEAVY), imported & HEAVY
+    else:
+        assert not imported & (HEAVY | {"typer", "click"})
+
+
+def test_a_command_imports_no_others() -> None:
+    imported = imported_by("job", "--help")
+    heavy = HEAVY - {"pydantic", "socket", "typing_extensions"}  # typer reads parameters with them
+    assert imported.isdisjoint(heavy), imported & heavy
+    assert "batchlab.cli.jobs" in imported
+    assert not imported & {f"batchlab.cli.{one}" for one in ("deploy", "scenario", "grid", "admin")}
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """The modules that a command line has loaded at its end."""
+    code = (
+        "import sys, batchlab.cli as c\n"
+        f"sys.argv = ['batchlab', *{arguments!r}]\n"
+        "try: c.main()\n"
+        "except SystemExit: print('\\n', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_help_has_of_each_command_its_own_first_line() -> None:
+    commands = get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert list(commands) == list(cli.LISTED)
+    for name, listed in cli.LISTED.items():
+        assert commands[name].get_short_help_str(200) == listed.about, name
+
+
+def test_a_package_that_is_missing_is_named_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    for module in [name for name in sys.modules if name.startswith("batchlab.spec")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "argv", ["batchlab", "job", "check", "job.yaml"])
+    monkeypatch.setattr("batchlab.cli.signals.install", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "'yaml' is not installed" in told
+    assert "Install batchlab again" in told
+    assert "Traceback" not in told
+
+
+def test_what_every_installation_has_is_what_it_asks_for() -> None:
+    homes = metadata.packages_distributions()
+    asked = {canonicalize_name(Requirement(one).name) for one in metadata.requires("batchlab") or ()
+             if "extra ==" not in one}  # fmt: skip
+    given = {canonicalize_name(name) for module in NEEDED for name in homes.get(module, ())}
+    assert asked <= given
+    assert given - asked == {"botocore"}, "boto3 brings it, and most of what is imported is its"
 
 
 # --- Errors ---------------------------------------------------------------------------------------
@@ -153,13 +211,41 @@ def test_init_never_replaces_a_file(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "handlers.py").read_text() == "mine"
 
 
-def test_init_of_an_example_comes_without_its_data(run: Run, tmp_path: Path) -> None:
-    assert run("init", tmp_path / "c", "--example", "claims")[0] == 0
-    assert {"job.yaml", "parse.py"} <= {path.name for path in (tmp_path / "c").iterdir()}
-    assert not (tmp_path / "c/data").exists()
+@pytest.mark.parametrize("example", ["claims", "transform", "sort"])
+def test_init_of_an_example_comes_with_data_that_it_runs_on(
+    run: Run, tmp_path: Path, example: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "_RECORDS_BYTES", 2**16)
+    folder = tmp_path / example
+    code, _, err = run("init", folder, "--example", example)
+    assert code == 0
+    assert f"batchlab run {folder}/job.yaml" in err
+    assert list((folder / "data").iterdir())
+    code, out, err = run("job", "check", folder / "job.yaml", "--json")
+    assert code == 0, err
+    assert json.loads(out)["stages"]
+    code, _, err = run("init", folder, "--example", example)
+    assert code == 2
+    assert "is there already" in err
+
+
+def test_init_of_the_media_job_makes_a_video(run: Run, tmp_path: Path, ffmpeg: None) -> None:
+    assert run("init", tmp_path / "m", "--example", "media")[0] == 0
+    assert (tmp_path / "m/data/test.mp4").stat().st_size > 10_000
+
+
+def test_init_of_what_cannot_run_here_writes_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = run("init", tmp_path / "m", "--example", "media")
+    assert code == 2
+    assert "ffmpeg" in err
+    assert "apt-get install ffmpeg" in err
     code, _, err = run("init", tmp_path / "d", "--example", "clams")
     assert code == 2
     assert "There are claims, " in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_set_wants_key_and_value(run: Run, tmp_path: Path) -> None:

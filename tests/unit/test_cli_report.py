@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from batchlab.home import Home, Place
 from tests.report.made import Made, write_run
 from tests.unit.cli_rig import FakeClient, Run, a_job
 from tests.unit.test_cli_commands import manager, run
@@ -91,6 +92,32 @@ def test_mistakes_are_said_in_a_sentence(
     assert said in err
     assert out == ""
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("report", "pull", "sums-0123456789"),
+        ("report", "sql", "SELECT 1", "sums-0123456789"),
+        ("report", "write", "sums-0123456789"),
+        ("job", "show-task", "sums-0123456789", "add/0"),
+        ("job", "replay-task", "sums-0123456789", "add/0"),
+    ],
+)
+def test_a_bucket_that_went_with_its_grid_is_not_waited_for(
+    command: tuple[str, ...], run: Run, tmp_path: Path
+) -> None:
+    home = Home(tmp_path)
+    home.of("ministack").mkdir()
+    # Nothing listens there; what did has ended with the grid.
+    home.write_place("ministack", Place("http://127.0.0.1:9", "bucket-1", named=False))
+    code, out, err = run(*command, "--backend", "ministack", "--home", str(tmp_path))
+    assert (code, out) == (3, "")
+    assert "is there while the grid is up" in err
+    assert "batchlab grid up --backend ministack" in err
+    code, out, err = run(*command, "--backend", "localstack", "--home", str(tmp_path))
+    assert (code, out) == (3, "")
+    assert f"No grid on localstack is up in {tmp_path}" in err
 
 
 def test_a_folder_that_is_no_run_is_not_written_over(

@@ -16,9 +16,12 @@ import pytest
 from rich.console import Console
 
 from batchlab import backends
+from batchlab.adapters.compose import deployment
+from batchlab.adapters.compose.deployment import Deployment
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.cli import pools, progress, runner, running, runs, session
 from batchlab.cli.session import Session
+from batchlab.client import Client
 from batchlab.errors import BackendError, Refused, Unreachable, UsageError
 from batchlab.home import Home, ManagerRecord
 from batchlab.model import ENDED, JobState, Pool
@@ -40,7 +43,7 @@ def latest(objects: SimObjects) -> runs.Run | None:
     return asyncio.run(runs.latest(objects, "sums", "f1", Patience(random.Random(1))))
 
 
-def test_runs_of_one_fingerprint_are_counted_in_the_bucket() -> None:
+def test_runs_of_one_source_digest_are_counted_in_the_bucket() -> None:
     """Without a manager, so that a run is found whatever became of the one that began it."""
     objects = SimObjects()
     assert latest(objects) is None
@@ -212,6 +215,33 @@ def test_managers_that_keep_dying_are_given_up_with_exit_code_three(
             grid.call(lambda _: made.answer())
     assert made.started == 1 + session.REVIVALS
     assert error.value.exit_code == 3
+
+
+def test_a_manager_that_docker_starts_again_is_waited_for(
+    managers: Callable[[list[int]], Managers],
+) -> None:
+    """By who has started none, and so starts none again."""
+    made = managers([1, 1])
+    made.started = 1
+    grid = Session(made.home, backends.load("localstack"), revivals=0)
+    grid._client = Client("http://1", "secret")
+    at = Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13")
+    deployment.write(made.home, at)
+    assert grid.call(lambda _: made.answer()) == "answer"
+
+    later = iter([0, 0, 1])  # twice there is none yet
+
+    def ask(_: object) -> str:
+        try:
+            return made.answer()
+        except Unreachable:
+            made.started += next(later)
+            raise
+
+    assert grid.call(ask) == "answer"
+    deployment.forget(made.home)  # the grid was taken down meanwhile
+    with pytest.raises(Unreachable, match="nothing is lost"):
+        grid.call(lambda _: made.answer())
 
 
 def test_a_grid_that_was_up_is_left_up(managers: Callable[[list[int]], Managers]) -> None:

@@ -56,7 +56,7 @@ def a_schedule(**more: Any) -> dict[str, Any]:
         "capacity": None,
         "due_param": "",
         "source": "",
-        "fingerprint": "",
+        "source_digest": "",
         "input": [],
         "added_s": DUE_S - 9_000,
         "runs": [a_run()],
@@ -115,8 +115,8 @@ def test_a_job_file_is_uploaded_and_described(
         *("--missed", "run-all", "--missed-within", "6h", "--overlap", "queue"),
         *("--prewarm", "10m", "--capacity", "4", "--name", "nightly", "--max-cost", "5USD"),
     )
-    fingerprint = schedule.pop("fingerprint")
-    assert len(fingerprint) == 64
+    source_digest = schedule.pop("source_digest")
+    assert len(source_digest) == 64
     assert schedule == {
         "name": "nightly",
         "cron": "30 2 * * *",
@@ -253,7 +253,7 @@ def test_a_job_file_that_has_changed_since_is_told_of(
     manager: type[FakeClient], run: Run, folder: Path
 ) -> None:
     said, _ = added(manager, run, folder, "--cron", "30 2 * * *")
-    view: Any = a_schedule(source=said["source"], fingerprint=said["fingerprint"])
+    view: Any = a_schedule(source=said["source"], source_digest=said["source_digest"])
     assert scheduling.since(view) == ""
     (folder / "data" / "a.csv").write_text("another")
     assert "has changed since: runs are as it was when it was added" in scheduling.since(view)

@@ -118,3 +118,31 @@ def test_a_backlog_is_folded_together(
     tmp_path: Path, fails: Sequence[int], folds: Sequence[int]
 ) -> None:
     assert asyncio.run(collected(tmp_path, fails)) == folds
+
+
+def test_what_is_no_event_is_dropped_and_what_came_with_it_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A duplicate of a shape that nobody had checked ended the manager, each time it led."""
+
+    async def main(queue: SqliteQueue) -> None:
+        told: list[wire.Duplicate] = []
+        ledger, clock, lives = open_memory(), WallClock(), dict[JobId, LiveJob]()
+        patience = Patience(Random(1))
+        ports = Ports(SimObjects(), queue, NoFleet(), ledger, clock, RandomIds(), patience)
+        collector = Collector(
+            *(ports, ManagerSettings(), lives, Folder(ports, lives), Registry(ports, lives)),
+            asyncio.Lock(),
+            told.extend,
+        )
+        good = wire.Duplicate(JOB.id, STAGE, "message", "w-1-1", 0.5)
+        bodies = [
+            '{"v":1,"d":[["backlog-0123456789","map","message",["w-1-1"],"long"]]}',
+            wire.events_message(wire.Events(duplicates=(good,))),
+        ]
+        await collector._take([Message("m", body, "r", 1, 0.0, 0.0) for body in bodies])
+        assert told == [good]
+        await queue.close()
+
+    asyncio.run(main(SqliteQueue(tmp_path / "queues.db", WallClock())))
+    assert "dropped an event of 69 characters that cannot be read" in caplog.text

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import stat
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from batchlab.adapters.compose.project import Found, Project, name_for, unpulled
 from batchlab.asg.templates import TemplateFile
 from batchlab.cli import grid
 from batchlab.deploy import environment
-from batchlab.errors import BackendError, UsageError
+from batchlab.errors import BackendError, Unreachable, UsageError
 from batchlab.fleet.api import LaunchTemplate
 from batchlab.grid.link import Link
 from batchlab.home import Home, ManagerRecord, Place
@@ -70,9 +71,10 @@ def test_a_deployment_that_cannot_be_read_is_told(tmp_path: Path) -> None:
 
 
 def test_every_address_is_in_the_grids_own_network() -> None:
-    urls = [AT.manager_url, AT.autoscaling_url, AT.metadata_url, AT.storage_url(4566)]
+    urls = [AT.autoscaling_url, AT.metadata_url, AT.storage_url(4566)]
     assert all(url.startswith("http://10.213.70.") for url in urls)
-    assert len(set(urls)) == len(urls)
+    assert AT.manager_host.startswith("10.213.70.")
+    assert len({AT.manager_host, *urls}) == len(urls) + 1
 
 
 def test_the_image_has_what_is_installed_here_and_no_extras() -> None:
@@ -112,7 +114,8 @@ def test_how_a_grid_is_observed_is_passed_on(tmp_path: Path) -> None:
     services = compose["services"]
     assert tuple(services["asg"]["environment"]) == environment.PASSED_ON
     assert set(services["manager"]["environment"]) >= set(environment.PASSED_ON)
-    assert not any(services["manager"]["environment"].values()), "as it is outside, or not at all"
+    passed = {name: services["manager"]["environment"][name] for name in environment.PASSED_ON}
+    assert not any(passed.values()), "as it is outside, or not at all"
     told = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://10.0.0.1:4318", "HOME": "/root", "OTEL_X": "1"}
     path = tmp_path / "templates.toml"
     more = environment.taken_over(told)
@@ -121,6 +124,47 @@ def test_how_a_grid_is_observed_is_passed_on(tmp_path: Path) -> None:
     env = dict(template.env)
     assert env["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://10.0.0.1:4318"
     assert not {"HOME", "OTEL_X"} & env.keys()
+
+
+def test_what_notifications_need_is_passed_on_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(argv: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(argv)
+        return subprocess.CompletedProcess(argv, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(Project, "_wait", lambda *_: None)
+    Project(Home(tmp_path), AT, settings={}, passed=["OPS_HOOK_URL"]).up(print, storage=False)
+    (argv,) = asked
+    more = Path([argv[n + 1] for n, word in enumerate(argv) if word == "--file"][1])
+    assert yaml.safe_load(more.read_text()) == {
+        "services": {"manager": {"environment": {"OPS_HOOK_URL": None}}}
+    }
+
+
+def test_a_mistake_in_notify_toml_is_told_before_anything_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, brought = Home(tmp_path), Brought(monkeypatch)
+    home.notify_file.write_text("[ops]\nwebhook = 'env:NOT_SET_HERE'\n")
+    with pytest.raises(UsageError, match="NOT_SET_HERE"):
+        containers.up(home, brought.backend, [], print)
+    assert brought.done == []
+    assert deployment.read(home) is None
+
+
+def test_what_the_manager_is_sent_is_not_kept_in_its_memory() -> None:
+    """Its /tmp is memory, of which a container has less than one upload may bring."""
+    compose = yaml.safe_load((package_data.folder("compose") / "compose.yaml").read_text())
+    manager = compose["services"]["manager"]
+    assert manager["environment"]["TMPDIR"] in manager["volumes"]
+    assert manager["environment"]["TMPDIR"] not in manager["tmpfs"]
+    unit = (package_data.folder("backends") / "aws/boot/units/batchlab-manager.service").read_text()
+    assert "TMPDIR=/var/tmp" in unit
+    assert "PrivateTmp=yes" in unit, "it is private, and goes with the service"
 
 
 def test_an_instance_knows_its_bucket_from_its_environment_alone(tmp_path: Path) -> None:
@@ -341,3 +385,32 @@ def test_a_grid_that_a_program_has_brought_up_in_containers_goes_with_it(
     monkeypatch.setattr(Home, "record", lambda _: record)
     link.close()
     assert stopped == [home]
+
+
+def test_a_program_waits_for_a_manager_that_docker_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a grid that was up before, and so is none of the program's to bring up."""
+    record = ManagerRecord("http://10.213.70.13:8080", 7, "manager", "localstack")
+    home, here = Home(tmp_path), f"{sys.version_info.major}.{sys.version_info.minor}"
+    deployment.write(home, replace(AT, python=here))
+    home.write_place("localstack", PLACE)
+    monkeypatch.setattr(Home, "record", lambda _: record)
+    link = Link(backends.load("localstack"), home, ())
+    try:
+        assert not link.ours
+        monkeypatch.setattr(Home, "record", lambda _: None)
+        away = iter([True, True, False])
+
+        def ask(_: object) -> str:
+            if next(away):
+                raise Unreachable("Connection refused.")
+            return "answer"
+
+        assert link.call(ask) == "answer"
+        deployment.forget(home)  # the grid was taken down
+        away = iter([True])
+        with pytest.raises(Unreachable):
+            link.call(ask)
+    finally:
+        link.close()

@@ -14,7 +14,7 @@ from botocore.stub import Stubber
 from batchlab.deploy.account import Account
 from batchlab.deploy.leftovers import Left, Leftovers, chosen
 from batchlab.deploy.records import Resource
-from batchlab.deploy.removing import Thing
+from batchlab.deploy.removing import Thing, remove
 from batchlab.deploy.sweep import Destroy, Holding
 from batchlab.errors import NotFound, Refused
 from tests.deploy_rig import Front
@@ -106,8 +106,10 @@ def test_a_domain_is_known_by_the_name_that_cloudformation_gives_it(cloud: Cloud
         (DOMAIN, "grid", True),
         ("two-LedgerDomain-9Z", "two", False),
     ]
-    assert all(one.is_guessed and one.thing.is_removable for one in found)
+    assert all(one.is_guessed for one in found)
     assert found[0].thing.arn == f"arn:aws:sdb:us-east-1:1:domain/{DOMAIN}"
+    cloud.tells("sdb", "delete_domain")
+    remove(cloud.account, found[0].thing, said.append)
     assert said == []
 
 

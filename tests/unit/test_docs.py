@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -29,10 +30,10 @@ def test_every_command_in_the_docs_parses(page: str, call: str) -> None:
     """Names of commands and their options, as the CLI itself knows them."""
     command = get_command(app)
     words = call.split(" #")[0].split()
-    while words and hasattr(command, "commands"):
+    while words and hasattr(command, "commands") and not words[0].startswith("--"):
         assert words[0] in command.commands, f"{page}: batchlab {call}"
         command = command.commands[words.pop(0)]
-    known = {name for parameter in command.params for name in parameter.opts}
+    known = {name for one in command.params for name in (*one.opts, *one.secondary_opts)}
     for word in words:
         if word.startswith("--"):
             assert word.split("=")[0] in known, f"{page}: batchlab {call}"
@@ -52,6 +53,33 @@ def test_the_architecture_page_names_what_there_is() -> None:
         for part in name.split("."):
             has_it = re.compile(rf"(def|class) {part}\b").search
             assert any(map(has_it, modules)), f"{path} {name}"
+    for module, name in re.findall(r"`([a-z_]+)\.(?!py`)([a-z_]+)`", page):
+        texts = [one.read_text() for one in (ROOT / "batchlab").rglob(f"{module}.py")]
+        assert any(re.search(rf"def {name}\b", text) for text in texts), f"{module}.{name}"
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """Every function and class of a module, methods as `Class.method`."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    found = set()
+    for one in tree.body:
+        if isinstance(one, kinds):
+            found.add(one.name)
+        if isinstance(one, ast.ClassDef):
+            found |= {f"{one.name}.{sub.name}" for sub in one.body if isinstance(sub, kinds)}
+    return found
+
+
+def test_a_tasks_life_is_told_in_ten_hops_by_functions_that_there_are() -> None:
+    page = (ROOT / "docs" / "a-tasks-life.md").read_text()
+    hops = re.split(r"^(?=\d+\. \*\*)", page, flags=re.M)[1:]
+    assert [int(hop.partition(".")[0]) for hop in hops] == list(range(1, len(hops) + 1))
+    assert len(hops) <= 10
+    for hop in hops:
+        assert re.search(r"`[a-z_/]+\.py [A-Za-z_.]+`", hop), f"nothing is named: {hop}"
+    for path, name in re.findall(r"`([a-z_/]+\.py)(?: ([A-Za-z_.]+))?`", page):
+        tree = ast.parse((ROOT / "batchlab" / path).read_text())
+        assert not name or name in defined(tree), f"{path} has no {name}"
 
 
 def test_the_readmes_job_file_is_one(tmp_path: Path) -> None:
@@ -61,3 +89,14 @@ def test_the_readmes_job_file_is_one(tmp_path: Path) -> None:
     (tmp_path / "handlers.py").write_text("def count(part): ...\ndef total(results): ...\n")
     (tmp_path / "job.yaml").write_text(block)
     assert load(tmp_path / "job.yaml", {}).job.name == "word-count"
+
+
+def test_the_start_page_says_what_the_readme_says() -> None:
+    """CI runs the README's first two blocks, so that these of the page are run too."""
+    readme, start = (
+        re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.S)
+        for page in ("README.md", "docs/start.md")
+    )
+    assert readme[0] == start[0]
+    assert readme[1] == start[-1]
+    assert readme[2] == start[1]

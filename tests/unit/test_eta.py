@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from batchlab.eta import Eta, Pace, Room, StageWork, estimate, span, told
+from batchlab.eta import Eta, Pace, Room, StageWork, estimate, told
+from batchlab.words import about
 
 
 def pace(times_s: Sequence[float], of: int = 1) -> Pace:
@@ -162,4 +163,4 @@ def test_the_band_is_never_upside_down() -> None:
     [(0.2, "1 s"), (60, "60 s"), (600, "10 min"), (9000, "2.5 h"), (200_000, "2.3 days")],
 )
 def test_a_span_has_the_precision_of_an_estimate(seconds: float, text: str) -> None:
-    assert span(seconds) == text
+    assert about(seconds) == text

@@ -61,15 +61,15 @@ def followed(manager: Manager, which: Which = ALL) -> list[str]:
 def test_lines_come_once_though_they_are_seen_twice() -> None:
     manager = Manager({}, {}, {"logs": [log("one\ntwo ü\nthree\nfour")], "seq": 5}, {"ended": True})
     manager.tail_answers = iter([[tail("one\ntwo")], [tail("one\ntwo ü\nth")]])
-    assert followed(manager) == ["s[0]:one", "s[0]:two ü", "s[0]:three", "s[0]:four"]
+    assert followed(manager) == ["s/0:one", "s/0:two ü", "s/0:three", "s/0:four"]
     assert [how["seq"] for what, how in manager.asked if what == "news"] == [None, None, None, 5]
 
 
 def test_what_came_too_fast_is_named_and_the_end_is_whole() -> None:
     manager = Manager({}, {}, {"logs": [log("a\n" + "x" * 50 + "\nz\n")]}, {"ended": True})
     manager.tail_answers = iter([[tail("a\nx")], [tail("x\n", 51)]])
-    missing = "s[0]!48 bytes came too fast to be followed"
-    assert followed(manager) == ["s[0]:a", missing, "s[0]:x", "s[0]:z"]
+    missing = "s/0!48 bytes came too fast to be followed"
+    assert followed(manager) == ["s/0:a", missing, "s/0:x", "s/0:z"]
 
 
 def test_a_log_that_was_cut_is_not_taken_for_what_was_seen() -> None:
@@ -77,7 +77,7 @@ def test_a_log_that_was_cut_is_not_taken_for_what_was_seen() -> None:
     manager = Manager({}, {"logs": [log(text)]}, {"ended": True})
     manager.tail_answers = iter([[tail("head\n")]])
     shown = followed(manager)
-    assert shown[0] == "s[0]:head"
+    assert shown[0] == "s/0:head"
     assert "more than is kept" in shown[1]
     # Nothing was seen before: all that is kept is shown.
     assert len(followed(Manager({"logs": [log(text)]}, {"ended": True}))) == 3
@@ -86,7 +86,7 @@ def test_a_log_that_was_cut_is_not_taken_for_what_was_seen() -> None:
 def test_a_late_tail_of_a_task_that_has_ended_says_nothing() -> None:
     manager = Manager({"logs": [log("a\n")]}, {}, {"ended": True})
     manager.tail_answers = iter([[tail("a\n")], [tail("a\n")]])
-    assert followed(manager) == ["s[0]:a"]
+    assert followed(manager) == ["s/0:a"]
 
 
 def test_a_log_that_is_not_stored_yet_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,17 +94,17 @@ def test_a_log_that_is_not_stored_yet_is_asked_for_again(monkeypatch: pytest.Mon
     missing = log("(not stored)", stored=False)
     manager = Manager({"logs": [missing]}, {}, {"ended": True})
     manager.stored = [log("here it is\n"), log("another\n", task=1)]
-    assert followed(manager) == ["s[0]:here it is"]
+    assert followed(manager) == ["s/0:here it is"]
     gone = Manager({"logs": [missing]}, {"ended": True})
-    assert followed(gone) == ["s[0]!what it printed was never stored: its worker is gone"]
+    assert followed(gone) == ["s/0!what it printed was never stored: its worker is gone"]
 
 
 def test_of_one_task_or_of_failed_ones_only() -> None:
     manager = Manager({}, {"ended": True})
     manager.tail_answers = iter([[tail("a\n"), tail("b\n", task=1)]])
-    assert followed(manager, Which(stage="s", task=1)) == ["s[1]:b"]
+    assert followed(manager, Which(stage="s", task=1)) == ["s/1:b"]
     manager = Manager({}, {"logs": [log("a\n", state="FAILED")]}, {"ended": True})
-    assert followed(manager, Which(failed=True, since_s=60.0)) == ["s[0]:a"]
+    assert followed(manager, Which(failed=True, since_s=60.0)) == ["s/0:a"]
     # Nobody pays for the output of tasks that may not fail.
     assert [what for what, _ in manager.asked] == ["news"] * 3
     assert manager.asked[0][1]["failed"] is True
@@ -122,7 +122,7 @@ def test_a_manager_that_does_not_wait_is_not_asked_without_end(
 
 def test_a_program_gets_every_id() -> None:
     line = Line("s", 3, 2, 0, "w-1-7", "text")
-    assert line.name == "s[3]#2"
+    assert line.name == "s/3#2"
     ids = {"job": "j", "stage": "s", "task": 3, "attempt": 2, "round": 0, "execution": "w-1-7"}
     assert to_json("j", line) == {**ids, "line": "text"}
     note = Line("s", 3, 2, 0, "w-1-7", "text", is_note=True)

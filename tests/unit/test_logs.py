@@ -92,6 +92,22 @@ def test_json_has_the_fields_of_process_task_and_line(
     assert "job" not in third
 
 
+@pytest.mark.parametrize("format_", logs.FORMATS)
+def test_nothing_in_a_line_moves_a_terminal(
+    written: Written, monkeypatch: pytest.MonkeyPatch, format_: str
+) -> None:
+    monkeypatch.setenv(logs.FORMAT_VARIABLE, format_)
+    begin(service="worker")
+    try:
+        raise ValueError("\x1b]0;title\x07 \x9b2J")
+    except ValueError:
+        log.exception("it says \x1b[2J\rINFO \u202eelif")
+    text = written()
+    assert all(c.isprintable() or c == "\n" for c in text), text
+    assert "2J" in text
+    assert "title" in text
+
+
 def test_an_exception_is_one_line_of_json(
     written: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:

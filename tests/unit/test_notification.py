@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab import notification, targets
+from batchlab.directory import Directory
 from batchlab.errors import UsageError
 from batchlab.home import Home
 from batchlab.jobdef import JobDef, NotifyDef, StageDef
@@ -40,13 +43,14 @@ def a_job(*notify: NotifyDef) -> JobDef:
         NotifyDef("webhook", "http://[::1]:80/"),
         NotifyDef("webhook", URL, ("ended",), "env:BATCHLAB_NOTIFY_SECRET"),
         NotifyDef("sns", TOPIC),
+        NotifyDef("target", "chat", ("failed",)),
         NotifyDef("sns", TOPIC + ".fifo", ("capped",), failures=3, stuck_s=1.0),
     ],
 )
 def test_what_a_job_may_name(one: NotifyDef) -> None:
     assert notification.problem(one) == ""
-    admit(a_job(one), {"default": 1})
     job = a_job(one)
+    admit(job, {"default": 1})
     assert wire.job_from_json(wire.job_to_json(job)) == job
 
 
@@ -80,7 +84,12 @@ def test_what_a_job_may_name(one: NotifyDef) -> None:
         (NotifyDef("webhook", URL, ()), "The moments are"),
         (NotifyDef("webhook", URL, failures=0), "begin with 1"),
         (NotifyDef("webhook", URL, stuck_s=float("inf")), "begin with 1"),
+        (NotifyDef("webhook", "https://[64:ff9b::a9fe:a9fe]/"), "link-local or metadata"),
+        (NotifyDef("webhook", "https://[64:ff9b:1::a9fe:a9fe]/"), "link-local or metadata"),
+        (NotifyDef("webhook", "https://[::169.254.169.254]/"), "link-local or metadata"),
         (NotifyDef("sns", "batch"), "by its ARN"),
+        (NotifyDef("target", "../ops"), "can have that name"),
+        (NotifyDef("target", "chat", secret="env:BATCHLAB_NOTIFY_X"), "a job names none"),
         (NotifyDef("sns", TOPIC, secret="env:BATCHLAB_NOTIFY_X"), "webhook"),
     ],
 )
@@ -89,6 +98,22 @@ def test_what_a_job_may_not_name(one: NotifyDef, told: str) -> None:
     with pytest.raises(UsageError) as caught:
         admit(a_job(one), {"default": 1})
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["a\x1b[2Jb", "two\nlines", "a\rb", "\x9b31m", "\u202egnp.exe", "zero\u200bwidth", "\x7f"],
+)
+def test_what_people_read_of_a_job_holds_no_control_characters(bad: str) -> None:
+    named, tagged = replace(a_job(), name=bad), replace(a_job(), tags=(("team", bad),))
+    with pytest.raises(UsageError, match="The job's name holds characters that cannot be printed"):
+        admit(named, {"default": 1})
+    with pytest.raises(UsageError, match="A tag holds characters") as caught:
+        admit(tagged, {"default": 1})
+    assert bad not in str(caught.value)
+    with pytest.raises(UsageError, match="has 201 characters"):
+        admit(replace(a_job(), name="x" * 201), {"default": 1})
+    admit(replace(a_job(), name="<lambda> für Übung 日本", tags=(("", "ok"),)), {"default": 1})
 
 
 def test_a_job_names_so_many_targets_at_the_most() -> None:
@@ -104,6 +129,11 @@ def test_no_way_of_writing_a_link_local_address_gets_through(low: int) -> None:
     words = f"{number >> 16:x}:{number & 0xFFFF:x}"
     for address in (
         *(v4, f"::ffff:{v4}", f"::ffff:{words}", f"64:ff9b::{words}", f"2002:{words}::1"),
+        *(f"::{v4}", f"64:ff9b:1::{words}"),
+        # The other lengths of a translator's own prefix: /48, /56 and /64 (RFC 6052).
+        f"64:ff9b:1:a9fe:{low >> 8:x}:{(low & 255) << 8:x}::",
+        f"64:ff9b:1:a9:fe:{low:x}::",
+        f"64:ff9b:1:0:a9:{0xFE00 | low >> 8:x}:{(low & 255) << 8:x}:0",
         *(f"fe80::{low:x}", f"fe80::{low:x}%eth0"),
     ):
         assert notification.address_refusal(address), address
@@ -133,6 +163,62 @@ def test_an_address_is_shown_without_its_path() -> None:
     assert Target("ops", "webhook", URL).shown == "https://hooks.example.org/…"
 
 
+# --- What a job may do in this grid --------------------------------------------------------------
+
+A = "env:BATCHLAB_NOTIFY_A"
+KNOWN = Directory(
+    (
+        Target("ops", "webhook", URL),
+        Target("chat", "webhook", URL, on=(), secret="file:/etc/batchlab/secret", jobs=True),
+    ),
+    frozenset({"http://127.0.0.1:8000"}),
+    {"BATCHLAB_NOTIFY_A": frozenset({"https://hooks.example.org:443"})},
+)
+
+
+@pytest.mark.parametrize(
+    ("one", "told"),
+    [
+        (NotifyDef("webhook", "http://127.0.0.1:8001/"), "the manager's own machine"),
+        (NotifyDef("webhook", "https://127.0.0.1:8000/"), "the manager's own machine"),
+        (NotifyDef("webhook", "http://localhost:8000/"), "the manager's own machine"),
+        (NotifyDef("webhook", "https://[::1]/"), "the manager's own machine"),
+        (NotifyDef("webhook", "https://[::ffff:127.0.0.1]/"), "the manager's own machine"),
+        (NotifyDef("webhook", "https://[::127.0.0.2]/"), "the manager's own machine"),
+        (NotifyDef("webhook", "https://[64:ff9b::7f00:1]/"), "the manager's own machine"),
+        (NotifyDef("webhook", "https://mine.example.net/", secret=A), "may not sign"),
+        (NotifyDef("webhook", "https://hooks.example.org:8443/", secret=A), "may not sign"),
+        (NotifyDef("webhook", URL, secret="env:BATCHLAB_NOTIFY_B"), "may not sign"),
+        (NotifyDef("target", "ops"), "no target 'ops' that jobs may name; it has chat"),
+        (NotifyDef("target", "nobody"), "no target 'nobody'"),
+    ],
+)
+def test_what_the_operator_has_not_allowed_is_refused(one: NotifyDef, told: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(told)):
+        admit(a_job(one), {"default": 1}, KNOWN)
+
+
+def test_without_a_word_of_the_operators_jobs_sign_nothing_and_reach_nothing_here() -> None:
+    for one in (NotifyDef("webhook", "http://localhost/"), NotifyDef("webhook", URL, secret=A)):
+        with pytest.raises(UsageError, match="unless the grid's operator names"):
+            admit(a_job(one), {"default": 1}, Directory())
+    admit(a_job(NotifyDef("webhook", URL)), {"default": 1}, Directory())
+
+
+def test_what_the_operator_has_allowed() -> None:
+    own = NotifyDef("webhook", "http://127.0.0.1:8000/hook?x=1")
+    signed = NotifyDef("webhook", "https://HOOKS.example.org:443/any/path", secret=A)
+    named = NotifyDef("target", "chat", ("failed",), failures=3)
+    admit(a_job(own, signed, named), {"default": 1}, KNOWN)
+    assert not KNOWN.own("sums-1", 1, own).stays_out
+    assert KNOWN.own("sums-1", 2, signed).stays_out
+    assert KNOWN.own("sums-1", 3, named) == Target(
+        *("sums-1#3", "webhook", URL, (), ("failed",), "file:/etc/batchlab/secret", 3),
+        job="sums-1",
+        local=True,
+    )
+
+
 # --- The grid's own file -------------------------------------------------------------------------
 
 
@@ -156,6 +242,14 @@ stuck_after = "5m"
 
 [chat]
 webhook = "env:CHAT_URL"
+jobs = true
+on = []
+
+[jobs]
+local = ["http://127.0.0.1:8000", "http://LOCALHOST"]
+
+[jobs.secrets]
+BATCHLAB_NOTIFY_A = ["https://Hooks.Example.org/", "https://[2001:DB8:0::1]:8443"]
 
 [topic]
 sns = "{TOPIC}"
@@ -166,20 +260,25 @@ failures = 10
 command = ["/usr/local/bin/page", "--urgent"]
 """,
     )
-    found = {one.name: one for one in targets.read(home, {"CHAT_URL": "https://chat.example/x"})}
+    read = targets.read(home, {"CHAT_URL": "https://chat.example/x"})
+    found = {one.name: one for one in read.targets}
     assert found == {
         "ops": Target(
             *("ops", "webhook", URL, (), ("failed", "stuck"), "file:/etc/batchlab/secret"),
             stuck_s=300.0,
         ),
-        "chat": Target("chat", "webhook", "https://chat.example/x"),
+        "chat": Target("chat", "webhook", "https://chat.example/x", on=(), jobs=True),
         "topic": Target("topic", "sns", TOPIC, on=("failures",), failures=10),
         "pager": Target("pager", "command", "", ("/usr/local/bin/page", "--urgent")),
+    }
+    assert read.local == {"http://127.0.0.1:8000", "http://localhost:80"}
+    assert read.secrets == {
+        "BATCHLAB_NOTIFY_A": {"https://hooks.example.org:443", "https://[2001:db8::1]:8443"}
     }
 
 
 def test_no_file_is_nobody(tmp_path: Path) -> None:
-    assert targets.read(at(tmp_path, None)) == []
+    assert targets.read(at(tmp_path, None)) == Directory()
 
 
 @pytest.mark.parametrize(
@@ -196,8 +295,20 @@ def test_no_file_is_nobody(tmp_path: Path) -> None:
         (f"[ops]\nwebhook = '{URL}'\nsecret = 'hunter2'\n", "never written here"),
         (f"[ops]\nwebhook = '{URL}'\nfailures = true\n", "whole number"),
         (f"[ops]\nwebhook = '{URL}'\nstuck_after = 'soon'\n", "stuck_after"),
-        ("[ops]\nwebhook = 'env:NOT_SET_HERE'\n", "no URL"),
+        ("[ops]\nwebhook = 'env:NOT_SET_HERE'\n", "NOT_SET_HERE says, and that is not set"),
         ("[ops]\ncommand = 'page'\n", "no list of texts"),
+        (f"[ops]\nwebhook = '{URL}'\non = []\n", "The moments are"),
+        (f"[ops]\nwebhook = '{URL}'\njobs = 'yes'\n", "Write true where jobs may name it"),
+        ("[ops]\ncommand = ['x']\njobs = true\n", "may not name a command"),
+        (f"[jobs]\nwebhook = '{URL}'\n", "'webhook', which is no key"),
+        ("[jobs]\nlocal = 'http://127.0.0.1'\n", "is no list"),
+        ("[jobs]\nlocal = ['http://127.0.0.1/x']\n", "no origin"),
+        ("[jobs]\nlocal = ['127.0.0.1:8000']\n", "no origin"),
+        ("[jobs]\nlocal = ['http://127.0.0.1:x']\n", "no origin"),
+        ("[jobs.secrets]\nBATCHLAB_NOTIFY_A = ['https://u@h.example']\n", "no origin"),
+        ("[jobs.secrets]\nPATH = ['https://h.example']\n", "no job can name"),
+        ("jobs = 3\n", "no table of that"),
+        ("[jobs]\nsecrets = 3\n", "no table of that"),
         ("[ops]\ncommand = []\n", "a program and its arguments"),
     ],
 )
@@ -208,17 +319,33 @@ def test_a_mistake_is_told_in_a_sentence(tmp_path: Path, text: str, told: str) -
     assert "hunter2" not in str(caught.value)
 
 
+def test_the_manager_needs_the_variables_that_are_named(tmp_path: Path) -> None:
+    text = "[ops]\nwebhook = 'env:HOOK'\nsecret = 'env:KEY'\n[chat]\nwebhook = 'https://a.b'\n"
+    home = at(tmp_path, text + "secret = 'env:NOT_SET'\n")
+    environ = {"HOOK": URL, "KEY": "k", "BATCHLAB_NOTIFY_TEAM": "t", "OTHER": "o"}
+    assert targets.variables(home, environ) == ["BATCHLAB_NOTIFY_TEAM", "HOOK", "KEY"]
+    home.notify_file.unlink()
+    assert targets.variables(home, environ) == ["BATCHLAB_NOTIFY_TEAM"]
+    home.notify_file.write_text("[ops\n")
+    with pytest.raises(UsageError, match="cannot be read"):
+        targets.variables(home, environ)
+
+
 def test_the_file_is_read_again_when_it_changes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     home = at(tmp_path, "[a]\ncommand = ['x']\n")
     now = targets.watched(home)
-    assert [one.name for one in now()] == ["a"]
+
+    def names() -> list[str]:
+        return [one.name for one in now().targets]
+
+    assert names() == ["a"]
     home.notify_file.write_text("[a]\ncommand = ['x']\n[b]\ncommand = ['y']\n")
-    assert [one.name for one in now()] == ["a", "b"]
+    assert names() == ["a", "b"]
     with caplog.at_level(logging.WARNING):
         home.notify_file.write_text("[c\n")
-        assert [one.name for one in now()] == ["a", "b"] == [one.name for one in now()]
+        assert names() == ["a", "b"] == names()
     assert len(caplog.records) == 1
     home.notify_file.unlink()
-    assert now() == []
+    assert names() == []

@@ -13,6 +13,7 @@ import pytest
 
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.adapters.sql import open_memory
+from batchlab.directory import Directory
 from batchlab.errors import NotFound, Unreachable
 from batchlab.jobdef import JobDef, NotifyDef, StageDef
 from batchlab.manager.counts import Counts
@@ -42,7 +43,9 @@ class Scene:
         self.clock = SimClock(loop, EPOCH_S)
         self.objects = SimObjects()
         self.targets = list(targets)
+        self.secrets: dict[str, frozenset[str]] = {}
         self.tried: list[tuple[float, Notification]] = []
+        self.reached: list[Target] = []
         self.answers: Callable[[int], NotDelivered | None] = lambda _: None
         rng = random.Random(1)
         self.ports = Ports(
@@ -60,15 +63,19 @@ class Scene:
 
     async def deliver(self, target: Target, one: Notification) -> None:
         self.tried.append((self.clock.now_s() - EPOCH_S, one))
+        self.reached.append(target)
         if error := self.answers(len(self.tried)):
             raise error
+
+    def directory(self) -> Directory:
+        return Directory(tuple(self.targets), secrets=self.secrets)
 
     def manager(self) -> Notifying:
         made = Notifying(
             self.ports,
             self.lives,
             self.workers,
-            Outlets(lambda: self.targets, self.deliver),
+            Outlets(self.directory, self.deliver),
             self.counts,
             lambda _: "5.0/None",
         )
@@ -220,6 +227,46 @@ def test_a_job_that_nobody_waits_for_costs_no_request() -> None:
     play(main)
 
 
+def test_a_job_is_told_to_one_of_the_grids_targets_that_it_may_name() -> None:
+    async def main() -> None:
+        chat = Target("chat", "webhook", "https://hooks.example.org/s3cret", on=(), jobs=True)
+        scene = Scene(chat)
+        live = a_job("sums", NotifyDef("target", "chat", ("failed",)))
+        await scene.manager().ended(live, ENDING)
+        assert b"s3cret" not in await scene.objects.get(naming.NOTIFICATIONS)
+        await scene.led(scene.manager(), 1.0)
+        (target,) = scene.reached
+        assert (target.kind, target.to, target.job) == ("webhook", chat.to, "sums-1")
+
+    play(main)
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        (NotifyDef("target", "ops", ("failed",)), "no target 'ops' that jobs may name"),
+        (NotifyDef("webhook", "http://127.0.0.1/"), "the manager's own machine"),
+        (
+            NotifyDef("webhook", "https://h.example/", secret="env:BATCHLAB_NOTIFY_A"),
+            "BATCHLAB_NOTIFY_A may not sign",
+        ),
+    ],
+)
+def test_what_the_operator_does_not_allow_any_more_is_given_up(own: NotifyDef, told: str) -> None:
+    """Whatever was admitted, and whoever has written it into the bucket."""
+
+    async def main() -> None:
+        scene = Scene(replace(OPS, on=("capped",)))
+        await scene.manager().ended(a_job("sums", own), ENDING)
+        await scene.led(scene.manager(), 1.0)
+        assert scene.tried == []
+        (kept,) = (await scene.kept())["log"]
+        assert kept["state"] == "given up"
+        assert told in kept["error"]
+
+    play(main)
+
+
 def test_a_jobs_own_target_is_told_though_the_job_is_forgotten() -> None:
     async def main() -> None:
         scene = Scene()
@@ -351,6 +398,123 @@ def test_what_waits_is_bounded() -> None:
 
 def _notification(live: LiveJob) -> Notification:
     return Notification("", "ended", live.id, "ops", None, "{}", EPOCH_S)
+
+
+# --- What is written -----------------------------------------------------------------------------
+
+
+class Counted(SimObjects):
+    """Counts how often the book is written, and how much of it."""
+
+    puts = 0
+    size = 0
+
+    async def put(self, key: str, data: bytes, **how: Any) -> str:
+        self.puts += 1
+        self.size += len(data)
+        return await super().put(key, data, **how)
+
+
+def test_while_a_target_is_away_the_book_is_written_seldom() -> None:
+    """It was written whole after each try: two megabytes, twice a second, for a day."""
+
+    async def main() -> None:
+        scene = Scene(OPS)
+        objects = Counted()
+        scene.objects = objects
+        scene.ports = replace(scene.ports, objects=objects)
+        scene.answers = lambda _: NotDelivered("It is away.")
+        manager = scene.manager()
+        for number in range(200):
+            live = a_job(f"j{number}")
+            one = replace(_notification(live), id=str(number))
+            manager.book.pending[one.id] = one
+        await manager.ended(a_job("last"), ENDING)
+        assert objects.puts == 1
+        await scene.led(manager, 3600.0)
+        assert len(scene.tried) > 2000
+        assert objects.puts <= 3600 / 60 + 20
+        # What it has tried is known to the next one all the same.
+        kept = {one["id"]: one["attempts"] for one in (await scene.kept())["pending"]}
+        assert len(kept) == 201
+        assert all(attempts > 10 for attempts in kept.values())
+        # And when the target is back, many that are delivered share a write.
+        scene.answers = lambda _: None
+        before = objects.puts
+        second = scene.manager()
+        await scene.led(second, 1800.0)
+        assert not second.book.pending
+        assert objects.puts - before < 70
+        assert (await scene.kept())["pending"] == []
+
+    play(main)
+
+
+def test_what_was_delivered_is_written_at_once_where_nothing_was_just_before() -> None:
+    async def main() -> None:
+        scene = Scene(OPS)
+        manager = scene.manager()
+        running = asyncio.create_task(manager.run())
+        for number in range(3):
+            await manager.ended(a_job(f"j{number}"), ENDING)
+            await asyncio.sleep(1.1)
+            assert (await scene.kept())["pending"] == []
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    play(main)
+
+
+def test_a_bucket_that_is_away_meanwhile_gets_it_later() -> None:
+    async def main() -> None:
+        scene = Scene(OPS)
+        manager = scene.manager()
+        await manager.ended(a_job(), ENDING)
+        put, tries = scene.objects.put, 0
+
+        async def away(*_: Any, **__: Any) -> str:
+            nonlocal tries
+            tries += 1
+            raise Unreachable("The bucket is away.")
+
+        scene.objects.put = away  # type: ignore[method-assign]
+        running = asyncio.create_task(manager.run())
+        await asyncio.sleep(600.0)
+        assert len((await scene.kept())["pending"]) == 1
+        assert tries < 20
+        scene.objects.put = put  # type: ignore[method-assign]
+        await asyncio.sleep(61.0)
+        assert (await scene.kept())["pending"] == []
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    play(main)
+
+
+def test_a_delivery_that_meets_a_bug_takes_no_manager_with_it() -> None:
+    async def main() -> None:
+        scene = Scene(OPS)
+        tries = 0
+
+        async def deliver(target: Target, one: Notification) -> None:
+            nonlocal tries
+            tries += 1
+            if tries < 3:
+                raise UnicodeError("label too long")
+
+        scene.deliver = deliver  # type: ignore[method-assign]
+        manager = scene.manager()
+        await manager.ended(a_job(), ENDING)
+        running = asyncio.create_task(manager.run())
+        await asyncio.sleep(1.0)
+        assert "label too long" in manager.trouble("sums-1")
+        await asyncio.sleep(60.0)
+        assert not running.done()
+        assert [one.state for one in manager.book.log] == ["delivered"]
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    play(main)
 
 
 # --- Other moments -------------------------------------------------------------------------------

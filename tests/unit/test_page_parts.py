@@ -10,6 +10,7 @@ from importlib.resources import files
 import pytest
 from markupsafe import Markup
 
+from batchlab.costs.money import Usd
 from batchlab.views import EtaView
 from batchlab.web import words
 from tests.unit.cli_rig import view
@@ -25,7 +26,7 @@ TEMPLATES = files("batchlab.web") / "templates"
     ("seconds", "text"),
     [
         (None, "–"),
-        (0, "0 ms"),
+        (0, "0 s"),
         (0.00001, "<0.1 ms"),
         (0.0003, "0.3 ms"),
         (0.04, "40 ms"),
@@ -33,7 +34,7 @@ TEMPLATES = files("batchlab.web") / "templates"
         (725, "12 min 05 s"),
         (12_000, "3 h 20 min"),
         (200_000, "2 days 7 h"),
-        (-1, "0 ms"),
+        (-1, "0 s"),
     ],
 )
 def test_spans(seconds: float | None, text: str) -> None:
@@ -41,7 +42,7 @@ def test_spans(seconds: float | None, text: str) -> None:
 
 
 def test_numbers_and_counts() -> None:
-    assert words.number(1_234_567) == "1\N{NARROW NO-BREAK SPACE}234\N{NARROW NO-BREAK SPACE}567"
+    assert words.number(1_234_567) == "1,234,567"
     assert (words.number(None), words.count(1, "task"), words.count(2, "task")) == (
         *("–", "1 task"),
         "2 tasks",
@@ -60,6 +61,18 @@ def test_a_moment_is_told_to_people_and_machines() -> None:
         '<local-time datetime="1970-01-01T00:00:00+00:00">1970-01-01 00:00:00 UTC</local-time>'
     )
     assert isinstance(words.when(None), Markup)
+
+
+def test_a_moment_of_another_zone_is_told_beside_that() -> None:
+    assert words.when(0.0, unless="Europe/Berlin", before="here ") == (
+        '<local-time unless="Europe/Berlin" before="here " datetime="1970-01-01T00:00:00+00:00">'
+        "here 1970-01-01 00:00:00 UTC</local-time>"
+    )
+
+
+def test_an_amount_is_split_from_how_sure_it_is() -> None:
+    assert words.amount(Usd.exactly(1.5)) == ("1.50 USD", "")
+    assert words.amount(Usd(0.1, 0.25, 2.0)) == ("0.25 USD", "0.1 to 2.00")
 
 
 def test_a_name_is_one_part_of_an_address() -> None:

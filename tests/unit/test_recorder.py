@@ -7,10 +7,12 @@ from typing import Any, ClassVar, cast
 
 import pytest
 
+from batchlab.costs.meter import Account
+from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager import recorded
 from batchlab.manager.autoscaler import Backlog
-from batchlab.manager.live import Ports
-from batchlab.manager.recorder import Recorder
+from batchlab.manager.live import LiveJob, Ports
+from batchlab.manager.recorder import FEW, SHORT_S, Recorder, _Seen
 from batchlab.manager.registry import Registry
 from batchlab.manager.reporting import Reports
 from batchlab.manager.series import FINE, Series, latest, of_pool
@@ -19,11 +21,14 @@ from batchlab.model import (
     GroupView,
     Instance,
     JobId,
+    JobState,
     LifecycleState,
     Pool,
+    StageCounts,
     StageName,
     TaskSet,
 )
+from batchlab.ports import JobRecord, StageRecord
 from batchlab.protocol import wire
 
 
@@ -184,6 +189,19 @@ def test_an_instance_that_was_gone_before_is_no_job_s() -> None:
     assert recorder._instances["i-new"][5] == 1000.0
 
 
+@pytest.mark.parametrize(("first_s", "took_s"), [(None, 0.0), (990.0, 10.0), (1000.5, 0.0)])
+def test_a_job_took_the_time_before_this_manager_too(first_s: float | None, took_s: float) -> None:
+    """What it took decides whether its data is written; a manager may have led for a second."""
+    stage = StageCounts(StageName("map"), first_start_s=first_s)
+    definition = JobDef(JobId("a-1"), "a", (StageDef(StageName("map"), handler="m:f"),), 1.0)
+    live = LiveJob(JobRecord(definition, JobState.RUNNING), {stage.stage: StageRecord(stage)})
+    lives = {live.id: live}
+    recorder = Recorder(cast(Ports, FakePorts()), lives, cast(Registry, FakeRegistry()))
+    recorder.adopt(live)
+    closed = recorder.close({live.id: Account(), JobId("unknown"): Account()})
+    assert {job: seen_s for job, (seen_s, _) in closed.items()} == {live.id: took_s, "unknown": 0.0}
+
+
 class FakePorts:
     """A clock that stands still."""
 
@@ -203,3 +221,50 @@ class FakeRegistry:
 
     workers: ClassVar[dict[str, Any]] = {}
     spot: ClassVar[dict[str, None]] = {}
+
+
+class Row(list[Any]):
+    """A row that counts how often it is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        Row.looks += 1
+        return super().__getitem__(key)
+
+
+def closed(history: int, seconds: float) -> tuple[dict[str, Any], int]:
+    """What a job tells that was there for so long, after so much has been on the fleet before it
+    while a long job went on; and how many looks at that it took."""
+    ports = FakePorts()
+    recorder = Recorder(cast(Ports, ports), {}, cast(Registry, FakeRegistry()))
+    recorder._slots["default"] = 2, ""
+    recorder._pools["default"] = Series(
+        of_pool, [pool_point(n * 900 / history) for n in range(history)]
+    )
+    for n in range(history):
+        name, since_s = f"{n}", n / 1000
+        recorder._ended[name] = Row(["default", "", "", "", since_s, since_s, since_s, "", "", 2])
+        recorder._workers[name] = Row([name, "default", 2, since_s, since_s])
+        recorder._decisions.append(Row(["default", since_s, 0, 1, 0, 1, 1.0, "a backlog"]))
+    for n in range(FEW + 6):
+        recorder._instances[f"i-{n}"] = ["default", "", "", "", 900.0, 900.0, None, "", "", 2]
+    for n in range(500):
+        recorder._jobs[JobId(f"other-{n}")] = _Seen(0.0, ["default"])
+    recorder._ended["last"] = Row(["default", "", "", "", 0.0, 0.0, 999.99, "", "", 2])
+    recorder._jobs[JobId("a")] = _Seen(1000.0 - seconds, ["default"])
+    Row.looks = 0
+    ((_, part),) = recorder.close({JobId("a"): Account()}).values()
+    return part, Row.looks
+
+
+@pytest.mark.parametrize("seconds", [1.0, 60.0])
+def test_what_a_job_that_ends_costs_does_not_grow_with_what_was_before_it(seconds: float) -> None:
+    few, some_looks = closed(100, seconds)
+    many, many_looks = closed(10_000, seconds)
+    assert many_looks == some_looks < 50
+    assert len(wire.to_bytes(many)) == len(wire.to_bytes(few))
+    assert len(few["instances"]) == (FEW if seconds < SHORT_S else FEW + 7)
+    assert "last" in few["instances"] or seconds < SHORT_S
+    assert not few["workers"]
+    assert not few["scaling"]

@@ -6,6 +6,7 @@ import asyncio
 import configparser
 import hashlib
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -132,6 +133,7 @@ def test_our_own_wheel_is_the_package_that_runs_and_the_same_each_time(tmp_path:
     )
     assert content["batchlab/_data/backends/aws/boot/boot.sh"] == (BOOT / "boot.sh").read_bytes()
     assert not [one for one in content if "__pycache__" in one]
+    assert f"{info}/licenses/LICENSE" in content
     entry = configparser.ConfigParser()
     entry.read_string(content[f"{info}/entry_points.txt"].decode())
     assert entry["console_scripts"]["batchlab"] == "batchlab.cli:main"
@@ -288,6 +290,44 @@ def test_the_image_has_the_files_that_a_wheel_has(tmp_path: Path) -> None:
     images._fill(tmp_path)
     for name, path in package_data.files():
         assert (tmp_path / name).read_bytes() == path.read_bytes()
+
+
+def test_what_running_an_example_has_made_is_no_part_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {"batchlab/__init__.py", "examples/claims/job.yaml", "examples/.gitignore"}
+    kept |= {f"{name}/x" for name in ("backends", "scenarios", "compose")}
+    made = {"data/a.837", "out/totals.jsonl", ".batchlab/token", "__pycache__/parse.pyc"}
+    for name in kept | {f"examples/claims/{one}" for one in made}:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(package_data, "_PACKAGE", tmp_path / "batchlab")
+    assert {path.relative_to(tmp_path).as_posix() for _, path in package_data.files()} == kept
+
+
+def test_the_image_is_made_of_the_package_and_of_pinned_packages_alone(tmp_path: Path) -> None:
+    images._fill(tmp_path)
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {"Dockerfile", "batchlab", "constraints.txt", "requirements.txt"}
+    recipe = (tmp_path / "Dockerfile").read_text()
+    copied = {
+        name
+        for line in re.findall(r"^(?:COPY|ADD) (.+)$", recipe, re.MULTILINE)
+        for name in line.split()[:-1]
+    }
+    assert copied == made - {"Dockerfile"}
+    users = re.findall(r"^USER (.+)$", recipe, re.MULTILINE)
+    assert users
+    assert all(re.fullmatch(r"[1-9]\d*:[1-9]\d*", one) for one in users), "root, or a name"
+    assert "-c /opt/batchlab/constraints.txt" in recipe
+    pinned = {
+        line.partition("==")[0] for line in (tmp_path / "constraints.txt").read_text().splitlines()
+    }
+    wanted = (tmp_path / "requirements.txt").read_text()
+    direct = {line.partition("==")[0].partition("[")[0] for line in wanted.splitlines()}
+    assert direct <= pinned
+    assert {"botocore", "psycopg-binary", "starlette"} <= pinned - direct
+    assert "batchlab" not in pinned
 
 
 def test_uploading_tells_what_stands_in_the_way(tmp_path: Path) -> None:

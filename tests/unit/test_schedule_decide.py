@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -132,6 +133,13 @@ def test_a_schedule_comes_back_from_the_bucket_as_it_went() -> None:
     assert model.from_bytes(model.to_bytes(made)) == made
     with pytest.raises(BackendError):
         model.from_bytes(b'{"v": 99}')
+
+
+def test_an_object_written_when_the_digest_was_called_otherwise_is_read() -> None:
+    made = schedule(source="job.yaml", source_digest="d")
+    doc = json.loads(model.to_bytes(made))
+    doc["definition"]["fingerprint"] = doc["definition"].pop("source_digest")
+    assert model.from_bytes(json.dumps(doc).encode()) == made
 
 
 @pytest.mark.parametrize(

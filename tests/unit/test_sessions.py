@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from batchlab.adapters.state_file import StateFile
 from batchlab.api.sessions import CODE_S, MOST_CODES, SESSION_S, Sessions
 from tests.fleet_rigs import ManualClock
 
@@ -82,11 +85,60 @@ def test_another_grid_or_another_token_knows_nothing_of_it(clock: ManualClock) -
     assert not other.has_sent(session, mine.form_token(session))
 
 
-def test_a_manager_that_was_started_again_knows_it(clock: ManualClock) -> None:
-    session, cookie = Sessions(TOKEN, clock).begin()
-    again = Sessions(TOKEN, clock)
+def test_a_manager_that_was_started_again_knows_who_came_and_who_has_gone(
+    clock: ManualClock, tmp_path: Path
+) -> None:
+    kept = StateFile(tmp_path / "sessions.json")
+    before = Sessions(TOKEN, clock, kept)
+    session, cookie = before.begin()
+    gone, left = before.begin()
+    before.close(gone)
+    again = Sessions(TOKEN, clock, kept)
     assert again.of(cookie) == session
-    assert again.cookie == Sessions(TOKEN, clock).cookie
+    assert again.of(left) is None
+    assert again.cookie == before.cookie
+    assert TOKEN not in (tmp_path / "sessions.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[]", b'{"seed": "x"}', b'{"seed":"x","closed":[]}']
+)
+def test_who_has_lost_who_has_gone_has_lost_who_came(
+    clock: ManualClock, tmp_path: Path, damage: bytes
+) -> None:
+    file = tmp_path / "sessions.json"
+    before = Sessions(TOKEN, clock, StateFile(file))
+    cookies = [before.begin()[1], before.begin()[1]]
+    before.close(before.begin()[0])
+    file.write_bytes(damage)
+    for again in (Sessions(TOKEN, clock, StateFile(file)), Sessions(TOKEN, clock)):
+        assert [again.of(one) for one in cookies] == [None, None]
+        assert again.begin()[1]
+
+
+def test_what_is_remembered_of_who_has_gone_is_bounded(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("batchlab.api.sessions.MOST_CLOSED", 3)
+    sessions = Sessions(TOKEN, clock, StateFile(tmp_path / "sessions.json"))
+    every = [sessions.begin() for _ in range(5)]
+    for session, _ in every[:4]:
+        sessions.close(session)
+    assert sessions._closed == {}
+    assert [sessions.of(cookie) for _, cookie in every] == [None] * 5
+    session, cookie = sessions.begin()
+    assert sessions.of(cookie) == session
+
+
+def test_a_disk_that_is_full_keeps_nobody_from_logging_out(
+    clock: ManualClock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    sessions = Sessions(TOKEN, clock, StateFile(tmp_path / "file" / "sessions.json"))
+    session, cookie = sessions.begin()
+    sessions.close(session)
+    assert sessions.of(cookie) is None
+    assert "known until a restart" in caplog.text
 
 
 def test_who_logs_out_takes_the_cookie_along(sessions: Sessions, clock: ManualClock) -> None:

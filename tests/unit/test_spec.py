@@ -1,4 +1,4 @@
-"""The job file: what it means, its fingerprint, and what is made from its schema."""
+"""The job file: what it means, its source digest, and what is made from its schema."""
 
 from __future__ import annotations
 
@@ -200,12 +200,12 @@ def test_an_absolute_pattern_is_taken_as_it_is(folder: Path, tmp_path: Path) -> 
     assert jobfile.input_files() == [tmp_path / "data" / "c.txt"]
 
 
-# --- The fingerprint -----------------------------------------------------------------------------
+# --- The source digest ---------------------------------------------------------------------------
 
 
-def test_the_fingerprint_changes_with_whatever_changes_the_work(folder: Path) -> None:
+def test_the_source_digest_changes_with_whatever_changes_the_work(folder: Path) -> None:
     def digest(text: str = FULL, code: str = "c", **overrides: str) -> str:
-        return spec.fingerprint(load(folder, text, **overrides), code)
+        return spec.source_digest(load(folder, text, **overrides), code)
 
     first = digest()
     assert digest() == first
@@ -230,12 +230,12 @@ def test_the_fingerprint_changes_with_whatever_changes_the_work(folder: Path) ->
     assert digest() not in {*seen, changed}
 
 
-def test_the_fingerprint_is_that_of_the_content_not_of_the_place(tmp_path: Path) -> None:
+def test_the_source_digest_is_that_of_the_content_not_of_the_place(tmp_path: Path) -> None:
     digests = set()
     for name in ("x", "y"):
         write(tmp_path / name, {"work.py": WORK, "data/a": "1"})
         os.utime(tmp_path / name / "data/a", ns=(5, 5))
-        digests.add(spec.fingerprint(load(tmp_path / name, FULL), "c"))
+        digests.add(spec.source_digest(load(tmp_path / name, FULL), "c"))
     assert len(digests) == 1
 
 

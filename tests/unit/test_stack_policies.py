@@ -234,9 +234,12 @@ def test_commits_are_protected_and_nothing_else_is(
     for key in (f"{naming.raw(job)}{file}", "code/0123.zip", "boot/0123.tar.gz"):
         assert not must_be_conditional(key)
         assert may("WorkerRole", "s3:GetObject", key)
-        for role in ("WorkerRole", "ManagerRole"):
-            assert not may(role, "s3:PutObject", key)
-    for key in (naming.USE, naming.used(job), naming.NOTIFICATIONS):
+        assert not may("WorkerRole", "s3:PutObject", key)
+        # A job that comes by the page is put into the bucket by the manager.
+        assert may("ManagerRole", "s3:PutObject", key) != key.startswith("boot/")
+    of_the_grid = (naming.USE, naming.used(job), naming.NOTIFICATIONS, naming.RECORD)
+    of_schedules = (naming.schedule(name), naming.template("0123"))
+    for key in (*of_the_grid, *of_schedules, naming.reports(job) + "report.json"):
         assert may("ManagerRole", "s3:PutObject", key)
         assert may("ManagerRole", "s3:GetObject", key)
         assert not may("WorkerRole", "s3:PutObject", key)

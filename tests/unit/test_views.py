@@ -17,7 +17,7 @@ from batchlab.manager.live import LiveJob, Seen
 from batchlab.model import Bundle, Completion, JobId, JobState, StageCounts, StageName, TaskSet
 from batchlab.ports import BundleRecord, JobRecord, StageRecord
 from batchlab.protocol import naming, wire
-from batchlab.views import job_view, outcome_view
+from batchlab.viewing import job_view, outcome_view
 
 MAP, SUM = StageName("map"), StageName("sum")
 JOB = JobDef(

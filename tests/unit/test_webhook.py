@@ -189,6 +189,41 @@ def test_a_name_that_leads_to_metadata_is_refused(
     assert error.final
 
 
+def of_a_job(url: str, *, local: bool = False) -> Target:
+    return Target("sums-1#1", "webhook", url, job="sums-1", local=local)
+
+
+def own_address() -> str:
+    """One of this machine's that is not loopback, or loopback where it has no other."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        try:
+            asked.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            return "127.0.0.1"
+        return str(asked.getsockname()[0])
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "here"]
+)
+def test_a_name_by_which_a_job_reaches_this_machine_is_refused(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    address = own_address() if address == "here" else address
+    lead(monkeypatch, evil_example=["192.0.2.1", address])
+    error = refused(of_a_job("https://evil.example/"))
+    assert "the manager's own machine" in error.message
+    assert error.final
+
+
+def test_a_jobs_webhook_reaches_this_machine_where_the_operator_says_so() -> None:
+    with Hook() as hook:
+        refused(of_a_job(hook.url))
+        assert hook.calls == []
+        deliver(of_a_job(hook.url, local=True))
+        assert len(hook.calls) == 1
+
+
 def test_http_leads_to_this_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """`localhost` is what the resolver says it is."""
     lead(monkeypatch, localhost=["192.0.2.7"])

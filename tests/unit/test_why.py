@@ -289,7 +289,7 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
         ),
         [
             "1 task waits for its retry, next due in 4 s",
-            "stage sum waits for stage map (9 of 10 tasks terminal)",
+            "stage sum waits for stage map (9 of 10 tasks ended)",
         ],
     ),
     "running": (

@@ -86,7 +86,7 @@ pull_image() {
 # The same command in a container: systemd stays in charge of when it starts, drains and ends.
 write_container_unit() {
   local command options name=batchlab-$role
-  local gone="/bin/sh -c 'if docker container inspect $name > /dev/null 2>&1; then docker rm --force $name; fi'"
+  local gone="/bin/sh -c 'if docker container inspect $name > /dev/null 2>&1; then docker rm --force --volumes $name; fi'"
   command=$(sed -n 's|^ExecStart=/opt/batchlab/current/venv/bin/batchlab ||p' \
     "$release/units/batchlab-$role.service")
   options=(
@@ -100,6 +100,8 @@ write_container_unit() {
     # What it says is in the unit's log; the engine's own copy would grow without end.
     --log-driver none
   )
+  # As the manager's unit has it: a folder on the disk, which goes with the container.
+  [ "$role" = worker ] || options+=(--volume /var/tmp --env TMPDIR=/var/tmp)
   install -d "/etc/systemd/system/batchlab-$role.service.d"
   cat > "/etc/systemd/system/batchlab-$role.service.d/container.conf" <<END
 [Unit]

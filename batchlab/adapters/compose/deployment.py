@@ -61,10 +61,6 @@ class Deployment:
         return f"{self.subnet}.13"
 
     @property
-    def manager_url(self) -> str:
-        return f"http://{self.manager_host}:{MANAGER_PORT}"
-
-    @property
     def autoscaling_url(self) -> str:
         return f"http://{self.subnet}.12:{AUTOSCALING_PORT}"
 

@@ -79,6 +79,7 @@ def _fill(context: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
     (context / "requirements.txt").write_text("\n".join(requirements()) + "\n")
+    (context / "constraints.txt").write_text("\n".join(constraints()) + "\n")
     shutil.copy(package_data.folder("compose") / "Dockerfile", context / "Dockerfile")
 
 
@@ -94,6 +95,30 @@ def requirements() -> list[str]:
         bare = name[0].split("[")[0]
         found.append(f"{name[0]}=={metadata.version(bare)}")
     return sorted(found)
+
+
+def constraints() -> list[str]:
+    """All that batchlab needs, by whatever it needs, each in the version that is installed here:
+    what a build finds does not depend on its day."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    found: dict[str, str] = {}
+    seen: set[tuple[str, str]] = set()
+    waiting = [("batchlab", "")]
+    while waiting:
+        name, extra = waiting.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        one = metadata.distribution(name)
+        found[name] = f"{name}=={one.version}"
+        for wanted in map(Requirement, one.requires or ()):
+            if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
+                named = canonicalize_name(wanted.name)
+                waiting += [(named, more) for more in ("", *wanted.extras)]
+    del found["batchlab"]
+    return sorted(found.values())
 
 
 def _digest(context: Path, recipe: Recipe) -> str:

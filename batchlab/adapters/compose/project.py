@@ -60,16 +60,30 @@ def networks() -> list[str]:
 class Project:
     """The Compose project of one home."""
 
-    def __init__(self, home: Home, at: Deployment, *, settings: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        home: Home,
+        at: Deployment,
+        *,
+        settings: Mapping[str, str],
+        passed: Sequence[str] = (),
+    ) -> None:
+        """`passed` are names of variables of this process's environment for the manager's."""
         self._home = home
         self._at = at
         self._settings = settings
+        self._passed = passed
         self._log = deployment.folder(home) / "compose.log"
+        self._more = deployment.folder(home) / "compose.more.json"
 
     def up(self, say: Callable[[str], None], *, storage: bool) -> None:
         """Start every service and wait until all are healthy, `storage` being a LocalStack of
         the grid's own; BackendError with the reason, and what runs then is left as it is."""
         say("Starting the containers; missing images are pulled, which may take minutes.")
+        # Names alone: Compose takes the values from its own environment, and none is in a file.
+        more = {"services": {"manager": {"environment": dict.fromkeys(self._passed)}}}
+        self._more.parent.mkdir(parents=True, exist_ok=True)
+        self._more.write_text(json.dumps(more))
         profiles = ["--profile", "localstack"] if storage else []
         self._compose(*profiles, "up", "--detach", "--no-build", "--remove-orphans")
         self._wait(say)
@@ -166,9 +180,11 @@ class Project:
             )
 
     def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        file = package_data.folder("compose") / "compose.yaml"
+        files = ["--file", str(package_data.folder("compose") / "compose.yaml")]
+        if self._more.exists():
+            files += ["--file", str(self._more)]
         return subprocess.run(
-            ["docker", "compose", "--file", str(file), "--ansi", "never", *arguments],
+            ["docker", "compose", *files, "--ansi", "never", *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

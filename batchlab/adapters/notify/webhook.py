@@ -26,6 +26,7 @@ from batchlab.notification import (
     Target,
     address_problem,
     address_refusal,
+    is_loopback,
 )
 from batchlab.ports import Clock
 
@@ -79,7 +80,7 @@ class Webhooks:
         parts = urlsplit(target.to)
         try:
             async with asyncio.timeout(WHOLE_S):
-                address = await resolved(parts)
+                address = await resolved(parts, stays_out=target.stays_out)
                 status = await self._posted(parts, address, self._headers(target, one), one.body)
         except TimeoutError:
             raise NotDelivered(f"It did not answer within {WHOLE_S:.0f} s.") from None
@@ -144,9 +145,10 @@ class Webhooks:
         )
 
 
-async def resolved(parts: SplitResult) -> str:
-    """An address of the URL's host that something may be sent to. NotDelivered where one of its
-    addresses is refused: a name that leads to both is nobody's friend."""
+async def resolved(parts: SplitResult, *, stays_out: bool) -> str:
+    """An address of the URL's host that something may be sent to, with `stays_out` none of this
+    machine's. NotDelivered where one of its addresses is refused: a name that leads to both is
+    nobody's friend."""
     host, port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
     loop = asyncio.get_running_loop()
     try:
@@ -157,17 +159,30 @@ async def resolved(parts: SplitResult) -> str:
     for address in addresses:
         if wrong := address_refusal(address):
             raise NotDelivered(f"The name {host} leads astray: {wrong}", final=True)
-        if parts.scheme == "http" and not _is_here(address):
+        if stays_out and is_own(address):
+            raise NotDelivered(
+                f"The name {host} leads astray: {address} is the manager's own machine, where no "
+                "job has anything sent to.",
+                final=True,
+            )
+        if parts.scheme == "http" and not is_loopback(address):
             raise NotDelivered(
                 f"{host} is not this machine, so only https may be used.", final=True
             )
     return addresses[0]
 
 
-def _is_here(address: str) -> bool:
-    import ipaddress
-
-    return ipaddress.ip_address(address).is_loopback
+def is_own(address: str) -> bool:
+    """Whether an IP address is one of this machine's."""
+    if is_loopback(address):
+        return True
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as asked:
+        try:
+            asked.connect((address, 9))  # sends nothing, but chooses where from it would
+        except OSError:
+            return False  # nothing leads there
+        return str(asked.getsockname()[0]) == address
 
 
 def _told(error: Exception) -> str:

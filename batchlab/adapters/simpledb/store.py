@@ -33,7 +33,8 @@ PATIENCE_S = 20.0
 _FIRST_WAIT_S = 0.05
 _LONGEST_WAIT_S = 2.0
 _LOST_ANSWERS = 6
-_HELPERS = 8
+_AT_ONCE = 8
+"""Requests of one call that are under way at the same time."""
 
 _CONDITION = {"ConditionalCheckFailed", "AttributeDoesNotExist", "MultiValuedAttribute"}
 _FULL = {"NumberDomainBytesExceeded", "NumberDomainAttributesExceeded"}
@@ -62,14 +63,14 @@ class Store:
         self.domain = domain
         self.table = "`" + domain.replace("`", "``") + "`"
         """The domain in a select expression."""
-        self._sdb = client(endpoint, "sdb", connections=connections + _HELPERS)
+        self._sdb = client(endpoint, "sdb", connections=connections + _AT_ONCE)
         _check_region(self._sdb, endpoint.region)
-        self._helpers = ThreadPoolExecutor(_HELPERS, thread_name_prefix="simpledb")
+        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="simpledb")
         self._random = random.Random()  # noqa: S311 (spreads retries)
 
     def close(self) -> None:
         """No other call may follow."""
-        self._helpers.shutdown()
+        self._threads.shutdown()
         self._sdb.close()
 
     # --- Items ------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ class Store:
 
     def get_all(self, names: Iterable[str]) -> list[Item | None]:
         """These items, asked for side by side."""
-        return list(self._helpers.map(self.get, names))
+        return list(self._threads.map(self.get, names))
 
     def put_if(
         self, name: str, pairs: Pairs, key: str, value: str | None, *, more: Pairs = ()
@@ -121,7 +122,7 @@ class Store:
         """Write these, whatever is there; not at once, but a part again does no harm."""
         for name, pairs in items.items():
             check(name, pairs)
-        list(self._helpers.map(self._put_batch, _batches(items)))
+        list(self._threads.map(self._put_batch, _batches(items)))
 
     def _put_batch(self, batch: Sequence[tuple[str, Pairs]]) -> None:
         items = [{"Name": name, "Attributes": _replacing(pairs)} for name, pairs in batch]
@@ -147,7 +148,7 @@ class Store:
         """Delete these; one that is not there is no error."""
         some = list(names)
         batches = [some[i : i + MAX_BATCH] for i in range(0, len(some), MAX_BATCH)]
-        list(self._helpers.map(self._delete_batch, batches))
+        list(self._threads.map(self._delete_batch, batches))
 
     def _delete_batch(self, names: Sequence[str]) -> None:
         self._ask("batch_delete_attributes", Items=[{"Name": name} for name in names])
@@ -181,7 +182,7 @@ class Store:
             where = f"itemName() in ({', '.join(map(quoted, part))})"
             return list(self.select(output, where))
 
-        return {name: item for found in self._helpers.map(some, parts) for name, item in found}
+        return {name: item for found in self._threads.map(some, parts) for name, item in found}
 
     # --- Calls ------------------------------------------------------------------------------------
 

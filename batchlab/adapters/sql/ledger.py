@@ -8,6 +8,7 @@ past_rows.
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,8 +78,13 @@ def open_postgres(
 
 
 def open_memory() -> SqlLedger:
-    """A ledger that ends with its process; everything happens in the caller's thread."""
-    return SqlLedger(sqlite_engine(None), Inline())
+    """A ledger that ends with its last reference; everything happens in the caller's thread."""
+    engine = sqlite_engine(None)
+    ledger = SqlLedger(engine, Inline())
+    # A world is dropped wherever it has come to its end, and Python 3.13 asks that databases be
+    # closed.
+    weakref.finalize(ledger, engine.dispose)
+    return ledger
 
 
 class SqlLedger:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from batchlab.fleet import cron, schedules
+from batchlab import cron
+from batchlab.fleet import schedules
 from batchlab.fleet.api import ScheduledAction
 from batchlab.fleet.asg import Asg
 from batchlab.fleet.faults import AlreadyExists, LimitExceeded, ValidationError
 from batchlab.fleet.requests.base import Requests
 
 MOST_ACTIONS = 125
+# What cron itself has, and AWS tells of; cronsim reads more, such as the last day of a month.
+_TERM = r"(\*|(\d+|[A-Z]{3})(-(\d+|[A-Z]{3}))?)(/\d+)?"
+_FIELD = re.compile(rf"{_TERM}(,{_TERM})*", re.ASCII | re.IGNORECASE)
 
 
 class ScheduleRequests(Requests):
@@ -51,7 +58,7 @@ class ScheduleRequests(Requests):
             raise ValidationError("Given end time is in the past or before the start time")
         try:
             if action.recurrence:
-                cron.parse(action.recurrence)
+                _check_recurrence(action.recurrence, now_s)
             ZoneInfo(action.time_zone or "UTC")
         except ZoneInfoNotFoundError as error:
             raise ValidationError(f"Invalid time zone: {action.time_zone}") from error
@@ -89,3 +96,12 @@ class ScheduleRequests(Requests):
                 if this in scheduled_action_names if scheduled_action_names else within:
                     found.append((due_s, this, replace(asg.scheduled[this], start_time=due_s)))
         return [action for _, _, action in sorted(found, key=lambda one: one[:2])]
+
+
+def _check_recurrence(expression: str, now_s: float) -> None:
+    """ValueError where it is no cron expression."""
+    for field in expression.split():
+        if not _FIELD.fullmatch(field):
+            raise ValueError(f"{field!r} is no field of cron")
+    with suppress(cron.NeverDue):
+        cron.local_times(expression, datetime.fromtimestamp(now_s, UTC))

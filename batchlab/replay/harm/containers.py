@@ -26,10 +26,11 @@ from batchlab.errors import BackendError, NotFound, UsageError
 from batchlab.model import Market
 from batchlab.replay.harm import keepers, messages
 from batchlab.replay.harm.interposed import Interposed, networks
-from batchlab.replay.harm.scene import NOBODY, SEEN_S, Harm, Scene, Seen, listed, until
+from batchlab.replay.harm.scene import NOBODY, SEEN_S, Harm, Scene, Seen, until
 from batchlab.replay.harm.undoing import Undoing, in_thread, to_its_end
 from batchlab.replay.harm.zones import Zones
 from batchlab.scenario.model import Fault, FaultName
+from batchlab.words import first_of
 
 if TYPE_CHECKING:
     from docker import APIClient
@@ -96,7 +97,7 @@ class Containers:
         hit = await self.hit(fault)
         if not hit:
             return Seen(impossible=NOBODY)
-        return Seen(tuple(hit), listed(await self.killed(hit)))
+        return Seen(tuple(hit), first_of(await self.killed(hit)))
 
     async def killed(self, hit: Mapping[str, str]) -> list[str]:
         """SIGKILL to the first process of each; what Docker says of them then."""
@@ -219,7 +220,7 @@ class Containers:
         return Seen(
             tuple(hit),
             f"{len(told)} of {len(hit)} had their notice of {fault.notice_s:g} s, and "
-            f"{len(hit) - len(left)} were gone after {took_s:.1f} s ({listed(list(hit))})",
+            f"{len(hit) - len(left)} were gone after {took_s:.1f} s ({first_of(list(hit))})",
         )
 
     async def _notice(self, instance: str, notice_s: float) -> bool:

@@ -16,10 +16,11 @@ from batchlab.adapters.awsgrid import access
 from batchlab.adapters.ec2_form import is_gone
 from batchlab.errors import BackendError, Refused, Unreachable
 from batchlab.replay.harm import keepers, messages
-from batchlab.replay.harm.scene import NOBODY, Harm, Scene, Seen, listed, until
+from batchlab.replay.harm.scene import NOBODY, Harm, Scene, Seen, until
 from batchlab.replay.harm.undoing import Undoing, in_thread, to_its_end
 from batchlab.replay.harm.zones import Zones
 from batchlab.scenario.model import Fault, FaultName
+from batchlab.words import first_of
 
 _BOOT_S = 900.0
 """So long a manager's instance may take to be replaced, or a database to be back."""
@@ -77,7 +78,7 @@ class Deployed:
         hit = await self._scene.hit(fault)
         if not hit:
             return Seen(impossible=NOBODY)
-        return Seen(tuple(hit), listed(await self.killed(hit)))
+        return Seen(tuple(hit), first_of(await self.killed(hit)))
 
     async def killed(self, instances: Sequence[str]) -> list[str]:
         """TerminateInstances; what EC2 says of them then."""

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from batchlab.adapters.pids import start_ticks, stat
 from batchlab.adapters.process import ended, living
 from batchlab.replay.harm import disk, keepers, messages, sockets
-from batchlab.replay.harm.scene import NOBODY, UNHIT, Harm, Scene, Seen, listed, until
+from batchlab.replay.harm.scene import NOBODY, UNHIT, Harm, Scene, Seen, until
 from batchlab.replay.harm.undoing import Undoing, in_thread
 from batchlab.scenario.model import Fault, FaultName
+from batchlab.words import first_of
 from batchlab.worker.processes import family
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Processes:
             return Seen(impossible=NOBODY)
         await asyncio.to_thread(self._kill, hit)
         said = await self._gone(hit)
-        return Seen(tuple(hit), listed([f"{one} (pid {hit[one]}): {said[one]}" for one in hit]))
+        return Seen(tuple(hit), first_of([f"{one} (pid {hit[one]}): {said[one]}" for one in hit]))
 
     def _kill(self, hit: Mapping[str, int]) -> None:
         for pid in hit.values():
@@ -71,7 +72,7 @@ class Processes:
         halted: dict[int, int] = {}
         async with Undoing(self._scene.over) as undoing:
             await undoing.breaking(
-                f"the pause of {listed(list(hit))}",
+                f"the pause of {first_of(list(hit))}",
                 partial(in_thread, _go_on, halted),
                 partial(in_thread, _halt, hit.values(), halted),
             )
@@ -79,7 +80,7 @@ class Processes:
             held_s = await self._scene.hold(fault.for_s)
             still = sum(_is_in(pid, _STOPPED) for pid in halted)
         evidence = (
-            f"{stood} of {len(halted)} processes of {listed(list(hit))} stood still, {still} of "
+            f"{stood} of {len(halted)} processes of {first_of(list(hit))} stood still, {still} of "
             f"them still did after {held_s:.1f} s; then {await self._moving(halted)} went on"
         )
         return Seen(tuple(hit), evidence)
@@ -126,7 +127,7 @@ class Processes:
         return Seen(
             tuple(hit),
             f"{len(hit) - len(late)} of {len(hit)} left by themselves, the last after "
-            f"{waited_s:.1f} s of {fault.notice_s:g} s, {len(late)} were killed ({listed(left)})",
+            f"{waited_s:.1f} s of {fault.notice_s:g} s, {len(late)} were killed ({first_of(left)})",
         )
 
     async def partition(self, front: Front | None, fault: Fault) -> Seen:
@@ -144,7 +145,7 @@ class Processes:
             front.cut(None)
 
         async with Undoing(self._scene.over) as undoing:
-            undoing.owe(f"the partition of {listed(list(hit))}", answer)
+            undoing.owe(f"the partition of {first_of(list(hit))}", answer)
             front.cut(partial(sockets.is_of, frozenset(hit.values())))
             held_s = await self._scene.hold(fault.for_s)
         waiting = front.counts.kept_waiting - before
@@ -152,7 +153,7 @@ class Processes:
             return Seen(impossible=UNHIT.format(one="request of theirs"))
         return Seen(
             tuple(hit),
-            f"{waiting} requests of {listed(list(hit))} were left without an answer in "
+            f"{waiting} requests of {first_of(list(hit))} were left without an answer in "
             f"{held_s:.1f} s",
         )
 

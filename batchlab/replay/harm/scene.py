@@ -16,6 +16,7 @@ from batchlab.home import Home
 from batchlab.model import LifecycleState, Pool
 from batchlab.scenario.model import Fault
 from batchlab.views import GridView, InstanceView
+from batchlab.waits import set_within
 
 T = TypeVar("T")
 
@@ -68,8 +69,7 @@ class Scene:
     async def hold(self, seconds: float) -> float:
         """Wait so long, or until everything is to be undone; the seconds that it took."""
         begun_s = time.monotonic()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self.over.wait(), max(0.0, seconds))
+        await set_within(self.over, max(0.0, seconds))
         return time.monotonic() - begun_s
 
     async def grid(self) -> GridView:
@@ -126,9 +126,3 @@ async def until(look: Callable[[], Awaitable[T]], what: str, *, within_s: float 
             raise NotSeen(f"{what[0].upper()}{what[1:]} was not seen within {within_s:g} s.")
         await asyncio.sleep(LOOK_S)
     return found
-
-
-def listed(names: Sequence[str], most: int = 6) -> str:
-    """The names, the rest counted."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -14,9 +14,10 @@ from functools import partial
 from typing import Any
 
 from batchlab.adapters.aws import Endpoint, client, translated
-from batchlab.replay.harm.scene import Scene, Seen, listed
+from batchlab.replay.harm.scene import Scene, Seen
 from batchlab.replay.harm.undoing import Undoing, in_thread
 from batchlab.scenario.model import Fault
+from batchlab.words import first_of
 
 _LAUNCH = ["Launch"]
 
@@ -92,7 +93,7 @@ class Zones:
                 "back."
             )
         rest = sorted({one for group in left if not group.suspended for one in group.zones})
-        how = f" ({listed(list(ended.values()))})" if ended else ""
+        how = f" ({first_of(list(ended.values()))})" if ended else ""
         return Seen(
             tuple(ended),
             f"{len(ended)} instances of {zone} died{how}; for {waited_s:.1f} s its groups "

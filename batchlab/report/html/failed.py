@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from batchlab.report.html.charts import Data
 from batchlab.report.html.source import Row, Run
-from batchlab.report.html.text import listed, moment, visible, visible_lines
-from batchlab.words import count, span
+from batchlab.report.html.text import moment, visible, visible_lines
+from batchlab.tasknames import task_name
+from batchlab.words import count, listed, span
 
 GROUPS = 20
 """Shown one by one; the rest is summed up."""
@@ -142,7 +143,8 @@ def _group(run: Run, row: Row, samples: Samples | None) -> Group:
     case, missing, sample = "", "", Sample()
     if one:
         case = (
-            f"task {one['task']} of {visible(str(one['stage']), 60)}, attempt {one['attempt']}"
+            f"task {task_name(visible(str(one['stage']), 60), int(str(one['task'])))}, "
+            f"attempt {one['attempt']}"
             + (f" of round {one['round']}" if run.job["rounds"] > 1 else "")
         )
         found = samples(_case(one)) if samples else None

@@ -298,7 +298,10 @@ def _chart(
     run: Run, lanes: Sequence[Lane], shapes: Iterable[Shape], text: str, data: Data
 ) -> Chart:
     tall = _tall(len(lanes))
+    shapes = tuple(shapes)
     stages = [row["stage"] for row in run.stages]
+    # Of groups of instances boots are not drawn.
+    boots = [Key("box boot", "booting")] if any(one.look == "fill boot" for one in shapes) else []
     return Chart(
         "gantt",
         "Workers over time",
@@ -306,11 +309,11 @@ def _chart(
         tall * len(lanes),
         time_ticks(run.span_s),
         tuple(Tick((n + 0.5) / len(lanes), lane.name) for n, lane in enumerate(lanes)),
-        tuple(shapes),
+        shapes,
         keys=(
             *(Key(f"box {run.looks[stage]}", visible(stage, 40)) for stage in stages),
             Key("box there", "in service, not busy with this job"),
-            Key("box boot", "booting"),
+            *boots,
         ),
         data=data,
         lanes=True,

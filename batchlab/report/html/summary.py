@@ -16,9 +16,9 @@ from batchlab.report.html.findings import Finding, Level
 from batchlab.report.html.money import Cost
 from batchlab.report.html.signs import Signs
 from batchlab.report.html.source import Run
-from batchlab.report.html.text import listed, moment, offset, share, visible
+from batchlab.report.html.text import moment, offset, share, visible
 from batchlab.report.html.times import Spread
-from batchlab.words import count, span
+from batchlab.words import count, listed, span
 
 GOOD_STATES = frozenset({"SUCCEEDED"})
 BAD_STATES = frozenset({"FAILED", "CANCELLED"})
@@ -178,7 +178,7 @@ def tiles(found: Found) -> list[Tile]:
     failed = job["failed"] or 0
     succeeded = job["succeeded"] or 0
     made = [
-        Tile("state", state, "" if job["is_final"] else "still running", look),
+        Tile("state", state, "" if job["is_final"] else "had not ended", look),
         Tile("took", span(found.run.span_s), f"from {moment(found.run.start_s)}"),
         Tile(
             "tasks",
@@ -223,7 +223,7 @@ def stages(run: Run) -> Data:
         rows.append(
             ("all", "", *(_whole(job[name]) for name in _COUNTS), span(job["run_s"] or 0.0), "", "")
         )
-    names = ("# tasks", "# succeeded", "# failed", "# cancelled", "# tried again", "# bundles")
+    names = ("# tasks", "# succeeded", "# failed", "# cancelled", "# retried", "# bundles")
     columns = ("stage", "pool", *names, "# run time", "# began", "# ended")
     return Data(columns, tuple(rows))
 

@@ -88,11 +88,3 @@ def adding_up(parts: Sequence[Decimal], decimals: int) -> list[Decimal]:
     for k in order[:missing]:
         down[k] += unit
     return down
-
-
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """`a`, `a and b`, `a, b and 3 more`."""
-    names = list(names)
-    if len(names) > most:
-        names = [*names[: most - 1], f"{len(names) - most + 1} more"]
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

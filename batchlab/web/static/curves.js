@@ -2,12 +2,13 @@
   "use strict";
   const EVERY_MS = 2000;
   const HEIGHT = 190;
+  const SHORTEST_S = 120; // of a time axis: a grid that has just begun has seen one moment
   const place = document.getElementById("curves");
   const source = place.dataset.source;
   const picker = document.getElementById("curves-pool");
   const CURVES = [
-    { at: "curve-fleet", series: [["Desired", "desired", "--curve-3", true], ["In service", "in_service", "--curve-1", false], ["Tasks that run", "running", "--curve-2", false]] },
-    { at: "curve-queue", series: [["Waiting", "waiting", "--curve-2", false], ["With workers", "in_flight", "--curve-1", false]] },
+    { at: "curve-fleet", series: [["Desired", "desired", "--curve-3", true], ["In service", "in_service", "--curve-1", false], ["Bundles running", "running", "--curve-2", false]] },
+    { at: "curve-queue", series: [["Waiting", "waiting", "--curve-2", false], ["In flight", "in_flight", "--curve-1", false]] },
   ];
   let drawn = [];
   let known = null;
@@ -22,8 +23,8 @@
     return {
       width: width,
       height: HEIGHT,
-      scales: { y: { range: (_, low, high) => [0, Math.max(1, high * 1.1)] } },
-      axes: [{ ...axis, values: [[60, "{HH}:{mm}", null, null, null, null, null, null, 1], [1, "{HH}:{mm}:{ss}", null, null, null, null, null, null, 1]] }, whole],
+      scales: { x: { range: (_, low, high) => [Math.min(low, high - SHORTEST_S), high] }, y: { range: (_, low, high) => [0, Math.max(1, high * 1.1)] } },
+      axes: [{ ...axis, space: 90, values: [[60, "{HH}:{mm}", null, null, null, null, null, null, 1], [1, "{HH}:{mm}:{ss}", null, null, null, null, null, null, 1]] }, whole],
       legend: { live: false, markers: { width: 2 } },
       cursor: { drag: { x: false, y: false }, points: { size: 6 } },
       series: [{}].concat(curve.series.map(function (one) {

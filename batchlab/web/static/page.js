@@ -11,10 +11,23 @@
       const at = new Date(this.getAttribute("datetime"));
       if (Number.isNaN(at.getTime())) return;
       if (!this.shadowRoot) this.attachShadow({ mode: "open" });
-      this.shadowRoot.textContent = moments.format(at).replace(",", "");
+      if (this.getAttribute("unless") === moments.resolvedOptions().timeZone) {
+        this.shadowRoot.replaceChildren();
+        return;
+      }
+      // Date and time as parts, so that a narrow column breaks between them.
+      const words = moments.format(at).split(", ").flatMap(function (text) {
+        const word = document.createElement("span");
+        word.part = "word";
+        word.textContent = text;
+        return [" ", word];
+      });
+      this.shadowRoot.replaceChildren(this.getAttribute("before") || "", ...words.slice(1));
     }
   }
   customElements.define("local-time", LocalTime);
+  const zone = document.getElementById("zone");
+  if (zone) zone.textContent = moments.resolvedOptions().timeZone;
 
   // --- Updates ---------------------------------------------------------------------------------
 

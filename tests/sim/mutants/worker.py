@@ -185,12 +185,14 @@ def no_heartbeat(plant: Plant) -> None:
 def hand_over_after_the_cap(plant: Plant) -> None:
     """The hand-over to the watchdog comes after the 12 hours at which SQS takes the receipt away.
     The message comes back while its task runs (I1, I6)."""
-    original = Tenure._hand_over_old
+    original = Tenure._hand_over
 
-    @plant.method(Tenure, "_hand_over_old")
-    async def _hand_over_old(self: Tenure, job_of: Callable[[JobId], Awaitable[JobDef]]) -> None:
+    @plant.method(Tenure, "_hand_over")
+    async def _hand_over(
+        self: Tenure, hand: Hand, job_of: Callable[[JobId], Awaitable[JobDef]]
+    ) -> None:
         self._settings = replace(self._settings, hand_over_s=MAX_VISIBILITY_S * 1.05)
-        await original(self, job_of)
+        await original(self, hand, job_of)
 
 
 @planted("I6")

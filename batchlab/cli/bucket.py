@@ -1,4 +1,4 @@
-"""Which task a command line means, and the bucket it is in.
+"""The bucket that a task is in which a command line names, and its stage.
 
 Invariant: where a grid is up its manager says which job is meant; where none is, the bucket is read
 without one, as far as it is there.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from batchlab.cli import completing
 from batchlab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,13 +29,9 @@ TaskArgument = Annotated[
     str,
     typer.Argument(
         metavar="TASK",
-        help="A task: stage/3 or 'stage[3]', or 3 alone where the job has one stage.",
+        help="A task, such as parse/3, or 3 alone where the job has one stage.",
         show_default=False,
     ),
-]
-StageOption = Annotated[
-    str | None,
-    typer.Option("--stage", metavar="NAME", help="The task's stage.", show_default=False),
 ]
 AnyBackendOption = Annotated[
     str | None,
@@ -42,6 +39,7 @@ AnyBackendOption = Annotated[
         "--backend",
         metavar="NAME",
         help="Where the grid lives, where none is up in the folder; 'local' unless said.",
+        autocompletion=completing.backends,
         show_default=False,
     ),
 ]
@@ -49,18 +47,7 @@ AnyBackendOption = Annotated[
 PATIENCE_S = 5.0
 """How long a bucket may fail to answer somebody who waits for it."""
 
-_TASK = re.compile(r"(?:(?P<stage>[^/\[\]:]+)[/:\[])?(?P<index>\d+)\]?")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-def parse(text: str, stage: str | None = None) -> tuple[str | None, int]:
-    """Stage, where it is said, and index of `parse/3`, `parse[3]`, `parse:3` or `3`; UsageError."""
-    found = _TASK.fullmatch(text.strip())
-    if found is None or (found["stage"] and stage and found["stage"] != stage):
-        raise UsageError(
-            f"{text!r} names no task.", remedy="Write the stage and the index, such as parse/3."
-        )
-    return found["stage"] or stage, int(found["index"])
 
 
 @dataclass(frozen=True)
@@ -83,7 +70,7 @@ class Bucket:
         """What `call` comes to, given the bucket and some patience."""
         import asyncio
 
-        objects = self.backend.open_objects(self.home)
+        objects = self.backend.open_bucket(self.home)
         return asyncio.run(call(objects, self.patience))
 
 

@@ -1,0 +1,278 @@
+"""The adapters that a backend's descriptor names, opened.
+
+Invariant: each is imported only when it is named, so that a backend needs nothing of another one's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from batchlab.adapters.awsgrid import deployment as stacks
+from batchlab.adapters.compose import deployment
+from batchlab.backends import descriptor
+from batchlab.backends.placed import Placed
+from batchlab.errors import Unreachable, UsageError
+from batchlab.home import Home
+from batchlab.manager.notifying import Deliver
+from batchlab.model import Pool
+from batchlab.patience import Patience
+from batchlab.ports import Clock, Ids, Ledger, Objects
+from batchlab.tally import Tally
+from batchlab.tracing import NOBODY, Tracer
+
+if TYPE_CHECKING:
+    from batchlab.adapters.ec2_drain import DrainHook
+    from batchlab.adapters.imds import Imds
+    from batchlab.adapters.ministack import Emulator
+    from batchlab.adapters.process import ProcessLauncher
+    from batchlab.adapters.rung import RungQueue
+    from batchlab.adapters.sqlite_queue import SqliteQueue
+    from batchlab.adapters.sqs import SqsQueue
+    from batchlab.ports import Fleet
+    from batchlab.report.writing import Writer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Backend(Placed):
+    """A named choice of adapters, each opened for a home."""
+
+    def open_clock(self) -> Clock:
+        from batchlab.adapters.clock import WallClock
+
+        return WallClock()
+
+    def open_tracer(self, service: str, instance: str) -> Tracer:
+        """Where the traces of this process go, as the environment says; nowhere unless it does."""
+        if not _is_traced(os.environ):
+            return NOBODY
+        try:
+            from batchlab.adapters.otel import OtelTracer
+        except ImportError:
+            log.warning(
+                "OTEL_EXPORTER_OTLP_ENDPOINT is set, but batchlab's extra `otel` is not installed, "
+                "so there are no traces: pip install 'batchlab[otel]' brings it"
+            )
+            return NOBODY
+        return OtelTracer(f"batchlab-{service}", instance)
+
+    def open_deliveries(self, home: Home, clock: Clock) -> Deliver:
+        """The ways to who is notified."""
+        from batchlab.adapters.aws import Endpoint
+        from batchlab.adapters.notify import Deliveries
+
+        def endpoint_of(region: str) -> Endpoint:
+            """Where an emulator is the grid's AWS, it is asked too."""
+            is_aws = self.is_deployed or self.keeps_files
+            return Endpoint(None if is_aws else self.place(home).url, region)
+
+        return Deliveries(clock, endpoint_of)
+
+    def open_ids(self) -> Ids:
+        from batchlab.adapters.clock import RandomIds
+
+        return RandomIds()
+
+    def open_objects(self, home: Home, tally: Tally | None = None) -> Objects:
+        """The bucket, asked as `tally` counts; Unreachable where no grid has been up yet."""
+        if self.keeps_files:
+            from batchlab.adapters.objects import open_local
+
+            home.make()
+            return open_local(home.objects)
+        _only("objects", self.objects, "s3")
+        from batchlab.adapters.aws import Endpoint
+        from batchlab.adapters.objects import open_s3
+
+        if self.is_deployed:
+            at = self.stack(home)
+            return open_s3(Endpoint(region=at.region), at.bucket, tally)
+        place = self.place(home)
+        return open_s3(Endpoint(place.url), place.bucket, tally)
+
+    def open_bucket(self, home: Home) -> Objects:
+        """The bucket for whoever asks no manager; Unreachable, at once, where it is an emulator's
+        that comes and goes with a grid which is not up."""
+        record = home.record()
+        if not (self.keeps_files or self.is_deployed or (record and record.backend == self.name)):
+            place = self.place(home)
+            if not place.named:
+                raise Unreachable(
+                    f"The bucket of the grid on {self.name} in {home.path} is an emulator's of its "
+                    "own, which is there while the grid is up.",
+                    remedy=f"Bring it up with `batchlab grid up --backend {self.name}`.",
+                )
+        return self.open_objects(home)
+
+    def open_queue(
+        self, home: Home, clock: Clock, tally: Tally | None = None
+    ) -> SqliteQueue | RungQueue | SqsQueue:
+        """The queues; as `open_objects`."""
+        if self.queue == "sqlite":
+            from batchlab.adapters.sqlite_queue import SqliteQueue
+
+            home.make()
+            return SqliteQueue(home.queue_file, clock)
+        _only("queue", self.queue, "sqs")
+        from batchlab.adapters.aws import Endpoint
+        from batchlab.adapters.rung import RungQueue
+        from batchlab.adapters.sqs import SqsQueue
+
+        if self.is_deployed:
+            at = self.stack(home)
+            return SqsQueue(Endpoint(region=at.region), prefix=at.prefix, makes=False, tally=tally)
+        place = self.place(home)
+        queue = SqsQueue(Endpoint(place.url), prefix=f"{place.bucket}-", tally=tally)
+        if self.fleet != "process":
+            return queue
+        # Its instances are processes of this machine, as are those who submit.
+        return RungQueue(queue, home.of(self.name) / "wake")
+
+    def open_ledger(self, home: Home) -> Ledger:
+        if self.ledger == "postgres":
+            from batchlab.adapters.sql import open_postgres
+
+            at = self.deployment(home)
+            return open_postgres(at.postgres_url(deployment.password_file(home).read_text()))
+        if self.is_deployed:
+            from batchlab.adapters.awsgrid.ledger import open_ledger
+
+            stacks.folder(home).mkdir(parents=True, exist_ok=True)
+            return open_ledger(self.stack(home), stacks.folder(home) / home.ledger_file.name)
+        _only("ledger", self.ledger, "sqlite")
+        from batchlab.adapters.sql import open_sqlite
+
+        home.make()
+        if self.keeps_files:
+            return open_sqlite(home.ledger_file)
+        home.of(self.name).mkdir(exist_ok=True)
+        return open_sqlite(home.of(self.name) / home.ledger_file.name)
+
+    def open_launcher(self, home: Home, clock: Clock) -> ProcessLauncher | None:
+        """Who launches instances in this process; None where a service of its own does."""
+        if self.fleet == "autoscaling":
+            return None
+        _only("fleet", self.fleet, "process")
+        from batchlab.adapters.process import ProcessLauncher
+
+        def argv(pool: Pool, instance: str) -> Sequence[str]:
+            return [
+                *(sys.executable, "-P", "-m", "batchlab", "worker"),
+                *("--home", str(home.path), "--backend", self.name),
+                *("--pool", pool.name, "--slots", str(pool.slots), "--instance", instance),
+            ]
+
+        return ProcessLauncher(home.fleet, argv, clock, dict(os.environ))
+
+    def open_fleet(self, home: Home, launcher: ProcessLauncher | None, clock: Clock) -> Fleet:
+        if launcher is None:
+            from batchlab.adapters.aws import Endpoint
+            from batchlab.adapters.ec2_fleet import Ec2Fleet
+            from batchlab.adapters.ec2_form import GroupForm
+
+            if self.is_deployed:
+                stack = self.stack(home)
+                there = Endpoint(region=stack.region)
+                return Ec2Fleet(there, clock, None, prefix=stack.groups_prefix)
+            at = self.deployment(home)
+            form = GroupForm(deployment.TEMPLATE, zones=deployment.ZONES)
+            return Ec2Fleet(Endpoint(at.autoscaling_url), clock, form, prefix=f"{at.project}-")
+        from batchlab.adapters.state_file import StateFile
+        from batchlab.fleet.group import ManagedFleet
+
+        return ManagedFleet(
+            launcher,
+            clock,
+            self.open_ids(),
+            StateFile(home.fleet / "groups.json"),
+            drain_s=self.worker.drain_s + 5.0,
+        )
+
+    def open_drain_hook(self, home: Home, pool: str, imds: Imds) -> DrainHook | None:
+        """The hook that a worker's instance waits in, for the worker to complete; None where the
+        end of the worker ends its instance."""
+        if not self.is_deployed:
+            return None
+        from batchlab.adapters.aws import Endpoint
+        from batchlab.adapters.ec2_drain import DrainHook
+
+        at = self.stack(home)
+        return DrainHook(Endpoint(region=at.region), f"{at.groups_prefix}{pool}", imds)
+
+    def open_emulator(self, home: Home) -> Emulator | None:
+        """The grid's own emulator, None where an endpoint is named or none is needed."""
+        if self.emulator is None or self.named_place(home):
+            return None
+        _only("emulator", self.emulator, "ministack")
+        from batchlab.adapters.ministack import Emulator, install
+
+        home.make()
+        return Emulator(install(lambda _: None), home.of(self.name))
+
+
+def load(name: str, endpoint: str | None = None) -> Backend:
+    """The backend of that name, with the endpoint that is named here or by BATCHLAB_ENDPOINT.
+
+    UsageError for a name that is none, and for an endpoint where there is no use for one.
+    """
+    return descriptor.read(Backend, name, endpoint)
+
+
+def _is_traced(environ: Mapping[str, str]) -> bool:
+    """Whether OpenTelemetry's own variables ask for traces that we can send."""
+    endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get(
+        "OTEL_EXPORTER_OTLP_ENDPOINT"
+    )
+    is_off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    if not endpoint or is_off or environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+        return False
+    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get(
+        "OTEL_EXPORTER_OTLP_PROTOCOL"
+    )
+    if protocol in (None, "", "http/protobuf"):
+        return True
+    log.warning(
+        "traces are sent by http/protobuf only, and OTEL_EXPORTER_OTLP_PROTOCOL says %s, so there "
+        "are none",
+        protocol,
+    )
+    return False
+
+
+def patience() -> Patience:
+    """For real backends: jitter that differs from process to process."""
+    return Patience(random.Random())  # noqa: S311 - jitter, not a secret
+
+
+def open_reporter(backend: Backend, home: Home, objects: Objects, pools: Sequence[Pool]) -> Writer:
+    """Who writes the performance data of the grid's jobs; without their cost where no price book
+    can be read."""
+    from batchlab.costs import prices
+    from batchlab.report.building import Setting
+    from batchlab.report.writing import Writer
+
+    try:
+        book = prices.load(home.path)
+    except UsageError as error:
+        log.warning("job performance data has no cost: %s", error)
+        book = None
+    setting = Setting(backend.name, tuple(pools), backend.pace, book)
+    scratch = home.scratch / "reports"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a manager that was killed while it wrote
+    return Writer(objects, patience(), setting, scratch)
+
+
+def _only(port: str, named: str, known: str) -> None:
+    if named != known:
+        raise UsageError(
+            f"This backend's {port} adapter {named!r} does not run in a process of its own.",
+            remedy="`batchlab run FILE --backend sim` runs a job in it.",
+        )

@@ -1,0 +1,186 @@
+"""Where the parts of a grid are: its containers, its stack on AWS, its bucket and its queues.
+
+Invariant: read from the home and written there once, by who has made them; what is not there yet
+is Unreachable, with the command that makes it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from batchlab.adapters.awsgrid import deployment as stacks
+from batchlab.adapters.compose import deployment
+from batchlab.backends.descriptor import Descriptor
+from batchlab.backends.endpoint import VARIABLE, fresh_bucket, place_of
+from batchlab.errors import Unreachable, UsageError
+from batchlab.home import Home, Place
+from batchlab.model import Pool
+
+if TYPE_CHECKING:
+    from batchlab.adapters.awsgrid.deployment import AwsDeployment
+    from batchlab.adapters.compose.deployment import Deployment
+    from batchlab.adapters.ministack import Emulator
+
+
+@dataclass(frozen=True, slots=True)
+class Placed(Descriptor):
+    """A descriptor that finds its grid's parts in a home."""
+
+    def deployment(self, home: Home) -> Deployment:
+        """Where the containers are; Unreachable where there are none."""
+        if at := deployment.read(home):
+            return at
+        raise Unreachable(
+            f"No grid on {self.name} is up in {home.path}.",
+            remedy=f"Start one with `batchlab grid up --backend {self.name}`.",
+        )
+
+    def restarts_manager(self, home: Home) -> bool:
+        """Whether a manager that has ended is started again by somebody else, within seconds."""
+        return self.runs_in == "containers" and deployment.read(home) is not None
+
+    def manager_log(self, home: Home) -> str:
+        """Where the manager's log is, for a person."""
+        if self.runs_in == "containers" and (at := deployment.read(home)):
+            return f"what `docker logs {at.project}-manager-1` shows"
+        return str(home.manager_log)
+
+    def check_python(self, home: Home) -> None:
+        """UsageError unless the instances run on this process's Python: functions travel as
+        bytecode, which no other version understands."""
+        there, remedy = "", ""
+        if self.runs_in == "containers":
+            at = deployment.read(home)
+            there = at.python if at else ""
+            remedy = (
+                "Name an image with Python {here} by BATCHLAB_BASE_IMAGE before the grid comes up"
+            )
+        elif self.is_deployed:
+            there = self.stack(home).python
+            remedy = "Deploy a release for Python {here} with `batchlab deploy apply`"
+        here = f"{sys.version_info.major}.{sys.version_info.minor}"
+        if there and there != here:
+            raise UsageError(
+                f"The grid's instances run on Python {there}, and this is Python {here}: functions "
+                "cannot be sent to them.",
+                remedy=f"{remedy.format(here=here)}, or describe the job in a file.",
+            )
+
+    # --- The stack on AWS ------------------------------------------------------------------------
+
+    def stack(self, home: Home) -> AwsDeployment:
+        """Where the stack's parts are; Unreachable where none is known in this home."""
+        if at := stacks.read(home):
+            return at
+        raise Unreachable(
+            f"No stack is known in {home.path}.",
+            remedy="`batchlab deploy apply` makes one, `batchlab deploy status --stack NAME` finds "
+            "one that is there.",
+        )
+
+    def pools_in(self, home: Home) -> tuple[Pool, ...]:
+        """The pools of the grid: the stack's, where one is the grid."""
+        return self.stack(home).pools if self.is_deployed else self.pools
+
+    def api_token(self, home: Home) -> str:
+        """The API's bearer token. That of a stack is in Secrets Manager; it is kept in the home,
+        for whoever talks to the manager from there."""
+        if self.is_deployed:
+            from batchlab.adapters.awsgrid.access import secret_text
+
+            at = self.stack(home)
+            home.keep_token(secret_text(at.region, at.token_secret))
+        return home.token()
+
+    # --- The endpoint ----------------------------------------------------------------------------
+
+    def place(self, home: Home) -> Place:
+        """Where bucket and queues are; Unreachable where the grid has never been up."""
+        if place := home.place(self.name):
+            return place
+        if self.endpoint and (named := place_of(self.endpoint)).bucket:
+            return named  # an instance knows them from its environment alone
+        # Of one in containers the bucket went with it.
+        been = "is" if self.runs_in == "containers" else "has been"
+        raise Unreachable(
+            f"No grid on {self.name} {been} up in {home.path}, so there is no bucket.",
+            remedy=f"Start one with `batchlab grid up --backend {self.name}`.",
+        )
+
+    def provide(self, home: Home, say: Callable[[str], None]) -> None:
+        """Do what takes long or may be refused before a manager is started, where the user sees
+        it: install the emulator (`say` hears of it), or look whether the named endpoint answers.
+        UsageError, BackendError."""
+        if named := self.named_place(home):
+            from batchlab.adapters.aws import Endpoint, check
+
+            check(Endpoint(named.url))
+        elif self.emulator:
+            from batchlab.adapters.ministack import provide
+
+            provide(say)
+
+    def named_place(self, home: Home) -> Place | None:
+        """The endpoint that the user has named, now or when this home was first used, or a front
+        before one; None where there is none. UsageError where it differs from where the bucket
+        is."""
+        known = home.place(self.name)
+        named = place_of(self.endpoint) if self.endpoint else None
+        if known and known.behind and not (named and named.url == known.url):
+            known = known.unfronted  # its front went with a replay that was killed
+        if named is None:
+            return known if known and known.named else None
+        bucket = named.bucket or (known.bucket if known else fresh_bucket())
+        wanted = replace(named, bucket=bucket)
+        if known is None:
+            return wanted
+        if wanted == replace(known, named=known.named or bool(known.behind), behind=""):
+            return known
+        where = f"at {known.url}/{known.bucket}" if known.named else "in an emulator of its own"
+        raise UsageError(
+            f"The grid in {home.path} has its bucket {where}, not at {wanted.url}/{wanted.bucket}.",
+            remedy=f"Leave out --endpoint and {VARIABLE}, or name another folder with --home.",
+        )
+
+    def settle(self, home: Home, emulator: Emulator | None) -> None:
+        """Write down where bucket and queues are, now that the endpoint answers, and make the
+        bucket; BackendError."""
+        place = self.named_place(home) or home.place(self.name)
+        if emulator:
+            known = home.place(self.name)
+            place = Place(emulator.url, known.bucket if known else fresh_bucket(), named=False)
+        if place is None:
+            return
+        from batchlab.adapters.aws import Endpoint, create_bucket
+
+        create_bucket(Endpoint(place.url), place.bucket)
+        home.of(self.name).mkdir(parents=True, exist_ok=True)
+        home.write_place(self.name, place)
+
+
+def client_environment(backend: Placed, home: Home) -> dict[str, str]:
+    """What lets any client of S3 and SQS find the grid's bucket and queues; nothing on files."""
+    if backend.keeps_files:
+        return {}
+    if backend.is_deployed:  # with the caller's own credentials
+        stack = backend.stack(home)
+        return {
+            "AWS_DEFAULT_REGION": stack.region,
+            "BATCHLAB_BUCKET": stack.bucket,
+            "BATCHLAB_QUEUES": stack.prefix,
+        }
+    from batchlab.adapters.aws import Endpoint
+
+    place = backend.place(home)
+    at = Endpoint(place.url)
+    return {
+        "AWS_ENDPOINT_URL": place.url,
+        "AWS_ACCESS_KEY_ID": at.access_key,
+        "AWS_SECRET_ACCESS_KEY": at.secret_key,
+        "AWS_DEFAULT_REGION": at.region,
+        "BATCHLAB_BUCKET": place.bucket,
+        "BATCHLAB_QUEUES": f"{place.bucket}-",
+    }

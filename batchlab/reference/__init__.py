@@ -1,0 +1,36 @@
+"""The pages of the reference that are made from the code.
+
+Invariant: a page says nothing that the code does not say; a test compares each with what it would
+be now. `python -m batchlab.reference docs` makes all of them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from batchlab.reference import capabilities, commands, decisions, http, settings
+from batchlab.scenario import page as scenario_page
+from batchlab.spec import page as job_page
+
+PAGES: Mapping[str, Callable[[Path], str]] = {
+    "cli.md": lambda _: commands.reference(),
+    "http-api.md": lambda _: http.reference(),
+    "capabilities.md": lambda _: capabilities.reference(),
+    "settings.md": lambda _: settings.reference(),
+    "job-file.md": lambda _: job_page.reference(),
+    "scenario-file.md": lambda _: scenario_page.reference(),
+    "decisions/index.md": decisions.reference,
+}
+"""What makes each page, by its path in the folder of the docs, which it is given."""
+
+
+def write(docs: Path) -> list[str]:
+    """Make the pages in `docs` again; returns the paths of those that have changed."""
+    changed = []
+    for path, make in PAGES.items():
+        made = make(docs)
+        if not (docs / path).exists() or (docs / path).read_text() != made:
+            (docs / path).write_text(made)
+            changed.append(path)
+    return changed

@@ -1,0 +1,187 @@
+"""Schedules in virtual time: what a person may do with them, and what a run is given."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from batchlab.errors import NotFound, Refused, UsageError
+from batchlab.jobdef import InputDef, SplitBy
+from batchlab.model import JobState
+from batchlab.protocol import naming
+from batchlab.schedule.model import (
+    Missed,
+    Overlap,
+    Run,
+    RunState,
+)
+from batchlab.sim.world import World
+from tests.sim.scenes import kill_manager, leader
+from tests.sim.schedule_scenes import (
+    BERLIN,
+    MINUTE,
+    added,
+    ask,
+    begins,
+    definition,
+    in_time,
+    jobs,
+    shown,
+    states,
+    template,
+    until,
+)
+
+
+def test_what_falls_due_while_it_is_paused_is_not_run() -> None:
+    async def act(world: World) -> None:
+        begins(world, "2026-03-02T09:58:30")
+        await added(world, definition("*/5 * * * *", missed=Missed.RUN_ALL, overlap=Overlap.QUEUE))
+        await until(world, "2026-03-02T10:01:00")
+        await ask(world, lambda s: s.pause("nightly"))
+        assert isinstance(await ask(world, lambda s: s.pause("nightly")), Refused)
+        kill_manager(world)
+        await until(world, "2026-03-02T10:17:00")
+        assert (await shown(world)).next_s() is None
+        by_hand = await ask(world, lambda s: s.run_now("nightly", "mine"))
+        assert by_hand[1].state is RunState.RUNNING
+        await until(world, "2026-03-02T10:18:00")
+        await ask(world, lambda s: s.resume("nightly"))
+        await until(world, "2026-03-02T10:21:00")
+        assert states(await shown(world)) == [
+            "10:00 SUCCEEDED",
+            "10:17 SUCCEEDED",
+            "10:20 SUCCEEDED",
+        ]
+
+    in_time(act)
+
+
+def test_a_run_by_hand_is_one_however_often_it_is_asked_for() -> None:
+    async def act(world: World) -> None:
+        begins(world, "2026-03-02T09:58:30")
+        await added(world, definition("0 * * * *"))
+        for _ in range(2):
+            await ask(world, lambda s: s.run_now("nightly", "mine"))
+        assert len((await shown(world)).runs) == 1
+        # The other one is to be skipped while this one runs, and who asks is told so.
+        assert isinstance(await ask(world, lambda s: s.run_now("nightly", "other")), Refused)
+        await asyncio.sleep(MINUTE)
+        await ask(world, lambda s: s.run_now("nightly", "other"))
+        await asyncio.sleep(MINUTE)
+        runs: tuple[Run, ...] = (await shown(world)).runs
+        assert [run.result for run in runs if run.asked] == ["SUCCEEDED", "SUCCEEDED"]
+
+    in_time(act)
+
+
+def test_a_schedule_is_changed_only_where_that_is_meant_and_keeps_its_runs() -> None:
+    async def act(world: World) -> None:
+        begins(world, "2026-03-02T09:58:30")
+        await added(world, definition("*/5 * * * *"))
+        await until(world, "2026-03-02T10:01:00")
+        same = await ask(
+            world, lambda s: s.add(definition("*/5 * * * *"), template(), replacing=False)
+        )
+        assert same[1] is False
+        other = definition("*/2 * * * *", source_digest="f")
+        refused = await ask(world, lambda s: s.add(other, template(), replacing=False))
+        assert isinstance(refused, Refused)
+        assert "when it is due and the job file, or what it names" in refused.message
+        await ask(world, lambda s: s.add(other, template(priority=5), replacing=True))
+        await until(world, "2026-03-02T10:04:30")
+        assert states(await shown(world)) == [
+            *("10:00 SUCCEEDED", "10:02 SUCCEEDED", "10:04 SUCCEEDED")
+        ]
+        newest = (await world.ledger.jobs(limit=1))[0].job
+        assert newest.priority == 5
+
+    in_time(act)
+
+
+def test_a_schedule_that_was_removed_is_gone_and_its_name_free() -> None:
+    async def act(world: World) -> None:
+        begins(world, "2026-03-02T09:58:30")
+        await added(world, definition("*/5 * * * *"))
+        await until(world, "2026-03-02T10:00:10")
+        await ask(world, lambda s: s.remove("nightly"))
+        await until(world, "2026-03-02T10:06:00")
+        assert await jobs(world) == ["2026-03-02T10:00:00+00:00"]
+        manager = await leader(world)
+        assert manager.scheduler
+        assert await manager.scheduler.all() == []
+        with pytest.raises(NotFound):
+            await manager.scheduler.one("nightly")
+        await added(world, definition("*/5 * * * *"))
+        await until(world, "2026-03-02T10:11:00")
+        schedule = await shown(world)
+        assert schedule.generation == 2
+        assert states(schedule) == ["10:10 SUCCEEDED"]
+
+    in_time(act, run_s=20.0)
+
+
+def test_objects_below_a_prefix_are_each_runs_input_and_none_is_no_run() -> None:
+    async def act(world: World) -> None:
+        begins(world, "2026-03-02T09:58:30")
+        job = template(input=InputDef(("raw/incoming/",), SplitBy.ITEMS))
+        await added(world, definition("*/5 * * * *"), job)
+        await until(world, "2026-03-02T10:03:00")
+        await world.objects.put("raw/incoming/a.jsonl", b"1\n2\n")
+        await until(world, "2026-03-02T10:07:00")
+        await world.objects.put("raw/incoming/b.jsonl", b"3\n")
+        await until(world, "2026-03-02T10:12:00")
+        schedule = await shown(world)
+        assert states(schedule) == ["10:00 skipped", "10:05 SUCCEEDED", "10:10 SUCCEEDED"]
+        assert schedule.runs[0].reason == "there was no object in raw/incoming/"
+        assert [run.tasks for run in schedule.runs[1:]] == [2, 3]
+
+    in_time(act)
+
+
+def test_a_job_may_know_when_it_was_due() -> None:
+    async def act(world: World) -> None:
+        begins(world, "2026-03-02T09:58:30")
+        job = template(params=(("month", ""), ("rate", 2)))
+        await added(world, definition("0 11 * * *", BERLIN, due_param="month"), job)
+        await until(world, "2026-03-02T10:01:00")
+        (record,) = await world.ledger.jobs()
+        assert dict(record.job.params) == {"month": "2026-03-02T11:00:00+01:00", "rate": 2}
+        assert record.state is JobState.SUCCEEDED
+        wrong = definition(name="wrong", due_param="nothing")
+        with pytest.raises(UsageError, match="no parameter 'nothing'"):
+            await ask(world, lambda s: s.add(wrong, job, replacing=False))
+
+    in_time(act)
+
+
+def test_a_job_that_the_grid_cannot_run_any_more_is_refused_and_told() -> None:
+    async def act(world: World) -> None:
+        begins(world, "2026-03-02T09:58:30")
+        await added(world, definition("*/5 * * * *"))
+        manager = await leader(world)
+        del manager.pools["default"]  # as a grid that was brought up again with others
+        await until(world, "2026-03-02T10:01:00")
+        (run,) = (await shown(world)).runs
+        assert (run.state, run.result) == (RunState.ENDED, "REFUSED")
+        assert "names the pool 'default'" in run.reason
+
+    in_time(act)
+
+
+def test_a_schedule_that_nobody_can_read_does_not_hold_up_the_others() -> None:
+    async def act(world: World) -> None:
+        begins(world, "2026-03-02T09:58:30")
+        for name, data in {"later": b'{"v": 99}', "broken": b'{"v": 1}', "none": b"<"}.items():
+            await world.objects.put(naming.schedule(name), data)
+        await added(world, definition("*/5 * * * *"))
+        await until(world, "2026-03-02T10:01:00")
+        assert states(await shown(world)) == ["10:00 SUCCEEDED"]
+        other = definition(name="broken")
+        refused = await ask(world, lambda s: s.add(other, template(), replacing=True))
+        assert isinstance(refused, Refused)
+        assert "cannot read" in refused.message
+        assert await world.objects.get(naming.schedule("broken")) == b'{"v": 1}'
+
+    in_time(act)

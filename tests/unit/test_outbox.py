@@ -1,0 +1,161 @@
+"""What a worker tells along with its events reaches the queue, though a send fails on the way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from random import Random
+from typing import cast
+
+import pytest
+
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.errors import Unreachable
+from batchlab.model import Bundle, JobId, Outcome, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import Message, Outgoing, Queue
+from batchlab.protocol import settle, wire
+from batchlab.sim.clocks import SimClock
+from batchlab.sim.loop import SimLoop
+from batchlab.worker.beats import Identity
+from batchlab.worker.deeds import Deeds
+from batchlab.worker.loop import Worker
+from batchlab.worker.outbox import DUPLICATES_AT_ONCE, MOST_DUPLICATES, Outbox
+from batchlab.worker.runner import Runner
+from batchlab.worker.settings import WorkerSettings
+
+JOB, STAGE = JobId("sums-1"), StageName("map")
+
+
+class Sent:
+    """A queue that keeps what it is sent, while it is there."""
+
+    def __init__(self) -> None:
+        self.away = False
+        self.events: list[wire.Events] = []
+
+    async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
+        if self.away:
+            raise Unreachable("The queue is away.")
+        self.events += [wire.read_events_message(one.body) for one in messages]
+
+    async def receive(self, queue: str, **_: object) -> Sequence[Message]:
+        await asyncio.sleep(20.0)
+        return ()
+
+    @property
+    def duplicates(self) -> list[str]:
+        return [one.execution for events in self.events for one in events.duplicates]
+
+
+def beat(number: int) -> wire.Beat:
+    return wire.Beat("w-1", "i-1", "default", 1.0, 1, 0, (), number)
+
+
+def duplicate(number: int) -> wire.Duplicate:
+    return wire.Duplicate(JOB, STAGE, "message", f"w-1-{number}", 0.5)
+
+
+def outcome(execution: str) -> Outcome:
+    bundle = Bundle(JOB, STAGE, TaskSet.span(0, 1))
+    return settle.sealed(bundle, execution=execution, worker="w-1", now_s=1.0)
+
+
+def made() -> tuple[Sent, Deeds, Outbox]:
+    sent, deeds = Sent(), Deeds()
+    patience = Patience(Random(1), limit_s=0.0)
+    return sent, deeds, Outbox(cast(Queue, sent), patience, deeds=deeds)
+
+
+def test_what_could_not_be_sent_is_told_with_the_next_event() -> None:
+    async def main() -> None:
+        sent, deeds, outbox = made()
+        deeds.committed(outcome("w-1-1"), outcome("w-2-1"))
+        outbox.met_twice(duplicate(1))
+        sent.away = True
+        for number in (1, 2):
+            with pytest.raises(Unreachable):
+                await outbox.event(beat(number))
+        sent.away = False
+        await outbox.event(beat(3))
+        assert sent.duplicates == ["w-1-1"]
+        assert [one.counts for events in sent.events for one in events.told] == [{"duplicate": 1}]
+        # Told once, and no more.
+        await outbox.event(beat(4))
+        assert not sent.events[-1].duplicates
+        assert not sent.events[-1].told
+
+    asyncio.run(main())
+
+
+def test_what_comes_while_a_send_is_under_way_is_told_by_the_next_one() -> None:
+    async def main() -> None:
+        sent, deeds, outbox = made()
+        begun, goes_on, send = asyncio.Event(), asyncio.Event(), sent.send
+
+        async def slow(queue: str, messages: Sequence[Outgoing]) -> None:
+            begun.set()
+            await goes_on.wait()
+            await send(queue, messages)
+
+        sent.send = slow  # type: ignore[method-assign]
+        deeds.committed(outcome("w-1-1"), outcome("w-2-1"))
+        outbox.met_twice(duplicate(1))
+        first = asyncio.create_task(outbox.event(beat(1)))
+        await begun.wait()
+        deeds.committed(outcome("w-1-2"), outcome("w-2-2"))
+        outbox.met_twice(duplicate(2))
+        goes_on.set()
+        await first
+        await outbox.event(beat(2))
+        assert [[one.execution for one in events.duplicates] for events in sent.events] == [
+            ["w-1-1"],
+            ["w-1-2"],
+        ]
+        assert [events.told[0].counts["duplicate"] for events in sent.events] == [1, 2]
+
+    asyncio.run(main())
+
+
+def test_what_waits_is_bounded_and_fits_into_messages() -> None:
+    async def main() -> None:
+        sent, _, outbox = made()
+        for number in range(MOST_DUPLICATES + 50):
+            outbox.met_twice(duplicate(number))
+        number = 0
+        while len(sent.duplicates) < MOST_DUPLICATES:
+            number += 1
+            await outbox.event(beat(number))
+            assert len(sent.events[-1].duplicates) == DUPLICATES_AT_ONCE
+        assert sent.duplicates == [f"w-1-{n}" for n in range(MOST_DUPLICATES)]
+
+    asyncio.run(main())
+
+
+def test_a_worker_that_cannot_say_that_it_leaves_ends_its_processes_all_the_same() -> None:
+    """It ended in an error, with its tasks' processes still there."""
+
+    async def main() -> None:
+        sent, closed = Sent(), 0
+
+        class Idle:
+            async def close(self) -> None:
+                nonlocal closed
+                closed += 1
+
+        loop = asyncio.get_running_loop()
+        clock = SimClock(loop, 1_700_000_000.0)
+        worker = Worker(
+            Identity("w-1", "i-1", "default", 1),
+            *(SimObjects(), cast(Queue, sent), clock, cast(Runner, Idle())),
+            Patience(Random(1), limit_s=0.0),
+            WorkerSettings(),
+        )
+        running = asyncio.create_task(worker.run())
+        await asyncio.sleep(1.0)
+        sent.away = True
+        worker.drain()
+        await running
+        assert closed == 1
+
+    SimLoop().run(main())

@@ -1,0 +1,129 @@
+"""What a worker's events wait for, and what goes along with them."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+
+from batchlab.adapters.sim.queue import SimQueue
+from batchlab.model import Bundle, JobId, Outcome, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import Message, QueueSpec
+from batchlab.protocol import naming, wire
+from batchlab.sim.clocks import SimClock
+from batchlab.sim.loop import SimLoop
+from batchlab.worker.beats import MOMENT_S, Beats, Identity
+from batchlab.worker.execution import gathering_s
+from batchlab.worker.hand import Hand
+from batchlab.worker.outbox import LINGER_S, Outbox
+from batchlab.worker.settings import WorkerSettings
+
+JOB, STAGE = JobId("outbox-0123456789"), StageName("map")
+
+
+def outcome(task: int) -> Outcome:
+    bundle = Bundle(JOB, STAGE, TaskSet.of([task]))
+    return Outcome(bundle, f"w-1-{task}", "w-1", 0.0, 1.0, bundle.tasks, ("null",), (1.0,))
+
+
+@dataclass
+class World:
+    """A worker's outbox and beats before an events queue, in virtual time."""
+
+    loop: SimLoop = field(default_factory=lambda: SimLoop(inline_executor=True))
+    hands: dict[str, Hand] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.clock = SimClock(self.loop, 1e9)
+        self.queue = SimQueue(self.clock, Random(1))
+        self.outbox = Outbox(self.queue, Patience(Random(1)))
+        who = Identity("w-1", "i-1", "default", 1)
+        self.beats = Beats(who, self.hands, self.outbox, self.clock, WorkerSettings())
+
+    def take(self, task: int) -> None:
+        bundle = Bundle(JOB, STAGE, TaskSet.of([task]))
+        message = Message(f"m-{task}", "", f"r-{task}", 1, 0.0, 0.0)
+        taken = Hand("tasks-default", message, wire.TaskMessage(bundle), "w-1-7", 0.0, 0.0, "r-7")
+        self.hands[str(task)] = taken
+        self.beats.due()
+
+    async def heard(self) -> list[wire.Events]:
+        found = []
+        while some := await self.queue.receive(naming.EVENTS, wait_s=0.0):
+            found += [wire.read_events_message(one.body) for one in some]
+        return found
+
+    async def make(self) -> None:
+        await self.queue.ensure(QueueSpec(naming.EVENTS))
+
+
+def test_an_event_without_hurry_goes_with_the_next_one() -> None:
+    world = World()
+
+    async def main() -> None:
+        await world.make()
+        world.outbox.signs = None
+        patient = asyncio.create_task(world.outbox.event(outcome(1), hurry=False))
+        await asyncio.sleep(LINGER_S / 2)
+        assert await world.heard() == []
+        await world.outbox.event(outcome(2))
+        await patient
+        assert world.loop.time() == pytest.approx(LINGER_S / 2)
+        (events,) = await world.heard()
+        assert [one.execution for one in events.outcomes] == ["w-1-1", "w-1-2"]
+
+    world.loop.run(main())
+
+
+def test_an_event_without_hurry_and_without_another_waits_no_longer_than_that() -> None:
+    world = World()
+
+    async def main() -> None:
+        await world.make()
+        world.outbox.signs = None
+        await world.outbox.event(outcome(1), hurry=False)
+        assert world.loop.time() == pytest.approx(LINGER_S)
+        assert len(await world.heard()) == 1
+
+    world.loop.run(main())
+
+
+def test_what_is_held_is_told_along_with_an_outcome_and_not_once_more() -> None:
+    world = World()
+
+    async def main() -> None:
+        await world.make()
+        keeping = asyncio.create_task(world.beats.keep())
+        await asyncio.sleep(MOMENT_S)
+        assert [len(one.beats) for one in await world.heard()] == [1]
+        # Sooner than the next beat may be sent by itself.
+        world.take(7)
+        await world.outbox.event(outcome(1))
+        (events,) = await world.heard()
+        assert [held.bundle for beat in events.beats for held in beat.held] == [
+            Bundle(JOB, STAGE, TaskSet.of([7])).id
+        ]
+        await asyncio.sleep(WorkerSettings().beat_gap_s * 3)
+        assert await world.heard() == []
+        # A change is still told by itself.
+        world.hands.clear()
+        world.beats.due()
+        await asyncio.sleep(WorkerSettings().beat_gap_s)
+        (events,) = await world.heard()
+        assert [beat.held for beat in events.beats] == [()]
+        keeping.cancel()
+
+    world.loop.run(main())
+
+
+@pytest.mark.parametrize("left", [1, 4, 40, 4000])
+@pytest.mark.parametrize("pace_s", [0.0, 1e-5, 0.005, 0.1, 60.0])
+def test_answers_are_gathered_for_a_part_of_what_is_left_to_run(left: int, pace_s: float) -> None:
+    """So the end of a bundle is not slept through, and a long one's death is noticed soon."""
+    gather_s = gathering_s(left, pace_s)
+    assert 0 < gather_s <= max(0.001, min(0.02, left * pace_s / 4))
+    assert gathering_s(2 * left, pace_s) >= gather_s
+    assert gathering_s(0, pace_s) == 0

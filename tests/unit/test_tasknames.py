@@ -1,0 +1,51 @@
+"""The one spelling of a task's name, and the one parser of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import batchlab
+from batchlab.errors import UsageError
+from batchlab.tasknames import attempt_name, parse_task, parse_tasks, task_name
+
+PACKAGE = Path(batchlab.__file__).parent
+TASK = r"\{(\w+\.)*(\w+\[['\"])?task(['\"]\])?\}"
+OTHERWISE = re.compile(rf"\}}[\[/: ]{TASK}|task {TASK} of ", re.IGNORECASE)
+PLACES = {"sim/fates.py", "result_files.py", "rerun/readme.py", "worker/bench.py"}
+"""Folders and seeds, which are no names for a person."""
+
+
+def test_what_is_written_is_read() -> None:
+    assert parse_task(task_name("parse", 3)) == ("parse", 3)
+    assert parse_task(" 3 ") == (None, 3)
+    assert attempt_name("parse", 3, 1) == task_name("parse", 3) == "parse/3"
+    assert attempt_name("parse", 3, 2) == "parse/3#2"
+    assert parse_tasks("parse/3,7-9") == ("parse", [(3, 4), (7, 10)])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "parse", "parse/", "/3", "parse[3]", "parse:3", "parse/-3", "parse/3/4", "a/²"]
+)
+def test_what_is_no_task_is_refused_in_either_way(text: str) -> None:
+    with pytest.raises(UsageError, match="names no task"):
+        parse_task(text)
+    with pytest.raises(UsageError, match="names no tasks"):
+        parse_tasks(text)
+
+
+@pytest.mark.parametrize("text", ["3", "parse/9-7", "parse/1,,2", "parse/1-", "parse/x"])
+def test_what_is_no_range_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="names no tasks"):
+        parse_tasks(text)
+
+
+def test_no_other_place_spells_a_task() -> None:
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if OTHERWISE.search(path.read_text())
+    }
+    assert found - PLACES == {"tasknames.py"}

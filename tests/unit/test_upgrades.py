@@ -1,0 +1,311 @@
+"""A grid of two releases while it is renewed: what the other one writes is read, or left to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.sim.queue import SimQueue
+from batchlab.commit import committed
+from batchlab.errors import BackendError, TooNew
+from batchlab.jobdef import JobDef, NotifyDef, RetryRule, SplitBy, StageDef
+from batchlab.model import Bundle, Control, FailureKind, JobId, Ran, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import Outgoing, QueueSpec
+from batchlab.protocol import definition, naming, wire
+from batchlab.sim.clocks import SimClock
+from batchlab.sim.loop import SimLoop
+from batchlab.worker.beats import Identity
+from batchlab.worker.loop import OTHERS_S, Worker
+from batchlab.worker.runner import Handle, Work
+from batchlab.worker.settings import WorkerSettings
+
+BEFORE = Path(__file__).parent / "wire_before"
+"""As releases wrote it that knew nothing of targets, traces and protocols."""
+A, B = StageName("a"), StageName("b")
+JOB = JobDef(JobId("sums-0123456789"), "sums", (StageDef(A, handler="m:f"),), 1.5)
+BUNDLE = Bundle(JOB.id, A, TaskSet.span(0, 2))
+ABOVE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+def before(name: str) -> dict[str, Any]:
+    return wire.loads((BEFORE / f"{name}.json").read_bytes())
+
+
+def later(value: Any) -> Any:
+    """As a later release might write it: with more fields wherever there are some."""
+    if isinstance(value, dict):
+        return {**{key: later(one) for key, one in value.items()}, "hue": {"of": ["later"]}}
+    return [later(one) for one in value] if isinstance(value, list) else value
+
+
+# --- What an earlier release has written ---------------------------------------------------------
+
+
+def test_a_job_of_an_earlier_release_is_read_and_written_as_it_was() -> None:
+    job = wire.job_from_json(before("job"))
+    assert job.stage("a").retry == RetryRule(kinds=(FailureKind.TIMEOUT,))
+    assert job.stage("b").command == ("wc", "-l")
+    assert job.input
+    assert job.input.split is SplitBy.LINES
+    assert (job.params, job.tags, job.notify, job.trace) == (
+        (("n", 3),),
+        (("team", "blue"),),
+        (),
+        "",
+    )
+    assert json.loads(wire.dumps(wire.job_to_json(job))) == before("job")
+
+
+def test_messages_and_outcomes_of_an_earlier_release_are_read() -> None:
+    job = wire.job_from_json(before("job"))
+    message = wire.read_task_message((BEFORE / "message.json").read_text())
+    assert message == wire.TaskMessage(BUNDLE, [1, "a"], job=job)
+    outcome = wire.outcome_from_json(before("outcome"))
+    assert (outcome.values, [one.kind for one in outcome.failed]) == ((7,), [FailureKind.TIMEOUT])
+    events = wire.read_events_message((BEFORE / "events.json").read_text())
+    assert events.outcomes == (outcome,)
+    assert [one.execution for one in events.duplicates] == ["w-1-1"]
+    assert events.asked[0].requests.sqs_bytes == 6
+    assert events.beats[0].held[0].bundle == BUNDLE.id
+    assert wire.word_from_bytes((BEFORE / "word.json").read_bytes()).control is Control.CANCEL
+    for name in ("message", "events", "outcome", "word"):
+        made = {
+            "message": lambda: json.loads(wire.task_message(message)),
+            "events": lambda: json.loads(wire.events_message(events)),
+            "outcome": lambda: json.loads(wire.dumps(wire.outcome_to_json(outcome))),
+            "word": lambda: json.loads(wire.word_to_bytes(wire.Word(Control.CANCEL, reason="x"))),
+        }[name]()
+        assert made == before(name), "and an earlier release reads what this one writes"
+
+
+# --- What a later release has written ------------------------------------------------------------
+
+
+def test_what_a_later_release_has_added_is_passed_over() -> None:
+    assert wire.job_from_json(later(before("job"))) == wire.job_from_json(before("job"))
+    told = replace(JOB, notify=(NotifyDef("sns", "arn:x"),), trace=ABOVE, max_cost_usd=1.0)
+    doc = json.loads(wire.dumps(wire.job_to_json(told)))
+    assert wire.job_from_json(later(doc)) == told
+    found = wire.read_task_message(json.dumps(later(before("message"))))
+    assert found == wire.read_task_message((BEFORE / "message.json").read_text())
+    assert wire.outcome_from_json(later(before("outcome"))) == wire.outcome_from_json(
+        before("outcome")
+    )
+    doc = before("events")
+    del doc["m"]  # names and numbers by any name; see Counts
+    known = wire.read_events_message(json.dumps(doc))
+    doc = later(doc)
+    doc["q"][0].append(7)
+    doc["d"][0].append("more")
+    assert wire.read_events_message(json.dumps(doc)) == known
+    word = (BEFORE / "word.json").read_bytes()
+    assert wire.word_from_bytes(json.dumps(later(before("word"))).encode()) == (
+        wire.word_from_bytes(word)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"v": 2}, "format 2, and this batchlab knows 1"),
+        ({"needs": 2}, "needs protocol 2, and this batchlab knows 1"),
+        ({"stages": [{"name": "a"}]}, "cannot be read"),
+        ({"stages": 3}, "cannot be read"),
+        ({"input": {"keys": [], "split": "by-moon", "size": 1, "header": False}}, "by-moon"),
+    ],
+)
+def test_what_one_has_to_know_is_refused(change: dict[str, Any], told: str) -> None:
+    data = json.dumps({**before("job"), **change})
+    with pytest.raises(TooNew, match=told):
+        wire.job_from_json(wire.loads(data))
+
+
+def test_a_word_that_is_not_known_allows_nothing() -> None:
+    with pytest.raises(BackendError, match="'drain'"):
+        wire.word_from_bytes(b'{"v":1,"control":"drain"}')
+
+
+def test_a_workers_message_says_nothing_that_only_a_manager_needs() -> None:
+    secret = "https://hooks.example.org/T0/s3cret"
+    job = replace(JOB, notify=(NotifyDef("webhook", secret),), trace=ABOVE, max_cost_usd=1.0)
+    body = wire.task_message(wire.TaskMessage(BUNDLE, job=job, trace=ABOVE))
+    assert "s3cret" not in body
+    assert wire.read_task_message(body).job == JOB
+    assert secret in wire.dumps(wire.job_to_json(job)), "the bucket has it"
+
+
+# --- A worker of the earlier release -------------------------------------------------------------
+
+
+class Doing:
+    """A runner whose tasks come to their item."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+
+    async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
+        self.ran.append(work.job.id)
+        for task, item in zip(work.bundle.tasks, work.items, strict=True):
+            yield Ran(task, 0.1, item)
+
+    async def close(self) -> None: ...
+
+
+class Scene:
+    """A worker, its bucket and its queues."""
+
+    def __init__(self) -> None:
+        rng = random.Random(1)
+        self.clock = SimClock(asyncio.get_running_loop(), 1_700_000_000.0)
+        self.objects = SimObjects()
+        self.queue = SimQueue(self.clock, rng)
+        self.runner = Doing()
+        self.patience = Patience(rng, limit_s=0.0)
+        who = Identity("w-1", "i-1", "default", 2)
+        self.tasks = naming.tasks_queue("default")
+        self.worker = Worker(
+            *(who, self.objects, self.queue, self.clock, self.runner, self.patience),
+            WorkerSettings(),
+        )
+
+    async def prepare(self) -> None:
+        dead = naming.dead_letters("default")
+        for spec in (QueueSpec(naming.EVENTS), QueueSpec(dead)):
+            await self.queue.ensure(spec)
+        await self.queue.ensure(QueueSpec(self.tasks, dead_letters=dead, max_receives=3))
+
+    async def send(self, job: JobDef, change: Callable[[dict[str, Any]], None]) -> str:
+        bundle = replace(BUNDLE, job=job.id)
+        message = wire.TaskMessage(bundle, [1, 2], job=job)
+        doc = json.loads(wire.task_message(message))
+        change(doc)
+        body = json.dumps(doc)
+        await self.queue.send(self.tasks, [Outgoing(body)])
+        return body
+
+
+def play(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    SimLoop().run(main())
+
+
+def nothing(doc: dict[str, Any]) -> None: ...
+
+
+def newer_format(doc: dict[str, Any]) -> None:
+    doc["v"] = 2
+
+
+def newer_job(doc: dict[str, Any]) -> None:
+    doc["job"]["needs"] = 2
+
+
+def in_the_bucket(doc: dict[str, Any]) -> None:
+    del doc["job"]
+
+
+@pytest.mark.parametrize("change", [newer_format, newer_job, in_the_bucket])
+def test_what_needs_a_newer_worker_is_left_for_one(
+    change: Callable[[dict[str, Any]], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        scene = Scene()
+        if change is in_the_bucket:
+            spec = json.loads(definition.to_bytes(JOB))
+            await scene.objects.put(naming.spec(JOB.id), wire.to_bytes({**spec, "needs": 2}))
+        await scene.prepare()
+        running = asyncio.create_task(scene.worker.run())
+        body = await scene.send(JOB, change)
+        # It passes by more often than a message may be received.
+        await asyncio.sleep(10 * OTHERS_S)
+        assert not scene.runner.ran
+        assert await committed(scene.objects, BUNDLE, scene.patience) is None
+        # What it knows it goes on with.
+        other = replace(JOB, id=JobId("other"))
+        await scene.send(other, nothing)
+        await asyncio.sleep(2.0)
+        assert scene.runner.ran == ["other"]
+        # A worker that is newer finds it as it was sent, and not as a suspect.
+        scene.worker.drain()
+        await running
+        await asyncio.sleep(OTHERS_S)
+        (message,) = await scene.queue.receive(scene.tasks, wait_s=1.0)
+        assert (message.body, message.receive_count) == (body, 1)
+        assert "is left for a newer worker" in caplog.text
+        assert "knows 1" in caplog.text
+
+    play(main)
+
+
+def test_what_others_have_received_without_an_end_stays_a_suspect() -> None:
+    async def main() -> None:
+        scene = Scene()
+        await scene.prepare()
+        await scene.send(JOB, newer_format)
+        (first,) = await scene.queue.receive(scene.tasks, wait_s=1.0)
+        await scene.queue.change_visibility(scene.tasks, [(first.receipt, 0.0)])
+        running = asyncio.create_task(scene.worker.run())
+        await asyncio.sleep(1.0)
+        scene.worker.drain()
+        await running
+        await asyncio.sleep(OTHERS_S)
+        (message,) = await scene.queue.receive(scene.tasks, wait_s=1.0)
+        assert (message.id, message.receive_count) == (first.id, 3)
+
+    play(main)
+
+
+# --- What is no event ----------------------------------------------------------------------------
+
+HELD = {"queue": "q", "receipt": "r", "job": "j", "stage": "s", "bundle": "b", "running": True}
+BEAT = {"worker": "w", "instance": "i", "pool": "p", "at_s": 1.0, "slots": 1, "busy": 0}
+DONE = {"b": {"j": "j", "s": "a", "t": [[0, 1]], "a": 1}, "w": "w", "t0": 1.0, "t1": 2.0}
+DONE |= {"ok": [[0, 1]], "no": [], "x": [], "run": 0.1, "next": [], "re": 0}
+
+
+@pytest.mark.parametrize(
+    "mischief",
+    [
+        {"d": [["j", "s", "message", "w-1"]]},
+        {"d": [["j", "s", "message", ["w-1"], 0.5]]},
+        {"d": [[{"j": 1}, "s", "message", "w-1", 0.5]]},
+        {"d": [["j", ["s"], "message", "w-1", 0.5]]},
+        {"d": [["j", "s", 7, "w-1", 0.5]]},
+        {"d": [["j", "s", "message", "w-1", "much"]]},
+        {"d": [["j", "s", "message", "w-1", float("nan")]]},
+        {"d": ["jsmwx"]},
+        {"d": [7]},
+        {"d": 7},
+        {"q": [["w", ["i"], False, 1]]},
+        {"q": [["w", "i", False, "1"]]},
+        {"q": [["w", "i", False, float("inf")]]},
+        {"q": [["w"]]},
+        {"h": [{**BEAT, "number": 1, "held": [], "instance": ["i"]}]},
+        {"h": [{**BEAT, "number": "1", "held": []}]},
+        {"h": [{**BEAT, "number": 1, "held": [], "busy": None}]},
+        {"h": [{**BEAT, "number": 1, "held": [{**HELD, "job": ["j"]}]}]},
+        {"h": [{**BEAT, "number": 1, "held": [{**HELD, "receipt": 7}]}]},
+        {"c": [{**DONE, "w": 7}]},
+        {"c": [{**DONE, "t0": "early"}]},
+        {"c": [{**DONE, "run": None}]},
+        {"c": [{**DONE, "re": "often"}]},
+        {"c": [{**DONE, "b": {**DONE["b"], "j": ["j"]}}]},  # type: ignore[dict-item]
+        {"c": [{**DONE, "b": {**DONE["b"], "a": "1"}}]},  # type: ignore[dict-item]
+        {"k": [7]},
+        {"k": 7},
+    ],
+)
+def test_what_has_not_the_shape_of_an_event_is_refused(mischief: dict[str, Any]) -> None:
+    assert wire.read_events_message(json.dumps({"v": 1, "c": [DONE]})).completions
+    beat = {**BEAT, "number": 1, "held": [HELD]}
+    assert wire.read_events_message(json.dumps({"v": 1, "h": [beat]})).beats
+    with pytest.raises((AttributeError, KeyError, TypeError, ValueError)):
+        wire.read_events_message(json.dumps({"v": 1, **mischief}))

@@ -1,0 +1,86 @@
+"""Waiting for an event for a while, and ending while that is going on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from batchlab.asg import running
+from batchlab.sim.loop import SimLoop
+from batchlab.waits import set_within
+
+
+def play(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    SimLoop().run(main())
+
+
+def test_it_says_whether_and_no_later_than_it_was_asked_to() -> None:
+    async def main() -> None:
+        loop, event = asyncio.get_running_loop(), asyncio.Event()
+        assert not await set_within(event, 3.0)
+        assert loop.time() == 3.0
+        loop.call_later(2.0, event.set)
+        assert await set_within(event, 60.0)
+        assert loop.time() == 5.0
+        assert await set_within(event, 0.0)
+        assert await set_within(event, -1.0)
+        event.clear()
+        assert not await set_within(event, 0.0)
+        assert loop.time() == 5.0
+        # The event at the last moment counts.
+        loop.call_later(1.0, event.set)
+        assert await set_within(event, 1.0)
+
+    play(main)
+
+
+@pytest.mark.parametrize("order", ["event first", "cancellation first", "after the time"])
+def test_a_cancellation_that_comes_with_the_event_ends_the_loop(order: str) -> None:
+    async def main() -> None:
+        event, rounds = asyncio.Event(), 0
+
+        async def for_ever() -> None:
+            nonlocal rounds
+            while True:
+                await set_within(event, 1.0)
+                event.clear()
+                rounds += 1
+
+        task = asyncio.create_task(for_ever())
+        await asyncio.sleep(1.0 if order == "after the time" else 0.5)
+        if order == "cancellation first":
+            task.cancel()
+            event.set()
+        else:
+            event.set()
+            task.cancel()
+        await asyncio.wait({task}, timeout=10.0)
+        assert task.cancelled()
+        assert rounds <= 1
+
+    play(main)
+
+
+def test_an_endpoint_that_is_told_to_end_when_an_instance_does_ends() -> None:
+    """Its keeper lost the cancellation, and the process went on for ever."""
+
+    async def main() -> None:
+        changed, ticks = asyncio.Event(), 0
+
+        class Engine:
+            async def tick(self) -> None:
+                nonlocal ticks
+                ticks += 1
+
+        keeping = asyncio.create_task(running._keep(Engine(), changed))  # type: ignore[arg-type]
+        await asyncio.sleep(0.5 * running.TICK_S)
+        changed.set()
+        keeping.cancel()
+        await asyncio.wait({keeping}, timeout=10 * running.TICK_S)
+        assert keeping.cancelled()
+        assert ticks == 1
+
+    play(main)
