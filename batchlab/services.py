@@ -188,6 +188,7 @@ async def _lead(
             await _end_instances(launcher, backend.worker.drain_s)
         raise
     lead.serve(served)
+    # Not sooner: with it comes the API, which the thread has imported.
     from batchlab.api.history import keep_looking
 
     # uvicorn takes SIGTERM and SIGINT for itself while it serves; its return ends us all the same.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import ssl
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+from tests.http_front import Listening
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Call:
         return found
 
 
-class Hook:
+class Hook(Listening):
     """A context manager. Answers with `statuses` in turn, the last one for ever."""
 
     def __init__(
@@ -65,18 +65,3 @@ class Hook:
             scheme = "https"
         self.port = self._server.server_port
         self.url = f"{scheme}://127.0.0.1:{self.port}/"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPConnection, HTTPSConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 from urllib.parse import urlsplit
 
 _HOP = {"connection", "transfer-encoding", "content-length", "expect", "keep-alive"}
@@ -36,6 +37,27 @@ class Answer:
     status: int
     headers: list[tuple[str, str]]
     body: bytes
+
+
+class Listening:
+    """A server that answers on a thread of its own, for as long as the context lasts."""
+
+    _server: ThreadingHTTPServer
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
 
 
 class Server(Protocol):
