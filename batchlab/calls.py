@@ -123,11 +123,13 @@ class Calls:
             connection = self._connected()
             connection.sock.settimeout(answer_s + float(given.get("wait_s", 0.0)))
             connection.request(method, target, data, headers)
-            response = connection.getresponse()
-            if response.status >= BAD:
-                raise _error(f"{self.url}{target}", response.status, response.read())
-            yield response
-            if response.isclosed() and not response.will_close:
+            # Closed here: its finalizer would do that too, and lose an interrupt that comes then.
+            with connection.getresponse() as response:
+                if response.status >= BAD:
+                    raise _error(f"{self.url}{target}", response.status, response.read())
+                yield response
+                is_read = response.isclosed()
+            if is_read and not response.will_close:
                 self._idle.append((time.monotonic(), connection))
                 connection = None
         except (OSError, HTTPException) as error:

@@ -79,7 +79,7 @@ def _jobs(manager: Manager) -> Iterator[Metric]:
         "jobs_capped",
         "Jobs that a cap on cost holds back.",
         (),
-        {(): sum(bool(live.capped) for live in manager.lives.values())},
+        {(): sum(live.is_held for live in manager.lives.values())},
     )
     yield _count("jobs_submitted", "Jobs that were accepted.", {(): counts.submitted})
     yield _count(

@@ -424,8 +424,8 @@ async def _tell_environment(objects: Objects, worker: str, imds: Imds | None) ->
 async def _drain_orphan(home: Home, drain: Callable[[], None]) -> None:
     alone_s = 0.0
     while alone_s < ORPHAN_S:
-        await asyncio.sleep(1.0)
-        alone_s = 0.0 if home.record() else alone_s + 1.0
+        await asyncio.sleep(ORPHAN_S / 5)
+        alone_s = 0.0 if home.record() else alone_s + ORPHAN_S / 5
     log.warning("the manager has been gone for %.0f s: draining", ORPHAN_S)
     drain()
 

@@ -65,7 +65,8 @@ class UseView(TypedDict):
 
 class JobUseView(TypedDict):
     """What a job has used, None where nobody has counted. `pools` are the slots of an instance,
-    `types` its type, `slots` those of a task by stage; `capped` why nothing more is launched."""
+    `types` its type, `slots` those of a task by stage; `capped` which cap has held it back
+    and does not pay for all that is left of it, empty where none."""
 
     job: str
     account: AccountView | None

@@ -54,10 +54,15 @@ class WhyView(TypedDict):
     why: str
 
 
+UNCOUNTED = 0
+"""The seq of an outcome that is committed and not folded yet, before all others."""
+
+
 class OutcomeView(TypedDict):
-    """One folded outcome. `tasks` are the ranges of those that succeeded in it, whose values are
-    in the object at `key`; `failed` counts those that failed for good. `outcome` is that object's
-    content, where the manager has it at hand."""
+    """One folded outcome; in the answer to a submission one that is not folded yet, too, whose
+    seq is 0. `tasks` are the ranges of those that succeeded in it, whose values are in the object
+    at `key`; `failed` counts those that failed for good. `outcome` is that object's content, where
+    the manager has it at hand."""
 
     seq: int
     stage: str

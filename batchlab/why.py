@@ -115,7 +115,8 @@ def _capped(f: Facts) -> str | None:
         still = f"{count(len(f.running), 'bundle')} that had begun may still end"
         more = f"; {still}" if f.running else ""
         return (
-            f"Nothing more is launched for it, because {f.live.capped}: {_progress(f)}{more}; "
+            f"No more is launched for it than a cap pays for, because {f.live.capped}: "
+            f"{_progress(f)}{more}; "
             f"`batchlab job cap {f.record.job.id} AMOUNT` raises the job's, `batchlab grid cap "
             f"AMOUNT` the grid's."
         )

@@ -62,6 +62,24 @@ with socket.create_server(("127.0.0.1", local)) as listener:
             threading.Thread(target=pump, args=pair, daemon=True).start()
 """
 
+_HASTY = """\
+import sys
+from dataclasses import replace
+from pathlib import Path
+from batchlab import backends, services
+from batchlab.home import Home
+
+home, visibility_s, pool, slots, instance = sys.argv[1:]
+aws = backends.load("aws")
+services.worker_main(
+    Home(Path(home)),
+    replace(aws, worker=replace(aws.worker, visibility_s=float(visibility_s))),
+    pool=pool,
+    slots=int(slots),
+    instance=instance,
+)
+"""
+
 
 class Sessions:
     """StartSession and nothing else, as no emulator has it; `targets` are those it was for."""
@@ -127,6 +145,12 @@ class Account:
         fresh = templates.with_suffix(".new")
         fresh.write_text("\n".join(lines))
         return fresh.replace(templates)
+
+    def hasty_worker(self, visibility_s: float) -> list[str]:
+        """A worker as `write_templates` takes it, whose messages come back so soon after its death
+        where nobody gives them back: 60 s are AWS's scale, and not a test's."""
+        words = [sys.executable, "-P", "-c", _HASTY, str(self.folder / "worker")]
+        return [*words, str(visibility_s), POOL.name, "{slots}", "{instance}"]
 
     def worker_pids(self) -> list[int]:
         """Of the processes that stand for the pool's instances."""

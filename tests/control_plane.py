@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 import threading
-import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +24,13 @@ from tests import boot_rig, cfn
 from tests.aws_account import Sessions, laptop
 from tests.containers import DockerGrid, docker_grid, ensure_network
 from tests.emulators import Server, free_port, ministack_python
-from tests.http_front import Answer, Request, forward, standing
+from tests.http_front import standing
+from tests.waiting import until
 from tests.wire_rigs import aws
 
 REGION = "us-east-1"
 LOOK_S = 0.3
 _GROUP = "AWS::AutoScaling::AutoScalingGroup"
-
-
-@dataclass
-class ListeningFront:
-    """Before CloudFormation; `template` and `parameters` are those of the last change set."""
-
-    target: str
-    template: cfn.Template = field(default_factory=dict)
-    parameters: dict[str, str] = field(default_factory=dict)
-
-    def answer(self, request: Request) -> Answer:
-        asked = dict(urllib.parse.parse_qsl(request.body.decode(), keep_blank_values=True))
-        if asked["Action"] == "CreateChangeSet":
-            self.template = cfn.load(self._template(asked))
-            self.parameters = {
-                asked[f"Parameters.member.{n}.ParameterKey"]: asked.get(
-                    f"Parameters.member.{n}.ParameterValue", ""
-                )
-                for n in range(1, 1 + sum(name.endswith(".ParameterKey") for name in asked))
-            }
-        return forward(self.target, request)
-
-    def _template(self, asked: dict[str, str]) -> str:
-        if url := asked.get("TemplateURL", ""):
-            bucket, _, key = urllib.parse.urlsplit(url).path.strip("/").partition("/")
-            s3 = aws(Endpoint(self.target, REGION), "s3")
-            return str(s3.get_object(Bucket=bucket, Key=key)["Body"].read().decode())
-        return asked["TemplateBody"]
 
 
 @dataclass
@@ -69,12 +41,13 @@ class ControlPlane:
     folder: Path
     env: dict[str, str]
     inside: Mapping[str, str]
-    front: ListeningFront
+    url: str
+    """Where MiniStack answers."""
     name: str = "batchlab"
 
     def aws(self, service: str) -> Any:
         """A client of the account's owner, at MiniStack."""
-        return aws(Endpoint(self.front.target, REGION), service)
+        return aws(Endpoint(self.url, REGION), service)
 
     @property
     def scaling(self) -> Any:
@@ -85,6 +58,11 @@ class ControlPlane:
         found = self.scaling.describe_auto_scaling_groups()["AutoScalingGroups"]
         return {one["AutoScalingGroupName"]: one for one in found}
 
+    def until_without_groups(self) -> None:
+        """Returns once the groups of a stack that is gone are gone, too: AWS's own waits for them,
+        this one is gone a look before they are, and their last instances end."""
+        until(lambda: not self.groups(), 60.0, pause_s=LOOK_S)
+
     # --- Mirroring -------------------------------------------------------------------------------
 
     def mirror(self, stop: threading.Event) -> None:
@@ -92,7 +70,7 @@ class ControlPlane:
         done: object = None
         while not stop.wait(LOOK_S):
             stack = self._stack()
-            state = stack and (stack["StackStatus"], stack.get("LastUpdatedTime"))
+            state = _state_of(stack)
             if state == done:
                 continue
             if stack is None:
@@ -101,7 +79,12 @@ class ControlPlane:
                         AutoScalingGroupName=name, ForceDelete=True
                     )
             elif stack["StackStatus"] in ("CREATE_COMPLETE", "UPDATE_COMPLETE"):
-                self._take_over()
+                groups, templates = self._described(stack)
+                if _state_of(self._stack()) != state:
+                    # Half of this may be of an update: a group that has instances, and a launch
+                    # template of before it that names no release.
+                    continue
+                self._take_over(groups, templates)
             done = state
 
     def _stack(self) -> dict[str, Any] | None:
@@ -111,14 +94,25 @@ class ControlPlane:
             return None
         return None if found["StackStatus"] == "DELETE_COMPLETE" else found
 
-    def _take_over(self) -> None:
-        rendered = cfn.Rendered(self.front.template, **self.front.parameters)
+    def _described(self, stack: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], str]:
+        """The groups of the stack as it is, by name, and the file of their launch templates."""
+        told = self.aws("cloudformation").get_template(
+            StackName=self.name, TemplateStage="Original"
+        )["TemplateBody"]
+        parameters = {one["ParameterKey"]: one["ParameterValue"] for one in stack["Parameters"]}
+        # botocore reads JSON by itself.
+        template = cfn.load(told) if isinstance(told, str) else told
+        rendered = cfn.Rendered(template, **parameters)
         groups = {
             str(one["AutoScalingGroupName"]): one for one in rendered.of_type(_GROUP).values()
         }
+        slots = parameters.get("PoolSlots", "2")
+        return groups, "".join(self._launch_template(name, slots) for name in groups)
+
+    def _take_over(self, groups: dict[str, dict[str, Any]], templates: str) -> None:
         path = boot_rig.templates_in(self.folder)
         fresh = path.with_name("fresh")
-        fresh.write_text("".join(self._launch_template(name) for name in groups))
+        fresh.write_text(templates)
         fresh.replace(path)
         known = self.groups()
         for name in known.keys() - groups.keys():
@@ -149,7 +143,7 @@ class ControlPlane:
             ],
         }
 
-    def _launch_template(self, name: str) -> str:
+    def _launch_template(self, name: str, slots: str) -> str:
         """As the stack's says, with a container's image in place of the AMI."""
         (version,) = self.aws("ec2").describe_launch_template_versions(
             LaunchTemplateName=name, Versions=["$Latest"]
@@ -162,11 +156,15 @@ system = true
 image = {json.dumps(boot_rig.IMAGE)}
 network = {json.dumps(self.grid.id)}
 type = {json.dumps(data.get("InstanceType", "m7i.large"))}
-slots = {self.front.parameters.get("PoolSlots", "2")}
+slots = {slots}
 role = {{ name = "instance", access_key = "test", secret_key = "test" }}
 env = {{ {table} }}
 user_data = {json.dumps(data["UserData"])}
 """
+
+
+def _state_of(stack: dict[str, Any] | None) -> tuple[str, object] | None:
+    return (stack["StackStatus"], stack.get("LastUpdatedTime")) if stack else None
 
 
 @contextmanager
@@ -181,22 +179,19 @@ def control_plane(folder: Path) -> Iterator[ControlPlane]:
         try:
             ministack.start()
             url = str(ministack.endpoint.url)
-            front = ListeningFront(url)
             with (
                 boot_rig.auto_scaling(folder, grid, here) as scaling,
                 standing(sessions) as session_manager,
-                standing(front) as cloudformation,
             ):
                 boot_rig.install_plugin(folder / "bin", grid)
                 inside = {"AWS_ENDPOINT_URL": url, **scaling}
                 urls = {
                     "AWS_ENDPOINT_URL": url,
                     "AWS_ENDPOINT_URL_AUTO_SCALING": scaling["AWS_ENDPOINT_URL_AUTO_SCALING"],
-                    "AWS_ENDPOINT_URL_CLOUDFORMATION": cloudformation,
                     "AWS_ENDPOINT_URL_SSM": session_manager,
                 }
                 env = laptop(folder, {**urls, "AWS_DEFAULT_REGION": REGION})
-                plane = ControlPlane(grid, folder, env, inside, front)
+                plane = ControlPlane(grid, folder, env, inside, url)
                 with _mirrored(plane):
                     yield plane
         finally:

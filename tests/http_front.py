@@ -126,7 +126,7 @@ def standing(front: Server) -> Iterator[str]:
     """The URL of the front while it listens."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, front))
     server.daemon_threads = True
-    serving = threading.Thread(target=server.serve_forever)
+    serving = threading.Thread(target=server.serve_forever, args=(0.02,))
     serving.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"

@@ -116,7 +116,13 @@ def credentials(endpoint: Endpoint) -> S3CredentialProvider:
 
 
 @overload
-def client(endpoint: Endpoint, service: Literal["sqs"], *, connections: int) -> SQSClient: ...
+def client(
+    endpoint: Endpoint,
+    service: Literal["sqs"],
+    *,
+    connections: int,
+    made: boto3.Session | None = None,
+) -> SQSClient: ...
 @overload
 def client(endpoint: Endpoint, service: Literal["s3"], *, connections: int) -> S3Client: ...
 @overload
@@ -137,8 +143,10 @@ def client(
     ],
     *,
     connections: int,
+    made: boto3.Session | None = None,
 ) -> Any:
-    """A client that makes each call once: patience is the callers'."""
+    """A client that makes each call once: patience is the callers'. Of the session `made`, or of
+    its own."""
     from botocore.config import Config
 
     config = Config(
@@ -153,10 +161,16 @@ def client(
         proxies={} if endpoint.loopback else None,
     )
     with translated("AWS"):
+        made = made or session_of(endpoint)
+        return made.client(service, endpoint_url=endpoint.url, config=config)
+
+
+def session_of(endpoint: Endpoint) -> boto3.Session:
+    """A session for clients of the endpoint."""
+    with translated("AWS"):
         if endpoint.url is None:
-            return session(endpoint.region).client(service, config=config)
-        own = session(endpoint.region, keys=(endpoint.access_key, endpoint.secret_key))
-        return own.client(service, endpoint_url=endpoint.url, config=config)
+            return session(endpoint.region)
+        return session(endpoint.region, keys=(endpoint.access_key, endpoint.secret_key))
 
 
 def session(region: str | None, *, keys: tuple[str, str] | None = None) -> boto3.Session:

@@ -19,6 +19,7 @@ from batchlab.errors import BackendError, NotFound, Throttled, Unreachable
 from batchlab.ports import MAX_VISIBILITY_S, Clock, Depth, Message, Outgoing, QueueSpec
 
 _BUSY_S = 10.0
+_AT_ONCE_S = 0.01
 _AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
 _DROPPED_AT_ONCE = 1000
 
@@ -128,7 +129,9 @@ class SqliteMessages:
         self._max_in_flight = max_in_flight
         self._connection: sqlite3.Connection | None = None
         self._turn = -1
-        self._waits = True
+        self._waits = self._has_patience = True
+        """Whether calls are to wait, and whether the connection does: it is told when that changes,
+        which is seldom."""
 
     @property
     def is_open(self) -> bool:
@@ -138,12 +141,10 @@ class SqliteMessages:
     def at_once(self) -> Iterator[None]:
         """What is called in here waits for nobody; the file must be open."""
         self._waits = False
-        self._db.execute("PRAGMA busy_timeout = 10")
         try:
             yield
         finally:
             self._waits = True
-            self._db.execute(f"PRAGMA busy_timeout = {_BUSY_S * 1000:.0f}")
 
     def close(self) -> None:
         if self._connection is not None:
@@ -171,7 +172,11 @@ class SqliteMessages:
             except sqlite3.Error:
                 db.close()
                 raise
-            self._connection = db
+            self._connection, self._has_patience = db, True
+        if self._has_patience is not self._waits:
+            busy_s = _BUSY_S if self._waits else _AT_ONCE_S
+            self._connection.execute(f"PRAGMA busy_timeout = {busy_s * 1000:.0f}")
+            self._has_patience = self._waits
         return self._connection
 
     @contextmanager

@@ -36,13 +36,14 @@ class Bell:
     async def wait(self, timeout_s: float) -> bool:
         """Sleep until rung, True, or until the time is over, False."""
         loop = asyncio.get_running_loop()
-        rung: asyncio.Future[None] = loop.create_future()
-        loop.add_reader(self._fd, _settle, rung)
+        rung: asyncio.Future[bool] = loop.create_future()
+        loop.add_reader(self._fd, _settle, rung, True)
+        timer = loop.call_later(timeout_s, _settle, rung, False)
         try:
-            await asyncio.wait([rung], timeout=timeout_s)
+            return await rung
         finally:
+            timer.cancel()
             loop.remove_reader(self._fd)
-        return rung.done()
 
     def close(self) -> bool:
         """Stop listening; True where somebody has rung or is about to."""
@@ -55,9 +56,9 @@ class Bell:
         return False
 
 
-def _settle(rung: asyncio.Future[None]) -> None:
+def _settle(rung: asyncio.Future[bool], has_rung: bool) -> None:
     if not rung.done():
-        rung.set_result(None)
+        rung.set_result(has_rung)
 
 
 async def listen(

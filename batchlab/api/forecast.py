@@ -24,7 +24,7 @@ def eta_of(manager: Manager, job: JobId) -> EtaView:
         return _none("it is paused")
     if live.record.state is JobState.SCHEDULED:
         return _none("it has not begun")
-    if live.capped:
+    if live.is_held:
         return _none("a cap on cost holds it back")
     stages = _work(manager, live)
     rooms = _rooms(manager, live)

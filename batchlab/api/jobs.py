@@ -17,7 +17,7 @@ from batchlab import facts, viewing, views
 from batchlab.api.common import MOST, Given, Leader, Limit, Wait, guarded, of_our_version
 from batchlab.api.failures import chosen_tasks
 from batchlab.api.forecast import eta_of
-from batchlab.api.waiting import news, page
+from batchlab.api.waiting import first, news, page
 from batchlab.errors import NotFound, UsageError
 from batchlab.jobdef import JobDef
 from batchlab.manager.manager import Manager
@@ -55,14 +55,16 @@ async def submit(
 
     A job without an input brings its items: a few here, encoded as in a plan; more in the bucket.
     With `wait_s` the answer has two lines of JSON: the job at once, and its first outcomes, as
-    from /outcomes, as soon as there are some. W3C's header `traceparent` says of which trace the
+    from /outcomes, as soon as there are some; their seq is 0 where they are committed and not yet
+    counted, and /outcomes lists them again. W3C's header `traceparent` says of which trace the
     job's is a part, where the grid is traced.
     """
     written = await accept(manager, replace(job, trace=traceparent), items)
     status = 201 if written.is_new else 200
     view = await shown(manager, written.rows.job)
     if wait_s:
-        return StreamingResponse(_lines(manager, view, wait_s), status, media_type=NDJSON)
+        lines = _lines(manager, view, wait_s, is_new=written.is_new)
+        return StreamingResponse(lines, status, media_type=NDJSON)
     response.status_code = status
     return view
 
@@ -85,10 +87,13 @@ async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> Writ
     return await manager.requests.submit(job, items)
 
 
-async def _lines(manager: Manager, view: views.JobView, wait_s: float) -> AsyncIterator[str]:
+async def _lines(
+    manager: Manager, view: views.JobView, wait_s: float, *, is_new: bool
+) -> AsyncIterator[str]:
     yield wire.dumps(view) + "\n"
-    outcomes = await page(manager, JobId(view["id"]), None, None, MOST, wait_s)
-    yield wire.dumps(outcomes) + "\n"
+    job = JobId(view["id"])
+    heard = first(manager, job, wait_s) if is_new else page(manager, job, None, None, MOST, wait_s)
+    yield wire.dumps(await heard) + "\n"
 
 
 @router.get("/jobs")

@@ -32,11 +32,15 @@ class _Room:
     """What an answer may still hold."""
 
     left_bytes: int = field(default_factory=lambda: MOST_BYTES)
+    is_over: bool = False
+    """Something has been left out, so nothing comes after it, or that would look as if it came
+    next."""
 
     def takes(self, outcome: Outcome, attempt: Attempt) -> bool:
         spans = (stop - start for task, start, stop in outcome.log_spans if task == attempt.task)
         size_bytes = sum(max(0, one) for one in spans)
         if size_bytes > self.left_bytes:
+            self.is_over = True
             return False
         self.left_bytes -= size_bytes
         return True
@@ -66,7 +70,7 @@ async def logs(
     async for _, outcome in outcomes_of(manager, _recent(manager, records, since_s)):
         async for log in _of(manager, outcome, task, limit - len(found), room, failed=failed):
             found.append(log)  # noqa: PERF401 - its length bounds what is read
-        if len(found) >= limit or room.left_bytes <= 0:
+        if len(found) >= limit or room.is_over:
             break
     return {"logs": sorted(found, key=lambda log: (log["stage"], log["task"], log["attempt"]))}
 
@@ -103,7 +107,7 @@ async def logs_after(
         current = outcome.bundle.round == round_
         if outcome.bundle.id in kept and (current or not failed):
             found += [log async for log in _of(manager, outcome, task, MOST, room, failed=failed)]
-        if room.left_bytes < MOST_BYTES / 2:
+        if room.is_over or room.left_bytes < MOST_BYTES / 2:
             last = record.seq  # the others in the next answer
             break
     ended = waited["ended"] and not records
@@ -150,8 +154,6 @@ async def _of(
     left_out: list[Attempt] = []
     for one in wanted:
         (fits if room.takes(outcome, one) else left_out).append(one)
-    if left_out:
-        room.left_bytes = 0  # nothing after it either, or it would look as if it came next
     for attempt, text in await _texts(manager, outcome, fits):
         yield viewing.log_view(
             attempt, text if text is not None else NOT_STORED.encode(), text is not None

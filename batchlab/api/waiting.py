@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from batchlab import viewing, views
+from batchlab.api.common import MOST
 from batchlab.manager.live import LiveJob
 from batchlab.manager.manager import Manager
 from batchlab.model import JobId, Outcome, StageName
 from batchlab.ports import BundleRecord
+from batchlab.protocol import settle
 
 
 async def news(live: LiveJob, version: int, wait_s: float) -> None:
@@ -21,6 +23,30 @@ async def news(live: LiveJob, version: int, wait_s: float) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(wait_s):
             await live.news(version)
+
+
+async def first(manager: Manager, job: JobId, wait_s: float) -> views.OutcomesView:
+    """The first outcomes of a job that is new: as soon as they are committed, which is before they
+    are counted."""
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + wait_s
+    if live := manager.lives.get(job):
+        live.listeners += 1
+        try:
+            while not (live.told or live.folds or live.record.state.ended or loop.time() >= end_s):
+                await news(live, live.version, end_s - loop.time())
+            if live.told and not live.folds:
+                return {"outcomes": [_uncounted(one) for one in live.told], "ended": False}
+        finally:
+            live.listeners -= 1
+            if not live.listeners:
+                live.told.clear()
+    return await page(manager, job, None, None, MOST, end_s - loop.time())
+
+
+def _uncounted(outcome: Outcome) -> views.OutcomeView:
+    record = BundleRecord(outcome.bundle, settle.completion(outcome), views.UNCOUNTED)
+    return viewing.outcome_view(record, outcome)
 
 
 async def page(

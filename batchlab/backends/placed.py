@@ -110,6 +110,13 @@ class Placed(Descriptor):
             remedy=f"Start one with `batchlab grid up --backend {self.name}`.",
         )
 
+    def bucket(self, home: Home) -> str:
+        """What a job file calls the grid's bucket by in `s3://BUCKET/…`: its name, on files the
+        backend's. Unreachable where the grid has never been up, and has none."""
+        if self.keeps_files:
+            return self.name
+        return self.stack(home).bucket if self.is_deployed else self.place(home).bucket
+
     def provide(self, home: Home, say: Callable[[str], None]) -> None:
         """Do what takes long or may be refused before a manager is started, where the user sees
         it: install the emulator (`say` hears of it), or look whether the named endpoint answers.

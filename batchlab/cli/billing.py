@@ -256,4 +256,4 @@ class Burn:
         text = f"{would} {now} an hour now, {spent} so far"
         if cap is not None:
             text += f", cap {cap:g} USD"
-        return f"{text}, reached: nothing more is launched" if capped else text
+        return f"{text}, reached: no more is launched than it pays for" if capped else text

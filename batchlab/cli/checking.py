@@ -14,9 +14,10 @@ def check(file: FileArgument, set_: SetOption = None, json: JsonOption = False) 
     """
     from batchlab.cli.submitting import overrides
     from batchlab.spec import load
-    from batchlab.submission import code_digest
+    from batchlab.submission import check_input, code_digest
 
     jobfile = load(file, overrides(set_ or ()))
+    check_input(jobfile)
     data, _ = code_digest(jobfile)
     stages = [stage.name for stage in jobfile.job.stages]
     if json:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from batchlab.conform.run import Result
     from batchlab.conform.target import Target
 
+_BOTH = (signal.SIGINT, signal.SIGTERM)
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -130,7 +132,7 @@ def conform(
     checks = _wanted(service, only=only, needed=needed, markdown=markdown)
     if template and service != "autoscaling":
         raise UsageError("--template is for --service autoscaling.", remedy="Leave it out.")
-    with _interrupted_once(), _target(endpoint, region, bucket, template) as target:
+    with _interruptible(), _target(endpoint, region, bucket, template) as target:
         if aws:
             output.say(f"What this makes in {target.place} is named {target.run}*, and removed.")
         begun_s = time.monotonic()
@@ -197,15 +199,13 @@ def _wanted(
 
 
 @contextmanager
-def _interrupted_once() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the command once: they do not disturb the cleaning after that."""
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise Stopped, until whoever catches it ignores them."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
         raise signals.Stopped(signals.INTERRUPTED)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in _BOTH}
     for number in before:
         signal.signal(number, stop)
     try:
@@ -232,6 +232,9 @@ def _target(
     try:
         yield target
     except signals.Stopped:
+        # Not before: Python may drop one that was raised, and the next must still be heard.
+        for number in _BOTH:
+            signal.signal(number, signal.SIG_IGN)
         output.say("Interrupted. Removing what was made ...")
         raise
     finally:

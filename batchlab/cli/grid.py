@@ -260,7 +260,8 @@ def env(home: HomeOption = None, json: JsonOption = False) -> None:
     if not variables:
         raise UsageError(
             f"A grid on {backend.name} has no endpoint.",
-            remedy=f"Its bucket is the folder {place.objects}.",
+            remedy=f"Its bucket is the folder {place.objects}, which job files call "
+            f"s3://{backend.bucket(place)}/.",
         )
     if json:
         output.show_json(variables)

@@ -71,6 +71,7 @@ def run(request: Request, phases: Phases) -> Summary:
                 with phases.phase("start"):  # until then nobody knows of a bucket to look into
                     session.start()
             with phases.phase("check"):
+                submission = asyncio.run(submission.located())
                 earlier = asyncio.run(submission.latest())
                 number = choose(earlier, resume=request.resume, cache=request.cache)
             summary = _Runner(request, submission, session, phases).run(earlier, number)

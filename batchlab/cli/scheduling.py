@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from batchlab.spec.jobfile import JobFile
     from batchlab.timetable import SchedulesView, ScheduleView
 
-RAW = "raw/"
-"""Where a worker may read a job's input, on AWS and so everywhere."""
 _AT = "Write +10m, or a time such as 2026-03-29T06:00 (in --timezone) or with its own zone."
 
 
@@ -54,15 +52,18 @@ def add(
     from batchlab import backends, spec
     from batchlab.cli.session import Session
     from batchlab.cli.submitting import overrides
-    from batchlab.submission import Uploaded, code_digest, prepare
+    from batchlab.submission import Uploaded, code_digest, own_keys, prepare
 
     changes = overrides(sets)
     with Session.attached(home) as session:
         backend = session.backend
         clock = backend.open_clock()
         jobfile = spec.load(file, changes, needs_input=given.input is None)
-        bucket = backends.client_environment(backend, home).get("BATCHLAB_BUCKET", "")
-        keys = _keys(jobfile, given.input, bucket)
+        keys = (
+            own_keys(jobfile, backend.bucket(home))
+            if given.input is None
+            else [_prefix(given.input)]
+        )
         packed = code_digest(jobfile)
         name = given.name or jobfile.job.name
         schedule = _described(jobfile, given, name, clock.now_s())
@@ -149,34 +150,17 @@ def _span(option: str, text: str | None) -> float | None:
         raise UsageError(f"{option}: {error}.", remedy=f"Write {units.DURATION_FORMS}.") from error
 
 
-def _keys(jobfile: JobFile, prefix: str | None, bucket: str) -> list[str] | None:
-    """Objects of the grid's own bucket that are the input, None where files are to be uploaded."""
-    if prefix is not None:
-        found = [prefix]
-    else:
-        begin = f"s3://{bucket}/"
-        own = [
-            one.removeprefix(begin)
-            for one in jobfile.files
-            if bucket and isinstance(one, str) and one.startswith(begin)
-        ]
-        if not own:
-            return None
-        if len(own) < len(jobfile.files):
-            raise UsageError(
-                "The input is partly in the grid's bucket, and partly not.",
-                remedy="Name objects of the bucket only, or files only.",
-            )
-        found = own
-    for one in found:
-        is_prefix = one.endswith("/") or prefix is None
-        if not one.startswith(RAW) or not is_prefix or ".." in one.split("/"):
-            raise UsageError(
-                f"The input {one!r} is not below raw/ in the grid's bucket, where workers may "
-                "read.",
-                remedy="Write a prefix such as raw/incoming/, which ends in a slash.",
-            )
-    return found
+def _prefix(text: str) -> str:
+    """What `--input` names; UsageError."""
+    from batchlab.submission import check_key
+
+    check_key(text, text)
+    if not text.endswith("/"):
+        raise UsageError(
+            f"--input {text} is no prefix, which ends in a slash.",
+            remedy=f"Write --input {text}/ for what lies below it.",
+        )
+    return text
 
 
 def _digest_of(file: Path, code: str, needs_input: bool) -> str:

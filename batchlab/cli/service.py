@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from batchlab import logs
@@ -18,7 +18,7 @@ from batchlab.errors import BatchlabError
 
 def serve(arguments: Sequence[str]) -> None:
     """Run the service named by the first argument until it ends; exits with its code."""
-    asked = _parser().parse_args(arguments)
+    asked = parsers()[0].parse_args(arguments)
     try:
         logs.choose(asked.log_format)
         if asked.service == "manager":
@@ -72,7 +72,8 @@ def _worker(asked: argparse.Namespace) -> None:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """What reads the arguments, and by the name of each service what reads those behind it."""
     parser = argparse.ArgumentParser(prog="batchlab")
     services = parser.add_subparsers(dest="service", required=True)
     manager = _service(services, "manager", "Run a manager in the foreground, until SIGTERM.")
@@ -107,14 +108,16 @@ def _parser() -> argparse.ArgumentParser:
         "--slots", type=int, default=0, help=f"tasks it runs at the same time{known}"
     )
     worker.add_argument("--instance", default="", help=f"the instance it runs on{known}")
-    return parser
+    return parser, services.choices
 
 
 def _service(
     services: argparse._SubParsersAction[argparse.ArgumentParser], name: str, about: str
 ) -> argparse.ArgumentParser:
     parser = services.add_parser(name, description=about)
-    parser.add_argument("--home", type=Path, help="the grid's folder")
+    parser.add_argument(
+        "--home", type=Path, help="the grid's folder; without it BATCHLAB_HOME, or .batchlab here"
+    )
     parser.add_argument("--backend", default="local", help="where the grid lives")
     parser.add_argument(
         "--log-format",

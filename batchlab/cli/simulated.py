@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from batchlab import backends
-from batchlab.cli import output
+from batchlab.cli import output, signals
 from batchlab.cli.runner import pools_for
 from batchlab.costs.prices import load as load_prices
 from batchlab.report.building import Setting
@@ -37,7 +37,8 @@ def run(
     # The handlers run in this process; what they print must not mix with what we answer.
     with (folder / PRINTED).open("w") as printed, redirect_stdout(printed):
         setting = Setting(backend.name, pools, backend.pace, load_prices())
-        ended = run_job(jobfile, pools, seed=seed, out=folder, setting=setting)
+        with signals.as_keyboard_interrupt():
+            ended = run_job(jobfile, pools, seed=seed, out=folder, setting=setting)
     if json:
         output.show_json(
             {

@@ -6,8 +6,9 @@ Invariant: nothing is uploaded that has not passed every check.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -50,6 +51,9 @@ class Submission:
     source_digest: str
     home: Home
     backend: Backend
+    keys: Sequence[str] | None = None
+    """Keys and prefixes of the bucket that are the input, once it is `located`; None where files
+    are uploaded."""
 
     @cached_property
     def objects(self) -> Objects:
@@ -60,13 +64,27 @@ class Submission:
     def of(cls, file: Path, params: Mapping[str, str], home: Home, backend: Backend) -> Submission:
         """Read and check the file; JobFileErrors."""
         from batchlab import spec
-        from batchlab.submission import code_digest, refuse_recurring
+        from batchlab.submission import check_input, code_digest, refuse_recurring
 
         jobfile = spec.load(file, params)
         refuse_recurring(jobfile)
+        check_input(jobfile)
         packed = code_digest(jobfile)
         source_digest = spec.source_digest(jobfile, packed[1])
         return cls(jobfile, packed, source_digest, home, backend)
+
+    async def located(self) -> Submission:
+        """With what it names in the bucket, where all of that is; may need the grid to be up.
+        Other objects there are another source. UsageError."""
+        from batchlab.backends import patience
+        from batchlab.submission import contents, own_keys
+
+        if not self.jobfile.urls:
+            return self
+        keys = own_keys(self.jobfile, self.backend.bucket(self.home))
+        found, keys = await contents(self.objects, keys or (), patience())
+        digest = hashlib.sha256(f"{self.source_digest}/{found}".encode()).hexdigest()
+        return replace(self, source_digest=digest, keys=keys)
 
     async def latest(self) -> runs.Run | None:
         """The last run of just this, None where there was none."""
@@ -97,9 +115,12 @@ class Submission:
             token=runs.token(self.source_digest, number),
             packed=self.packed,
             progress=note,
+            keys=self.keys,
         )
         if max_cost_usd is not None:
             job = replace(job, max_cost_usd=max_cost_usd)
+        if self.keys is not None:
+            return job, "the code; the input lies in the bucket"
         took = output.span(time.monotonic() - begun_s)
         return job, f"{output.count(last.of, 'file')}, {output.size(last.size_bytes)} in {took}"
 
@@ -115,6 +136,7 @@ def submit(
 
     with Session.attached(home) as session:
         submission = Submission.of(file, overrides(sets), home, session.backend)
+        submission = asyncio.run(submission.located())
         earlier = asyncio.run(submission.latest())
         if earlier and earlier.ended is None:
             job = asyncio.run(definition(submission.objects, earlier.job, patience()))

@@ -105,16 +105,13 @@ def bundles_of(tasks: int, slots: int, mean_s: float, fixed: int | None) -> int:
     """How many bundles a stage of so many tasks is cut into (protocol.sizing)."""
     if tasks <= 0:
         return 0
-    first = 0 if fixed is not None else min(tasks, sizing.FIRST_WAVE * slots)
-    left, found = tasks - first, first
+    first = [] if fixed is not None else sizing.wave(tasks, slots, None, None, tasks)
+    left, found = tasks - sum(first), len(first)
     # While there is plenty left every bundle is as large as its time allows; only the tail shrinks.
     largest = sizing.bundle_size(10**12, slots, mean_s, fixed)
     bulk = max(0, (left - largest * slots * sizing.SHARES) // largest)
     left, found = left - bulk * largest, found + bulk
-    while left > 0:
-        left -= sizing.bundle_size(left, slots, mean_s, fixed)
-        found += 1
-    return found
+    return found + len(sizing.wave(left, slots, mean_s, fixed, left))
 
 
 def loads(

@@ -218,8 +218,10 @@ class Meter:
             self._heard[process] = most(requests, self._heard.get(process, Requests()))
         for name, life in other.lives.items():
             mine = self.lives.setdefault(name, life)
-            mine.age_s = max(mine.age_s, life.age_s)
             mine.billed_s = max(mine.billed_s, life.billed_s)
+            if mine.age_s < life.age_s:
+                # Our watch has run since before it was so old: its time would be billed once more.
+                mine.age_s, mine.seen_s = life.age_s, None
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -7,15 +7,13 @@ needs no data and no code.
 from __future__ import annotations
 
 from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager.plans import PartWriter
+from batchlab.manager.plans import FEW, PartWriter
 from batchlab.model import JobId, Json, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.scenario.model import Job, StageTemplate
 
 HANDLER = "scenario:declared"
-FEW = 1000
-"""Items up to here go along with the submission, as those of the Python API do."""
 _AT_ONCE = 4096
 
 TENANT = "tenant"

@@ -165,7 +165,7 @@ class Grid:
             yield None
             for first, encoded in incoming.runs():
                 tasks = range(first, first + len(encoded))
-                for value in decoded(link, job.id, tasks, encoded):
+                for value in decoded(link, job.id, MAP, tasks, encoded):
                     if isinstance(value, TaskFailed) and not return_exceptions:
                         raise value
                     yield value
@@ -253,6 +253,7 @@ class Grid:
                 clock=link.clock,
                 patience=link.patience,
                 token=link.ids.fresh("run"),
+                bucket=link.backend.bucket(link.home),
             )
         )
 

@@ -19,11 +19,11 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from batchlab.errors import BackendError, JobFailed, TaskFailed, Unreachable, UsageError
-from batchlab.grid import pyexit
+from batchlab.grid import pyexit, spare
 from batchlab.grid.calls import Batch, BrokenGridExecutor, CallFuture, death, revived
 from batchlab.grid.incoming import decoded
 from batchlab.grid.link import Link
-from batchlab.grid.outgoing import Outgoing
+from batchlab.grid.outgoing import MAP, Outgoing
 from batchlab.grid.packing import Call
 from batchlab.grid.sending import Sender
 from batchlab.grid.watch import Watch
@@ -37,6 +37,14 @@ log = logging.getLogger(__name__)
 
 MOST = 10_000
 """Calls in one batch: its first ones run while the next batch is being pickled."""
+
+
+class Turn:
+    """From the first call that is to be sent until there is nothing to do any more."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self.thread: threading.Thread | None = None
 
 
 class Dispatch:
@@ -59,7 +67,7 @@ class Dispatch:
         self._sending = False
         self._shut = False
         self._broken: tuple[str, BaseException] | None = None
-        self._thread: threading.Thread | None = None
+        self._turn: Turn | None = None
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
         """What is to be done on the thread."""
         self._batches: dict[str, Batch] = {}
@@ -102,7 +110,7 @@ class Dispatch:
             return
         with self._lock:
             self._shut = True
-            thread = self._thread
+            turn = self._turn
             dropped: list[Batch] = []
             if cancel:
                 dropped += self._waiting
@@ -112,8 +120,8 @@ class Dispatch:
             for call in batch.calls:
                 call.future.cancel()
                 call.future.set_running_or_notify_cancel()
-        if wait and thread and thread is not threading.current_thread():
-            thread.join()
+        if wait and turn and turn.thread is not threading.current_thread():
+            turn.over.wait()
 
     def abandon(self) -> None:
         """Cancel everything, what runs on the grid too, and do not wait for it."""
@@ -136,17 +144,18 @@ class Dispatch:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
         if not self._sending:
             self._events.put(_nothing)
-        if self._thread is None:
+        if self._turn is None:
             self._start()
 
     def _start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="batchlab-executor", daemon=True)
+        self._turn = turn = Turn()
         try:
-            self._thread.start()
-            pyexit.put_off_for(self._thread)
+            # Over only when the thread has let go of us: we may be what ends the grid.
+            spare.run(partial(self._run, turn), turn.over.set)
+            pyexit.put_off_for(turn)
         except BaseException:
             # Ctrl-C may come while we wait for it. If it is there all the same, it ends at once.
-            self._thread = None
+            self._turn = None
             raise
 
     def _error(self) -> BrokenGridExecutor:
@@ -159,9 +168,10 @@ class Dispatch:
 
     # --- The thread ------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, turn: Turn) -> None:
+        turn.thread = threading.current_thread()
         with self._lock:
-            if self._thread is not threading.current_thread():
+            if self._turn is not turn:
                 return
         while True:
             self._do(self._events.get())
@@ -183,14 +193,13 @@ class Dispatch:
                 return True
             if not self._waiting:
                 if not self._batches:
-                    self._watch = self._thread = None
+                    self._watch = self._turn = None
                 return bool(self._batches)
             batch = self._waiting.popleft()
             self._sending = True
         # Not a coroutine of the link's: whatever becomes of that, this one comes to its end.
-        name = "batchlab-executor-send"
         try:
-            threading.Thread(target=self._send, args=(batch,), name=name, daemon=True).start()
+            spare.run(partial(self._send, batch))
         except RuntimeError:  # there is no room for a thread, or Python ends
             self._send(batch)
         return True
@@ -264,7 +273,9 @@ class Dispatch:
             return
         at = 0
         for start, stop in outcome.succeeded.ranges:
-            self._values(batch, range(start, stop), outcome.values[at : at + stop - start])
+            # After a submission's first answer it is listed once more.
+            if any(task in batch.open for task in range(start, stop)):
+                self._values(batch, range(start, stop), outcome.values[at : at + stop - start])
             at += stop - start
         for failure in outcome.failed:
             if failure.final and (future := batch.open.pop(failure.task, None)):
@@ -277,7 +288,7 @@ class Dispatch:
     def _values(self, batch: Batch, tasks: Sequence[int], encoded: Sequence[Json]) -> None:
         left = iter(tasks)
         try:
-            for value in decoded(self._link, batch.job, tasks, encoded):
+            for value in decoded(self._link, batch.job, MAP, tasks, encoded):
                 self._value(batch.open.pop(next(left), None), value)
         except (BackendError, UsageError) as error:
             told = f"The call's result cannot be fetched: {error}"

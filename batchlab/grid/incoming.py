@@ -26,10 +26,10 @@ from batchlab.worker import materialise
 
 AHEAD = 4
 """Outcomes that are fetched before they are asked for."""
-GAP_S = 0.05
+GAP_S = 0.2
 GAP_SHARE = 0.1
-"""Between two questions lies this share of the time since the first, `GAP_S` at most: a busy job
-has news all the time, and answering takes the manager from it."""
+"""Between two questions lies this share of the time since the first, and of what is left at this
+pace, `GAP_S` at most: a busy job has news all the time, and answering takes the manager from it."""
 VALUES_AT_ONCE = 16
 """Large values and files that are fetched at the same time."""
 
@@ -46,6 +46,8 @@ class Incoming:
         self._count = count
         self._ordered = ordered
         self._after: int | None = None
+        self._heard = 0
+        """Tasks of which outcomes have told."""
         self._began_s = self._answered_s = link.clock.monotonic_s()
         self._listed: list[tuple[float, int, OutcomeView]] = []
         """Heap of (task or seq from which on it is needed, seq, view) of outcomes to fetch."""
@@ -86,7 +88,8 @@ class Incoming:
     def _listen(self, given: int) -> None:
         """Wait for outcomes; JobFailed where the job has ended and not all tasks have one."""
         now_s = self._link.clock.monotonic_s
-        pause_s = gap_s(self._answered_s - self._began_s)
+        left = (self._count - self._heard) / self._heard if self._heard else math.inf
+        pause_s = gap_s(self._answered_s - self._began_s, left)
         time.sleep(max(0.0, self._answered_s + pause_s - now_s()))
         page = self._link.call(
             lambda client: client.outcomes(self._job, after=self._after, wait_s=POLL_S)
@@ -94,6 +97,7 @@ class Incoming:
         self._answered_s = now_s()
         for one in page["outcomes"]:
             self._after = one["seq"]
+            self._heard += one["failed"] + sum(stop - start for start, stop in one["tasks"])
             # Others hold no result: all their tasks are tried again, split off or cancelled.
             if one["tasks"] or one["failed"]:
                 at = _first(one) if self._ordered else one["seq"]
@@ -107,9 +111,10 @@ class Incoming:
             )
 
 
-def gap_s(watched_s: float) -> float:
-    """How long after an answer the next question may come, where the first came so long before."""
-    return min(GAP_S, GAP_SHARE * watched_s)
+def gap_s(watched_s: float, left: float = math.inf, *, most_s: float = GAP_S) -> float:
+    """How long after an answer the next question may come, where the first came so long before,
+    and `left` times as much is still to come as has come."""
+    return min(most_s, GAP_SHARE * watched_s * min(1.0, max(0.0, left)))
 
 
 async def fetched(link: Link, one: OutcomeView) -> Outcome:
@@ -161,10 +166,10 @@ def failed(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFail
 
 
 def decoded(
-    link: Link, where: str, tasks: Sequence[int], encoded: Sequence[Json | TaskFailed]
+    link: Link, where: str, stage: str, tasks: Sequence[int], encoded: Sequence[Json | TaskFailed]
 ) -> Iterator[Any]:
-    """The values again, with what they refer to fetched into a folder of the name `where`. A
-    TaskFailed stays as it is, and stands for a value that cannot be read here."""
+    """The values of these tasks of a stage again, with what they refer to fetched into a folder of
+    the name `where`. A TaskFailed stays as it is, and stands for a value that cannot be read."""
     if not any(type(one) is dict or type(one) is list for one in encoded):
         yield from encoded
         return
@@ -177,21 +182,23 @@ def decoded(
             fetching = materialise.Inputs(link.objects, folder, asyncio.to_thread).fetch(needy)
             some |= dict(link.run(fetching))
         for task, one in some.items():
-            yield _decoded(task, one)
+            yield _decoded(stage, task, one)
 
 
 def _refers(encoded: Json | TaskFailed) -> bool:
     return next(values.references(encoded), None) is not None
 
 
-def _decoded(task: int, encoded: Json | Failure | TaskFailed) -> Any:
+def _decoded(stage: str, task: int, encoded: Json | Failure | TaskFailed) -> Any:
     if isinstance(encoded, Failure):
-        return TaskFailed(f"The result of task {task} cannot be had: {encoded.reason}", task=task)
+        name = task_name(stage, task)
+        return TaskFailed(f"The result of task {name} cannot be had: {encoded.reason}", task=task)
     try:
         return values.decode(encoded, _file)
     except Exception as error:  # noqa: BLE001 - unpickling runs whatever code the value names
+        name = task_name(stage, task)
         told = TaskFailed(
-            f"The result of task {task} cannot be read here: {type(error).__name__}: {error}",
+            f"The result of task {name} cannot be read here: {type(error).__name__}: {error}",
             task=task,
         )
         told.__cause__ = error

@@ -38,6 +38,8 @@ RESTARTED_S = 60.0
 LOOK_S = 0.1
 _OURS = "batchlab-grid"
 """The event loop's thread and those of its pool have names that begin so."""
+STUCK_S = 10.0
+"""An event loop that does nothing for so long does nothing any more."""
 ENDING_S = 3.0
 """How long closing waits for jobs to show that they have ended."""
 
@@ -61,7 +63,8 @@ class Link:
         self._clients: list[Client] = []
         """The last one counts. A thread may still be talking through those before it."""
         self._live: set[str] = set()
-        self._cancelling: set[Future[None]] = set()
+        self._cancelling: dict[Future[None], str] = {}
+        """The jobs that the event loop is having cancelled."""
         self._ending: deque[str] = deque(maxlen=64)
         self._folder: Path | None = None
         self._connect()
@@ -206,7 +209,7 @@ class Link:
         self._ending.append(job)
         if cancel:
             cancelling = self.start(asyncio.to_thread(self._cancel, job))
-            self._cancelling.add(cancelling)
+            self._cancelling[cancelling] = job
             cancelling.add_done_callback(self._cancelled)
 
     def _cancel(self, job: str) -> None:
@@ -218,7 +221,7 @@ class Link:
             log.warning("job %s is not cancelled: %s", job, error)
 
     def _cancelled(self, cancelling: Future[None]) -> None:
-        self._cancelling.discard(cancelling)
+        self._cancelling.pop(cancelling, None)
         if not cancelling.cancelled() and (error := cancelling.exception()):
             log.error("a job is not cancelled", exc_info=error)
 
@@ -237,19 +240,40 @@ class Link:
             if self._closed:
                 return
             self._closed = True
+        is_stuck = True
         with ExitStack() as last:
-            last.callback(self._stop_loop)
+            last.callback(self._remove_folder)
+            last.callback(lambda: None if is_stuck else self._stop_loop())
             if self.ours:
                 last.callback(self._stop_manager)
             for client in self._clients:
                 last.callback(client.close)
+            last.callback(lambda: self._cancel_left(is_stuck))
+            # Only here: an interrupt while it waits must not leave all of the above undone.
+            is_stuck = self._is_stuck()
+
+    def _cancel_left(self, is_stuck: bool) -> None:
+        left = set(self._live)
+        if is_stuck:
+            left |= set(self._cancelling.values())
+        else:
             wait(self._cancelling)
-            for job in tuple(self._live):
-                # Here and not on threads: at the interpreter's end none can be started any more.
-                self._cancel(job)
-                self._ending.append(job)
-            if self.ours and self._ending:
-                self._see_them_end()
+        for job in left:
+            # Here and not on threads: at the interpreter's end none can be started any more.
+            self._cancel(job)
+            self._ending.append(job)
+        if self.ours and self._ending:
+            self._see_them_end()
+
+    def _is_stuck(self) -> bool:
+        """Whether the event loop does nothing any more: an interrupt may hit whoever waits for one
+        of its futures with that future's lock just taken, which the loop then waits for."""
+        answered = threading.Event()
+        self._loop.call_soon_threadsafe(answered.set)
+        if answered.wait(STUCK_S):
+            return False
+        log.warning("the grid's event loop is stuck, and left behind")
+        return True
 
     def _see_them_end(self) -> None:
         """A grid that goes down a moment too soon would show a finished job as running."""
@@ -277,6 +301,8 @@ class Link:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def _remove_folder(self) -> None:
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 

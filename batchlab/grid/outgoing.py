@@ -21,7 +21,7 @@ from batchlab.errors import AlreadyExists, UsageError
 from batchlab.grid.link import Link
 from batchlab.grid.shipping import Shipping
 from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager.plans import ITEM_BYTES, PART_ITEMS, PartWriter
+from batchlab.manager.plans import FEW, FEW_BYTES, ITEM_BYTES, PART_ITEMS, PartWriter
 from batchlab.model import JobId, Json, StageName, TaskSet
 from batchlab.protocol import naming, values, wire
 from batchlab.task import File, name_problem
@@ -36,11 +36,6 @@ T = TypeVar("T")
 MAP = StageName("map")
 
 UPLOADS_AT_ONCE = 16
-
-FEW = 1000
-FEW_BYTES = 30_000
-"""Items that go along with their job's submission, roughly. All of it then travels in a message or
-two; and what the manager writes in one object, it reads again should a worker be lost."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
@@ -171,20 +166,27 @@ class Outgoing:
         the submission; how many there are, and those few."""
         run = self._link.run
         writer = PartWriter(self._link.objects, self._link.patience, job, MAP, 0)
-        last: Chunk | None = None
+        kept: list[Chunk] = []
+        count = size_bytes = 0
+        are_few = True
         for chunk in chunks:
-            if last:
-                run(self._write(writer, job, last))
-            last = chunk
-        if last is None:
-            return 0, None
-        if not last.first and not last.files and _is_few(last.items):
-            if key not in self._stored:
+            if not are_few:
+                run(self._write(writer, job, *kept))
+                kept.clear()
+            kept.append(chunk)
+            count += len(chunk.items)
+            if are_few and count <= FEW and not chunk.files:
+                size_bytes += sum(map(values.roughly, chunk.items))
+                are_few = size_bytes <= FEW_BYTES
+            else:
+                are_few = False
+        if are_few:
+            if kept and key not in self._stored:
                 run(self._store(key, pickled))
-            return len(last.items), last.items
-        # The last chunk along with the rest: most maps have one chunk, and pay for one trip.
-        run(self._commit(writer, job, last, key, pickled))
-        return last.first + len(last.items), None
+            return count, [item for one in kept for item in one.items]
+        # The last chunks along with the rest: most maps have one, and pay for one trip.
+        run(self._commit(writer, job, kept, key, pickled))
+        return count, None
 
     def _chunks(self, job: JobId, items: Iterable[Any], *, starred: bool) -> Iterator[Chunk]:
         drawn, first = iter(items), 0
@@ -194,7 +196,11 @@ class Outgoing:
             yield chunk
             first += len(some)
 
-    async def _write(self, writer: PartWriter, job: JobId, chunk: Chunk) -> None:
+    async def _write(self, writer: PartWriter, job: JobId, *chunks: Chunk) -> None:
+        for chunk in chunks:
+            await self._write_one(writer, job, chunk)
+
+    async def _write_one(self, writer: PartWriter, job: JobId, chunk: Chunk) -> None:
         limit = asyncio.Semaphore(UPLOADS_AT_ONCE)
         objects, patience = self._link.objects, self._link.patience
 
@@ -223,9 +229,9 @@ class Outgoing:
         await writer.add(*chunk.items)
 
     async def _commit(
-        self, writer: PartWriter, job: JobId, last: Chunk, key: str, pickled: bytes
+        self, writer: PartWriter, job: JobId, last: Sequence[Chunk], key: str, pickled: bytes
     ) -> None:
-        await self._write(writer, job, last)
+        await self._write(writer, job, *last)
         if key not in self._stored:
             await self._store(key, pickled)
         await writer.commit(TaskSet())
@@ -240,10 +246,6 @@ class Outgoing:
         for prefix in naming.everything_of(job):
             async for page in self._link.objects.list(prefix):
                 await self._link.objects.delete([one.key for one in page])
-
-
-def _is_few(items: Sequence[Json]) -> bool:
-    return len(items) <= FEW and sum(map(values.roughly, items)) <= FEW_BYTES
 
 
 def _reference(prefix: str, files: list[tuple[Path, str]], file: File) -> Json:

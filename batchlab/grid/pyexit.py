@@ -1,4 +1,4 @@
-"""The end of Python, put off until the threads of executors have come to theirs.
+"""The end of Python, put off until executors have done what they took on.
 
 Invariant: once `begun` says so, no new work is taken, and what was taken before is still done.
 """
@@ -10,25 +10,37 @@ import atexit
 # Imported for its hook at the interpreter's end, which stops every pool of threads. Hooks run in
 # the reverse order of their registration, and ours must come before that one.
 import concurrent.futures.thread  # noqa: F401 - see above
+import os
 import threading
+from typing import Protocol
 from weakref import WeakSet
 
-_threads: WeakSet[threading.Thread] = WeakSet()
+
+class Ends(Protocol):
+    """Something that comes to an end."""
+
+    over: threading.Event
+
+
+_awaited: WeakSet[Ends] = WeakSet()
 _begun = threading.Event()
 
 begun = _begun.is_set
 
 
-def put_off_for(thread: threading.Thread) -> None:
-    """Python does not end before this thread does."""
-    _threads.add(thread)
+def put_off_for(one: Ends) -> None:
+    """Python does not end before this is over."""
+    _awaited.add(one)
 
 
 def _at_exit() -> None:
     _begun.set()
-    for thread in list(_threads):
-        thread.join()
+    for one in list(_awaited):
+        one.over.wait()
 
+
+# In a forked child nobody is left who would bring them to their end.
+os.register_at_fork(after_in_child=_awaited.clear)
 
 # atexit's own hooks run when no thread can be started any more. This one is not public, but is what
 # concurrent.futures itself uses, and joblib; without it, unfinished calls are cancelled at the end.

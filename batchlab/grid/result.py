@@ -85,7 +85,7 @@ class JobResult:
             while some := link.run(_some(coming, AT_ONCE)):
                 tasks, encoded = zip(*some, strict=True)
                 where = f"{self.id}/{stage}"
-                for value in decoded(link, where, tasks, encoded):
+                for value in decoded(link, where, stage, tasks, encoded):
                     if isinstance(value, TaskFailed):
                         raise value
                     yield value

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 CONNECTIONS = 64
 CROWDED_S = 1.0
 """How long a question waits for news where more jobs are watched than there are connections."""
+GAP_S = 0.05
+"""Between two questions about a job at most: on what has come somebody may call again."""
 BEATS_S = 1.0
 """After so long, and the control lease, beats have told of every task that has begun."""
 
@@ -117,7 +119,9 @@ class Watch:
             async for outcome in outcomes(self._link, listed):
                 self._listener.outcome(job, outcome)
             after = listed[-1]["seq"] if listed else after
-            await asyncio.sleep(max(0.0, answered_s + gap_s(answered_s - began_s) - now_s()))
+            await asyncio.sleep(
+                max(0.0, answered_s + gap_s(answered_s - began_s, most_s=GAP_S) - now_s())
+            )
         return None
 
     async def _page(self, job: str, after: int | None) -> OutcomesView:

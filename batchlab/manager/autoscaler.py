@@ -103,7 +103,7 @@ class Autoscaler:
                 if stage.pool != pool or counts.planned is None:
                     continue
                 left = max(0, counts.planned - counts.terminal)
-                if live.capped or (live.budget and counts.mean_s is None):
+                if live.is_held or (live.budget and counts.mean_s is None):
                     # Under a cap what is cut is finished, and while nobody knows how long a task
                     # takes, capacity is had for nothing else.
                     left = min(left, live.cut_tasks(stage.name))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from batchlab.errors import BackendError, NotFound, Throttled, Unreachable
@@ -78,6 +79,7 @@ class Collector:
             try:
                 await self._collect_once()
             except BackendError as error:
+                self._registry.deaf_s = math.inf
                 if isinstance(error, (Throttled, Unreachable)):
                     self._excuse_all()
                 # What was received comes again when its visibility runs out.
@@ -107,6 +109,8 @@ class Collector:
                 self._fills_a_request.set()
             if len(messages) < MAX_BATCH:
                 await asyncio.sleep(HEAD_START_S)
+        if self._registry.deaf_s == math.inf:
+            self._registry.deaf_s = self._ports.clock.monotonic_s()
 
     async def _received(self) -> list[Message]:
         """What one fold is to take: a receive, and while there is a backlog, further ones."""
@@ -121,15 +125,24 @@ class Collector:
             messages += more
             size += sum(len(one.body) for one in more)
             last = len(more)
+        oldest_s = min((one.sent_s for one in messages), default=math.inf)
+        if last == MAX_BATCH and self._ports.clock.now_s() - oldest_s > self._settings.tick_s:
+            # There is a backlog still: what workers say now is behind it.
+            self._registry.deaf_s = self._ports.clock.monotonic_s()
         return messages
 
     async def _receive(self, wait_s: float) -> Sequence[Message]:
-        return await self._ports.queue.receive(
-            naming.EVENTS,
-            max_messages=MAX_BATCH,
-            wait_s=wait_s,
-            visibility_s=self._settings.visibility_s,
-        )
+        try:
+            return await self._ports.queue.receive(
+                naming.EVENTS,
+                max_messages=MAX_BATCH,
+                wait_s=wait_s,
+                visibility_s=self._settings.visibility_s,
+            )
+        except BackendError:
+            # At once: patience may wait for minutes before anybody else hears of it.
+            self._registry.deaf_s = math.inf
+            raise
 
     async def _delete(self) -> None:
         """Delete what has been folded, several messages with one request."""
@@ -177,7 +190,21 @@ class Collector:
             for beat in events.beats:
                 await self._registry.hear(beat)
                 self._named(beat)
+        if self._tell(whole.values()):
+            await asyncio.sleep(0)  # they go first: a fold takes as long as all the rest here
         await self._folder.fold(completions, whole, traces)
+
+    def _tell(self, outcomes: Iterable[Outcome]) -> bool:
+        """Tell who waits for the first outcomes of a job, whether anybody does: they are committed,
+        and what is counted later is only how far the job has come."""
+        some: dict[JobId, list[Outcome]] = {}
+        for one in outcomes:
+            some.setdefault(one.bundle.job, []).append(one)
+        heard = False
+        for job, found in some.items():
+            live = self._lives.get(job)
+            heard = bool(live and live.tell(found)) or heard
+        return heard
 
     async def _fetched(self, key: str) -> list[Completion]:
         get = partial(self._ports.objects.get, key)

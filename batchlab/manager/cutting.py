@@ -71,7 +71,7 @@ class Cutter:
 
         Jobs of the highest priority with something to cut share the window evenly; others wait.
         """
-        if live.capped:
+        if live.is_held:
             return 0
         pool = stage.pool
         others = (one for one in self._lives.values() if one is not live)
@@ -109,4 +109,4 @@ def _paid(live: LiveJob, stage: StageDef, budget: Budget, sizes: list[int]) -> l
 def _runs(live: LiveJob) -> bool:
     """Whether it may cut now: what a cap holds back keeps nobody else waiting."""
     runs = live.record.control is Control.RUN and live.record.state is not JobState.SCHEDULED
-    return runs and not live.capped
+    return runs and not live.is_held

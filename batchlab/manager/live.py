@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from batchlab.costs.cap import Budget
@@ -126,6 +126,8 @@ class LiveJob:
     cancel tasks of it though nobody has asked us to."""
     trouble: str = ""
     """What the backend answered when the job was last conducted, where that failed."""
+    retried_s: float | None = None
+    """When its round was asked for (seconds of the epoch), where it is a retry that says so."""
     version: int = 0
     """Grows with everything a watcher could see, and never is what an earlier manager has shown."""
     folds: int = 0
@@ -135,6 +137,10 @@ class LiveJob:
     recent: deque[tuple[BundleRecord, Outcome | None]] = field(default_factory=deque)
     """The last outcomes folded: those who wait for results need not ask the ledger for them, nor
     the bucket for those that are small."""
+    listeners: int = 0
+    """How many wait for its first outcomes, who need not be counted for that."""
+    told: list[Outcome] = field(default_factory=list)
+    """Those first ones, while somebody waits and none has been folded."""
     early: dict[tuple[StageName, BundleId], None] = field(default_factory=dict)
     """The last bundles of which an outcome came before anybody had said that they were planned:
     short ones that follow from a bundle are quicker than its own event."""
@@ -150,8 +156,11 @@ class LiveJob:
     """What it has used, as AWS would bill it."""
     budget: Budget | None = None
     """What a cap on cost leaves for more work of it; None where there is no cap."""
+    is_held: bool = False
+    """A cap does not even pay for its next task: nothing more is launched or cut for it."""
     capped: str = ""
-    """Why nothing more is launched or cut for it, where a cap is reached."""
+    """Which cap that is, and how far it is spent: said until it pays for all that is not cut yet,
+    since one that is nearly spent holds the job back again and again."""
     round: int = field(init=False)
     """The only one that is conducted here; the record may already show a later one."""
     _news: asyncio.Event = field(default_factory=asyncio.Event, init=False)
@@ -189,6 +198,15 @@ class LiveJob:
         """Wait until `version` is not the latest."""
         while self.version == version:
             await self._news.wait()
+
+    def tell(self, outcomes: Sequence[Outcome]) -> bool:
+        """Tell who waits for the first outcomes of these, which are committed and not yet folded;
+        whether anybody does."""
+        if not self.listeners or self.folds:
+            return False
+        self.told += outcomes
+        self.changed()
+        return True
 
     def forget_outcomes(self, seq: int) -> None:
         """Somebody else may have folded outcomes up to this seq."""
@@ -263,7 +281,7 @@ class LiveJob:
             if stage.pool != pool:
                 continue
             counts = self.stages[stage.name].counts
-            if self.capped:
+            if self.is_held:
                 if self.outstanding.get(stage.name):
                     return True
             elif counts.planned is not None and counts.planned > counts.terminal:

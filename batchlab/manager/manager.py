@@ -35,6 +35,7 @@ from batchlab.manager.reporting import Reports
 from batchlab.manager.requests import Requests
 from batchlab.manager.retries import cuts_of_round
 from batchlab.manager.schedule_requests import Schedules
+from batchlab.manager.silence import Silence
 from batchlab.manager.spending import Spending
 from batchlab.manager.tails import Tails
 from batchlab.model import Control, GroupView, JobId, JobState, LifecycleState, Pool
@@ -103,6 +104,7 @@ class Manager:
         self._slots: dict[str, int] = {p.name: _soon(p) for p in pools}
         self._hurry = asyncio.Event()
         self.registry = Registry(ports, self.lives)
+        self._silence = Silence(ports, settings, self.registry)
         self.reports = reports or Reports()
         recorder = Recorder(ports, self.lives, self.registry) if reports and accounting else None
         self.recorder = recorder
@@ -294,7 +296,8 @@ class Manager:
         ledger, rows = self.ports.ledger, found.rows
         job = rows.job.job
         # A retry is two steps in the ledger; the leader before us may have died between them.
-        for cut in await cuts_of_round(self.ports, rows.job):
+        cuts = await cuts_of_round(self.ports, rows.job)
+        for cut in cuts:
             rows = (await ledger.add_cut(cut)).rows
         if rows.job.state is JobState.SCHEDULED:
             self._due_s.setdefault(job.id, self._starts_s(job))
@@ -304,6 +307,7 @@ class Manager:
             {s.counts.stage: s for s in rows.stages},
             version=int(self.ports.clock.now_s() * 1000),
             doubtful=not found.is_new,
+            retried_s=min((cut.at_s for cut in cuts if cut.at_s is not None), default=None),
             known_after=0 if found.is_new else None,
         )
         if not found.is_new:
@@ -409,13 +413,16 @@ class Manager:
         await self.registry.bury(await self.ports.fleet.tick())
         await self._start_scheduled()
         described = await self.ports.fleet.describe()
-        self.registry.keep({one.id for view in described for one in view.instances})
+        there = [one for view in described for one in view.instances]
+        self.registry.keep({one.id for one in there})
+        self.registry.back({one.id for one in there if one.state is LifecycleState.IN_SERVICE})
         views = [view for view in described if view.pool.name in self.pools]
         self.autoscaler.boots.observe(views)
         if self.spending:
             self.spending.observe(views)
         for view in views:
             await self.autoscaler.scale(view)
+        await self._silence.look(views)
         # What has just been decided is carried out in this tick, not in the next.
         await self.registry.bury(await self.ports.fleet.tick())
         self.groups = {view.pool.name: view for view in await self.ports.fleet.describe()}

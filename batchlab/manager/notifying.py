@@ -202,7 +202,7 @@ class Notifying:
         """Whether it runs somewhere, or waits for what its user or its retry rule has asked for."""
         if live.record.control is not Control.RUN or live.record.state is JobState.SCHEDULED:
             return True
-        if live.capped or any(one.heard_s > now_s for one in live.all_outstanding()):
+        if live.is_held or any(one.heard_s > now_s for one in live.all_outstanding()):
             return True
         held = (one for seen in self._workers.values() for one in seen.since_s)
         return any(one.job == live.id for one in held)

@@ -26,6 +26,11 @@ PART_ITEMS = 4096
 PART_BYTES = 1_000_000
 BREATHE = 4
 """Parts written without a break for others, about 50 ms of work."""
+FEW = 10_000
+FEW_BYTES = 100_000
+"""Items that go along with their job's submission, roughly. What the manager writes in one object,
+it reads again should a worker be lost."""
+
 ITEM_BYTES = 100_000
 """A larger item (a record of 100 MB, a gathered group) is an object of its own, so that a part
 stays small, and only the worker that needs it holds it in memory."""

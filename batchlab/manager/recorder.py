@@ -80,11 +80,14 @@ class _Seen:
         """Itself, once this manager has met it."""
 
     def took_s(self, now_s: float, monotonic_s: float) -> float:
-        """For how long it has been there: by the watch of this process, and where it was there
-        before, by the calendar, which may have been set back. An earlier manager may have conducted
-        it before we have seen it, and then its tasks tell."""
-        stages = self.live.stages.values() if self.live else ()
-        starts = [stage.counts.first_start_s for stage in stages]
+        """For how long this round of it has been there: by the watch of this process, and where it
+        was there before, by the calendar, which may have been set back. An earlier manager may have
+        conducted it before we have seen it, and then its tasks tell, or the retry."""
+        starts: list[float | None] = []
+        if self.live and self.live.round:
+            starts = [self.live.retried_s]  # the tasks tell of the rounds before too
+        elif self.live:
+            starts = [stage.counts.first_start_s for stage in self.live.stages.values()]
         began_s = min([self.since_s, *(one for one in starts if one is not None)])
         return max(now_s - began_s, monotonic_s - self.begun_s, 0.0)
 
@@ -178,8 +181,8 @@ class Recorder:
         return seen
 
     def close(self, ended: Mapping[JobId, Account]) -> dict[JobId, tuple[float, Doc]]:
-        """Of jobs that have ended, for how many seconds each was seen (0 where it was not) and what
-        was recorded of it, to be kept along with its account."""
+        """Of jobs that have ended, for how many seconds the last round of each was there (0 where
+        nobody saw it) and what was recorded of it, to be kept along with its account."""
         now_s = self._ports.clock.now_s()
         self._note_workers(now_s)
         found: dict[JobId, tuple[float, Doc]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from batchlab.commit import address, send_all
@@ -22,11 +23,22 @@ LOST_S = 300.0
 """An idle worker beats five times meanwhile."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Gone:
+    """An instance that left or died."""
+
+    worker: str
+    """The last one heard of on it; "" where none was."""
+    told: bool
+    """Its worker said so itself."""
+
+
 class Registry:
     """Invariant (I6): a dead instance's messages are given back as soon as the fleet sees it die.
 
     Where the fleet ended it, its bundles go out as fresh messages and nobody is blamed; where it
-    died by itself, its messages are made visible again, which counts a receive.
+    died by itself, its messages are made visible again, which counts a receive. Where nothing was
+    heard of it for `LOST_S`, they are back already.
     """
 
     def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob]) -> None:
@@ -34,26 +46,31 @@ class Registry:
         self._lives = lives
         self.workers: dict[str, Seen] = {}
         """By instance."""
+        self.deaf_s: float | None = None
+        """When nobody could be heard last, or not what they say now: the events were out of reach,
+        or there was a backlog of them (monotonic); inf while they are out of reach."""
         self._ready: set[str] = set()
         """Those of which their group has been told."""
         self.spot: dict[str, None] = {}
         """Instances that have told that they are Spot ones, in order."""
         self.requests: dict[str, Asked] = {}
         """What each worker has told last of its requests of S3 and SQS."""
-        self._gone: dict[str, bool] = {}
-        """The last instances that left or died, in order, and whether they had ever reported: a
-        late beat must not revive one."""
+        self._gone: dict[str, _Gone] = {}
+        """The last instances that left or died, in order: a late beat must not revive one, but
+        another worker may come up on it."""
 
     async def hear(self, beat: wire.Beat) -> None:
         """Take a beat; the first of an instance makes it InService, the last one removes it."""
         known = self.workers.get(beat.instance)
         if known and known.beat.worker == beat.worker and known.beat.number > beat.number:
             return  # the queue may deliver an older beat after a newer one
-        if beat.instance in self._gone:
+        gone = self._gone.get(beat.instance)
+        if gone and gone.worker in ("", beat.worker):
             return
         if beat.gone:
-            self._leave(beat.instance)
-            self._gone[beat.instance] = True
+            if known is None or known.beat.worker == beat.worker:
+                self._leave(beat.instance)
+                self._gone[beat.instance] = _Gone(beat.worker, told=True)
             return
         now_s = self._ports.clock.monotonic_s()
         before = known.since_s if known else {}
@@ -90,7 +107,8 @@ class Registry:
     def _leave(self, instance: str) -> Seen | None:
         self._ready.discard(instance)
         seen = self.workers.pop(instance, None)
-        self._gone[instance] = seen is not None or self.has_reported(instance)
+        before = self._gone.pop(instance, _Gone("", told=False))
+        self._gone[instance] = _Gone(seen.beat.worker, told=False) if seen else before
         while len(self._gone) > GONE_KEPT:
             del self._gone[next(iter(self._gone))]
         return seen
@@ -103,9 +121,18 @@ class Registry:
             if seen.heard_s < since_s and instance not in there:
                 self._leave(instance)
 
+    def back(self, in_service: Collection[str]) -> None:
+        """Listen again to the workers of those of these instances that had been thought dead: a
+        group may have missed one, or taken it back. Who said itself that it goes says no more."""
+        for instance in in_service:
+            gone = self._gone.get(instance)
+            if gone and not gone.told:
+                del self._gone[instance]
+
     def has_reported(self, instance: str) -> bool:
         """Whether a worker on it has told of itself, be it gone since."""
-        return instance in self.workers or self._gone.get(instance, False)
+        gone = self._gone.get(instance)
+        return instance in self.workers or bool(gone and gone.worker)
 
     def idle(self, pool: str) -> list[str]:
         """Instances of the pool that hold nothing, longest silent first."""
@@ -125,12 +152,14 @@ class Registry:
         )
 
     async def bury(self, dead: Sequence[Instance]) -> None:
-        """Give back what these instances held."""
+        """Give back what these instances held, where it is not long ago that they said so."""
         for instance in dead:
             seen = self._leave(instance.id)
             if seen is None or not seen.beat.held:
                 continue
             self._lost(seen)
+            if self._ports.clock.monotonic_s() - seen.heard_s >= LOST_S:
+                continue  # they have come back by themselves, and others have them
             explained = instance.note.startswith("terminated")
             about = {"instance": instance.id, "pool": instance.pool}
             log.info("died (%s): its messages are given back", instance.note, extra=about)

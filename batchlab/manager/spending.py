@@ -76,7 +76,8 @@ class Spending:
         self._grid: Purse | None = None
         self._views: Sequence[GroupView] = ()
         self._closed: dict[JobId, Used] = {}
-        """Of jobs that have ended, to be written down."""
+        """Of jobs that have ended, to be written down; where one runs again by then, with its next
+        end."""
         self._recorder = recorder
         self._on_written = on_written
         self._known: dict[JobId, Account] = {}
@@ -122,6 +123,8 @@ class Spending:
         recorded = self._recorder.close(gone) if self._recorder and gone else {}
         for job, account in gone.items():
             took_s, part = recorded.get(job, (0.0, None))
+            if before := self._closed.get(job):
+                took_s = max(took_s, before.took_s)
             self._closed[job] = Used(account, part, took_s)
             self.caps.pop(job, None)
         self._is_due |= bool(gone)
@@ -134,7 +137,7 @@ class Spending:
         found = [live.id for live in self._lives.values() if live.has_work(pool.name)]
         if not found and len(view.instances) > pool.min_size:
             stages = ((live, s) for live in self._lives.values() for s in live.job.stages)
-            found = list({one.id: 0 for one, s in stages if one.capped and s.pool == pool.name})
+            found = list({one.id: 0 for one, s in stages if one.is_held and s.pool == pool.name})
         return dict.fromkeys(found, 1 / len(found)) if found else {}
 
     def _shares(self, instance: str, waiting: Mapping[JobId, float]) -> Mapping[JobId, float]:
@@ -180,6 +183,10 @@ class Spending:
             self.caps[job] = usd
         self._is_due = True
         self._saved_s = None
+        for live in self._lives.values():
+            if live.capped and job in (None, live.id):
+                live.capped = ""  # by the cap before this one
+                live.changed()
         self.refill()
 
     def refill(self) -> None:
@@ -191,7 +198,7 @@ class Spending:
         self._grid = None
         for live in self._lives.values():
             live.budget = None
-            self._hold(live, 0.0)
+            self._hold(live, 0.0, 0.0)
 
     def _fill_purses(self, rates: Rates) -> None:
         slot_usd_s = {
@@ -225,7 +232,7 @@ class Spending:
                 spent = self._spent_usd(live.account, rates)
                 purses.append(Purse("it", cap, spent, max(0.0, owed[job])))
             live.budget = Budget(tuple(purses), slot_usd_s, slots) if purses else None
-            self._hold(live, self._next_usd(live, slot_usd_s))
+            self._hold(live, self._next_usd(live, slot_usd_s), self._uncut_usd(live, slot_usd_s))
 
     def spent_usd(self) -> float | None:
         """What the grid has cost so far, None where nothing has a price."""
@@ -234,18 +241,25 @@ class Spending:
     def _spent_usd(self, account: Account, rates: Rates) -> float:
         return account.usd(rates) + self._request_usd(account.requests)
 
-    def _hold(self, live: LiveJob, next_usd: float) -> None:
-        """Hold the job back where a purse does not even hold what its next task costs."""
+    def _hold(self, live: LiveJob, next_usd: float, uncut_usd: float) -> None:
+        """Hold the job back where a purse does not even hold what its next task costs; from then on
+        it is called capped until they hold what all costs that is not cut."""
         purses = live.budget.purses if live.budget else ()
         empty = next((p for p in purses if p.left_usd <= 0 or p.left_usd < next_usd), None)
-        text = f"its cost is capped: {empty.text()}" if empty else ""
+        if live.is_held != bool(empty):
+            live.is_held = bool(empty)
+            live.poke.set()
+        told = empty
+        if live.capped and not empty:
+            # Each bundle that was cheaper than reckoned pays for a bit more.
+            told = next((p for p in purses if p.left_usd < uncut_usd), None)
+        text = f"its cost is capped: {told.text()}" if told else ""
         if empty and empty.left_usd > 0:
             text += f", while its next task takes {shown(next_usd)}"
         if bool(text) != bool(live.capped):
             said = text or "a cap no longer holds it back"
             log.info("%s", said, extra={"job": live.id})
             live.changed()
-            live.poke.set()
         live.capped = text
 
     def _next_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
@@ -269,6 +283,16 @@ class Spending:
         now_s = self._ports.clock.monotonic_s()
         return sum(
             live.cut_tasks(stage.name) * live.task_s(stage, now_s) * slot_usd_s.get(stage.pool, 0.0)
+            for stage in live.job.stages
+        )
+
+    def _uncut_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
+        """What the tasks cost that are planned and in no bundle yet."""
+        now_s = self._ports.clock.monotonic_s()
+        return sum(
+            len(live.stages[stage.name].left)
+            * live.task_s(stage, now_s)
+            * slot_usd_s.get(stage.pool, 0.0)
             for stage in live.job.stages
         )
 
@@ -392,6 +416,8 @@ class Spending:
         """Find the job's account, or begin it."""
         closed = self._closed.get(live.id)
         known = self._known.get(live.id) or (closed.account if closed else None)
+        if closed and self._recorder and closed.record is not None:
+            self._recorder.reopened(live.id, closed.record)
         if known is None and not is_new:
             known = await self._reopened(live.id)
         if known:
@@ -449,9 +475,7 @@ class Spending:
             for job, used in list(self._closed.items()):
                 if job not in self._lives:
                     await self._write_down(job, used)
-                if job in self._lives and self._recorder and used.record is not None:  # a retry
-                    self._recorder.reopened(job, used.record)
-                self._closed.pop(job, None)
+                    self._closed.pop(job, None)
             await self._books.write(self._to_bytes, self._meet)
         except BackendError as error:
             log.warning("the grid's account is not written down yet: %s", error)

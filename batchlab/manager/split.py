@@ -86,7 +86,7 @@ async def _under(objects: Objects, prefix: str) -> AsyncIterator[ObjectInfo]:
 def _gone(key: str) -> UsageError:
     return UsageError(
         f"The input object {key} is gone, or became shorter while it was read.",
-        remedy="Submit the job again, which uploads its input again.",
+        remedy="Submit the job again: files are then uploaded again.",
     )
 
 

@@ -65,8 +65,8 @@ class Books:
 
 @dataclass(slots=True)
 class Used:
-    """What a job has used, and what was recorded of it: `took_s` is how long it was there, as far
-    as its last round was seen."""
+    """What a job has used, and what was recorded of it: `took_s` is how long its last round was
+    seen, or one before that which has not been written down."""
 
     account: Account
     record: Doc | None = None

@@ -20,7 +20,13 @@ BUDGET_S = 2 * TARGET_S
 still run."""
 
 FIRST_WAVE = 2
-"""Single tasks per slot sent before anything has been measured."""
+"""Bundles per slot sent before anything has been measured. The first is a single task, and has an
+answer soonest; the second covers the way of that answer to the next bundle."""
+
+FIRST_CAP = 8
+FIRST_SHARES = 8
+"""Tasks in the second one at most, and at most this share of what a slot has to do: nobody knows
+yet how long they take."""
 
 CAP = 4096
 """Tasks in a bundle at most: keeps an outcome object and a message well under their limits."""
@@ -59,11 +65,29 @@ def bundle_size(left: int, slots: int, mean_s: float | None, fixed: int | None) 
 
 def wave(left: int, slots: int, mean_s: float | None, fixed: int | None, room: int) -> list[int]:
     """Sizes of up to `room` bundles to cut now, in order."""
-    if mean_s is None and fixed is None:
-        room = min(room, FIRST_WAVE * max(1, slots))
+    slots = max(1, slots)
+    if fixed is None and mean_s is None:
+        return _first_wave(left, slots, room)
+    last_s = slots * FLOOR_S
     sizes: list[int] = []
     while left and len(sizes) < room:
+        if fixed is None and mean_s is not None and left * mean_s <= last_s and left > slots:
+            # Halved again and again it would be all overhead: as few as they may be, of one size.
+            count = slots * -(-left // (slots * CAP))
+            even = -(-left // count)
+            sizes += [min(even, left - at) for at in range(0, left, even)][: room - len(sizes)]
+            break
         size = bundle_size(left, slots, mean_s, fixed)
         sizes.append(size)
         left -= size
     return sizes
+
+
+def _first_wave(left: int, slots: int, room: int) -> list[int]:
+    room = max(0, room)
+    singles = min(left, slots, room)
+    sizes = [1] * singles
+    left -= singles
+    size = max(1, min(FIRST_CAP, left // (slots * FIRST_SHARES)))
+    more = min(left // size, (FIRST_WAVE - 1) * slots, room - singles)
+    return sizes + [size] * more

@@ -5,6 +5,7 @@ Invariant: every command that `batchlab --help` leads to is in it, with each of 
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,20 +31,43 @@ What `batchlab COMMAND --help` says, on one page.
 """
 
 
+_FORMS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
+
+
 def reference() -> str:
     """The page in Markdown."""
     from batchlab.cli.app import app
+    from batchlab.cli.service import parsers
 
+    services = parsers()[1]
     root = get_command(app)
     found = list(_walk(root, ("batchlab",)))
     rows = [(f"[`{' '.join(path)}`](#{_anchor(path)})", text(_first(one))) for path, one in found]
     pages = [head("the commands"), _WORDS, table(("command", "what it does"), rows)]
     for path, command in found:
+        service = services.get(path[-1]) if len(path) == 2 else None
+        usage = ["[OPTIONS]"] if service else _usage(command)
         pages.append(f"\n## {' '.join(path)}\n\n{_words(command.help or '')}")
-        pages.append(f"\n```text\n{' '.join((*path, *_usage(command)))}\n```\n")
-        if told := [_parameter(one) for one in command.params if _is_shown(one)]:
+        pages.append(f"\n```text\n{' '.join((*path, *usage))}\n```\n")
+        told = [_parameter(one) for one in command.params if _is_shown(one)]
+        if told := told + (list(_of_service(service)) if service else []):
             pages.append("\n" + table(("", "unless said", "meaning"), told))
     return "".join(pages)
+
+
+def _of_service(service: argparse.ArgumentParser) -> Iterator[tuple[str, str, str]]:
+    """The options of a service, whose command line Typer does not read."""
+    for one in service._actions:
+        if "--help" in one.option_strings:
+            continue
+        form = "|".join(one.choices or ()) or one.metavar or _FORMS.get(one.type) or "TEXT"
+        shown = ", ".join(f"`{name} {form}`" for name in one.option_strings)
+        meaning = one.help or ""
+        yield (
+            shown,
+            f"`{one.default}`" if one.default else "",
+            text(f"{meaning[:1].upper()}{meaning[1:]}."),
+        )
 
 
 def _walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -103,7 +127,7 @@ def _parameter(one: Any) -> tuple[str, str, str]:
 
 
 def _form(option: Any) -> str:
-    return {int: "N", float: "X", Path: "PATH"}.get(option.type_descriptor.annotation, "TEXT")
+    return _FORMS.get(option.type_descriptor.annotation, "TEXT")
 
 
 def _default(option: Any) -> str:

@@ -19,7 +19,8 @@ MANAGER: Mapping[str, str] = {
     "job's control object; a cancellation is acknowledged after that long",
     "visibility_s": "how long a received message is hidden from others; extended at a third of it",
     "silence_s": "a bundle that is planned, uncommitted and silent for so long is looked for and "
-    "sent again; more than a worker's `beat_s`",
+    "sent again; more than a worker's `beat_s`. An instance that is silent for three times as "
+    "long, and for 300 s at least, is replaced",
     "lease_ttl_s": "a manager that has not renewed its lease for so long is replaced by the next",
     "tick_s": "how often the autoscaler, the reconciler and the fleet are looked at",
     "wait_s": "the longest poll of a queue",

@@ -16,7 +16,7 @@ from typing import Any
 from batchlab import spec, submission
 from batchlab.errors import AlreadyExists
 from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager.plans import PartWriter
+from batchlab.manager.plans import FEW, FEW_BYTES, PartWriter
 from batchlab.model import JobId, Json, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Clock, Objects
@@ -31,9 +31,6 @@ TENANT = "tenant"
 """The tag that says whose job it is."""
 SCENARIO = "scenario"
 """The tag that says which scenario it is of."""
-FEW = 1000
-FEW_BYTES = 30_000
-"""Items that go along with their job's submission, roughly; more are put into the bucket."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,11 +101,12 @@ class SimLoop(asyncio.BaseEventLoop):
         try:
             result = self.run_until_complete(self.create_task(main, name="main"))
         except BaseException as error:
-            for crash in self._switch_off():
+            interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+            for crash in self._switch_off(interrupted=interrupted):
                 error.add_note(f"Also: {crash}")
             raise
         else:
-            for crash in self._switch_off():
+            for crash in self._switch_off(interrupted=False):
                 raise crash
             return result
         finally:
@@ -301,8 +302,9 @@ class SimLoop(asyncio.BaseEventLoop):
         crash.__cause__ = error
         self._crashes.append(crash)
 
-    def _switch_off(self) -> list[SimulationError]:
-        """End every task at this instant; returns the exceptions that nobody has looked at."""
+    def _switch_off(self, *, interrupted: bool) -> list[SimulationError]:
+        """End every task at this instant; returns the exceptions that nobody has looked at. Raises
+        the interrupt that hits it, where the run has not been `interrupted` already."""
         self._limit_s = self._limit_steps = math.inf
         self._ending = True
         for task in self._tasks:
@@ -310,7 +312,14 @@ class SimLoop(asyncio.BaseEventLoop):
                 task.actor.alive = False
         for actor in list(self._frozen):
             self.thaw(actor)
-        self.run_until_complete(self.create_task(self._cancel_all(), name="switch off"))
+        ending = self.create_task(self._cancel_all(), name="switch off")
+        hit: BaseException | None = None
+        while not ending.done():
+            try:
+                self.run_until_complete(ending)
+            except (KeyboardInterrupt, SystemExit) as interrupt:
+                hit = hit or interrupt
+        ending.result()
         self._ending = False
         for failed in self._failed:
             task_left = failed()
@@ -324,6 +333,9 @@ class SimLoop(asyncio.BaseEventLoop):
         self._timers.clear()
         self._timers_cancelled = 0
         crashes, self._crashes = self._crashes, []
+        # Whoever waited for a task that was interrupted has raised that once more.
+        if hit is not None and not interrupted:
+            raise hit
         return crashes
 
     async def _cancel_all(self) -> None:

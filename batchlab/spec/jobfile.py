@@ -42,6 +42,11 @@ class JobFile:
         """The input in task order: local files, and S3 URLs as they were written."""
         return list(self.files)
 
+    @property
+    def urls(self) -> list[str]:
+        """What of the input lies in S3, as it was written."""
+        return [file for file in self.files if isinstance(file, str)]
+
     def name_of(self, file: Path) -> str:
         """A local input file's name relative to the job file, with "/" on every system."""
         return Path(os.path.relpath(file, self.path.parent)).as_posix()

@@ -55,9 +55,10 @@ class InputSpec(Keys):
         min_length=1,
         description="Raw data: local patterns relative to the job file (`**` crosses folders, "
         "each of them once, however many links lead there; hidden files need a pattern that names "
-        "the dot), or, for `batchlab schedule add` alone, `s3://BUCKET/raw/prefix/` in the grid's "
-        "own bucket, which is not looked at before the job starts. One or a list. Matches of one "
-        "pattern are sorted by path; a file that several patterns match is taken once.",
+        "the dot), or what lies below `raw/` in the grid's own bucket: `s3://BUCKET/raw/prefix/` "
+        "for all below a prefix, `s3://BUCKET/raw/key` for one object; BUCKET is the one that "
+        "`batchlab grid env` prints, and `local` on `local`. One or a list, of one kind. Matches "
+        "of one pattern are sorted by path; a file that several patterns match is taken once.",
         examples=["data/*.csv"],
     )
     split: Literal["file", "lines", "bytes", "items"] = Field(

@@ -123,7 +123,8 @@ class ChildProcess:
             await asyncio.sleep(gather_s - gap_s)
         if not self._read():
             await self._readable(_REAP_STEP_S if self._eof else wait_s)
-            self._read()
+            if not self._read():
+                return self._lines()
         self._read_s = self._loop.time()
         return self._lines()
 

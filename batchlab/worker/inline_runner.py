@@ -66,6 +66,8 @@ class InlineRunner:
             try:
                 one = await self._prepare(work, handle, folder)
             except Problem as problem:
+                if isinstance(problem.__cause__, KeyboardInterrupt):
+                    raise problem.__cause__ from None  # a person's, as below
                 for task in work.bundle.tasks:
                     yield _failed(task, problem.fault, 0.0)
                 return

@@ -280,3 +280,12 @@ def later(call: Callable[[], T]) -> Callable[[], T]:
         return results[0]
 
     return result
+
+
+def post(rig: Rig, path: str, body: Any = None) -> httpx.Response:
+    """The answer itself, where the client would raise an error of it."""
+    return rig.http.post(path, json=body, headers={"Authorization": f"Bearer {TOKEN}"})
+
+
+def get(rig: Rig, path: str) -> httpx.Response:
+    return rig.http.get(path, headers={"Authorization": f"Bearer {TOKEN}"})

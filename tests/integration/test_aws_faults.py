@@ -35,9 +35,9 @@ def test_throttling_and_late_answers_make_it_slow_and_not_wrong(
     ministack: Endpoint, moto: Endpoint, tmp_path: Path
 ) -> None:
     front = FaultyFront(throttled=0.3, lag_s=8.0)
-    # Nobody pays by the minute here: half of the test would be waiting for the idle time.
-    idle = "[manager]\nidle_s = 10\n"
-    with account(ministack, moto, tmp_path / "account", front=front, settings=idle) as there:
+    # Nobody pays by the minute here, nor by the request: most of the test would be waiting.
+    hasty = "[manager]\ntick_s = 1\nidle_s = 2\n"
+    with account(ministack, moto, tmp_path / "account", front=front, settings=hasty) as there:
         until(there.manager_pid, 60)
         job = job_of(tmp_path / "job", 300, seconds=0.05)
         home, out = there.home(), tmp_path / "out"
@@ -55,6 +55,7 @@ def test_a_wave_that_takes_every_instance_at_once_costs_only_time(
 ) -> None:
     """As Spot capacity that is gone without a notice."""
     with account(ministack, moto, tmp_path / "account") as there:
+        there.write_templates(there.hasty_worker(visibility_s=10.0))
         until(there.manager_pid, 60)
         home, job, out = there.home(), job_of(tmp_path / "job", 60, seconds=0.5), tmp_path / "out"
         batchlab(there, "grid", "up", "--backend", "aws", "--home", home.path)

@@ -197,7 +197,8 @@ def test_a_job_completes_on_instances_that_run_a_container_image(
             value = json.loads((out / "total.jsonl").read_text())["value"]
             assert value == sum(i * i for i in range(20))
             worker = until(lambda: in_service(there, group), 60)
-            for instance, role in ((manager, "manager"), (worker, "worker")):
+            # The worker first: it leaves when it has been idle for a while.
+            for instance, role in ((worker, "worker"), (manager, "manager")):
                 check_box(there, instance, role)
             check_pulls(served.asked(), 2)
             check_end(there, group, worker)

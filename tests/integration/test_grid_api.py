@@ -17,6 +17,7 @@ from batchlab.errors import JobFailed, TaskFailed, UsageError
 from batchlab.jobdef import RetryRule
 from batchlab.model import JobState
 from tests.integration.grid_rig import newest, warm_grid
+from tests.waiting import until
 
 
 @dataclass(frozen=True)
@@ -95,19 +96,21 @@ def test_items_may_come_from_a_generator_which_runs_in_this_thread(grid: Grid) -
     drawn: set[int] = set()
 
     def items() -> Iterator[int]:
-        for i in range(5000):
+        for i in range(12_000):
             drawn.add(threading.get_ident())
             yield i
 
-    assert list(grid.map(lambda x: x, items())) == list(range(5000))
+    assert list(grid.map(lambda x: x, items())) == list(range(12_000))
     assert drawn == {threading.get_ident()}
 
 
 def test_an_error_while_items_are_drawn_is_raised_and_nothing_stays(grid: Grid, home: Path) -> None:
     def items() -> Iterator[int]:
-        yield from range(10_000)  # beyond one part of a plan
+        yield from range(20_000)  # beyond what goes along with a job
         raise LookupError("no more")
 
+    # Results are there a moment before the job that they are of has written its end.
+    until(lambda: not grid.client.jobs(active=True))
     before = objects(home)
     with pytest.raises(LookupError, match="no more"):
         grid.map(lambda x: x, items())

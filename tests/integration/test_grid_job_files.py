@@ -93,6 +93,27 @@ def test_a_job_may_be_submitted_now_and_waited_for_later(grid: Grid, job_file: P
     assert grid.client.job(job)["state"] in ENDED
 
 
+def test_input_that_lies_in_the_bucket_is_run_over_where_it_is(grid: Grid, job_file: Path) -> None:
+    """Put there as a user of a local grid does it."""
+    (there,) = (one for one in job_file.parent.rglob("*.csv"))
+    raw = grid._link.home.objects / "raw"
+    (raw / "incoming").mkdir(parents=True)
+    for name in ("incoming/1.csv", "incoming/2.csv", "alone.csv"):
+        (raw / name).write_bytes(there.read_bytes())
+    text = job_file.read_text()
+    uploaded = sum(row["claims"] for row in grid.run(job_file).results())
+    before = {one.name for one in raw.iterdir()}
+    place = "[s3://local/raw/alone.csv, s3://local/raw/incoming/]"
+    job_file.write_text(re.sub(r"files: \S+", f"files: {place}", text))
+    result = grid.run(job_file)
+    result.raise_for_state()
+    assert sum(row["claims"] for row in result.results()) == 3 * uploaded
+    assert {one.name for one in raw.iterdir()} == before
+    job_file.write_text(re.sub(r"files: \S+", "files: s3://local/raw/outgoing/", text))
+    with pytest.raises(UsageError, match=r"no object below raw/outgoing/ in the grid's bucket"):
+        grid.run(job_file)
+
+
 def test_the_documented_program_prints_what_its_documentation_says(
     job_file: Path, tmp_path: Path
 ) -> None:

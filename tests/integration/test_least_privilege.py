@@ -87,10 +87,10 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
         root.client("sns").create_topic(Name="told")
         keys = {role: root.role(stack.ids()[f"{role.title()}Role"]).keys for role in ROLES}
         front, scaling = RecordingFront(root.url), RecordingFront()
-        # Nobody pays by the minute here: most of the test would be waiting for the idle time.
+        # Nobody pays by the minute here, nor by the request: most of the test would be waiting.
         manager = Home(folder / "account" / "manager")
         manager.make()
-        manager.settings_file.write_text("[manager]\nidle_s = 10\n")
+        manager.settings_file.write_text("[manager]\ntick_s = 1\nidle_s = 5\n")
         with standing(front) as url:
             at = deployment_of(stack)
             with opened(
@@ -100,6 +100,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
                 front=scaling,
                 keys={role: environment(given) for role, given in keys.items()},
             ) as there:
+                there.write_templates(there.hasty_worker(visibility_s=9.0))
                 access = {role: given["aws_access_key_id"] for role, given in keys.items()}
                 yield Trial(there, front, scaling, access)
 

@@ -19,7 +19,7 @@ from tests.integration.api_rig import TOKEN, Rig
 from tests.integration.local_grid import LocalGrid
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Route
 
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}, "color_scheme": "light"}
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
@@ -83,12 +83,12 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     grid = LocalGrid(place / "home", [Pool("default", max_size=2, slots=1)])
     try:
         failing = folder_of(place, "fails", 8) / "job.yaml"
-        slow = folder_of(place, "runs", 500) / "job.yaml"
+        slow = folder_of(place, "runs", 2000) / "job.yaml"
         failed = grid.submit(failing, bad="5")["id"]
         grid.wait(failed)
-        paused = grid.submit(slow, token="paused", nap_s="2")["id"]
+        paused = grid.submit(slow, token="paused", nap_s="0.5")["id"]
         grid.client.pause(paused)
-        runs = grid.submit(slow, token="runs", nap_s="2")["id"]
+        runs = grid.submit(slow, token="runs", nap_s="0.5")["id"]
         grid.wait(runs, until=lambda view: view["stages"][0]["succeeded"] > 0)
         yield Scene(grid, place, runs, failed, paused)
     finally:
@@ -215,6 +215,36 @@ def test_a_manager_that_is_away_is_told_of_and_waited_for(scene: Scene, browser:
 # --- Doing ---------------------------------------------------------------------------------------
 
 
+def test_who_ticks_all_while_the_page_loads_has_ticked_all(scene: Scene, browser: Browser) -> None:
+    (group,) = [one for one in scene.grid.client.failure_groups(scene.failed) if one["count"] == 3]
+    path = f"/ui/jobs/{scene.failed}/failures/{group['fingerprint']}"
+    held: list[Route] = []
+
+    def slowly(route: Route) -> None:
+        """The page up to its first row; the others, and what is deferred, once `held` is let go."""
+        answer = route.fetch()
+        head, body, rows = answer.text().partition("<tbody>")
+        first, end, others = rows.partition("</tr>")
+        wait = '<script src="/ui/static/held.js"></script>'
+        route.fulfill(response=answer, body=head + body + first + end + wait + others)
+
+    with logged_in(scene, browser) as (page, _):
+        page.route(f"**{path}", slowly)
+        page.route("**/static/held.js", lambda route: held.append(route))
+        page.goto(scene.grid.client.url + path, wait_until="commit")
+        boxes = page.locator('input[name="task"]')
+        boxes.first.wait_for()
+        page.get_by_label("Tick all on this page").check()
+        assert boxes.count() == 1
+        assert boxes.first.is_checked()
+        boxes.first.uncheck()
+        held[0].fulfill(body="", content_type="text/javascript")
+        page.wait_for_load_state("load")
+        assert [box.is_checked() for box in boxes.all()] == [False, True, True]
+        page.get_by_label("Tick all on this page").uncheck()
+        assert [box.is_checked() for box in boxes.all()] == [False] * 3
+
+
 def test_failures_are_looked_at_and_some_of_them_run_again(scene: Scene, browser: Browser) -> None:
     with logged_in(scene, browser) as (page, _):
         page.locator(f"#row-{scene.failed}").get_by_role("link", name="fails", exact=True).click()
@@ -226,7 +256,7 @@ def test_failures_are_looked_at_and_some_of_them_run_again(scene: Scene, browser
         groups.nth(0).locator("summary").click()
         assert "ValueError" in groups.nth(0).locator("pre").inner_text()
         groups.nth(0).get_by_role("link", name="3 tasks").click()
-        page.locator("tbody a").first.click()
+        page.locator("tbody").get_by_role("link", name="parse/0", exact=True).click()
         assert page.locator("#log").inner_text().strip() == "number 1"
         assert page.locator("#input").inner_text().strip() == "1"
         page.get_by_role("link", name="Failures", exact=True).last.click()

@@ -106,7 +106,7 @@ def emulated(folder: Path) -> Iterator[World]:
         )
         with _deployed(world, "--release", archive):
             yield world
-        assert plane.groups() == {}
+        plane.until_without_groups()
         assert plane.aws("s3").list_buckets()["Buckets"] == []
         assert plane.aws("sqs").list_queues().get("QueueUrls", []) == []
 

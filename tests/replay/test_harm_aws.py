@@ -25,13 +25,17 @@ from tests.waiting import until
 
 GROUP = f"{STACK}-pool-default"
 SMALL = 6
+HASTY = "[manager]\ntick_s = 1\nlease_ttl_s = 6\n"
+"""Nobody pays by the request here: most of the tests would be waiting."""
 
 
 @pytest.fixture(scope="module")
 def there(
     ministack: Endpoint, moto: Endpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Account]:
-    with account(ministack, moto, tmp_path_factory.mktemp("harm") / "account") as found:
+    folder = tmp_path_factory.mktemp("harm") / "account"
+    with account(ministack, moto, folder, settings=HASTY) as found:
+        found.write_templates(found.hasty_worker(visibility_s=10.0))
         yield found
 
 

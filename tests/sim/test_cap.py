@@ -10,8 +10,10 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab import facts
+from batchlab import facts, metrics
+from batchlab.api.forecast import eta_of
 from batchlab.costs import prices
+from batchlab.costs.cap import Budget, Purse
 from batchlab.costs.meter import Accounting, Kind
 from batchlab.model import JobState, LifecycleState, Pool
 from batchlab.sim.world import World
@@ -99,6 +101,59 @@ def test_what_a_job_costs_passes_its_cap_by_no_more_than_a_minute_of_one_instanc
         assert "batchlab job cap" in text
 
     in_world(act, script=takes(run_s), pools=(pool,), accounting=accounting())
+
+
+@pytest.mark.parametrize(("cap", "boot_s", "slots"), [(0.03, 0.0, 2), (0.05, 90.0, 4)])
+def test_a_job_whose_cap_is_nearly_spent_is_called_capped_and_that_is_that(
+    cap: float, boot_s: float, slots: int
+) -> None:
+    """Whenever a bundle had been cheaper than reckoned it was capped no longer, for a second: who
+    watched it saw that up to thirty times."""
+    pool = replace(POOLS[0], boot_s=boot_s, slots=slots)
+
+    async def act(world: World) -> None:
+        made = job(stage(A), items=int(3 * cap / (0.1008 / 3600) * slots / 20.0), max_cost_usd=cap)
+        await submitted(world, made)
+        manager = await leader(world)
+        assert manager.spending
+        live, told, held = manager.lives[made.id], [False], [False]
+        for _ in range(900):
+            await asyncio.sleep(1.0)
+            for seen, now in ((told, bool(live.capped)), (held, live.is_held)):
+                if seen[-1] != now:
+                    seen.append(now)
+        assert told in ([False, True], [False, True, False, True])
+        assert len(held) > 20, "or there is nothing to see here"
+        manager.spending.set_cap(made.id, 1.1 * cap)
+        assert not live.capped, "by this one it is not, for now"
+
+    in_world(act, script=takes(20.0), pools=(pool,), accounting=accounting())
+
+
+def test_a_job_is_capped_no_longer_once_its_cap_pays_for_the_rest() -> None:
+    async def act(world: World) -> None:
+        made = job(stage(A), items=10)
+        await submitted(world, made)
+        manager = await leader(world)
+        assert manager.spending
+        live = manager.lives[made.id]
+
+        def told(left_usd: float, next_usd: float, uncut_usd: float) -> tuple[bool, bool, bool]:
+            """Whether it is called capped, and whether the page and the metrics say so of now."""
+            assert manager.spending
+            live.budget = Budget((Purse("it", 10.0, 10.0 - left_usd),), {}, {})
+            manager.spending._hold(live, next_usd, uncut_usd)
+            shown, _ = metrics.exposition(manager, "sim", "text/plain")
+            is_now = eta_of(manager, made.id)["text"] == "unknown: a cap on cost holds it back"
+            assert f"\nbatchlab_jobs_capped {int(is_now)}.0\n" in shown.decode()
+            return bool(live.capped), live.is_held, is_now
+
+        assert told(0.5, 0.1, 0.8) == (False, False, False), "nothing has held it back"
+        assert told(0.05, 0.1, 0.8) == (True, True, True)
+        assert told(0.5, 0.1, 0.8) == (True, False, False)
+        assert told(0.5, 0.1, 0.4) == (False, False, False)
+
+    in_world(act, script=takes(2.0), pools=POOLS, accounting=accounting())
 
 
 def test_a_raised_cap_lets_the_job_go_on_to_its_end() -> None:

@@ -78,6 +78,62 @@ def test_what_main_raises_comes_first_and_other_losses_are_noted() -> None:
     assert any("other" in note for note in caught.value.__notes__)
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_ends_all_tasks_however_many_wait_for_the_one_it_hits(
+    kind: type[BaseException],
+) -> None:
+    ended: list[str] = []
+
+    async def interrupted() -> None:
+        await asyncio.sleep(1)
+        raise kind
+
+    async def waiting(name: str, doing: asyncio.Future[None]) -> None:
+        try:
+            await doing
+        finally:
+            ended.append(name)
+
+    async def main() -> None:
+        first = asyncio.ensure_future(interrupted())
+        second = asyncio.ensure_future(waiting("second", first))
+        await asyncio.gather(waiting("third", second), waiting("other", asyncio.Future()))
+
+    with pytest.raises(kind):
+        SimLoop().run(main())
+    assert sorted(ended) == ["other", "second", "third"]
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("failing", [False, True])
+def test_an_interrupt_that_hits_the_end_of_a_run_is_raised(
+    kind: type[BaseException], failing: bool
+) -> None:
+    ended: list[str] = []
+
+    async def lingering(name: str, raised: type[BaseException] | None) -> None:
+        try:
+            await asyncio.Future()
+        finally:
+            ended.append(name)
+            if raised:
+                raise raised
+
+    async def main() -> None:
+        tasks = [
+            asyncio.ensure_future(lingering(name, raised))
+            for name, raised in (("first", None), ("second", kind), ("third", None))
+        ]
+        await asyncio.sleep(1)
+        assert len(tasks) == 3
+        if failing:
+            raise ValueError
+
+    with pytest.raises(kind):
+        SimLoop().run(main())
+    assert sorted(ended) == ["first", "second", "third"]
+
+
 def test_what_still_runs_when_main_ends_is_ended_at_the_same_instant() -> None:
     ends: list[str] = []
     loop = SimLoop()

@@ -220,21 +220,31 @@ def test_a_retry_is_finished_by_the_next_leader(monkeypatch: pytest.MonkeyPatch)
 
     async def act(world: World) -> None:
         died: list[int] = []
+        asked_s: list[float] = []
+        retried_s: list[float | None] = []
 
         async def add_cut(real: Any, cut: Any) -> object:
             if cut.round == 1 and not died:
                 died.append(world.managers)
+                asked_s.append(cut.at_s)
                 kill_manager(world)
                 await asyncio.sleep(0)
             return await real(cut)
 
+        async def finish(real: Any, *args: Any, **how: Any) -> object:
+            manager = await leader(world)
+            retried_s.append(manager.lives[made.id].retried_s)
+            return await real(*args, **how)
+
         around(monkeypatch, world.ledger, "add_cut", add_cut)
+        around(monkeypatch, world.ledger, "finish", finish)
         made = job(stage(A), items=5)
         await submitted(world, made)
         assert (await ended(world, made)).state is JobState.FAILED
         await world.ask(lambda m: m.requests.retry(made.id), "retry")
         record = await ended(world, made)
         assert (died, record.state, record.round) == ([1], JobState.SUCCEEDED, 1)
+        assert retried_s == [None, *asked_s], "the next leader knows when it was asked for"
         await invariants.check_all(world, [made.id])
 
     in_world(act, script=script)

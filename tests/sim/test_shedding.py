@@ -12,7 +12,7 @@ from batchlab.sim.runner import Play, Scene
 from batchlab.sim.world import World
 from tests.sim.scenes import A, ended_well, in_world, job, leader, stage, submitted
 
-GIANT = 8
+GIANT = 20
 GIANT_S = 300.0
 POOLS = (Pool("default", 2, 2, 1),)
 

@@ -8,6 +8,8 @@ from typing import Any, cast
 import pytest
 
 from batchlab.cli import app as cli
+from batchlab.cli import session
+from batchlab.home import Home, ManagerRecord
 from batchlab.views import JobView
 
 Run = Callable[..., tuple[int, str, str]]
@@ -80,6 +82,16 @@ class FakeClient:
             return answer
 
         return call
+
+
+def at_home(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> type[FakeClient]:
+    """A manager that commands find, with these answers."""
+    FakeClient.answers, FakeClient.asked = answers, []
+    record = ManagerRecord("http://nowhere", 1, "manager-1", "local")
+    monkeypatch.setattr(session, "Client", FakeClient)
+    monkeypatch.setattr(Home, "record", lambda self: record)
+    monkeypatch.setattr(Home, "token", lambda self: "secret")
+    return FakeClient
 
 
 def a_grid() -> dict[str, Any]:

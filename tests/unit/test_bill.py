@@ -116,6 +116,28 @@ def test_another_process_goes_on_where_the_one_before_stopped() -> None:
     assert again.keep(set()) is True
 
 
+@pytest.mark.parametrize("stood_s", [0.0, 150.0])
+def test_time_that_another_leader_has_billed_meanwhile_is_not_billed_again(stood_s: float) -> None:
+    """Also where the watch of the one that was frozen stood still for so long."""
+    frozen, accounts = Meter(), {A: Account()}
+    see(frozen, up("i"), 100.0, {A: 1.0}, accounts)
+    other = Meter.from_json(frozen.to_json())
+    other.see(POOL, up("i"), now_s=300.0, monotonic_s=7.0, shares={}, accounts={})
+    frozen.take_in(other)
+    assert frozen.lives["i"].prepaid_s == 0.0
+    for later_s in (0.0, 1.0):
+        frozen.see(
+            POOL,
+            up("i"),
+            now_s=309.0 + later_s,
+            monotonic_s=309.0 + later_s - stood_s,
+            shares={A: 1.0},
+            accounts=accounts,
+        )
+    assert frozen.total.billed_s[ON_DEMAND] == 310.0
+    assert accounts[A].billed_s[ON_DEMAND] == 110.0
+
+
 def test_requests_are_told_as_sums_so_that_nothing_counts_twice() -> None:
     meter, accounts = Meter(), {A: Account()}
     for so_far in (Requests(sqs=10), Requests(sqs=25), Requests(sqs=10), Requests(sqs=25)):

@@ -16,18 +16,13 @@ from batchlab.adapters.compose.deployment import Deployment
 from batchlab.cli import app as cli
 from batchlab.cli import session
 from batchlab.errors import BackendError, NotFound, Refused, Unreachable, UsageError
-from batchlab.home import Home, ManagerRecord, Place
-from tests.unit.cli_rig import FakeClient, Run, a_grid, a_job, runner
+from batchlab.home import Home, Place
+from tests.unit.cli_rig import FakeClient, Run, a_grid, a_job, at_home, runner
 
 
 @pytest.fixture
 def manager(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
-    FakeClient.answers, FakeClient.asked = {}, []
-    record = ManagerRecord("http://nowhere", 1, "manager-1", "local")
-    monkeypatch.setattr(session, "Client", FakeClient)
-    monkeypatch.setattr(Home, "record", lambda self: record)
-    monkeypatch.setattr(Home, "token", lambda self: "secret")
-    return FakeClient
+    return at_home(monkeypatch)
 
 
 @pytest.fixture

@@ -311,7 +311,7 @@ def test_a_job_shows_its_cost_and_that_its_cap_is_reached(
         "job_use": job_use(capped="its cost is capped"),
     }
     _, out, _ = run("job", "show", "last", "--as-if-aws")
-    assert "0.101 USD so far, cap 5 USD, reached: nothing more is launched" in out
+    assert "0.101 USD so far, cap 5 USD, reached: no more is launched than it pays for" in out
 
 
 # --- Caps ----------------------------------------------------------------------------------------

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from batchlab import backends
-from batchlab.cli import scheduling, session
+from batchlab.backends import Backend
+from batchlab.cli import scheduling
 from batchlab.errors import NotFound, Refused
-from batchlab.home import Home, ManagerRecord
+from batchlab.home import Home
 from batchlab.jobdef import JobDef
 from tests.unit import jobfiles
-from tests.unit.cli_rig import FakeClient, Run, runner
+from tests.unit.cli_rig import FakeClient, Run, at_home, runner
 
 DUE_S = 1_774_746_000.0
 """2026-03-29 03:00 in Berlin, the first minute after what is left out."""
@@ -66,12 +67,7 @@ def a_schedule(**more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def manager(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
-    FakeClient.answers, FakeClient.asked = {}, []
-    record = ManagerRecord("http://nowhere", 1, "manager-1", "local")
-    monkeypatch.setattr(session, "Client", FakeClient)
-    monkeypatch.setattr(Home, "record", lambda self: record)
-    monkeypatch.setattr(Home, "token", lambda self: "secret")
-    return FakeClient
+    return at_home(monkeypatch)
 
 
 @pytest.fixture
@@ -167,6 +163,7 @@ def test_what_the_file_says_of_its_times_counts_unless_an_option_does(
         (("--cron", "* * * * *", "--capacity", "3"), "--capacity is what --prewarm has ready."),
         (("--cron", "* * * * *", "--input", "incoming/"), "'incoming/' is not below raw/"),
         (("--cron", "* * * * *", "--input", "raw/../jobs/"), "is not below raw/"),
+        (("--cron", "* * * * *", "--input", "raw/incoming"), "is no prefix, which ends in"),
         (("--cron", "* * * * *", "--set", "year=1"), "there is no parameter 'year'"),
     ],
 )
@@ -185,8 +182,7 @@ def test_each_runs_input_may_be_a_prefix_of_the_bucket(
     _, job = added(manager, run, folder, "--cron", "* * * * *", "--input", "raw/incoming/")
     assert job.input
     assert job.input.keys == ("raw/incoming/",)
-    mine = {"BATCHLAB_BUCKET": "mine"}
-    monkeypatch.setattr(backends, "client_environment", lambda *_: mine)
+    monkeypatch.setattr(Backend, "bucket", lambda *_: "mine")
     own = jobfiles.MINIMAL.replace("data/*", "[s3://mine/raw/a/, s3://mine/raw/b]")
     (folder / "job.yaml").write_text(own)
     _, job = added(manager, run, folder, "--cron", "* * * * *")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from batchlab.adapters.sim.objects import SimObjects
 from batchlab.adapters.sql import open_memory
 from batchlab.adapters.sql.ledger import SqlLedger
 from batchlab.adapters.sqlite_queue import SqliteQueue
-from batchlab.errors import Unreachable
+from batchlab.errors import BackendError, Unreachable
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.collector import Collector, events_queue
 from batchlab.manager.folding import Folder
@@ -118,6 +119,51 @@ def test_a_backlog_is_folded_together(
     tmp_path: Path, fails: Sequence[int], folds: Sequence[int]
 ) -> None:
     assert asyncio.run(collected(tmp_path, fails)) == folds
+
+
+def test_it_says_when_nobody_can_be_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While events are out of reach, or many lie in wait, no worker is silent."""
+
+    async def main(queue: SqliteQueue) -> None:
+        clock, lives = WallClock(), dict[JobId, LiveJob]()
+        patience = Patience(Random(1))
+        ports = Ports(SimObjects(), queue, NoFleet(), open_memory(), clock, RandomIds(), patience)
+        settings = replace(ManagerSettings(), wait_s=0.0, tick_s=0.1)
+        registry = Registry(ports, lives)
+        folder = Folder(ports, lives)
+        collector = Collector(ports, settings, lives, folder, registry, asyncio.Lock())
+        await queue.ensure(events_queue(settings))
+        some = [Outgoing(wire.events_message(wire.Events())) for _ in range(MAX_BATCH)]
+        await queue.send(naming.EVENTS, some)
+        assert len(await collector._received()) == MAX_BATCH
+        assert registry.deaf_s is None, "it has heard them all"
+        monkeypatch.setattr("batchlab.manager.collector.FOLD_BYTES", 1)
+        await queue.send(naming.EVENTS, some)
+        await asyncio.sleep(0.15)  # a backlog is what has lain there for longer than a tick
+        await collector._received()
+        backlog_s = registry.deaf_s
+        assert backlog_s is not None
+
+        async def denied(*_: object, **__: object) -> Sequence[Message]:
+            raise BackendError("Access denied.")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(queue, "receive", denied)
+            with pytest.raises(BackendError):
+                await collector._collect_once()
+        assert registry.deaf_s == math.inf, "as long as it lasts"
+        await queue.send(naming.EVENTS, some[:1])
+        await collector._collect_once()
+        assert backlog_s < registry.deaf_s < math.inf
+        # What was received and could not be taken was not heard either.
+        monkeypatch.setattr(collector, "_collect_once", denied)
+        collecting = asyncio.create_task(collector._collect())
+        await asyncio.sleep(0.01)
+        collecting.cancel()
+        assert registry.deaf_s == math.inf
+        await queue.close()
+
+    asyncio.run(main(SqliteQueue(tmp_path / "queues.db", WallClock())))
 
 
 def test_what_is_no_event_is_dropped_and_what_came_with_it_is_not(

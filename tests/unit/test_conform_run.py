@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -380,17 +381,30 @@ def handlers() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_only_the_first_interrupt_counts(number: signal.Signals, handlers: None) -> None:
+@pytest.mark.parametrize("dropped", [0, 2])
+def test_only_the_first_interrupt_that_is_heard_counts(
+    number: signal.Signals, dropped: int, handlers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python drops what is raised in a finalizer."""
     cleaned: list[str] = []
 
-    def work_and_clean() -> None:
-        try:
-            signal.raise_signal(number)
-        finally:
-            for again in (signal.SIGINT, signal.SIGTERM):
-                signal.raise_signal(again)
-            cleaned.append("all")
+    def close(_target: Target) -> list[str]:
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(again)
+        cleaned.append("all")
+        return []
 
-    with pytest.raises(Stopped), command._interrupted_once():
-        work_and_clean()
+    def work() -> None:
+        for _ in range(dropped):
+            with suppress(Stopped):
+                signal.raise_signal(number)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(Target, "close", close)
+    with (
+        pytest.raises(Stopped),
+        command._interruptible(),
+        command._target(NOWHERE.url, None, None, None),
+    ):
+        work()
     assert cleaned == ["all"]

@@ -118,11 +118,13 @@ def test_requests_follow_bundles_and_time() -> None:
 def test_bundles_are_counted_as_the_manager_cuts_them(
     tasks: int, slots: int, mean_s: float, fixed: int | None
 ) -> None:
-    first = 0 if fixed is not None else min(tasks, sizing.FIRST_WAVE * slots)
-    left, count = tasks - first, first
+    window = 3 * slots + 1
+    first = [] if fixed is not None else sizing.wave(tasks, slots, None, None, window)
+    left, count = tasks - sum(first), len(first)
     while left:
-        left -= sizing.bundle_size(left, slots, mean_s, fixed)
-        count += 1
+        sizes = sizing.wave(left, slots, mean_s, fixed, window)
+        left -= sum(sizes)
+        count += len(sizes)
     assert bundles_of(tasks, slots, mean_s, fixed) == pytest.approx(count, abs=slots)
 
 
@@ -136,7 +138,7 @@ A, B, C = StageName("a"), StageName("b"), StageName("c")
 
 
 def test_a_chain_has_as_many_tasks_and_bundles_and_a_gather_one() -> None:
-    stages = [StageDef(A), StageDef(B, after=(A,)), StageDef(C, after=(B,), gather="*")]
+    stages = [StageDef(A, bundle=1), StageDef(B, after=(A,)), StageDef(C, after=(B,), gather="*")]
     seconds = {str(name): same(1.0) for name in (A, B, C)}
     found, assumed = loads(stages, 500, seconds, {})
     assert [load.tasks[1] for load in found] == [500, 500, 1]

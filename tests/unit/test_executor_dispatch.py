@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any, cast
 
 import pytest
 
 from batchlab.errors import JobFailed, TaskFailed, Unreachable, UsageError
-from batchlab.grid import pyexit
+from batchlab.grid import incoming, pyexit, spare
 from batchlab.grid.calls import BrokenGridExecutor, CallFuture, WorkerDied
 from batchlab.grid.dispatch import Dispatch
 from batchlab.grid.packing import Call
@@ -97,9 +99,8 @@ def dispatch(grid: FakeGrid) -> Iterator[Dispatch]:
     yield made
     grid.go.set()
     made.abandon()
-    if thread := made._thread:
-        thread.join(WAIT_S)
-        assert not thread.is_alive()
+    if turn := made._turn:
+        assert turn.over.wait(WAIT_S)
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -265,14 +266,16 @@ def test_without_room_for_a_thread_calls_are_sent_all_the_same(
     grid: FakeGrid, dispatch: Dispatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As while Python ends, from 3.12 on."""
-    start = threading.Thread.start
+    run = spare.run
 
-    def refuse(thread: threading.Thread) -> None:
-        if thread.name == "batchlab-executor-send":
-            raise RuntimeError("can't start new thread")
-        start(thread)
+    def full(_: spare.Work) -> None:
+        raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    def once(work: spare.Work, then: spare.Work) -> None:
+        run(work, then)
+        monkeypatch.setattr(spare, "run", full)
+
+    monkeypatch.setattr(spare, "run", once)
     call = submit(dispatch)
     grid.wait_for_job()
     dispatch.outcome(JOB, outcome(6))
@@ -291,6 +294,7 @@ def test_a_thread_that_is_interrupted_while_it_starts_is_not_counted_on(
         late.append(thread)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(spare, "run", spare.Spares("interrupted", 0.01).run)
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         submit(dispatch)
@@ -309,6 +313,48 @@ def test_a_forked_child_waits_for_nothing(grid: FakeGrid, dispatch: Dispatch) ->
     with dispatch._lock:
         dispatch.shutdown(wait=True, cancel=True)
     grid.forked = False
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_ends_while_its_parent_has_calls_out(
+    grid: FakeGrid, dispatch: Dispatch
+) -> None:
+    call = submit(dispatch)
+    grid.wait_for_job()
+    child = os.fork()
+    if not child:
+        pyexit._at_exit()  # what Python does at its end
+        os._exit(0)
+    end_s = time.monotonic() + WAIT_S
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > end_s:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
+    assert os.waitstatus_to_exitcode(ended[1]) == 0
+    dispatch.outcome(JOB, outcome(6))
+    assert call.result(WAIT_S) == 6
+
+
+def test_what_is_listed_once_more_is_not_read_once_more(
+    grid: FakeGrid, dispatch: Dispatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer to a submission brings outcomes that are listed again when they are counted."""
+    read: list[Sequence[int]] = []
+
+    def noting(link: Any, where: Any, stage: Any, tasks: Any, encoded: Any) -> Iterator[Any]:
+        read.append(list(tasks))
+        yield from incoming.decoded(link, where, stage, tasks, encoded)
+
+    monkeypatch.setattr("batchlab.grid.dispatch.decoded", noting)
+    futures = [CallFuture(), CallFuture()]
+    dispatch.submit_all([Call(one, abs, (-1,), {}) for one in futures], bundle=None)
+    grid.wait_for_job()
+    dispatch.outcome(JOB, outcome(6))
+    assert futures[0].result(WAIT_S) == 6
+    dispatch.outcome(JOB, outcome(6))
+    dispatch.outcome(JOB, outcome(7, first=1))
+    assert futures[1].result(WAIT_S) == 7
+    assert read == [[0], [1]]
 
 
 def test_no_call_is_taken_while_python_ends(

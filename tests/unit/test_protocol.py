@@ -207,6 +207,25 @@ def test_sizes_follow_the_measured_time_and_shrink_at_the_end() -> None:
     assert sizing.bundle_size(10_000, 2, 5.0, 64) == 64  # the user's own number
 
 
+def test_the_first_wave_has_a_task_to_measure_and_some_to_go_on_with_for_each_slot() -> None:
+    assert sizing.wave(2000, 2, None, None, 7) == [1, 1, 8, 8]
+    assert sizing.wave(66, 2, None, None, 7) == [1, 1, 4, 4]
+    assert sizing.wave(20, 2, None, None, 7) == [1, 1, 1, 1]  # they may take ten minutes each
+    assert sizing.wave(3, 2, None, None, 7) == [1, 1, 1]
+    assert sizing.wave(2000, 2, None, None, 3) == [1, 1, 8]
+    assert sizing.wave(2000, 2, None, None, 0) == []
+
+
+def test_the_last_fraction_of_a_second_is_cut_once_and_evenly() -> None:
+    """Halved again and again, ten thousand tasks of nothing would travel in a dozen bundles."""
+    assert sizing.wave(9980, 2, 1e-6, None, 7) == [2495, 2495, 2495, 2495]  # CAP is 4096
+    assert sizing.wave(20, 2, 0.005, None, 7) == [10, 10]
+    assert sizing.wave(19, 2, 0.005, None, 7) == [10, 9]
+    assert sizing.wave(19, 2, 0.005, None, 1) == [10]
+    assert sizing.wave(21, 2, 0.005, None, 7)[:1] == [10]
+    assert sizing.wave(20, 2, 0.005, 7, 7) == [7, 7, 6]  # the user's own number
+
+
 # --- The wire ------------------------------------------------------------------------------------
 
 

@@ -189,12 +189,26 @@ def test_an_instance_that_was_gone_before_is_no_job_s() -> None:
     assert recorder._instances["i-new"][5] == 1000.0
 
 
-@pytest.mark.parametrize(("first_s", "took_s"), [(None, 0.0), (990.0, 10.0), (1000.5, 0.0)])
-def test_a_job_took_the_time_before_this_manager_too(first_s: float | None, took_s: float) -> None:
-    """What it took decides whether its data is written; a manager may have led for a second."""
+@pytest.mark.parametrize(
+    ("first_s", "round_", "retried_s", "took_s"),
+    [
+        (None, 0, None, 0.0),
+        (990.0, 0, None, 10.0),
+        (1000.5, 0, None, 0.0),
+        (400.0, 1, 998.0, 2.0),
+        (400.0, 1, None, 0.0),
+    ],
+)
+def test_a_job_took_the_time_before_this_manager_too(
+    first_s: float | None, round_: int, retried_s: float | None, took_s: float
+) -> None:
+    """What it took decides whether its data is written; a manager may have led for a second. What
+    an earlier round took does not, which had its own end: a retry of a second, an hour after the
+    job, had counted as that hour."""
     stage = StageCounts(StageName("map"), first_start_s=first_s)
     definition = JobDef(JobId("a-1"), "a", (StageDef(StageName("map"), handler="m:f"),), 1.0)
-    live = LiveJob(JobRecord(definition, JobState.RUNNING), {stage.stage: StageRecord(stage)})
+    record = JobRecord(definition, JobState.RUNNING, round=round_)
+    live = LiveJob(record, {stage.stage: StageRecord(stage)}, retried_s=retried_s)
     lives = {live.id: live}
     recorder = Recorder(cast(Ports, FakePorts()), lives, cast(Registry, FakeRegistry()))
     recorder.adopt(live)

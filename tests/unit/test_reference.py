@@ -14,6 +14,7 @@ import yaml
 from typer.main import get_command
 
 from batchlab import reference
+from batchlab.cli import SERVICES, service
 from batchlab.cli.app import app
 from batchlab.manager.live import ManagerSettings
 from batchlab.reference import __main__, settings
@@ -59,6 +60,19 @@ def test_every_command_and_option_is_in_the_reference() -> None:
                     assert not option.startswith("--") or f"`{option}" in section, (path, option)
 
     walk(get_command(app), "batchlab")
+
+
+def test_every_option_of_a_service_is_in_the_reference() -> None:
+    """Their command lines are read by argparse, so Typer knows none of them."""
+    page = (DOCS / "cli.md").read_text()
+    services = service.parsers()[1]
+    assert set(services) == set(SERVICES)
+    for name, parser in services.items():
+        section = page.partition(f"\n## batchlab {name}\n")[2].partition("\n## ")[0]
+        options = set(re.findall(r"--[a-z-]+", parser.format_usage()))
+        assert options
+        for option in options:
+            assert f"| `{option} " in section, (name, option)
 
 
 def test_every_setting_has_a_meaning() -> None:

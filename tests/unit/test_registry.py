@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -13,8 +15,9 @@ from batchlab.errors import BatchlabError, Refused, Unreachable
 from batchlab.manager.counts import DUPLICATE, Counts
 from batchlab.manager.live import Ports
 from batchlab.manager.registry import LOST_S, Registry
+from batchlab.model import BundleId, Instance, JobId, LifecycleState, StageName
 from batchlab.patience import Patience
-from batchlab.ports import Fleet
+from batchlab.ports import Fleet, Queue
 from batchlab.protocol import wire
 from batchlab.sim.clocks import SimClock, SimIds
 from batchlab.sim.loop import SimLoop
@@ -25,11 +28,15 @@ def beat(instance: str, number: int) -> wire.Beat:
     return wire.Beat(f"w-{instance}", instance, "default", 1.0, 1, 0, (), number)
 
 
-def ports(fleet: Fleet) -> Ports:
+def dead(instance: str) -> Instance:
+    return Instance(instance, "default", LifecycleState.TERMINATED, 0.0)
+
+
+def ports(fleet: Fleet, queue: Queue = None) -> Ports:  # type: ignore[assignment]
     rng = random.Random(1)
     return Ports(
         SimObjects(),
-        None,  # type: ignore[arg-type]
+        queue,
         fleet,
         open_memory(),
         SimClock(asyncio.get_running_loop(), 1_700_000_000.0),
@@ -55,6 +62,80 @@ def test_a_worker_whose_end_another_leader_heard_of_is_forgotten() -> None:
         await registry.hear(beat("i-gone", 2))
         assert "i-gone" not in registry.workers
         assert registry.has_reported("i-gone")
+
+    SimLoop().run(main())
+
+
+def test_a_fresh_worker_on_an_instance_that_had_gone_is_heard() -> None:
+    """A reboot drains the worker and brings another on the same instance: it was never heard, and
+    replaced while it worked."""
+
+    async def main() -> None:
+        registry = Registry(ports(NoFleet()), {})
+        before = beat("i-1", 2)
+        fresh = replace(before, worker="w-fresh", number=1)
+        await registry.hear(before)
+        await registry.hear(replace(before, number=3, gone=True))
+        registry.back({"i-1"})
+        await registry.hear(before)
+        assert not registry.workers, "it has said that it goes"
+        await registry.hear(fresh)
+        # The queue may bring what the other one said only now.
+        await registry.hear(before)
+        await registry.hear(replace(before, number=3, gone=True))
+        assert registry.workers["i-1"].beat == fresh
+        await registry.bury([dead("i-1")])
+        await registry.hear(replace(fresh, number=2))
+        assert not registry.workers
+        assert registry.has_reported("i-1")
+
+    SimLoop().run(main())
+
+
+@pytest.mark.parametrize("how", ["buried", "missed", "buried unheard"])
+def test_an_instance_that_is_in_service_again_is_heard_again(how: str) -> None:
+    """One that comes back from standby, or that a describe had missed, has its worker still."""
+
+    async def main() -> None:
+        registry = Registry(ports(NoFleet()), {})
+        if how != "buried unheard":
+            await registry.hear(beat("i-1", 1))
+        if how == "missed":
+            await asyncio.sleep(LOST_S + 1)
+            registry.keep(())
+        else:
+            await registry.bury([dead("i-1")])
+        registry.back({"i-2"})
+        await registry.hear(beat("i-1", 2))
+        assert not registry.workers
+        registry.back({"i-1", "i-2"})
+        await registry.hear(beat("i-1", 3))
+        assert set(registry.workers) == {"i-1"}
+
+    SimLoop().run(main())
+
+
+@pytest.mark.parametrize(("silent_s", "given_back"), [(1.0, ["r-1"]), (LOST_S, [])])
+def test_what_an_instance_held_that_was_long_silent_is_not_given_back(
+    silent_s: float, given_back: list[str]
+) -> None:
+    """Its messages had come back by themselves, and others ran them: there were two of each."""
+
+    async def main() -> None:
+        returned: list[str] = []
+
+        class Returning:
+            async def change_visibility(
+                self, _: str, receipts: Sequence[tuple[str, float]]
+            ) -> None:
+                returned.extend(receipt for receipt, _ in receipts)
+
+        registry = Registry(ports(NoFleet(), Returning()), {})  # type: ignore[arg-type]
+        held = wire.Held("tasks", "r-1", JobId("j-1"), StageName("map"), BundleId("b-1"), True)
+        await registry.hear(replace(beat("i-1", 1), held=(held,)))
+        await asyncio.sleep(silent_s)
+        await registry.bury([dead("i-1")])
+        assert returned == given_back
 
     SimLoop().run(main())
 

@@ -49,7 +49,9 @@ def wheel(folder: Path, name: str, version: str, *requires: str, tag: str = "py3
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
     lines += [f"Requires-Dist: {one}" for one in requires]
     with zipfile.ZipFile(path, "w") as made:
-        made.writestr(f"{name}-{version}.dist-info/METADATA", "\n".join(lines) + "\n")
+        # Else it would have the time of day in it, and be another one two seconds later.
+        entry = zipfile.ZipInfo(f"{name}-{version}.dist-info/METADATA")
+        made.writestr(entry, "\n".join(lines) + "\n")
     return path
 
 

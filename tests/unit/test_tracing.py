@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -196,12 +197,19 @@ def test_sampling_is_by_job(
 
 def test_a_receiver_that_is_away_holds_up_nobody(environment: pytest.MonkeyPatch) -> None:
     environment.setattr("batchlab.adapters.otel.CLOSE_S", 0.2)
+    environment.setenv("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "1")
     tracer = opened("http://127.0.0.1:9", environment)
     begun_s = time.monotonic()
     root = tracer.root("submit", Subject(JOB.id))
     root.end()
     asyncio.run(tracer.close())
     assert time.monotonic() - begun_s < 5
+    # It goes on for a second, and rolls dice for its pauses: not beside another test, which may
+    # count on Python's.
+    for thread in threading.enumerate():
+        if thread.name == "last spans":
+            thread.join(30)
+            assert not thread.is_alive()
 
 
 # --- Tasks ---------------------------------------------------------------------------------------

@@ -108,14 +108,15 @@ class Leader:
         await self.recorder.load()
         await self.spending.load()
 
-    async def conducts(self, *, is_new: bool) -> LiveJob:
+    async def conducts(self, *, is_new: bool, saves: bool = True) -> LiveJob:
         job = JobDef(JOB, "sums", (StageDef(MAP, handler="m:f"),), 0.0)
         stages = {MAP: StageRecord(StageCounts(MAP))}
         live = LiveJob(JobRecord(job, JobState.RUNNABLE), stages)
         await self.spending.open(live, is_new=is_new)
         self.recorder.adopt(live)
         self.lives[JOB] = live
-        await self.saves()
+        if saves:
+            await self.saves()
         return live
 
     async def saves(self) -> None:
@@ -375,6 +376,33 @@ def test_who_still_tells_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> No
         meter.hear("manager", Requests(sqs=n), {}, {})
         meter.hear(f"w-{n}", Requests(sqs=1), {}, {})
     assert meter.total.requests.sqs == 9 + 9
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_round_that_was_not_written_down_before_the_next_one_is_told_with_it(saves: bool) -> None:
+    """Retried within one save, and again at its end: its first round's record was lost, and that it
+    had been a long one. Also where the account is saved while it runs again."""
+
+    async def main() -> None:
+        scene = Scene()
+        leader = scene.leader()
+        took: list[float] = []
+        leader.spending._on_written = lambda _, took_s: took.append(took_s)
+        await leader.leads()
+        for round_, seconds in enumerate((600.0, 1.0, 2.0)):
+            await leader.conducts(is_new=not round_, saves=saves)
+            leader.spending.notice_ends()
+            leader.recorder.repeated(JOB, MAP)
+            await asyncio.sleep(seconds)
+            leader.lives.clear()
+            leader.spending.notice_ends()
+        assert took == []
+        await leader.saves()
+        assert took == [600.0]
+        assert (await scene.used())["record"]["duplicates"] == {MAP: {"event": [3, 0.0]}}
+        assert leader.spending._closed == {}
+
+    play(main)
 
 
 def test_a_clock_that_is_set_back_makes_no_long_job_a_short_one() -> None:

@@ -60,6 +60,8 @@ def sqlite_engine(path: Path | None) -> Engine:
         URL.create("sqlite", database=str(path) if path else ":memory:"),
         # One connection, whoever's turn it is: SqlLedger never runs two things at once.
         poolclass=StaticPool,
+        # A transaction has been committed or rolled back before its connection is given back.
+        pool_reset_on_return=None,
         connect_args={
             "timeout": _MOMENT_S,
             "check_same_thread": False,

@@ -64,27 +64,4 @@
     if (title) dialog.setAttribute("aria-label", title.textContent);
     dialog.showModal();
   });
-
-  // --- Forms -----------------------------------------------------------------------------------
-
-  document.addEventListener("change", function (event) {
-    const name = event.target.dataset.all;
-    if (!name) return;
-    for (const box of event.target.form.querySelectorAll('input[name="' + name + '"]')) {
-      box.checked = event.target.checked;
-    }
-  });
-  document.addEventListener("input", function (event) {
-    if (event.target.id === "desired") document.getElementById("by-hand").checked = true;
-  });
-  document.addEventListener("submit", function (event) {
-    // Sent once, however often it is clicked; a page that comes back from memory starts anew.
-    const button = event.submitter;
-    if (!button) return;
-    if (button.getAttribute("aria-disabled") === "true") event.preventDefault();
-    button.setAttribute("aria-disabled", "true");
-  });
-  window.addEventListener("pageshow", function (event) {
-    if (event.persisted) window.location.reload();
-  });
 })();

@@ -1,0 +1,81 @@
+"""Instances whose workers tell nothing any more, though nobody has seen them die: a group replaces
+what its own checks find dead, and keeps for ever what has only stopped.
+
+Invariant: only time counts in which we have listened; an outage of the events, or a manager that
+stood still, adds to nobody's silence, and takes nothing from it. Where none of a pool is heard of,
+it may be for our sake, and they go one at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from batchlab.errors import BackendError, Refused
+from batchlab.manager.live import ManagerSettings, Ports
+from batchlab.manager.registry import LOST_S, Registry
+from batchlab.model import GroupView, LifecycleState
+
+log = logging.getLogger(__name__)
+
+SILENCES = 3
+"""So often its bundles have been looked for by then."""
+LONG_TICKS = 2
+"""A look counts for so many ticks at the most, however long ago the one before was."""
+
+
+class Silence:
+    """For how long nothing was heard of each instance that is in service."""
+
+    def __init__(self, ports: Ports, settings: ManagerSettings, registry: Registry) -> None:
+        self._ports = ports
+        self._registry = registry
+        self._step_s = LONG_TICKS * settings.tick_s
+        self.limit_s = max(LOST_S, SILENCES * settings.silence_s)
+        self._quiet_s: dict[str, float] = {}
+        """By instance."""
+        self._looked_s: float | None = None
+        """Monotonic."""
+
+    async def look(self, views: Sequence[GroupView]) -> None:
+        """Count up to now, and have those replaced that were silent for too long."""
+        now_s = self._ports.clock.monotonic_s()
+        since_s = now_s if self._looked_s is None else self._looked_s
+        self._looked_s = now_s
+        is_deaf = self._registry.deaf_s is not None and self._registry.deaf_s >= since_s
+        # What was heard before stays: were it forgotten, none would be replaced under steady load.
+        step_s = 0.0 if is_deaf else min(now_s - since_s, self._step_s)
+        pools = {
+            instance.id: view.pool.name
+            for view in views
+            for instance in view.instances
+            if instance.state is LifecycleState.IN_SERVICE
+        }
+        self._quiet_s = {
+            one: 0.0 if self._heard(one, since_s) else self._quiet_s.get(one, 0.0) + step_s
+            for one in pools
+        }
+        for pool in dict.fromkeys(pools.values()):
+            members = [one for one in pools if pools[one] == pool]
+            silent = [one for one in members if self._quiet_s[one] >= self.limit_s]
+            if len(silent) == len(members):
+                self._quiet_s |= dict.fromkeys(silent[1:], 0.0)
+                del silent[1:]
+            for one in silent:
+                await self._replace(one, pool)
+
+    def _heard(self, instance: str, since_s: float) -> bool:
+        seen = self._registry.workers.get(instance)
+        return seen is not None and seen.heard_s >= since_s
+
+    async def _replace(self, instance: str, pool: str) -> None:
+        cause = f"its worker has been silent for {self._quiet_s[instance]:.0f} s"
+        about = {"instance": instance, "pool": pool}
+        try:
+            await self._ports.fleet.set_health(instance, healthy=False, cause=cause)
+        except (Refused, BackendError) as error:
+            # What holds for one need not hold for the next, and the rest of the tick must go on.
+            log.warning("%s, and it cannot be replaced: %s", cause, error, extra=about)
+        else:
+            log.warning("%s: it is replaced", cause, extra=about)
+        self._quiet_s[instance] = 0.0

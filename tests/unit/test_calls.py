@@ -1,0 +1,49 @@
+"""One request to the manager, whatever comes in between."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from http.client import HTTPResponse
+
+import pytest
+
+from batchlab.client import Client
+from batchlab.errors import NotFound
+from tests.http_front import Answer, Request, standing
+
+
+class Manager:
+    def answer(self, request: Request) -> Answer:
+        if request.path == "/v1/health":
+            return Answer(200, [], b'{"leader": true}')
+        return Answer(404, [], b'{"error": "There is no such job.", "remedy": "Look again."}')
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    with standing(Manager()) as url, Client(url, "secret") as client:
+        yield client
+
+
+def test_an_interrupt_while_an_answer_is_put_away_is_not_lost(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a finalizer, which closes what nobody has closed, Python drops whatever is raised."""
+    close, left = HTTPResponse.close, [signal.SIGINT]
+
+    def interrupted(response: HTTPResponse) -> None:
+        if left:
+            signal.raise_signal(left.pop())
+        close(response)
+
+    monkeypatch.setattr(HTTPResponse, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        client.health()
+    assert client.health()["leader"]
+    assert len(client._idle) == 1  # to be used again
+    left.append(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        client.job("nowhere")
+    with pytest.raises(NotFound, match="no such job"):
+        client.job("nowhere")

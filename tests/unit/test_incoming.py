@@ -1,0 +1,55 @@
+"""Results on their way back: when they are asked for, and whose one is that cannot be had."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from pathlib import Path
+from typing import cast
+
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.errors import TaskFailed
+from batchlab.grid.incoming import GAP_S, decoded, gap_s
+from batchlab.grid.link import Link
+from batchlab.model import Json
+
+
+class FakeLink:
+    """To an empty bucket."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.objects = SimObjects()
+        self.run = asyncio.run
+
+
+def told(folder: Path, encoded: Json) -> TaskFailed:
+    (value,) = decoded(cast(Link, FakeLink(folder)), "sums-1", "parse", [3], [encoded])
+    assert isinstance(value, TaskFailed)
+    assert value.task == 3
+    return value
+
+
+def test_a_result_that_cannot_be_read_here_says_which_task_s_it_is(tmp_path: Path) -> None:
+    found = told(tmp_path, {"$pickle": "bm90IGEgcGlja2xl"})
+    assert str(found).startswith("The result of task parse/3 cannot be read here: ")
+    assert found.__cause__
+
+
+def test_a_result_that_is_gone_says_which_task_s_it_is(tmp_path: Path) -> None:
+    gone = {"$file": "jobs/sums-1/files/x", "name": "x", "size": 1, "origin": ""}
+    assert str(told(tmp_path, gone)).startswith("The result of task parse/3 cannot be had: ")
+
+
+def test_questions_are_as_rare_as_their_answers_may_be_late() -> None:
+    assert gap_s(0.0) == 0.0
+    assert gap_s(1.0) == 0.1
+    assert gap_s(3600.0) == GAP_S
+    assert gap_s(3600.0, most_s=0.05) == 0.05
+
+
+def test_the_last_results_are_asked_for_without_delay() -> None:
+    """A tenth of what is left at this pace, too: 200 tasks of a tenth of a second, one to come."""
+    assert gap_s(20.0, 1 / 199) == 0.1 * 20.0 / 199
+    assert gap_s(20.0, 0.0) == 0.0
+    assert gap_s(1.0, math.inf) == gap_s(1.0)
