@@ -152,7 +152,7 @@ class Dispatch:
         try:
             # Over only when the thread has let go of us: we may be what ends the grid.
             spare.run(partial(self._run, turn), turn.over.set)
-            pyexit.put_off_for(turn)
+            pyexit.put_off_for(turn.over)
         except BaseException:
             # Ctrl-C may come while we wait for it. If it is there all the same, it ends at once.
             self._turn = None

@@ -12,31 +12,23 @@ import atexit
 import concurrent.futures.thread  # noqa: F401 - see above
 import os
 import threading
-from typing import Protocol
 from weakref import WeakSet
 
-
-class Ends(Protocol):
-    """Something that comes to an end."""
-
-    over: threading.Event
-
-
-_awaited: WeakSet[Ends] = WeakSet()
+_awaited: WeakSet[threading.Event] = WeakSet()
 _begun = threading.Event()
 
 begun = _begun.is_set
 
 
-def put_off_for(one: Ends) -> None:
-    """Python does not end before this is over."""
-    _awaited.add(one)
+def put_off_for(end: threading.Event) -> None:
+    """Python does not end before this is set, unless nobody is left who could set it."""
+    _awaited.add(end)
 
 
 def _at_exit() -> None:
     _begun.set()
-    for one in list(_awaited):
-        one.over.wait()
+    for end in list(_awaited):
+        end.wait()
 
 
 # In a forked child nobody is left who would bring them to their end.

@@ -197,13 +197,10 @@ class Collector:
     def _tell(self, outcomes: Iterable[Outcome]) -> bool:
         """Tell who waits for the first outcomes of a job, whether anybody does: they are committed,
         and what is counted later is only how far the job has come."""
-        some: dict[JobId, list[Outcome]] = {}
-        for one in outcomes:
-            some.setdefault(one.bundle.job, []).append(one)
         heard = False
-        for job, found in some.items():
-            live = self._lives.get(job)
-            heard = bool(live and live.tell(found)) or heard
+        for one in outcomes:
+            live = self._lives.get(one.bundle.job)
+            heard = bool(live and live.tell(one)) or heard
         return heard
 
     async def _fetched(self, key: str) -> list[Completion]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from batchlab.costs.cap import Budget
@@ -199,12 +199,12 @@ class LiveJob:
         while self.version == version:
             await self._news.wait()
 
-    def tell(self, outcomes: Sequence[Outcome]) -> bool:
-        """Tell who waits for the first outcomes of these, which are committed and not yet folded;
+    def tell(self, outcome: Outcome) -> bool:
+        """Tell who waits for the first outcomes of one that is committed and not yet folded;
         whether anybody does."""
         if not self.listeners or self.folds:
             return False
-        self.told += outcomes
+        self.told.append(outcome)
         self.changed()
         return True
 
