@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from batchlab.grid import Grid
     from batchlab.task import Context, File
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = ["Context", "File", "Grid", "__version__"]
 
 _HOMES = {"Context": "batchlab.task", "File": "batchlab.task", "Grid": "batchlab.grid"}

@@ -6,9 +6,8 @@ import logging
 from collections.abc import Sequence
 
 from batchlab.costs import prices
-from batchlab.costs.bill import PoolFacts
 from batchlab.costs.meter import Accounting, Kind
-from batchlab.costs.money import HOURS_A_MONTH
+from batchlab.costs.money import HOURS_A_MONTH, WORKER_DISK_GB
 from batchlab.costs.requests import usd_of
 from batchlab.errors import UsageError
 from batchlab.home import Home
@@ -26,7 +25,7 @@ def accounting_of(home: Home, pools: Sequence[Pool], tally: Tally) -> Accounting
         log.warning("nothing has a price, so no cost can be capped: %s", error)
         return Accounting(tally=tally)
     own = {pool.name: pool.instance_type for pool in pools}
-    disk_usd_h = book.of("ebs", "gp3_usd_per_gb_month") * PoolFacts(1).disk_gb / HOURS_A_MONTH
+    disk_usd_h = book.of("ebs", "gp3_usd_per_gb_month") * WORKER_DISK_GB / HOURS_A_MONTH
 
     def usd_h(kind: Kind) -> float:
         return book.rate(kind.type, kind.market, own.get(kind.pool, "")).high + disk_usd_h

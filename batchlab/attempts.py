@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from batchlab.commit import committed
-from batchlab.errors import UsageError
-from batchlab.jobdef import JobDef
+from batchlab.errors import NotFound, UsageError
+from batchlab.jobdef import JobDef, StageDef
 from batchlab.model import Bundle, BundleId, Failure, JobId, Json, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import naming, values, wire
 from batchlab.protocol.fingerprint import fingerprint
 from batchlab.tasknames import task_name
-from batchlab.worker.inputs import Inputs
+from batchlab.worker.inputs import Inputs, NoSuchTask
 
 READ_AT_ONCE = 16
 _SHOWN = 200
@@ -179,23 +179,22 @@ async def log_end(
 
 
 async def task_bundle(
-    objects: Objects,
-    job: JobDef,
-    stage: StageName,
-    task: int,
-    patience: Patience,
-    *,
-    round_: int = 0,
+    objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience
 ) -> Bundle:
     """The bundle of a task that has not come to an end: where its input is, or will be. UsageError
-    where what it follows has no result yet."""
+    where what it follows has no result yet, NoSuchTask where that is not in its plan."""
     step = job.stage(stage)
-    alone = Bundle(job.id, stage, TaskSet.of([task]), round=round_)
+    alone = Bundle(job.id, stage, TaskSet.of([task]))
+    if step.gather is not None:
+        # It may have been planned by a retry only, once all before it had succeeded.
+        return replace(alone, round=await _round(objects, job.id, patience))
     if not step.chained:
         return alone
     upstream = await attempts(objects, job.id, step.after[0], task, patience)
     done = [one for one in upstream if one.state == "SUCCEEDED"]
     if not done:
+        if not upstream:
+            await _check_head(objects, job, step, task, patience)
         before = task_name(step.after[0], task)
         raise UsageError(
             f"{task_name(stage, task)} has no input yet: {before} has not succeeded.",
@@ -205,11 +204,41 @@ async def task_bundle(
     return replace(alone, source=BundleId(source))
 
 
+async def _check_head(
+    objects: Objects, job: JobDef, step: StageDef, task: int, patience: Patience
+) -> None:
+    """NoSuchTask where the stage that a chain begins with is planned without such a task."""
+    head = step
+    while head.chained:
+        head = job.stage(head.after[0])
+    bundle = await task_bundle(objects, job, head.name, task, patience)
+    try:
+        await Inputs(objects, patience).check(job, bundle)
+    except NoSuchTask as error:
+        name = task_name(step.name, task)
+        raise NoSuchTask(
+            f"The plan of job {job.id} has no task {name}.", remedy=error.remedy
+        ) from error
+    except NotFound:
+        return  # it is planned later, or was removed: nobody knows
+
+
+async def _round(objects: Objects, job: JobId, patience: Patience) -> int:
+    """The last round that the job's user has asked for."""
+    round_ = 0
+    while await patience(partial(objects.head, naming.retry(job, round_ + 1))):
+        round_ += 1
+    return round_
+
+
 async def task_input(objects: Objects, job: JobDef, bundle: Bundle, patience: Patience) -> Json:
     """The encoded input of the one task of `bundle`, as a worker gets it: inline JSON, or
     references to objects (see protocol.values). NotFound where an object is gone, and where the
     stage's plan has no such task."""
-    (item,) = await Inputs(objects, patience).resolve(job, bundle)
+    inputs = Inputs(objects, patience)
+    if bundle.source is None:
+        await inputs.check(job, bundle)
+    (item,) = await inputs.resolve(job, bundle)
     return item
 
 

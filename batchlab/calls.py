@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import os
 import ssl
-import time
-from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlencode, urlsplit
 
 from batchlab.errors import BackendError, BatchlabError, NotFound, Refused, Unreachable, UsageError
+from batchlab.keepalive import Connections
 
 if TYPE_CHECKING:
     import httpx
@@ -28,6 +27,11 @@ ANSWER_S = 60.0
 IDLE_S = 2.0
 """A kept connection idle for longer is not used again: the server closes it after 5 s, and a
 request that meets that moment fails."""
+
+PATIENCE_S = 20.0
+"""How long a manager that runs may fail to answer, or to lead, before somebody hears of it."""
+RESTARTED_S = 60.0
+"""The same where Docker starts it again, on a busy machine."""
 
 TRACE_VARIABLE = "TRACEPARENT"
 """Environment variable with the W3C trace context that a command was called in."""
@@ -50,14 +54,12 @@ class Calls:
     def __init__(self, url: str, token: str) -> None:
         self.url = url
         parts = urlsplit(url)
-        self._host = parts.netloc
         # Reading the system's certificates takes longer than all else here together.
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._headers = {"Authorization": f"Bearer {token}"}
         if above := _trace(os.environ.get(TRACE_VARIABLE, "")):
             self._headers["traceparent"] = above
-        self._idle: deque[tuple[float, HTTPConnection]] = deque()
-        """When each was last used (monotonic), and the connection; the last used comes last."""
+        self._connections = Connections(parts.netloc, self._tls, connect_s=CONNECT_S, idle_s=IDLE_S)
 
     def for_loop(self, connections: int) -> httpx.AsyncClient:
         """A client of the same manager for an event loop, which closes it; its requests wait for
@@ -76,8 +78,7 @@ class Calls:
 
     def close(self) -> None:
         """Close the kept connections."""
-        while self._idle:
-            self._idle.pop()[1].close()
+        self._connections.close()
 
     def __enter__(self) -> Self:
         return self
@@ -120,7 +121,7 @@ class Calls:
         headers = self._headers if data is None else {**self._headers, **_JSON}
         connection: HTTPConnection | None = None
         try:
-            connection = self._connected()
+            connection = self._connections.take()
             connection.sock.settimeout(answer_s + float(given.get("wait_s", 0.0)))
             connection.request(method, target, data, headers)
             # Closed here: its finalizer would do that too, and lose an interrupt that comes then.
@@ -130,7 +131,7 @@ class Calls:
                 yield response
                 is_read = response.isclosed()
             if is_read and not response.will_close:
-                self._idle.append((time.monotonic(), connection))
+                self._connections.give_back(connection)
                 connection = None
         except (OSError, HTTPException) as error:
             raise Unreachable(
@@ -140,20 +141,6 @@ class Calls:
         finally:
             if connection:
                 connection.close()
-
-    def _connected(self) -> HTTPConnection:
-        with suppress(IndexError):  # other threads take connections too
-            while True:
-                used_s, connection = self._idle.pop()
-                if time.monotonic() - used_s < IDLE_S:
-                    return connection
-                connection.close()
-        if self._tls:
-            connection = HTTPSConnection(self._host, timeout=CONNECT_S, context=self._tls)
-        else:
-            connection = HTTPConnection(self._host, timeout=CONNECT_S)
-        connection.connect()
-        return connection
 
 
 def _trace(given: str) -> str:

@@ -1,7 +1,7 @@
 """The commit point and the forwarding after it: steps 2 and 3 of a bundle's life.
 
-Invariant: an outcome is written once, by one conditional PUT. Whoever finds it there throws its
-own work away and goes on from what was committed, so everything after may be repeated.
+Invariant (I1): an outcome is written once, by one conditional PUT. Whoever finds it there
+throws its own work away and goes on from what was committed, so everything after may be repeated.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from batchlab.model import Bundle, Follow, Json, Outcome
 from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, MAX_DELAY_S, MAX_MESSAGE_BYTES, Objects, Outgoing, Queue
 from batchlab.protocol import naming, wire
+from batchlab.protocol.messages import TaskMessage, task_message
 
 INLINE_BYTES = 60_000
 """Inputs up to this travel in the message; larger ones are fetched by the worker. SQS bills in
@@ -76,8 +77,8 @@ def address(
     traced; without it that is the submission."""
     if items is not None and len(json.dumps(items)) > INLINE_BYTES:
         items = None
-    body = wire.task_message(
-        wire.TaskMessage(
+    body = task_message(
+        TaskMessage(
             bundle,
             items,
             now_s + delay_s if delay_s > MAX_DELAY_S else None,

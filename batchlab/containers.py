@@ -24,6 +24,7 @@ from batchlab.errors import Unreachable, UsageError
 from batchlab.home import Home, ManagerRecord, Place
 from batchlab.model import Pool
 from batchlab.protocol import naming
+from batchlab.whole import write_whole
 
 _TYPE = "m7i.large"
 """Of instances of a pool that names none."""
@@ -133,9 +134,7 @@ def _plan(
     else:
         more = environment.taken_over(os.environ)
         templates = templates_for(at, place, pools or backend.pools, more)
-    fresh = path.with_name("templates.toml.new")
-    fresh.write_text(templates)
-    fresh.replace(path)  # an endpoint that is up reads it at any time
+    write_whole(path, templates)  # an endpoint that is up reads it at any time
     home.write_place(backend.name, place)
     home.token()
     _hand_over(home, at.user)

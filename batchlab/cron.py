@@ -26,7 +26,8 @@ def local_times(expression: str, after: datetime) -> Iterator[datetime]:
     fields = expression.split()
     if len(fields) != FIELDS:
         # With a sixth cronsim would take the first for seconds.
-        raise ValueError(f"it has {len(fields)} fields, not {FIELDS}")
+        noun = "field" if len(fields) == 1 else "fields"
+        raise ValueError(f"it has {len(fields)} {noun}, not {FIELDS}")
     try:
         return iter(CronSim(expression, after))
     except CronSimError as error:

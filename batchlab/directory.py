@@ -17,14 +17,15 @@ from batchlab.jobdef import NotifyDef
 from batchlab.notification import NAMED, Target, is_loopback, own_target
 
 FILE = "notify.toml"
-_PORTS = {"https": 443, "http": 80}
+PORTS = {"https": 443, "http": 80}
+"""What a URL means that names no port, by its scheme."""
 
 
 def origin(url: str) -> str:
     """Scheme, host and port of a URL, written in one way; ValueError where it has none."""
     parts = urlsplit(url)
     host = parts.hostname
-    if parts.scheme not in _PORTS or not host:
+    if parts.scheme not in PORTS or not host:
         raise ValueError("it has no scheme and host")
     try:
         address = ipaddress.ip_address(host)
@@ -32,7 +33,7 @@ def origin(url: str) -> str:
         shown = host.lower()
     else:
         shown = f"[{address}]" if address.version == 6 else str(address)
-    return f"{parts.scheme}://{shown}:{parts.port or _PORTS[parts.scheme]}"
+    return f"{parts.scheme}://{shown}:{parts.port or PORTS[parts.scheme]}"
 
 
 @dataclass(frozen=True, slots=True)

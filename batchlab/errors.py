@@ -3,6 +3,7 @@
 BatchlabError
 ├── UsageError              exit 2: the command, the job file or the scenario is wrong
 │   ├── JobFileError        names file, line and remedy
+│   │   └── JobFileErrors   spec: all that is wrong with a file
 │   └── NotAValue           protocol.values: a value that cannot travel
 ├── BackendError            exit 3: a port could not do its work
 │   ├── Unreachable         the service behind the port does not answer
@@ -10,12 +11,18 @@ BatchlabError
 │   ├── NotFound            no such object, queue or row
 │   ├── AlreadyExists       a conditional create lost (HTTP 412)
 │   ├── TooLarge            over a limit of the service
-│   └── TooNew              a later batchlab has written what this one is to read
+│   ├── TooNew              a later batchlab has written what this one is to read
+│   ├── BrokenGridExecutor  grid: an executor that can run nothing any more
+│   └── StackFailed         deploy: CloudFormation could not do it
 ├── JobFailed               exit 1: the job ended FAILED or CANCELLED
 │   └── TaskFailed          one task's failure, with the remote traceback
+│       └── WorkerDied      grid: an executor's call has ended its process
 ├── NotDelivered            notification: it did not reach its target
 ├── Refused                 exit 2: the manager declines (state, duplicate token, unknown id)
+│   └── Fault               fleet.faults: what AWS's Auto Scaling answers with 400
 └── SimulationError         sim.actors: a promise is broken, or the world is set up wrongly
+
+Subclasses that only their own part of the code knows are not shown.
 """
 
 from __future__ import annotations

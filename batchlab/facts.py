@@ -11,8 +11,9 @@ from functools import cached_property
 
 from batchlab.jobdef import StageDef
 from batchlab.manager import by_hand
-from batchlab.manager.live import LiveJob, ManagerSettings, Outstanding, Seen
+from batchlab.manager.live import LiveJob, Outstanding, Seen
 from batchlab.manager.manager import Manager
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import (
     Activity,
     BundleId,
@@ -150,7 +151,7 @@ async def gather(manager: Manager, job: JobId) -> Facts:
         workers=manager.registry.workers,
         held=manager.autoscaler.held,
         activities=activities,
-        capped=manager.spending.capped if manager.spending else {},
+        capped=manager.spending.caps.capped if manager.spending else {},
         stopped=manager.autoscaler.boots.stopped(),
         trouble=manager.trouble,
         lag_s=manager.counts.lag_s,

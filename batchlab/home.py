@@ -35,6 +35,7 @@ from typing import IO, Any
 
 from batchlab.errors import Refused, UsageError
 from batchlab.protocol import naming
+from batchlab.whole import write_whole
 
 DEFAULT = ".batchlab"
 PROBED_S = 0.2
@@ -136,7 +137,7 @@ class Home:
 
     def write_place(self, backend: str, place: Place) -> None:
         """Say where they are; whole or not at all."""
-        _write(self.of(backend) / "endpoint.json", place)
+        write_whole(self.of(backend) / "endpoint.json", json.dumps(asdict(place)))
 
     def forget_place(self, backend: str) -> None:
         """There is no such place any more."""
@@ -213,7 +214,7 @@ class Home:
 
     def write_record(self, record: ManagerRecord) -> None:
         """Say who is at home; whole or not at all."""
-        _write(self.path / "manager.json", record)
+        write_whole(self.path / "manager.json", json.dumps(asdict(record)))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -284,7 +285,7 @@ def _private(path: Path, text: str) -> Path:
 
 
 def _read(path: Path, kind: type[ManagerRecord | Place]) -> dict[str, Any] | None:
-    """The fields that `_write` wrote; None where there is no such file, or it holds another
+    """The fields of the one that was written; None where there is no such file, or it holds another
     thing: then nobody is at home."""
     try:
         found = json.loads(path.read_bytes())
@@ -293,12 +294,6 @@ def _read(path: Path, kind: type[ManagerRecord | Place]) -> dict[str, Any] | Non
     names = {field.name for field in fields_of(kind)}
     needed = {field.name for field in fields_of(kind) if field.default is MISSING}
     return found if isinstance(found, dict) and needed <= found.keys() <= names else None
-
-
-def _write(path: Path, fields: ManagerRecord | Place) -> None:
-    staged = path.with_name(f"{path.name}.new")
-    staged.write_text(json.dumps(asdict(fields)))
-    staged.replace(path)
 
 
 def find_home(option: Path | None) -> Home:

@@ -18,8 +18,9 @@ class RetryRule:
 
     `attempts` counts the first try. The wait before attempt n+1 is
     `backoff_s · factor^(n-1)`, at most `max_backoff_s`, times a jitter within ±`jitter`.
-    Empty `kinds` means every kind but IMPORT and RESULT, which no second try can mend. Non-empty
-    `exit_codes` or `exceptions` narrow EXIT and EXCEPTION to those named.
+    Empty `kinds` means every kind but IMPORT and RESULT, which no second try can mend; LOST is
+    final by any rule. Non-empty `exit_codes` or `exceptions` narrow EXIT and EXCEPTION to those
+    named.
     """
 
     attempts: int = 3
@@ -133,7 +134,7 @@ class JobDef:
     """Client token: a second submission with it is the same job."""
     start_at_s: float | None = None
     max_cost_usd: float | None = None
-    """Beyond this nothing is launched for it any more (see manager.spending)."""
+    """Beyond this nothing is launched for it any more (see manager.caps)."""
     notify: tuple[NotifyDef, ...] = ()
     """Whom to tell of it, beside whom the grid itself tells."""
     trace: str = ""

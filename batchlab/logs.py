@@ -12,8 +12,7 @@ import os
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import TracebackType
@@ -52,16 +51,6 @@ _hidden: list[str] = []
 def note(**fields: str | int) -> None:
     """From here on every line of this asyncio task, and of what it starts, has these fields."""
     _about.set({**_about.get({}), **fields})
-
-
-@contextmanager
-def about(**fields: str | int) -> Iterator[None]:
-    """The same within a block."""
-    token = _about.set({**_about.get({}), **fields})
-    try:
-        yield
-    finally:
-        _about.reset(token)
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, str | int]:

@@ -15,6 +15,7 @@ from batchlab.manager.counts import STAGE_KINDS, stage_kind
 from batchlab.manager.live import LiveJob, Outstanding
 from batchlab.manager.manager import Manager
 from batchlab.model import ENDED, JobState, LifecycleState
+from batchlab.notification import KINDS
 from batchlab.protocol.wire import FAILURE_KINDS
 from batchlab.viewing import running_tasks
 
@@ -25,7 +26,7 @@ Samples = Mapping[tuple[str, ...], float]
 DECISIONS = ("in", "out")
 DELIVERIES = ("delivered", "failed", "given_up")
 FOLLOWED = ("failed", "retried")
-TARGETS = ("command", "sns", "webhook")
+TARGETS = tuple(sorted(KINDS))
 TASK_STATES = ("waiting", "sent", "running")
 
 
@@ -75,12 +76,8 @@ def _jobs(manager: Manager) -> Iterator[Metric]:
         ("state",),
         {(s.value.lower(),): states[s] for s in JobState if s not in ENDED},
     )
-    yield _by(
-        "jobs_capped",
-        "Jobs that a cap on cost holds back.",
-        (),
-        {(): sum(live.is_held for live in manager.lives.values())},
-    )
+    held = sum(live.is_held for live in manager.lives.values())
+    yield _gauge("jobs_capped", "Jobs that a cap on cost holds back.", held)
     yield _count("jobs_submitted", "Jobs that were accepted.", {(): counts.submitted})
     yield _count(
         "jobs_ended",
@@ -289,8 +286,8 @@ def _use(manager: Manager) -> Iterator[Metric]:
             "nothing is billed, what AWS would have asked.",
             {(): spent},
         )
-    if books.max_cost_usd is not None:
-        yield _gauge("cost_cap_usd", "The cap on that.", books.max_cost_usd)
+    if books.caps.max_cost_usd is not None:
+        yield _gauge("cost_cap_usd", "The cap on that.", books.caps.max_cost_usd)
 
 
 def _notifications(manager: Manager) -> Iterator[Metric]:

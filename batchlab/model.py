@@ -1,6 +1,7 @@
 """The nouns of the grid as frozen values, and the one table of moves a job's state may make.
 
-Nothing here does input or output, and everything here means the same on every backend.
+Invariant: nothing here does input or output, and everything here means the same on every backend.
+They are in one file, since all else is made of them.
 """
 
 from __future__ import annotations

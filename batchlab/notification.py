@@ -20,6 +20,7 @@ from batchlab.jobdef import JobDef, NotifyDef
 from batchlab.model import Json
 from batchlab.ports import JobRecord, StageRecord
 from batchlab.protocol import wire
+from batchlab.protocol.checked import known
 
 ENDS = ("succeeded", "failed", "cancelled")
 MOMENTS = ("ended", *ENDS, "failures", "stuck", "capped")
@@ -314,6 +315,7 @@ def to_json(one: Notification) -> dict[str, Json]:
 
 
 def from_json(doc: Mapping[str, Any]) -> Notification:
+    """What a later batchlab has added is passed over: else all that waits beside it was lost."""
     own = doc["own"]
-    kept = NotifyDef(**{**own, "on": tuple(own["on"])}) if own else None
-    return replace(Notification(**{**doc, "own": None}), own=kept)
+    kept = NotifyDef(**{**known(NotifyDef, own), "on": tuple(own["on"])}) if own else None
+    return replace(Notification(**{**known(Notification, doc), "own": None}), own=kept)

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from batchlab.attempts import definition
 from batchlab.errors import UsageError
 from batchlab.jobdef import JobDef
 from batchlab.model import JobId, Json, Outcome, StageName, TaskSet
@@ -22,7 +23,7 @@ from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import naming, values, wire
 from batchlab.result_files import VALUES_AT_ONCE, Files, Within, plain
-from batchlab.views import JobView, OutcomeView
+from batchlab.views import JobView, OutcomesView, OutcomeView
 
 OUTCOMES_AT_ONCE = 8
 LIMITED_AT_ONCE = 2
@@ -39,13 +40,22 @@ class Listed:
     """One outcome as the manager lists it; `tasks` are those that succeeded in it."""
 
     stage: str
-    bundle: str
     key: str
     tasks: TaskSet
 
     @classmethod
     def of(cls, view: OutcomeView) -> Listed:
-        return cls(view["stage"], view["bundle"], view["key"], wire.tasks_from_json(view["tasks"]))
+        return cls(view["stage"], view["key"], wire.tasks_from_json(view["tasks"]))
+
+
+def listed(page: Callable[[int | None], OutcomesView]) -> list[Listed]:
+    """All outcomes of a job that there are by now; `page` gives those after a seq, or the first."""
+    found: list[Listed] = []
+    after: int | None = None
+    while some := page(after)["outcomes"]:
+        found += map(Listed.of, some)
+        after = some[-1]["seq"]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +68,6 @@ class Fetched:
     files: int
     size_bytes: int
     read_bytes: int = 0
-
-
-async def definition(objects: Objects, job: str, patience: Patience) -> JobDef:
-    """The job as it was submitted; NotFound."""
-    data = await patience(lambda: objects.get(naming.spec(JobId(job))))
-    return wire.job_from_json(wire.loads(data))
 
 
 def final_stages(job: JobDef) -> list[StageName]:
@@ -89,7 +93,7 @@ async def fetch(
     final ones. What an earlier fetch of these stages has left in `out` is replaced. UsageError for
     a stage that there is not, for a folder that cannot be written, and where it is not `within`.
     """
-    job = await definition(objects, view["id"], patience)
+    job = await definition(objects, JobId(view["id"]), patience)
     chosen = {name: of_stage(name, listing) for name in _known(job, stages) or final_stages(job)}
     steps = _Steps(sum(len(found) for found in chosen.values()), progress)
     try:
@@ -105,7 +109,8 @@ async def fetch(
     except OSError as error:
         raise UsageError(
             f"The results cannot be written to {out}: {error.strerror or error}.",
-            remedy="Free some space, or name another folder with --out.",
+            remedy="Free some space, or name another folder with --out. The grid has the results: "
+            f"`batchlab job results {view['id']}` fetches them while it is up.",
         ) from error
     return fetched
 

@@ -19,11 +19,11 @@ from dataclasses import asdict, fields, replace
 from batchlab.backends import Backend
 from batchlab.errors import UsageError
 from batchlab.home import Home
-from batchlab.manager.live import ManagerSettings
+from batchlab.manager.settings import ManagerSettings
 
 TABLE = "manager"
 _NAMES = tuple(field.name for field in fields(ManagerSettings))
-_WHOLE = frozenset({"max_receives", "boot_tries"})
+_WHOLE = frozenset(field.name for field in fields(ManagerSettings) if field.type == "int")
 _MAY_BE_0 = frozenset({"cooldown_in_s", "idle_s", "boot_pause_s"})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,12 +85,9 @@ async def prepare(
         for key in keys or ():
             await _look(objects, key, patience)
     data, digest = packed or code_digest(jobfile)
-    code_key = f"code/{digest}.zip"
-    try:
+    code_key = naming.code(digest)
+    with suppress(AlreadyExists):  # named by its content, so what is there is the same
         await patience(lambda: objects.put(code_key, data, if_absent=True))
-    except AlreadyExists:
-        # Named by its content, so what is there is the same.
-        code_key = f"code/{digest}.zip"
     job_id = naming.job_id(jobfile.job.name, token)
     if keys is None:
         keys = await _upload(jobfile, naming.raw(job_id), objects, progress)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import IO, Any
 
-# Stores name a file that is still being written so.
-_STAGED = re.compile(r"#\d+$")
+from batchlab.objectnames import STAGED
 
 
 def name_problem(name: str) -> str | None:
@@ -23,7 +21,7 @@ def name_problem(name: str) -> str | None:
         return "must be a relative name such as 'part.csv' or 'charts/part.png'"
     if any(part in ("", ".", "..") for part in parts):
         return "must not have empty parts, '.' or '..' in it"
-    if not name.isprintable() or any(_STAGED.search(part) for part in parts):
+    if not name.isprintable() or any(STAGED.search(part) for part in parts):
         return "must be printable and must not end in '#' and digits"
     if len(name.encode()) > 512 or any(len(part.encode()) > 200 for part in parts):
         return "is too long"

@@ -30,6 +30,7 @@ START_S = 30.0
 CONNECT_S = 660.0
 """What a connection may take: a little longer than it waits for a manager that boots."""
 LONG_S = 10.0
+STOP_S = 30.0
 _STARTED: dict[int, subprocess.Popen[bytes]] = {}
 """Managers that this process has started, by pid: a dead child stays a zombie until it is waited
 for, and a Popen that is dropped complains."""
@@ -53,6 +54,7 @@ def start_manager(
     """
     if running := home.record():
         return running
+    backend.check_installed()
     _bury()
     if backend.runs_in == "containers":
         from batchlab import containers
@@ -130,7 +132,7 @@ def _refuse_pools(backend: Backend, home: Home, pools: Sequence[Pool]) -> None:
         )
 
 
-def stop_manager(home: Home, *, wait_s: float = 30.0) -> bool:
+def stop_manager(home: Home) -> bool:
     """End the manager that runs here, with its instances; False where none runs."""
     record = home.record()
     _bury()
@@ -148,11 +150,11 @@ def stop_manager(home: Home, *, wait_s: float = 30.0) -> bool:
         )
     with suppress(ProcessLookupError):
         os.kill(record.pid, signal.SIGTERM)
-    deadline_s = time.monotonic() + wait_s
+    deadline_s = time.monotonic() + STOP_S
     while home.record() is not None:
         if time.monotonic() > deadline_s:
             raise BackendError(
-                f"The manager (pid {record.pid}) has not ended after {wait_s:.0f} s.",
+                f"The manager (pid {record.pid}) has not ended after {STOP_S:.0f} s.",
                 remedy=f"Its log is {home.manager_log}.",
             )
         time.sleep(0.02)

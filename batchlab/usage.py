@@ -117,8 +117,8 @@ def use_view(spending: Spending) -> UseView:
             {"pool": k.pool, "type": k.type, "market": k.market.value, "instances": number}
             for k, number in kinds.items()
         ],
-        "max_cost_usd": spending.max_cost_usd,
-        "capped": dict(spending.capped),
+        "max_cost_usd": spending.caps.max_cost_usd,
+        "capped": dict(spending.caps.capped),
     }
 
 

@@ -9,6 +9,10 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
+STEP_BACK_S = 0.001
+"""So long we do nothing, once we have told something on which somebody waits: a kernel may leave
+the process that it has woken by that on our own core until we are done."""
+
 
 async def set_within(event: asyncio.Event, seconds: float) -> bool:
     """Wait until the event is set, for so long at the most; whether it is."""

@@ -2,6 +2,7 @@
 
 Invariant: there is always an answer, and it is read off facts that the grid has, never guessed.
 A job that waits for ever without a reason is what users of other batch services complain of most.
+The questions are in one file, since their order is the answer.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from batchlab.facts import Facts
 from batchlab.manager.live import LiveJob
 from batchlab.model import Activity, Control, GroupView, JobState
 from batchlab.protocol.policy import judge
-from batchlab.words import count, first_of, whole
+from batchlab.words import capital, count, first_of, whole
 
 Reason = Callable[[Facts], str | None]
 LAG_S = 10.0
@@ -266,7 +267,7 @@ def _queued(f: Facts) -> str | None:
 
 
 def _delayed(f: Facts) -> str | None:
-    return f"{_capital(_retries(f))}; {_progress(f)}{_then(f)}." if f.delayed else None
+    return f"{capital(_retries(f))}; {_progress(f)}{_then(f)}." if f.delayed else None
 
 
 def _uncut(f: Facts) -> str | None:
@@ -318,7 +319,7 @@ def _closing(f: Facts) -> str | None:
 def _between(f: Facts) -> str:
     """Every task that is not terminal is on its way from one bundle to the next."""
     return (
-        f"{_capital(_progress(f))} and no bundle is outstanding at this moment; the manager looks "
+        f"{capital(_progress(f))} and no bundle is outstanding at this moment; the manager looks "
         f"again within {f.settings.tick_s:g} s{_then(f)}."
     )
 
@@ -414,7 +415,3 @@ def _verb(number: int, one: str, many: str) -> str:
 
 def _names(lives: Sequence[LiveJob]) -> str:
     return first_of([one.id for one in lives], NAMED)
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

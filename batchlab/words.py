@@ -72,6 +72,11 @@ def size(size_bytes: float) -> str:
     return f"{size_bytes / 1024:.1f} TiB"
 
 
+def capital(text: str) -> str:
+    """The same with a capital at its beginning, and all else as it is."""
+    return text[:1].upper() + text[1:]
+
+
 def count(number: int, noun: str) -> str:
     """`1 task`, `2 tasks`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")

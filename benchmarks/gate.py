@@ -1,11 +1,12 @@
 """What has become slower: batchlab beside a process pool, compared with the ratios on record.
 
-    python benchmarks/gate.py [--small] [--record]
+    python benchmarks/gate.py --harness FOLDER [--small] [--record]
 
-Runs the harness (see `run.py`) for batchlab's backends and, in the same run, for the standard
-library's process pool. What counts is the ratio of the two, since both feel the same machine; where
-a figure is a share of an ideal already, that. Ratios are compared with `recorded.json`, which
-`--record` writes anew. Says what got slower by more than its noise; never fails for being slow.
+Runs the harness, which is no part of this repository (`harness.py`), for batchlab's backends and,
+in the same run, for the standard library's process pool. What counts is the ratio of the two, since
+both feel the same machine; where a figure is a share of an ideal already, that. Ratios are compared
+with `recorded.json`, which `--record` writes anew. Says what got slower by more than its noise;
+never fails for being slow.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import harness
 
 HERE = Path(__file__).resolve().parent
 RECORDED = HERE / "recorded.json"
@@ -49,14 +52,16 @@ MEASURES: Mapping[str, Measure] = {
 SMALL = ("W1", "W2", "W5", "W6")
 
 
-def measured(workloads: tuple[str, ...], repeat: int) -> dict[str, dict[str, float]]:
-    """Ratios by backend and workload, of one run."""
-    with tempfile.TemporaryDirectory(prefix="batchlab-gate-") as folder:
-        results = Path(folder) / "results.json"
-        command = [sys.executable, str(HERE / "run.py"), "--peers", ",".join((POOL, *BACKENDS))]
+def measured(folder: Path, workloads: tuple[str, ...], repeat: int) -> dict[str, dict[str, float]]:
+    """Ratios by backend and workload, of one run of the harness in `folder`."""
+    with tempfile.TemporaryDirectory(prefix="batchlab-gate-") as scratch:
+        results = Path(scratch) / "results.json"
+        command = [sys.executable, str(HERE / "run.py"), "--harness", str(folder)]
+        command += ["--peers", ",".join((POOL, *BACKENDS))]
         command += ["--workloads", ",".join(workloads), "--repeat", str(repeat)]
         command += ["--attempts", "1", "--patience", "5", "--json", str(results)]
-        subprocess.run(command, check=True)
+        if code := subprocess.run(command, check=False).returncode:
+            sys.exit(code)
         runs = json.loads(results.read_text())["runs"]
     pool = runs[POOL]
     return {
@@ -82,11 +87,12 @@ def change(name: str, now: float, before: float | None) -> str:
 def main() -> None:
     """Measure, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    harness.add_to(parser)
     parser.add_argument("--small", action="store_true", help="four workloads, once")
     parser.add_argument("--record", action="store_true", help="put the ratios on record")
     options = parser.parse_args()
     workloads = SMALL if options.small else tuple(MEASURES)
-    now = measured(workloads, 1 if options.small else 3)
+    now = measured(harness.there(options.harness), workloads, 1 if options.small else 3)
     before = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     print(f"\n{'backend':<20}{'workload':<10}{'now':>10}{'recorded':>10}  change")
     for backend, figures in now.items():

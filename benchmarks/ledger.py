@@ -39,8 +39,9 @@ from batchlab.adapters.sql import open_postgres, open_sqlite
 from batchlab.adapters.sqlite_queue import SqliteQueue
 from batchlab.jobdef import InputDef, JobDef, SplitBy, StageDef
 from batchlab.manager.collector import events_queue
-from batchlab.manager.live import ManagerSettings, Ports
+from batchlab.manager.live import Ports
 from batchlab.manager.manager import Manager
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import (
     Bundle,
     Completion,
@@ -52,7 +53,8 @@ from batchlab.model import (
 )
 from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, Cut, Ledger, Outgoing
-from batchlab.protocol import naming, wire
+from batchlab.protocol import naming
+from batchlab.protocol.messages import Events, events_message, read_task_message
 from tests.no_fleet import NoFleet
 
 PER_SECOND = 10_000
@@ -150,7 +152,7 @@ def collect(each: int, count: int) -> list[Row]:
         await ports.queue.ensure(events_queue(ManagerSettings()))
         done = tuple(map(completion, planned))
         packs = (done[first : first + each] for first in range(0, count, each))
-        bodies = [wire.events_message(wire.Events(pack)) for pack in packs]
+        bodies = [events_message(Events(pack)) for pack in packs]
         for first in range(0, len(bodies), MAX_BATCH):
             some = bodies[first : first + MAX_BATCH]
             await ports.queue.send(naming.EVENTS, [Outgoing(body) for body in some])
@@ -247,9 +249,9 @@ async def work(ports: Ports) -> None:
     while True:
         messages = await queue.receive(name, wait_s=1.0)
         if messages:
-            found = [wire.read_task_message(message.body).bundle for message in messages]
-            events = wire.Events(tuple(map(completion, found)))
-            await queue.send(naming.EVENTS, [Outgoing(wire.events_message(events))])
+            found = [read_task_message(message.body).bundle for message in messages]
+            events = Events(tuple(map(completion, found)))
+            await queue.send(naming.EVENTS, [Outgoing(events_message(events))])
             await queue.delete(name, [message.receipt for message in messages])
 
 

@@ -1,15 +1,15 @@
 """Every peer that this machine can have beside batchlab, in one run, and the table for the docs.
 
-    python benchmarks/peers.py --install [--docs]
-    python benchmarks/peers.py --small --peers batchlab_local,dask,ray
+    python benchmarks/peers.py --harness FOLDER --install [--docs]
+    python benchmarks/peers.py --harness FOLDER --small --peers batchlab_local,dask,ray
 
-With --install the peers are installed by uv, in virtual environments of their own (--venvs; what is
-there stays). The harness runs them all through `run.py`: each round measures every peer once, so
-that a slow spell of the machine hits all alike. A peer that needs a program which is not here is
-named and left out. Prints the table, each figure the median of its rounds; with --docs it takes the
-place of the one in `docs/benchmarks.md`. Three rounds of all of them take about 45 minutes on a
-machine that does nothing else. --small is one round of a tenth of the work: a check, and no
-measurement.
+The harness is no part of this repository (`harness.py`). With --install the peers are installed by
+uv, in virtual environments of their own (--venvs; what is there stays). The harness runs them all
+through `run.py`: each round measures every peer once, so that a slow spell of the machine hits all
+alike. A peer that needs a program which is not here is named and left out. Prints the table, each
+figure the median of its rounds; with --docs it takes the place of the one in `docs/benchmarks.md`.
+A round of all of them takes about 20 minutes on a machine that does nothing else. --small is
+one round of a tenth of the work: a check, and no measurement.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import harness
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs" / "benchmarks.md"
@@ -137,8 +139,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--peers", default=",".join((*OURS, *PEERS)), help="comma list")
     parser.add_argument("--workloads", default="all", help="comma list of W1 … W7N, or all")
-    parser.add_argument("--harness", type=Path, default=HERE.parents[1] / "shared" / "bench")
-    parser.add_argument("--venvs", type=Path, default=Path.home() / ".cache" / "batchlab" / "peers")
+    harness.add_to(parser)
+    parser.add_argument(
+        "--venvs",
+        type=Path,
+        default=Path.home() / ".cache" / "batchlab" / "peers",
+        help="where the peers are installed",
+    )
     parser.add_argument("--install", action="store_true", help="install the peers first")
     parser.add_argument("--repeat", type=int, default=3, help="rounds")
     parser.add_argument("--small", action="store_true", help="a check, not a measurement")
@@ -150,6 +157,7 @@ def main() -> None:
         sys.exit(
             f"No such peer: {', '.join(sorted(unknown))}; there are {', '.join((*OURS, *PEERS))}."
         )
+    harness.there(options.harness)
     options.venvs.mkdir(parents=True, exist_ok=True)
     if options.install:
         install(options.venvs)
@@ -161,7 +169,8 @@ def main() -> None:
         command += ["--repeat", "1", "--scale", "0.1", "--attempts", "1", "--patience", "1"]
     else:
         command += ["--repeat", str(options.repeat)]
-    subprocess.run(command, check=True)
+    if code := subprocess.run(command, check=False).returncode:
+        sys.exit(code)
     told = table(json.loads(options.json.read_text())["runs"], peers)
     told += f"\nVersions: {versions(options.venvs)}.\n"
     print(f"\n{told}")

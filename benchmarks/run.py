@@ -2,10 +2,10 @@
 
     python benchmarks/run.py --harness FOLDER --peers batchlab_local,dask --workloads W1,W5
 
-The harness is copied to a scratch folder, where batchlab joins its adapters; the copy is run, and
-its results are written to `benchmarks/results/`. Peers need the harness's virtual environments
-(its README says how to install them), named by --venvs; batchlab runs in this project's own.
-Standard library only.
+The harness is no part of this repository (`harness.py`). It is copied to a scratch folder, where
+batchlab joins its adapters; the copy is run, and its results are written to `benchmarks/results/`.
+Peers need virtual environments of their own, named by --venvs (`peers.py --install` makes them);
+batchlab runs in this project's. Other options go to the harness as they are. Standard library only.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import harness
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 PEERS = {f"batchlab_{backend}": backend for backend in ("local", "ministack")}
 
 # Joined to the end of the harness's registry of adapters.
@@ -40,27 +41,26 @@ def needs(name):
 def main() -> None:
     """Parse, prepare, run; the harness prints each measurement as it is made."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--harness", type=Path, default=ROOT.parent / "shared" / "bench")
-    parser.add_argument("--venvs", type=Path, help="the harness's virtual environments")
+    harness.add_to(parser)
+    parser.add_argument("--venvs", type=Path, help="the peers' virtual environments")
     parser.add_argument(
         "--peers", default=",".join(PEERS), help="comma list, as the harness has it"
     )
     parser.add_argument("--workloads", default="all", help="comma list of W1 … W7N, or all")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "latest.json")
     options, others = parser.parse_known_args()
-    if not (options.harness / "run.py").is_file():
-        sys.exit(f"No harness in {options.harness}; name its folder with --harness.")
+    source = harness.there(options.harness)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as name:
         scratch = Path(name)
-        harness, venvs = scratch / "harness", scratch / "venvs"
-        join(options.harness, harness)
+        copy, venvs = scratch / "harness", scratch / "venvs"
+        join(source, copy)
         venvs.mkdir()
         (venvs / "v_batchlab").symlink_to(Path(sys.prefix))
         for one in options.venvs.iterdir() if options.venvs else ():
             (venvs / one.name).symlink_to(one.resolve())
         with emulator(scratch / "emulator", options.peers.split(",")) as endpoint:
-            command = [sys.executable, str(harness / "run.py"), "--peer", options.peers]
+            command = [sys.executable, str(copy / "run.py"), "--peer", options.peers]
             command += ["--workload", options.workloads, "--json", str(options.json.resolve())]
             command += ["--venvs", str(venvs), "--scratch", str(scratch / "scratch")]
             command += ["--aws-endpoint", endpoint, *others]
@@ -68,13 +68,13 @@ def main() -> None:
             sys.exit(subprocess.run(command, env=environment, check=False).returncode)
 
 
-def join(source: Path, harness: Path) -> None:
+def join(source: Path, copy: Path) -> None:
     """Copy the harness and put batchlab among its adapters."""
-    shutil.copytree(source, harness, ignore=shutil.ignore_patterns("results", "__pycache__"))
-    for path in [harness, *harness.rglob("*")]:
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    for path in [copy, *copy.rglob("*")]:
         path.chmod(path.stat().st_mode | 0o200)
-    shutil.copy(HERE / "batchlab_peer.py", harness / "adapters")
-    with (harness / "adapters" / "__init__.py").open("a") as registry:
+    shutil.copy(HERE / "batchlab_peer.py", copy / "adapters")
+    with (copy / "adapters" / "__init__.py").open("a") as registry:
         registry.write(_JOIN % PEERS)
 
 

@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager.live import ManagerSettings
 from batchlab.manager.plans import PartWriter
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import JobId, JobState, Pool, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.sim.loop import SimLoop

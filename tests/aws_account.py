@@ -66,12 +66,13 @@ _HASTY = """\
 import sys
 from dataclasses import replace
 from pathlib import Path
-from batchlab import backends, services
+from batchlab import backends
 from batchlab.home import Home
+from batchlab.services.worker import worker_main
 
 home, visibility_s, pool, slots, instance = sys.argv[1:]
 aws = backends.load("aws")
-services.worker_main(
+worker_main(
     Home(Path(home)),
     replace(aws, worker=replace(aws.worker, visibility_s=float(visibility_s))),
     pool=pool,

@@ -12,6 +12,7 @@ import ipaddress
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,7 +64,12 @@ def stack_file() -> Path:
 
 def load(text: str | None = None) -> Template:
     """The template in `text`, else the grid's."""
-    found: Template = yaml.load(text or stack_file().read_text(), Loader=_Loader)
+    return copy.deepcopy(_read(text or stack_file().read_text()))
+
+
+@cache
+def _read(text: str) -> Template:
+    found: Template = yaml.load(text, Loader=_Loader)
     return found
 
 

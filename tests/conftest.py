@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -38,8 +39,10 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """What `-n auto` means: one more than CPUs, since the longest tests mostly wait."""
-    return (os.cpu_count() or 1) + 1
+    """What `-n auto` means: two more than CPUs, since the longest tests mostly wait; else what
+    xdist's own variable says."""
+    asked = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS")
+    return int(asked) if asked else (os.cpu_count() or 1) + 2
 
 
 @pytest.hookimpl(trylast=True)
@@ -48,6 +51,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     processes: int = getattr(config, "workerinput", {}).get("workercount", 1)
     if processes > 1:
         items[:] = [items[n] for n in order.dealt([one.nodeid for one in items], processes)]
+
+
+def pytest_collection_finish() -> None:
+    """What has been collected stays until the end: no use in looking through it for garbage."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

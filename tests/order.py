@@ -9,28 +9,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 WAITS_S: Mapping[str, float] = {
+    "tests/replay/test_forecast_against_fact.py": 300,
+    "tests/integration/test_same_results.py": 270,
     "tests/chaos/test_chaos.py": 255,
-    "tests/integration/test_boot.py": 190,
-    "tests/integration/test_same_results.py": 180,
-    "tests/replay/test_forecast_against_fact.py": 180,
+    "tests/integration/test_boot.py": 215,
+    "tests/integration/test_aws_faults.py": 130,
     "tests/integration/test_ministack.py": 115,
+    "tests/replay/test_harm_containers.py": 115,
     "tests/chaos/test_scaling.py": 110,
+    "tests/replay/test_harm_processes.py": 110,
     "tests/integration/test_page_browser.py": 105,
-    "tests/integration/test_aws_faults.py": 100,
-    "tests/replay/test_harm_containers.py": 100,
-    "tests/replay/test_harm_processes.py": 80,
+    "tests/integration/test_pages.py": 90,
     "tests/replay/test_replay_cli.py": 80,
-    "tests/replay/test_replay_local.py": 70,
-    "tests/integration/test_kills_ministack.py": 65,
-    "tests/integration/test_least_privilege.py": 65,
-    "tests/replay/test_harm_aws.py": 65,
-    "tests/replay/test_replay_localstack.py": 60,
-    "tests/integration/test_kills.py": 50,
-    "tests/integration/test_pages.py": 40,
-    "tests/replay/test_faults_in_replays.py": 40,
-    "tests/integration/test_simpledb_leaders.py": 35,
-    "tests/bad_input/test_bad_places.py": 30,
-    "tests/integration/test_postgres_leaders.py": 20,
+    "tests/replay/test_replay_local.py": 75,
+    "tests/replay/test_replay_localstack.py": 70,
+    "tests/replay/test_harm_aws.py": 45,
+    "tests/integration/test_kills.py": 40,
+    "tests/integration/test_kills_ministack.py": 40,
+    "tests/replay/test_replay_aws.py": 40,
+    "tests/integration/test_least_privilege.py": 35,
+    "tests/integration/test_tour.py": 35,
+    "tests/replay/test_faults_in_replays.py": 35,
+    "tests/integration/test_rough_treatment.py": 30,
+    "tests/integration/test_simpledb_leaders.py": 30,
+    "tests/bad_input/test_bad_places.py": 25,
+    "tests/integration/test_containers.py": 25,
+    "tests/integration/test_postgres_leaders.py": 25,
+    "tests/integration/test_postgres_outages.py": 25,
+    "tests/integration/test_aws_backend.py": 20,
+    "tests/integration/test_follow_logs.py": 15,
 }
 """Files whose tests mostly wait, and about how long in all, in CI on two cores."""
 
@@ -39,13 +46,13 @@ def dealt(names: Sequence[str], processes: int) -> list[int]:
     """The positions of `names` (ids of tests, file by file) in the order to run them.
 
     xdist's worksteal gives each process an equal and contiguous part of them, and whoever is done
-    steals from another's end. So the files that wait stand at the parts' beginnings; but not at the
-    last part's, whose process computes meanwhile. A file stays together, with its fixtures.
+    steals from another's end. So the files that wait stand at the beginnings of half of the parts,
+    while the other processes compute. A file stays together, with its fixtures.
     """
     files: dict[str, list[int]] = {}
     for position, name in enumerate(names):
         files.setdefault(name.partition("::")[0], []).append(position)
-    hands: list[list[int]] = [[] for _ in range(max(1, processes - 1))]
+    hands: list[list[int]] = [[] for _ in range(waiting(processes))]
     held_s = [0.0] * len(hands)
     for file in sorted(WAITS_S.keys() & files.keys(), key=lambda one: (-WAITS_S[one], one)):
         least = held_s.index(min(held_s))
@@ -53,11 +60,17 @@ def dealt(names: Sequence[str], processes: int) -> list[int]:
         held_s[least] += WAITS_S[file]
     rest = [position for positions in files.values() for position in positions]
     order: list[int] = []
-    for size, hand in zip(_parts(len(names), processes), [*hands, []], strict=False):
+    computing: list[list[int]] = [[] for _ in range(processes - len(hands))]
+    for size, hand in zip(_parts(len(names), processes), hands + computing, strict=True):
         fill = max(0, size - len(hand))
         order += hand + rest[:fill]
         del rest[:fill]
     return order + rest
+
+
+def waiting(processes: int) -> int:
+    """How many of them begin with what waits."""
+    return (processes + 1) // 2
 
 
 def _parts(total: int, processes: int) -> Iterator[int]:

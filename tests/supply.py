@@ -25,7 +25,7 @@ from packaging.utils import canonicalize_name
 from batchlab import package_data
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("otel",)
+EXTRAS = ("aws", "docker", "ministack", "otel", "web")
 VENDOR = Path(package_data.__file__).parent / "web" / "static" / "vendor"
 
 ALLOWED = frozenset(

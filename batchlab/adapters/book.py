@@ -185,10 +185,10 @@ def begin(job: JobDef, state: JobState, cut: Cut | None = None) -> tuple[Book, l
     return book, rows or []
 
 
-def move(book: Book, state: JobState, reason: str) -> bool:
+def move(book: Book, state: JobState) -> bool:
     if not may_move(book.state, state):
         return False
-    book.state, book.reason = state, reason
+    book.state, book.reason = state, ""
     return True
 
 
@@ -333,7 +333,7 @@ def relive(past: Past, first_seq: int) -> tuple[Book, list[Row]]:
             finish(book, number, one.ending)
     set_control(book, past.control)
     if past.control is Control.PAUSE:
-        move(book, JobState.PAUSED, "")
+        move(book, JobState.PAUSED)
     return book, list(rows.values())
 
 

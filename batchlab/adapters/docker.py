@@ -25,11 +25,10 @@ from batchlab.adapters.docker_container import Template
 from batchlab.adapters.docker_endings import Endings
 from batchlab.adapters.docker_engine import Engine, EventStream, remove_container
 from batchlab.adapters.imds_tree import Metadata, Signals
-from batchlab.adapters.process import KEEP_ENDED_S
 from batchlab.catalogue import Catalogue
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Unreachable, UsageError
 from batchlab.model import Machine, Pool
-from batchlab.ports import ANY_MACHINE, Clock
+from batchlab.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
 
 __all__ = ["ContainerLauncher", "Template"]
 

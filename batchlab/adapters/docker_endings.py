@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 from batchlab.ports import Clock
+from batchlab.whole import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +26,9 @@ class Endings:
         """It has to be gone `grace_s` from now. Where the disk is full that is forgotten by the
         next launcher, but this one goes on: an instance that could not be ended would be worse."""
         note = {"container": container, "by_s": self._clock.now_s() + grace_s}
-        fresh = self._folder / f"{instance}.new"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps(note))
-            fresh.replace(self._path(instance))
+            write_whole(self._path(instance), json.dumps(note))
         except OSError as error:
             log.warning(
                 "when it has to be gone is not kept: %s", error, extra={"instance": instance}

@@ -20,6 +20,7 @@ from batchlab.adapters.aws import Endpoint, client, translated
 from batchlab.adapters.ec2_form import NO_ACTION, READY_HOOK, GroupForm, is_gone
 from batchlab.adapters.ec2_groups import Journal, Seen
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Refused
+from batchlab.fleet.limits import check_decrement, check_desired, check_limits
 from batchlab.model import Activity, GroupView, Instance, LifecycleState, Pool
 from batchlab.ports import Clock
 
@@ -34,6 +35,7 @@ POLL_S = 5.0
 MOST_PROTECTED = 50
 """So many instances SetInstanceProtection takes at a time."""
 MOST_INSTANCES = 10_000
+"""In one group of EC2's."""
 _ACTIVITIES = 100
 _CALLS = 8
 
@@ -99,12 +101,7 @@ class Ec2Fleet:
 
     async def ensure(self, pool: Pool) -> None:
         """As the port says; Refused unless 0 ≤ min ≤ max."""
-        limits = f"min: {pool.min_size}, max: {pool.max_size}"
-        if not 0 <= pool.min_size <= pool.max_size <= MOST_INSTANCES:
-            raise Refused(
-                f"The pool {pool.name!r} cannot have the limits {limits}.",
-                remedy=f"Give it 0 ≤ min ≤ max ≤ {MOST_INSTANCES}.",
-            )
+        limits = check_limits(pool, most=MOST_INSTANCES)
         if pool.name not in self._seen or pool.name in self._lost:
             await self._found(pool)
             await self._adopt(pool)
@@ -172,12 +169,7 @@ class Ec2Fleet:
     async def set_desired(self, pool: str, desired: int, *, cause: str) -> None:
         """As the port says."""
         seen = await self._current(pool)
-        if not seen.pool.min_size <= desired <= seen.pool.max_size:
-            raise Refused(
-                f"desired capacity {desired} of pool {pool!r} is outside"
-                f" [{seen.pool.min_size}, {seen.pool.max_size}]",
-                remedy="`batchlab grid scale --min N --max N` changes the limits.",
-            )
+        check_desired(seen.pool, desired)
         if desired == seen.desired:
             return
         await self._call(
@@ -216,11 +208,8 @@ class Ec2Fleet:
         before it have ended, and the call may be repeated."""
         seen = await self._current(pool, instances)
         leaving = [name for name in dict.fromkeys(instances) if seen.counted(name)]
-        if decrement and seen.desired - len(leaving) < seen.pool.min_size:
-            raise Refused(
-                f"terminating {len(leaving)} of pool {pool!r} would take its desired capacity"
-                f" from {seen.desired} below its min of {seen.pool.min_size}"
-            )
+        if decrement:
+            check_decrement(seen.pool, seen.desired, len(leaving))
         for name in leaving:
             await self._call(pool, partial(self._terminate, name, decrement))
             seen.ends[name] = cause

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from batchlab.model import Activity, GroupView, Instance, LifecycleState, Machine, Pool
+from batchlab.ports import KEEP_TERMINATED_S
 
 if TYPE_CHECKING:
     from mypy_boto3_autoscaling.type_defs import (
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
         InstanceTypeDef,
     )
 
-KEEP_TERMINATED_S = 60.0
 KEEP_ACTIVITIES = 500
 
 COUNTED = frozenset({LifecycleState.PENDING, LifecycleState.IN_SERVICE})
@@ -84,6 +84,8 @@ class Seen:
 
     def _take(self, told: InstanceTypeDef, state: LifecycleState, now_s: float) -> None:
         name = told["InstanceId"]
+        if state is not LifecycleState.TERMINATED:
+            self._find_again(name)
         old = self.instances.get(name)
         if told["LifecycleState"] == _WAITS:
             self.waiting.add(name)
@@ -103,6 +105,11 @@ class Seen:
             note,
             Machine(told.get("InstanceType", ""), told["AvailabilityZone"]),
         )
+
+    def _find_again(self, name: str) -> None:
+        """One that was missed and is listed again lives on, and its end is still to come."""
+        if self.gone_s.pop(name, None) is not None:
+            self.instances[name] = replace(self.instances[name], note="")
 
     def _why(self, name: str, now_s: float, *, healthy: bool) -> str:
         if cause := self.ends.get(name):

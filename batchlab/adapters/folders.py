@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-from batchlab.adapters.limits import STAGED
+from batchlab.objectnames import STAGED
 from batchlab.ports import ObjectInfo
 
 # The kernel's own copying (sendfile) moves 64 KiB at a time, and takes several times as long.

@@ -1,7 +1,8 @@
 """What an instance asks about itself: EC2's metadata service, version 2, and its notices.
 
 The same on EC2 and in a container of ours; AWS_EC2_METADATA_SERVICE_ENDPOINT, where AWS's own SDKs
-look too, names a service that is elsewhere. Invariant: no call takes longer than ANSWER_S twice.
+look too, names a service that is elsewhere. Invariant: a service that says nothing for ANSWER_S is
+given up.
 """
 
 from __future__ import annotations
@@ -76,18 +77,6 @@ class Imds:
         """The instance this process runs on; errors as `get`."""
         return self._needed("meta-data/instance-id")
 
-    def instance_type(self) -> str:
-        """Its type, as m7i.large; errors as `get`."""
-        return self._needed("meta-data/instance-type")
-
-    def zone(self) -> str:
-        """Its availability zone, as us-east-1a; errors as `get`."""
-        return self._needed("meta-data/placement/availability-zone")
-
-    def region(self) -> str:
-        """Its region, as us-east-1; errors as `get`."""
-        return self._needed("meta-data/placement/region")
-
     def image(self) -> str:
         """The machine image it was launched from, "" where it is none of EC2's; errors as `get`."""
         return (self.get("meta-data/ami-id") or "").strip()
@@ -100,11 +89,6 @@ class Imds:
         """Whether its Auto Scaling group takes it out of service; errors as `get`."""
         state = self.get("meta-data/autoscaling/target-lifecycle-state")
         return state is not None and state.strip() in _LEAVING
-
-    def tag(self, name: str) -> str | None:
-        """The instance's tag of that name, None where it has none or keeps its tags to itself;
-        errors as `get`."""
-        return self.get(f"meta-data/tags/instance/{name}")
 
     def needed_tag(self, name: str) -> str:
         """The instance's tag of that name; NotFound where it has none, else as `get`."""

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from batchlab.errors import TooLarge
+from batchlab.objectnames import CONTROL, STAGED
 from batchlab.ports import (
     MAX_BATCH,
     MAX_DELAY_S,
@@ -20,15 +21,12 @@ from batchlab.ports import (
 
 MAX_IN_FLIGHT = 120_000
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-# What the local store names a file that is still being written.
-STAGED = re.compile(r"#\d+$")
 _QUEUE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
 def check_key(key: str) -> None:
     """ValueError for a key that some backend cannot hold."""
-    if _CONTROL.search(key):
+    if CONTROL.search(key):
         raise ValueError(f"object key {key!r} holds a control character")
     for segment in key.split("/"):
         if segment in ("", ".", ".."):

@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import IO, Self
 
 from batchlab.adapters.ministack_install import VERSION, find, install, provide
-from batchlab.adapters.pids import boot_id, start_ticks
+from batchlab.adapters.pids import boot_id, hold, start_ticks
 from batchlab.errors import BackendError, Refused, Unreachable
+from batchlab.whole import write_whole
 
 __all__ = ["VERSION", "Emulator", "find", "install", "provide"]
 
@@ -204,15 +205,10 @@ class Emulator:
     def _take_over(self) -> bool:
         """Hold on to the emulator on record; False where it does not live any more."""
         record = self._on_record()
-        if record is None or record.boot != boot_id():
+        if record is None:
             return False
-        try:
-            pidfd = os.pidfd_open(record.pid)
-        except OSError:  # no such process, or a number that the kernel has never heard of
-            return False
-        # Only now that the pidfd holds on to whatever has the number: before, it could change.
-        if start_ticks(record.pid) != record.start_ticks:
-            os.close(pidfd)
+        pidfd = hold(record.pid, record.start_ticks, record.boot)
+        if pidfd is None:
             return False
         self._let_go()
         self._record, self._pidfd = record, pidfd
@@ -248,9 +244,7 @@ class Emulator:
         pid = self._child.pid
         self._pidfd = os.pidfd_open(pid)
         self._record = _Record(port, pid, start_ticks(pid) or 0, boot_id())
-        staged = self.folder / "emulator.json.new"
-        staged.write_text(json.dumps(asdict(self._record)))
-        staged.replace(self.folder / "emulator.json")
+        write_whole(self.folder / "emulator.json", json.dumps(asdict(self._record)))
 
     def _environment(self, port: int) -> dict[str, str]:
         """All of it: the user's own variables would reach an emulator that reads AWS_*."""

@@ -6,6 +6,7 @@ number is never mistaken for the process that had it.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -28,3 +29,24 @@ def start_ticks(pid: int) -> int | None:
     """When a process started, field 22: clock ticks since boot. None unless it lives."""
     fields = stat(pid)
     return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
+
+
+def lives(pid: int, ticks: int, boot: str) -> bool:
+    """Whether the process that had this number, start time and boot still runs."""
+    return boot == boot_id() and start_ticks(pid) == ticks
+
+
+def hold(pid: int, ticks: int, boot: str) -> int | None:
+    """A pidfd of that process, for the caller to close; None where it does not run any more."""
+    # Of a number that a thread of another process has by now the kernel gives no pidfd.
+    if not lives(pid, ticks, boot):
+        return None
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    # Only now that the pidfd holds on to whatever has the number: before, it could change.
+    if not lives(pid, ticks, boot):
+        os.close(pidfd)
+        return None
+    return pidfd

@@ -21,18 +21,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from batchlab.adapters.pids import boot_id, start_ticks, stat
+from batchlab.adapters.pids import boot_id, hold, lives, start_ticks, stat
 from batchlab.errors import AlreadyExists, BackendError
 from batchlab.model import Machine, Pool
-from batchlab.ports import ANY_MACHINE, Clock
+from batchlab.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
+from batchlab.whole import write_whole
 
 log = logging.getLogger(__name__)
 
 INSTANCE_VARIABLE = "BATCHLAB_INSTANCE"
 """Environment variable that holds an instance's id, in it and in what it starts."""
-
-KEEP_ENDED_S = 600.0
-"""How long the end of an instance stays known; a fleet looks every few seconds."""
 
 _AWAY = "exited while the manager was away"
 _ADOPTED = "exited; its code is unknown, because an earlier manager had started it"
@@ -44,7 +42,6 @@ class _Record:
 
     instance: str
     pool: str
-    launched_s: float
     boot: str
     pid: int = 0
     start_ticks: int = 0
@@ -95,7 +92,7 @@ class ProcessLauncher:
         processes = self._adopted()
         if instance in processes:
             raise AlreadyExists(f"instance {instance} exists already")
-        record = _Record(instance, pool.name, self._clock.now_s(), boot_id())
+        record = _Record(instance, pool.name, boot_id())
         process = _Process(record)
         argv = list(self._argv(pool, instance))
         try:
@@ -105,7 +102,7 @@ class ProcessLauncher:
             record.pid = self._spawn(argv, pool, instance)
             record.start_ticks = start_ticks(record.pid) or 0
             self._write(record)
-            self._watch(process)
+            self._watch(process, os.pidfd_open(record.pid))
         except OSError as error:
             self._undo(record)
             raise BackendError(f"{argv[0]!r} cannot be started: {error}") from error
@@ -174,8 +171,8 @@ class ProcessLauncher:
         child.returncode = 0
         return child.pid
 
-    def _watch(self, process: _Process) -> None:
-        process.pidfd = os.pidfd_open(process.record.pid)
+    def _watch(self, process: _Process, pidfd: int) -> None:
+        process.pidfd = pidfd
         asyncio.get_running_loop().add_reader(process.pidfd, self._exited, process)
 
     def _exited(self, process: _Process) -> None:
@@ -237,16 +234,10 @@ class ProcessLauncher:
 
     def _watches(self, process: _Process) -> bool:
         record = process.record
-        if not record.pid:
+        pidfd = hold(record.pid, record.start_ticks, record.boot)
+        if pidfd is None:
             return False
-        try:
-            self._watch(process)
-        except ProcessLookupError:
-            return False
-        # Only now that the pidfd holds on to whatever has the number: before, it could change.
-        if start_ticks(record.pid) != record.start_ticks:
-            self._let_go(process)
-            return False
+        self._watch(process, pidfd)
         return True
 
     def _lost(self, process: _Process) -> None:
@@ -259,16 +250,14 @@ class ProcessLauncher:
 
     def _write(self, record: _Record) -> None:
         self._records.mkdir(parents=True, exist_ok=True)
-        fresh = self._records / f"{record.instance}.new"
-        fresh.write_text(json.dumps(asdict(record)))
-        fresh.replace(self._path(record.instance))
+        write_whole(self._path(record.instance), json.dumps(asdict(record)))
 
     def _read(self, path: Path) -> _Record:
         try:
             return _Record(**json.loads(path.read_text()))
         except (ValueError, TypeError):
             # Cut short by a power failure, or of another version: look for it by its environment.
-            return _Record(path.stem, "", 0.0, boot_id())
+            return _Record(path.stem, "", boot_id())
 
 
 def _about(record: _Record) -> dict[str, str]:
@@ -284,8 +273,7 @@ def living(root: Path) -> dict[str, int]:
             record = _Record(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
             continue  # it goes, or was never finished: there is nobody whom it surely names
-        is_it = record.boot == boot_id() and start_ticks(record.pid) == record.start_ticks
-        if record.pid and record.ended is None and is_it:
+        if record.ended is None and lives(record.pid, record.start_ticks, record.boot):
             found[record.instance] = record.pid
     return found
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from batchlab.adapters.limits import check_receive
-from batchlab.adapters.wake import Bell, ring
+from batchlab.adapters.wake import EVERYBODY, Bell, ring
 from batchlab.errors import Throttled
 from batchlab.ports import Depth, Message, Outgoing, Queue, QueueSpec
 
@@ -29,8 +29,6 @@ at the next look: after this share of the time since something came last, within
 KEPT_S = 0.02
 """So long a receiver may take to come back before its bell is taken down, and a ring that it has
 got is passed on to another sleeper."""
-
-_ALL = 1_000_000
 
 
 class Closing(Queue, Protocol):
@@ -139,7 +137,7 @@ class RungQueue:
     async def remove(self, queue: str) -> None:
         await self._queue.remove(queue)
         # Who still sleeps there shall see that it is gone.
-        ring(self._folder / queue, _ALL)
+        ring(self._folder / queue, EVERYBODY)
 
 
 class _Ear:

@@ -24,7 +24,7 @@ from batchlab.adapters.limits import (
 )
 from batchlab.adapters.sqlite_messages import SqliteMessages, Taken
 from batchlab.adapters.threads import OneThread
-from batchlab.adapters.wake import listen, ring
+from batchlab.adapters.wake import EVERYBODY, listen, ring
 from batchlab.errors import Throttled
 from batchlab.ports import Clock, Depth, Message, Outgoing, QueueSpec
 
@@ -37,8 +37,6 @@ this, sleeps exactly until then, and needs to be woken only for what becomes vis
 
 SHORT_CHARACTERS = 64 * 1024
 """What a send may have in all and still be short."""
-
-_ALL = 1_000_000
 
 
 class SqliteQueue:
@@ -178,4 +176,4 @@ class SqliteQueue:
     async def remove(self, queue: str) -> None:
         await self._at_length(self._messages.remove, queue)
         # Who still sleeps there shall see that it is gone.
-        await self._at_length(self._ring, queue, _ALL)
+        await self._at_length(self._ring, queue, EVERYBODY)

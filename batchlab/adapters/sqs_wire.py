@@ -12,14 +12,12 @@ import hashlib
 import hmac
 import json
 import os
-import select
 import ssl
 import time
-from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
-from http.client import HTTPConnection, HTTPSConnection
+from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -35,6 +33,7 @@ from botocore.parsers import ResponseParserError
 
 from batchlab.adapters.aws import ANSWER_S, CONNECT_S
 from batchlab.errors import BackendError
+from batchlab.keepalive import Connections
 
 if TYPE_CHECKING:
     import boto3
@@ -90,12 +89,11 @@ class SqsWire:
         self._region = region
         self._credentials = credentials
         self._tls = tls
-        self._idle: deque[HTTPConnection] = deque()
+        self._connections = Connections(self._host, tls, connect_s=CONNECT_S)
 
     def close(self) -> None:
         """Close the connections that nobody uses."""
-        while self._idle:
-            self._idle.pop().close()
+        self._connections.close()
 
     def call(self, operation: str, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to an operation, as boto3 gives it."""
@@ -132,7 +130,7 @@ class SqsWire:
         connection: HTTPConnection | None = None
         is_kept = False
         try:
-            connection = self._kept() or self._connected()
+            connection = self._connected()
             with suppress(BrokenPipeError):  # refused before all of it was read: it says why
                 connection.request("POST", self._path, body, dict(headers))
             response = connection.getresponse()
@@ -147,39 +145,18 @@ class SqsWire:
             raise HTTPClientError(error=error) from error
         finally:
             if is_kept and connection:
-                self._idle.append(connection)
+                self._connections.give_back(connection)
             elif connection:
                 connection.close()
         return found
 
-    def _kept(self) -> HTTPConnection | None:
-        while self._idle:
-            try:
-                kept = self._idle.pop()
-            except IndexError:
-                return None  # another thread was quicker
-            # What can be read before anything was asked is the connection's end.
-            look = select.poll()  # not select(), which knows a thousand descriptors
-            if kept.sock:
-                look.register(kept.sock, select.POLLIN)
-                if not look.poll(0):
-                    return kept
-            kept.close()
-        return None
-
     def _connected(self) -> HTTPConnection:
-        made = (
-            HTTPSConnection(self._host, timeout=CONNECT_S, context=self._tls)
-            if self._tls
-            else HTTPConnection(self._host, timeout=CONNECT_S)
-        )
         try:
-            made.connect()
+            connection = self._connections.take()
         except OSError as error:
-            made.close()
             raise EndpointConnectionError(endpoint_url=self._url, error=error) from error
-        made.sock.settimeout(ANSWER_S)
-        return made
+        connection.sock.settimeout(ANSWER_S)
+        return connection
 
 
 def authorization(
@@ -212,10 +189,9 @@ def _refused(operation: str, status: int, told: str, found: Mapping[str, Any]) -
     kind = str(found.get("__type", "")).partition(":")[0].rpartition("#")[2]
     code = told.partition(";")[0] or kind or str(status)
     message = str(found.get("message") or found.get("Message") or "")
-    return ClientError(
-        {
-            "Error": {"Code": code, "Message": message},
-            "ResponseMetadata": {"HTTPStatusCode": status},  # type: ignore[typeddict-item]
-        },
-        operation,
-    )
+    # Not all that its type asks for: who reads errors reads these.
+    answer: Any = {
+        "Error": {"Code": code, "Message": message},
+        "ResponseMetadata": {"HTTPStatusCode": status},
+    }
+    return ClientError(answer, operation)

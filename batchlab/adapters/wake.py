@@ -15,6 +15,8 @@ from pathlib import Path
 
 from batchlab.ports import Message
 
+EVERYBODY = 1_000_000
+
 
 class Bell:
     """One sleeper's registration, good for one ring.

@@ -68,6 +68,7 @@ def _routed() -> FastAPI:
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
+    app.include_router(jobs.entrance)
     for module in (
         *(grid, files, archive, jobs, results, failures, tasks, logs, spending),
         *(schedules, notifications, metrics),

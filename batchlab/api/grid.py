@@ -8,9 +8,10 @@ from dataclasses import asdict
 from fastapi import APIRouter, BackgroundTasks
 from pydantic import BaseModel, ConfigDict
 
-from batchlab import __version__, viewing, views
+from batchlab import __version__, extras, viewing, views
 from batchlab.api.common import Given, Leader, Limit, guarded
 from batchlab.api.sessions import CODE_S, name_of
+from batchlab.errors import Refused
 from batchlab.manager import by_hand
 from batchlab.manager.manager import Manager
 from batchlab.model import GroupView
@@ -45,6 +46,11 @@ async def shutdown(served: Given, after: BackgroundTasks) -> views.HealthView:
 @router.post("/sessions", status_code=201)
 async def open_session(served: Given) -> views.SessionView:
     """A code that opens the web page once; the token itself has no place in an address."""
+    if module := extras.missing("web"):
+        said = extras.sentence("web", "The grid's page", module)
+        # In a container and on AWS, what this process would name is no path of who asks.
+        is_here = served.backend_name in ("local", "ministack", "sim")
+        raise Refused(said, remedy=extras.remedy("web") if is_here else extras.for_a_manager("web"))
     code = served.sessions.code()
     path = f"{PAGE}/login#{code}"
     return {"code": code, "name": name_of(code), "path": path, "valid_s": CODE_S}

@@ -5,13 +5,14 @@ Invariant: an answer shows the job as it is once the request has taken effect.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Body, Header, Response
-from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from starlette.types import Receive, Scope, Send
 
 from batchlab import facts, viewing, views
 from batchlab.api.common import MOST, Given, Leader, Limit, Wait, guarded, of_our_version
@@ -26,6 +27,8 @@ from batchlab.ports import JobRecord, Written
 from batchlab.protocol import wire
 from batchlab.why import why
 
+entrance = guarded()
+"""Where jobs come in; looked at before all the others, since short calls wait for it."""
 router = guarded()
 
 NDJSON = "application/x-ndjson"
@@ -37,7 +40,7 @@ Range = tuple[Edge, Edge]
 Items = Annotated[list[Any] | None, Body(embed=True)]
 
 
-@router.post(
+@entrance.post(
     "/jobs",
     status_code=201,
     response_model=views.JobView,
@@ -63,8 +66,11 @@ async def submit(
     status = 201 if written.is_new else 200
     view = await shown(manager, written.rows.job)
     if wait_s:
-        lines = _lines(manager, view, wait_s, is_new=written.is_new)
-        return StreamingResponse(lines, status, media_type=NDJSON)
+        known = JobId(view["id"])
+        heard = partial(first, manager, known, wait_s)
+        if not written.is_new:
+            heard = partial(page, manager, known, None, None, MOST, wait_s)
+        return _Lines(view, heard, status)
     response.status_code = status
     return view
 
@@ -87,13 +93,29 @@ async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> Writ
     return await manager.requests.submit(job, items)
 
 
-async def _lines(
-    manager: Manager, view: views.JobView, wait_s: float, *, is_new: bool
-) -> AsyncIterator[str]:
-    yield wire.dumps(view) + "\n"
-    job = JobId(view["id"])
-    heard = first(manager, job, wait_s) if is_new else page(manager, job, None, None, MOST, wait_s)
-    yield wire.dumps(await heard) + "\n"
+class _Lines(Response):
+    """The job, and its first outcomes when there are some. Not a StreamingResponse, whose task that
+    looks whether somebody still listens takes a tenth of what a short call does; who does not
+    listen any more is waited for as long as who does."""
+
+    media_type = NDJSON
+
+    def __init__(
+        self, view: views.JobView, heard: Callable[[], Awaitable[views.OutcomesView]], status: int
+    ) -> None:
+        super().__init__(_line(view), status)
+        del self.headers["content-length"]
+        self._heard = heard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        start = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **start})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        await send({"type": "http.response.body", "body": _line(await self._heard())})
+
+
+def _line(view: views.JobView | views.OutcomesView) -> bytes:
+    return wire.dumps(view).encode() + b"\n"
 
 
 @router.get("/jobs")
@@ -119,7 +141,7 @@ async def job(
 @router.post("/jobs/{job}/cancel")
 async def cancel(manager: Leader, job: JobId) -> views.JobView:
     """Answers once no task of the job can start any more."""
-    record = await manager.ports.ledger.job(job)
+    record = await manager.known(job)
     await manager.requests.cancel(job)
     return await shown(manager, record)
 

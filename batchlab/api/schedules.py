@@ -5,7 +5,7 @@ Invariant: an answer shows the schedule as it is once the request has taken effe
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import Query, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -38,9 +38,9 @@ class Timed(BaseModel):
     cron: Annotated[str, Field(max_length=200)] = ""
     timezone: Annotated[str, Field(max_length=60)] = "UTC"
     at_s: Annotated[float | None, Field(ge=0, le=LAST_S, allow_inf_nan=False)] = None
-    missed: Literal["run-once", "run-all", "skip"] = "run-once"
+    missed: Missed = Missed.RUN_ONCE
     missed_within_s: Annotated[float | None, Field(ge=0, le=LONGEST_S)] = None
-    overlap: Literal["skip", "queue", "replace"] = "skip"
+    overlap: Overlap = Overlap.SKIP
     prewarm_s: Annotated[float, Field(ge=0, le=LONGEST_WARM_S)] = 0.0
     capacity: Annotated[int | None, Field(ge=1, le=99_999)] = None
     due_param: Annotated[str, Field(max_length=200)] = ""
@@ -138,9 +138,9 @@ def _definition(timed: Timed, job: JobDef) -> Definition:
         job.name,
         When(" ".join(timed.cron.split()), timed.timezone, timed.at_s),
         template="",
-        missed=Missed(timed.missed),
+        missed=timed.missed,
         missed_within_s=timed.missed_within_s,
-        overlap=Overlap(timed.overlap),
+        overlap=timed.overlap,
         prewarm_s=timed.prewarm_s,
         capacity=timed.capacity,
         due_param=timed.due_param,

@@ -18,19 +18,11 @@ from batchlab.asg.service import Act
 from batchlab.fleet.api import LAUNCHING, TERMINATING, Process
 from batchlab.fleet.autoscaling import AutoScaling
 from batchlab.fleet.faults import Fault as EngineFault
+from batchlab.fleet.requests.policies import ADJUSTMENTS
+from batchlab.fleet.termination import PLAIN, POLICIES
 
 _LIMITS = {"MaxNumberOfAutoScalingGroups": 500, "MaxNumberOfLaunchConfigurations": 200}
 """AWS's defaults for an account; the engine has none of its own."""
-_ADJUSTMENTS = ("ChangeInCapacity", "ExactCapacity", "PercentChangeInCapacity")
-_TERMINATION_POLICIES = (
-    "AllocationStrategy",
-    "ClosestToNextInstanceHour",
-    "Default",
-    "NewestInstance",
-    "OldestInstance",
-    "OldestLaunchConfiguration",
-    "OldestLaunchTemplate",
-)
 
 
 def _limits(call: Call) -> Answer:
@@ -51,7 +43,7 @@ ACTIONS: Mapping[str, Action] = {
     **plans.ACTIONS,
     "DescribeAccountLimits": _limits,
     "DescribeAdjustmentTypes": _always(
-        {"AdjustmentTypes": [{"AdjustmentType": name} for name in _ADJUSTMENTS]}
+        {"AdjustmentTypes": [{"AdjustmentType": name} for name in ADJUSTMENTS]}
     ),
     "DescribeLifecycleHookTypes": _always({"LifecycleHookTypes": [LAUNCHING, TERMINATING]}),
     # No group metrics are collected, so there are none to choose from.
@@ -60,7 +52,7 @@ ACTIONS: Mapping[str, Action] = {
         {"Processes": [{"ProcessName": str(process)} for process in Process]}
     ),
     "DescribeTerminationPolicyTypes": _always(
-        {"TerminationPolicyTypes": list(_TERMINATION_POLICIES)}
+        {"TerminationPolicyTypes": sorted(POLICIES.keys() - {PLAIN})}
     ),
 }
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 NAME = "batchlab"
 """What its requests are signed for."""
-NOTICE_S = 120.0
-"""AWS's own."""
 _MOST_S = 3600.0
 _ANSWER_S = 10.0
 

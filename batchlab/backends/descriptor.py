@@ -15,7 +15,7 @@ from batchlab import package_data
 from batchlab.backends.endpoint import VARIABLE, place_of
 from batchlab.costs.requests import Pace
 from batchlab.errors import UsageError
-from batchlab.manager.live import ManagerSettings
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Pool
 from batchlab.scenario.model import Calibration
 from batchlab.worker.settings import WorkerSettings
@@ -82,6 +82,15 @@ class Descriptor:
     def is_deployed(self) -> bool:
         """Whether a stack on AWS is the grid: it makes queues and groups, and runs the manager."""
         return self.runs_in == "aws"
+
+    @property
+    def extra(self) -> str | None:
+        """The extra of the installation that has what this backend needs and others do not."""
+        if self.is_deployed:
+            return "aws"
+        if self.runs_in == "containers":
+            return "docker"
+        return "ministack" if self.queue == "sqs" else None
 
 
 def names() -> list[str]:

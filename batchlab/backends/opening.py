@@ -10,17 +10,18 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from batchlab import extras
 from batchlab.adapters.awsgrid import deployment as stacks
 from batchlab.adapters.compose import deployment
 from batchlab.backends import descriptor
 from batchlab.backends.placed import Placed
 from batchlab.errors import Unreachable, UsageError
 from batchlab.home import Home
-from batchlab.manager.notifying import Deliver
 from batchlab.model import Pool
 from batchlab.patience import Patience
 from batchlab.ports import Clock, Ids, Ledger, Objects
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from batchlab.adapters.rung import RungQueue
     from batchlab.adapters.sqlite_queue import SqliteQueue
     from batchlab.adapters.sqs import SqsQueue
+    from batchlab.manager.notifying import Deliver
     from batchlab.ports import Fleet
     from batchlab.report.writing import Writer
 
@@ -59,7 +61,8 @@ class Backend(Placed):
         except ImportError:
             log.warning(
                 "OTEL_EXPORTER_OTLP_ENDPOINT is set, but batchlab's extra `otel` is not installed, "
-                "so there are no traces: pip install 'batchlab[otel]' brings it"
+                "so there are no traces: %s",
+                extras.remedy("otel"),
             )
             return NOBODY
         return OtelTracer(f"batchlab-{service}", instance)
@@ -89,6 +92,7 @@ class Backend(Placed):
             home.make()
             return open_local(home.objects)
         _only("objects", self.objects, "s3")
+        self.check_installed("boto3")
         from batchlab.adapters.aws import Endpoint
         from batchlab.adapters.objects import open_s3
 
@@ -122,6 +126,7 @@ class Backend(Placed):
             home.make()
             return SqliteQueue(home.queue_file, clock)
         _only("queue", self.queue, "sqs")
+        self.check_installed("boto3")
         from batchlab.adapters.aws import Endpoint
         from batchlab.adapters.rung import RungQueue
         from batchlab.adapters.sqs import SqsQueue
@@ -253,21 +258,42 @@ def patience() -> Patience:
 
 
 def open_reporter(backend: Backend, home: Home, objects: Objects, pools: Sequence[Pool]) -> Writer:
-    """Who writes the performance data of the grid's jobs; without their cost where no price book
-    can be read."""
+    """Who writes the performance data of the grid's jobs, in its manager; one at a time in a
+    home."""
+    scratch = home.scratch / "reports"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a manager that was killed while it wrote
+    return open_writer(
+        backend,
+        home,
+        objects,
+        pools,
+        lambda error: log.warning("job performance data has no cost: %s", error),
+        scratch,
+    )
+
+
+def open_writer(
+    backend: Backend,
+    home: Home,
+    objects: Objects,
+    pools: Sequence[Pool],
+    unpriced: Callable[[UsageError], None],
+    scratch: Path | None = None,
+) -> Writer:
+    """Who writes job performance data by the home's prices. Where no price book can be read it
+    has no cost, and `unpriced` hears why."""
     from batchlab.costs import prices
     from batchlab.report.building import Setting
     from batchlab.report.writing import Writer
 
+    book = None
     try:
         book = prices.load(home.path)
     except UsageError as error:
-        log.warning("job performance data has no cost: %s", error)
-        book = None
-    setting = Setting(backend.name, tuple(pools), backend.pace, book)
-    scratch = home.scratch / "reports"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a manager that was killed while it wrote
-    return Writer(objects, patience(), setting, scratch)
+        unpriced(error)
+    return Writer(
+        objects, patience(), Setting(backend.name, tuple(pools), backend.pace, book), scratch
+    )
 
 
 def _only(port: str, named: str, known: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from batchlab import extras
 from batchlab.adapters.awsgrid import deployment as stacks
 from batchlab.adapters.compose import deployment
 from batchlab.backends.descriptor import Descriptor
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Placed(Descriptor):
     """A descriptor that finds its grid's parts in a home."""
+
+    def check_installed(self, *modules: str) -> None:
+        """UsageError where the extra that this backend needs is not installed, or of it not
+        `modules`, where no more is needed."""
+        if self.extra:
+            extras.need(self.extra, f"The backend {self.name}", *modules)
 
     def deployment(self, home: Home) -> Deployment:
         """Where the containers are; Unreachable where there are none."""

@@ -17,10 +17,9 @@ SERVICES = ("manager", "worker", "connect")
 
 NEEDED = frozenset(
     {
-        *("alembic", "boto3", "botocore", "cloudpickle", "cronsim", "docker", "duckdb", "fastapi"),
-        *("httptools", "httpx", "jinja2", "localstack_client", "multipart", "obstore", "packaging"),
-        *("prometheus_client", "psycopg", "pydantic", "python_multipart", "rich", "sqlalchemy"),
-        *("typer", "typing_extensions", "tzdata", "uvicorn", "yaml"),
+        *("alembic", "cloudpickle", "cronsim", "duckdb", "fastapi", "httptools", "httpx"),
+        *("multipart", "obstore", "prometheus_client", "pydantic", "python_multipart", "rich"),
+        *("sqlalchemy", "typer", "typing_extensions", "tzdata", "uvicorn", "yaml"),
     }
 )
 """What every installation has, by the names that it is imported by."""
@@ -31,15 +30,24 @@ def main() -> None:
     try:
         _main(sys.argv[1:])
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in NEEDED:
+        told = lacking(error)
+        if told is None:
             raise
-        print(lacking(error.name), file=sys.stderr)  # noqa: T201 - output may be what is lacking
+        print(told, file=sys.stderr)  # noqa: T201 - output may be what is lacking
         sys.exit(2)
 
 
-def lacking(module: str) -> str:
-    """What is said of an installation without one of its packages, and what to do."""
-    name = module.partition(".")[0]
+def lacking(error: ModuleNotFoundError) -> str | None:
+    """What is said of an installation without one of its packages, or without an extra, and what to
+    do; None for a module that is neither's."""
+    from batchlab import extras
+
+    name = (error.name or "").partition(".")[0]
+    if extra := extras.bringing(name):
+        said = extras.sentence(extra, "This command", name)
+        return f"Error: {said}\n  {extras.remedy(extra)}"
+    if name not in NEEDED:
+        return None
     return (
         f"Error: The Python package {name!r} is not installed, and this command needs it.\n"
         f"  Install batchlab again with all its packages: in {sys.prefix} one of them is missing."

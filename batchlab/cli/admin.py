@@ -114,6 +114,7 @@ def gc(
         ),
     ] = None,
     region: RegionOption = None,
+    home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
     """Remove what grids that are gone have left, in Docker or on AWS.
@@ -122,6 +123,7 @@ def gc(
     --aws Docker is not looked at: everything in the region that has a stack's tag is listed, and
     what no stack has any more is removed where --yes says so, buckets with all objects. What can
     have no tag, as SimpleDB's domains, is listed by its name, and removed where --name says so too.
+    Without --region it is that of the stack that the grid's folder knows.
 
     \b
     Example: batchlab gc --dry-run
@@ -129,13 +131,15 @@ def gc(
     from batchlab.errors import UsageError
 
     if aws:
+        from batchlab.cli.deploying import Given, place
         from batchlab.cli.leftovers import sweep_aws
 
-        sweep_aws(region, name or (), removing=yes and not dry_run, json=json)
+        where = region or place(Given(), home_of(home))[1]
+        sweep_aws(where, name or (), removing=yes and not dry_run, json=json)
         return
-    if yes or region or name:
+    if yes or region or name or home:
         raise UsageError(
-            "--yes, --name and --region are for what is on AWS.",
+            "--yes, --name, --region and --home are for what is on AWS.",
             remedy="Say --aws, or leave them out.",
         )
     _sweep_docker(dry_run=dry_run, json=json)

@@ -8,7 +8,7 @@ imports the module of its own command and no other's.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from functools import cache
 from typing import Annotated, Any, NamedTuple, NoReturn
 
@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
-from batchlab.cli import NEEDED, output, signals
+from batchlab.cli import lacking, output, signals
 from batchlab.errors import BatchlabError
 
 UNEXPECTED = 70
@@ -195,9 +195,31 @@ class _Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - as the base class has it
         return list(self.commands)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not ctx.resilient_parsing:
+            within = [one for one in self.commands if args[0] in _commands_of(self.commands[one])]
+            if within:
+                meant = " or ".join(f"'{one} {args[0]}'" for one in within)
+                ctx.fail(f"No such command {args[0]!r}. Did you mean {meant}?")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            from batchlab.cli.ranges import plainly
+
+            if said := plainly(error):
+                raise said from error
+            raise
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - likewise
         with formatter.section("Commands"):
             formatter.write_dl([(name, one.about) for name, one in LISTED.items()])
+
+
+def _commands_of(command: Any) -> Collection[str]:
+    return getattr(command, "commands", ())
 
 
 def _version(wanted: bool) -> None:
@@ -254,7 +276,7 @@ def start(arguments: Sequence[str]) -> None:
         output.complain(error)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
-        if debug or (error.name or "").partition(".")[0] not in NEEDED:
+        if debug or lacking(error) is None:
             _unexpected(error, debug=debug)
         raise  # told by `main`, whichever import it was
     except Exception as error:  # noqa: BLE001 - the outermost place: told, and exit code 70

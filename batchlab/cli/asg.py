@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import HomeOption, JsonOption, LogFormatOption, home_of
+from batchlab.cli.options import HomeOption, JsonOption, LogFormatOption, home_of, seconds_of
 from batchlab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,11 +59,9 @@ def serve(
         int, typer.Option("--port", metavar="N", min=0, help="Port to listen on; 0: any free one.")
     ] = 0,
     drain: Annotated[
-        float,
-        typer.Option(
-            "--drain", metavar="SECONDS", min=0, help="How long an instance may take to end."
-        ),
-    ] = 30.0,
+        str,
+        typer.Option("--drain", metavar="DURATION", help="How long an instance may take to end."),
+    ] = "30s",
     grid: Annotated[
         str, typer.Option("--grid", metavar="NAME", help="What containers are labelled with.")
     ] = "asg",
@@ -115,8 +113,14 @@ def serve(
     Example: batchlab asg serve --templates templates.toml --port 4580
              aws --endpoint-url http://127.0.0.1:4580 autoscaling describe-auto-scaling-groups
     """
-    from batchlab import logs, services
+    from batchlab import extras, logs
+
+    # Its protocol is read from what botocore knows of it.
+    extras.need("aws", "`batchlab asg serve`", "botocore")
+    if launcher == "docker":
+        extras.need("docker", "The launcher docker", "docker")
     from batchlab.asg.running import AsgSettings
+    from batchlab.services.asg import asg_main
 
     logs.choose(log_format)
 
@@ -127,7 +131,7 @@ def serve(
         host=host,
         port=port,
         key=_key() if signed else None,
-        drain_s=drain,
+        drain_s=seconds_of("--drain", drain),
         grid=grid,
         labels=_labels(label or ()),
         scale=scale,
@@ -142,7 +146,7 @@ def serve(
         else:
             output.show(url)
 
-    services.asg_main(settings, up)
+    asg_main(settings, up)
 
 
 def _labels(given: Sequence[str]) -> dict[str, str]:
@@ -161,9 +165,9 @@ def _labels(given: Sequence[str]) -> dict[str, str]:
 def interrupt(
     instance: Annotated[str, typer.Argument(metavar="INSTANCE", help="The instance's id.")],
     notice: Annotated[
-        float,
-        typer.Option("--notice", metavar="SECONDS", min=0, help="How long it has to leave."),
-    ] = 120.0,
+        str,
+        typer.Option("--notice", metavar="DURATION", help="How long it has to leave."),
+    ] = "2m",
     rebalance: Annotated[
         bool,
         typer.Option(
@@ -188,10 +192,10 @@ def interrupt(
     """
     from batchlab.asg.notices import give
 
-    kind = "rebalance" if rebalance else "interruption"
+    kind, notice_s = "rebalance" if rebalance else "interruption", seconds_of("--notice", notice)
     access_key, secret_key = (os.environ.get(name) or "test" for name in KEYS)
     url = (endpoint or _endpoint_of(home)).rstrip("/")
-    give(url, instance, kind, notice, access_key=access_key, secret_key=secret_key)
+    give(url, instance, kind, notice_s, access_key=access_key, secret_key=secret_key)
     output.say(f"{instance} has its notice.")
 
 

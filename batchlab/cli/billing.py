@@ -22,6 +22,7 @@ from batchlab.errors import BatchlabError, NotFound, UsageError
 from batchlab.home import Home
 from batchlab.model import Market
 from batchlab.usage import account_of
+from batchlab.words import listed
 
 if TYPE_CHECKING:
     from batchlab.client import Client
@@ -45,9 +46,7 @@ class Facts:
     backend: str
 
 
-def bill_of(
-    home: Home, job: str, types: Mapping[str, str], *, stored: bool = True
-) -> tuple[JobView, Bill]:
+def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bill]:
     """A job and its bill; UsageError where there is no such job, or no price. `types` are the
     instance types of pools, in place of what they say themselves."""
     from batchlab import backends
@@ -68,7 +67,7 @@ def bill_of(
     ]
     shown = facts.use["account"]
     account = _retyped(account_of(shown), types) if shown else None
-    size = asyncio.run(_stored(backend.open_objects(home), facts.job["id"])) if stored else None
+    size = asyncio.run(_stored(backend.open_objects(home), facts.job["id"]))
     moved = Moved(fetches.total_bytes(home, facts.job["id"]), _egress(home, facts.backend))
     return facts.job, bill(
         stages, account, pools, book, stored_bytes=size, pace=backend.pace, moved=moved
@@ -127,7 +126,9 @@ async def _found(home: Home, text: str) -> Facts:
         exact = [r for r in matching if r.job.id == text]
         if not matching or (len(matching) > 1 and text != "last" and not exact):
             what = "There is no job" if not matching else "More than one job begins with"
-            raise UsageError(f"{what} {text!r}.", remedy="Write the whole id.")
+            known = listed([str(r.job.id) for r in matching or records]) or "none"
+            do = "Write the whole id" if matching else "Those that its folder knows of are"
+            raise UsageError(f"{what} {text!r}.", remedy=f"{do}: {known}.")
         record = (exact or matching)[0]
         rows = await ledger.rows(record.job.id)
         account = await _kept(objects, record.job.id)

@@ -20,6 +20,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from batchlab import extras
 from batchlab.cli.findings import Finding, Level
 from batchlab.errors import AlreadyExists, BackendError, BatchlabError
 from batchlab.home import Home
@@ -42,6 +43,7 @@ def examine(home: Home, backend: str, endpoint: str | None = None) -> list[Findi
     """Every check, in order."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("python", _python),
+        ("extras", _extras),
         ("backend", lambda: _backend(home, backend, endpoint)),
         ("folder", lambda: _folder(home)),
         ("sqlite", lambda: _sqlite(home)),
@@ -67,12 +69,26 @@ def _python() -> Iterator[Finding]:
     yield Finding("python", level, text, "" if level is Level.OK else "Use Python 3.11 or newer.")
 
 
+def _extras() -> Iterator[Finding]:
+    lacking = [one for one in extras.MODULES if extras.missing(one)]
+    here = ", ".join(one for one in extras.MODULES if one not in lacking)
+    text = f"installed: {here or 'none'}"
+    if not lacking:
+        yield Finding("extras", Level.OK, text)
+    else:
+        text += f"; not installed, and not needed for the backend local: {', '.join(lacking)}"
+        yield Finding("extras", Level.OK, text, extras.remedy(*lacking))
+
+
 def _backend(home: Home, name: str, endpoint: str | None) -> Iterator[Finding]:
     from batchlab import backends
 
     backend = backends.load(name, endpoint)
     yield Finding("backend", Level.OK, f"{name}: {backend.description}")
-    if backend.runs_in == "containers":
+    if backend.extra and (module := extras.missing(backend.extra)):
+        said = extras.sentence(backend.extra, f"The backend {name}", module)
+        yield Finding("extra", Level.FAIL, said, extras.remedy(backend.extra))
+    elif backend.runs_in == "containers":
         from batchlab.cli.checkup_containers import containers
 
         yield from containers(home, backend)

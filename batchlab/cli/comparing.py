@@ -18,7 +18,7 @@ def text(comparison: Comparison) -> str:
     at = "" if compressed == 1 else f", times divided by {compressed:g}"
     told = [
         f"Scenario {comparison.scenario}: forecast ({comparison.forecast_backend}) against fact "
-        f"({comparison.fact_backend}){at}",
+        f"({comparison.fact_backend}){at}; an error is forecast minus fact",
         "",
         output.table(columns, rows),
         *(drawn for curves in comparison.curves for drawn in ("", _drawn(curves))),
@@ -48,7 +48,7 @@ def _signed(value: float | None, unit: Unit) -> str:
 
 def _drawn(curves: Curves) -> str:
     most = max((level for _, level in (*curves.forecast, *curves.fact)), default=0.0)
-    relative = "" if curves.relative is None else f", {curves.relative:.1%} of its mean"
+    relative = "" if curves.relative is None else f", {curves.relative:.1%} of the fact's mean"
     title = (
         f"{curves.what} ({LINE} forecast, {AREA} fact); on average {curves.mean_error:,.3g} "
         f"apart{relative}"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from batchlab import extras
 from batchlab.cli import output, signals
 from batchlab.cli.options import JsonOption
 from batchlab.errors import UsageError
@@ -129,6 +130,7 @@ def conform(
     Example: batchlab conform --endpoint http://127.0.0.1:4566
     """
     _see_where(endpoint, aws=aws, service=service)
+    extras.need("aws", "`batchlab conform`", "boto3")
     checks = _wanted(service, only=only, needed=needed, markdown=markdown)
     if template and service != "autoscaling":
         raise UsageError("--template is for --service autoscaling.", remedy="Leave it out.")

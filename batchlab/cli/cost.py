@@ -16,6 +16,7 @@ from batchlab.cli.options import (
     SetOption,
     home_of,
 )
+from batchlab.errors import UsageError
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -91,6 +92,11 @@ def estimate(
     from batchlab.cli import estimating
     from batchlab.cli.submitting import overrides
 
+    if 0 < spot < 1:
+        raise UsageError(
+            f"--spot counts in per cent, and {spot:g} is less than one in a hundred.",
+            remedy=f"Write --spot {spot * 100:g}.",
+        )
     request = estimating.Request(
         file,
         home_of(home),

@@ -153,7 +153,7 @@ def _fits(ask: Ask) -> str:
     return (
         f"At the peak it would keep {peak} slots busy; the largest fleet has {slots}, so work "
         f"waits, at {span(ask.behind_at_s)} up to {span(ask.behind_s)}, and is not "
-        f"done before {span(ask.idle_from_s)}."
+        f"done before {span(ask.idle_from_s)} from the scenario's beginning."
     )
 
 

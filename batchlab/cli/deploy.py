@@ -74,9 +74,9 @@ def plan(
     The release stays the one that is deployed: `apply` brings this version's.
 
     \b
-    Example: batchlab deploy plan --pool default:0-10x2@m7i.large --ledger postgres --budget 50
+    Example: batchlab deploy plan --pool default:0-10x2@m7i.large --ledger postgres --budget 150
     """
-    from batchlab.cli.deploying import Person, chosen
+    from batchlab.cli.deploying import Person, check, chosen
     from batchlab.deploy import settings as settings_
     from batchlab.deploy import template
     from batchlab.deploy.plan import planned
@@ -98,18 +98,50 @@ def plan(
         package,
         database_ca,
     )
-    where = home_of(home)
+    where, source = home_of(home), template.load(template.shipped())
+    check(given, where, source)
     with _stack(given, where) as there:
         state = there.state()
         if state:
             refuse_unchangeable(state)
         wanted = chosen(given, where, there)
-        with planned(there, wanted, template.load(template.shipped()), state, home=where) as found:
+        with planned(there, wanted, source, state, home=where) as found:
             if json:
                 output.show_json(found.to_json())
             else:
                 Person().show(found)
         settings_.write(where, wanted)
+
+
+@app.command(name="template")
+def template_(
+    pool: PoolsOption = None,
+    settings: SettingsOption = None,
+    stack: StackOption = None,
+    region: RegionOption = None,
+    ledger: LedgerOption = None,
+    egress: EgressOption = None,
+    parameter: ParameterOption = None,
+    home: HomeOption = None,
+) -> None:
+    """Print the template of a stack, what you say as its defaults. AWS is not asked.
+
+    For whoever reads, lints or scans it before there are credentials: JSON on stdout, and on stderr
+    what the stack would cost while nothing runs.
+
+    \b
+    Example: batchlab deploy template --pool default:0-10x2@m7i.large --egress nat > stack.json
+    """
+    from batchlab.cli.deploying import cost_lines, on_paper
+    from batchlab.deploy import plan, template
+
+    named: dict[str, str | float | None] = {"Ledger": ledger, "Egress": egress}
+    given = _given(pool, settings, stack, region, parameter, named, {}, None, None)
+    where = home_of(home)
+    wanted = on_paper(given, where)
+    made, costs = plan.on_paper(wanted, template.load(template.shipped()), where)
+    output.show_json(made, indent=1)
+    output.say("\n".join(cost_lines(costs)))
 
 
 @app.command()
@@ -140,7 +172,7 @@ def apply(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Make the stack, or change it to what the plan says, after showing that.
+    """Make the stack, or change it, after showing the plan.
 
     Made anew it takes some minutes, with RDS a quarter of an hour. Ctrl-C leaves AWS to go on; the
     next `apply` follows what is going on and does what is left.
@@ -148,7 +180,7 @@ def apply(
     \b
     Example: batchlab deploy apply
     """
-    from batchlab.cli.deploying import Person, chosen, release_for
+    from batchlab.cli.deploying import Person, check, chosen, release_for
     from batchlab.deploy import template
     from batchlab.deploy.apply import Apply
 
@@ -169,9 +201,10 @@ def apply(
         database_ca,
     )
     where, person = home_of(home), Person(yes, json)
+    source = template.load(template.shipped())
+    check(given, where, source)
     with _stack(given, where) as there:
         wanted = chosen(given, where, there)
-        source = template.load(template.shipped())
         archive = cache(partial(release_for, wanted, release, where))
         done = Apply(there, wanted, source, where, person, archive).run()
     if done is None:
@@ -218,19 +251,20 @@ def status(
     if json:
         output.show_json(found.to_json())
     else:
-        _show(found)
+        _show(found, f"in {there.account.region}, account {there.account.id}")
     if found.drift and found.deployment and not state.is_moving:
         deployment.write(where, found.deployment)
         output.say(f"{deployment.path_in(where)} is written anew ({', '.join(found.drift)}).")
 
 
-def _show(found: Status) -> None:
+def _show(found: Status, where: str) -> None:
     state = found.state
     release = state.parameters.get("Release", "")
     output.show(
         f"stack {state.name}: {state.status} since {output.moment(state.changed_s)}"
         f"{', protected' if state.is_protected else ''}"
     )
+    output.show(where)
     if found.cause:
         output.show(f"  {found.cause.resource} ({found.cause.type}): {found.cause.reason}")
         output.show(f"  {found.cause.remedy}")
@@ -308,12 +342,12 @@ def destroy(
 @contextmanager
 def _stack(given: Given, home: Home) -> Iterator[Stack]:
     """The stack that is meant; a failure of it is told as any other error."""
-    from batchlab.cli.deploying import place
+    from batchlab.cli.deploying import place, tries
     from batchlab.deploy.account import Account
     from batchlab.deploy.stack import Stack
 
     name, region = place(given, home)
-    with Account.open(region) as account:
+    with Account.open(region, notes=tries) as account:
         yield Stack(account, name)
 
 

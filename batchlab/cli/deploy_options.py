@@ -65,14 +65,18 @@ BudgetOption = Annotated[
         "--budget",
         metavar="USD",
         min=0,
-        help="Alarm where a month would cost more.",
+        help="Alarm where a month would cost more; AWS counts once the tag batchlab.stack is "
+        "activated in the account's billing.",
         show_default=False,
     ),
 ]
 EmailOption = Annotated[
     str | None,
     typer.Option(
-        "--alarm-email", metavar="ADDRESS", help="Who hears of alarms.", show_default=False
+        "--alarm-email",
+        metavar="ADDRESS",
+        help="Who hears of alarms, once the address has confirmed it; unless said, nobody.",
+        show_default=False,
     ),
 ]
 BaseOption = Annotated[

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from batchlab.deploy.explain import Event
-    from batchlab.deploy.plan import Plan
+    from batchlab.deploy.plan import Cost, Plan
     from batchlab.deploy.settings import PoolSettings, Settings
     from batchlab.deploy.stack import Stack
+    from batchlab.deploy.template import Template
     from batchlab.home import Home
 
 _PLAN_COLUMNS = ("action", "id", "type", "replacement", "why")
@@ -89,7 +90,39 @@ def chosen(given: Given, home: Home, stack: Stack) -> Settings:
         found = settings.from_stack(stack.name, stack.account.region, state.parameters)[0]
     else:
         found = settings.Settings()
-    found = replace(found, stack=stack.name, region=stack.account.region)
+    return _over(replace(found, stack=stack.name, region=stack.account.region), given)
+
+
+def on_paper(given: Given, home: Home) -> Settings:
+    """The same as far as AWS need not be asked: the file that is named, or what this home keeps of
+    that stack, or the template's own; and over that the options. The region may be empty."""
+    from batchlab.deploy import settings
+
+    name, region = place(given, home)
+    kept = settings.read(home)
+    found = settings.Settings()
+    if given.file:
+        found = settings.load(given.file)
+    elif kept and kept.stack == name:
+        found = kept
+    return _over(replace(found, stack=name, region=region or ""), given)
+
+
+def check(given: Given, home: Home, source: Template) -> None:
+    """UsageError for what is wrong whatever there is on AWS, which is not asked."""
+    from batchlab.deploy import settings
+
+    wanted = on_paper(given, home)
+    kept = settings.read(home)
+    if given.file or (kept and kept.stack == wanted.stack):
+        settings.parameters(wanted, source)
+    else:
+        # The rest may be what the stack itself has.
+        settings.values(wanted, source)
+
+
+def _over(found: Settings, given: Given) -> Settings:
+    """The settings with what the command line says in place of theirs."""
     if given.pools:
         found = replace(found, pools=_pools(given.pools, found))
     if given.pool_parameters:
@@ -143,7 +176,7 @@ def release_for(wanted: Settings, given: Path | None, home: Home) -> Path:
         certificates = Path(wanted.database_ca) if wanted.database_ca else None
         return release.build_release(
             home.of("aws") / "releases",
-            architecture=wanted.architecture,
+            architecture=wanted.machine,
             packages=wanted.packages,
             database_ca=certificates,
             variables=dict(wanted.environment),
@@ -162,6 +195,12 @@ def release_for(wanted: Settings, given: Path | None, home: Home) -> Path:
             remedy="It is damaged, or was renamed: leave out --release, and one is made.",
         )
     return given
+
+
+def tries() -> output.Sometimes:
+    """Notes on one call that nothing answers: the pauses between its tries grow, and it is told
+    before the long ones."""
+    return output.Sometimes(1.0)
 
 
 # --- The person in front -------------------------------------------------------------------------
@@ -220,7 +259,7 @@ class Person:
 def plan_text(plan: Plan) -> str:
     """A plan for a person: where, what it costs, what changes."""
     head = f"Stack {plan.settings.stack} in {plan.region}, account {plan.account}, as {plan.who}."
-    parts = [head, "", *cost_lines(plan), ""]
+    parts = [head, "", *cost_lines(plan.cost), ""]
     if not plan.changes:
         return "\n".join([*parts, "No changes: the stack is as it is to be."])
     verb = "Create" if plan.is_new else "Update"
@@ -245,10 +284,10 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(parts)
 
 
-def cost_lines(plan: Plan) -> list[str]:
+def cost_lines(cost: Cost) -> list[str]:
     """What it costs, one thing a line."""
-    lines = [plan.cost.hourly.text()] if plan.cost.hourly else []
-    return [*lines, *([plan.cost.note] if plan.cost.note else [])]
+    lines = [cost.hourly.text()] if cost.hourly else []
+    return [*lines, *([cost.note] if cost.note else [])]
 
 
 # --- An operation as it goes ---------------------------------------------------------------------

@@ -23,7 +23,6 @@ from batchlab.costs.estimate import (
     loads,
 )
 from batchlab.costs.prices import load as load_prices
-from batchlab.costs.requests import Pace
 from batchlab.errors import BackendError, UsageError
 from batchlab.home import Home
 
@@ -56,7 +55,7 @@ class Request:
 
 def run(request: Request) -> Estimate:
     """The estimate; UsageError, JobFileErrors."""
-    from batchlab import spec
+    from batchlab import backends, spec
     from batchlab.model import JobId
     from batchlab.spec.jobfile import compile_job
 
@@ -78,13 +77,13 @@ def run(request: Request) -> Estimate:
         jobfile = spec.load(request.file, request.overrides)
         root_tasks, files, size_bytes = asyncio.run(count(jobfile))
     stages, more = loads(job.stages, root_tasks, told, given)
-    backend = _backend()
+    backend = backends.load("aws")
     pools = plan_pools(request, backend, sorted({stage.pool for stage in stages}), assumed)
     return estimate(
         stages,
         pools,
         load_prices(request.home.path),
-        policy_of(backend),
+        Policy(backend.manager.drain_target_s, backend.manager.idle_s, backend.pace),
         input_files=files,
         input_bytes=size_bytes,
         result_bytes=_results(request, jobfile.job.name, assumed),
@@ -228,24 +227,8 @@ async def _in_ledger(home: Home, name: str) -> list[tuple[str, dict[str, float]]
 # --- Pools ---------------------------------------------------------------------------------------
 
 
-def _backend() -> Backend | None:
-    """AWS's descriptor, where this batchlab has one."""
-    from batchlab import backends
-
-    return backends.load("aws") if "aws" in backends.names() else None
-
-
-def policy_of(backend: Backend | None) -> Policy:
-    """The numbers of that backend, else what they are unless said."""
-    if backend is None:
-        return Policy()
-    manager, worker = backend.manager, backend.worker
-    pace = Pace(worker.control_lease_s, worker.visibility_s, worker.beat_s, manager.tick_s)
-    return Policy(manager.drain_target_s, manager.idle_s, pace)
-
-
 def plan_pools(
-    request: Request, backend: Backend | None, names: Sequence[str], assumed: list[str]
+    request: Request, backend: Backend, names: Sequence[str], assumed: list[str]
 ) -> list[PoolPlan]:
     """The pools that the job names, as they would be on AWS; what is assumed is added to
     `assumed`."""
@@ -253,7 +236,7 @@ def plan_pools(
     from batchlab.cli.pools import parse_all
 
     types = by_name(request.types, names)
-    known: dict[str, Pool] = {pool.name: pool for pool in backend.pools} if backend else {}
+    known: dict[str, Pool] = {pool.name: pool for pool in backend.pools}
     own = {pool.name: pool for pool in parse_all(request.pools)}
     found: list[PoolPlan] = []
     for name in names:

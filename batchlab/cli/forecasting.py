@@ -15,17 +15,29 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import CalibrationOption, JsonOption, LikeOption, ScenarioArgument
+from batchlab.cli.options import (
+    CalibrationOption,
+    HomeOption,
+    JsonOption,
+    LikeOption,
+    ScenarioArgument,
+    home_of,
+)
 from batchlab.cli.signals import Stopped
 
 if TYPE_CHECKING:
     from batchlab.forecast.simulate import Progress as Seen
-    from batchlab.scenario.model import Calibration
+    from batchlab.scenario.model import Calibration, Scenario
     from batchlab.scenario.record import Record
     from batchlab.scenario.verdict import Row
 
 SOMETIMES_S = 10.0
 """Where stderr is no terminal, progress is told so often."""
+TASKS_A_S = 500
+"""What one core simulates at the least, as measured on the shipped scenarios: 400 to 600 tasks a
+second where each travels alone, some ten times as many in bundles."""
+MANY_TASKS = 120 * TASKS_A_S
+"""From so many on a forecast takes long enough to say so before it begins."""
 
 
 def register(app: typer.Typer) -> None:
@@ -53,6 +65,7 @@ def simulate(
     ] = 1.0,
     like: LikeOption = "aws",
     calibration: CalibrationOption = None,
+    home: HomeOption = None,
     log: Annotated[
         Path | None,
         typer.Option(
@@ -77,6 +90,7 @@ def simulate(
     Example: batchlab scenario simulate claims-month-end --seed 7
     """
     from batchlab import backends
+    from batchlab.costs import prices
     from batchlab.forecast.simulate import simulate as run
     from batchlab.scenario import loader, record, verdict
     from batchlab.scenario.expand import compressed
@@ -85,14 +99,22 @@ def simulate(
     found = compressed(loader.load(loader.find(scenario)), compress)
     backend = backends.load(like)
     measured = calibrated(calibration, backend.name, found.compressed)
+    book = prices.load(home_of(home).path)
     for file in (log, out):
         if file:
             output.check_writable(file)
+    _tell_long(found, seed)
     lines: list[str] | None = [] if log else None
     try:
         with _watched() as progress:
             made = run(
-                found, seed=seed, like=backend, calibration=measured, log=lines, progress=progress
+                found,
+                seed=seed,
+                like=backend,
+                calibration=measured,
+                log=lines,
+                progress=progress,
+                book=book,
             )
     except Stopped:
         let_the_dead_rest()
@@ -107,6 +129,7 @@ def simulate(
         output.show_json(_facts(made, rows))
     else:
         output.show(_text(made, rows))
+        _tell_next(scenario, made, rows)
     if verdict.is_red(rows):
         raise typer.Exit(1)
 
@@ -122,6 +145,36 @@ def calibrated(file: Path | None, backend: str, compressed: float) -> Calibratio
     if note := calibrate.fitting(found, backend, compressed):
         output.say(f"Note: {note}.")
     return found
+
+
+def _tell_long(scenario: Scenario, seed: int | None) -> None:
+    """A word before what would keep somebody waiting for long, which may be a slip in a trace."""
+    from batchlab.scenario import sizes
+    from batchlab.scenario.expand import expand
+
+    jobs = expand(scenario, seed).jobs
+    tasks = sum(sum(sizes.of(job.template, job.tasks).values()) for job in jobs)
+    if tasks >= MANY_TASKS:
+        output.say(
+            f"{output.count(tasks, 'task')} take up to about {output.span(tasks / TASKS_A_S)} "
+            "to simulate; Ctrl-C ends it. A trace's from, until and limit take a part of it."
+        )
+
+
+def _tell_next(scenario: str, made: Record, rows: list[Row]) -> None:
+    """Who looks for a fleet that is in time, where this one is not."""
+    from batchlab.cli.planned import duration
+    from batchlab.scenario.verdict import Colour
+
+    late = [row for row in rows if row.colour is Colour.RED and row.measure in ("makespan", "late")]
+    if late:
+        # Of a compressed run it is a compressed one, and a plan is made for the whole time.
+        most_s = next((row.most for row in rows if row.measure == "makespan" and row.most), None)
+        deadline = "TIME" if most_s is None or made.compressed != 1 else duration(most_s)
+        output.say(
+            f"`batchlab scenario plan {scenario} --deadline {deadline}` looks for a fleet that is "
+            "in time."
+        )
 
 
 def _facts(made: Record, rows: list[Row]) -> dict[str, object]:

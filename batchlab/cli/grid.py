@@ -96,6 +96,11 @@ def up(
         output.say("Connected to the stack; `batchlab grid down` disconnects.")
     else:
         output.say(f"A grid {'was up already' if was_up else 'is up'} in {place.path}.")
+        if home is None:  # else each of these needs the same --home
+            output.say(
+                "`batchlab job submit FILE` gives it a job, `batchlab grid open` shows it in a "
+                "browser, `batchlab grid down` ends it."
+            )
     for note in notes:
         output.say(f"Note: {output.clean(note)}")
     _show_grid(view, place, json=json)
@@ -149,7 +154,7 @@ def down(home: HomeOption = None) -> None:
     if timed and is_lost:
         output.say(f"{output.count(timed, 'schedule')} gone with it.")
     elif timed:
-        output.say(f"{output.count(timed, 'schedule')} not run until a grid is up here again.")
+        output.say(f"{output.count(timed, 'schedule')} will not run until a grid is up here again.")
 
 
 @app.command()

@@ -12,11 +12,12 @@ _COLUMNS = ("stack", "kind", "name", "is")
 def sweep_aws(region: str | None, names: Sequence[str], *, removing: bool, json: bool) -> None:
     """List it, and remove what no stack has any more where that is wanted; what is known by its
     name alone only where it is one of `names`. BackendError where something could not be."""
+    from batchlab.cli.deploying import tries
     from batchlab.deploy.account import Account
     from batchlab.deploy.leftovers import Leftovers, chosen, remove_left
     from batchlab.errors import BackendError
 
-    with Account.open(region) as account:
+    with Account.open(region, notes=tries) as account:
         there = Leftovers(account)
         tagged = list(there.tagged())
         named = list(there.named({one.thing.name for one in tagged}, output.say))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import HomeOption, JobArgument, JsonOption, home_of
+from batchlab.cli.options import HomeOption, JobArgument, JsonOption, home_of, seconds_of
 from batchlab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -71,20 +71,11 @@ def logs(
                 remedy="Write the stage and the index, such as parse/3.",
             )
         stage, index = parse_task(task)
-    which = Which(stage, index, failed, _seconds(since) if since else None)
+    which = Which(stage, index, failed, seconds_of("--since", since) if since else None)
     if follow:
         _follow(home_of(home), job, which, json=json)
     else:
         _print(home_of(home), job, which, limit, json=json)
-
-
-def _seconds(text: str) -> float:
-    from batchlab.spec.units import DURATION_FORMS, seconds
-
-    try:
-        return seconds(float(text) if text.replace(".", "", 1).isdigit() else text)
-    except ValueError as error:
-        raise UsageError(f"--since: {error}.", remedy=f"Write {DURATION_FORMS}.") from error
 
 
 def _print(home: Home, job: str, which: Which, limit: int, *, json: bool) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import completing
+from batchlab.errors import UsageError
 
 if TYPE_CHECKING:
     from batchlab.home import Home
@@ -147,6 +148,22 @@ def home_of(option: Path | None) -> Home:
     from batchlab.home import find_home
 
     return find_home(option)
+
+
+def seconds_of(option: str, text: str, *, least_s: float = 0.0) -> float:
+    """The seconds of `10m`, or of a number, `least_s` at the least; UsageError, which names the
+    option."""
+    from batchlab.spec.units import DURATION_FORMS, seconds, shown
+
+    try:
+        found = seconds(float(text) if text.replace(".", "", 1).isdigit() else text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}.", remedy=f"Write {DURATION_FORMS}.") from error
+    if found < least_s:
+        raise UsageError(
+            f"{option}: {shown(text)} is too short.", remedy=f"Write {least_s:g}s or more."
+        )
+    return found
 
 
 def cap_of(text: str) -> float | None:

@@ -73,19 +73,34 @@ def check_writable(file: Path, *, folder: bool = False) -> None:
     """UsageError where it cannot be written: found out before the hours that lead to what is to
     be written there. With `folder` that of the file is made, the file itself is not."""
     try:
-        if folder:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists():
-            file.open("ab").close()
-        else:
-            # A link to nothing stays: what is made is what it names.
-            made = Path(os.path.realpath(file))
-            made.open("xb").close()
-            made.unlink()
+        _try_to_write(file, folder=folder)
     except OSError as error:
         raise UsageError(
             f"{file} cannot be written: {error.strerror}.", remedy="Name another file."
         ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """The same for a folder of results, which is made."""
+    try:
+        _try_to_write(folder / "summary.json", folder=True)
+    except OSError as error:
+        raise UsageError(
+            f"The results cannot be written to {folder}: {error.strerror}.",
+            remedy="Name another folder with --out.",
+        ) from error
+
+
+def _try_to_write(file: Path, *, folder: bool) -> None:
+    if folder:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        file.open("ab").close()
+    else:
+        # A link to nothing stays: what is made is what it names.
+        made = Path(os.path.realpath(file))
+        made.open("xb").close()
+        made.unlink()
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

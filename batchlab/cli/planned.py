@@ -14,6 +14,7 @@ from batchlab.costs.money import shown
 from batchlab.forecast.candidates import SHARES, Candidate, Point, quantiles
 from batchlab.forecast.frontier import Share
 from batchlab.forecast.plan import SURE, Plan, enough
+from batchlab.scenario.expand import expand
 from batchlab.scenario.model import Prewarm, Scenario
 
 CHOSEN = "◆"
@@ -67,7 +68,7 @@ def _verdict(plan: Plan) -> str:
     if not enough(plan.in_time):
         nearest = f"The nearest that was found is done after {latest} at the latest, for {usd}."
         if not any(map(plan.goal.in_time, (*outcomes, *plan.chosen.outcomes))):
-            return f"No fleet meets the deadline of {deadline}. {nearest}"
+            return f"No fleet meets the deadline of {deadline}.{_cannot(plan)} {nearest}"
         return (
             f"No fleet was found that meets the deadline of {deadline} in {SURE:.0%} of all seeds. "
             f"{nearest}"
@@ -77,6 +78,18 @@ def _verdict(plan: Plan) -> str:
     return (
         f"The best so far: {usd} a run, done after {latest} at the latest; it has been put to "
         f"{len(plan.fresh)} of {output.count(plan.seeds, 'fresh seed')}."
+    )
+
+
+def _cannot(plan: Plan) -> str:
+    """Why none can, where the arrivals alone take longer."""
+    jobs = expand(plan.scenario).jobs
+    span_s = jobs[-1].due_s - jobs[0].due_s if jobs else 0.0
+    if span_s < plan.goal.deadline_s:
+        return ""
+    return (
+        f" None can: the last job is due {output.span(span_s)} after the first, from which the "
+        "deadline counts."
     )
 
 
@@ -243,7 +256,7 @@ def as_yaml(scenario: Scenario) -> str:
             min=plan.pool.min_size,
             max=plan.pool.max_size,
             slots=plan.pool.slots,
-            boot=_duration(plan.pool.boot_s) if plan.pool.boot_s else None,
+            boot=duration(plan.pool.boot_s) if plan.pool.boot_s else None,
             instance_type=plan.pool.instance_type or None,
             spot=plan.spot or None,
         )
@@ -255,7 +268,7 @@ def as_yaml(scenario: Scenario) -> str:
         "cooldown_in": policy.cooldown_in_s,
         "idle": policy.idle_s,
     }
-    if told := {name: _duration(s) for name, s in times.items() if s is not None}:
+    if told := {name: duration(s) for name, s in times.items() if s is not None}:
         doc["policy"] = told
     if scenario.prewarm:
         doc["prewarm"] = [_prewarmed(one) for one in scenario.prewarm]
@@ -271,12 +284,12 @@ def _prewarmed(one: Prewarm) -> Mapping[str, object]:
     return {
         "pool": one.pool,
         "min": one.min_size,
-        "at": _duration(one.at_s),
-        "until": _duration(one.until_s),
+        "at": duration(one.at_s),
+        "until": duration(one.until_s),
     }
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """As spec.units reads it, in the largest unit that it is a whole number of."""
     for unit, size_s in (("h", 3600), ("m", 60)):
         if seconds and seconds % size_s == 0:

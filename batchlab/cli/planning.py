@@ -16,11 +16,19 @@ import typer
 
 from batchlab.cli import output
 from batchlab.cli.forecasting import calibrated
-from batchlab.cli.options import CalibrationOption, JsonOption, LikeOption, ScenarioArgument
+from batchlab.cli.options import (
+    CalibrationOption,
+    HomeOption,
+    JsonOption,
+    LikeOption,
+    ScenarioArgument,
+    home_of,
+    seconds_of,
+)
 from batchlab.cli.signals import INTERRUPTED, Stopped
-from batchlab.errors import UsageError
 
 if TYPE_CHECKING:
+    from batchlab.costs.prices import PriceBook
     from batchlab.forecast.calibrate import Calibrated, Quantity
     from batchlab.forecast.candidates import Goal
     from batchlab.forecast.planner import Progress, Search
@@ -85,6 +93,7 @@ def plan(
     ] = 300,
     like: LikeOption = "aws",
     calibration: CalibrationOption = None,
+    home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
     """Find the cheapest fleet and policy that has a scenario done in time.
@@ -96,6 +105,7 @@ def plan(
     Example: batchlab scenario plan long-tail --deadline 2h --budget '5 USD'
     """
     from batchlab import backends
+    from batchlab.costs import prices
     from batchlab.forecast.planner import Search
     from batchlab.forecast.sketch import Sketch
     from batchlab.scenario import loader
@@ -103,20 +113,28 @@ def plan(
     goal, backend = _goal(deadline, budget), backends.load(like).name
     found = loader.load(loader.find(scenario))
     measured = calibrated(calibration, backend, found.compressed)
-    run = partial(forecast, backend=backend, calibration=measured)
-    sketch = Sketch(backend, measured)
-    search = Search(found, goal, run, seeds, jobs or os.cpu_count() or 1, runs, sketch)
+    book = prices.load(home_of(home).path)
+    run = partial(forecast, backend=backend, calibration=measured, book=book)
+    sketch = Sketch(backend, measured, book)
+    search = Search(found, goal, run, seeds, jobs or os.cpu_count() or 1, runs, sketch, book)
     raise typer.Exit(carry_out(search, json=json))
 
 
 def forecast(
-    scenario: Scenario, seed: int, *, backend: str, calibration: Calibration | None
+    scenario: Scenario,
+    seed: int,
+    *,
+    backend: str,
+    calibration: Calibration | None,
+    book: PriceBook | None = None,
 ) -> Record:
     """One simulated run, in whichever process."""
     from batchlab import backends
     from batchlab.forecast.simulate import simulate
 
-    return simulate(scenario, seed=seed, like=backends.load(backend), calibration=calibration)
+    return simulate(
+        scenario, seed=seed, like=backends.load(backend), calibration=calibration, book=book
+    )
 
 
 def carry_out(search: Search, *, json: bool) -> int:
@@ -148,15 +166,8 @@ def carry_out(search: Search, *, json: bool) -> int:
 def _goal(deadline: str, budget: str | None) -> Goal:
     from batchlab.costs.money import parse
     from batchlab.forecast.candidates import Goal
-    from batchlab.spec.units import DURATION_FORMS, seconds
 
-    try:
-        deadline_s = seconds(
-            float(deadline) if deadline.replace(".", "", 1).isdigit() else deadline
-        )
-    except ValueError as error:
-        raise UsageError(f"{error}.", remedy=f"Write {DURATION_FORMS}.") from None
-    return Goal(deadline_s, None if budget is None else parse(budget))
+    return Goal(seconds_of("--deadline", deadline), None if budget is None else parse(budget))
 
 
 @contextmanager

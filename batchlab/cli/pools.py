@@ -17,7 +17,8 @@ def parse(text: str) -> Pool:
     if found is None:
         raise UsageError(
             f"The pool {text!r} is not NAME:MIN-MAXxSLOTS.",
-            remedy="Write for example default:0-4x1: no to four instances with one slot each.",
+            remedy="Write for example default:0-4x1: no to four instances with one slot each. A "
+            "name has up to 40 small letters, digits, '-' and '_'.",
         )
     smallest, largest, slots = (int(number) for number in found.groups()[1:])
     pool = Pool(found[1], smallest, largest, slots)

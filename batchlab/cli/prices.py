@@ -135,15 +135,14 @@ def refresh(
     """
     from batchlab.costs import refresh as prices_of
     from batchlab.costs.prices import NAME, load, write
+    from batchlab.whole import write_whole
 
     place = home_of(home)
     found = prices_of.find(from_, region=region, day=date.date() if date else None)
     book = prices_of.refreshed(load(place.path), found)
     place.make()
     path = place.path / NAME
-    staged = path.with_suffix(".part")
-    staged.write_text(write(book))
-    staged.replace(path)
+    write_whole(path, write(book))
     if json:
         output.show_json(
             {

@@ -16,7 +16,7 @@ from batchlab.cli import billing, output
 from batchlab.cli.session import connect
 from batchlab.errors import Refused, UsageError
 from batchlab.home import Home
-from batchlab.model import ENDED
+from batchlab.model import ENDED, JobId
 
 if TYPE_CHECKING:
     from batchlab.backends import Backend
@@ -117,14 +117,14 @@ def _of_jobs(request: Request) -> Past:
 async def _measured(
     backend: Backend, home: Home, views: Mapping[str, JobView]
 ) -> tuple[list[tuple[JobView, JobDef]], dict[str, Measured]]:
+    from batchlab.attempts import definition
     from batchlab.backends import patience
     from batchlab.replay.measuring import Told, measure
-    from batchlab.results import definition
 
     objects = backend.open_objects(home)
     jobs, measured = [], {}
     for job, view in views.items():
-        jobs.append((view, await definition(objects, job, patience())))
+        jobs.append((view, await definition(objects, JobId(job), patience())))
         measured[job] = await measure([Told(view["name"], view)], 0, objects, patience())
     return jobs, measured
 

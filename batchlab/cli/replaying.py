@@ -15,6 +15,7 @@ from batchlab.cli.options import (
     JsonOption,
     ScenarioArgument,
     home_of,
+    seconds_of,
 )
 
 
@@ -55,13 +56,12 @@ def replay(
         ),
     ] = None,
     limit: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             "--limit",
-            metavar="SECONDS",
-            min=1.0,
-            help="End it after so long; without it, after twice what its work takes on the whole "
-            "fleet, and five minutes.",
+            metavar="DURATION",
+            help="End it after so long, such as 20m; without it, after twice what its work takes "
+            "on the whole fleet, and five minutes.",
             show_default=False,
         ),
     ] = None,
@@ -97,7 +97,7 @@ def replay(
             compress=compress,
             seed=seed,
             out=out,
-            limit_s=limit,
+            limit_s=None if limit is None else seconds_of("--limit", limit, least_s=1.0),
             forecast=forecast,
             calibration=calibration,
             keep_up=keep_up,

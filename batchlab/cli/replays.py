@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 FRONTED = frozenset({FaultName.S3_ERRORS, FaultName.PARTITION})
 """Faults that a front before the endpoint brings, where the endpoint can have one."""
+MANY_PROCESSES = 100
+"""More instances than this are told of where each is a process of this machine."""
+LONG_S = 600.0
+"""Who replays for longer than this in real time is told so before."""
 WHY = (
     "Of `batchlab scenario replay`, which takes it away when it has ended; left behind by one that "
     "was killed it may be deleted."
@@ -75,6 +79,9 @@ def run(request: Request, *, json: bool) -> None:
     calibration = calibrated(request.calibration, backend.name, scenario.compressed)
     if factor != 1:
         output.say(f"All times of {scenario.name} are divided by {factor:g}.")
+    else:
+        _tell_long(scenario, request.seed)
+    _tell_large(scenario, backend)
     if odd := sum(len(tuple(source.odd())) for source in scenario.arrivals):
         output.say(
             f"{output.count(odd, 'record')} of its traces {'is' if odd == 1 else 'are'} odd; "
@@ -88,7 +95,7 @@ def run(request: Request, *, json: bool) -> None:
     rows = verdict.judge(found, scenario.expect)
     comparison = None
     if request.forecast and not found.cut:
-        comparison = _compared(request.seed, backend, scenario, found, calibration)
+        comparison = _compared(request, backend, scenario, found, calibration)
     if json:
         output.show_json(
             {
@@ -113,6 +120,27 @@ def run(request: Request, *, json: bool) -> None:
         raise typer.Exit(signals.INTERRUPTED)
     if verdict.is_red(rows):
         raise typer.Exit(1)
+
+
+def _tell_long(scenario: Scenario, seed: int | None) -> None:
+    from batchlab.scenario.expand import expand
+
+    last_s = max((job.due_s for job in expand(scenario, seed).jobs), default=0.0)
+    if last_s > LONG_S:
+        output.say(
+            f"{scenario.name} runs in real time, for at least {output.span(last_s)}; "
+            "--compress 100 divides every time by a hundred."
+        )
+
+
+def _tell_large(scenario: Scenario, backend: Backend) -> None:
+    fleet, cores = sum(plan.pool.max_size for plan in scenario.pools), backend.usual.cores
+    if cores and fleet > MANY_PROCESSES:
+        output.say(
+            f"Its fleet may come to {output.count(fleet, 'instance')}, each a process of this "
+            f"machine, which has {output.count(cores, 'core')}. `batchlab scenario simulate --like "
+            f"{backend.name}` says what they would make of it."
+        )
 
 
 def _free(folder: Path, name: str) -> Path:
@@ -247,13 +275,14 @@ def _tell_late(found: Record) -> None:
 
 
 def _compared(
-    seed: int | None,
+    request: Request,
     backend: Backend,
     scenario: Scenario,
     found: Record,
     calibration: Calibration | None,
 ) -> Comparison | None:
     """The forecast beside the fact; None, and a note, where there is none."""
+    from batchlab.costs import prices
     from batchlab.forecast.comparison import compare
     from batchlab.forecast.grid import Options
     from batchlab.forecast.simulate import simulate
@@ -263,7 +292,12 @@ def _compared(
     options = Options(impossible=table.impossible(backend.name))
     try:
         forecast = simulate(
-            scenario, seed=seed, like=backend, calibration=calibration, options=options
+            scenario,
+            seed=request.seed,
+            like=backend,
+            calibration=calibration,
+            options=options,
+            book=prices.load(request.home.path),
         )
     except BatchlabError as error:
         output.say(f"There is no forecast: {error.message}")

@@ -19,8 +19,9 @@ RunsArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[RUN]...",
-        help="A job of the grid (its id, the beginning of one, or 'last'), or a folder that "
-        "`report pull` has made; without any the last job.",
+        help="A job of the grid (its id, the beginning of one, or 'last'), a folder that "
+        "`report pull` has made, or the record of a `scenario replay` for all of its jobs; "
+        "without any the last job.",
         autocompletion=completing.jobs,
         show_default=False,
     ),
@@ -30,6 +31,16 @@ JobsArgument = Annotated[
     typer.Argument(
         metavar="JOB...",
         help="A job's id, the beginning of one, or 'last'.",
+        autocompletion=completing.jobs,
+        show_default=False,
+    ),
+]
+PulledArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="JOB...",
+        help="A job's id, the beginning of one, or 'last'; or the record of a `scenario replay` "
+        "for all of its jobs.",
         autocompletion=completing.jobs,
         show_default=False,
     ),
@@ -128,7 +139,7 @@ def query(
 
 @app.command()
 def pull(
-    jobs: JobsArgument,
+    jobs: PulledArgument,
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Where to; a folder for each job in it.")
     ] = Path(),
@@ -143,12 +154,12 @@ def pull(
     \b
     Example: batchlab report pull month-end-0123456789 --backend aws --out runs
     """
-    from batchlab.cli.reported import Source, job_of
+    from batchlab.cli.reported import Source, job_of, meant
     from batchlab.cli.reported import pull as bring
 
     source = Source(home_of(home), backend, endpoint)
     brought = []
-    for text in jobs:
+    for text in meant(jobs):
         job = job_of(source, text)
         index = bring(source, job, out / job)
         brought.append({"job": job, "folder": str(out / job), "is_final": index.is_final})

@@ -71,12 +71,13 @@ def html(
     \b
     Example: batchlab report html last --out monday.html
     """
-    from batchlab import __version__
+    from batchlab import __version__, extras
     from batchlab.cli.reported import Source, folders
     from batchlab.report import store
     from batchlab.report.html import failed, page
     from batchlab.report.html.source import Run, only_job
 
+    extras.need("web", "The report as a page")
     source = Source(home_of(home), backend, endpoint)
     with folders(source, [run]) as found, store.opened(found) as connection:
         job = only_job(connection)

@@ -1,4 +1,4 @@
-"""Where the performance data lies that RUN means: a folder, or a job of the grid.
+"""Where the performance data lies that RUN means: a folder, a job of the grid, or a replay's jobs.
 
 Invariant: whoever names a folder needs no grid, no account and no network; whoever names a job gets
 its data as it is now, written anew where the bucket has none that is up to date.
@@ -59,7 +59,25 @@ def folders(source: Source, runs: Sequence[str]) -> Iterator[list[Path]]:
     """The folders with the data of these runs, for as long as they are needed; "last" where none is
     named. UsageError for what is neither a folder nor a job."""
     with ExitStack() as stack:
-        yield [_folder(source, run, stack) for run in runs or ["last"]]
+        yield [_folder(source, run, stack) for run in meant(runs or ["last"])]
+
+
+def meant(runs: Sequence[str]) -> Iterator[str]:
+    """Each run, and in place of a replay's record those of all its jobs; UsageError."""
+    from batchlab.scenario import record
+
+    for run in runs:
+        path = Path(run)
+        if path.suffix != ".json" or not path.is_file():
+            yield run
+            continue
+        found = record.read(path)
+        if found.simulated:
+            raise UsageError(
+                f"{run} is the record of a forecast, whose jobs have not run.",
+                remedy="Name the record of a replay, a folder or a job.",
+            )
+        yield from (job.id for job in found.jobs)
 
 
 def _folder(source: Source, run: str, stack: ExitStack) -> Path:
@@ -112,17 +130,14 @@ async def _written(
 def writer_of(source: Source, backend: Backend, objects: Objects) -> Writer:
     """Writes by the home's prices; without cost, and saying so, where these cannot be read."""
     from batchlab import backends
-    from batchlab.costs import prices
-    from batchlab.report.building import Setting
-    from batchlab.report.writing import Writer
 
-    book = None
-    try:
-        book = prices.load(source.home.path)
-    except UsageError as error:
-        output.say(f"The data has no cost: {error}")
-    pools = tuple(backend.pools_in(source.home))
-    return Writer(objects, backends.patience(), Setting(backend.name, pools, backend.pace, book))
+    return backends.open_writer(
+        backend,
+        source.home,
+        objects,
+        backend.pools_in(source.home),
+        lambda error: output.say(f"The data has no cost: {error}"),
+    )
 
 
 def _is_kept(folder: Path, index: Index) -> bool:

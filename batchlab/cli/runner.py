@@ -13,18 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from batchlab.attempts import definition
 from batchlab.cli import output, progress, runs
 from batchlab.cli.billing import Burn
 from batchlab.cli.session import Session
 from batchlab.cli.signals import Stopped
 from batchlab.cli.submitting import Submission, submit_capped
 from batchlab.cli.summary import SHOWN_FAILURES, Phases, Summary
-from batchlab.cli.watching import fetch_results, watch
+from batchlab.cli.watching import default_folder, fetch_results, watch
 from batchlab.errors import Refused, UsageError
 from batchlab.home import Home
 from batchlab.jobdef import JobDef
 from batchlab.model import JobState
-from batchlab.results import definition
 from batchlab.views import FailureView, JobView
 
 if TYPE_CHECKING:
@@ -74,6 +74,11 @@ def run(request: Request, phases: Phases) -> Summary:
                 submission = asyncio.run(submission.located())
                 earlier = asyncio.run(submission.latest())
                 number = choose(earlier, resume=request.resume, cache=request.cache)
+                if request.resume and earlier is None:
+                    output.say(
+                        "There is no run of this file, code and data to go on with: all of it runs."
+                    )
+                output.check_folder(request.out or default_folder(submission.jobfile.job.name))
             summary = _Runner(request, submission, session, phases).run(earlier, number)
         except Stopped:
             _say_what_next(request, session)
@@ -152,6 +157,7 @@ class _Runner:
         known = earlier if earlier and earlier.number == number else None
         job = asyncio.run(self._start(number, known))
         if known and known.ended:
+            output.say(f"Job {job.id} has {known.ended} before, and nothing runs again.")
             with self.phases.phase("start"):  # until it leads
                 view = self.session.call(lambda client: client.job(job.id))
         else:

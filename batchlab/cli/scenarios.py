@@ -75,7 +75,8 @@ def check(
     if not schedule.jobs:
         raise UsageError(
             f"Nothing arrives in the scenario {path}.",
-            remedy="Give its arrivals a higher rate or a later until, or another --seed.",
+            remedy="Give its arrivals a higher rate or a later until, or another --seed; from, "
+            "until and limit may leave nothing of a trace.",
         )
     seen = curve.of(scenario, schedule.jobs)
     from batchlab.cli import curves, doubts
@@ -91,6 +92,8 @@ def check(
         f"{output.span(seen.work_s)} of work\n\n"
         f"{output.visible(scenario.about)}\n"
     )
+    if told := list(_traces(scenario)):
+        output.show("\n".join(told) + "\n")
     output.show(curves.text(scenario, seen, fancy=_fancy()))
     if doubtful:
         output.say("\nIs this meant?")
@@ -101,6 +104,19 @@ def check(
 def _fancy() -> bool:
     """Whether whoever reads it can show more than ASCII."""
     return (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+
+
+def _traces(scenario: Scenario) -> Iterator[str]:
+    """How much of each trace can be used, and what time it was when the scenario begins."""
+    from batchlab.scenario.traces import Trace
+
+    for source in scenario.arrivals:
+        if isinstance(source, Trace):
+            read = source.reading()
+            of = f"{len(read.rows):,} of {output.count(read.records, 'record')} can be used"
+            begins = source.begins()
+            clock = f"; the scenario begins at {begins} of its clock" if begins else ""
+            yield f"Trace {source.path.name}: {of}{clock}"
 
 
 def _odd(odd: Sequence[Odd]) -> Iterator[str]:
@@ -119,6 +135,8 @@ def _odd(odd: Sequence[Odd]) -> Iterator[str]:
 
 
 def _facts(scenario: Scenario, schedule: Schedule, seen: Curve) -> dict[str, object]:
+    from batchlab.scenario.traces import Trace
+
     return {
         "name": scenario.name,
         "about": scenario.about,
@@ -140,6 +158,16 @@ def _facts(scenario: Scenario, schedule: Schedule, seen: Curve) -> dict[str, obj
             for ask in seen.asks
         ],
         "faults": [asdict(fault) for fault in scenario.faults],
+        "traces": [
+            {
+                "file": str(source.path),
+                "records": source.reading().records,
+                "used": len(source.reading().rows),
+                "begins": source.begins() or None,
+            }
+            for source in scenario.arrivals
+            if isinstance(source, Trace)
+        ],
         "odd": [asdict(odd) for odd in schedule.odd],
     }
 

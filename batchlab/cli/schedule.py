@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +18,7 @@ from batchlab.cli.options import (
     cap_of,
     home_of,
 )
+from batchlab.schedule.model import Missed, Overlap
 
 if TYPE_CHECKING:
     from batchlab.client import Client
@@ -35,22 +35,6 @@ NameArgument = Annotated[
         autocompletion=completing.schedules,
     ),
 ]
-
-
-class MissedChoice(StrEnum):
-    """What becomes of due times at which no manager was there."""
-
-    RUN_ONCE = "run-once"
-    RUN_ALL = "run-all"
-    SKIP = "skip"
-
-
-class OverlapChoice(StrEnum):
-    """What becomes of a due time while the run before has not ended."""
-
-    SKIP = "skip"
-    QUEUE = "queue"
-    REPLACE = "replace"
 
 
 @app.callback()
@@ -99,9 +83,9 @@ def add(
         ),
     ] = None,
     missed: Annotated[
-        MissedChoice,
+        Missed,
         typer.Option("--missed", help="What to make of due times at which no manager was there."),
-    ] = MissedChoice.RUN_ONCE,
+    ] = Missed.RUN_ONCE,
     missed_within: Annotated[
         str | None,
         typer.Option(
@@ -112,9 +96,9 @@ def add(
         ),
     ] = None,
     overlap: Annotated[
-        OverlapChoice,
+        Overlap,
         typer.Option("--overlap", help="What to do while the run before has not ended."),
-    ] = OverlapChoice.SKIP,
+    ] = Overlap.SKIP,
     prewarm: Annotated[
         str | None,
         typer.Option(
@@ -175,9 +159,9 @@ def add(
         cron=cron,
         at=at,
         timezone=timezone,
-        missed=missed.value,
+        missed=missed,
         missed_within=missed_within,
-        overlap=overlap.value,
+        overlap=overlap,
         prewarm=prewarm,
         capacity=capacity,
         input=input_,

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchlab.cli import output
+from batchlab.cli.options import seconds_of
 from batchlab.errors import BatchlabError, NotFound, UsageError
+from batchlab.schedule.model import Missed, Overlap
 
 if TYPE_CHECKING:
     from batchlab.client import Client
@@ -35,9 +37,9 @@ class Given:
     cron: str | None = None
     at: str | None = None
     timezone: str | None = None
-    missed: str = "run-once"
+    missed: Missed = Missed.RUN_ONCE
     missed_within: str | None = None
-    overlap: str = "skip"
+    overlap: Overlap = Overlap.SKIP
     prewarm: str | None = None
     capacity: int | None = None
     input: str | None = None
@@ -112,9 +114,9 @@ def _described(jobfile: JobFile, given: Given, name: str, now_s: float) -> dict[
         "cron": cron or "",
         "timezone": zone,
         "at_s": moment(at, zone, now_s) if at else None,
-        "missed": given.missed,
+        "missed": given.missed.value,
         "missed_within_s": _span("--missed-within", given.missed_within),
-        "overlap": given.overlap,
+        "overlap": given.overlap.value,
         "prewarm_s": _span("--prewarm", given.prewarm) or 0.0,
         "capacity": given.capacity,
         "due_param": given.due_param or "",
@@ -140,14 +142,7 @@ def moment(text: str, zone: str, now_s: float) -> float:
 
 
 def _span(option: str, text: str | None) -> float | None:
-    from batchlab.spec import units
-
-    if text is None:
-        return None
-    try:
-        return units.seconds(text)
-    except ValueError as error:
-        raise UsageError(f"{option}: {error}.", remedy=f"Write {units.DURATION_FORMS}.") from error
+    return None if text is None else seconds_of(option, text)
 
 
 def _prefix(text: str) -> str:

@@ -34,14 +34,15 @@ def serve(arguments: Sequence[str]) -> None:
 
 
 def _manager(asked: argparse.Namespace) -> None:
-    from batchlab import backends, services, settings
+    from batchlab import backends, settings
     from batchlab.cli.pools import parse_all
     from batchlab.home import find_home
+    from batchlab.services.manager import manager_main
 
     home = find_home(asked.home)
     backend = backends.load(asked.backend, asked.endpoint)
     backend = settings.applied(backends.with_pools(backend, parse_all(asked.pool)), home)
-    services.manager_main(
+    manager_main(
         home,
         backend,
         host=asked.host,
@@ -52,18 +53,20 @@ def _manager(asked: argparse.Namespace) -> None:
 
 
 def _connection(asked: argparse.Namespace) -> None:
-    from batchlab import backends, services
+    from batchlab import backends
     from batchlab.home import find_home
+    from batchlab.services.connect import connection_main
 
     backend = backends.load(asked.backend)
-    services.connection_main(find_home(asked.home), backend, parent=asked.parent)
+    connection_main(find_home(asked.home), backend, parent=asked.parent)
 
 
 def _worker(asked: argparse.Namespace) -> None:
-    from batchlab import backends, services
+    from batchlab import backends
     from batchlab.home import find_home
+    from batchlab.services.worker import worker_main
 
-    services.worker_main(
+    worker_main(
         find_home(asked.home),
         backends.load(asked.backend),
         pool=asked.pool,

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from batchlab.calls import PATIENCE_S, RESTARTED_S
 from batchlab.cli import output
 from batchlab.client import Client
 from batchlab.errors import BackendError, NotFound, Unreachable, UsageError
@@ -28,10 +29,6 @@ T = TypeVar("T")
 REVIVALS = 3
 PAGE = 500
 _ID = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{10}")
-PATIENCE_S = 20.0
-"""How long a manager that runs may fail to answer, or to lead."""
-RESTARTED_S = 60.0
-"""The same where Docker starts it again, on a busy machine."""
 
 
 @contextmanager
@@ -49,10 +46,18 @@ def connect(home: Home) -> Iterator[Client]:
 
 
 def _no_grid(home: Home) -> Unreachable:
-    return Unreachable(
-        f"No grid is up in {home.path}.",
-        remedy="Start one with `batchlab grid up`, or name another folder with --home.",
+    from batchlab.adapters.awsgrid import deployment
+
+    # Without the backend a second grid would come up here, beside the stack that is meant.
+    deployed = deployment.path_in(home).exists()
+    knows = ", which knows the jobs that ran here" if home.objects.is_dir() else ""
+    remedy = (
+        "Connect to its stack on AWS with `batchlab grid up --backend aws`; without --backend a "
+        "grid starts on this machine."
+        if deployed
+        else f"Start one with `batchlab grid up`{knows}, or name another folder with --home."
     )
+    return Unreachable(f"No grid is up in {home.path}.", remedy=remedy)
 
 
 def resolve(client: Client, text: str) -> JobView:
@@ -134,6 +139,7 @@ class Session:
                 f"On {self.backend.name} the manager has a port of its own.",
                 remedy="Leave out --port.",
             )
+        self.backend.check_installed()
         self.backend.named_place(self.home)  # refuses another endpoint than this home's
         record = self.home.record()
         if record is None:

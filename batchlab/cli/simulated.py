@@ -11,6 +11,7 @@ import typer
 from batchlab import backends
 from batchlab.cli import output, signals
 from batchlab.cli.runner import pools_for
+from batchlab.cli.watching import default_folder
 from batchlab.costs.prices import load as load_prices
 from batchlab.report.building import Setting
 from batchlab.sim.job import REPORT, Simulated, run_job
@@ -32,8 +33,8 @@ def run(
     jobfile = load(file, overrides)
     backend = backends.load("sim")
     pools = pools_for(backend, jobfile, workers) or backend.pools
-    folder = out or Path("out") / jobfile.job.name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = out or default_folder(jobfile.job.name)
+    output.check_folder(folder)
     # The handlers run in this process; what they print must not mix with what we answer.
     with (folder / PRINTED).open("w") as printed, redirect_stdout(printed):
         setting = Setting(backend.name, pools, backend.pace, load_prices())

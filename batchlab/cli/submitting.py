@@ -130,9 +130,9 @@ def submit(
 ) -> JobView:
     """Submit a job file to the grid that is up in `home`; while an earlier submission of just
     this has not ended, it is that one. `max_cost_usd` is its cap in either case."""
+    from batchlab.attempts import definition
     from batchlab.backends import patience
     from batchlab.cli.session import Session
-    from batchlab.results import definition
 
     with Session.attached(home) as session:
         submission = Submission.of(file, overrides(sets), home, session.backend)

@@ -18,6 +18,7 @@ from batchlab.tasknames import task_name
 from batchlab.views import FailureView, JobView, StageView
 
 SHOWN_FAILURES = 5
+SHOWN_LINES = 12  # of a traceback: its end, where it was raised
 NEGLIGIBLE_S = 0.05
 
 _PHASES = {
@@ -140,13 +141,19 @@ class Summary:
         yield f"{self.job['id']} {self.job['state']} in {wall}: {', '.join(told)}"
         if self.job["reason"]:
             yield f"  {output.clean(self.job['reason'])}"
-        for one in self.failures[:SHOWN_FAILURES]:
+        # Of each cause one task: the others of it say the same.
+        causes = {(one["stage"], one["fingerprint"]): one for one in reversed(self.failures)}
+        for one in reversed(causes.values()):
             name = task_name(one["stage"], one["task"])
             yield f"  {name} {one['kind']}: {output.clean(one['reason'])}"
-        if failed > SHOWN_FAILURES:
+            lines = output.visible(one["traceback"]).rstrip("\n").splitlines()
+            yield from (f"    {line}" for line in lines[-SHOWN_LINES:])
+        if causes:
+            job, more = self.job["id"], failed - len(causes)
+            rest = f"{more:,} more: `batchlab job failures {job}`; " if more > 0 else ""
             yield (
-                f"  {failed - SHOWN_FAILURES:,} more: `batchlab job failures {self.job['id']}`, "
-                f"while a grid is up"
+                f"  {rest}what tasks printed: `batchlab job logs {job}`; while a grid is up "
+                f"(`batchlab grid up`)"
             )
 
     def _times(self) -> Iterator[str]:

@@ -63,6 +63,7 @@ def show_task(
         from batchlab import attempts
         from batchlab.errors import BackendError, UsageError
         from batchlab.worker import environment
+        from batchlab.worker.inputs import NoSuchTask
 
         found = await attempts.attempts(objects, JobId(bucket.job), name, index, patience)
         given: str
@@ -74,6 +75,8 @@ def show_task(
                 else await attempts.task_bundle(objects, spec, name, index, patience)
             )
             given = attempts.describe(await attempts.task_input(objects, spec, bundle, patience))
+        except NoSuchTask as error:
+            raise UsageError(error.message, remedy=error.remedy) from error
         except (BackendError, UsageError) as error:
             given = f"not to be had: {error.message}"
         rows = []

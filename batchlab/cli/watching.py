@@ -15,8 +15,8 @@ from batchlab.cli.progress import Progress
 from batchlab.cli.session import Session
 from batchlab.client import Client
 from batchlab.model import ENDED
-from batchlab.results import Fetched, Listed, fetch
-from batchlab.views import GridView, JobView, OutcomesView
+from batchlab.results import Fetched, fetch, listed
+from batchlab.views import GridView, JobView
 
 if TYPE_CHECKING:
     from batchlab.cli.billing import Burn
@@ -64,22 +64,22 @@ def _note_slots(grid: GridView, slots: dict[str, int]) -> None:
         slots[pool["name"]] = max(slots.get(pool["name"], 0), up)
 
 
+def default_folder(job: str) -> Path:
+    """Where the results of a job of that name go unless somebody says."""
+    return Path("out") / job
+
+
 def fetch_results(
     session: Session, view: JobView, out: Path | None, stages: Sequence[str] = ()
 ) -> Fetched:
     """The results of what has succeeded, in `out` or out/<job name>."""
     from batchlab.backends import patience
 
-    listing: list[Listed] = []
-    after: int | None = None
-    while True:
-        page = session.call(partial(_outcomes, view["id"], after))["outcomes"]
-        if not page:
-            break
-        listing += map(Listed.of, page)
-        after = page[-1]["seq"]
+    listing = listed(
+        lambda after: session.call(partial(Client.outcomes, job=view["id"], after=after))
+    )
     objects = session.backend.open_objects(session.home)
-    folder = out or Path("out") / view["name"]
+    folder = out or default_folder(view["name"])
     notes = output.Sometimes()
 
     def note(done: int, of: int) -> None:
@@ -90,7 +90,3 @@ def fetch_results(
     )
     fetches.note(session.home, view["id"], found.read_bytes)
     return found
-
-
-def _outcomes(job: str, after: int | None, client: Client) -> OutcomesView:
-    return client.outcomes(job, after=after)

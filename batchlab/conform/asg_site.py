@@ -30,9 +30,9 @@ _MOST = 3
 class OwnGroup:
     """A group of one check's own; it need not have been created."""
 
-    def __init__(self, site: Site, name: str = "") -> None:
+    def __init__(self, site: Site) -> None:
         self._target = site.target
-        self.name = name or site.new_name()
+        self.name = site.new_name()
 
     def create(self, **more: Any) -> Answer:
         """CreateAutoScalingGroup of 0 to 3 instances from the run's template, unless said
@@ -123,14 +123,14 @@ class OwnGroup:
             time.sleep(0.1)
         return found
 
-    def has(self, size: int, state: str = IN_SERVICE) -> list[str]:
-        """The ids once it has so many instances, all of them in this state."""
+    def has(self, size: int) -> list[str]:
+        """The ids once it has so many instances, all of them in service."""
 
         def all_so() -> bool:
-            return len(self.ids()) == len(self.ids(state)) == size
+            return len(self.ids()) == len(self.ids(IN_SERVICE)) == size
 
-        self.until(all_so, f"it never has {size} in all, {state}")
-        return self.ids(state)
+        self.until(all_so, f"it never has {size} in all, {IN_SERVICE}")
+        return self.ids(IN_SERVICE)
 
     def waits(self, state: str) -> str:
         """The one instance that comes into this state, and is still there after a while."""

@@ -16,6 +16,7 @@ from batchlab.costs.money import (
     GB,
     HOURS_A_MONTH,
     NOTHING,
+    WORKER_DISK_GB,
     Item,
     Usd,
     range_json,
@@ -46,7 +47,7 @@ class PoolFacts:
 
     slots: int
     instance_type: str = ""
-    disk_gb: float = 20.0
+    disk_gb: float = WORKER_DISK_GB
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from batchlab.costs import requests, transfer
-from batchlab.costs.money import BILLED_LEAST_S, GB, HOURS_A_MONTH, Item, Usd, range_json, total
+from batchlab.costs.money import (
+    BILLED_LEAST_S,
+    GB,
+    HOURS_A_MONTH,
+    WORKER_DISK_GB,
+    Item,
+    Usd,
+    range_json,
+    total,
+)
 from batchlab.costs.prices import PriceBook
 from batchlab.costs.requests import Pace
 from batchlab.errors import UsageError
@@ -62,7 +71,7 @@ class PoolPlan:
     max_size: int = 2
     boot_s: float = 0.0
     spot_share: float = 0.0
-    disk_gb: float = 20.0
+    disk_gb: float = WORKER_DISK_GB
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from batchlab.costs import transfer
-from batchlab.costs.money import HOURS_A_MONTH, Item, Usd, range_json, total
+from batchlab.costs.money import HOURS_A_MONTH, WORKER_DISK_GB, Item, Usd, range_json, total
 from batchlab.costs.prices import PriceBook
 from batchlab.errors import UsageError
 from batchlab.model import Market
 
 EGRESS = (transfer.ENDPOINTS, transfer.NAT)
 LEDGERS = ("sqlite", "postgres", "simpledb")
+"""What the parameter Ledger may say, the default first."""
 ZONES = {"one": 1, "two": 2}
+_LIST = (
+    "before tax, free tiers and discounts; Spot by an assumed range of discounts, unless the price "
+    "book has Spot's own prices"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,8 @@ class Hourly:
     def text(self) -> str:
         """For a person, before a stack is made."""
         width = max(len(item.what) for item in self.idle)
-        lines = [f"{item.what:<{width}}  {item.usd}" for item in self.idle]
+        lines = ["While nothing runs, per hour:"]
+        lines += [f"{item.what:<{width}}  {item.usd}" for item in self.idle]
         month = self.idle_usd_h.times(HOURS_A_MONTH)
         lines.append(f"{'idle, per hour':<{width}}  {self.idle_usd_h}; {month} a month")
         lines += [
@@ -95,7 +101,7 @@ class Hourly:
             f"{one.on_demand}, Spot {one.spot}"
             for one in self.workers
         ]
-        return "\n".join([*lines, f"Prices: {self.prices}. {self.by_use}"])
+        return "\n".join([*lines, f"Prices: {self.prices}, {_LIST}. {self.by_use}"])
 
 
 def hourly_cost(
@@ -218,7 +224,7 @@ def _workers(p: Mapping[str, object], prices: PriceBook) -> list[Worker]:
             )
         # The template's own defaults: on-demand base 0, all else Spot.
         percent = _number(p, f"{prefix}OnDemandPercent", 0.0)
-        disk = Usd.exactly(_disk_usd_h(prices, _number(p, f"{prefix}DiskGiB", 50.0)))
+        disk = Usd.exactly(_disk_usd_h(prices, _number(p, f"{prefix}DiskGiB", WORKER_DISK_GB)))
         on_demand = prices.instance_usd_h(names[0])
         ranges = [prices.instance_usd_h(name, Market.SPOT) for name in names]
         spot = Usd(

@@ -19,6 +19,8 @@ GB = 1024.0**3
 BILLED_LEAST_S = 60.0
 """An instance is billed by the second, and for so long at the least (aws.amazon.com/ec2/pricing);
 Linux, on-demand and Spot."""
+WORKER_DISK_GB = 50.0
+"""Of gp3: what the stack gives each worker, unless its parameter PoolDiskGiB says otherwise."""
 
 PATTERN = r"^\s*(\d+(\.\d+)?|\.\d+)\s*[Uu][Ss][Dd]\s*$"
 """What `parse` takes, for a JSON Schema."""
@@ -94,8 +96,9 @@ def parse(text: str) -> float:
     """The dollars that a text such as "5USD", "5 USD" or "0.50 usd" means; UsageError."""
     found = _AMOUNT.fullmatch(text.strip())
     if found is None or found[2].upper() != CURRENCY:
+        why = "" if found and not found[2] else f"Prices are in {CURRENCY}, nothing is converted: "
         raise UsageError(
             f"{text!r} is not an amount in {CURRENCY}.",
-            remedy=f"Write for example 5{CURRENCY} or 0.50{CURRENCY}.",
+            remedy=f"{why}{'w' if why else 'W'}rite for example 5{CURRENCY} or 0.50{CURRENCY}.",
         )
     return float(found[1])

@@ -1,7 +1,8 @@
 """One AWS account in one region, as boto3's own chain finds it: `Account.open(region)`.
 
 Invariant: whatever AWS refuses is a sentence that says who may not do what. Calls are tried again
-by botocore's standard mode: throttling and lost connections, with jitter, ten times in all.
+by botocore's standard mode: throttling and lost connections, with jitter, ten times in all. Whoever
+waits for a call that nothing answers hears of it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from batchlab import extras
 from batchlab.adapters.aws import ANSWER_S, CONNECT_S, code_of, session, translated
-from batchlab.errors import BackendError, NotFound, UsageError
+from batchlab.errors import BackendError, NotFound, Unreachable, UsageError
 
 ATTEMPTS = 10
 DOCS = "docs/deploy.md"
@@ -30,6 +32,12 @@ _BAD_KEYS = {"InvalidClientTokenId", "UnrecognizedClient", "SignatureDoesNotMatc
 _OLD_KEYS = {"ExpiredToken", "RequestExpired", "TokenRefreshRequired"}
 
 
+class Notes(Protocol):
+    """Hears of one thing that may take long, and decides what of it is worth a line."""
+
+    def say(self, text: str) -> None: ...
+
+
 @dataclass
 class Account:
     """Clients of the services in one region, made when they are asked for; a context manager."""
@@ -38,13 +46,17 @@ class Account:
     id: str = ""
     who: str = ""
     """The ARN that calls are made as."""
+    notes: Callable[[], Notes] | None = field(default=None, repr=False)
+    """Makes who hears of a call that is tried again because nothing answers, one for each call."""
     _clients: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, region: str | None = None) -> Account:
+    def open(
+        cls, region: str | None = None, *, notes: Callable[[], Notes] | None = None
+    ) -> Account:
         """The account that the environment's credentials belong to, asked of STS; UsageError where
         there is no region or there are no credentials."""
-        account = cls(chosen_region(region))
+        account = cls(chosen_region(region), notes=notes)
         with asked("AWS"):
             told = account.client("sts").get_caller_identity()
         account.id, account.who = told["Account"], told["Arn"]
@@ -53,7 +65,9 @@ class Account:
     def client(self, service: str) -> Any:
         """boto3's client."""
         if service not in self._clients:
-            self._clients[service] = _client(service, self.region)
+            made = self._clients[service] = _client(service, self.region)
+            if self.notes:
+                _tell_of_tries(made, self.notes)
         return self._clients[service]
 
     @property
@@ -88,6 +102,7 @@ class Account:
 
 def chosen_region(named: str | None) -> str:
     """The region that is named, or that boto3 finds; UsageError where there is none."""
+    extras.need("aws", "What asks AWS", "boto3")
     import boto3
     from botocore.exceptions import ProfileNotFound
 
@@ -123,6 +138,25 @@ def _client(service: str, region: str) -> Any:
         return make(service, config=config)
 
 
+def _tell_of_tries(client: Any, notes: Callable[[], Notes]) -> None:
+    """Has each call of the client tell of its tries that nothing has answered."""
+    now: list[Notes] = []
+
+    def begin(**_: Any) -> None:
+        now[:] = [notes()]
+
+    def tried(
+        attempts: int, endpoint: Any, caught_exception: Exception | None = None, **_: Any
+    ) -> None:
+        # What answers, also with an error, is no reason to doubt; the last try ends in a sentence.
+        if caught_exception is not None and attempts < ATTEMPTS:
+            for one in now:
+                one.say(f"{endpoint.host} does not answer; tried {attempts} of {ATTEMPTS} times.")
+
+    client.meta.events.register("before-call", begin)
+    client.meta.events.register("needs-retry", tried)
+
+
 class Missing(NotFound):
     """What a call was about is not there, or not yet."""
 
@@ -144,7 +178,7 @@ def asked(what: str, is_missing: Callable[[str, str], bool] = _never) -> Iterato
         TokenRetrievalError,
     )
 
-    with translated(what):
+    with _placed(), translated(what):
         try:
             yield
         except ClientError as error:
@@ -153,7 +187,12 @@ def asked(what: str, is_missing: Callable[[str, str], bool] = _never) -> Iterato
             if refused := refusal(error):
                 raise refused from error
             raise
-        except (NoCredentialsError, PartialCredentialsError) as error:
+        except PartialCredentialsError as error:
+            raise UsageError(
+                f"Of the credentials for AWS a part is missing: {error.kwargs['cred_var']}.",
+                remedy="Set that too, or leave the other part out.",
+            ) from error
+        except NoCredentialsError as error:
             raise UsageError(
                 "There are no credentials for AWS.",
                 remedy="Run `aws configure` or `aws sso login`, set AWS_PROFILE, or set "
@@ -167,6 +206,22 @@ def asked(what: str, is_missing: Callable[[str, str], bool] = _never) -> Iterato
             raise UsageError(
                 "The sign-in to AWS has run out.", remedy="Run `aws sso login`."
             ) from error
+
+
+@contextmanager
+def _placed() -> Iterator[None]:
+    """What does not answer is named, with what to do about it."""
+    try:
+        yield
+    except Unreachable as error:
+        if url := os.environ.get("AWS_ENDPOINT_URL"):
+            remedy = (
+                f"AWS_ENDPOINT_URL puts {url} in AWS's place: start what should answer there, with "
+                "CloudFormation and all that a stack needs, or unset it."
+            )
+        else:
+            remedy = "Check the network, its proxy, and the region; it can be said again."
+        raise Unreachable(error.message, remedy=error.remedy or remedy) from error
 
 
 def message_of(error: Any) -> str:

@@ -25,7 +25,6 @@ class Event:
     type: str
     status: str
     reason: str = ""
-    physical: str = ""
     is_of_stack: bool = False
     """Whether it is about the stack itself."""
 

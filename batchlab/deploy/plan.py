@@ -30,7 +30,7 @@ WITH_SIMPLEDB = (
     *("ap-southeast-1", "ap-southeast-2", "sa-east-1"),
 )
 """https://docs.aws.amazon.com/general/latest/gr/simpledb.html"""
-_FOLDER = "deploy/"
+FOLDER = "deploy/"
 """Where in the stack's own bucket a template lies that is too large for a request."""
 
 
@@ -114,7 +114,7 @@ def planned(
         here = {"AWS::Region": stack.account.region, "AWS::StackName": stack.name}
         expanded = rendered(expanded, {**here, **effective, **now})
     body = template.body(expanded)
-    with _reachable(stack, body, deployed and state) as where:
+    with _reachable(stack, body, state if deployed else None) as where:
         change_set = stack.propose(where, sent, is_new=is_new)
     try:
         yield Plan(
@@ -185,25 +185,35 @@ def cost(parameters: Mapping[str, str], region: str, home: Home | None, shape: S
         except UsageError as error:
             if region == book.region:
                 raise
-            note = str(error)
+            note = f"All of this is at prices of {book.region}, not of {region}. {error}"
         return Cost(hourly_cost(parameters, book, shape=shape), note)
     except UsageError as error:
         return Cost(None, f"What it costs is not known: {error}")
 
 
+def on_paper(wanted: Settings, source: Template, home: Home) -> tuple[Template, Cost]:
+    """The template that the settings make, with their values as its defaults, and what its stack
+    would cost; AWS is not asked. UsageError for settings that it does not take."""
+    given = settings.parameters(wanted, source)
+    made = expand.expand(source, [pool.name for pool in wanted.pools])
+    region = wanted.region or prices.load(home.path).region
+    costs = cost(_effective(made, given), region, home, shape_of(made))
+    forms = made["Parameters"]
+    said = {name: {**forms[name], "Default": value} for name, value in given.items()}
+    return {**made, "Parameters": {**forms, **said}}, costs
+
+
 @contextmanager
-def _reachable(
-    stack: Stack, body: str, state: State | Mapping[str, str] | None
-) -> Iterator[dict[str, str]]:
+def _reachable(stack: Stack, body: str, state: State | None) -> Iterator[dict[str, str]]:
     """How CreateChangeSet is told the template: in the request while it fits, else from the stack's
     own bucket, or from one that lives for this block where there is no stack yet."""
     if len(body.encode()) <= INLINE_BYTES:
         yield {"TemplateBody": body}
         return
-    own = state.outputs.get("Bucket") if isinstance(state, State) else None
+    own = state.outputs.get("Bucket") if state else None
     account = stack.account
     with _lent_bucket(account, stack.name) if own is None else _kept(own) as bucket:
-        key = f"{_FOLDER}{hashlib.sha256(body.encode()).hexdigest()}.json"
+        key = f"{FOLDER}{hashlib.sha256(body.encode()).hexdigest()}.json"
         s3 = account.client("s3")
         with asked(f"Bucket {bucket!r}"):
             s3.put_object(Bucket=bucket, Key=key, Body=body.encode())

@@ -19,7 +19,6 @@ class State:
     id: str
     name: str
     status: str
-    reason: str
     parameters: Mapping[str, str]
     outputs: Mapping[str, str]
     is_protected: bool
@@ -78,7 +77,6 @@ def state_of(told: Mapping[str, Any]) -> State:
         told["StackId"],
         told["StackName"],
         told["StackStatus"],
-        told.get("StackStatusReason", ""),
         {one["ParameterKey"]: one["ParameterValue"] for one in told.get("Parameters", ())},
         {one["OutputKey"]: one["OutputValue"] for one in told.get("Outputs", ())},
         bool(told.get("EnableTerminationProtection")),
@@ -94,7 +92,6 @@ def event_of(told: Mapping[str, Any]) -> Event:
         told.get("ResourceType", ""),
         told.get("ResourceStatus", ""),
         told.get("ResourceStatusReason", ""),
-        told.get("PhysicalResourceId", ""),
         is_of_stack=told.get("PhysicalResourceId") == told["StackId"],
     )
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from batchlab.deploy import plan, release
 from batchlab.deploy.account import Account, asked
 from batchlab.errors import BackendError, NotFound
 
@@ -30,11 +31,15 @@ class Thing:
     """The value of its tag."""
 
 
+_NAMED_ALONE = {"s3": "s3:bucket", "sns": "sns:topic", "sqs": "sqs:queue"}
+"""Services whose ARNs end in a name, without a type before it."""
+
+
 def thing_of(arn: str, stack: str) -> Thing:
     """What an ARN names."""
     service, rest = arn.split(":", 5)[2], arn.split(":", 5)[5]
-    if service in ("s3", "sqs"):
-        return Thing(arn, {"s3": "s3:bucket", "sqs": "sqs:queue"}[service], rest, stack)
+    if service in _NAMED_ALONE:
+        return Thing(arn, _NAMED_ALONE[service], rest, stack)
     if service == "autoscaling":
         return Thing(arn, "autoscaling:group", arn.rpartition("/")[2], stack)
     separator = "/" if "/" in rest and (":" not in rest or rest.find("/") < rest.find(":")) else ":"
@@ -53,7 +58,7 @@ def remove(account: Account, thing: Thing, say: Say) -> None:
     remover(account, thing, say)
 
 
-OURS = ("boot/", "deploy/")
+OURS = (release.PREFIX, plan.FOLDER)
 """What in a stack's bucket is no data of its users: releases, templates."""
 
 
@@ -124,7 +129,7 @@ def _calling(service: str, operation: str, parameter: str, **more: Any) -> Calla
     """A remover that is one call with the thing's name, in a list where the parameter is one."""
 
     def call(account: Account, thing: Thing, _say: Say) -> None:
-        name = thing.arn if service == "secretsmanager" else thing.name
+        name = thing.arn if service in ("secretsmanager", "sns") else thing.name
         value = [name] if parameter.endswith("s") else name
         with asked(f"{thing.kind} {thing.name!r}"):
             getattr(account.client(service), operation)(**{parameter: value}, **more)

@@ -22,6 +22,7 @@ from batchlab.deploy.expand import BASE, parameters_of, renamed
 from batchlab.deploy.template import Template
 from batchlab.errors import BackendError, UsageError
 from batchlab.home import Home
+from batchlab.whole import write_whole
 
 STACK = "batchlab"
 RELEASE = "Release"
@@ -34,6 +35,11 @@ _POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _TYPE = re.compile(r"[a-z][a-z0-9-]*\.[a-z0-9-]+")
 _POOL = {"name", "min_size", "max_size", "slots", "types", "parameters"}
 _IS_NAME = re.compile(r"Pool(\w*)Name")
+_MACHINES = {"x86_64": "x86_64", "arm64": "aarch64"}
+"""EC2's word for a processor, which the catalogue and Amazon's images use, and `uname -m`'s, which
+a release goes by."""
+_AMAZONS = "resolve:ssm:/aws/service/ami-amazon-linux-latest/"
+_MANAGERS = {"x86_64": "t3.small", "arm64": "t4g.small"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +84,26 @@ class Settings:
 
     @property
     def architecture(self) -> str:
-        """What its release is for, by its pools' types; x86_64 where the catalogue knows none."""
-        known = catalogue.load().types
-        kinds = [known[one].architecture for p in self.pools for one in p.types if one in known]
-        return kinds[0] if kinds else "x86_64"
+        """What its release is for, by its pools' types; x86_64 where none is named."""
+        return next((processor_of(one) for pool in self.pools for one in pool.types), "x86_64")
+
+    @property
+    def machine(self) -> str:
+        """The same as `uname -m` says it on an instance."""
+        return _MACHINES[self.architecture]
 
     def with_parameters(self, given: Mapping[str, str]) -> Settings:
         """With these in place of, or beside, those there are."""
         return replace(self, parameters=tuple(sorted({**dict(self.parameters), **given}.items())))
+
+
+def processor_of(instance_type: str) -> str:
+    """x86_64 or arm64: as the catalogue says, else by AWS's names, where a g right after the
+    generation stands for Graviton (https://docs.aws.amazon.com/ec2/latest/instancetypes)."""
+    known = catalogue.load().types.get(instance_type)
+    if known:
+        return known.architecture
+    return "arm64" if re.match(r"[a-z]+[0-9]+g|a1\.", instance_type) else "x86_64"
 
 
 def path_in(home: Home) -> Path:
@@ -115,9 +133,7 @@ def write(home: Home, settings: Settings) -> None:
     home.make()
     path = path_in(home)
     path.parent.mkdir(exist_ok=True)
-    staged = path.with_name(f"{path.name}.new")
-    staged.write_text(json.dumps(document(settings), indent=1))
-    staged.replace(path)
+    write_whole(path, json.dumps(document(settings), indent=1))
 
 
 def load(path: Path) -> Settings:
@@ -245,7 +261,17 @@ def _pool(own: dict[str, str]) -> PoolSettings:
 
 def parameters(settings: Settings, template: Template, base: str = BASE) -> dict[str, str]:
     """All parameters that the settings give a value, by their names in the expanded template;
-    UsageError for one that the file `template` does not have or take."""
+    UsageError for one that the file `template` does not have or take, or that is missing."""
+    given, declared = values(settings, template, base), template.get("Parameters", {})
+    for name, form in declared.items():
+        if "Default" not in form and name not in (*given, *parameters_of(template), RELEASE):
+            raise UsageError(f"The stack needs {name}.", remedy=f"Say --set {name}=VALUE.")
+    _check_machines(settings, given, declared)
+    return given
+
+
+def values(settings: Settings, template: Template, base: str = BASE) -> dict[str, str]:
+    """The same of settings that may be a part of the stack's: each is looked at by itself."""
     check(settings)
     per_pool = parameters_of(template)
     declared = template.get("Parameters", {})
@@ -259,10 +285,32 @@ def parameters(settings: Settings, template: Template, base: str = BASE) -> dict
             if name not in per_pool:
                 raise _no_parameter(name, per_pool)
             given[renamed(name, pool.name, base)] = _accepted(name, value, declared[name])
-    for name, form in declared.items():
-        if "Default" not in form and name not in (*given, *per_pool, RELEASE):
-            raise UsageError(f"The stack needs {name}.", remedy=f"Say --set {name}=VALUE.")
     return given
+
+
+def _check_machines(
+    settings: Settings, given: Mapping[str, str], declared: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """UsageError where images, or the manager, are of another processor than the pools' types: no
+    such instance would launch, or boot the release. An AMI by its id is taken as it is."""
+    if not any(pool.types for pool in settings.pools):
+        return
+    wanted, wrong = settings.architecture, {}
+    for name in ("WorkerImage", "ManagerImage", "ManagerInstanceType"):
+        value = given.get(name, text_of(declared.get(name, {}).get("Default")))
+        if name == "ManagerInstanceType" and _TYPE.fullmatch(value):
+            if processor_of(value) != wanted:
+                wrong[name] = _MANAGERS[wanted]
+        elif value.startswith(_AMAZONS):
+            kind = value.rpartition("-")[2]
+            if kind in _MACHINES and kind != wanted:
+                wrong[name] = value.replace(kind, wanted)
+    if wrong:
+        raise UsageError(
+            f"The pools' instance types are {wanted}, and {' and '.join(wrong)} "
+            f"{'is' if len(wrong) == 1 else 'are'} not.",
+            remedy=f"Say {' '.join(f'--set {name}={value}' for name, value in wrong.items())}.",
+        )
 
 
 def _no_parameter(name: str, known: Sequence[str]) -> UsageError:
@@ -290,8 +338,8 @@ def _accepted(name: str, value: str, form: Mapping[str, Any]) -> str:
             raise UsageError(f"{wrong}.", remedy=f"It is from {least} to {most}.")
     pattern = form.get("AllowedPattern")
     if pattern and not re.fullmatch(pattern, value):
-        meant = form.get("ConstraintDescription") or f"It matches {pattern}"
-        raise UsageError(f"{wrong}.", remedy=f"{str(meant).rstrip('.')}.")
+        meant = form.get("ConstraintDescription") or f"what matches {pattern}"
+        raise UsageError(f"{wrong}.", remedy=f"It is {str(meant).rstrip('.')}.")
     return value
 
 
@@ -331,13 +379,7 @@ def check(settings: Settings) -> None:
 
 def _check_architectures(settings: Settings) -> None:
     """One release, and one image, is for one kind of processor."""
-    known = catalogue.load().types
-    kinds = {
-        known[one].architecture: one
-        for pool in settings.pools
-        for one in pool.types
-        if one in known
-    }
+    kinds = {processor_of(one): one for pool in settings.pools for one in pool.types}
     if len(kinds) > 1:
         raise UsageError(
             f"{' and '.join(kinds.values())} have different processors "

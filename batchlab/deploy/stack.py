@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from batchlab.deploy.account import Account, Missing, asked
@@ -23,7 +24,7 @@ from batchlab.deploy.records import (
     state_of,
 )
 from batchlab.deploy.template import Template, parse
-from batchlab.errors import BackendError, Unreachable
+from batchlab.errors import BackendError, Refused, Unreachable
 
 CAPABILITIES = ("CAPABILITY_NAMED_IAM",)
 """That the stack makes roles has to be said in as many words; `plan` shows which."""
@@ -115,7 +116,7 @@ class Stack:
     ) -> ChangeSet:
         """A change set, once AWS has worked it out; one that changes nothing is empty. `template`
         is TemplateBody or TemplateURL. BackendError with AWS's reason where it cannot be."""
-        with asked("CreateChangeSet"):
+        with _lacking(), asked("CreateChangeSet"):
             made = self._cloud.create_change_set(
                 StackName=self.name,
                 ChangeSetName=f"batchlab-{secrets.token_hex(6)}",
@@ -305,6 +306,21 @@ class Stack:
                 if state and not state.is_moving:
                     return state
             self._sleep(self._poll_s)
+
+
+@contextmanager
+def _lacking() -> Iterator[None]:
+    """An emulator names the types that it lacks; what to leave out for them is said here."""
+    try:
+        yield
+    except Refused as error:
+        if "Unrecognized resource types" not in error.message:
+            raise
+        raise Refused(
+            error.message,
+            remedy="What stands in AWS's place lacks them: try --egress endpoints, --ledger "
+            "sqlite and --budget 0 there.",
+        ) from error
 
 
 def _token(what: str) -> str:

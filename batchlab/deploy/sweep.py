@@ -44,15 +44,6 @@ class Holding:
     fate: str
     what: str
 
-    def to_json(self) -> dict[str, str]:
-        return {
-            "id": self.resource.id,
-            "type": self.resource.type,
-            "physical": self.resource.physical,
-            "fate": self.fate,
-            "what": self.what,
-        }
-
 
 def holdings(stack: Stack) -> list[Holding]:
     """What of the stack holds data now."""

@@ -15,8 +15,7 @@ from batchlab.fleet.placement import Placement
 from batchlab.fleet.record import Record
 from batchlab.fleet.state import ON_STANDBY, STARTING, WARMING, Group, Member, weigh
 from batchlab.model import Instance, LifecycleState, Pool
-
-KEEP_TERMINATED_S = 60.0
+from batchlab.ports import KEEP_TERMINATED_S
 
 _OUT = "an instance was taken out of service in response to"
 _DIFFERENCE = "a difference between desired and actual capacity"

@@ -38,8 +38,8 @@ class Engine:
     """Groups of both kinds over a launcher that no one else uses.
 
     `sources` and `metrics` are for groups of AWS's kind. In a plain pool an instance that sends no
-    heartbeat within `health_grace_s` plus its pool's `boot_s` of its launch is replaced. One that
-    is terminated has `drain_s` to finish before it is killed.
+    beat within `health_grace_s` plus its pool's `boot_s` of its launch is replaced. One that is
+    terminated has `drain_s` to finish before it is killed.
     """
 
     def __init__(

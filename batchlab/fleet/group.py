@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from batchlab.errors import Refused
 from batchlab.fleet.decisions import clamp
 from batchlab.fleet.engine import Engine
-from batchlab.fleet.limits import MOST_INSTANCES
+from batchlab.fleet.limits import check_decrement, check_desired, check_limits
 from batchlab.fleet.state import Group, Member
 from batchlab.model import Activity, GroupView, LifecycleState, Pool
 
@@ -22,12 +22,7 @@ class ManagedFleet(Engine):
     async def ensure(self, pool: Pool) -> None:
         """Create the group with desired = min, or change it; Refused unless 0 ≤ min ≤ max, and
         max is a number that somebody could mean."""
-        limits = f"min: {pool.min_size}, max: {pool.max_size}"
-        if not 0 <= pool.min_size <= pool.max_size <= MOST_INSTANCES:
-            raise Refused(
-                f"The pool {pool.name!r} cannot have the limits {limits}.",
-                remedy=f"Give it 0 ≤ min ≤ max ≤ {MOST_INSTANCES}.",
-            )
+        limits = check_limits(pool)
         group = self._groups.get(pool.name)
         if group is None:
             self._groups[pool.name] = self._changes.found(pool)
@@ -45,12 +40,7 @@ class ManagedFleet(Engine):
     async def set_desired(self, pool: str, desired: int, *, cause: str) -> None:
         """As the port says. Who leaves is chosen at once; the next tick asks them to."""
         group = self._group(pool)
-        if clamp(group.pool, desired) != desired:
-            raise Refused(
-                f"desired capacity {desired} of pool {pool!r} is outside"
-                f" [{group.pool.min_size}, {group.pool.max_size}]",
-                remedy="`batchlab grid scale --min N --max N` changes the limits.",
-            )
+        check_desired(group.pool, desired)
         self._changes.want(group, desired, cause)
         self._save()
 
@@ -65,11 +55,8 @@ class ManagedFleet(Engine):
         group = self._group(pool)
         named = {name: self._member(group, name) for name in instances}
         leaving = [member for member in named.values() if member.counted]
-        if decrement and group.desired - len(leaving) < group.pool.min_size:
-            raise Refused(
-                f"terminating {len(leaving)} of pool {pool!r} would take its desired capacity"
-                f" from {group.desired} below its min of {group.pool.min_size}"
-            )
+        if decrement:
+            check_decrement(group.pool, group.desired, len(leaving))
         for member in leaving:
             self._changes.retire(group, member, why=cause, note=f"terminated: {cause}")
         if decrement:
@@ -104,7 +91,7 @@ class ManagedFleet(Engine):
     async def ready(self, instance: str) -> None:
         """The worker in `instance` reported for work; once is enough, again is harmless.
 
-        Silently nothing for an instance that is unknown or ending: a heartbeat may come late.
+        Silently nothing for an instance that is unknown or ending: a beat may come late.
         """
         found = self._find(instance)
         if found is not None:

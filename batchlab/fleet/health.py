@@ -33,7 +33,7 @@ def look(
             changes.arrive(group, member)
             late = group.asg is None and now_s - member.since_s > grace_s
             if member.state is LifecycleState.PENDING and late:
-                silent = f"no heartbeat within {grace_s:g} s of its launch"
+                silent = f"no beat within {grace_s:g} s of its launch"
                 changes.fail(group, member, silent, note=f"terminated: {silent}")
         elif not _overlooked(changes, group, member):
             _bury(changes, group, member, ended, now_s)
@@ -77,5 +77,5 @@ def replace_unhealthy(changes: Changes, group: Group) -> None:
         return
     for member in group.members.values():
         if not member.instance.healthy and member.counted:
-            note = "terminated: unhealthy: a user health-check"
+            note = f"terminated: unhealthy: {USER_CHECK}"
             changes.fail(group, member, USER_CHECK, note=note, why=USER_CHECK)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from batchlab.fleet.api import GroupConfig, InstanceRefresh, Process
 from batchlab.fleet.asg import Asg, Rolling
@@ -176,8 +177,8 @@ def roll_back(changes: Changes, group: Group, rolling: Rolling) -> None:
     _set(changes, rolling, status=_ROLLBACK, desired_configuration=None, preferences=plain)
 
 
-def _set(changes: Changes, rolling: Rolling, **facts: object) -> None:
-    refresh = replace(rolling.refresh, **facts)  # type: ignore[arg-type]
+def _set(changes: Changes, rolling: Rolling, **facts: Any) -> None:
+    refresh = replace(rolling.refresh, **facts)
     if refresh != rolling.refresh:
         rolling.refresh = refresh
         changes.unsaved = True

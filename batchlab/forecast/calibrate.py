@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from batchlab import backends
+from batchlab import backends, words
 from batchlab.errors import UsageError
 from batchlab.scenario.model import Calibration
 from batchlab.scenario.record import JobRun, Record
@@ -294,8 +294,7 @@ def read(path: Path) -> Calibration:
         ) from error
     except ValidationError as error:
         raise UsageError(
-            f"{path} is no calibration ({error.error_count()} things in it are not as they should "
-            "be).",
+            f"{path} is no calibration ({words.count(error.error_count(), 'mistake')} in it).",
             remedy=remedy,
         ) from error
     known = [one.name for one in fields(Calibration)]

@@ -19,7 +19,8 @@ from batchlab.forecast.tasks import DeclaredRunner, Plays
 from batchlab.forecast.timeline import Timeline
 from batchlab.forecast.watching import Watching
 from batchlab.manager.admission import admit
-from batchlab.manager.manager import LEASE, Manager
+from batchlab.manager.lease import LEASE
+from batchlab.manager.manager import Manager
 from batchlab.model import JobId, Pool
 from batchlab.ports import MAX_WAIT_S, Objects
 from batchlab.scenario.model import Calibration, FaultName, Job, Scenario

@@ -11,13 +11,10 @@ from batchlab.manager.plans import FEW, PartWriter
 from batchlab.model import JobId, Json, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Objects
-from batchlab.scenario.model import Job, StageTemplate
+from batchlab.scenario.model import TENANT, Job, StageTemplate
 
 HANDLER = "scenario:declared"
 _AT_ONCE = 4096
-
-TENANT = "tenant"
-"""The tag that says whose job it is."""
 
 
 def job_def(job: Job, submitted_s: float) -> JobDef:

@@ -13,7 +13,7 @@ from batchlab.errors import NotFound
 from batchlab.forecast.tasks import Plays
 from batchlab.model import JobId, Outcome, StageCounts, TaskSet
 from batchlab.ports import JobRecord, Ledger, Objects
-from batchlab.protocol import wire
+from batchlab.protocol import naming, wire
 from batchlab.scenario.model import Job, StageTemplate
 from batchlab.scenario.record import JobRun, StageRun
 
@@ -27,9 +27,9 @@ NEVER = "never submitted"
 
 async def outcomes(objects: Objects, job: JobId) -> AsyncIterator[Outcome]:
     """Every committed outcome of a job, in key order."""
-    async for page in objects.list(f"jobs/{job}/"):
+    async for page in objects.list(naming.committed(job)):
         for info in page:
-            if "/outcomes/" in info.key:
+            if naming.is_outcome(info.key):
                 yield wire.outcome_from_json(wire.loads(await objects.get(info.key)))
 
 

@@ -35,12 +35,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One job; `stages` has the pieces of each of its template's stages. `base` says of each stage
-    whose cut it shares: piece by piece it follows all that it comes after."""
+    """One job; `stages` has the pieces of each of its template's stages."""
 
     job: Job
     stages: tuple[tuple[Piece, ...], ...]
-    base: tuple[int, ...]
 
 
 def works(schedule: Schedule, seed: int, calibration: Calibration) -> tuple[Work, ...]:
@@ -77,7 +75,6 @@ def _work(job: Job, seed: int, calibration: Calibration, grain_s: float) -> Work
             tuple(_pieces(job, number, cuts[base[number]], lengths[number]))
             for number, _ in enumerate(job.template.stages)
         ),
-        tuple(base),
     )
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 
+from batchlab.costs import prices
+from batchlab.costs.prices import PriceBook
 from batchlab.errors import UsageError
 from batchlab.forecast.candidates import Candidate, Goal, Outcome, Point, as_it_is
 from batchlab.forecast.exploring import ALIKE_S, ALIKE_USD, PROMOTED, STEPS, Field, TooMany, alike
@@ -63,6 +65,8 @@ class Search:
     processes: int = 1
     runs: int = RUNS
     sketch: Run | None = None
+    book: PriceBook = field(default_factory=prices.load)
+    """Prices what a minimum costs until the deadline; `run` and `sketch` have theirs."""
     told: Callable[[Progress], None] = lambda _: None
     cut: str = ""
     """Why it ended before it had tried all that it wanted to."""
@@ -83,7 +87,9 @@ class Search:
                 "confirm the answer, a run each.",
                 remedy=f"Give --runs more than {self.seeds}, or --seeds less than {self.runs}.",
             )
-        self._trials = Trials(self.scenario, self.goal, self.run, self.sketch, self.processes)
+        self._trials = Trials(
+            self.scenario, self.goal, self.run, self.sketch, self.processes, self.book
+        )
         searched = min(SEARCHED if self.sketch is None else GUIDED, self.seeds)
         # What it takes to be sure of the best is kept for the end, and something for the next one
         # where that fails.

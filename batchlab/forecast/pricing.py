@@ -12,7 +12,7 @@ from batchlab.costs.meter import Kind, Meter
 from batchlab.costs.prices import PriceBook
 from batchlab.costs.requests import Pace
 from batchlab.forecast.outcomes import Results
-from batchlab.manager.live import ManagerSettings
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Instance, LifecycleState, Machine, Market, Pool
 from batchlab.scenario.measures import end_s
 from batchlab.scenario.record import InstanceRun, Record, StageRun

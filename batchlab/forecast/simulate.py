@@ -1,7 +1,7 @@
 """A scenario on the simulated grid: what would happen, as a record, in virtual time.
 
 Invariant: the record, but for the wall time, and the event log are a function of the scenario, the
-seed, the backend's settings and the calibration.
+seed, the backend's settings, the calibration and the price book.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def simulate(
     calibration: Calibration | None = None,
     log: list[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
-    book: PriceBook | None = None,
     options: Options = PLAIN,
+    book: PriceBook | None = None,
 ) -> Record:
     """Run the scenario, and its faults, to their end.
 
     `seed` replaces the scenario's own; `like` is the backend whose settings hold (aws unless
-    given); lines of the event log are appended to `log`; `book` are prices in place of those that
-    ship. UsageError for a scenario that no grid could run.
+    given); lines of the event log are appended to `log`. Without a `book` it costs what that which
+    ships says. UsageError for a scenario that no grid could run.
     """
     begun_s = time.monotonic()
     run = _Run(
@@ -78,8 +78,8 @@ def simulate(
         calibration,
         log,
         progress,
-        prices.load() if book is None else book,
         options,
+        prices.load() if book is None else book,
     )
     with silence():
         record = SimLoop(inline_executor=True).run(run.main())
@@ -95,12 +95,13 @@ class _Run:
         calibration: Calibration | None,
         log: list[str] | None,
         progress: Callable[[Progress], None] | None,
-        book: PriceBook,
         options: Options,
+        book: PriceBook,
     ) -> None:
         self._scenario, self._seed, self._like = scenario, seed, like
+        self._book = book
         self._calibration = calibration or like.usual
-        self._log, self._progress, self._book, self._options = log, progress, book, options
+        self._log, self._progress, self._options = log, progress, options
         self._schedule: Schedule = expand(scenario, seed)
         self._submitted_s: dict[str, float] = {}
         self._open: dict[str, None] = {}
@@ -235,7 +236,6 @@ class _Run:
             *(grid.pools, instances, stages, results),
             *(self._book, grid.manager, grid.worker, end_s),
         )
-        lives_s = ((end_s if i.ended_s is None else i.ended_s) - i.launched_s for i in instances)
         settings: dict[str, float] = {**asdict(grid.manager)}
         settings.update({f"worker.{name}": s for name, s in asdict(grid.worker).items()})
         settings["cores"] = self._calibration.cores
@@ -253,7 +253,7 @@ class _Run:
             tuple(grid.timeline.injected),
             results.lost,
             results.duplicates,
-            sum(lives_s),
+            sum(one.lived_s(end_s) for one in instances),
             results.again_s,
             bill.usd.typical,
             {item.what: item.usd.typical for item in bill.items},

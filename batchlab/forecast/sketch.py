@@ -23,8 +23,8 @@ from batchlab.forecast.pricing import priced
 from batchlab.forecast.simulate import REST_S
 from batchlab.forecast.sketched import (
     Group,
+    Instance,
     JobDone,
-    Machine,
     StageDone,
     ends_s,
     job_run,
@@ -33,7 +33,8 @@ from batchlab.forecast.sketched import (
 )
 from batchlab.forecast.timeline import NOBODY
 from batchlab.manager.autoscaler import Backlog, wanted
-from batchlab.manager.live import UNKNOWN_TASK_S, ManagerSettings
+from batchlab.manager.live import UNKNOWN_TASK_S
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import GroupView, Market
 from batchlab.scenario.expand import expand
 from batchlab.scenario.model import Calibration, Fault, FaultName, Scenario
@@ -190,7 +191,7 @@ class _Run:
                     del pool.ready[priority]
                 self._begin(job, piece, free, slots)
 
-    def _begin(self, job: JobDone, piece: Piece, on: Machine, slots: int) -> None:
+    def _begin(self, job: JobDone, piece: Piece, on: Instance, slots: int) -> None:
         on.running[piece] = None
         on.free -= slots
         if not on.free:
@@ -203,7 +204,7 @@ class _Run:
         takes_s = piece.run_s + piece.bundles * self._bundle_s
         self._at(self._now_s + takes_s, partial(self._done, job, piece, on, slots))
 
-    def _done(self, job: JobDone, piece: Piece, on: Machine, slots: int) -> None:
+    def _done(self, job: JobDone, piece: Piece, on: Instance, slots: int) -> None:
         if piece not in on.running:
             return  # it went with its instance
         del on.running[piece]
@@ -318,18 +319,18 @@ class _Run:
         # Processes have no market: a wave takes any of them.
         is_spot = market is Market.SPOT or self._like.is_one_machine
         slots = pool.pool.slots
-        one = Machine(name, pool, slots, slots, self._now_s + boot_s, is_spot)
+        one = Instance(name, pool, slots, self._now_s + boot_s, is_spot)
         pool.alive[name] = one
         self._at(one.ready_s, partial(self._booted, one))
 
-    def _booted(self, one: Machine) -> None:
+    def _booted(self, one: Instance) -> None:
         if one.name not in one.pool.alive:
             return
         self._machines.lives[one.name].ready_s = self._now_s
         one.pool.open[one.name] = one
         self._serve()
 
-    def _end(self, one: Machine) -> None:
+    def _end(self, one: Instance) -> None:
         """It is gone; what ran on it is to be run again."""
         del one.pool.alive[one.name]
         one.pool.open.pop(one.name, None)
@@ -357,7 +358,7 @@ class _Run:
                 self._end(one)
         self._wake()
 
-    def _taken(self, one: Machine) -> None:
+    def _taken(self, one: Instance) -> None:
         if one.name in one.pool.alive:
             self._end(one)
             self._serve()

@@ -1,4 +1,4 @@
-"""What a sketch keeps of its machines and jobs, and how it tells of them."""
+"""What a sketch keeps of its instances and jobs, and how it tells of them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from batchlab.scenario.record import JobRun, StageRun
 
 
 @dataclass(slots=True, eq=False)
-class Machine:
-    """An instance; `free` of its slots have nothing to do."""
+class Instance:
+    """An instance; so many slots of it are `free`."""
 
     name: str
     pool: Group
-    slots: int
     free: int
     ready_s: float
     is_spot: bool
@@ -32,8 +31,8 @@ class Group:
 
     pool: Pool
     desired: int
-    alive: dict[str, Machine] = field(default_factory=dict)
-    open: dict[str, Machine] = field(default_factory=dict)
+    alive: dict[str, Instance] = field(default_factory=dict)
+    open: dict[str, Instance] = field(default_factory=dict)
     """Those that have a slot free."""
     ready: dict[int, dict[int, deque[Piece]]] = field(default_factory=dict)
     """By priority and job, whose turn it is first: pieces that can run."""

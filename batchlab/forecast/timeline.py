@@ -181,10 +181,12 @@ class Timeline:
         left = [name for name in names if self._worker(name).ended is None]
         _, lost = await self._take_away(left, TAKEN)
         gone = sum(self._worker(name).ended is not None for name in names)
+        alone = len(names) - len(left)
         return names, (
-            f"{_instances(gone)}{'' if here else ' on Spot'} went {fault.notice_s:g} s after their "
-            f"notice at the latest, {len(names) - len(left)} of them by themselves; of "
-            f"{_bundles(held)} that ran {lost} were lost"
+            f"{_instances(gone)}{'' if here else ' on Spot'} went {fault.notice_s:g} s after "
+            f"{'its' if gone == 1 else 'their'} notice at the latest, {alone} by "
+            f"{'itself' if alone == 1 else 'themselves'}; of {_bundles(held)} that ran {lost} "
+            f"{'was' if lost == 1 else 'were'} lost"
         )
 
     async def _lose_zone(self, fault: Fault) -> Told:

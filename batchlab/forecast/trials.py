@@ -73,6 +73,7 @@ class Trials:
     run: Run
     sketch: Run | None = None
     processes: int = 1
+    book: PriceBook = field(default_factory=prices.load)
     window_s: float = 0.0
     """When the span begins in which the Spot wave comes, seconds of the run."""
     _crew: Crew[Trial, Outcome | BatchlabError] | None = None
@@ -83,7 +84,7 @@ class Trials:
             self.scenario,
             self.run,
             self.sketch,
-            prices.load(),
+            self.book,
             self.goal.deadline_s,
             failures(self.scenario),
         )

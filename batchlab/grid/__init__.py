@@ -280,6 +280,9 @@ class Grid:
         up. Files among the results may be gone afterwards. May be called again."""
         self._end()
 
+    def __repr__(self) -> str:
+        return f"<Grid on {self._link.backend.name} in {self._link.home.path}>"
+
     def __enter__(self) -> Self:
         return self
 

@@ -14,12 +14,20 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from joblib.parallel import AutoBatchingMixin, ParallelBackendBase, register_parallel_backend
-
 from batchlab.errors import UsageError
 from batchlab.grid import Grid
 from batchlab.grid.executor import GridExecutor
 from batchlab.worker.calls import Timed
+
+try:
+    from joblib.parallel import AutoBatchingMixin, ParallelBackendBase, register_parallel_backend
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "joblib":
+        raise
+    raise ModuleNotFoundError(
+        "batchlab.grid.joblib needs joblib, which is not installed: pip install joblib brings it.",
+        name="joblib",
+    ) from None
 
 NAME = "batchlab"
 

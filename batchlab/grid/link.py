@@ -21,8 +21,10 @@ from typing import Any, TypeVar
 
 from batchlab import backends, updown
 from batchlab.backends import Backend
+from batchlab.calls import PATIENCE_S, RESTARTED_S
 from batchlab.client import Client
 from batchlab.errors import BackendError, NotFound, Refused, Unreachable, UsageError
+from batchlab.grid import pyexit
 from batchlab.home import Home
 from batchlab.model import ENDED, Pool
 
@@ -31,10 +33,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 POLL_S = 20.0
-PATIENCE_S = 20.0
-"""How long a manager may fail to answer before its caller hears of it."""
-RESTARTED_S = 60.0
-"""The same where Docker starts it again, on a busy machine."""
 LOOK_S = 0.1
 _OURS = "batchlab-grid"
 """The event loop's thread and those of its pool have names that begin so."""
@@ -221,9 +219,14 @@ class Link:
             log.warning("job %s is not cancelled: %s", job, error)
 
     def _cancelled(self, cancelling: Future[None]) -> None:
-        self._cancelling.pop(cancelling, None)
-        if not cancelling.cancelled() and (error := cancelling.exception()):
+        error = None if cancelling.cancelled() else cancelling.exception()
+        if error and pyexit.begun():
+            # A program that ends of its job's failure: no thread can be started any more. Before
+            # it is forgotten here, so that `close`, which comes next, finds it at any moment.
+            self._live.add(self._cancelling[cancelling])
+        elif error:
             log.error("a job is not cancelled", exc_info=error)
+        self._cancelling.pop(cancelling, None)
 
     # --- The end ---------------------------------------------------------------------------------
 
@@ -253,12 +256,17 @@ class Link:
             is_stuck = self._is_stuck()
 
     def _cancel_left(self, is_stuck: bool) -> None:
-        left = set(self._live)
-        if is_stuck:
-            left |= set(self._cancelling.values())
-        else:
-            wait(self._cancelling)
-        for job in left:
+        cancelling = dict(self._cancelling)
+        if not is_stuck:
+            wait(cancelling)
+        undone = set(cancelling.values())
+        if not is_stuck:  # where it is, a future's lock may be held for ever
+            undone = {
+                job
+                for future, job in cancelling.items()
+                if not future.cancelled() and future.exception()
+            }
+        for job in undone | self._live:
             # Here and not on threads: at the interpreter's end none can be started any more.
             self._cancel(job)
             self._ending.append(job)

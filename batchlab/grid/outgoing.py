@@ -100,9 +100,9 @@ class Outgoing:
     def draft(self, name: str, stage: StageDef) -> JobDef:
         """A job that has an id, and nothing else of its own yet."""
         link = self._link
-        token = link.ids.fresh("map")
-        job = naming.job_id(name, token)
-        return JobDef(job, name, (stage,), link.clock.now_s(), token=token)
+        job = naming.job_id(name, link.ids.fresh("map"))
+        # Without a token: nobody else can ask for this id, and it begins sooner.
+        return JobDef(job, name, (stage,), link.clock.now_s())
 
     def send(
         self,

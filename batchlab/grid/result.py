@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from batchlab import fetches, results
+from batchlab import attempts, fetches, results
 from batchlab.client import Client
 from batchlab.errors import JobFailed, TaskFailed, UsageError
 from batchlab.grid.incoming import decoded
 from batchlab.grid.link import Link
-from batchlab.model import JobState, Json, StageName
+from batchlab.model import JobId, JobState, Json, StageName
 from batchlab.results import Fetched, Listed
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ class JobResult:
                 lambda client: client.failures(view["id"], limit=SHOWN_FAILURES)
             )
 
+    def __repr__(self) -> str:
+        return f"<JobResult {self.id} {self.state}>"
+
     @property
     def id(self) -> str:
         return self.view["id"]
@@ -69,7 +72,7 @@ class JobResult:
         """Values of `stage` in task order, else of the final stages one after the other; tasks
         that did not succeed have none. UsageError for a stage that there is not."""
         link = self._link
-        job = link.run(results.definition(link.objects, self.id, link.patience))
+        job = link.run(attempts.definition(link.objects, JobId(self.id), link.patience))
         names = [one.name for one in job.stages]
         if stage is not None and stage not in names:
             raise UsageError(
@@ -111,15 +114,7 @@ class JobResult:
 
 def list_outcomes(link: Link, job: str) -> list[Listed]:
     """All outcomes of a job that has ended."""
-    found: list[Listed] = []
-    after: int | None = None
-    while True:
-        ask = partial(Client.outcomes, job=job, after=after)
-        page = link.call(ask)["outcomes"]
-        if not page:
-            return found
-        found += map(Listed.of, page)
-        after = page[-1]["seq"]
+    return results.listed(lambda after: link.call(partial(Client.outcomes, job=job, after=after)))
 
 
 async def _some(values: AsyncIterator[T], count: int) -> list[T]:

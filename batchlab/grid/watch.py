@@ -14,10 +14,11 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 from urllib.parse import quote
 
+from batchlab.calls import PATIENCE_S
 from batchlab.client import Client
 from batchlab.errors import BackendError, NotFound, Refused, Unreachable, UsageError
 from batchlab.grid.incoming import gap_s, outcomes
-from batchlab.grid.link import PATIENCE_S, POLL_S, Link
+from batchlab.grid.link import POLL_S, Link
 from batchlab.model import ENDED, Outcome
 
 if TYPE_CHECKING:

@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from batchlab.manager.boots import Boots
+from batchlab.manager.caps import Caps
 from batchlab.manager.counts import Counts
-from batchlab.manager.live import LiveJob, ManagerSettings, Ports
+from batchlab.manager.live import LiveJob, Ports
 from batchlab.manager.registry import Registry
-from batchlab.manager.spending import Spending
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Control, GroupView, JobId, JobState, LifecycleState
+from batchlab.words import count
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +41,12 @@ def wanted(backlog: Backlog, view: GroupView, drain_target_s: float) -> tuple[in
     # More instances than tasks would only idle; one task needs one instance however short it is.
     useful = math.ceil(backlog.tasks / pool.slots)
     desired = max(pool.min_size, min(pool.max_size, max(1, min(needed, useful))))
-    work = f"a backlog of {_count(backlog.tasks, 'task')} ({backlog.seconds:.1f} s of work)"
+    work = f"a backlog of {count(backlog.tasks, 'task')} ({backlog.seconds:.1f} s of work)"
     return desired, (
-        f"{work} drains in {drain_target_s:g} s on {_count(needed, 'instance')} of "
-        f"{_count(pool.slots, 'slot')}, limits "
+        f"{work} drains in {drain_target_s:g} s on {count(needed, 'instance')} of "
+        f"{count(pool.slots, 'slot')}, limits "
         f"{pool.min_size}-{pool.max_size}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +66,28 @@ class Autoscaler:
         settings: ManagerSettings,
         lives: Mapping[JobId, LiveJob],
         registry: Registry,
-        spending: Spending | None = None,
+        caps: Caps | None = None,
         on_decision: Callable[[GroupView, int, str, Backlog], None] = lambda *_: None,
         counts: Counts | None = None,
     ) -> None:
-        """`spending` knows of caps on cost, where there may be some. `on_decision` hears of each
+        """`caps` on cost are asked before anything is launched. `on_decision` hears of each
         change of desired capacity: the group before it, capacity after it, why, the backlog."""
         self._counts = counts or Counts()
         self._ports = ports
         self._settings = settings
         self._lives = lives
         self._registry = registry
-        self._spending = spending
+        self._caps = caps
         self._on_decision = on_decision
         self._shrunk_s: dict[str, float] = {}
         self._idle_since_s: dict[str, float] = {}
         self.boots = Boots(ports.clock, settings, registry.has_reported)
         self.held: dict[str, int] = {}
         """Pools whose capacity a person has set by hand; the policy leaves them alone."""
-        self.warmth: Callable[[GroupView], Warmth | None] = lambda _: None
-        """Asked what a pool is to have for what is due soon."""
         self._short: set[str] = set()
         """Those of them that have less now, because their instances do not come up."""
+        self.warmth: Callable[[GroupView], Warmth | None] = lambda _: None
+        """Asked what a pool is to have for what is due soon."""
 
     def backlog(self, pool: str) -> Backlog:
         """What all running jobs still have to do in a pool."""
@@ -125,8 +123,8 @@ class Autoscaler:
         now_s = self._ports.clock.monotonic_s()
         if backlog.tasks:
             self._idle_since_s.pop(pool, None)
-        if self._spending:
-            desired, why = self._spending.launches(view, desired, why)
+        if self._caps:
+            desired, why = self._caps.launches(view, desired, why)
         most = self.boots.most(view)
         if most is not None and (view.desired > most or desired > most):
             # At once: what is Pending will not come up, and would be replaced.

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from batchlab.manager.live import ManagerSettings
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import GroupView, Instance, LifecycleState
 from batchlab.ports import Clock
 

@@ -9,24 +9,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from batchlab.errors import BackendError, NotFound, Throttled, Unreachable
+from batchlab.manager.arrivals import Arrivals
 from batchlab.manager.counts import Counts
 from batchlab.manager.folding import Folder, Key
-from batchlab.manager.live import LiveJob, ManagerSettings, Ports
+from batchlab.manager.live import LiveJob, Ports
 from batchlab.manager.registry import Registry
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Completion, JobId, Outcome
 from batchlab.ports import MAX_BATCH, Message, QueueSpec
 from batchlab.protocol import naming, settle, wire
-from batchlab.waits import set_within
+from batchlab.protocol.messages import Beat, Duplicate, Events, read_events_message
+from batchlab.waits import STEP_BACK_S, set_within
 
 log = logging.getLogger(__name__)
 
 GATHER_S = 0.5
 """So long the messages of events that have been folded wait to be deleted together, unless they
 fill a request."""
-
-HEAD_START_S = 0.002
-"""By so much who waits for what was folded is ahead of the next receive; a backlog waits for
-nobody."""
 
 FOLD_BYTES = 32 * 1024
 """Where messages lie in wait, a fold takes so much at once, about 100 completions: a transaction
@@ -49,7 +48,8 @@ class Collector:
         folder: Folder,
         registry: Registry,
         quiet: asyncio.Lock,
-        met_twice: Callable[[Sequence[wire.Duplicate]], None] = lambda _: None,
+        arrivals: Arrivals,
+        met_twice: Callable[[Sequence[Duplicate]], None] = lambda _: None,
         counts: Counts | None = None,
     ) -> None:
         """`quiet` is held while the ledger must not change under somebody's hands; `met_twice`
@@ -61,6 +61,7 @@ class Collector:
         self._folder = folder
         self._registry = registry
         self._quiet = quiet
+        self._arrivals = arrivals
         self._counts = counts or Counts()
         self._folded: list[str] = []
         """Receipts of messages to delete."""
@@ -107,8 +108,8 @@ class Collector:
             self._is_folded.set()
             if len(self._folded) >= MAX_BATCH:
                 self._fills_a_request.set()
-            if len(messages) < MAX_BATCH:
-                await asyncio.sleep(HEAD_START_S)
+            if len(messages) < MAX_BATCH:  # a backlog waits for nobody
+                await asyncio.sleep(STEP_BACK_S)
         if self._registry.deaf_s == math.inf:
             self._registry.deaf_s = self._ports.clock.monotonic_s()
 
@@ -161,12 +162,12 @@ class Collector:
                     log.warning("events are not deleted: %s", error)
 
     async def _take(self, messages: Sequence[Message]) -> None:
+        taken: list[Events] = []
         completions: list[Completion] = []
         whole: dict[Key, Outcome] = {}
-        traces: dict[Key, str] = {}
         for message in messages:
             try:
-                events = wire.read_events_message(message.body)
+                events = read_events_message(message.body)
                 done = [settle.completion(outcome) for outcome in events.outcomes]
                 for key in events.committed:
                     done += await self._fetched(key)
@@ -177,22 +178,31 @@ class Collector:
                 size = len(message.body)
                 log.error("dropped an event of %d characters that cannot be read: %s", size, error)
                 continue
+            taken.append(events)
             completions += events.completions
             completions += done
             whole |= {(o.bundle.job, o.bundle.stage, o.bundle.id): o for o in events.outcomes}
-            traces |= {(job, stage, bundle): t for job, stage, bundle, t in events.traces}
-            if events.duplicates:
-                self._met_twice(events.duplicates)
-            for told in events.told:
-                self._counts.told(told)
-            for asked in events.asked:
-                self._registry.told(asked)
-            for beat in events.beats:
-                await self._registry.hear(beat)
-                self._named(beat)
+        await self._arrivals.ended({one.bundle.job for one in completions})
         if self._tell(whole.values()):
-            await asyncio.sleep(0)  # they go first: a fold takes as long as all the rest here
+            # A fold takes as long as all the rest here.
+            await asyncio.sleep(STEP_BACK_S)
+        traces: dict[Key, str] = {}
+        for events in taken:
+            traces |= {(job, stage, bundle): t for job, stage, bundle, t in events.traces}
+            await self._hear(events)
         await self._folder.fold(completions, whole, traces)
+
+    async def _hear(self, events: Events) -> None:
+        """What workers say besides what has ended."""
+        if events.duplicates:
+            self._met_twice(events.duplicates)
+        for told in events.told:
+            self._counts.told(told)
+        for asked in events.asked:
+            self._registry.told(asked)
+        for beat in events.beats:
+            await self._registry.hear(beat)
+            self._named(beat)
 
     def _tell(self, outcomes: Iterable[Outcome]) -> bool:
         """Tell who waits for the first outcomes of a job, whether anybody does: they are committed,
@@ -218,7 +228,7 @@ class Collector:
             for one in live.all_outstanding():
                 one.heard_s = max(one.heard_s, now_s)
 
-    def _named(self, beat: wire.Beat) -> None:
+    def _named(self, beat: Beat) -> None:
         """What a worker holds is not silent."""
         now_s = self._ports.clock.monotonic_s()
         for held in beat.held:

@@ -2,7 +2,8 @@
 
 Invariants: a decision is committed by a conditional PUT before it is acted on (plan, cut, final),
 so it is taken once whoever takes it; a gather is planned only when the ledger shows every task
-upstream terminal (never by counting messages); a job always ends (I7).
+upstream terminal (never by counting messages); a job always ends (I7). The steps are in one file,
+since their order is what there is to see; how each is done is in its neighbours.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from functools import partial
 
 from batchlab.commit import Addressed, address, commit, committed, send_all
 from batchlab.errors import AlreadyExists, BackendError, NotFound, UsageError
-from batchlab.jobdef import StageDef
+from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.counts import Counts
 from batchlab.manager.cutting import Cutter
 from batchlab.manager.folding import Folder
-from batchlab.manager.live import LiveJob, ManagerSettings, Ports, move
+from batchlab.manager.live import LiveJob, Ports, move
 from batchlab.manager.plans import Plans
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Bundle, Control, JobState, Json, StageName, TaskSet
 from batchlab.ports import Cut, Ending, StageRecord
 from batchlab.protocol import definition, naming, settle, wire
@@ -173,14 +175,21 @@ class Conductor:
     def _doomed(self, live: LiveJob) -> bool:
         return judge(live.job, [s.counts for s in live.stages.values()]).failed
 
-    async def begin(self, live: LiveJob, opening: definition.Opening) -> None:
-        """Send what the opening has cut."""
+    async def send_opening(
+        self, job: JobDef, opening: definition.Opening, *, again: bool = False
+    ) -> None:
+        """Send what the opening has cut; `again`: as copies, which look for an outcome first."""
         assert opening.cut
+        self._inputs.keep(job.id, opening.cut.stage, opening.items)
+        bundles = opening.cut.bundles
+        copies = [replace(one, losses=1) for one in bundles] if again else bundles
+        await self.send(job, copies, introduce=True)
+
+    def begin(self, live: LiveJob, cut: Cut) -> None:
+        """From now on expect what the opening has cut."""
         now_s = self._ports.clock.monotonic_s()
-        live.expect((bundle, now_s) for bundle in opening.cut.bundles)
-        self._inputs.keep(live.id, opening.cut.stage, opening.items)
-        self._on_plan(live.job.stage(opening.cut.stage).pool)
-        await self.send(live, opening.cut.bundles, introduce=True)
+        live.expect((bundle, now_s) for bundle in cut.bundles)
+        self._on_plan(live.job.stage(cut.stage).pool)
 
     # --- Cutting ---------------------------------------------------------------------------------
 
@@ -221,35 +230,35 @@ class Conductor:
         with span(self._tracer, "cut", above, about, bundles=len(cut.bundles)) as cutting:
             cut = await self._commit_cut(live, cut)
         trace = cutting.context
-        await self.send(live, cut.bundles, introduce=cut.seq == 0, trace=trace)
+        await self.send(live.job, cut.bundles, introduce=cut.seq == 0, trace=trace)
 
     async def send(
         self,
-        live: LiveJob,
+        job: JobDef,
         bundles: Sequence[Bundle],
         *,
         introduce: bool = False,
         trace: str = "",
     ) -> None:
         """Put bundles on their pool's queue, with their inputs where these are small."""
-        above, about = trace or live.job.trace, Subject(live.id)
+        above, about = trace or job.trace, Subject(job.id)
         with span(self._tracer, "send", above, about, bundles=len(bundles)) as sending:
-            await self._send(live, bundles, introduce, sending.context)
+            await self._send(job, bundles, introduce, sending.context)
 
     async def _send(
-        self, live: LiveJob, bundles: Sequence[Bundle], introduce: bool, trace: str
+        self, job: JobDef, bundles: Sequence[Bundle], introduce: bool, trace: str
     ) -> None:
         messages: list[Addressed] = []
         now_s = self._ports.clock.now_s()
         for bundle in bundles:
             items: Sequence[Json] | None = None
-            if bundle.source is None and live.job.stage(bundle.stage).gather != "*":
+            if bundle.source is None and job.stage(bundle.stage).gather != "*":
                 try:
-                    items = await self._inputs.resolve(live.job, bundle)
+                    items = await self._inputs.resolve(job, bundle)
                 except NotFound:
                     items = None  # the worker finds the same, and says so in an outcome
             message = address(
-                *(live.job, bundle), items=items, now_s=now_s, introduce=introduce, trace=trace
+                *(job, bundle), items=items, now_s=now_s, introduce=introduce, trace=trace
             )
             messages.append(message)
         await send_all(self._ports.queue, messages, self._ports.patience)

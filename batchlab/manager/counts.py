@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from batchlab.jobdef import StageDef
 from batchlab.model import Completion, JobState
 from batchlab.protocol import wire
+from batchlab.protocol.messages import Told
 
 HEARD_KEPT = 20_000
 """Workers that may still tell what they have done; the longest silent is forgotten first."""
@@ -100,7 +101,7 @@ class Counts:
         if before != after:
             self.decisions[pool, "out" if after > before else "in"] += 1
 
-    def told(self, told: wire.Told) -> None:
+    def told(self, told: Told) -> None:
         """A worker says what it has done since its start; older news changes nothing."""
         before = self._heard.get(told.worker, {})
         known = dict(before)

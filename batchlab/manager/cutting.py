@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from batchlab.costs.cap import Budget
 from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager.live import WINDOW, LiveJob, in_pool
+from batchlab.manager.live import LiveJob, in_pool
+from batchlab.manager.settings import WINDOW
 from batchlab.model import Bundle, Control, JobId, JobState, Json, StageCounts, TaskSet
 from batchlab.ports import Clock, Cut, JobRecord, StageRecord
 from batchlab.protocol import definition, sizing

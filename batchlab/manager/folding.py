@@ -37,11 +37,14 @@ class Folder:
         self,
         ports: Ports,
         lives: Mapping[JobId, LiveJob],
+        restored: Callable[[JobId], Awaitable[JobDef | None]],
         repeated: Callable[[JobId, StageName], None] = lambda *_: None,
         counts: Counts | None = None,
         tracer: Tracer = NOBODY,
     ) -> None:
-        """`repeated` hears of outcomes that had been counted before."""
+        """`restored` brings a job back that the ledger does not know; `repeated` hears of outcomes
+        that had been counted before."""
+        self._restored = restored
         self._repeated = repeated
         self._tracer = tracer
         self._counts = counts or Counts()
@@ -181,4 +184,4 @@ class Folder:
         try:
             return (await self._ports.ledger.job(job)).job
         except NotFound:
-            return None  # of a job that was removed: nobody is waiting for it
+            return await self._restored(job)  # None: somebody has removed it, and does not wait

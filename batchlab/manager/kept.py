@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from batchlab.errors import AlreadyExists, NotFound
+from batchlab.errors import AlreadyExists, BackendError, NotFound
 from batchlab.manager.live import Ports
 
+UNREADABLE = (BackendError, AttributeError, KeyError, TypeError, ValueError)
+"""What is raised for what a later release has written, or nobody."""
 REWRITES = 8
 """Others write only while a lead changes, so a few tries are plenty."""
 

@@ -37,45 +37,15 @@ from batchlab.ports import (
     Queue,
     StageRecord,
 )
-from batchlab.protocol import sizing, wire
+from batchlab.protocol import sizing
+from batchlab.protocol.messages import Beat, Held
 from batchlab.tracing import LINKS
 
 EARLY = 256
 UNKNOWN_TASK_S = 1.0
 """Assumed for a task before any has been measured, or as long as the first has run for."""
-WINDOW = 3
-"""Bundles per slot kept outstanding: one runs, one is prefetched, one covers the manager's own
-latency. A shallow queue lets sizes follow measurements and priorities take effect."""
 RECENT = 32
 """Outcomes of a job kept in memory for those who wait for them."""
-
-
-@dataclass(frozen=True, slots=True)
-class ManagerSettings:
-    """Seconds throughout.
-
-    `control_lease_s` is the workers' (see WorkerSettings). A bundle that is planned, uncommitted
-    and silent for `silence_s` is looked for and sent again. `lease_ttl_s` is the leader's.
-    `tick_s` paces the autoscaler, the reconciler and the fleet. `drain_target_s`, `cooldown_in_s`
-    and `idle_s` belong to the scaling policy (see autoscaler). After `boot_tries` instances of a
-    pool in a row that did not come up, the next is tried after `boot_pause_s`, 0 where the fleet
-    slows itself down (see boots). `boot_tries`, `max_receives` and `window` (bundles per slot) are
-    numbers.
-    """
-
-    control_lease_s: float = 1.0
-    visibility_s: float = 30.0
-    silence_s: float = 90.0
-    lease_ttl_s: float = 10.0
-    tick_s: float = 1.0
-    wait_s: float = 20.0
-    drain_target_s: float = 2.0
-    cooldown_in_s: float = 10.0
-    idle_s: float = 5.0
-    boot_tries: int = 3
-    boot_pause_s: float = 0.0
-    max_receives: int = 10
-    window: int = WINDOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,8 +294,8 @@ def in_pool(lives: Mapping[JobId, LiveJob], pool: str) -> int:
 class Seen:
     """A worker as its last beat told it."""
 
-    beat: wire.Beat
+    beat: Beat
     heard_s: float
     """Monotonic."""
-    since_s: Mapping[wire.Held, float]
+    since_s: Mapping[Held, float]
     """Of what it runs, when that was first heard (monotonic)."""

@@ -1,7 +1,8 @@
 """The heart of the manager process: takes the lease, adopts live jobs, runs the loops.
 
 Invariant: only the holder of the lease collects, plans and scales; and even two at once would do
-no harm, since every decision is a conditional PUT and every fold counts once.
+no harm, since every decision is a conditional PUT and every fold counts once. It is long by what it
+puts together, in one place and in one order.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from batchlab.costs.meter import Accounting
 from batchlab.errors import BackendError, NotFound, Refused, Throttled, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.manager import admission
+from batchlab.manager.adoption import Adoption
+from batchlab.manager.arrivals import Arrivals
 from batchlab.manager.autoscaler import Autoscaler
 from batchlab.manager.collector import Collector, events_queue
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.counts import Counts
 from batchlab.manager.cutting import Cutter
 from batchlab.manager.folding import Folder
-from batchlab.manager.live import LiveJob, ManagerSettings, Ports, in_pool, move
+from batchlab.manager.lease import Leadership
+from batchlab.manager.live import LiveJob, Ports, in_pool, move
 from batchlab.manager.notifying import Notifying, Outlets
 from batchlab.manager.prewarm import Prewarm
 from batchlab.manager.rebuild import rebuild
@@ -33,21 +37,21 @@ from batchlab.manager.recorder import Recorder
 from batchlab.manager.registry import Registry
 from batchlab.manager.reporting import Reports
 from batchlab.manager.requests import Requests
-from batchlab.manager.retries import cuts_of_round
 from batchlab.manager.schedule_requests import Schedules
+from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.silence import Silence
 from batchlab.manager.spending import Spending
+from batchlab.manager.starts import Starts
 from batchlab.manager.tails import Tails
 from batchlab.model import Control, GroupView, JobId, JobState, LifecycleState, Pool
 from batchlab.patience import patiently
-from batchlab.ports import Depth, QueueSpec, Written
+from batchlab.ports import Depth, JobRecord, QueueSpec
 from batchlab.protocol import naming
-from batchlab.tracing import NOBODY, Tracer, trace_of
+from batchlab.tracing import NOBODY, Tracer
 from batchlab.waits import set_within
 
 log = logging.getLogger(__name__)
 
-LEASE = "leader"
 LOOK_S = 1.0
 IDLE_LOOK_S = 60.0
 """The queues are looked at so often only, the second while there is no job: each look is billed."""
@@ -57,11 +61,10 @@ LOST = (
     "what it had kept, as LocalStack does after a restart; submit the job again"
 )
 
-SET_BACK_S = 60.0
-"""A wall clock that is set back by more than this does not hold up what is scheduled."""
-
 SOON = 8
 """Instances a pool is expected to have soon when it has none: sizes the first wave."""
+
+_LIVING = (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
 
 
 class Manager:
@@ -109,7 +112,9 @@ class Manager:
         recorder = Recorder(ports, self.lives, self.registry) if reports and accounting else None
         self.recorder = recorder
         repeated = recorder.repeated if recorder else _unheard
-        folder = Folder(ports, self.lives, repeated, counts, tracer)
+        folder = Folder(
+            ports, self.lives, lambda job: self._adoption.restored(job), repeated, counts, tracer
+        )
         self.notifying = (
             Notifying(ports, self.lives, self.registry.workers, outlets, counts, self._caps_of)
             if outlets
@@ -121,9 +126,6 @@ class Manager:
             ports, settings, folder, cutter, self._on_plan, counts, tracer, on_end
         )
         self.tails = Tails(ports, settings)
-        self.requests = Requests(
-            ports, self.conductor, cutter, self.lives, self._adopt, counts, tracer
-        )
         self.spending = (
             Spending(
                 *(ports, settings, self.lives, self.registry, self.pools, accounting),
@@ -133,8 +135,25 @@ class Manager:
             if accounting
             else None
         )
+        caps = self.spending.caps if self.spending else None
+        self._starts = Starts(ports)
+        self._adoption = Adoption(
+            *(ports, settings, self.lives, self.conductor),
+            *(self._starts, self.spending, recorder),
+        )
+        arrivals = Arrivals()
+        self.requests = Requests(
+            *(
+                ports,
+                self.conductor,
+                cutter,
+                self.lives,
+                partial(self._adoption.adopt, beside=True),
+            ),
+            *(arrivals, lambda pool: self._in_service(pool) > 0, counts, tracer),
+        )
         self.autoscaler = Autoscaler(
-            *(ports, settings, self.lives, self.registry, self.spending),
+            *(ports, settings, self.lives, self.registry, caps),
             recorder.decided if recorder else _unheard,
             counts,
         )
@@ -142,28 +161,32 @@ class Manager:
         if schedules:
             shared = ports, settings, self.lives, self.admit, self.requests, self.registry
             self.scheduler = Schedules(*shared)
-            prewarm = Prewarm(ports.clock, settings, self.scheduler, self.spending)
+            prewarm = Prewarm(ports.clock, settings, self.scheduler, caps)
             self.autoscaler.warmth = prewarm
-        self._adopted_s = 0.0
-        """Monotonic; when the ledger was last asked for jobs that nobody conducts."""
         self._looked_s = -IDLE_LOOK_S
         """Monotonic; when the queues were last looked at."""
-        self._due_s: dict[JobId, float] = {}
-        """Monotonic; when each job that was first seen SCHEDULED is to start."""
-        self._beat = 0
-        """Of the lease, when it was last taken or renewed."""
+        self._lease = Leadership(ports.ledger, ports.clock, owner, settings.lease_ttl_s)
         self._others_led = False
         """Somebody else has led since we began to, and is gone: what we know of jobs is old."""
         self._looked_back = False
         """For retries that an earlier leader did not finish."""
         self._quiet = asyncio.Lock()
         self._collector = Collector(
-            *(ports, settings, self.lives, folder, self.registry, self._quiet),
+            *(ports, settings, self.lives, folder, self.registry, self._quiet, arrivals),
             recorder.told if recorder else _unheard,
             counts,
         )
         self._reconciler = Reconciler(ports, settings, self.lives, folder, self.conductor)
-        self._group: asyncio.TaskGroup | None = None
+
+    async def known(self, job: JobId) -> JobRecord:
+        """The job, also where only the bucket has it: its submission was told of an error, or of
+        nothing, though its work has begun. NotFound where there is none."""
+        try:
+            return await self.ports.ledger.job(job)
+        except NotFound:
+            if await self._adoption.restored(job, beside=True) is None:
+                raise
+            return await self.ports.ledger.job(job)
 
     def admit(self, job: JobDef) -> None:
         """UsageError where this grid does not take the job."""
@@ -172,7 +195,7 @@ class Manager:
 
     async def run(self) -> None:
         """Lead until cancelled; returns when the lease is lost. Waits for it first."""
-        await self._take_lease()
+        await self._lease.take()
         try:
             await self._prepare()
             if self.recorder:
@@ -182,8 +205,8 @@ class Manager:
             if self.notifying:
                 await self.notifying.load()
             async with asyncio.TaskGroup() as group:
-                self._group = group
-                await self._adopt_active()
+                self._adoption.group = group
+                await self._adoption.adopt_active()
                 group.create_task(self._collector.collect(), name="collect")
                 group.create_task(self._tick_for_ever(), name="tick")
                 group.create_task(self._finish_retries(), name="finish retries")
@@ -196,7 +219,7 @@ class Manager:
                     group.create_task(self.recorder.keep(), name="record")
                 self.is_leader.set()
                 self.has_led = True
-                await self._keep_lease()
+                await self._lease.keep(self._others_have_led)
                 self.is_leader.clear()
                 raise _LeaseLostError
         except* _LeaseLostError:
@@ -207,9 +230,8 @@ class Manager:
                 if self.recorder:
                     await self.recorder.leave()
             self.is_leader.clear()
-            self._group = None
-            with suppress(BackendError):  # it runs out by itself
-                await self.ports.ledger.release(LEASE, self.owner)
+            self._adoption.group = None
+            await self._lease.release()
 
     async def _prepare(self) -> None:
         await self._ensure(events_queue(self.settings))
@@ -229,39 +251,9 @@ class Manager:
     async def _ensure(self, spec: QueueSpec) -> None:
         await self.ports.patience(lambda: self.ports.queue.ensure(spec))
 
-    async def _take_lease(self) -> None:
-        """Wait until nobody has the lease, or its holder has not renewed it for as long as it
-        lasts by our own clock. No two clocks have to agree."""
-        ttl_s, clock = self.settings.lease_ttl_s, self.ports.clock
-        seen, since_s = None, clock.monotonic_s()
-        while True:
-            is_over = clock.monotonic_s() - since_s >= ttl_s
-            stands = await self.ports.ledger.lease(
-                LEASE, self.owner, over=seen if is_over else None
-            )
-            if stands.owner == self.owner:
-                self._beat = stands.beat
-                return
-            if stands != seen:
-                seen, since_s = stands, clock.monotonic_s()
-            await asyncio.sleep(ttl_s / 3)
-
-    async def _keep_lease(self) -> None:
-        while True:
-            await asyncio.sleep(self.settings.lease_ttl_s / 3)
-            try:
-                async with asyncio.timeout(self.settings.lease_ttl_s * 2 / 3):
-                    stands = await self.ports.ledger.lease(LEASE, self.owner)
-            except TimeoutError:
-                return  # it has run out; a standby may have taken it
-            if stands.owner != self.owner:
-                return
-            if stands.beat != self._beat + 1:
-                # We stood still, and found the lease free again. Or an answer was lost, and we
-                # asked twice: then what follows was not needed.
-                self._others_led = True
-                self.hurry()
-            self._beat = stands.beat
+    def _others_have_led(self) -> None:
+        self._others_led = True
+        self.hurry()
 
     async def _catch_up(self) -> None:
         """Learn from the ledger what others who led have planned, begun and ended."""
@@ -271,84 +263,17 @@ class Manager:
         self._others_led = self._looked_back = False  # first: it may be so again meanwhile
         if self.scheduler:
             self.scheduler.reread()
-        await self._drop_all()
+        await self._adoption.drop_all()
         try:
             # What they have counted and seen, before any job is adopted with less.
             if self.spending:
                 await self.spending.reread()
             if self.recorder:
                 await self.recorder.reread()
-            await self._adopt_active()
+            await self._adoption.adopt_active()
         except (Throttled, Unreachable):
             self._others_led = True
             raise
-
-    async def _adopt_active(self) -> None:
-        """Conduct every job that has not ended."""
-        self._adopted_s = self.ports.clock.monotonic_s()
-        for record in await self.ports.ledger.jobs(active=True, limit=10_000):
-            if record.job.id not in self.lives:
-                rows = await self.ports.ledger.rows(record.job.id)
-                await self._adopt(Written(rows, is_new=False))
-
-    async def _adopt(self, found: Written) -> LiveJob:
-        """Conduct a job: new, taken over from the leader before us, or re-opened."""
-        ledger, rows = self.ports.ledger, found.rows
-        job = rows.job.job
-        # A retry is two steps in the ledger; the leader before us may have died between them.
-        cuts = await cuts_of_round(self.ports, rows.job)
-        for cut in cuts:
-            rows = (await ledger.add_cut(cut)).rows
-        if rows.job.state is JobState.SCHEDULED:
-            self._due_s.setdefault(job.id, self._starts_s(job))
-        # From the clock, or a watcher of the manager before us would take our news for old.
-        live = LiveJob(
-            rows.job,
-            {s.counts.stage: s for s in rows.stages},
-            version=int(self.ports.clock.now_s() * 1000),
-            doubtful=not found.is_new,
-            retried_s=min((cut.at_s for cut in cuts if cut.at_s is not None), default=None),
-            known_after=0 if found.is_new else None,
-        )
-        if not found.is_new:
-            # What a crashed leader planned but did not send is looked for well before `silence_s`.
-            heard_s = self.ports.clock.monotonic_s() - 0.75 * self.settings.silence_s
-            planned = await ledger.bundles(job.id, done=False)
-            live.expect((r.bundle, heard_s) for r in planned)
-        if self.spending:
-            await self.spending.open(live, is_new=found.is_new)
-        if self.recorder:
-            self.recorder.adopt(live)
-        known = self.lives.get(job.id)
-        # Two submissions with one token came at once; or a retry came so soon after the job's end
-        # that the round before has not been taken off yet: then the new one takes its place.
-        if known and not known.ended.is_set() and known.round >= live.round:
-            return known
-        self.lives[job.id] = live
-        if self.spending:
-            self.spending.refill()
-        if self._group is not None:
-            live.conducting = self._group.create_task(self._conduct(live), name=f"job {job.id}")
-        return live
-
-    async def _conduct(self, live: LiveJob) -> None:
-        logs.note(job=live.id, trace=trace_of(live.job.trace))
-        while not live.ended.is_set():
-            try:
-                await self.conductor.conduct(live)
-            except BackendError as error:
-                # Patience ran out. The job is not lost, only late: its state is in the bucket.
-                log.warning("job %s waits for the backend: %s", live.id, error)
-                live.trouble = str(error)
-                await asyncio.sleep(self.settings.tick_s)
-            except Exception as error:
-                # A bug, met by one job's data: it must not take the other jobs with it.
-                log.exception("job %s met a bug", live.id)
-                live.trouble = f"an error inside the manager: {error!r}; see its log"
-                await asyncio.sleep(self.settings.lease_ttl_s)
-        if self.lives.get(live.id) is live:
-            del self.lives[live.id]
-            self._due_s.pop(live.id, None)
 
     async def _finish_retries(self) -> None:
         while True:
@@ -404,18 +329,21 @@ class Manager:
 
     def _on_plan(self, pool: str) -> None:
         """A stage has been planned: new capacity, where it takes any, must not wait."""
-        alive = _alive(self.groups[pool]) if pool in self.groups else 0
-        if in_pool(self.lives, pool) > alive:
+        if in_pool(self.lives, pool) > self._in_service(pool):
             self.hurry()
+
+    def _in_service(self, pool: str) -> int:
+        """Slots of its instances that were in service at the last tick."""
+        return _alive(self.groups[pool]) if pool in self.groups else 0
 
     async def tick(self) -> None:
         """One round of everything periodic."""
         await self.registry.bury(await self.ports.fleet.tick())
-        await self._start_scheduled()
+        await self._starts.look(self.lives)
         described = await self.ports.fleet.describe()
         there = [one for view in described for one in view.instances]
         self.registry.keep({one.id for one in there})
-        self.registry.back({one.id for one in there if one.state is LifecycleState.IN_SERVICE})
+        self.registry.back({one.id for one in there if one.state in _LIVING})
         views = [view for view in described if view.pool.name in self.pools]
         self.autoscaler.boots.observe(views)
         if self.spending:
@@ -434,8 +362,8 @@ class Manager:
         await self._look_at_queues()
         # The leader before us may have begun, re-opened or resumed a job after we looked, before
         # it knew that it no longer leads.
-        if self.ports.clock.monotonic_s() - self._adopted_s >= self.settings.silence_s:
-            await self._adopt_active()
+        if self.ports.clock.monotonic_s() - self._adoption.asked_s >= self.settings.silence_s:
+            await self._adoption.adopt_active()
             for live in [one for one in self.lives.values() if one.record.control is Control.PAUSE]:
                 await self._reconciler.heed(live)
         for live in list(self.lives.values()):
@@ -454,7 +382,7 @@ class Manager:
 
     def _caps_of(self, live: LiveJob) -> str:
         books = self.spending
-        return f"{books.cap_of(live)}/{books.max_cost_usd}" if books else ""
+        return f"{books.cap_of(live)}/{books.caps.max_cost_usd}" if books else ""
 
     async def _look_at_queues(self) -> None:
         """What waits in each pool, what has become a dead letter, and which bundles are silent."""
@@ -473,20 +401,6 @@ class Manager:
                 self._looked_s = -IDLE_LOOK_S  # the next tick meets the outage too, and says so
             raise
 
-    async def _start_scheduled(self) -> None:
-        now_s = self.ports.clock.monotonic_s()
-        for live in list(self.lives.values()):
-            if live.record.state is JobState.SCHEDULED:
-                late_s = now_s - self._due_s.get(live.id, now_s)
-                if late_s > SET_BACK_S or self._starts_s(live.job) <= now_s:
-                    await move(self.ports, live, JobState.SUBMITTED)
-                    live.poke.set()
-
-    def _starts_s(self, job: JobDef) -> float:
-        """When the job is to start, on the monotonic clock, by what the wall clock says now."""
-        clock = self.ports.clock
-        return clock.monotonic_s() + (job.start_at_s or 0.0) - clock.now_s()
-
     async def _show_start(self, live: LiveJob) -> None:
         """RUNNABLE waits for capacity, STARTING sees it come: what AWS Batch's words mean."""
         if live.record.state is not JobState.RUNNABLE:
@@ -500,21 +414,13 @@ class Manager:
     async def rebuild_ledger(self) -> int:
         """Make the ledger anew from the bucket; answers how many jobs it found."""
         async with self._quiet:
-            await self._drop_all()
+            await self._adoption.drop_all()
             count = await rebuild(self.ports)
             # Somebody may have asked for a job meanwhile, and knows of it what the ledger knew.
-            await self._drop_all()
+            await self._adoption.drop_all()
             # Still in quiet: adopting writes, and a second rebuild may be waiting.
-            await self._adopt_active()
+            await self._adoption.adopt_active()
         return count
-
-    async def _drop_all(self) -> None:
-        """Conduct no job any more."""
-        conducting = [live.conducting for live in self.lives.values() if live.conducting]
-        self.lives.clear()
-        for task in conducting:
-            task.cancel()
-        await asyncio.gather(*conducting, return_exceptions=True)
 
 
 def _unheard(*_: object) -> None:

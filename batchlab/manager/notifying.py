@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 
 from batchlab import notification
 from batchlab.directory import Directory
-from batchlab.errors import AlreadyExists, BackendError, NotFound
+from batchlab.errors import BackendError, NotFound
 from batchlab.manager.counts import Counts
+from batchlab.manager.kept import UNREADABLE, Kept
 from batchlab.manager.live import LiveJob, Ports, Seen
+from batchlab.manager.moments import Moments
 from batchlab.manager.told import Book
-from batchlab.model import Control, JobId, JobState
+from batchlab.model import JobId
 from batchlab.notification import NotDelivered, Notification, Target
 from batchlab.ports import Ending
 from batchlab.protocol import naming, wire
@@ -41,8 +42,6 @@ SMALL = 100
 LATER_S = 60.0
 """and so seldom, in the end, for what has only failed once more."""
 CLOSE_S = 1.0
-REWRITES = 8
-"""Others write only while a lead changes, so a few tries are plenty."""
 EXPLAINED_AT_ONCE = 5
 """Of jobs that stand still, in one tick: each asks the fleet and the ledger."""
 MOST_PENDING = 2000
@@ -60,14 +59,6 @@ class Outlets:
     deliver: Deliver
 
 
-@dataclass(slots=True)
-class _Stand:
-    """How far a job was when it was last seen to move."""
-
-    marker: tuple[int, ...]
-    since_s: float
-
-
 class Notifying:
     """One manager's. `explain` says why a job does not go on."""
 
@@ -80,16 +71,14 @@ class Notifying:
         counts: Counts,
         cap_of: Callable[[LiveJob], str] = lambda _: "",
     ) -> None:
-        """`cap_of` names the caps that hold for a job: another one is another moment."""
+        """`cap_of`: see Moments."""
         self._ports = ports
         self._lives = lives
-        self._workers = workers
         self._outlets = outlets
         self._counts = counts
-        self._cap_of = cap_of
         self.explain: Callable[[JobId], Awaitable[str]] | None = None
         self.book = Book()
-        self._etag: str | None = None
+        self._kept = Kept(ports, naming.NOTIFICATIONS)
         self._changes = 0
         self._saved = 0
         self._lock = asyncio.Lock()
@@ -101,7 +90,7 @@ class Notifying:
         self._due = asyncio.Event()
         self._sending: dict[str, str] = {}
         """Where to, by id."""
-        self._stands: dict[JobId, _Stand] = {}
+        self._moments = Moments(ports.clock, workers, cap_of)
         self._told_of: dict[JobId, set[str]] = {}
         """Moments of live jobs that are in the book, or were: it forgets, and they last."""
 
@@ -116,7 +105,7 @@ class Notifying:
         moment = ending.state.value.lower()
         every = [*self.directory().targets, *notification.targets_of(live.job)]
         wanted = [one for one in every if one.wants(moment)]
-        self._stands.pop(live.id, None)
+        self._moments.forget(live.id)
         if not wanted:
             return
         state, reason, at_s = ending.state, ending.reason, ending.ended_s
@@ -131,8 +120,7 @@ class Notifying:
 
     async def observe(self) -> None:
         """See which jobs have come to a moment that somebody waits for."""
-        for gone in self._stands.keys() - self._lives.keys():
-            del self._stands[gone]
+        self._moments.keep(self._lives.keys())
         for gone in self._told_of.keys() - self._lives.keys():
             del self._told_of[gone]
         explained = 0
@@ -144,10 +132,10 @@ class Notifying:
                 continue
             # It looks at all that runs anywhere: only for somebody.
             waits = any(target.wants("stuck") for target in targets)
-            stood_s = self._stood_s(live) if waits else 0.0
+            stood_s = self._moments.stood_s(live) if waits else 0.0
             told_of = self._told_of.setdefault(live.id, set())
             for target in targets:
-                for moment, key in self._moments(live, target, stood_s):
+                for moment, key in self._moments.of(live, target, stood_s):
                     id_ = notification.derived_id(target, live.id, live.round, moment, key)
                     if id_ in told_of or self.book.knows(id_):
                         continue
@@ -160,15 +148,6 @@ class Notifying:
             await self._add(found)
         except BackendError as error:
             log.warning("notifications are not written down yet: %s", error)
-
-    def _moments(self, live: LiveJob, target: Target, stood_s: float) -> Iterator[tuple[str, str]]:
-        failed = sum(one.counts.failed for one in live.stages.values())
-        if target.wants("failures") and failed >= target.failures:
-            yield "failures", str(target.failures)
-        if target.wants("capped") and live.capped:
-            yield "capped", self._cap_of(live)
-        if target.wants("stuck") and stood_s >= target.stuck_s:
-            yield "stuck", ".".join(map(str, self._stands[live.id].marker))
 
     async def _told(self, live: LiveJob, target: Target, moment: str, key: str) -> Notification:
         why = live.capped
@@ -184,54 +163,28 @@ class Notifying:
         at_s = self._ports.clock.now_s()
         return notification.made(target, live.job, live.round, moment, body, at_s=at_s, key=key)
 
-    def _stood_s(self, live: LiveJob) -> float:
-        """For how long nothing of the job has moved that should."""
-        now_s = self._ports.clock.monotonic_s()
-        counts = [one.counts for one in live.stages.values()]
-        marker = (
-            live.round,
-            sum(one.planned is not None for one in counts),
-            sum(one.terminal + one.retried for one in counts),
-        )
-        stand = self._stands.setdefault(live.id, _Stand(marker, now_s))
-        if stand.marker != marker or self._moves(live, now_s):
-            stand.marker, stand.since_s = marker, now_s
-        return now_s - stand.since_s
-
-    def _moves(self, live: LiveJob, now_s: float) -> bool:
-        """Whether it runs somewhere, or waits for what its user or its retry rule has asked for."""
-        if live.record.control is not Control.RUN or live.record.state is JobState.SCHEDULED:
-            return True
-        if live.is_held or any(one.heard_s > now_s for one in live.all_outstanding()):
-            return True
-        held = (one for seen in self._workers.values() for one in seen.since_s)
-        return any(one.job == live.id for one in held)
-
     # --- The bucket ------------------------------------------------------------------------------
 
     async def load(self) -> None:
         """Take over what the manager before us has not delivered. It is left where it is while the
         bucket does not answer: writing meets what is there anyway."""
         try:
-            await self._read()
+            data = await self._kept.read()
         except BackendError as error:
             log.warning("what is to be notified cannot be read yet: %s", error)
-
-    async def _read(self) -> None:
-        get = partial(self._ports.objects.get_if_changed, naming.NOTIFICATIONS, None)
-        try:
-            found = await self._ports.patience(get)
-        except NotFound:
-            self._etag = None
             return
-        assert found, "asked for without a version"
-        self._etag = found[1]
+        if data is not None:
+            self._meet(data)
+
+    def _meet(self, there: bytes) -> bool:
+        """Take over what another manager has written."""
         try:
-            self.book.merge(Book.from_bytes(found[0]))
-        except (KeyError, TypeError, ValueError) as error:
+            self.book.merge(Book.from_bytes(there))
+        except UNREADABLE as error:
             # One that a later release has written must not keep anybody from leading.
             log.error("what is to be notified cannot be read, and begins anew: %r", error)
         self._due.set()
+        return True
 
     async def _add(self, some: Sequence[Notification]) -> None:
         fresh = [one for one in some if not self.book.knows(one.id)]
@@ -251,31 +204,17 @@ class Notifying:
         self._changes += 1
         mine = self._changes
         async with self._lock:
-            for left in reversed(range(REWRITES)):
-                if self._saved >= mine:
-                    return
-                writing, due_s = self._changes, self._write_s
-                self._write_s = None  # what comes of tries meanwhile is written the next time
-                put = partial(
-                    self._ports.objects.put,
-                    naming.NOTIFICATIONS,
-                    self.book.to_bytes(),
-                    if_absent=self._etag is None,
-                    if_match=self._etag,
-                )
-                try:
-                    self._etag = await self._ports.patience(put)
-                    self._saved = writing
-                    self._written_s, due_s = self._ports.clock.monotonic_s(), None
-                except (AlreadyExists, NotFound):
-                    # Another leader's, or our own first try whose answer was lost. Or there is no
-                    # bucket, which no number of tries mends.
-                    if not left:
-                        raise
-                    await self._read()
-                finally:
-                    if due_s is not None:
-                        self._write_s = min(due_s, self._write_s or due_s)
+            if self._saved >= mine:
+                return
+            writing, due_s = self._changes, self._write_s
+            self._write_s = None  # what comes of tries meanwhile is written the next time
+            try:
+                await self._kept.write(self.book.to_bytes, self._meet)
+                self._saved, due_s = writing, None
+                self._written_s = self._ports.clock.monotonic_s()
+            finally:
+                if due_s is not None:
+                    self._write_s = min(due_s, self._write_s or due_s)
 
     # --- Delivery --------------------------------------------------------------------------------
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from batchlab.jobdef import JobDef, SplitBy
 from batchlab.manager.autoscaler import Backlog, Warmth, wanted
-from batchlab.manager.live import UNKNOWN_TASK_S, ManagerSettings
+from batchlab.manager.caps import Caps
+from batchlab.manager.live import UNKNOWN_TASK_S
 from batchlab.manager.scheduler import Scheduler
-from batchlab.manager.spending import Spending
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import GroupView, LifecycleState
 from batchlab.ports import Clock
 from batchlab.schedule import times
@@ -32,12 +33,12 @@ class Prewarm:
         clock: Clock,
         settings: ManagerSettings,
         scheduler: Scheduler,
-        spending: Spending | None,
+        caps: Caps | None,
     ) -> None:
         self._clock = clock
         self._settings = settings
         self._scheduler = scheduler
-        self._spending = spending
+        self._caps = caps
 
     def __call__(self, view: GroupView) -> Warmth | None:
         """What the pool is to have at the least now; None where nothing is due soon."""
@@ -105,17 +106,17 @@ class Prewarm:
         self, schedule: Schedule, template: JobDef, view: GroupView, count: int, due_s: float
     ) -> int:
         """How many of them the caps pay for until it is due."""
-        if self._spending is None:
+        if self._caps is None:
             return count
-        spending, prewarm_s = self._spending, schedule.definition.prewarm_s
+        caps, prewarm_s = self._caps, schedule.definition.prewarm_s
         if template.max_cost_usd is not None:
-            launch_usd, _ = spending.warm_usd(view.pool, prewarm_s)
+            launch_usd, _ = caps.warm_usd(view.pool, prewarm_s)
             count = affordable(count, 0, template.max_cost_usd, launch_usd, 0.0)
-        left_usd = spending.left_usd()
+        left_usd = caps.left_usd()
         if left_usd is not None:
             still_s = max(0.0, due_s - self._clock.now_s())
             there = sum(one.state in _THERE for one in view.instances)
-            count = affordable(count, there, left_usd, *spending.warm_usd(view.pool, still_s))
+            count = affordable(count, there, left_usd, *caps.warm_usd(view.pool, still_s))
         return count
 
 

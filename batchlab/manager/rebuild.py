@@ -7,7 +7,6 @@ another one leads, may do anything meanwhile: they see a job whole, as it was or
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +20,6 @@ from batchlab.model import Completion, Control, JobId, JobState, StageName
 from batchlab.ports import Cut, Ending, Past, Round
 from batchlab.protocol import definition, naming, settle, wire
 
-_CUT = re.compile(r"^jobs/[^/]+/[^/]+/plan/\d+/cuts/\d+\.json$")
-_OUTCOME = re.compile(r"^jobs/[^/]+/[^/]+/outcomes/")
 _PAGE = 1000
 _TRIES = 10
 
@@ -36,7 +33,7 @@ async def rebuild(ports: Ports) -> int:
     if gone:
         await ports.ledger.forget(gone)
     for job in sorted(found):
-        await _rebuild_job(ports, job)
+        await restore(ports, job)
     return len(found)
 
 
@@ -51,7 +48,7 @@ async def _in_ledger(ports: Ports) -> set[JobId]:
 
 async def _in_bucket(ports: Ports) -> set[JobId]:
     found: set[JobId] = set()
-    async for page in ports.objects.list("jobs/"):
+    async for page in ports.objects.list(naming.JOBS):
         for info in page:
             job = JobId(info.key.split("/", 2)[1])
             if info.key == naming.spec(job):
@@ -59,7 +56,9 @@ async def _in_bucket(ports: Ports) -> set[JobId]:
     return found
 
 
-async def _rebuild_job(ports: Ports, job: JobId) -> None:
+async def restore(ports: Ports, job: JobId) -> None:
+    """Read one job from the bucket again. NotFound where it is not there, Unreachable where
+    somebody changes it all the time."""
     for _ in range(_TRIES):
         before = await ports.ledger.version(job)
         if await ports.ledger.restore(await _past(ports, job), over=before):
@@ -85,11 +84,11 @@ async def _past(ports: Ports, job: JobId) -> Past:
     spec, opening = wire.job_from_json(doc), definition.opening_in(doc)
     if opening and opening.cut:
         found.cuts.append(opening.cut)
-    async for page in ports.objects.list(f"jobs/{job}/"):
+    async for page in ports.objects.list(naming.committed(job)):
         for info in page:
-            if _CUT.match(info.key):
+            if naming.is_cut(info.key):
                 found.cuts.append(wire.cut_from_json(await _doc(ports, info.key)))
-            elif _OUTCOME.match(info.key):
+            elif naming.is_outcome(info.key):
                 outcome = wire.outcome_from_json(await _doc(ports, info.key))
                 found.completions.append(settle.completion(outcome))
     # What has been cut has started, though the clock may have been set back since.

@@ -1,7 +1,8 @@
 """Finds what was lost: bundles planned, uncommitted and silent, and messages among the dead.
 
-Invariant: a lost message, a purged queue or an event that never came costs `silence_s`, not a
-task. Sending again is always safe, since ids are derived and the commit is conditional.
+Invariant (I7): a lost message, a purged queue or an event that never came costs `silence_s`, not a
+task, so that a job always ends. Sending again is always safe, since ids are derived and the commit
+is conditional.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from batchlab.errors import Throttled, TooNew, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.folding import Folder
-from batchlab.manager.live import LiveJob, ManagerSettings, Outstanding, Ports, in_pool
+from batchlab.manager.live import LiveJob, Outstanding, Ports, in_pool
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Bundle, Control, JobId, Outcome
 from batchlab.ports import MAX_BATCH, Depth, Message
-from batchlab.protocol import naming, settle, wire
+from batchlab.protocol import naming, settle
+from batchlab.protocol.messages import read_task_message
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +108,7 @@ class Reconciler:
                 one.heard_s = self._ports.clock.monotonic_s()
         if again:
             log.warning("%d silent bundles are sent again", len(again), extra={"job": live.id})
-            await self._conductor.send(live, again)
+            await self._conductor.send(live.job, again)
 
     async def heed(self, live: LiveJob) -> None:
         """As the conductor's, but never waiting for a user's word that is being written."""
@@ -141,7 +144,7 @@ class Reconciler:
         """What becomes of a dead letter. Receives alone condemn nothing: an outage of the bucket
         uses them up too. So a task alone goes back to the workers, who know what killed them."""
         try:
-            bundle = wire.read_task_message(message.body).bundle
+            bundle = read_task_message(message.body).bundle
             job = (await self._ports.ledger.job(bundle.job)).job
             job.stage(bundle.stage)  # KeyError where it has no such stage
         except (Throttled, Unreachable):
@@ -162,7 +165,7 @@ class Reconciler:
         again = replace(bundle, losses=bundle.losses + message.receive_count)
         live = self._lives.get(bundle.job)
         if live:
-            await self._conductor.send(live, [again])
+            await self._conductor.send(live.job, [again])
 
     async def _condemned(self, bundle: Bundle, message: Message) -> Outcome | None:
         now_s = self._ports.clock.now_s()

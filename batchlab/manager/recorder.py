@@ -11,23 +11,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from itertools import chain, islice, takewhile
+from functools import partial
 from typing import Any
 
 from batchlab.costs.meter import Account
 from batchlab.errors import BackendError
 from batchlab.manager.autoscaler import Backlog
-from batchlab.manager.kept import Kept
+from batchlab.manager.kept import UNREADABLE, Kept
 from batchlab.manager.live import LiveJob, Ports
 from batchlab.manager.recorded import Doc, joined, part_of
 from batchlab.manager.registry import Registry
+from batchlab.manager.roster import Roster
 from batchlab.manager.series import Point, Series, asked, latest, of_pool
-from batchlab.manager.used import UNREADABLE
 from batchlab.model import (
     GroupView,
-    Instance,
     JobId,
     JobState,
     LifecycleState,
@@ -35,6 +34,7 @@ from batchlab.model import (
 )
 from batchlab.ports import Depth
 from batchlab.protocol import naming, wire
+from batchlab.protocol.messages import Duplicate
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,6 @@ SHORT_S = 5.0
 FEW = 64
 """Instances, and workers, that a job shorter than `SHORT_S` tells of."""
 MOST_DECISIONS = 2_000
-MOST_INSTANCES = 20_000
 MOST_JOBS = 200
 """So many jobs have their requests noted over time; of others only the total is known."""
 HEARD = 4_096
@@ -62,7 +61,6 @@ _LEAVING = {
     LifecycleState.TERMINATING_WAIT,
     LifecycleState.TERMINATING_PROCEED,
 }
-_GONE = LifecycleState.TERMINATED
 
 
 class _Seen:
@@ -111,12 +109,7 @@ class Recorder:
         self._slots: dict[str, tuple[int, str]] = {}
         """By pool: slots of an instance, its type."""
         self._decisions: deque[list[Any]] = deque(maxlen=MOST_DECISIONS)
-        self._instances: dict[str, list[Any]] = {}
-        """Those that have not ended."""
-        self._ended: dict[str, list[Any]] = {}
-        """Those that have, the last one last."""
-        self._workers: dict[str, list[Any]] = {}
-        """The one that was seen last is the last one."""
+        self._roster = Roster(registry)
         self._jobs: dict[JobId, _Seen] = {}
         self._earlier: dict[JobId, Doc] = {}
         """Of jobs that are run again, what was recorded in the rounds before."""
@@ -138,7 +131,9 @@ class Recorder:
         """Take a sample, where it is time for one."""
         now_s, monotonic_s = self._ports.clock.now_s(), self._ports.clock.monotonic_s()
         self._note_jobs()
-        self._note_instances(views, now_s)
+        for name, view in views.items():
+            self._slots[name] = view.pool.slots, view.pool.instance_type
+        self._roster.note_instances(views.values(), now_s, partial(self._since_s, now_s))
         if not self._jobs:
             self._sampled_s = None
             self._forget(now_s)
@@ -148,7 +143,7 @@ class Recorder:
         step_s = monotonic_s - self._sampled_s if self._sampled_s is not None else 0.0
         self._sampled_s = monotonic_s
         self._is_due = True
-        self._note_workers(now_s)
+        self._roster.note_workers(now_s)
         for name, view in views.items():
             depth = depths.get(name, Depth(0, 0, 0))
             point = self._point(view, depth, backlog_of(name), now_s, step_s)
@@ -184,7 +179,7 @@ class Recorder:
         """Of jobs that have ended, for how many seconds the last round of each was there (0 where
         nobody saw it) and what was recorded of it, to be kept along with its account."""
         now_s = self._ports.clock.now_s()
-        self._note_workers(now_s)
+        self._roster.note_workers(now_s)
         found: dict[JobId, tuple[float, Doc]] = {}
         for job, account in ended.items():
             if seen := self._jobs.get(job):
@@ -205,16 +200,11 @@ class Recorder:
         }
         if seen:
             # Of the short ones there are most, and each would tell of the whole fleet.
-            since_s = seen.since_s
             most = FEW if took_s < SHORT_S else None
-            ended = takewhile(lambda one: one[1][6] >= since_s, reversed(self._ended.items()))
-            lately = takewhile(lambda one: one[1][4] >= since_s, reversed(self._workers.items()))
-            there = chain(self._instances.items(), ended)
             doc |= {
                 "pools": self._pools_doc(seen.pools),
                 "scaling": self._decisions,
-                "instances": dict(islice(_of(there, seen.pools, 0), most)),
-                "workers": dict(islice(_of(lately, seen.pools, 1), most)),
+                **self._roster.of(seen.pools, seen.since_s, most),
                 "jobs": {job: seen.to_doc()},
             }
         return part_of(doc, job)
@@ -250,50 +240,6 @@ class Recorder:
                     slots += next((s.slots for s in live.job.stages if s.name == held.stage), 1)
         return holding, slots
 
-    def _note_instances(self, views: Mapping[str, GroupView], now_s: float) -> None:
-        there: set[str] = set()
-        for name, view in views.items():
-            self._slots[name] = view.pool.slots, view.pool.instance_type
-            for instance in view.instances:
-                there.add(instance.id)
-                self._note_instance(instance, view, now_s)
-        for one in [name for name in self._instances if name not in there]:
-            self._instances[one][7] = _GONE.value
-            self._end(one, now_s)
-
-    def _end(self, instance: str, now_s: float) -> None:
-        known = self._ended[instance] = self._instances.pop(instance)
-        known[6] = round(now_s, 3)
-
-    def _note_instance(self, instance: Instance, view: GroupView, now_s: float) -> None:
-        known = self._instances.get(instance.id) or self._ended.get(instance.id)
-        if known is None:
-            since_s = min((seen.since_s for seen in self._jobs.values()), default=now_s)
-            if instance.state is _GONE and instance.launched_s < since_s:
-                return  # of a time when nobody looked: a group tells of its dead for a while
-            launched_s = round(instance.launched_s, 3)
-            known = [instance.pool, "", "", "", launched_s, None, None, "", "", view.pool.slots]
-            self._instances[instance.id] = known
-        machine = instance.machine
-        spot = instance.id in self._registry.spot
-        type_ = machine.type or view.pool.instance_type
-        known[1:4] = type_, machine.zone, "spot" if spot else machine.market.value
-        known[7] = instance.state.value
-        known[8] = instance.note or known[8]
-        if instance.state is LifecycleState.IN_SERVICE and known[5] is None:
-            known[5] = round(now_s, 3)
-        if instance.state is _GONE and known[6] is None:
-            self._end(instance.id, now_s)
-
-    def _note_workers(self, now_s: float) -> None:
-        for seen in self._registry.workers.values():
-            beat = seen.beat
-            known = self._workers.pop(beat.worker, None)
-            if known is None:
-                known = [beat.instance, beat.pool, beat.slots, round(now_s, 3), 0.0]
-            known[4] = round(now_s, 3)
-            self._workers[beat.worker] = known
-
     def _note_requests(self, now_s: float, step_s: float) -> None:
         for n, (job, seen) in enumerate(self._jobs.items()):
             if n < MOST_JOBS and (live := self._lives.get(job)):
@@ -321,7 +267,7 @@ class Recorder:
         """An outcome was heard of that had been counted."""
         self._count(job, stage, "event", 0.0)
 
-    def told(self, duplicates: Iterable[wire.Duplicate]) -> None:
+    def told(self, duplicates: Iterable[Duplicate]) -> None:
         """Workers have met something twice."""
         for one in duplicates:
             if one.execution not in self._heard:
@@ -347,32 +293,24 @@ class Recorder:
 
     # --- The bucket ------------------------------------------------------------------------------
 
+    def _since_s(self, now_s: float) -> float:
+        """Since when there is a live job (seconds of the epoch); now, where there is none."""
+        return min((seen.since_s for seen in self._jobs.values()), default=now_s)
+
     def _forget(self, now_s: float) -> None:
         """Drop what no live job needs."""
-        since_s = min((seen.since_s for seen in self._jobs.values()), default=now_s)
+        since_s = self._since_s(now_s)
         for series in self._pools.values():
             series.forget(since_s)
         while self._decisions and self._decisions[0][1] < since_s - SAVE_S:
             self._decisions.popleft()
-        too_many = len(self._instances) + len(self._ended) - MOST_INSTANCES
-        for name, instance in list(self._ended.items()):
-            if instance[6] < since_s or too_many > 0:
-                del self._ended[name]
-                too_many -= 1
-        living = {seen.beat.worker for seen in self._registry.workers.values()}
-        gone = [n for n, one in self._workers.items() if n not in living]
-        too_many = len(self._workers) - MOST_INSTANCES
-        for name in gone:
-            if self._workers[name][4] < since_s or too_many > 0:
-                del self._workers[name]
-                too_many -= 1
+        self._roster.forget(since_s)
 
     def _to_doc(self) -> Doc:
         return {
             "pools": self._pools_doc(self._slots),
             "scaling": list(self._decisions),
-            "instances": {**self._ended, **self._instances},
-            "workers": self._workers,
+            **self._roster.to_doc(),
             "jobs": {job: seen.to_doc() for job, seen in self._jobs.items()},
             "earlier": self._earlier,
         }
@@ -414,9 +352,7 @@ class Recorder:
     def _take_over(self, doc: Doc) -> None:
         pools = {name: Series(of_pool, pool["series"]) for name, pool in doc["pools"].items()}
         slots = {name: (pool["slots"], pool["type"]) for name, pool in doc["pools"].items()}
-        instances = {name: list(one) for name, one in doc["instances"].items()}
-        ended = sorted((one[6], name) for name, one in instances.items() if one[6] is not None)
-        workers = sorted((one[4], name) for name, one in doc["workers"].items())
+        roster = Roster.from_doc(doc, self._registry)
         jobs: dict[JobId, _Seen] = {}
         for job, one in doc["jobs"].items():
             seen = jobs[JobId(job)] = _Seen(one["since_s"], one["pools"])
@@ -427,10 +363,8 @@ class Recorder:
         earlier = {JobId(job): one for job, one in doc["earlier"].items()}
         # Only now, when all of it could be read.
         self._slots, self._pools, self._jobs, self._earlier = slots, pools, jobs, earlier
+        self._roster = roster
         self._decisions = deque(doc["scaling"], maxlen=MOST_DECISIONS)
-        self._ended = {name: instances.pop(name) for _, name in ended}
-        self._instances = instances
-        self._workers = {name: list(doc["workers"][name]) for _, name in workers}
 
     async def leave(self) -> None:
         """Write down what there is, if the bucket takes it soon; the next leader goes on."""
@@ -458,10 +392,3 @@ class Recorder:
 
     def _to_bytes(self) -> bytes:
         return wire.to_bytes({"v": wire.VERSION, **self._to_doc()})
-
-
-def _of(
-    rows: Iterable[tuple[str, list[Any]]], pools: Collection[str], column: int
-) -> Iterator[tuple[str, list[Any]]]:
-    """The rows whose pool, in that column, is among these."""
-    return (one for one in rows if one[1][column] in pools)

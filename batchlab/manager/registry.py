@@ -12,7 +12,7 @@ from batchlab.errors import BackendError, Refused
 from batchlab.manager.live import LiveJob, Ports, Seen
 from batchlab.model import Bundle, Instance, JobId
 from batchlab.ports import MAX_BATCH
-from batchlab.protocol import wire
+from batchlab.protocol.messages import Beat, Held
 from batchlab.tally import Asked
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Registry:
         """The last instances that left or died, in order: a late beat must not revive one, but
         another worker may come up on it."""
 
-    async def hear(self, beat: wire.Beat) -> None:
+    async def hear(self, beat: Beat) -> None:
         """Take a beat; the first of an instance makes it InService, the last one removes it."""
         known = self.workers.get(beat.instance)
         if known and known.beat.worker == beat.worker and known.beat.number > beat.number:
@@ -121,10 +121,11 @@ class Registry:
             if seen.heard_s < since_s and instance not in there:
                 self._leave(instance)
 
-    def back(self, in_service: Collection[str]) -> None:
+    def back(self, living: Collection[str]) -> None:
         """Listen again to the workers of those of these instances that had been thought dead: a
-        group may have missed one, or taken it back. Who said itself that it goes says no more."""
-        for instance in in_service:
+        group may have missed one, even while it boots, or taken it back. Who said itself that it
+        goes says no more."""
+        for instance in living:
             gone = self._gone.get(instance)
             if gone and not gone.told:
                 del self._gone[instance]
@@ -177,14 +178,14 @@ class Registry:
                 stage = live.job.stage(one.stage)
                 live.account.lose(stage.pool, (now_s - since_s) * stage.slots)
 
-    async def _give_back(self, held: Sequence[wire.Held], *, explained: bool) -> None:
+    async def _give_back(self, held: Sequence[Held], *, explained: bool) -> None:
         ours = [one for one in held if one.receipt]
         copied = [one for one in ours if explained and self._waiting(one)]
         await self._send_copies(copied)
         await self._return(copied, visible=False)
         await self._return([one for one in ours if one not in copied], visible=True)
 
-    async def _return(self, held: Sequence[wire.Held], *, visible: bool) -> None:
+    async def _return(self, held: Sequence[Held], *, visible: bool) -> None:
         """Make messages visible again, or delete those of which a copy was sent."""
         queue, patience = self._ports.queue, self._ports.patience
         receipts: dict[str, list[str]] = {}
@@ -200,12 +201,12 @@ class Registry:
                 else:
                     await patience(partial(queue.delete, name, batch))
 
-    def _waiting(self, held: wire.Held) -> Bundle | None:
+    def _waiting(self, held: Held) -> Bundle | None:
         live = self._lives.get(held.job)
         one = live.outstanding.get(held.stage, {}).get(held.bundle) if live else None
         return one.bundle if one else None
 
-    async def _send_copies(self, held: Sequence[wire.Held]) -> None:
+    async def _send_copies(self, held: Sequence[Held]) -> None:
         now_s = self._ports.clock.now_s()
         messages = [
             address(self._lives[one.job].job, bundle, now_s=now_s)

@@ -1,28 +1,32 @@
 """What a user may ask of a job: submit, cancel, pause, resume, retry.
 
 Invariant: each is committed in the bucket first (spec, control object, retry object) and is in the
-ledger second, so that a rebuild knows of it; each may be repeated.
+ledger second, so that a rebuild knows of it; each may be repeated, and is answered when both have
+it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from batchlab.errors import AlreadyExists, NotFound, Refused
+from batchlab.errors import AlreadyExists, BackendError, NotFound, Refused
 from batchlab.jobdef import JobDef
+from batchlab.manager.arrivals import Arrivals
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.counts import Counts
 from batchlab.manager.cutting import Cutter
 from batchlab.manager.live import LiveJob, Ports, move
 from batchlab.manager.retries import Chosen, Retry, RetryPlanner
 from batchlab.model import Control, JobId, JobState, Json
-from batchlab.ports import JobRecord, Written
+from batchlab.ports import MAX_BATCH, JobRecord, Written
 from batchlab.protocol import definition, naming, wire
 from batchlab.tracing import NOBODY, Subject, Tracer, ending
+from batchlab.waits import STEP_BACK_S
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +44,8 @@ class _Spoken:
 
 
 class Requests:
-    """The user's verbs. `adopt` makes the manager conduct a job that has (re)started."""
+    """The user's verbs. `adopt` makes the manager conduct a job that has (re)started; a pool
+    `is_staffed` where instances are in service."""
 
     def __init__(
         self,
@@ -49,6 +54,8 @@ class Requests:
         cutter: Cutter,
         lives: dict[JobId, LiveJob],
         adopt: Callable[[Written], Awaitable[LiveJob]],
+        arrivals: Arrivals,
+        is_staffed: Callable[[str], bool],
         counts: Counts | None = None,
         tracer: Tracer = NOBODY,
     ) -> None:
@@ -57,6 +64,8 @@ class Requests:
         self._cutter = cutter
         self._lives = lives
         self._adopt = adopt
+        self._arrivals = arrivals
+        self._is_staffed = is_staffed
         self._retries = RetryPlanner(ports, conductor.plans)
         self._counts = counts or Counts()
         self._tracer = tracer
@@ -74,7 +83,45 @@ class Requests:
 
     async def _submit(self, job: JobDef, items: Sequence[Json] | None) -> Written:
         opening = self._cutter.opening(job, items) if items is not None else None
-        job, opening = await self._define(job, opening)
+        job, opening, is_ours = await self._define(job, opening)
+        if not is_ours or not opening or not self._may_begin(job, opening):
+            return await self._accept(job, opening, is_ours=is_ours)
+        with self._arrivals.of(job.id):
+            is_sent = await self._sent(job, opening)
+            return await self._accept(job, opening, is_sent=is_sent, was_tried=True)
+
+    def _may_begin(self, job: JobDef, opening: definition.Opening) -> bool:
+        """Whether the work of a job that the bucket did not have before may begin while the
+        ledger's row is written: no token could name another one, its bundles are few, and somebody
+        waits for them."""
+        cut = opening.cut
+        if cut is None or not 0 < len(cut.bundles) <= MAX_BATCH:
+            return False
+        if job.token or job.id in self._lives:
+            return False
+        return self._is_staffed(job.stage(cut.stage).pool)
+
+    async def _sent(self, job: JobDef, opening: definition.Opening) -> bool:
+        try:
+            await self._conductor.send_opening(job, opening)
+        except BackendError as error:
+            # It is tried again once the ledger has the job, and nothing can be lost any more.
+            log.warning("the first bundles are not sent yet: %s", error, extra={"job": job.id})
+            return False
+        await asyncio.sleep(STEP_BACK_S)
+        return True
+
+    async def _accept(
+        self,
+        job: JobDef,
+        opening: definition.Opening | None,
+        *,
+        is_ours: bool = True,
+        is_sent: bool = False,
+        was_tried: bool = False,
+    ) -> Written:
+        """Have the ledger know the job, conduct it, and send what its opening has cut, unless that
+        `is_sent`. Where it `was_tried`, or somebody else made the job, some may be under way."""
         now_s = self._ports.clock.now_s()
         later = job.start_at_s is not None and job.start_at_s > now_s
         state = JobState.SCHEDULED if later else JobState.SUBMITTED
@@ -84,15 +131,19 @@ class Requests:
             self._counts.submitted += 1
             log.info("accepted", extra={"job": job.id})
         if not written.rows.job.state.ended and job.id not in self._lives:
-            live = await self._adopt(written)
-            if opening and opening.cut and written.is_new:
-                await self._conductor.begin(live, opening)
+            # Where somebody else made it, its completions may be on their way already.
+            live = await self._adopt(replace(written, is_new=written.is_new and is_ours))
+            if opening and cut and written.is_new:
+                self._conductor.begin(live, cut)
+                if not is_sent:
+                    again = was_tried or not is_ours
+                    await self._conductor.send_opening(job, opening, again=again)
         return written
 
     async def _define(
         self, job: JobDef, opening: definition.Opening | None
-    ) -> tuple[JobDef, definition.Opening | None]:
-        """Commit the definition; answers with the one that counts."""
+    ) -> tuple[JobDef, definition.Opening | None, bool]:
+        """Commit the definition; answers with the one that counts, and whether it is this one."""
         objects, patience = self._ports.objects, self._ports.patience
         key, data = naming.spec(job.id), definition.to_bytes(job, opening)
         try:
@@ -101,12 +152,13 @@ class Requests:
             doc = wire.loads(await patience(lambda: objects.get(key)))
             known, its = wire.job_from_json(doc), definition.opening_in(doc)
             if _content(known, its) != _content(job, opening):
+                by = "client token" if job.token else "id"
                 raise Refused(
-                    f"Job {job.id} is another one, submitted with the same client token.",
-                    remedy="Give each job a token of its own.",
+                    f"Job {job.id} is another one, submitted with the same {by}.",
+                    remedy=f"Give each job {'a token' if job.token else 'an id'} of its own.",
                 ) from None
-            return known, its
-        return job, opening
+            return known, its, False
+        return job, opening, True
 
     async def cancel(self, job: JobId) -> None:
         """Returns once no task of the job can start any more (I4); Refused where it has ended."""
@@ -132,7 +184,7 @@ class Requests:
         await move(self._ports, live, JobState.RUNNABLE)
         # Copies, which a worker checks for an outcome: some may not have been dropped yet.
         again = [replace(one.bundle, losses=1) for one in live.all_outstanding()]
-        await self._conductor.send(live, again)
+        await self._conductor.send(live.job, again)
         live.poke.set()
 
     async def retry(self, job: JobId, chosen: Chosen | None = None) -> JobRecord:
@@ -162,7 +214,7 @@ class Requests:
         await self._ports.ledger.reopen(job, round_, made.reopened)
         live = await self._adopt(Written(await self._ports.ledger.rows(job), is_new=False))
         self._begun.discard(job)
-        await self._conductor.send(live, [b for cut in made.cuts for b in cut.bundles])
+        await self._conductor.send(live.job, [b for cut in made.cuts for b in cut.bundles])
         return live.record
 
     async def look_back(self) -> None:

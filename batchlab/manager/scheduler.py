@@ -16,9 +16,10 @@ from dataclasses import replace
 
 from batchlab.errors import BackendError, BatchlabError, NotFound, UsageError
 from batchlab.jobdef import JobDef
-from batchlab.manager.live import LiveJob, ManagerSettings, Ports
+from batchlab.manager.live import LiveJob, Ports
 from batchlab.manager.registry import Registry
 from batchlab.manager.requests import Requests
+from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.shelf import Shelf
 from batchlab.model import JobId, JobState
 from batchlab.schedule import decide

@@ -12,8 +12,9 @@ import logging
 from collections.abc import Sequence
 
 from batchlab.errors import BackendError, Refused
-from batchlab.manager.live import ManagerSettings, Ports
+from batchlab.manager.live import Ports
 from batchlab.manager.registry import LOST_S, Registry
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import GroupView, LifecycleState
 
 log = logging.getLogger(__name__)

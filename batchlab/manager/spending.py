@@ -1,8 +1,7 @@
-"""What the grid uses and what that costs; a cap on it stops launching.
+"""The account of what the grid and each of its jobs have used, counted and kept in the bucket.
 
-Invariants: without a cap nothing is decided here. With one, what has been spent, what is committed
-and one launch more never pass it: before anything is launched or cut, the purse must hold what it
-will cost. What runs is finished. The account survives the manager, in the bucket.
+Invariant: it survives the manager. The grid's is written down now and then, a job's once that has
+ended; what is there by then of another leader, or of our own from before, is taken in first.
 """
 
 from __future__ import annotations
@@ -13,15 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from batchlab.costs.cap import Budget, Purse, launch_usd, launches
-from batchlab.costs.meter import Account, Accounting, Kind, Meter, Rates, most
-from batchlab.costs.money import shown
-from batchlab.errors import BackendError, Refused
-from batchlab.manager.kept import Kept
-from batchlab.manager.live import LiveJob, ManagerSettings, Ports
+from batchlab.costs.meter import Account, Accounting, Meter, most
+from batchlab.errors import BackendError
+from batchlab.manager.caps import Caps
+from batchlab.manager.kept import UNREADABLE, Kept
+from batchlab.manager.live import LiveJob, Ports
 from batchlab.manager.registry import Registry
-from batchlab.manager.used import UNREADABLE, Books, Used
-from batchlab.model import Control, GroupView, JobId, LifecycleState, Pool
+from batchlab.manager.settings import ManagerSettings
+from batchlab.manager.shares import Shares
+from batchlab.manager.used import Books, Used
+from batchlab.model import Control, GroupView, JobId, Pool
 from batchlab.protocol import naming
 from batchlab.tally import Requests
 
@@ -34,14 +34,12 @@ SAVE_S = 60.0
 """The account is written down so often while there are jobs: each time is a request."""
 CLOSE_S = 2.0
 """A manager that ends waits so long for its account to be written down."""
-USED_SHARE = 0.8
-"""Of a slot's time a task gets so much at the least, where bundles follow one another."""
 MANAGER = "manager"
 """Among those who tell of their requests."""
 
 
 class Spending:
-    """The grid's account, and what caps leave of it."""
+    """The leader's books, and the caps that go by them."""
 
     def __init__(
         self,
@@ -60,20 +58,12 @@ class Spending:
         self._settings = settings
         self._lives = lives
         self._registry = registry
-        self._pools = pools
-        self._rates = accounting.rates
-        self._request_usd = accounting.request_usd
         self._tally = accounting.tally
         self._earlier = Requests()
         """Of the managers before this one, which counted for themselves."""
         self.meter = Meter()
-        self.max_cost_usd = accounting.max_cost_usd
-        """Of the whole grid, since its account was opened."""
-        self.caps: dict[JobId, float | None] = {}
-        """Set by hand, in place of what the job itself says."""
-        self.capped: dict[str, str] = {}
-        """By pool, why no more is launched in it, where a cap says so."""
-        self._grid: Purse | None = None
+        self._shares = Shares(lives, registry)
+        self.caps = Caps(ports.clock, settings, lives, pools, accounting, self._shares)
         self._views: Sequence[GroupView] = ()
         self._closed: dict[JobId, Used] = {}
         """Of jobs that have ended, to be written down; where one runs again by then, with its next
@@ -99,7 +89,7 @@ class Spending:
         self.notice_ends()
         there: set[str] = set()
         for view in views:
-            waiting = self._waiting(view)
+            waiting = self._shares.waiting(view)
             for instance in view.instances:
                 there.add(instance.id)
                 known = len(self.meter.lives)
@@ -108,7 +98,7 @@ class Spending:
                     instance,
                     now_s=now_s,
                     monotonic_s=monotonic_s,
-                    shares=self._shares(instance.id, waiting),
+                    shares=self._shares.of(instance.id, waiting),
                     accounts=self._known,
                     is_spot=instance.id in self._registry.spot,
                 )
@@ -126,32 +116,9 @@ class Spending:
             if before := self._closed.get(job):
                 took_s = max(took_s, before.took_s)
             self._closed[job] = Used(account, part, took_s)
-            self.caps.pop(job, None)
+            self.caps.by_hand.pop(job, None)
         self._is_due |= bool(gone)
         self._known = {job: live.account for job, live in self._lives.items()}
-
-    def _waiting(self, view: GroupView) -> dict[JobId, float]:
-        """Jobs that an idle instance of the pool waits for, in equal shares; where there are none,
-        those that a cap holds back, for which there were more instances than the least."""
-        pool = view.pool
-        found = [live.id for live in self._lives.values() if live.has_work(pool.name)]
-        if not found and len(view.instances) > pool.min_size:
-            stages = ((live, s) for live in self._lives.values() for s in live.job.stages)
-            found = list({one.id: 0 for one, s in stages if one.is_held and s.pool == pool.name})
-        return dict.fromkeys(found, 1 / len(found)) if found else {}
-
-    def _shares(self, instance: str, waiting: Mapping[JobId, float]) -> Mapping[JobId, float]:
-        """Whom the instance works for: by the bundles that it runs, or has."""
-        seen = self._registry.workers.get(instance)
-        held = seen.beat.held if seen else ()
-        jobs = [h.job for h in held if h.running] or [h.job for h in held]
-        jobs = [job for job in jobs if job in self._lives]
-        if not jobs:
-            return waiting
-        found: dict[JobId, float] = {}
-        for job in jobs:
-            found[job] = found.get(job, 0.0) + 1 / len(jobs)
-        return found
 
     def _count_requests(self) -> None:
         live = [job for job, one in self._lives.items() if one.record.control is Control.RUN]
@@ -160,7 +127,7 @@ class Spending:
         for worker, asked in self._registry.requests.items():
             shares: Mapping[JobId, float] = everybody
             if asked.instance in self._registry.workers:
-                shares = self._shares(asked.instance, everybody)
+                shares = self._shares.of(asked.instance, everybody)
             self.meter.hear(worker, asked.requests, shares, self._known)
         self._registry.requests.clear()
 
@@ -168,206 +135,22 @@ class Spending:
 
     def cap_of(self, live: LiveJob) -> float | None:
         """The job's own cap in USD, None where it has none."""
-        return self.caps.get(live.id, live.job.max_cost_usd)
+        return self.caps.of(live)
 
     def set_cap(self, job: JobId | None, usd: float | None) -> None:
         """Cap a job's cost, or with None for it the grid's; Refused where nothing has a price."""
-        if usd is not None and self._rates is None:
-            raise Refused(
-                "This grid knows no prices, so no cost can be capped.",
-                remedy="`batchlab prices show` says what is wrong with the price book.",
-            )
-        if job is None:
-            self.max_cost_usd = usd
-        else:
-            self.caps[job] = usd
+        self.caps.set(job, usd)
         self._is_due = True
         self._saved_s = None
-        for live in self._lives.values():
-            if live.capped and job in (None, live.id):
-                live.capped = ""  # by the cap before this one
-                live.changed()
         self.refill()
 
     def refill(self) -> None:
         """See anew what the caps leave, for what has just changed."""
-        caps = (self.cap_of(live) for live in self._lives.values())
-        if self._rates and (self.max_cost_usd is not None or any(c is not None for c in caps)):
-            self._fill_purses(self._rates)
-            return
-        self._grid = None
-        for live in self._lives.values():
-            live.budget = None
-            self._hold(live, 0.0, 0.0)
-
-    def _fill_purses(self, rates: Rates) -> None:
-        slot_usd_s = {
-            pool.name: self._pool_usd_h(pool) / 3600 / max(1, pool.slots) / USED_SHARE
-            for pool in self._pools.values()
-        }
-        slots = {name: max(1, pool.slots) for name, pool in self._pools.items()}
-        owed = {job: self._work_usd(live, slot_usd_s) for job, live in self._lives.items()}
-        all_owed = sum(owed.values())
-        for view in self._views:
-            waiting = self._waiting(view)
-            tail_s = self._tail_s(view.pool.name)
-            for instance in view.instances:
-                if life := self.meter.lives.get(instance.id):
-                    # Until it is let go once nothing is left to do; what is billed already pays for
-                    # work too, unless it boots meanwhile.
-                    still_s = tail_s - life.prepaid_s
-                    if instance.state is not LifecycleState.IN_SERVICE:
-                        still_s = max(0.0, still_s + view.pool.boot_s)
-                    usd = rates(life.kind) * still_s / 3600
-                    all_owed += usd
-                    for job, share in self._shares(instance.id, waiting).items():
-                        owed[job] += usd * share
-        self._grid = None
-        if self.max_cost_usd is not None:
-            spent = self._spent_usd(self.meter.total, rates)
-            self._grid = Purse("the grid", self.max_cost_usd, spent, max(0.0, all_owed))
-        for job, live in self._lives.items():
-            purses = [self._grid] if self._grid else []
-            if (cap := self.cap_of(live)) is not None:
-                spent = self._spent_usd(live.account, rates)
-                purses.append(Purse("it", cap, spent, max(0.0, owed[job])))
-            live.budget = Budget(tuple(purses), slot_usd_s, slots) if purses else None
-            self._hold(live, self._next_usd(live, slot_usd_s), self._uncut_usd(live, slot_usd_s))
+        self.caps.refill(self.meter, self._views)
 
     def spent_usd(self) -> float | None:
         """What the grid has cost so far, None where nothing has a price."""
-        return self._spent_usd(self.meter.total, self._rates) if self._rates else None
-
-    def _spent_usd(self, account: Account, rates: Rates) -> float:
-        return account.usd(rates) + self._request_usd(account.requests)
-
-    def _hold(self, live: LiveJob, next_usd: float, uncut_usd: float) -> None:
-        """Hold the job back where a purse does not even hold what its next task costs; from then on
-        it is called capped until they hold what all costs that is not cut."""
-        purses = live.budget.purses if live.budget else ()
-        empty = next((p for p in purses if p.left_usd <= 0 or p.left_usd < next_usd), None)
-        if live.is_held != bool(empty):
-            live.is_held = bool(empty)
-            live.poke.set()
-        told = empty
-        if live.capped and not empty:
-            # Each bundle that was cheaper than reckoned pays for a bit more.
-            told = next((p for p in purses if p.left_usd < uncut_usd), None)
-        text = f"its cost is capped: {told.text()}" if told else ""
-        if empty and empty.left_usd > 0:
-            text += f", while its next task takes {shown(next_usd)}"
-        if bool(text) != bool(live.capped):
-            said = text or "a cap no longer holds it back"
-            log.info("%s", said, extra={"job": live.id})
-            live.changed()
-        live.capped = text
-
-    def _next_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
-        """The least that the next task of the job costs, with an instance where there is none."""
-        now_s, found = self._ports.clock.monotonic_s(), []
-        for stage in live.job.stages:
-            record = live.stages[stage.name]
-            is_next = record.left or (record.counts.planned is None and not stage.after)
-            if stage.pool not in self._pools or not is_next:
-                continue
-            # Before one is measured, a task costs nothing that is known.
-            known = record.counts.mean_s is not None
-            usd = slot_usd_s.get(stage.pool, 0.0) * live.task_s(stage, now_s) * known
-            if not any(life.kind.pool == stage.pool for life in self.meter.lives.values()):
-                usd += self._launch_usd(self._pools[stage.pool])
-            found.append(usd)
-        return min(found, default=0.0)
-
-    def _work_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
-        """What the bundles cost that are cut and not done."""
-        now_s = self._ports.clock.monotonic_s()
-        return sum(
-            live.cut_tasks(stage.name) * live.task_s(stage, now_s) * slot_usd_s.get(stage.pool, 0.0)
-            for stage in live.job.stages
-        )
-
-    def _uncut_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
-        """What the tasks cost that are planned and in no bundle yet."""
-        now_s = self._ports.clock.monotonic_s()
-        return sum(
-            len(live.stages[stage.name].left)
-            * live.task_s(stage, now_s)
-            * slot_usd_s.get(stage.pool, 0.0)
-            for stage in live.job.stages
-        )
-
-    def _tail_s(self, pool: str) -> float:
-        """How long an instance may be there beyond its work: until others have finished their last
-        task, and the policy lets it go."""
-        settings, now_s = self._settings, self._ports.clock.monotonic_s()
-        longest_s = max(
-            (
-                live.task_s(stage, now_s)
-                for live in self._lives.values()
-                for stage in live.job.stages
-                if stage.pool == pool and live.cut_tasks(stage.name)
-            ),
-            default=0.0,
-        )
-        return longest_s + settings.idle_s + settings.cooldown_in_s + 2 * settings.tick_s
-
-    def _launch_usd(self, pool: Pool) -> float:
-        """What one more instance of the pool costs at the least."""
-        return launch_usd(self._pool_usd_h(pool), pool.boot_s + self._tail_s(pool.name))
-
-    def warm_usd(self, pool: Pool, hold_s: float) -> tuple[float, float]:
-        """What it costs to have an instance of the pool `hold_s` early: one that is launched for
-        that, and one that is there. Nothing has a price where there are none."""
-        if self._rates is None:
-            return 0.0, 0.0
-        usd_h = self._pool_usd_h(pool)
-        tail_s = pool.boot_s + hold_s + self._tail_s(pool.name)
-        return launch_usd(usd_h, tail_s), usd_h * hold_s / 3600
-
-    def left_usd(self) -> float | None:
-        """What the grid's cap leaves, None where there is none."""
-        return self._grid.left_usd if self._grid else None
-
-    def _pool_usd_h(self, pool: Pool) -> float:
-        """The dearest instance that the pool has, or would launch."""
-        assert self._rates is not None
-        kinds = {Kind(pool.name, pool.instance_type)}
-        kinds |= {one.kind for one in self.meter.lives.values() if one.kind.pool == pool.name}
-        return max(self._rates(kind) for kind in kinds)
-
-    def launches(self, view: GroupView, desired: int, why: str) -> tuple[int, str]:
-        """How far desired capacity may be raised to `desired`, and why."""
-        pool = view.pool
-        was = self.capped.pop(pool.name, "")
-        wanted = desired - max(view.desired, pool.min_size)
-        purses = self._purses(pool.name) if wanted > 0 else []
-        if not purses:
-            return desired, why
-        each = self._launch_usd(pool)
-        count = launches(wanted, each, purses)
-        if count == wanted:
-            return desired, why
-        dry = min(purses, key=lambda purse: purse.left_usd)
-        told = (
-            f"{why}; but a cap on cost allows {count} more, each for {shown(each)} "
-            f"at least: {dry.text()}"
-        )
-        self.capped[pool.name] = told
-        if not was:
-            log.info("%s", told, extra={"pool": pool.name})
-        return desired - wanted + count, told
-
-    def _purses(self, pool: str) -> list[Purse]:
-        """Those that pay for a launch in the pool: the grid's, and where all jobs with work for it
-        have caps, theirs."""
-        found = [self._grid] if self._grid else []
-        working = [live for live in self._lives.values() if live.has_work(pool)]
-        own = [p for live in working if live.budget for p in live.budget.purses]
-        own = [purse for purse in own if purse is not self._grid]
-        if working and len(own) == len(working):
-            left = sum(max(0.0, purse.left_usd) for purse in own)
-            found.append(own[0] if len(own) == 1 else Purse("what its jobs", left))
-        return found
+        return self.caps.spent_usd(self.meter.total)
 
     # --- The bucket ------------------------------------------------------------------------------
 
@@ -385,8 +168,8 @@ class Spending:
         # What this process has counted so far may be in there: it has led before.
         self._earlier = books.own - self._tally.read()
         if books.cap is not None:
-            self.max_cost_usd = books.cap
-        self.caps = books.caps
+            self.caps.max_cost_usd = books.cap
+        self.caps.by_hand = books.caps
         self._known = dict(books.jobs)
 
     async def reread(self) -> None:
@@ -394,8 +177,8 @@ class Spending:
         data = await self._books.read()
         if data is not None and (books := Books.from_bytes(data)):
             self._take_in(books)
-            self.max_cost_usd = books.cap
-            self.caps |= books.caps
+            self.caps.max_cost_usd = books.cap
+            self.caps.by_hand |= books.caps
 
     def _take_in(self, books: Books) -> None:
         self.meter.take_in(books.meter)
@@ -407,7 +190,7 @@ class Spending:
                 mine.keep_most(account)
             elif job not in self._closed:
                 self._others[job] = account
-        self.caps = {**books.caps, **self.caps}
+        self.caps.by_hand = {**books.caps, **self.caps.by_hand}
 
     def _own(self) -> Requests:
         return self._earlier + self._tally.read()
@@ -503,5 +286,5 @@ class Spending:
         return True
 
     def _to_bytes(self) -> bytes:
-        jobs = {**self._others, **self._known}
-        return Books(self.meter, self._own(), self.max_cost_usd, self.caps, jobs).to_bytes()
+        jobs, caps = {**self._others, **self._known}, self.caps
+        return Books(self.meter, self._own(), caps.max_cost_usd, caps.by_hand, jobs).to_bytes()

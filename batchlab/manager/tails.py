@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from batchlab.errors import AlreadyExists, NotFound
-from batchlab.manager.live import LiveJob, ManagerSettings, Ports
+from batchlab.manager.live import LiveJob, Ports
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import BundleId, Control, JobId, StageName
 from batchlab.protocol import naming, wire
 from batchlab.worker.tails import ASKED_S, Tail, from_bytes

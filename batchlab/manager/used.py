@@ -12,16 +12,13 @@ from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from batchlab.costs.meter import Account, Meter
-from batchlab.errors import BackendError
+from batchlab.manager.kept import UNREADABLE
 from batchlab.manager.recorded import Doc, united
 from batchlab.model import JobId
 from batchlab.protocol import wire
 from batchlab.tally import Requests
 
 log = logging.getLogger(__name__)
-
-UNREADABLE = (BackendError, AttributeError, KeyError, TypeError, ValueError)
-"""What is raised for what a later release has written, or nobody."""
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ otherwise; epoch times come from the Clock.
 from batchlab.ports.ledger import Ledger
 from batchlab.ports.outside import (
     ANY_MACHINE,
+    KEEP_ENDED_S,
+    KEEP_TERMINATED_S,
     MAX_BATCH,
     MAX_DELAY_S,
     MAX_MESSAGE_BYTES,
@@ -44,6 +46,8 @@ from batchlab.ports.rows import (
 
 __all__ = [
     "ANY_MACHINE",
+    "KEEP_ENDED_S",
+    "KEEP_TERMINATED_S",
     "MAX_BATCH",
     "MAX_DELAY_S",
     "MAX_MESSAGE_BYTES",

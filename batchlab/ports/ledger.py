@@ -50,7 +50,7 @@ class Ledger(Protocol):
         """Newest first by (submitted_s, id); `active` leaves out jobs that have ended; `before`
         is the id of the last row of the previous page."""
 
-    async def move_job(self, job: JobId, state: JobState, *, reason: str = "") -> bool:
+    async def move_job(self, job: JobId, state: JobState) -> bool:
         """Change state by the table of moves; False where it has no such arrow (or no change)."""
 
     async def set_control(self, job: JobId, control: Control) -> None:

@@ -184,6 +184,10 @@ class Queue(Protocol):
 # --- Fleet (Auto Scaling group) ------------------------------------------------------------------
 
 
+KEEP_TERMINATED_S = 60.0
+"""How long a fleet still tells of an instance that is Terminated."""
+
+
 class Fleet(Protocol):
     """Auto Scaling groups, one per pool. I5 is kept here: never outside [min, max]."""
 
@@ -191,7 +195,8 @@ class Fleet(Protocol):
         """Create the pool's group, or change its limits."""
 
     async def describe(self) -> Sequence[GroupView]:
-        """Every group with its instances, those Terminated within the last minute included."""
+        """Every group with its instances, those included that became Terminated less than
+        `KEEP_TERMINATED_S` ago."""
 
     async def set_desired(self, pool: str, desired: int, *, cause: str) -> None:
         """Set desired capacity; Refused outside [min, max]."""
@@ -223,6 +228,9 @@ class Fleet(Protocol):
 
 ANY_MACHINE = Machine()
 
+KEEP_ENDED_S = 600.0
+"""How long a launcher still knows the end of an instance; a fleet looks every few seconds."""
+
 
 class Launcher(Protocol):
     """How an instance comes to be: a process, a container, a coroutine in the simulator."""
@@ -234,7 +242,8 @@ class Launcher(Protocol):
         """Ask it to drain (SIGTERM), kill it after `grace_s`; returns at once."""
 
     async def running(self) -> Mapping[str, str | None]:
-        """Every instance known: None while it lives, else how it ended ("exit -9")."""
+        """Every instance known, for `KEEP_ENDED_S` beyond its end: None while it lives, else how it
+        ended ("exit -9")."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,9 @@ from batchlab.model import Bundle, BundleId, JobId, StageName
 
 EVENTS = "events"
 
-_OUTCOME = re.compile(r"/outcomes/[0-9a-f]{2}/(\d{8,})-(\d{8,})\.(\d+)\.(\d+)\.json$")
+_CUT = re.compile(r"^jobs/[^/]+/[^/]+/plan/\d+/cuts/\d+\.json$")
+_OUTCOME = re.compile(r"^jobs/[^/]+/[^/]+/outcomes/")
+_BUNDLE = re.compile(r"/outcomes/[0-9a-f]{2}/(\d{8,})-(\d{8,})\.(\d+)\.(\d+)\.json$")
 
 MADE = ".batchlab-made"
 """A file that marks a local folder as batchlab's own (a grid's home, fetched results): wherever it
@@ -75,12 +77,28 @@ def template(digest: str) -> str:
     return f"grid/templates/{digest}.json"
 
 
+JOBS = "jobs/"
+"""Prefix of all that has been committed, of every job."""
+
+
+def committed(job: JobId) -> str:
+    """Prefix of all that has been committed of a job."""
+    return f"{JOBS}{job}/"
+
+
 def spec(job: JobId) -> str:
+    """The commit of a job's definition."""
     return f"jobs/{job}/spec.json"
 
 
 def control(job: JobId) -> str:
+    """The word that a job's workers follow."""
     return f"jobs/{job}/control.json"
+
+
+def code(digest: str) -> str:
+    """A zip of code, named by its content."""
+    return f"code/{digest}.zip"
 
 
 def raw(job: JobId) -> str:
@@ -157,9 +175,19 @@ def tail(job: JobId, worker: str) -> str:
     return f"{tails(job)}{worker}.json"
 
 
+def is_cut(key: str) -> bool:
+    """Whether a cut was committed by that key."""
+    return _CUT.match(key) is not None
+
+
+def is_outcome(key: str) -> bool:
+    """Whether an outcome was."""
+    return _OUTCOME.match(key) is not None
+
+
 def bundle_of(key: str) -> tuple[int, int, int, int] | None:
     """First task, last task, round and attempt of an outcome's key; None of any other key."""
-    found = _OUTCOME.search(key)
+    found = _BUNDLE.search(key)
     if found is None:
         return None
     first, last, round_, attempt = map(int, found.groups())
@@ -172,7 +200,7 @@ def everything_of(job: JobId) -> tuple[str, ...]:
     What tasks write is not below jobs/: a rebuild lists what has been committed and nothing else,
     and S3's lifecycle rules and policies know a prefix, but nothing in the middle of a key.
     """
-    return (f"jobs/{job}/", raw(job), f"files/{job}/", f"logs/{job}/", reports(job))
+    return (committed(job), raw(job), f"files/{job}/", f"logs/{job}/", reports(job))
 
 
 def starts(bundle: Bundle) -> str:

@@ -1,4 +1,4 @@
-"""The JSON of everything that leaves a process: job, bundle, outcome, completion, messages.
+"""The JSON of what leaves a process: job, cut, bundle, outcome, completion, word, end.
 
 Invariant: `x_from_json(x_to_json(x)) == x`. What a later batchlab has added is passed over, where
 it has not said that one has to know it: by another `v`, or for a job by `needs`. That is refused,
@@ -9,9 +9,8 @@ pydantic.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
-from math import isfinite
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from batchlab.errors import BackendError, TooNew
@@ -32,7 +31,7 @@ from batchlab.model import (
     TaskSet,
 )
 from batchlab.ports import Cut, Ending, Reopening
-from batchlab.tally import Asked, Requests
+from batchlab.protocol.checked import figure, known, text, whole
 
 VERSION = 1
 PROTOCOL = 1
@@ -76,29 +75,6 @@ def fields(value: Any) -> dict[str, Json]:
     return {name: getattr(value, name) for name in value.__slots__}
 
 
-def _known(kind: Any, doc: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that this batchlab knows; a later one may have added some."""
-    return {name: doc[name] for name in kind.__slots__ if name in doc}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    raise ValueError(f"a text belongs there, and not {type(value).__name__}")
-
-
-def _figure(value: Any) -> float:
-    if isinstance(value, int | float) and isfinite(value):
-        return value
-    raise ValueError(f"a finite number belongs there, and not {type(value).__name__}")
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, int):
-        return value
-    raise ValueError(f"a whole number belongs there, and not {type(value).__name__}")
-
-
 def tasks_to_json(tasks: TaskSet) -> list[list[int]]:
     return [[start, stop] for start, stop in tasks.ranges]
 
@@ -121,13 +97,13 @@ def bundle_to_json(b: Bundle) -> dict[str, Json]:
 def bundle_from_json(doc: dict[str, Any]) -> Bundle:
     source = doc.get("f")
     return Bundle(
-        JobId(_text(doc["j"])),
-        StageName(_text(doc["s"])),
+        JobId(text(doc["j"])),
+        StageName(text(doc["s"])),
         tasks_from_json(doc["t"]),
-        _whole(doc["a"]),
-        _whole(doc.get("r", 0)),
-        _whole(doc.get("l", 0)),
-        BundleId(_text(source)) if source else None,
+        whole(doc["a"]),
+        whole(doc.get("r", 0)),
+        whole(doc.get("l", 0)),
+        BundleId(text(source)) if source else None,
     )
 
 
@@ -136,11 +112,11 @@ def _follow_to_json(f: Follow) -> dict[str, Json]:
 
 
 def _follow_from_json(doc: dict[str, Any]) -> Follow:
-    return Follow(bundle_from_json(doc["b"]), _figure(doc["d"]))
+    return Follow(bundle_from_json(doc["b"]), figure(doc["d"]))
 
 
 def _failure_from_json(doc: dict[str, Any]) -> Failure:
-    return Failure(**{**_known(Failure, doc), "kind": FailureKind(doc["kind"])})
+    return Failure(**{**known(Failure, doc), "kind": FailureKind(doc["kind"])})
 
 
 def outcome_to_json(o: Outcome) -> dict[str, Json]:
@@ -165,10 +141,10 @@ def outcome_to_json(o: Outcome) -> dict[str, Json]:
 def outcome_from_json(doc: dict[str, Any]) -> Outcome:
     return Outcome(
         bundle_from_json(doc["bundle"]),
-        _text(doc["execution"]),
-        _text(doc["worker"]),
-        _figure(doc["started_s"]),
-        _figure(doc["ended_s"]),
+        text(doc["execution"]),
+        text(doc["worker"]),
+        figure(doc["started_s"]),
+        figure(doc["ended_s"]),
         tasks_from_json(doc["succeeded"]),
         tuple(doc["values"]),
         tuple(doc["run_s"]),
@@ -198,15 +174,15 @@ def completion_to_json(c: Completion) -> dict[str, Json]:
 def completion_from_json(doc: dict[str, Any]) -> Completion:
     return Completion(
         bundle_from_json(doc["b"]),
-        _text(doc["w"]),
-        _figure(doc["t0"]),
-        _figure(doc["t1"]),
+        text(doc["w"]),
+        figure(doc["t0"]),
+        figure(doc["t1"]),
         tasks_from_json(doc["ok"]),
         tasks_from_json(doc["no"]),
         tasks_from_json(doc["x"]),
-        _figure(doc["run"]),
+        figure(doc["run"]),
         tuple(_follow_from_json(f) for f in doc["next"]),
-        _whole(doc["re"]),
+        whole(doc["re"]),
     )
 
 
@@ -244,7 +220,7 @@ def reopening_to_json(r: Reopening) -> dict[str, Json]:
 
 
 def reopening_from_json(doc: dict[str, Any]) -> Reopening:
-    return Reopening(**_known(Reopening, doc))
+    return Reopening(**known(Reopening, doc))
 
 
 def job_to_json(job: JobDef) -> dict[str, Json]:
@@ -278,7 +254,7 @@ def job_from_json(doc: dict[str, Any]) -> JobDef:
 
 
 def _job_from_json(doc: dict[str, Any]) -> JobDef:
-    fields = _known(JobDef, doc)
+    fields = known(JobDef, doc)
     stages = tuple(_stage_from_json(s) for s in fields.pop("stages"))
     source = fields.pop("input")
     params = tuple((k, v) for k, v in fields.pop("params"))
@@ -288,7 +264,7 @@ def _job_from_json(doc: dict[str, Any]) -> JobDef:
         split = SplitBy(source["split"])
         made = InputDef(tuple(source["keys"]), split, source["size"], source["header"])
     notify = tuple(
-        NotifyDef(**{**_known(NotifyDef, one), "on": tuple(one["on"])})
+        NotifyDef(**{**known(NotifyDef, one), "on": tuple(one["on"])})
         for one in fields.pop("notify", ())
     )
     return JobDef(**fields, stages=stages, input=made, params=params, tags=tags, notify=notify)
@@ -298,223 +274,18 @@ def _stage_from_json(doc: dict[str, Any]) -> StageDef:
     rule = doc["retry"]
     return StageDef(
         **{
-            **_known(StageDef, doc),
+            **known(StageDef, doc),
             "after": tuple(doc["after"]),
             "command": tuple(doc["command"]),
             "retry": RetryRule(
                 **{
-                    **_known(RetryRule, rule),
+                    **known(RetryRule, rule),
                     "kinds": tuple(FailureKind(k) for k in rule["kinds"]),
                     "exit_codes": tuple(rule["exit_codes"]),
                     "exceptions": tuple(rule["exceptions"]),
                 }
             ),
         }
-    )
-
-
-# --- Messages ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class TaskMessage:
-    """What a pool's queue carries.
-
-    `items` are the encoded inputs where they are small enough to travel along, aligned with the
-    bundle's tasks. `not_before_s` (epoch) is a wait longer than one DelaySeconds can be.
-    `watchdog` marks a hand-over: the bundle still runs, and is run again only if it fell silent.
-    `job` comes with the first bundles of a job, which saves their workers reading its spec; it has
-    no cap, no targets and no trace.
-    `trace` is the W3C traceparent of whoever sent it, where the job is traced.
-    """
-
-    bundle: Bundle
-    items: Sequence[Json] | None = None
-    not_before_s: float | None = None
-    watchdog: bool = False
-    job: JobDef | None = None
-    trace: str = ""
-
-
-def task_message(m: TaskMessage) -> str:
-    doc: dict[str, Json] = {"v": VERSION, "b": bundle_to_json(m.bundle)}
-    if m.items is not None:
-        doc["in"] = m.items
-    if m.not_before_s is not None:
-        doc["nb"] = m.not_before_s
-    if m.watchdog:
-        doc["wd"] = True
-    if m.job:
-        # What only a manager needs to know stays in the bucket, addresses above all.
-        doc["job"] = job_to_json(replace(m.job, max_cost_usd=None, notify=(), trace=""))
-    if m.trace:
-        doc["tp"] = m.trace
-    return dumps(doc)
-
-
-def read_task_message(body: str) -> TaskMessage:
-    doc = loads(body)
-    return TaskMessage(
-        bundle_from_json(doc["b"]),
-        doc.get("in"),
-        doc.get("nb"),
-        doc.get("wd", False),
-        job_from_json(doc["job"]) if "job" in doc else None,
-        doc.get("tp", ""),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A bundle in a worker's hands: the manager gives its message back when the instance dies.
-
-    `receipt` is None for one that was handed over: its watchdog message is on the way.
-    """
-
-    queue: str
-    receipt: str | None
-    job: JobId
-    stage: StageName
-    bundle: BundleId
-    running: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Beat:
-    """A worker's sign of life. `held` is complete as of `at_s`; `leaving` says it is draining."""
-
-    worker: str
-    instance: str
-    pool: str
-    at_s: float
-    slots: int
-    busy: int
-    held: tuple[Held, ...]
-    number: int
-    """Counts the worker's beats: the queue may deliver an older one later, and clocks jump."""
-    leaving: bool = False
-    gone: bool = False
-    """The last beat: it has given everything back."""
-
-
-@dataclass(frozen=True, slots=True)
-class Duplicate:
-    """What a worker has met twice: a "message" of a bundle whose outcome was there, or an
-    "execution" that another one was faster than, for so many slot seconds. `execution` is its own,
-    so that hearing of it again counts nothing."""
-
-    job: JobId
-    stage: StageName
-    kind: str
-    execution: str
-    slot_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What a worker has done since its start, in numbers by name (see worker.deeds)."""
-
-    worker: str
-    counts: Mapping[str, int]
-
-
-Traces = tuple[tuple[JobId, StageName, BundleId, str], ...]
-"""Where the trace of each bundle goes on, as a W3C traceparent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Events:
-    """The body of one message on the events queue."""
-
-    completions: tuple[Completion, ...] = ()
-    committed: tuple[str, ...] = ()
-    """Keys of outcomes whose completion is too large to travel; the reader fetches them."""
-    beats: tuple[Beat, ...] = ()
-    outcomes: tuple[Outcome, ...] = ()
-    """Instead of completions, where they are small: whoever waits for results need not fetch them.
-    """
-    asked: tuple[Asked, ...] = ()
-    """Goes along with beats."""
-    duplicates: tuple[Duplicate, ...] = ()
-    told: tuple[Told, ...] = ()
-    """Likewise."""
-    traces: Traces = ()
-    """Of the outcomes in here that belong to a job that is traced."""
-
-
-def events_message(e: Events) -> str:
-    doc: dict[str, Json] = {"v": VERSION}
-    if e.completions:
-        doc["c"] = [completion_to_json(c) for c in e.completions]
-    if e.committed:
-        doc["k"] = e.committed
-    if e.beats:
-        doc["h"] = [_beat_to_json(b) for b in e.beats]
-    if e.outcomes:
-        doc["o"] = [outcome_to_json(o) for o in e.outcomes]
-    if e.asked:
-        doc["q"] = [[a.worker, a.instance, a.is_spot, *astuple(a.requests)] for a in e.asked]
-    if e.duplicates:
-        doc["d"] = [list(astuple(d)) for d in e.duplicates]
-    if e.told:
-        doc["m"] = [[t.worker, t.counts] for t in e.told]
-    if e.traces:
-        doc["tp"] = e.traces
-    return dumps(doc)
-
-
-def _beat_to_json(b: Beat) -> dict[str, Json]:
-    return {**fields(b), "held": [fields(h) for h in b.held]}
-
-
-def _beat_from_json(doc: Mapping[str, Any]) -> Beat:
-    beat = Beat(**{**_known(Beat, doc), "held": tuple(_held_from_json(h) for h in doc["held"])})
-    for text in (beat.worker, beat.instance, beat.pool):
-        _text(text)
-    for number in (beat.slots, beat.busy, beat.number):
-        _whole(number)
-    _figure(beat.at_s)
-    return beat
-
-
-def _held_from_json(doc: Mapping[str, Any]) -> Held:
-    held = Held(**_known(Held, doc))
-    for text in (held.queue, held.job, held.stage, held.bundle, held.receipt or ""):
-        _text(text)
-    return held
-
-
-def _asked_from_json(doc: Sequence[Any]) -> Asked:
-    worker, instance, is_spot, *counts = doc
-    requests = Requests(*map(_figure, counts[: len(Requests.__slots__)]))
-    return Asked(_text(worker), _text(instance), requests, bool(is_spot))
-
-
-def _duplicate_from_json(doc: Sequence[Any]) -> Duplicate:
-    job, stage, kind, execution, slot_s, *_ = doc
-    return Duplicate(
-        JobId(_text(job)), StageName(_text(stage)), _text(kind), _text(execution), _figure(slot_s)
-    )
-
-
-def read_events_message(body: str) -> Events:
-    """What a worker tells; any error where it has another shape, and none afterwards."""
-    doc = loads(body)
-    return Events(
-        tuple(completion_from_json(c) for c in doc.get("c", ())),
-        tuple(_text(key) for key in doc.get("k", ())),
-        tuple(_beat_from_json(b) for b in doc.get("h", ())),
-        tuple(outcome_from_json(o) for o in doc.get("o", ())),
-        tuple(_asked_from_json(a) for a in doc.get("q", ())),
-        tuple(_duplicate_from_json(d) for d in doc.get("d", ())),
-        tuple(
-            Told(str(worker), {str(name): int(count) for name, count in counts.items()})
-            for worker, counts in doc.get("m", ())
-        ),
-        tuple(
-            (JobId(str(job)), StageName(str(stage)), BundleId(str(bundle)), str(trace))
-            for job, stage, bundle, trace in doc.get("tp", ())
-        ),
     )
 
 

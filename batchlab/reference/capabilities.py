@@ -8,7 +8,8 @@ from batchlab import backends
 from batchlab.backends import Backend
 from batchlab.reference.markdown import head, table
 
-_ORDER = ("local", "ministack", "localstack", "aws", "sim")
+ORDER = ("local", "ministack", "localstack", "aws", "sim")
+"""The backends as the pages have them."""
 _ADAPTERS = {
     "files": "a folder",
     "s3": "S3",
@@ -28,7 +29,8 @@ _WORDS = """\
 # What each backend can do
 
 What `backends/<name>/backend.toml` and the code say of each backend. [Backends](backends.md) is the
-guide to them.
+guide to them. What is said of `aws` has been tried on emulated control planes, and not on AWS
+itself ([what was checked](aws-security.md#what-has-been-checked)).
 
 ## What it is made of
 
@@ -51,7 +53,7 @@ faults](faults.md). A forecast (`scenario simulate`) knows all of them.
 
 def reference() -> str:
     """The page in Markdown."""
-    found = [backends.load(name) for name in _ORDER]
+    found = [backends.load(name) for name in ORDER]
     columns = ("", *(f"`{one.name}`" for one in found))
     return "".join(
         (

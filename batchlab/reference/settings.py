@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from batchlab import backends
+from batchlab.reference.capabilities import ORDER
 from batchlab.reference.markdown import head, table
-
-_ORDER = ("local", "ministack", "localstack", "aws", "sim")
 
 MANAGER: Mapping[str, str] = {
     "control_lease_s": "how long a worker may start tasks of a job after it last looked at the "
@@ -176,8 +175,8 @@ _OF_VARIABLES = """
 
 def reference() -> str:
     """The page in Markdown."""
-    found = [backends.load(name, None) for name in _ORDER]
-    columns = ("setting", *(f"`{name}`" for name in _ORDER), "meaning")
+    found = [backends.load(name, None) for name in ORDER]
+    columns = ("setting", *(f"`{name}`" for name in ORDER), "meaning")
     managers = [asdict(one.manager) for one in found]
     workers = [asdict(one.worker) for one in found]
     pages = [

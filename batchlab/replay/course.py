@@ -12,6 +12,9 @@ from batchlab.scenario.model import Job, Scenario
 from batchlab.scenario.record import Injected, Sample
 from batchlab.views import JobView
 
+OVER = "the run was over before"
+"""Why a fault was not injected."""
+
 
 @dataclass(frozen=True, slots=True)
 class State:

@@ -23,12 +23,10 @@ from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming, values
 from batchlab.replay import standin
 from batchlab.scenario import sizes, times
-from batchlab.scenario.model import Job, JobTemplate, StageTemplate
+from batchlab.scenario.model import TENANT, Job, JobTemplate, StageTemplate
 from batchlab.worker import code
 
 HANDLER = "standins:work"
-TENANT = "tenant"
-"""The tag that says whose job it is."""
 SCENARIO = "scenario"
 """The tag that says which scenario it is of."""
 

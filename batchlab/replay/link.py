@@ -30,6 +30,8 @@ class Link:
         """`away_s` is how long one call waits for a manager that does not answer."""
         self._home = home
         self._away_s = away_s
+        self.unanswered = 0
+        """How often a manager that did not answer was asked again, by whichever call."""
         self._client: Client | None = None
         # Threads of its own: those that wait for an answer must not keep whoever breaks things,
         # and mends them, from going on.
@@ -48,6 +50,7 @@ class Link:
             except BackendError:
                 if loop.time() > give_up_s:
                     raise
+            self.unanswered += 1
             await asyncio.sleep(AGAIN_S)
 
     async def glance(self, ask: Callable[[Client], T]) -> T | None:

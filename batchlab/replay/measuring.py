@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from batchlab.attempts import definition
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.model import ENDED, JobId, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import naming, wire
 from batchlab.replay.jobs import declared_s
-from batchlab.results import definition
 from batchlab.scenario.model import Job
 from batchlab.scenario.record import StageRun
 from batchlab.views import JobView, StageView
@@ -195,7 +195,7 @@ class _Reader:
         return await asyncio.gather(*map(self._job, jobs))
 
     async def _job(self, told: Told) -> tuple[JobDef, dict[str, list[Outcome]]]:
-        job = await definition(self._objects, told.view["id"], self._patience)
+        job = await definition(self._objects, JobId(told.view["id"]), self._patience)
         names = [stage["name"] for stage in told.view["stages"]]
         found = await asyncio.gather(*(self.outcomes(job.id, StageName(one)) for one in names))
         return job, dict(zip(names, found, strict=True))

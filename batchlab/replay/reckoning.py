@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Literal
 
 from batchlab.backends import Backend
 from batchlab.client import Client
@@ -22,7 +23,7 @@ from batchlab.replay.course import Course, Running
 from batchlab.replay.link import Link
 from batchlab.replay.measuring import Measured, measure, root_tasks
 from batchlab.replay.sampling import Sampler
-from batchlab.scenario.record import InstanceRun, JobRun, Record, StageRun
+from batchlab.scenario.record import JobRun, Record, StageRun
 from batchlab.usage import AccountView, account_of
 from batchlab.views import JobView
 
@@ -81,7 +82,7 @@ async def reckon(
         faults=tuple(sorted(course.injected, key=lambda one: one.at_s)),
         lost=measured.lost,
         duplicates=measured.duplicates,
-        instance_s=sum(lived_s(one, course.took_s) for one in instances),
+        instance_s=sum(one.lived_s(course.took_s) for one in instances),
         again_s=costing.again_s(before, after) if after else None,
         usd=spent.usd if spent else None,
         usd_items=spent.items if spent else {},
@@ -163,14 +164,9 @@ def job_run(one: Running, begun_s: float) -> JobRun:
     )
 
 
-def _sum(view: JobView, counter: str) -> int:
-    return sum(int(dict(stage)[counter]) for stage in view["stages"])  # type: ignore[call-overload]
+def _sum(view: JobView, counter: Literal["succeeded", "failed", "cancelled", "retried"]) -> int:
+    return sum(stage[counter] for stage in view["stages"])
 
 
 def _of_run(at_s: float | None, begun_s: float) -> float | None:
     return None if at_s is None else at_s - begun_s
-
-
-def lived_s(one: InstanceRun, end_s: float) -> float:
-    """Seconds of the run in which the instance was there."""
-    return max(0.0, (end_s if one.ended_s is None else one.ended_s) - one.launched_s)

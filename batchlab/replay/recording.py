@@ -20,11 +20,10 @@ from batchlab import catalogue
 from batchlab.errors import UsageError
 from batchlab.jobdef import JobDef, RetryRule
 from batchlab.model import Market, Pool, TaskSet
-from batchlab.replay.jobs import TENANT
 from batchlab.replay.measuring import Measured, root_tasks
 from batchlab.scenario import loader, sizes, times
 from batchlab.scenario.expand import expand
-from batchlab.scenario.model import PoolPlan
+from batchlab.scenario.model import TENANT, PoolPlan
 from batchlab.scenario.record import JobRun, Record, StageRun
 from batchlab.views import JobView
 

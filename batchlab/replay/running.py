@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from batchlab.client import Client
 from batchlab.errors import BackendError, BatchlabError, NotFound
 from batchlab.ports import Clock
-from batchlab.replay.course import Course, Running, State
+from batchlab.replay.course import OVER, Course, Running, State
 from batchlab.replay.jobs import Preparer, Ready
 from batchlab.replay.link import Link
 from batchlab.replay.sampling import EVERY_S, Sampler
@@ -227,10 +227,12 @@ class Run:
         pause_s = LOOK_S
         while not self.course.is_over:
             await asyncio.sleep(pause_s)
-            begun_s = self.course.at_s()
+            begun_s, unanswered = self.course.at_s(), self._link.unanswered
             await self._look()
-            # With many jobs a look is work for the manager too.
-            pause_s = max(LOOK_S, LOOK_SHARE * (self.course.at_s() - begun_s))
+            # With many jobs a look is work for the manager too; to wait for one that is away is
+            # none, and would put off the next look by many times its absence.
+            took_s = self.course.at_s() - begun_s if self._link.unanswered == unanswered else 0.0
+            pause_s = max(LOOK_S, LOOK_SHARE * took_s)
 
     async def _look(self) -> None:
         """Look at the jobs that have not ended, all of them in a request or two."""
@@ -299,7 +301,7 @@ class Run:
         try:
             await self.course.until(fault.at_s)
         except asyncio.CancelledError:
-            seen = Injected(fault.name, fault.at_s, impossible="the run was over before")
+            seen = Injected(fault.name, fault.at_s, impossible=OVER)
             self.course.injected.append(seen)
             raise
         at_s = self.course.at_s()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 
 from batchlab.client import Client
 from batchlab.model import LifecycleState, Market
@@ -107,9 +108,8 @@ class Sampler:
     async def read_activities(self) -> None:
         """Scaling activities of all pools, as far back as the grid tells of them."""
         for pool in self.grid["pools"] if self.grid else ():
-            name = pool["name"]
             found = await self._link.glance(
-                lambda client, name=name: client.activities(pool=name, limit=ACTIVITIES)  # type: ignore[misc]
+                methodcaller("activities", pool=pool["name"], limit=ACTIVITIES)
             )
             for one in found or ():
                 self._told[one["pool"], one["id"]] = one

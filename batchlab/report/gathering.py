@@ -7,7 +7,6 @@ and comes to the same; and of outcomes only a few are in memory at a time.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +23,6 @@ from batchlab.patience import Patience
 from batchlab.ports import Cut, Ending, Objects
 from batchlab.protocol import definition, naming, wire
 from batchlab.report.staging import Staging, universe
-
-_CUT = re.compile(r"^jobs/[^/]+/[^/]+/plan/\d+/cuts/\d+\.json$")
-_OUTCOME = re.compile(r"^jobs/[^/]+/[^/]+/outcomes/")
 
 AT_ONCE = 8
 """Objects that are fetched at once; a manager has other requests to make meanwhile."""
@@ -119,12 +115,12 @@ class Gatherer:
         """Stage every outcome, note every cut; answers with the bytes that the bucket holds."""
         size_bytes, batch_bytes = 0, 0
         batch: list[str] = []
-        async for page in self._objects.list(f"jobs/{job}/"):
+        async for page in self._objects.list(naming.committed(job)):
             for info in page:
                 size_bytes += info.size
-                if _CUT.match(info.key):
+                if naming.is_cut(info.key):
                     cuts.append(wire.cut_from_json(await self._doc(info.key)))
-                elif _OUTCOME.match(info.key):
+                elif naming.is_outcome(info.key):
                     batch.append(info.key)
                     batch_bytes += info.size
                 if len(batch) >= BATCH or batch_bytes >= BATCH_BYTES:

@@ -31,7 +31,8 @@ def runs_in(folder: Path) -> list[Path]:
     if not found:
         raise UsageError(
             f"{folder} holds no job performance data.",
-            remedy="`batchlab report pull JOB` fetches a job's, into a folder of that name.",
+            remedy="`batchlab report pull JOB` fetches a job's, into a folder of that name. A job "
+            "that is named like a folder here is meant by its whole id.",
         )
     return found
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from batchlab.model import Json
 from batchlab.protocol import values, wire
 from batchlab.task import Context
 from batchlab.tasknames import task_name
@@ -30,8 +31,6 @@ from batchlab.worker.bench import Request, context
 VERSION = 1
 TASK, ENDED, README, RUN, BOARD = "task.json", "ended.json", "README.md", "run.py", "board"
 CODE, EXECUTION = "code", "run"
-
-Json = Any
 
 
 class Unknown(Exception):

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -205,10 +205,12 @@ def typed(call: commands.Call) -> str:
     return f"{line} > {shlex.quote(str(call.stdout))}" if call.stdout else line
 
 
-def open_shell(ready: Shell, program: Sequence[str] = ()) -> int:
+def open_shell(ready: Shell) -> int:
     """The user's shell where the command would run; its exit code."""
-    words = list(program) or [os.environ.get("SHELL") or "/bin/sh"]
     with _left_to_it():
         return subprocess.run(
-            words, cwd=ready.call.cwd, env=ready.call.environment, check=False
+            [os.environ.get("SHELL") or "/bin/sh"],
+            cwd=ready.call.cwd,
+            env=ready.call.environment,
+            check=False,
         ).returncode

@@ -143,15 +143,15 @@ async def _bring(
     attempt = attempts.chosen(found, number, round_)
     if attempt is None and (number, round_) != (None, None):
         raise _no_such_attempt(stage, task, found)
-    bundle = (
-        attempt.bundle
-        if attempt
-        else await attempts.task_bundle(reading, job, stage, task, patience)
-    )
     try:
+        bundle = (
+            attempt.bundle
+            if attempt
+            else await attempts.task_bundle(reading, job, stage, task, patience)
+        )
         item = await attempts.task_input(reading, job, bundle, patience)
     except NoSuchTask as error:
-        raise UsageError(error.message, remedy="Tasks are counted from 0.") from error
+        raise UsageError(error.message, remedy=error.remedy) from error
     except NotFound as error:
         raise _gone("input", stage, task, error.message) from error
     there = None

@@ -45,11 +45,11 @@ class Verdict:
         ]
 
 
-def failure_of(told: dict[str, Any] | None, task: int = 0) -> Failure | None:
+def failure_of(told: dict[str, Any] | None) -> Failure | None:
     """The Failure with these fields."""
     if told is None:
         return None
-    return Failure(**{"task": task, **told, "kind": FailureKind(told["kind"])})
+    return Failure(**{"task": 0, **told, "kind": FailureKind(told["kind"])})
 
 
 def judge(told: Told, ended: Ended, environ: Mapping[str, str] = os.environ) -> Verdict:

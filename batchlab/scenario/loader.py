@@ -78,6 +78,12 @@ def load(path: Path) -> Scenario:
 def parse(text: str, path: Path) -> Scenario:
     """The scenario whose file at `path` has that text; JobFileErrors as in `load`."""
     document = source.parse(text, is_text)
+    if isinstance(document.data, dict) and {"input", "stages"} <= document.data.keys():
+        raise reading.another(
+            path,
+            "There is no key 'input' here: this is a job file, not a scenario.",
+            "`batchlab run` runs it; a scenario's job may name it, as `file: job.yaml`.",
+        )
     problems = list(document.problems)
     scenario: Scenario | None = None
     if document.data is not None or not problems:

@@ -180,15 +180,15 @@ class Maker:
                 message = f"It is not said how long the tasks of {', '.join(missing)} take."
                 remedy = f"Write for example `task: {{{missing[0]}: 4s}}`."
                 self.tell(loc if spec.task is None else at, message, remedy, at_key=True)
-        one = draws.Constant(1.0)
+        task_s: Draw = draws.Constant(1.0)
         if spec.task is not None and times is None:
-            one_for_all = self.draw(spec.task, at)
+            task_s = self.draw(spec.task, at)
         return tuple(
             StageTemplate(
                 name=stage.name,
                 task_s=self.draw(times[stage.name], (*at, stage.name))
                 if times is not None and stage.name in times
-                else (one_for_all if spec.task is not None and times is None else one),
+                else task_s,
                 after=graph.upstream(stages, i),
                 gather=_gather(stage.gather),
                 groups=spec.groups.get(stage.name, 1),

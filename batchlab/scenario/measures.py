@@ -66,7 +66,7 @@ def _jobs(record: Record, template: str) -> Sequence[JobRun]:
     return [job for job in record.jobs if template in ("", job.template)]
 
 
-def waits_s(record: Record, template: str = "") -> list[float]:
+def waits_s(record: Record, template: str) -> list[float]:
     """Of each job from when it was due until its first task began; of those that ended without a
     task that began, nothing."""
     found = []
@@ -78,7 +78,7 @@ def waits_s(record: Record, template: str = "") -> list[float]:
     return found
 
 
-def turnarounds_s(record: Record, template: str = "") -> list[float]:
+def turnarounds_s(record: Record, template: str) -> list[float]:
     """Of each job from when it was due until it ended."""
     return [
         math.inf if job.ended_s is None else max(0.0, job.ended_s - job.due_s)
@@ -197,7 +197,7 @@ def lives_s(record: Record) -> Iterator[tuple[InstanceRun, float]]:
     """Each instance with the seconds from its launch to its end, or to the run's."""
     last_s = end_s(record)
     for one in record.instances:
-        yield one, max(0.0, (last_s if one.ended_s is None else one.ended_s) - one.launched_s)
+        yield one, one.lived_s(last_s)
 
 
 def _idle_share(record: Record, _: str) -> Measured:

@@ -17,6 +17,9 @@ from typing import Protocol
 from batchlab.jobdef import RetryRule
 from batchlab.model import Pool
 
+TENANT = "tenant"
+"""The tag of a job that says whose it is."""
+
 
 class Draw(Protocol):
     """A distribution of numbers ≥ 0, by its quantile function: what is drawn depends on nothing

@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from batchlab.errors import UsageError
+from batchlab.words import count
 
 VERSION = 1
 
@@ -115,6 +116,10 @@ class InstanceRun:
             return None
         return self.ready_s - self.launched_s
 
+    def lived_s(self, end_s: float) -> float:
+        """Seconds from its launch to its end, or to the run's, which is at `end_s`."""
+        return max(0.0, (end_s if self.ended_s is None else self.ended_s) - self.launched_s)
+
 
 @dataclass(frozen=True, slots=True)
 class Injected:
@@ -206,8 +211,8 @@ def parse(data: bytes, path: Path) -> Record:
     except ValidationError as error:
         _check_version(_version(data), path)
         raise UsageError(
-            f"{path} is no record of a scenario's run ({error.error_count()} things in it are "
-            "not as they should be).",
+            f"{path} is no record of a scenario's run "
+            f"({count(error.error_count(), 'mistake')} in it).",
             remedy=_REMEDY,
         ) from error
     _check_version(found.version, path)

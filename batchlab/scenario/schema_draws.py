@@ -264,7 +264,7 @@ class ProfileSpec(Span):
     )
     begins_s: Week = Field(
         alias="begins",
-        default=0.0,
+        default_factory=lambda: 0.0,
         description=f"What time it is when the scenario begins: {WEEK_FORMS}. Monday at midnight "
         "unless said.",
         examples=["monday 06:00"],

@@ -73,12 +73,6 @@ class When:
             return ([self.at_s] if after_s < self.at_s <= until_s else []), False
         return times.latest(self.cron, self.tz, after_s, until_s, most)
 
-    def text(self) -> str:
-        """In words, for a person."""
-        if self.at_s is not None:
-            return f"once at {times.shown(self.at_s, self.tz)}"
-        return f"{self.cron} ({self.zone})"
-
 
 @dataclass(frozen=True, slots=True)
 class Definition:

@@ -15,6 +15,7 @@ from zoneinfo import ZoneInfo
 
 from batchlab import cron
 from batchlab.errors import UsageError
+from batchlab.words import count
 
 _DAY_S = 86_400
 _LONGEST = 200
@@ -41,7 +42,8 @@ def check(expression: str, zone: str) -> None:
     fields = len(expression.split())
     if fields != cron.FIELDS:
         raise UsageError(
-            f"The cron expression {expression[:60]!r} has {fields} fields, not {cron.FIELDS}.",
+            f"The cron expression {expression[:60]!r} has {count(fields, 'field')}, not "
+            f"{cron.FIELDS}.",
             remedy=_NEVER,
         )
     if len(expression) > _LONGEST:

@@ -1,4 +1,4 @@
-"""The seven promises as checks on a world that has come to rest (design, section "protocol").
+"""The seven promises (docs/architecture.md) as checks on a world that has come to rest.
 
 Each check reads the bucket, the ledger or what the world saw, and raises Violated with the facts.
 """
@@ -67,9 +67,9 @@ async def check_ended(ledger: Ledger, job: JobId) -> None:
 async def outcomes_of(objects: Objects, job: JobId) -> list[Outcome]:
     """Every committed outcome of a job, in key order."""
     found = []
-    async for page in objects.list(f"jobs/{job}/"):
+    async for page in objects.list(naming.committed(job)):
         for info in page:
-            if "/outcomes/" in info.key:
+            if naming.is_outcome(info.key):
                 data = await objects.get(info.key)
                 found.append(wire.outcome_from_json(wire.loads(data)))
     return found

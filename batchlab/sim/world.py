@@ -20,9 +20,10 @@ from batchlab.adapters.sim.queue import SimQueue
 from batchlab.costs.meter import Accounting
 from batchlab.errors import BackendError, NotFound, Refused
 from batchlab.jobdef import JobDef
-from batchlab.manager.live import ManagerSettings, Ports
+from batchlab.manager.live import Ports
 from batchlab.manager.manager import Manager
 from batchlab.manager.reporting import Reports
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import GroupView, JobId, Pool
 from batchlab.patience import Patience
 from batchlab.ports import Fleet, JobRecord, Objects

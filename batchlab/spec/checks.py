@@ -91,10 +91,16 @@ def _code(subject: Subject) -> Iterator[Problem]:
 def _handlers(subject: Subject) -> Iterator[Problem]:
     if not paths.is_folder(subject.code):
         return
+    broken: set[str] = set()
     for loc, stage in subject.stages():
-        found = handlers.missing(stage.python, subject.code) if stage.python else None
-        if found:
+        module = (stage.python or "").partition(":")[0]
+        if stage.python is None or module in broken:
+            continue
+        if found := handlers.missing(stage.python, subject.code):
             yield Problem((*loc, "python"), *found)
+            if found[1] == handlers.MEND:
+                # It is one mistake, however many stages use the module.
+                broken.add(module)
 
 
 def _placeholders(subject: Subject) -> Iterator[Problem]:

@@ -16,6 +16,9 @@ from pathlib import Path
 from batchlab.spec import paths
 from batchlab.spec.problems import nearest
 
+MEND = "Mend the module."
+"""The remedy where the module is wrong, whichever of its functions is asked for."""
+
 
 def missing(handler: str, code: Path) -> tuple[str, str] | None:
     """Why the handler cannot be called, as (sentence, remedy); None where it is there."""
@@ -83,7 +86,7 @@ def _missing_in(source: Path, module: str, function: str, code: Path) -> tuple[s
         line = f" line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         # The parser says MemoryError where its own stack has no room for the nesting.
         what = error.msg if isinstance(error, SyntaxError) else str(error) or "it nests too deeply"
-        return f"{source.name}{line} cannot be read as Python: {what}.", "Mend the module."
+        return f"{source.name}{line} cannot be read as Python: {what}.", MEND
     if function in names or _ANY in names:
         return None
     close = nearest(function, names)

@@ -62,6 +62,13 @@ def load(
     """
     path = paths.absolute(path)
     document = source.parse(reading.text_of(path, SHAPE.what, _NONE), is_text)
+    if isinstance(document.data, dict) and {"jobs", "arrivals"} <= document.data.keys():
+        raise reading.another(
+            path,
+            "There is no key 'jobs' here: this is a scenario, not a job file.",
+            "`batchlab scenario check` looks at it, `batchlab scenario simulate` says what it "
+            "costs, `batchlab scenario replay` runs it.",
+        )
     problems = list(document.problems)
     job: JobSpec | None = None
     params: dict[str, Json] = {}

@@ -42,6 +42,39 @@ file that `batchlab init` writes:
 """
 
 _NOTES = f"""\
+## What a function gets, and gives back
+
+A function of a Python stage takes its item, or the item and the task's context:
+
+```python
+def parse(item, ctx):
+    return {{"file": item.name, "lines": item.read_text().count("\\n"), "year": ctx.params["year"]}}
+```
+
+| stage | `item` |
+| --- | --- |
+| reads the input, `split: file`, `lines` or `bytes` | a `File` that holds the task's part |
+| reads the input, `split: items` | the JSON value, or a list of `size` of them |
+| follows a stage | what that stage's function has returned |
+| follows several | a mapping: what each has returned, by the stage's name |
+| `gather: all`, `gather: {{by: FIELD}}` | the list of all results, or of one group's |
+
+A `File` has the input file's `name`, `path`, `size`, `open()`, `read_text()`, `read_bytes()`, and
+can stand for a path, as in `open(item)`.
+
+`ctx` has `params`, `job`, `stage`, `task` (its index), `attempt` (from 1), `scratch` (a folder that
+is removed after the task) and `save(content, name)`, which keeps bytes or a file and returns a
+`File`.
+
+The result is a JSON value: null, true, false, numbers, text, lists, dicts, and a `File` wherever a
+value may stand. The next stage is given that file, and with the job's results it lies in
+`files/STAGE/TASK/NAME`. A date, a set or an object of your own fails the task: write it as text.
+
+An exception fails the task's attempt. What is printed goes to the task's log, which `batchlab job
+logs` shows. The current folder is an empty one; a file beside your code is
+`Path(__file__).parent / "rates.csv"`. A package that your code imports lies in the code folder,
+or is installed where the workers are: on `local` in batchlab's own environment.
+
 ## Placeholders of a command
 
 | written | becomes |

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_STAGED = re.compile(r"#\d+$")
+from batchlab.objectnames import CONTROL, STAGED
 
 
 def absolute(path: Path) -> Path:
@@ -35,9 +33,9 @@ def is_folder(path: Path) -> bool:
 
 def unfit(name: str) -> str | None:
     """Why no object can have `name` as the end of its key, as the end of a sentence."""
-    if _CONTROL.search(name):
+    if CONTROL.search(name):
         return "holds a control character"
-    if _STAGED.search(name):
+    if STAGED.search(name):
         return "ends in '#' and digits, like a file that a store is still writing"
     try:
         name.encode()

@@ -22,7 +22,7 @@ def text_of(path: Path, what: str, none: str) -> str:
     try:
         # A pipe would be waited for, and a device might never end.
         if path.exists() and not path.is_file():
-            raise _unreadable(path, what, "it is no file")
+            raise _unreadable(path, what, "it is no file", _inside(path))
         with path.open(encoding="utf-8") as file:
             return file.read(source.MAX_CHARACTERS + 1)
     except FileNotFoundError as error:
@@ -39,12 +39,23 @@ def text_of(path: Path, what: str, none: str) -> str:
         raise _unreadable(path, what, getattr(error, "strerror", None) or str(error)) from error
 
 
-def _unreadable(path: Path, what: str, why: str) -> JobFileError:
+def _inside(path: Path) -> str:
+    """What to write in place of the folder that a file lies in."""
+    found = sorted(path.glob("*.yaml")) if path.is_dir() else []
+    return f"Did you mean {found[0]}?" if len(found) == 1 else ""
+
+
+def _unreadable(path: Path, what: str, why: str, remedy: str = "") -> JobFileError:
     return JobFileError(
         f"The {what} cannot be read: {why}.",
         file=str(path),
-        remedy="Write the path of a text file in UTF-8.",
+        remedy=remedy or "Write the path of a text file in UTF-8.",
     )
+
+
+def another(path: Path, message: str, remedy: str) -> JobFileErrors:
+    """The file at `path` is one of another kind: its keys would all be mistakes, and are none."""
+    return JobFileErrors([JobFileError(message, file=str(path), remedy=remedy)])
 
 
 def errors(path: Path, document: source.Document, problems: Sequence[Problem]) -> JobFileErrors:

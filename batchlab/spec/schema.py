@@ -24,8 +24,14 @@ _RULE = RetryRule()
 
 def rule_of(value: Any) -> Any:
     """A number alone is the number of tries."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return {"attempts": value} if whole else value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return {"attempts": value}
+    if isinstance(value, dict | RetrySpec):
+        return value
+    raise forms.refusal(
+        "'retry' must be a number of tries or a mapping of keys.",
+        "Write for example `retry: 3`, or `retry: {attempts: 3, backoff: 2s}`.",
+    )
 
 
 def _gather(value: Any) -> Any:
@@ -167,7 +173,7 @@ Retry = Annotated[
     BeforeValidator(rule_of, json_schema_input_type=int | RetrySpec),
     Field(
         default_factory=RetrySpec,
-        description="When a failed task is tried again.",
+        description="When a failed task is tried again. Unless said: 3 tries in all.",
         examples=[3],
     ),
 ]
@@ -302,7 +308,7 @@ class JobSpec(Keys):
     code: str = Field(
         default=".",
         description="Folder of your code, relative to the job file; unless said, the job file's "
-        "own. Workers get a copy.",
+        "own. Workers get a copy, without the input, caches, virtual environments and `.git`.",
         examples=["src"],
     )
     input: InputSpec = Field(description="The job's input.", examples=[{"files": "data/*.csv"}])

@@ -23,6 +23,7 @@ SIZE_PATTERN = r"^\s*\d+(\.\d+)?\s*([KMGT]i?)?B\s*$"
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
 _STEPS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _PIECE = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|min|s|m|h|d)")
+_CLOCK = re.compile(r"\s*(\d{1,2}:\d\d|\d{4}-\d\d-\d\d|\d{1,2}[./]\d{1,2}[./]\d{4})")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
 
 
@@ -37,7 +38,10 @@ def seconds(value: object) -> float:
     if isinstance(value, str) and re.match(DURATION_PATTERN, value):
         number: float = sum(float(n) * _SECONDS[unit] for n, unit in _PIECE.findall(value))
     elif isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise ValueError(f"{shown(value)} is not a duration")
+        is_clock = isinstance(value, str) and _CLOCK.match(value)
+        raise ValueError(
+            f"{shown(value)} is not a duration{', but a time of day or a date' if is_clock else ''}"
+        )
     else:
         number = value
     if number > LONGEST_S:

@@ -12,10 +12,11 @@ from functools import partial
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import RedirectResponse
+from fastapi.responses import PlainTextResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from batchlab import extras
 from batchlab.api.common import Served
 from batchlab.api.grid import PAGE
 from batchlab.costs.prices import PriceBook
@@ -29,14 +30,15 @@ def mount(
     app: FastAPI, served: Served, *, hosts: Iterable[str] = (), prices: PriceBook | None = None
 ) -> None:
     """Serve the page below PAGE of `app`. It answers to this machine's own names, and to `hosts`
-    where the manager was told more. Without `prices` it shows no costs."""
+    where the manager was told more. Without `prices` it shows no costs, and without
+    the extra `web` nothing but that it is missing."""
 
     async def to_page() -> RedirectResponse:
         return RedirectResponse(f"{PAGE}/", 303)
 
     app.add_api_route("/", to_page, include_in_schema=False)
+    page = _IfThere(_Later(partial(page_of, served, prices)))
     # Not as a middleware: an answer to an unforeseen error is made outside of those.
-    page = _Later(partial(page_of, served, prices))
     app.mount(PAGE, Guard(page, served.sessions, frozenset(hosts) - _ANY_ADDRESS))
 
 
@@ -60,6 +62,20 @@ def page_of(served: Served, prices: PriceBook | None) -> FastAPI:
         page.include_router(module.router)
     page.mount("/static", Assets())
     return page
+
+
+class _IfThere:
+    """A page that is there once the extra `web` is, also where that came after the grid."""
+
+    def __init__(self, page: ASGIApp) -> None:
+        self._page = page
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        page = self._page
+        if module := extras.missing("web"):
+            said = extras.sentence("web", "The grid's page", module)
+            page = PlainTextResponse(f"{said} {extras.for_a_manager('web')}\n", 501)
+        await page(scope, receive, send)
 
 
 class _Later:

@@ -13,12 +13,10 @@ from starlette.datastructures import FormData
 from batchlab.api import grid as api_grid
 from batchlab.api import jobs as api
 from batchlab.api import spending as api_spending
-from batchlab.api.common import Given, Leader
+from batchlab.api.common import Books, Given, Leader
 from batchlab.api.grid import PAGE
 from batchlab.costs import money
-from batchlab.errors import NotFound, Refused, UsageError
-from batchlab.manager.manager import Manager
-from batchlab.manager.spending import Spending
+from batchlab.errors import NotFound, UsageError
 from batchlab.model import JobId, StageName
 from batchlab.tasknames import parse_tasks
 from batchlab.web import words
@@ -92,9 +90,9 @@ def _choice(form: FormData) -> api.Choice:
 
 
 @router.get("/jobs/{job}/cap")
-async def ask_cap(request: Request, manager: Leader, job: JobId) -> Response:
+async def ask_cap(request: Request, manager: Leader, books: Books, job: JobId) -> Response:
     """What the job may cost."""
-    use = await api_spending.job_use(_books(manager), manager, job)
+    use = await api_spending.job_use(books, manager, job)
     return render(
         request,
         "ask_cap.html",
@@ -107,16 +105,16 @@ async def ask_cap(request: Request, manager: Leader, job: JobId) -> Response:
 
 
 @router.post("/jobs/{job}/cap")
-async def cap(request: Request, manager: Leader, job: JobId) -> Response:
+async def cap(request: Request, manager: Leader, books: Books, job: JobId) -> Response:
     """Cap what it costs."""
-    await api_spending.cap_job(_books(manager), manager, job, _cap(await form_of(request)))
+    await api_spending.cap_job(books, manager, job, _cap(await form_of(request)))
     return _to(_job(job))
 
 
 @router.get("/costs/cap")
-async def ask_grid_cap(request: Request, manager: Leader) -> Response:
+async def ask_grid_cap(request: Request, books: Books) -> Response:
     """What the grid may cost."""
-    use = await api_spending.use(_books(manager))
+    use = await api_spending.use(books)
     return render(
         request,
         "ask_cap.html",
@@ -129,9 +127,9 @@ async def ask_grid_cap(request: Request, manager: Leader) -> Response:
 
 
 @router.post("/costs/cap")
-async def grid_cap(request: Request, manager: Leader) -> Response:
+async def grid_cap(request: Request, manager: Leader, books: Books) -> Response:
     """Cap what the grid costs."""
-    await api_spending.cap_grid(_books(manager), manager, _cap(await form_of(request)))
+    await api_spending.cap_grid(books, manager, _cap(await form_of(request)))
     return _to("/costs")
 
 
@@ -141,12 +139,6 @@ def _cap(form: FormData) -> api_spending.Cap:
         return api_spending.Cap(max_cost_usd=None)
     plain = text if text.upper().endswith(money.CURRENCY) else f"{text} {money.CURRENCY}"
     return api_spending.Cap(max_cost_usd=money.parse(plain))
-
-
-def _books(manager: Manager) -> Spending:
-    if manager.spending is None:
-        raise Refused("This manager keeps no account of what its grid uses.")
-    return manager.spending
 
 
 # --- The grid -------------------------------------------------------------------------------------

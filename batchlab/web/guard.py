@@ -46,8 +46,10 @@ OWN_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 SESSION = "batchlab.session"
 """Where a request's session is in its scope."""
 
+SAFE = frozenset({"GET", "HEAD"})
+"""Methods that change nothing."""
+
 _OPEN = ("/login", "/static/")
-_SAFE = frozenset({"GET", "HEAD"})
 
 
 class Guard:
@@ -84,7 +86,7 @@ class Guard:
         # pages would read ours (DNS rebinding).
         if _name_of(headers.get("host", "")) not in self.hosts:
             return PlainTextResponse("This page does not answer to that name.\n", 421)
-        if method not in _SAFE and not _is_ours(headers):
+        if method not in SAFE and not _is_ours(headers):
             return PlainTextResponse("The request comes from another page.\n", 403)
         if session is None and not (path == _OPEN[0] or path.startswith(_OPEN[1])):
             return _log_in(method, headers)
@@ -102,7 +104,7 @@ def _log_in(method: str, headers: Headers) -> Response:
     to = f"{PAGE}/login"
     if "hx-request" in headers:
         return PlainTextResponse("", 401, {"HX-Redirect": to})
-    wants_page = method in _SAFE and "application/json" not in headers.get("accept", "")
+    wants_page = method in SAFE and "application/json" not in headers.get("accept", "")
     return RedirectResponse(to, 303) if wants_page else PlainTextResponse("Log in first.\n", 401)
 
 

@@ -20,12 +20,11 @@ from batchlab.api.files import MOST_BYTES, check_length, read
 from batchlab.costs.prices import PriceBook
 from batchlab.errors import Refused
 from batchlab.manager.manager import Manager
-from batchlab.web.guard import SESSION
+from batchlab.web.guard import SAFE, SESSION
 
 FRESH_S = 1.0
 MOST_FORM_BYTES = 1024 * 1024
 TOKEN = "form_token"  # noqa: S105 - a field's name
-_SAFE = frozenset({"GET", "HEAD"})
 
 
 @dataclass(slots=True)
@@ -67,7 +66,7 @@ async def form_of(request: Request) -> FormData:
 
 
 async def _comes_from_a_form(request: Request, served: Given) -> None:
-    if request.method in _SAFE:
+    if request.method in SAFE:
         return
     session = request.scope[SESSION]
     given = (await form_of(request)).get(TOKEN)

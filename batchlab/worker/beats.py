@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from batchlab.errors import BackendError
 from batchlab.ports import Clock
-from batchlab.protocol import wire
+from batchlab.protocol.messages import Beat, Held
 from batchlab.worker.hand import Hand
 from batchlab.worker.outbox import Outbox
 from batchlab.worker.settings import WorkerSettings
@@ -52,7 +52,7 @@ class Beats:
         self._settings = settings
         self._due = asyncio.Event()
         self._number = 0
-        self._told: wire.Beat | None = None
+        self._told: Beat | None = None
         self.leaving = False
         outbox.signs = self
 
@@ -93,11 +93,11 @@ class Beats:
         told = self._told
         return told is None or (told.held, told.leaving) != (self._held(), self.leaving)
 
-    def news(self) -> wire.Beat | None:
+    def news(self) -> Beat | None:
         """See outbox.SignsOfLife."""
         return self._beat() if self._is_news else None
 
-    def heard(self, beat: wire.Beat) -> None:
+    def heard(self, beat: Beat) -> None:
         """See outbox.SignsOfLife."""
         if self._told is None or self._told.number < beat.number:
             self._told = beat
@@ -110,16 +110,16 @@ class Beats:
             # It is so, and the fleet sees it too: no reason to end in an error.
             log.warning("the last sign of life could not be sent: %s", error)
 
-    def _held(self) -> tuple[wire.Held, ...]:
+    def _held(self) -> tuple[Held, ...]:
         return tuple(
-            wire.Held(h.queue, h.receipt, h.bundle.job, h.bundle.stage, h.bundle.id, h.running)
+            Held(h.queue, h.receipt, h.bundle.job, h.bundle.stage, h.bundle.id, h.running)
             for h in self._hands.values()
             if h.receipt is not None or h.running
         )
 
-    def _beat(self, *, gone: bool = False) -> wire.Beat:
+    def _beat(self, *, gone: bool = False) -> Beat:
         self._number += 1
-        return wire.Beat(
+        return Beat(
             self._who.worker,
             self._who.instance,
             self._who.pool,

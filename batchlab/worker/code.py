@@ -41,14 +41,14 @@ _CHUNK = 1024 * 1024
 
 def key(data: bytes) -> str:
     """The object key of a code zip."""
-    return f"code/{hashlib.sha256(data).hexdigest()}.zip"
+    return naming.code(hashlib.sha256(data).hexdigest())
 
 
 def digest_of(code_key: str) -> str:
     """The digest that a code zip's key promises; UsageError where it is no such key."""
     digest = code_key.removeprefix("code/").removesuffix(".zip")
     if (
-        code_key != f"code/{digest}.zip"
+        code_key != naming.code(digest)
         or len(digest) != 64
         or set(digest) - set("0123456789abcdef")
     ):

@@ -20,6 +20,7 @@ from batchlab.model import Json
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import naming, wire
+from batchlab.protocol.checked import known
 
 SETTINGS = (
     *("LANG", "LC_ALL", "TZ", "OMP_NUM_THREADS", "MALLOC_ARENA_MAX"),
@@ -136,16 +137,13 @@ async def of(objects: Objects, worker: str, patience: Patience) -> Environment |
 
 
 def to_json(environment: Environment) -> dict[str, Json]:
-    return {
-        "v": wire.VERSION,
-        **wire.fields(environment),
-    }
+    return {"v": wire.VERSION, **wire.fields(environment)}
 
 
 def from_json(doc: Mapping[str, Any]) -> Environment:
     """What a later batchlab has added is passed over."""
-    known = {name: doc[name] for name in Environment.__slots__ if name in doc}
-    return Environment(**{**known, "variables": tuple(known.get("variables", ()))})
+    fields = known(Environment, doc)
+    return Environment(**{**fields, "variables": tuple(fields.get("variables", ()))})
 
 
 # --- Compared ------------------------------------------------------------------------------------

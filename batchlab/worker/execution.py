@@ -1,7 +1,8 @@
 """One execution of a bundle in child processes: the tasks, their limits, and who is to blame.
 
 Invariant: every task ends in exactly one Ran, or in none because the run was told to end. A child
-that dies takes one task with it, the one that was running; the rest goes on in a fresh child.
+that dies takes one task with it, the one that was running; the rest goes on in a fresh child. It is
+one file, since every step shares which tasks are left and what the child is doing.
 """
 
 from __future__ import annotations

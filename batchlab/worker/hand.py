@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from batchlab.model import Bundle, Control
 from batchlab.ports import Message
-from batchlab.protocol import wire
+from batchlab.protocol.messages import TaskMessage
 from batchlab.worker.runner import Handle
 
 
@@ -18,7 +18,7 @@ class Hand:
 
     queue: str
     message: Message
-    task: wire.TaskMessage
+    task: TaskMessage
     execution: str
     received_s: float
     extended_s: float

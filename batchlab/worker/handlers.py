@@ -80,11 +80,12 @@ def load(handler: str, function: str | None) -> Call:
         found = find(handler, function)
         if not callable(found):
             raise Problem("import", f"{handler} is no function but of type {type(found).__name__}.")
-        return _adapted(handler, found)
+        # What was pickled goes by a key that nobody has given it.
+        return _adapted("The function" if function else handler, found)
     except Problem:
         raise
     except BaseException as error:  # user code runs on import
-        raise _import_problem(handler, error) from error
+        raise _import_problem("the function" if function else handler, error) from error
 
 
 def find(handler: str, function: str | None) -> Any:

@@ -16,6 +16,7 @@ from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import definition, naming, wire
 from batchlab.tasknames import task_name
+from batchlab.words import count
 
 _PARTS_KEPT = 4
 
@@ -72,20 +73,26 @@ class Inputs:
         if bundle.source is not None:
             upstream = job.stage(bundle.stage).after[0]
             return await self.values(job, upstream, bundle.source, bundle.tasks)
-        manifest = await self._manifest(bundle)
+        manifest = await self._manifest(job, bundle)
         found: list[Json] = []
         for start, stop in bundle.tasks.ranges:
             while start < stop:
                 number = bisect_right(manifest.starts, start) - 1
-                part = await self._part(bundle, manifest.round, number)
+                part = await self._part(job, bundle, manifest.round, number)
                 offset = start - manifest.starts[number]
                 items = part[offset : offset + stop - start]
                 if not items:
-                    name = task_name(bundle.stage, start)
-                    raise NoSuchTask(f"The plan of job {bundle.job} has no task {name}.")
+                    raise _no_such_task(bundle, start, manifest)
                 found += [await self._gathered(job, i) if is_gather(i) else i for i in items]
                 start += len(items)
         return found
+
+    async def check(self, job: JobDef, bundle: Bundle) -> None:
+        """NoSuchTask where the plan that `bundle` is of has fewer tasks; NotFound where it is not
+        there, or not yet."""
+        manifest = await self._manifest(job, bundle)
+        if bundle.tasks.last >= manifest.count:
+            raise _no_such_task(bundle, bundle.tasks.last, manifest)
 
     async def values(
         self, job: JobDef, stage: StageName, bundle: BundleId, tasks: TaskSet
@@ -116,7 +123,7 @@ class Inputs:
         data = await self._patience(partial(self._objects.get, key))
         return wire.outcome_from_json(wire.loads(data))
 
-    async def _manifest(self, bundle: Bundle) -> Manifest:
+    async def _manifest(self, job: JobDef, bundle: Bundle) -> Manifest:
         """The plan of the bundle's round, or of the latest round before it that made one."""
         for round_ in range(bundle.round, -1, -1):
             known = self._manifests.get((bundle.job, bundle.stage, round_))
@@ -128,10 +135,13 @@ class Inputs:
             except NotFound:
                 continue
             return self._keep_manifest(bundle.job, bundle.stage, Manifest.from_bytes(data))
-        return await self._brought(bundle)
+        return await self._brought(job, bundle)
 
-    async def _brought(self, bundle: Bundle) -> Manifest:
-        """The plan of items that came with the job's definition."""
+    async def _brought(self, job: JobDef, bundle: Bundle) -> Manifest:
+        """The plan of items that came with the job's definition: they are its root's."""
+        if job.stage(bundle.stage).after:
+            what = f"Stage {bundle.stage} of job {bundle.job}"
+            raise NotFound(f"{what} has no plan yet, or its plan is gone.")
         data = await self._patience(partial(self._objects.get, naming.spec(bundle.job)))
         opening = definition.opening_in(wire.loads(data))
         if opening is None:
@@ -149,13 +159,13 @@ class Inputs:
             self._manifests.popitem(last=False)
         return manifest
 
-    async def _part(self, bundle: Bundle, round_: int, number: int) -> Sequence[Json]:
+    async def _part(self, job: JobDef, bundle: Bundle, round_: int, number: int) -> Sequence[Json]:
         key = naming.part(bundle.job, bundle.stage, round_, number)
         if key not in self._parts:
             try:
                 data = await self._patience(partial(self._objects.get, key))
             except NotFound:
-                await self._brought(bundle)
+                await self._brought(job, bundle)
             else:
                 self._keep_part(key, wire.loads(data)["items"])
         self._parts.move_to_end(key)
@@ -165,6 +175,14 @@ class Inputs:
         self._parts[key] = items
         while len(self._parts) > _PARTS_KEPT:
             self._parts.popitem(last=False)
+
+
+def _no_such_task(bundle: Bundle, task: int, manifest: Manifest) -> NoSuchTask:
+    name = task_name(bundle.stage, task)
+    return NoSuchTask(
+        f"The plan of job {bundle.job} has no task {name}.",
+        remedy=f"Stage {bundle.stage} has {count(manifest.count, 'task')}, counted from 0.",
+    )
 
 
 def is_gather(item: Json) -> bool:

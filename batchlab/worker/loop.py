@@ -1,8 +1,8 @@
 """The worker's loop: a bundle's life from the receive to the delete, steps 1 to 4 of the protocol.
 
-Invariant: a message is deleted only after its outcome is committed and forwarded, or after a
-fresh copy of it has been sent, or when its job is cancelled or paused (the manager then knows what
-is outstanding). So a crash between any two lines costs time, never a task.
+Invariant: what has been received is in hand until it has left as `closing` says: committed and
+passed on, or sent again. What goes wrong on the way is either one bundle's, which is given back
+then, or it ends the whole worker. It is one file, since every step shares the hands and the slots.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 
-from batchlab.commit import Addressed, address, commit, follow_ups, uncommitted
 from batchlab.errors import BackendError, NotFound, TooNew
 from batchlab.jobdef import JobDef, StageDef
-from batchlab.model import Control, JobId, Json, Outcome, Ran
+from batchlab.model import Control, JobId, Json, Ran
 from batchlab.patience import Patience
-from batchlab.ports import MAX_BATCH, Clock, Message, Notice, Notices, Objects, Outgoing, Queue
-from batchlab.protocol import naming, settle, wire
+from batchlab.ports import MAX_BATCH, Clock, Message, Notice, Notices, Objects, Queue
+from batchlab.protocol import naming, settle
+from batchlab.protocol.messages import read_task_message
 from batchlab.protocol.sizing import BUDGET_S
 from batchlab.tally import Tally
 from batchlab.tracing import NOBODY, Tracer, span
 from batchlab.worker import lines
 from batchlab.worker.beats import Beats, Identity
+from batchlab.worker.closing import Closing
 from batchlab.worker.controls import Controls
 from batchlab.worker.deeds import Deeds
 from batchlab.worker.hand import Hand
@@ -46,8 +46,6 @@ log = logging.getLogger(__name__)
 
 OUTAGE_S = 1.0
 """Wait before the next try of a receive that failed."""
-OTHERS_S = 30.0
-"""For so long what only a newer worker can run comes to none of the older ones."""
 
 HEAD_START_S = 0.01
 """By so much what was waited for is ahead of the next receive, once every slot has something."""
@@ -95,6 +93,10 @@ class Worker:
         self._beats = Beats(who, self._hands, self._outbox, clock, settings)
         self._departure = Departure(clock, settings.drain_s, self._hands, self._slots)
         self._tenure = Tenure(self._hands, queue, objects, clock, self._outbox, settings)
+        self._closing = Closing(
+            *(who.worker, self._hands, objects, queue, clock, patience),
+            *(self._outbox, self._deeds, tracer),
+        )
         self._executions = 0
         self._prefetch = 0
         self._room = asyncio.Event()
@@ -165,30 +167,28 @@ class Worker:
             # First what can be run here: a drain must find it in hand.
             newer = [(one, why) for one in messages if (why := self._take(one, group))]
             for message, why in newer:
-                await self._leave_to_others(message, why)
+                await self._closing.leave_to_others(self._tasks_queue, message, why)
             waited_s = self._clock.monotonic_s() - asked_s
-            if messages and self._are_busy and waited_s > HEAD_START_S:
+            if messages and self._busy >= self._slots.total and waited_s > HEAD_START_S:
                 # The queue was empty until now, so asking again would mostly find nothing, and hold
                 # up what is to run.
                 await asyncio.sleep(HEAD_START_S)
 
     @property
-    def _are_busy(self) -> bool:
-        """Whether all slots have something to run."""
-        busy = sum(hand.slots for hand in self._hands.values() if not hand.committing)
-        return busy >= self._slots.total
+    def _busy(self) -> int:
+        """Slots that have something to run. What is being committed takes none any more, so that
+        the next bundle runs meanwhile."""
+        return sum(hand.slots for hand in self._hands.values() if not hand.committing)
 
     def _free_hands(self) -> int:
-        """How many more messages may be in hand. What is being committed does not count against
-        the slots, so that the next bundle runs meanwhile; but it may not pile up either."""
-        busy = sum(h.slots for h in self._hands.values() if not h.committing)
-        wanted = self._slots.total + self._prefetch - busy
+        """How many more messages may be in hand; what is being committed may not pile up."""
+        wanted = self._slots.total + self._prefetch - self._busy
         return min(wanted, 3 * self._slots.total + 1 - len(self._hands))
 
     def _take(self, message: Message, group: asyncio.TaskGroup) -> TooNew | None:
         """Take it in hand; what it is that only a newer worker can run."""
         try:
-            task = wire.read_task_message(message.body)
+            task = read_task_message(message.body)
         except TooNew as error:
             return error
         except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody's bytes
@@ -228,7 +228,7 @@ class Worker:
             await self._suspects.withdraw(hand)
             if hand.receipt is not None:  # else it is handed over, or somebody else's by now
                 hand.receipt = None
-                await self._leave_to_others(hand.message, error)
+                await self._closing.leave_to_others(hand.queue, hand.message, error)
         except BackendError as error:
             # The message comes back by itself; sooner than its timeout, but not at once, since
             # whatever did not answer us needs a moment.
@@ -251,7 +251,7 @@ class Worker:
         try:
             job = await self._jobs.of(hand.bundle.job, hand.task.job)
         except NotFound:
-            await self._delete(hand)
+            await self._closing.delete(hand)
             return
         try:
             stage = job.stage(hand.bundle.stage)
@@ -264,27 +264,25 @@ class Worker:
             if hand.task.watchdog and await self._suspects.runs_elsewhere(
                 hand.bundle, self._settings.marker_stale_s
             ):
-                await self._send_again(hand, job, delay_s=self._settings.watchdog_s, watchdog=True)
+                await self._closing.send_again(
+                    hand, job, delay_s=self._settings.watchdog_s, watchdog=True
+                )
                 return
             try:
                 done = await self._suspects.verdict(hand)
             except RunsElsewhereError:
-                await self._send_again(hand, job, delay_s=self._settings.visibility_s)
+                await self._closing.send_again(hand, job, delay_s=self._settings.visibility_s)
                 return
             if done:
-                if done.execution != hand.execution:
-                    self._met_twice(hand, "message", 0.0)
-                await self._forward_again(hand, job, done)
+                await self._closing.forward_again(hand, job, done)
                 return
         items: Sequence[Json]
         try:
             items = await self._items(hand, job)
         except NotFound as error:
-            await self._finish(
-                hand,
-                job,
-                await self._commit(hand, job, 0.0, settle.vanished(hand.bundle, str(error))),
-            )
+            gone = settle.vanished(hand.bundle, str(error))
+            outcome = await self._closing.commit(hand, job, 0.0, gone)
+            await self._closing.finish(hand, job, outcome)
             return
         await self._in_slots(hand, job, stage, items)
 
@@ -310,7 +308,7 @@ class Worker:
             if not await self._ask(hand, beside, longest_s):
                 # Prefetched behind a long bundle: an idle worker may take it sooner than we can.
                 self._prefetch = 0
-                await self._send_again(hand, job, items=items)
+                await self._closing.send_again(hand, job, items=items)
                 return
         started_s = self._clock.now_s()
         begun_s = self._clock.monotonic_s()
@@ -331,10 +329,10 @@ class Worker:
             # Nothing ended, so there is nothing to commit; an outcome without a task in it would
             # have to name itself as its follow.
             await self._suspects.withdraw(hand)
-            await self._send_again(hand, job, items=items)
+            await self._closing.send_again(hand, job, items=items)
             return
-        outcome = await self._commit(hand, job, started_s, ran, cancelled=cancelled)
-        await self._finish(hand, job, outcome, items)
+        outcome = await self._closing.commit(hand, job, started_s, ran, cancelled=cancelled)
+        await self._closing.finish(hand, job, outcome, items)
 
     async def _ask(self, hand: Hand, slots: int, longest_s: float | None) -> bool:
         """Whether so many slots are its own, within so many seconds."""
@@ -381,89 +379,6 @@ class Worker:
             return [ran async for ran in runs]
         return await self._shedding.run(hand, job, items, started_s, runs)
 
-    async def _commit(
-        self,
-        hand: Hand,
-        job: JobDef,
-        started_s: float,
-        ran: Sequence[Ran],
-        *,
-        cancelled: bool = False,
-    ) -> Outcome:
-        now_s = self._clock.now_s()
-        outcome = settle.settle(
-            job,
-            hand.bundle,
-            ran,
-            execution=hand.execution,
-            worker=self.who.worker,
-            started_s=started_s or now_s,
-            ended_s=max(started_s, now_s),
-            cancelled=cancelled,
-            log=hand.handle.log,
-            log_spans=[s for s in hand.handle.log_spans if s[0] in hand.bundle.tasks],
-        )
-        lines.failures(outcome)
-        with span(self._tracer, "commit", hand.trace, hand.bundle):
-            committed = await commit(self._objects, outcome, self._patience)
-        self._deeds.committed(outcome, committed)
-        if committed.execution != hand.execution:
-            took_s = outcome.ended_s - outcome.started_s
-            self._met_twice(hand, "execution", took_s * job.stage(hand.bundle.stage).slots)
-        return committed
-
-    def _met_twice(self, hand: Hand, kind: str, slot_s: float) -> None:
-        bundle = hand.bundle
-        self._outbox.met_twice(
-            wire.Duplicate(bundle.job, bundle.stage, kind, hand.execution, slot_s)
-        )
-
-    async def _finish(
-        self, hand: Hand, job: JobDef, outcome: Outcome, items: Sequence[Json] | None = None
-    ) -> None:
-        """Forward what was committed, whoever committed it, then delete the message."""
-        known = None
-        if items is not None and outcome.follows:
-            known = dict(zip(hand.bundle.tasks, items, strict=True))
-        with span(self._tracer, "forward", hand.trace, hand.bundle) as forward:
-            now_s, trace = self._clock.now_s(), forward.context
-            messages = follow_ups(job, outcome, now_s=now_s, items=known, trace=trace)
-            # Follow-ups first, the event second: the manager may end a stage only when what follows
-            # from it is on its way, and it learns of the follow-ups from this very event.
-            await self._outbox.send(messages)
-            # While something else runs here, the sign of life that comes with it can go along.
-            others = any(not (one.committing or one is hand) for one in self._hands.values())
-            await self._outbox.event(outcome, trace, hurry=not others)
-        await self._delete(hand)
-
-    async def _forward_again(self, hand: Hand, job: JobDef, outcome: Outcome) -> None:
-        """As `_finish`, for somebody who may have forwarded it long ago."""
-        follows = await uncommitted(self._objects, outcome.follows, self._patience)
-        left = replace(outcome, follows=follows)
-        with span(self._tracer, "forward", hand.trace, hand.bundle) as forward:
-            now_s, trace = self._clock.now_s(), forward.context
-            await self._outbox.send(follow_ups(job, left, now_s=now_s, trace=trace))
-            await self._outbox.event(outcome, trace)
-        await self._delete(hand)
-
-    # --- Ways not to run it ----------------------------------------------------------------------
-
-    async def _leave_to_others(self, message: Message, error: TooNew) -> None:
-        """What a later batchlab has sent is for a worker that knows it: there will be one, or this
-        one would not be here. It is sent again as it is, since receives would make it look like
-        poison; what others have received before keeps its count."""
-        log.warning("message %s is left for a newer worker: %s", message.id, error)
-        try:
-            if message.receive_count > 1:
-                wait = [(message.receipt, OTHERS_S)]
-                await self._queue.change_visibility(self._tasks_queue, wait)
-                return
-            copy = Outgoing(message.body, OTHERS_S)
-            await self._outbox.send([Addressed(self._tasks_queue, copy)])
-            await self._outbox.delete(self._tasks_queue, message.receipt)
-        except BackendError as problem:
-            log.warning("it comes back when its visibility runs out: %s", problem)
-
     async def _not_wanted(self, hand: Hand) -> bool:
         """Drop the message of a cancelled or paused job; its outstanding bundles are in the
         ledger, and are sealed, or sent again on resume."""
@@ -475,7 +390,7 @@ class Worker:
         control, _ = await self._controls.look(hand.bundle.job)
         if control is Control.RUN:
             return False
-        await self._delete(hand)
+        await self._closing.delete(hand)
         return True
 
     async def _too_early(self, hand: Hand, job: JobDef) -> bool:
@@ -483,42 +398,10 @@ class Worker:
         wait_s = (hand.task.not_before_s or 0.0) - self._clock.now_s()
         if wait_s <= 0.5:
             return False
-        await self._send_again(
+        await self._closing.send_again(
             hand, job, items=hand.task.items, delay_s=wait_s, watchdog=hand.task.watchdog
         )
         return True
-
-    async def _send_again(
-        self,
-        hand: Hand,
-        job: JobDef,
-        *,
-        items: Sequence[Json] | None = None,
-        delay_s: float = 0.0,
-        watchdog: bool = False,
-    ) -> None:
-        """Give the bundle back as a fresh message, then delete this one.
-
-        Making this one visible would count a receive, and enough of those look like poison.
-        """
-        losses = hand.bundle.losses + hand.message.receive_count - 1
-        bundle = replace(hand.bundle, losses=losses)
-        message = address(
-            job,
-            bundle,
-            items=items,
-            delay_s=delay_s,
-            now_s=self._clock.now_s(),
-            watchdog=watchdog,
-            trace=hand.trace,
-        )
-        await self._outbox.send([message])
-        await self._delete(hand)
-
-    async def _delete(self, hand: Hand) -> None:
-        if hand.receipt is not None:
-            receipt, hand.receipt = hand.receipt, None
-            await self._outbox.delete(self._tasks_queue, receipt)
 
     # --- The control object ----------------------------------------------------------------------
 

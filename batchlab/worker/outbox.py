@@ -1,9 +1,9 @@
 """Group commit for everything a worker sends: calls that come together share one request.
 
 Invariant: a caller returns only when what it handed in has been accepted by the service. While
-one request is under way, what arrives waits and goes out together, so batching adds no delay. An
-event that nobody is in a hurry for waits `LINGER_S` for another one to go with. What nobody waits
-for stays here until it has been accepted.
+one request is under way, what arrives waits and goes out together, so batching adds no delay. What
+nobody is in a hurry for waits for another one to go with: some events for `LINGER_S`, deletes for a
+moment. What nobody waits for stays here until it has been accepted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from batchlab.model import Outcome
 from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, Outgoing, Queue
 from batchlab.protocol import naming, settle, wire
+from batchlab.protocol.messages import Beat, Duplicate, Events, Told, Traces, events_message
 from batchlab.tally import Asked, Tally
+from batchlab.waits import STEP_BACK_S
 from batchlab.worker.deeds import Deeds
 
 T = TypeVar("T")
@@ -39,24 +41,27 @@ MOST_DUPLICATES = 2_000
 
 LINGER_S = 0.02
 
-_Event = tuple[Outcome | wire.Beat, str]
+_Event = tuple[Outcome | Beat, str]
 
 
 class SignsOfLife(Protocol):
     """Beats that may go along with other events."""
 
-    def news(self) -> wire.Beat | None:
+    def news(self) -> Beat | None:
         """A beat, where it would tell what has not been told."""
 
-    def heard(self, beat: wire.Beat) -> None:
+    def heard(self, beat: Beat) -> None:
         """It has been told."""
 
 
 class _Group(Generic[T]):
     """Hands all that has been put in since the last flush to `flush`, one flush at a time."""
 
-    def __init__(self, flush: Callable[[Sequence[T]], Awaitable[None]]) -> None:
+    def __init__(
+        self, flush: Callable[[Sequence[T]], Awaitable[None]], linger_s: float = LINGER_S
+    ) -> None:
         self._flush = flush
+        self._linger_s = linger_s
         self._waiting: list[tuple[T, asyncio.Future[None]]] = []
         self._worker: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
@@ -75,7 +80,7 @@ class _Group(Generic[T]):
             while self._waiting:
                 if not self._hurry.is_set():
                     with suppress(TimeoutError):
-                        async with asyncio.timeout(LINGER_S):
+                        async with asyncio.timeout(self._linger_s):
                             await self._hurry.wait()
                 self._hurry.clear()
                 batch, self._waiting = self._waiting, []
@@ -111,7 +116,7 @@ class Outbox:
         self._deeds = deeds
         self._sends: dict[str, _Group[Sequence[Outgoing]]] = {}
         self._deletes: dict[str, _Group[str]] = {}
-        self._duplicates: list[wire.Duplicate] = []
+        self._duplicates: list[Duplicate] = []
         self._events: _Group[_Event] = _Group(self._flush_events)
         self.signs: SignsOfLife | None = None
 
@@ -121,19 +126,19 @@ class Outbox:
             group = self._sends.setdefault(name, _Group(partial(self._flush_sends, name)))
             await group.put(outgoing)
 
-    async def delete(self, queue: str, receipt: str) -> None:
-        """Delete a message. A refused receipt is no error: the message is somebody else's now."""
-        group = self._deletes.setdefault(queue, _Group(partial(self._flush_deletes, queue)))
-        await group.put(receipt)
+    async def delete(self, queue: str, receipt: str, *, hurry: bool = True) -> None:
+        """Delete a message; without `hurry` a moment later, so that whoever hears of what was done
+        with it goes first. A refused receipt is no error: the message is somebody else's now."""
+        flush = partial(self._flush_deletes, queue)
+        group = self._deletes.setdefault(queue, _Group(flush, STEP_BACK_S))
+        await group.put(receipt, hurry=hurry)
 
-    async def event(
-        self, event: Outcome | wire.Beat, trace: str = "", *, hurry: bool = True
-    ) -> None:
+    async def event(self, event: Outcome | Beat, trace: str = "", *, hurry: bool = True) -> None:
         """Tell of a committed outcome, or a beat, on the events queue. `trace` is where the trace
         of a bundle goes on. Without `hurry` it goes with the next one, if that comes soon."""
         await self._events.put((event, trace), hurry=hurry)
 
-    def met_twice(self, duplicate: wire.Duplicate) -> None:
+    def met_twice(self, duplicate: Duplicate) -> None:
         """Tell of it along with the next event; while none can be sent, of the first ones only."""
         if len(self._duplicates) < MOST_DUPLICATES:
             self._duplicates.append(duplicate)
@@ -147,7 +152,7 @@ class Outbox:
             await self._patience(partial(self._queue.delete, queue, receipts[i : i + MAX_BATCH]))
 
     async def _flush_events(self, events: Sequence[_Event]) -> None:
-        beats = [one for one, _ in events if isinstance(one, wire.Beat)]
+        beats = [one for one, _ in events if isinstance(one, Beat)]
         along = self.signs.news() if self.signs and not beats else None
         if along:
             events, beats = [*events, (along, "")], [along]
@@ -161,8 +166,8 @@ class Outbox:
             packed[-1] = replace(packed[-1], duplicates=tuple(duplicates))
         deeds = self._deeds.news() if self._deeds and beats else {}
         if deeds:
-            packed[-1] = replace(packed[-1], told=(wire.Told(beats[-1].worker, deeds),))
-        bodies = [Outgoing(wire.events_message(e)) for e in packed]
+            packed[-1] = replace(packed[-1], told=(Told(beats[-1].worker, deeds),))
+        bodies = [Outgoing(events_message(e)) for e in packed]
         await send_to(self._queue, naming.EVENTS, bodies, self._patience)
         # Only now. What is told twice counts once.
         del self._duplicates[: len(duplicates)]
@@ -172,22 +177,22 @@ class Outbox:
             self.signs.heard(along)
 
 
-def _pack(events: Sequence[_Event]) -> list[wire.Events]:
-    packed: list[wire.Events] = []
+def _pack(events: Sequence[_Event]) -> list[Events]:
+    packed: list[Events] = []
     size = EVENT_BYTES
     for event, trace in events:
         one, length = _one(event)
-        traces: wire.Traces = ()
+        traces: Traces = ()
         if trace and isinstance(event, Outcome):
             bundle = event.bundle
             traces = ((bundle.job, bundle.stage, bundle.id, trace),)
             length += TRACE_BYTES
         if size + length > EVENT_BYTES:
-            packed.append(wire.Events())
+            packed.append(Events())
             size = 0
         size += length
         last = packed[-1]
-        packed[-1] = wire.Events(
+        packed[-1] = Events(
             last.completions + one.completions,
             last.committed + one.committed,
             last.beats + one.beats,
@@ -197,17 +202,17 @@ def _pack(events: Sequence[_Event]) -> list[wire.Events]:
     return packed
 
 
-def _one(event: Outcome | wire.Beat) -> tuple[wire.Events, int]:
+def _one(event: Outcome | Beat) -> tuple[Events, int]:
     """A single event, and about how many bytes it takes."""
-    if isinstance(event, wire.Beat):
+    if isinstance(event, Beat):
         held = sum(200 + len(one.receipt or "") for one in event.held)
-        return wire.Events(beats=(event,)), 200 + held
+        return Events(beats=(event,)), 200 + held
     if len(event.values) <= WHOLE_VALUES:
         length = len(wire.dumps(wire.outcome_to_json(event)))
         if length <= WHOLE_BYTES:
-            return wire.Events(outcomes=(event,)), length
+            return Events(outcomes=(event,)), length
     completion = settle.completion(event)
     length = len(wire.dumps(wire.completion_to_json(completion)))
     if length <= EVENT_BYTES:
-        return wire.Events(completions=(completion,)), length
-    return wire.Events(committed=(naming.outcome(event.bundle),)), 200
+        return Events(completions=(completion,)), length
+    return Events(committed=(naming.outcome(event.bundle),)), 200

@@ -21,6 +21,9 @@ from batchlab.worker.limits import TICK_S
 from batchlab.worker.processes import Sampler
 from batchlab.worker.runner import Handle, Scratch, Work
 
+CLEAN_AFTER_S = 0.02
+"""What an execution leaves is removed so much after its end."""
+
 
 class ProcessRunner:
     """The Runner of every backend but the simulator."""
@@ -60,8 +63,7 @@ class ProcessRunner:
                 driver.cancel()
                 await asyncio.gather(driver, return_exceptions=True)
                 await execution.drop()
-                # Not waited for: the results are.
-                cleaning = asyncio.create_task(execution.clean())
+                cleaning = asyncio.create_task(_clean(execution))
                 self._cleaning.add(cleaning)
                 cleaning.add_done_callback(self._cleaning.discard)
 
@@ -72,6 +74,12 @@ class ProcessRunner:
         await asyncio.gather(*self._cleaning, return_exceptions=True)
         for name in ("children", "run", "functions"):
             await asyncio.to_thread(shutil.rmtree, self._scratch.root / name, ignore_errors=True)
+
+
+async def _clean(execution: Execution) -> None:
+    # Not waited for: the results are, and they go first.
+    await asyncio.sleep(CLEAN_AFTER_S)
+    await execution.clean()
 
 
 async def _ended(execution: Execution) -> AsyncGenerator[Ran, None]:

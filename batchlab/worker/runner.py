@@ -91,6 +91,3 @@ class Scratch:
 
     def execution(self, name: str) -> Path:
         return self.root / "run" / name
-
-
-__all__ = ["Handle", "Peek", "Ran", "Runner", "Scratch", "Work"]

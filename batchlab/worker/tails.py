@@ -18,6 +18,7 @@ from batchlab.errors import BackendError
 from batchlab.model import JobId
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming, wire
+from batchlab.protocol.checked import known
 from batchlab.worker import logs
 from batchlab.worker.hand import Hand
 
@@ -145,4 +146,4 @@ def to_bytes(tails: list[Tail]) -> bytes:
 
 def from_bytes(data: bytes) -> list[Tail]:
     doc: dict[str, Any] = wire.loads(data)
-    return [Tail(**one) for one in doc["tails"]]
+    return [Tail(**known(Tail, one)) for one in doc["tails"]]

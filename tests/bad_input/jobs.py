@@ -71,6 +71,7 @@ def sound(folder: Path) -> None:
 # --- Scenes --------------------------------------------------------------------------------------
 
 ITEMS = "data/items.jsonl"
+LONG = 100_000_000
 
 
 def code(text: str) -> Callable[[Path], None]:
@@ -85,6 +86,16 @@ def command(text: str) -> Callable[[Path], None]:
 
 def items(content: str | bytes, split: str = "items") -> Callable[[Path], None]:
     return both(put(ITEMS, content), swap("split: items", f"split: {split}"))
+
+
+def long_item(folder: Path) -> None:
+    """A JSON text of 100 MB, between two short ones."""
+    items(b'1\n"' + b"x" * LONG + b'"\n[2]\n')(folder)
+
+
+def long_line(folder: Path) -> None:
+    """One of 100 MB, between two short ones."""
+    items(b"1\n" + b"x" * LONG + b"\n2", "lines, size: 1")(folder)
 
 
 def calls(name: str) -> Callable[[Path], None]:
@@ -251,16 +262,16 @@ INPUT = [
         "100 MB record",
         "has a record of 100 MB among small ones",
         "task one/0: TypeError: object of type 'int' has no len()",
-        both(items(b'1\n"' + b"x" * 100_000_000 + b'"\n[2]\n'), calls("length")),
-        kept={"one": [100_000_000, 1]},
+        both(long_item, calls("length")),
+        kept={"one": [LONG, 1]},
     ),
     Job(
         "100 MB line",
         "has a line of 100 MB among short ones",
         "SUCCEEDED",
-        both(items(b"1\n" + b"x" * 100_000_000 + b"\n2", "lines, size: 1"), calls("size")),
+        both(long_line, calls("size")),
         0,
-        {"one": [2, 100_000_001, 1]},
+        {"one": [2, LONG + 1, 1]},
     ),
     Job(
         "named twice",

@@ -52,7 +52,9 @@ def test_results_that_find_no_folder_are_not_lost(shell: Shell) -> None:
     check(told, code=2, says="The results cannot be written to out")
     assert (shell.folder / "out").read_text() == "somebody's file"
     (shell.folder / "out").unlink()
-    check(shell(*RUN, "--resume"), code=0, says="SUCCEEDED")
+    told = shell(*RUN, "--resume")
+    check(told, code=0, says="SUCCEEDED")
+    assert "There is no run of this file, code and data to go on with" in told.err
     assert fetched(shell.folder / "out") == {"one": [1, 2, 3]}
 
 

@@ -57,7 +57,7 @@ def anything(rng: Random) -> Call:
     calls: list[Call] = [
         lambda of: of.add_job(job, state=JobState.SUBMITTED),
         lambda of: of.add_job(job, state=state, cut=replace(cuts, round=0)),
-        lambda of: of.move_job(job.id, state, reason="why"),
+        lambda of: of.move_job(job.id, state),
         lambda of: of.set_control(job.id, rng.choice((Control.PAUSE, Control.PAUSE))),
         lambda of: of.add_cut(cuts),
         lambda of: of.set_planned(job.id, stage, 7),

@@ -40,7 +40,14 @@ def test_texts_of_any_length_are_kept(rough_simpledb: Sdb) -> None:
                 await submit(of, job)
                 await of.add_cut(cut(0, large, left=SCATTERED))
                 await fold(of, outcome)
-                await of.move_job(JOB.id, JobState.PAUSED, reason="\0é" * 70_000)
+                await of.finish(
+                    JOB.id,
+                    JobState.FAILED,
+                    round=0,
+                    reason="\0é" * 70_000,
+                    ended_s=1.0,
+                    closed={},
+                )
             assert (await ledger.job(JOB.id)).job == job
             assert (await stage_of(ledger)).left == SCATTERED
             ours, theirs = await ledger.dump(), await reference.dump()

@@ -8,7 +8,7 @@ from dataclasses import replace
 from batchlab import backends
 from batchlab.backends import Backend
 from batchlab.forecast.grid import Options
-from batchlab.manager.live import ManagerSettings
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Pool
 from batchlab.scenario.draws import Constant
 from batchlab.scenario.model import (

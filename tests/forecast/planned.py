@@ -1,4 +1,4 @@
-"""Grids whose finish and cost are plain arithmetic, in place of the simulator."""
+"""Grids whose finish and cost are plain arithmetic, in place of the simulator; plans for them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from random import Random
 from typing import Any
 
 from batchlab.costs import prices
+from batchlab.forecast.candidates import Fleet, Goal
+from batchlab.forecast.plan import Plan
+from batchlab.forecast.planner import Search
 from batchlab.model import Pool
 from batchlab.scenario.model import Fault, FaultName, Policy, PoolPlan, Scenario
 from batchlab.scenario.record import Injected, PoolSample, Record, Sample, StageRun
@@ -16,6 +19,7 @@ from tests.scenario.records import a_job, a_record, an_instance
 
 USD_H = 0.1
 BOOK = prices.load()
+WAVE = (Fault(FaultName.SPOT_WAVE, 100.0),)
 
 
 def a_scenario(**more: Any) -> Scenario:
@@ -123,3 +127,16 @@ def _finished(tasks: int, task_s: float, ready_s: list[float], slots: int) -> fl
         last_s = max(last_s, end_s)
         heapq.heappush(free, end_s)
     return last_s
+
+
+def a_plan(grid: Any, goal: Goal, scenario: Scenario | None = None, **more: Any) -> Plan:
+    search = Search(scenario or a_scenario(), goal, grid, **more)
+    search.search()
+    found = search.answer()
+    assert found is not None
+    return found
+
+
+def the_fleet(plan: Plan) -> Fleet:
+    (fleet,) = plan.chosen.candidate.fleets
+    return fleet

@@ -11,9 +11,19 @@ from batchlab.cli import planned
 from batchlab.forecast.candidates import Candidate, Fleet, Goal, Outcome, Point, failures, outcome
 from batchlab.forecast.moves import Room, around, sized
 from batchlab.forecast.plan import Plan
-from batchlab.scenario.model import Expectation, Fault, FaultName, Prewarm, Scenario
+from batchlab.scenario.draws import Constant
+from batchlab.scenario.model import (
+    Expectation,
+    Fault,
+    FaultName,
+    JobTemplate,
+    Prewarm,
+    Scenario,
+)
 from batchlab.scenario.record import Record
+from batchlab.scenario.sources import At
 from tests.forecast.planned import BOOK, a_scenario
+from tests.replay.rig import stage
 from tests.scenario.records import a_job, a_record
 
 
@@ -91,3 +101,16 @@ def test_a_wave_that_has_no_spot_instance_to_take_is_to_be_deleted() -> None:
     of_one = a_scenario(faults=(replace(wave, pool="default"), replace(wave, pool="big")))
     fleets = (Fleet("default", 0, 2), Fleet("big", 0, 2, 1.0))
     assert [one.pool for one in a_plan(of_one, *fleets).idle_waves] == ["default"]
+
+
+@pytest.mark.parametrize(("deadline_s", "cannot"), [(1200.0, True), (1201.0, False)])
+def test_a_deadline_before_the_last_arrival_is_said_to_be_met_by_no_fleet(
+    deadline_s: float, cannot: bool
+) -> None:
+    arrivals = (At(template="plain", moments=((300.0, 1), (1500.0, 1))),)
+    late = (Outcome(7, 1600.0, 0.5, 0, 0, 0, 2, {}, None),)
+    jobs = {"plain": JobTemplate("plain", (stage("work", 30.0),), Constant(1))}
+    made = a_plan(a_scenario(jobs=jobs, arrivals=arrivals), Fleet("default", 0, 4))
+    made = replace(made, goal=Goal(deadline_s), chosen=replace(made.chosen, outcomes=late))
+    told = "None can: the last job is due 20 min 00 s after the first"
+    assert (told in planned.text(made)) is cannot

@@ -170,7 +170,7 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     ("text", "why"),
     [
         (None, "cannot be read"),
-        ("[]", "no calibration"),
+        ("[]", r"no calibration \(1 mistake in it\)\."),
         ('{"runs": 1}', "no calibration"),
         ('{"backend": "local", "bundle_s": -1}', "below 0"),
         ('{"backend": "local", "boot_s": {"default": -1}}', "below 0"),

@@ -12,6 +12,7 @@ import pytest
 
 from batchlab import backends
 from batchlab.cli import planning
+from batchlab.costs import prices
 from batchlab.forecast import calibrate
 from batchlab.forecast.candidates import Candidate, Fleet, Goal, Outcome, applied, outcome
 from batchlab.forecast.comparison import Comparison, compare
@@ -207,6 +208,26 @@ def test_a_plan_from_file_to_exit_code(run: Run, tmp_path: Path) -> None:
     )
     assert code == 1
     assert "No fleet was found that is in time for 0.001 USD" in told
+
+
+def test_a_forecast_and_a_plan_cost_what_the_grids_own_prices_say(run: Run, tmp_path: Path) -> None:
+    """They took the prices that ship, where bill, estimate and replay take those of the home."""
+    file, home = tmp_path / "plain.yaml", tmp_path / "home"
+    file.write_text(PLAIN)
+    home.mkdir()
+    dear = prices.write(BOOK).replace('"m7i.large" = 0.1008', '"m7i.large" = 1.008')
+    (home / prices.NAME).write_text(dear)
+    few = ("--deadline", "20m", "--seeds", 1, "--runs", 6, "--jobs", 1, "--json")
+    forecasts, plans = [], []
+    for where in (tmp_path / "none", home):
+        out = tmp_path / "record.json"
+        assert run("scenario", "simulate", file, "--home", where, "--out", out)[0] == 0
+        forecasts.append(record.read(out).usd or 0.0)
+        code, told, _ = run("scenario", "plan", file, "--home", where, *few)
+        assert code == 0
+        plans.append(json.loads(told)["usd_mean"])
+    for before, after in (forecasts, plans):
+        assert after > 5 * before
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,14 @@ from batchlab.commit import commit
 from batchlab.fleet.group import ManagedFleet
 from batchlab.jobdef import InputDef, JobDef, RetryRule, StageDef
 from batchlab.listening import listen
-from batchlab.manager.live import LiveJob, ManagerSettings, Outstanding, Ports
+from batchlab.manager.live import LiveJob, Outstanding, Ports
 from batchlab.manager.manager import Manager
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Failure, FailureKind, JobId, Pool, Ran, StageName
 from batchlab.patience import Patience
 from batchlab.ports import Outgoing
-from batchlab.protocol import naming, settle, wire
+from batchlab.protocol import naming, settle
+from batchlab.protocol.messages import Beat, Events, Held, events_message
 from batchlab.views import JobView
 
 T = TypeVar("T")
@@ -226,23 +228,22 @@ class Rig:
                 log_spans=spans,
             )
             await commit(self.objects, outcome, self.manager.ports.patience)
-            await self._tell(wire.Events(completions=(settle.completion(outcome),)))
+            await self._tell(Events(completions=(settle.completion(outcome),)))
 
     def beat(self, instance: str, *runs: Outstanding, pool: str = "default") -> None:
         """Let an instance's worker report that it runs these."""
         held = tuple(
-            wire.Held("q", o.bundle.id, o.bundle.job, o.bundle.stage, o.bundle.id, True)
-            for o in runs
+            Held("q", o.bundle.id, o.bundle.job, o.bundle.stage, o.bundle.id, True) for o in runs
         )
-        beat = wire.Beat(f"w-{instance}", instance, pool, time.time(), 2, len(held), held, 1)
-        self.run(self._tell(wire.Events(beats=(beat,))))
+        beat = Beat(f"w-{instance}", instance, pool, time.time(), 2, len(held), held, 1)
+        self.run(self._tell(Events(beats=(beat,))))
         self.until(
             lambda: (seen := self.manager.registry.workers.get(instance)) and seen.beat == beat,
             "the beat",
         )
 
-    async def _tell(self, events: wire.Events) -> None:
-        await self.queue.send(naming.EVENTS, [Outgoing(wire.events_message(events))])
+    async def _tell(self, events: Events) -> None:
+        await self.queue.send(naming.EVENTS, [Outgoing(events_message(events))])
 
     def ended(self, job: str) -> JobView:
         """The job, once it has ended."""

@@ -21,8 +21,9 @@ from batchlab.adapters.objects import open_local
 from batchlab.adapters.sqlite_queue import SqliteQueue
 from batchlab.errors import NotFound
 from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager.live import ManagerSettings, Ports
+from batchlab.manager.live import Ports
 from batchlab.manager.manager import Manager
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import JobId, Json, Pool, StageName
 from batchlab.patience import Patience
 from batchlab.ports import JobRecord, Ledger

@@ -177,6 +177,10 @@ USER_MAY: dict[str, Call] = {
     "list": lambda it: it.s3.list_objects_v2(Bucket=it.bucket, Prefix="jobs/"),
     "know the token": lambda it: it.secretsmanager.get_secret_value(SecretId=it.ids["TokenSecret"]),
     "find the manager": lambda it: it.autoscaling.describe_auto_scaling_groups(),
+    "find the stack": lambda it: it.cloudformation.describe_stacks(StackName="batchlab"),
+    "count messages": lambda it: it.sqs.get_queue_attributes(
+        QueueUrl=it.queue("PoolTasks"), AttributeNames=["ApproximateNumberOfMessages"]
+    ),
 }
 
 # --- What they must not --------------------------------------------------------------------------

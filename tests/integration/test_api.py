@@ -131,7 +131,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 @pytest.mark.parametrize("what", BAD)
 def test_a_job_that_is_wrong_is_refused_and_leaves_nothing_behind(rig: Rig, what: str) -> None:
-    """Answers pain 1: a job that can never run must not be accepted."""
+    """A job that can never run must not be accepted."""
     spoil, message = BAD[what]
     doc = wire.job_to_json(job())
     doc = {**doc, "stages": [dict(stage) for stage in doc["stages"]]}

@@ -122,7 +122,7 @@ def test_a_shutdown_is_passed_on_after_its_answer(rig: Rig) -> None:
 
 
 def test_why_follows_a_job_through_its_life(rig: Rig) -> None:
-    """Answers pain 1: at every moment there is a reason, and it is the right one."""
+    """At every moment there is a reason, and it is the right one."""
     last = StageDef(StageName("sum"), after=(MAP,), gather="*", handler="m:g")
     name = rig.submit(
         job(tasks=1, after=[last], retry=RetryRule(attempts=2, backoff_s=600.0, jitter=0.0))
@@ -140,7 +140,7 @@ def test_why_follows_a_job_through_its_life(rig: Rig) -> None:
 
 
 def test_why_tells_that_instances_cannot_be_launched() -> None:
-    """Answers pain 1: a fleet that cannot come up is the reason, not a mystery."""
+    """A fleet that cannot come up is the reason, not a mystery."""
     with Rig() as rig:
         rig.launcher.refuse = lambda _pool, _instance: "the image is missing"
         name = rig.submit(job(tasks=1))

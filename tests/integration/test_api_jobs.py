@@ -105,7 +105,7 @@ def test_a_paused_job_says_so_and_goes_on(rig: Rig) -> None:
 
 
 def test_a_retry_runs_what_failed_and_forgets_its_failures(rig: Rig) -> None:
-    """Answers pain 13: which tasks failed, and how to run only those again."""
+    """Which tasks failed, and how to run only those again."""
     name = rig.submit(job(tasks=3))
     with pytest.raises(Refused, match="still"):
         rig.client.retry(name)
@@ -170,7 +170,7 @@ def test_whoever_waits_for_outcomes_is_woken_by_the_next(rig: Rig) -> None:
 
 
 def test_the_log_of_every_attempt_is_kept(rig: Rig) -> None:
-    """Answers pain 13: the log of the attempt that failed, not only of the last one."""
+    """The log of the attempt that failed, not only of the last one."""
     name = rig.submit(job(tasks=2, retry=RetryRule(attempts=2, backoff_s=0.0)))
     rig.work(name, 2, bad=[1])
     rig.work(name, 1)

@@ -47,13 +47,14 @@ class Server:
     env: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[str] | None = None
     url: str = ""
+    templates: str = TEMPLATES
 
     @property
     def state(self) -> Path:
         return self.folder / "state"
 
     def command(self) -> list[str]:
-        (self.folder / "templates.toml").write_text(TEMPLATES)
+        (self.folder / "templates.toml").write_text(self.templates)
         argv = [sys.executable, "-m", "batchlab", "asg", "serve", "--state", str(self.state)]
         return [*argv, "--templates", str(self.folder / "templates.toml"), *self.options]
 

@@ -82,7 +82,7 @@ def test_one_bad_task_of_a_hundred(
 
 
 def test_retry_runs_again_only_what_failed(bring_up: Bring, tmp_path: Path) -> None:
-    """Answers pain 13, partial failure is painful."""
+    """A job of which a part has failed need not run as a whole again."""
     folder = tmp_path / "job"
     path = job_file(folder, "gate")
     gate = tmp_path / "open"

@@ -127,7 +127,7 @@ def test_the_demo_runs_from_nothing_and_agrees_with_its_facts(cli: Cli) -> None:
 
 
 def test_an_interrupted_run_goes_on_where_it_was(cli: Cli) -> None:
-    """Pain 11: what was started is not left running; pain 4: and stopping loses nothing."""
+    """What was started is not left running, and stopping loses nothing."""
     cli.inputs(40)
     first = cli.start("run", "job.yaml", "--out", "out", "--set", "seconds=0.1")
     cli.wait(lambda: cli.outcomes() >= 4, "outcome")

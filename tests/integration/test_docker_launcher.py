@@ -13,9 +13,9 @@ import pytest
 
 from batchlab.adapters.docker import Template
 from batchlab.adapters.docker_engine import Engine, find
-from batchlab.adapters.process import KEEP_ENDED_S
 from batchlab.errors import AlreadyExists, BackendError
 from batchlab.model import Machine, Market, Pool
+from batchlab.ports import KEEP_ENDED_S
 from tests.containers import DockerGrid, docker_grid, ensure_network, python, shell
 from tests.fleet_rigs import BROKEN, STEADY, STUBBORN, LoopClock, ManualClock, behaving
 from tests.integration.docker_rig import DEADLINE_S, end_of, run, soon, up

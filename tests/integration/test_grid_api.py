@@ -172,6 +172,8 @@ def test_failures_come_once_each_in_either_order(grid: Grid) -> None:
 def test_an_argument_that_cannot_be_pickled_is_named_before_anything_is_queued(
     grid: Grid, home: Path
 ) -> None:
+    # Results are told before their job has ended.
+    until(lambda: not grid.client.jobs(active=True))
     jobs, before = len(grid.client.jobs()), objects(home)
     with pytest.raises(UsageError, match=r"Item 1 cannot be sent .*_thread\.lock"):
         grid.map(lambda x: x, [1, threading.Lock()])
@@ -195,6 +197,11 @@ def test_a_result_that_cannot_be_pickled_fails_its_task_by_name(grid: Grid) -> N
     with pytest.raises(TaskFailed, match=r"Task map/0 .*_thread\.lock") as caught:
         list(grid.map(lambda _: threading.Lock(), [1]))
     assert caught.value.task == 0
+
+
+def test_a_function_that_takes_no_item_is_not_told_by_the_key_it_was_sent_under(grid: Grid) -> None:
+    with pytest.raises(TaskFailed, match=r"failed: The function cannot .*, and takes \(\)"):
+        list(grid.map(lambda: 1, [1]))
 
 
 def test_a_task_is_tried_as_often_as_its_rule_says(grid: Grid, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def job_file(tmp_path: Path) -> Path:
 
 def test_a_job_file_runs_to_its_results(grid: Grid, job_file: Path, tmp_path: Path) -> None:
     result = grid.run(job_file, params={"min_cents": 0}, out=tmp_path / "out")
+    assert repr(result) == f"<JobResult {result.id} SUCCEEDED>"
     result.raise_for_state()
     assert (result.state, result.failures, result.view["id"]) == ("SUCCEEDED", [], result.id)
     totals = list(result.results())

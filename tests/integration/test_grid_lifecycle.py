@@ -72,6 +72,7 @@ def ended(home: Path) -> list[str]:
 def test_a_with_block_leaves_no_process_and_can_be_closed_again(tmp_path: Path) -> None:
     """Pain 11: orphans."""
     with Grid("local", home=tmp_path, workers=1) as grid:
+        assert repr(grid) == f"<Grid on local in {tmp_path}>"
         assert list(grid.map(lambda x: x, [1])) == [1]
         kept = grid.map(lambda x: x, [1])
         record = Home(tmp_path).record()
@@ -115,6 +116,27 @@ def test_a_grid_left_open_is_closed_when_python_ends(tmp_path: Path) -> None:
     assert output(tmp_path, script) == "[1, 2]\n"
     until(lambda: not processes_of(tmp_path / "home"), 5)
     assert sorted(ended(tmp_path / "home")) == ["CANCELLED", "SUCCEEDED"]
+
+
+def test_a_program_that_ends_of_a_failure_says_nothing_more_and_has_the_rest_cancelled(
+    tmp_path: Path,
+) -> None:
+    """No thread can be started any more by then, and the failed map asks for one."""
+    script = """
+        import sys
+        from batchlab import Grid
+        from batchlab.errors import TaskFailed
+        from time import sleep
+        grid = Grid("local", home="home", workers=1)
+        try:
+            for _ in grid.map(lambda x: sleep(1 / x), [0, *[9] * 99], bundle=1):
+                pass
+        except TaskFailed:
+            sys.exit()
+    """
+    assert output(tmp_path, script) == ""
+    until(lambda: not processes_of(tmp_path / "home"), 5)
+    assert ended(tmp_path / "home") == ["CANCELLED"]
 
 
 def test_a_grid_nobody_refers_to_is_closed_but_not_before_its_last_result(tmp_path: Path) -> None:

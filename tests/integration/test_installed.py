@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import email
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -21,7 +23,8 @@ import pytest
 import batchlab
 from batchlab import package_data
 from batchlab.package_data import FOLDERS
-from tests.uv import ROOT, Uv, uv
+from tests.supply import EXTRAS
+from tests.uv import ROOT, Uv, program, uv
 
 __all__ = ["uv"]
 
@@ -104,7 +107,7 @@ def test_the_metadata_says_what_an_index_shows(built: Built) -> None:
     classifiers = told.get_all("Classifier", [])
     assert "Typing :: Typed" in classifiers
     assert not [one for one in classifiers if one.startswith("License ::")]
-    assert set(told.get_all("Provides-Extra", [])) == {"otel"}
+    assert set(told.get_all("Provides-Extra", [])) == set(EXTRAS)
 
 
 # --- What it does --------------------------------------------------------------------------------
@@ -116,6 +119,8 @@ class Installed:
     def __init__(self, environment: Path, folder: Path) -> None:
         self.python = environment / "bin" / "python"
         self.folder = folder
+        self.installing: dict[str, str] = {}
+        """The environment of what installs more."""
         self._program = environment / "bin" / "batchlab"
         # Nothing of the tests' own environment, in which batchlab is the checkout.
         self.env = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "LANG": "C.UTF-8"}
@@ -124,7 +129,19 @@ class Installed:
         return self.call(str(self._program), *arguments)
 
     def call(self, *command: str) -> str:
-        done = subprocess.run(
+        done = self._done(*command)
+        assert not done.returncode, f"{' '.join(command)}: {done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def refused(self, *arguments: str) -> str:
+        """What is said on stderr by a command that ends with the code of wrong usage."""
+        done = self._done(str(self._program), *arguments)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    def _done(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             command,
             cwd=self.folder,
             env=self.env,
@@ -133,27 +150,67 @@ class Installed:
             text=True,
             timeout=WAIT_S,
         )
-        assert not done.returncode, f"{' '.join(command)}: {done.stdout}\n{done.stderr}"
-        return done.stdout
 
 
 @pytest.fixture(scope="module")
 def installed(
     built: Built, uv: Uv, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Installed]:
-    """With the versions of the lock file, for the Python of the tests."""
+    """Without any extra, in the versions of the lock file, for the Python of the tests."""
     folder = tmp_path_factory.mktemp("installed")
     environment, pins = folder / "environment", folder / "pins.txt"
     uv("venv", "-q", "--python", sys.executable, environment)
-    uv("export", "-q", "--frozen", "--no-dev", "--no-hashes", "--no-emit-project",
+    uv("export", "-q", "--frozen", "--no-dev", "--all-extras", "--no-hashes", "--no-emit-project",
        "--project", ROOT, "--output-file", pins)  # fmt: skip
     uv("pip", "install", "-q", "--python", environment / "bin" / "python",
        "--constraints", pins, built.wheel)  # fmt: skip
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
     made = Installed(environment, elsewhere)
+    # For what is installed later: the same versions, from the same place.
+    made.installing = {**os.environ, "UV_CONSTRAINT": str(pins)}
     yield made
     made("grid", "down")
+
+
+def of_extras(installed: Installed) -> dict[str, str]:
+    """What the doctor says of them."""
+    (found,) = (
+        one for one in json.loads(installed("doctor", "--json")) if one["check"] == "extras"
+    )
+    told: dict[str, str] = found
+    return told
+
+
+def with_page(installed: Installed) -> None:
+    """Install the extra that the page is made with, by the command that names it as missing."""
+    said = installed.refused("report", "html", "last")
+    (told,) = re.findall(r"`(uv pip install .+)` brings it", said)
+    _, *arguments = shlex.split(told)
+    done = subprocess.run(
+        [program(), *arguments, "--quiet"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=installed.installing,
+    )
+    assert not done.returncode, done.stderr
+
+
+def test_a_part_whose_extra_is_missing_names_it(installed: Installed) -> None:
+    found = of_extras(installed)
+    assert found["text"].startswith("installed: none; not installed")
+    assert f"batchlab[{','.join(EXTRAS)}] @ file:///" in found["remedy"]
+    for extra, command in (
+        ("aws", "deploy status --region eu-west-1"),
+        ("aws", "grid up --backend aws"),
+        ("docker", "grid up --backend localstack"),
+        ("ministack", "grid up --backend ministack"),
+        ("web", "report html last"),
+    ):
+        said = installed.refused(*command.split())
+        assert f"needs batchlab's extra `{extra}`, which is not installed" in said, command
+        assert f"'batchlab[{extra}] @ file:///" in said, command
 
 
 def test_it_runs_the_readmes_commands_where_no_source_is(installed: Installed) -> None:
@@ -165,19 +222,23 @@ def test_it_runs_the_readmes_commands_where_no_source_is(installed: Installed) -
     assert "fail" not in {line.split()[0] for line in installed("doctor").splitlines()}
     said = installed("demo", "--files", "10")
     assert said.rstrip().endswith("totals agree with the generator: yes")
+    installed("init", "rides", "--example", "transform")
+    installed("run", "rides/job.yaml", "--out", "rides/out")
     installed("init", "first")
     installed("run", "first/job.yaml", "--out", "out")
     assert (installed.folder / "out" / "total.jsonl").read_text().count("\n") == 3
+    assert "first-claims" in installed("report", "sql", "SELECT DISTINCT job FROM tasks", "last")
+    with_page(installed)
     installed("report", "html", "last", "--out", "run.html")
     page = (installed.folder / "run.html").read_text()
     assert "first-claims" in page
     assert "<script" not in page
     assert "claims-month-end" in installed("scenario", "list")
-    installed("init", "rides", "--example", "transform")
-    installed("run", "rides/job.yaml", "--out", "rides/out")
 
 
 def test_its_page_has_all_that_it_shows(installed: Installed) -> None:
+    if "web" in of_extras(installed)["text"].partition("not installed")[2]:
+        with_page(installed)
     installed("grid", "up")
     opened = json.loads(installed("grid", "open", "--json"))["url"]
     address, _, word = opened.partition("#")

@@ -13,7 +13,8 @@ import pytest
 
 from batchlab.home import Home
 from tests.browser import offences, opened, tab_stops
-from tests.integration.still_grid import FAILED, OK, PAUSED, RUNS, WAITS, StillGrid
+from tests.integration.still_grid import StillGrid
+from tests.integration.still_tables import FAILED, OK, PAUSED, RUNS, WAITS
 from tests.looks import REFERENCES, WIDTHS, Eye, Looks, amiss, eye_of, fit, must
 
 if TYPE_CHECKING:

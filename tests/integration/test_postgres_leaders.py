@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from batchlab.adapters.sql import open_memory, open_postgres
-from batchlab.manager.manager import LEASE
+from batchlab.manager.lease import LEASE
 from batchlab.manager.rebuild import rebuild
 from batchlab.model import JobState
 from tests.contract.ledger_suite import ledger_in

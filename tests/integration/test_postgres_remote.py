@@ -18,8 +18,8 @@ from batchlab.adapters.aws import Endpoint, client
 from batchlab.adapters.sql import IamLogins, Login, Logins, SecretLogins, SqlLedger, open_postgres
 from batchlab.adapters.sql.logins import in_secret
 from batchlab.errors import BackendError, NotFound, Unreachable
-from batchlab.manager.live import ManagerSettings
 from batchlab.manager.manager import Manager
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import JobState
 from tests.contract.ledger_suite import JOB, bundle, counts_of, done, fold, submit
 from tests.integration import postgres_managers as grid

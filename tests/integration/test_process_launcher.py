@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.process import INSTANCE_VARIABLE, KEEP_ENDED_S, ProcessLauncher
+from batchlab.adapters.process import INSTANCE_VARIABLE, ProcessLauncher
 from batchlab.adapters.state_file import StateFile
 from batchlab.errors import BackendError
 from batchlab.fleet.group import ManagedFleet
 from batchlab.model import Pool
+from batchlab.ports import KEEP_ENDED_S
 from tests.fleet_rigs import (
     ABSENT,
     DEADLINE_S,
@@ -141,7 +142,6 @@ def write_record(root: Path, instance: str, **changes: object) -> None:
     record: dict[str, object] = {
         "instance": instance,
         "pool": "steady",
-        "launched_s": 0.0,
         "boot": boot,
         "pid": 0,
         "start_ticks": 0,

@@ -4,83 +4,34 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import select
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
-from functools import cache
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from batchlab import Grid
-from batchlab.cli import app as cli
 from batchlab.errors import TaskFailed
 from batchlab.worker.board import Board
 from batchlab.worker.processes import table
-from tests.integration.tasks_rig import Ran, contents, ran
+from tests.integration.tasks_rig import (
+    Quick,
+    Ran,
+    Verdict,
+    anywhere,
+    at_a_terminal,
+    contents,
+    grids,
+    here,
+    quick,
+    verdict,
+)
 from tests.waiting import until
 
-
-@pytest.fixture(scope="module")
-def grids(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Ran]]:
-    """The job on a grid of that backend, one for all tests."""
-    with ExitStack() as stack:
-
-        @cache
-        def on(backend: str) -> Ran:
-            return stack.enter_context(ran(tmp_path_factory.mktemp(backend), backend))
-
-        yield on
-
-
-@pytest.fixture(params=["local", "ministack"])
-def anywhere(request: pytest.FixtureRequest, grids: Callable[[str], Ran]) -> Ran:
-    return grids(request.param)
-
-
-@pytest.fixture
-def here(grids: Callable[[str], Ran]) -> Ran:
-    return grids("local")
-
-
-Quick = Callable[..., tuple[int, str, str]]
-Verdict = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Quick:
-    """A command line in this process, which spares its start: exit code, stdout and stderr."""
-    monkeypatch.setattr("batchlab.cli.signals.install", lambda: None)
-
-    def quick(one: Ran, *words: str) -> tuple[int, str, str]:
-        argv = one.argv(*words)
-        with pytest.raises(SystemExit) as ended:
-            cli.start(argv[argv.index("job") :])
-        told = capfd.readouterr()
-        return int(ended.value.code or 0), told.out, told.err
-
-    return quick
-
-
-@pytest.fixture
-def verdict(quick: Quick) -> Verdict:
-    """What `--json` says of a run, whose exit code must go with it; what the task prints comes as
-    `stderr`."""
-
-    def verdict(one: Ran, *words: str) -> dict[str, Any]:
-        code, out, err = quick(one, "replay-task", *words, "--json")
-        found: dict[str, Any] = json.loads(out)
-        assert code == (found["verdict"] not in ("succeeded", "not at all"))
-        return {**found, "stderr": err}
-
-    return verdict
+__all__ = ["anywhere", "grids", "here", "quick", "verdict"]
 
 
 # --- The same failure, from any backend ----------------------------------------------------------
@@ -432,27 +383,3 @@ def test_without_logs_it_still_comes_home_and_says_what_is_not_known(
     found = verdict(here.moved(tmp_path), "parse/1")
     assert found["verdict"] == "same"
     assert found["differences"][0].startswith("Nothing is known of the surroundings")
-
-
-def at_a_terminal(argv: list[str], typed: list[str], within_s: float = 30.0) -> str:
-    """What a terminal shows of a command; each line is typed when pdb asks for one."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    shown, answered, deadline_s = "", 0, time.monotonic() + within_s
-    try:
-        while time.monotonic() < deadline_s:
-            if select.select([ours], [], [], 0.1)[0]:
-                try:
-                    data = os.read(ours, 65536)
-                except OSError:  # the terminal's other end is closed
-                    break
-                shown += data.decode(errors="replace")
-            if shown.count("(Pdb) ") > answered and answered < len(typed):
-                os.write(ours, typed[answered].encode())
-                answered += 1
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
-    return shown

@@ -12,7 +12,7 @@ import pytest
 from batchlab.adapters.sql.ledger import open_sqlite
 from batchlab.datagen import ClaimsFacts, write_claims
 from batchlab.errors import BackendError
-from batchlab.manager.manager import LEASE
+from batchlab.manager.lease import LEASE
 from batchlab.model import Pool
 from batchlab.views import JobView
 from tests.integration.conftest import Bring

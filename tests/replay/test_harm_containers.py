@@ -77,7 +77,7 @@ def test_instances_that_are_cut_off_reach_nobody_and_come_back(bench: Bench) -> 
 def test_a_spot_wave_takes_spot_instances(bench: Bench) -> None:
     with bench.work(SMALL, 0.3) as work:
         seen = work.hurt(FaultName.SPOT_WAVE, count=1, notice_s=4.0)
-        assert seen.evidence.startswith("1 of 1 had their notice of 4 s, and 1 were gone after")
+        assert seen.evidence.startswith("1 of 1 had its notice of 4 s, and 1 was gone after")
         (target,) = seen.targets
         until(lambda: target not in Containers(bench.grid).instances(), 20)
 

@@ -10,6 +10,7 @@ import pytest
 from batchlab import backends
 from batchlab.costs import prices
 from batchlab.costs.meter import Account, Kind
+from batchlab.costs.money import HOURS_A_MONTH, WORKER_DISK_GB
 from batchlab.errors import Refused
 from batchlab.model import (
     Bundle,
@@ -164,7 +165,8 @@ def test_on_a_laptop_instances_cost_what_the_scenarios_would() -> None:
     hour = book.rate("m7i.large", Market.ON_DEMAND, "").typical
     found = usd(0.0)
     instances = sum(v for name, v in found.items.items() if "pool" in name)
-    assert instances == pytest.approx(hour, rel=0.05), "an hour, and its disk"
+    disk = book.of("ebs", "gp3_usd_per_gb_month") * WORKER_DISK_GB / HOURS_A_MONTH
+    assert instances == pytest.approx(hour + disk, rel=0.001)
     assert found.usd == pytest.approx(sum(found.items.values()))
     assert costing.again_s(before, after) == 10.0
     assert usd(1.0).usd < usd(0.5).usd < found.usd < usd(0.0, "m7i.4xlarge").usd

@@ -268,3 +268,28 @@ def test_a_pool_is_cooled_also_where_the_first_call_for_that_has_failed(tmp_path
 
     asyncio.run(go())
     assert [size for _, size in scaled] == [2, *failed]
+
+
+def test_a_manager_that_was_away_does_not_put_off_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is away for 0.3 s, and the job ends meanwhile: no further 1.2 s until that is seen."""
+    monkeypatch.setattr("batchlab.replay.link.AGAIN_S", 0.01)
+
+    class Leaving(Manager):
+        def __init__(self) -> None:
+            super().__init__()
+            self.looked_s: list[float] = []
+
+        def jobs(self, **_: object) -> list[Any]:
+            self.looked_s.append(time.monotonic())
+            if self.looked_s[-1] < self.looked_s[0] + 0.3:
+                raise Unreachable("The manager does not answer.")
+            return super().jobs()
+
+    world = World(tmp_path, scenario(QUICK))
+    world.manager = world.link._manager = leaving = Leaving()
+    world.link._away_s = 60.0
+    world.go(stop_when=lambda state: state.at_s > 1.0)
+    back = next(n for n, at_s in enumerate(leaving.looked_s) if at_s >= leaving.looked_s[0] + 0.3)
+    assert len(leaving.looked_s) > back + 1, "it is looked at again within what is left of a second"

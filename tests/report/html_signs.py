@@ -31,7 +31,6 @@ SIGNS = Signs(
     full_s=60.0,
     tail_s=6.0,
     peak_slots=8.0,
-    peak_running=8,
     filled=0.9,
     slots_each=2,
     instances=4,

@@ -35,6 +35,13 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
         ("zones: 2", "fautls: []", 3, "Did you mean 'faults'?"),
         # Jobs
         ("  small: {task", "  Small: {task", 11, "A name in 'jobs' cannot be 'Small'"),
+        ("deadline: 1h", "deadline: 06:00", 7, "'06:00' is not a duration, but a time of day"),
+        (
+            "deadline: 1h",
+            "deadline: 31.10.2026",
+            7,
+            "is not a duration, but a time of day or a date",
+        ),
         ("deadline: 1h", "deadline: soon", 7, "'soon' is not a duration. Write 30s, 5m"),
         ("deadline: 1h", "deadline: 0s", 7, "leaves no time to run"),
         ("deadline: 1h", "tenat: a", 7, "Did you mean 'tenant'?"),

@@ -47,3 +47,6 @@ def test_a_record_of_another_version_is_refused_as_such(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(UsageError, match="no record of a scenario's run"):
             record.read(file)
+    file.write_text("not JSON")
+    with pytest.raises(UsageError, match=r"no record of a scenario's run \(1 mistake in it\)\."):
+        record.read(file)

@@ -102,6 +102,37 @@ def test_a_trace_of_which_nothing_can_be_used(tmp_path: Path) -> None:
     assert f"{path}:2: at is no time ('x'): left out" in str(caught.value)
 
 
+def test_a_date_that_is_not_read_is_met_with_how_to_say_its_form(tmp_path: Path) -> None:
+    path = written(tmp_path, "at,size\n31.10.2026 18:05:00,3\n")
+    with pytest.raises(UsageError) as caught:
+        arrivals(table(path, Columns("at")))
+    assert 'unit: "%d.%m.%Y %H:%M:%S"' in (caught.value.remedy or "")
+    with pytest.raises(UsageError) as caught:
+        arrivals(table(path, Columns("at", unit="%d.%m.%Y %H:%M:%S", tasks=Take(("at",)))))
+    assert "unit:" not in (caught.value.remedy or "")
+    assert len(arrivals(table(path, Columns("at", unit="%d.%m.%Y %H:%M:%S")))) == 1
+
+
+def test_a_trace_with_nothing_below_its_header(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has no records"):
+        arrivals(table(written(tmp_path, "at,size\n"), Columns("at")))
+
+
+@pytest.mark.parametrize(
+    ("at", "begins"),
+    [
+        ("2026-10-30 15:05:26.9", "2026-10-30T15:00:27"),
+        ("2026-10-30T15:05:26+01:00", "2026-10-30T14:00:26Z"),
+        ("9999-12-31 23:59:59", "9999-12-31T23:54:59"),
+        ("0001-01-01 00:00:00", ""),
+        ("1793372726", ""),
+    ],
+)
+def test_what_time_it_was_when_the_scenario_begins(tmp_path: Path, at: str, begins: str) -> None:
+    path = written(tmp_path, f"at\n{at}\n")
+    assert replace(table(path, Columns("at")), starts_s=300.0).begins() == begins
+
+
 def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
     path = written(tmp_path, job(1))
     assert len(arrivals(swf(path))) == 1

@@ -76,11 +76,20 @@ async def submitted(world: World, made: JobDef) -> None:
     await world.submit(made)
 
 
-async def run_to_end(world: World, made: JobDef) -> JobState:
+async def run_to_end(world: World, made: JobDef, *, look_s: float = 1.0) -> JobState:
     await submitted(world, made)
-    record = await world.ended(made.id)
+    record = await looked_for(world, made, look_s)
     await invariants.check_all(world, [made.id])
     return record.state
+
+
+async def looked_for(world: World, made: JobDef, look_s: float) -> JobRecord:
+    """The job once it has ended, asked for every so many virtual seconds."""
+    while True:
+        record = await world.find(made.id)
+        if record is not None and record.state.ended:
+            return record
+        await asyncio.sleep(look_s)
 
 
 # --- Getting in between --------------------------------------------------------------------------

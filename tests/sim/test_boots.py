@@ -14,10 +14,21 @@ from batchlab import facts
 from batchlab.adapters.sim.launcher import SimInstance
 from batchlab.manager import by_hand
 from batchlab.manager.boots import LONGEST_PAUSE_S
-from batchlab.model import JobState, Pool
+from batchlab.model import Instance, JobState, LifecycleState, Pool
 from batchlab.sim.world import World
 from batchlab.why import why
-from tests.sim.scenes import UNHURRIED, A, ended, in_world, job, leader, stage, submitted, takes
+from tests.sim.scenes import (
+    UNHURRIED,
+    A,
+    around,
+    ended,
+    in_world,
+    job,
+    leader,
+    stage,
+    submitted,
+    takes,
+)
 
 POOL = Pool("default", 0, 4, 1, boot_s=30.0)
 PAUSE_S = 200.0
@@ -208,5 +219,36 @@ def test_instances_that_nobody_wants_any_more_are_no_failures() -> None:
             await by_hand.scale(manager, "default", desired=0)
             await asyncio.sleep(10.0)
         assert not manager.autoscaler.boots.trouble("default")
+
+    scene(act)
+
+
+def test_one_that_a_look_at_its_group_had_missed_while_it_booted_is_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only those in service were heard again: it never got there, ran into its launch hook's end,
+    and was replaced."""
+
+    async def act(world: World) -> None:
+        manager = await leader(world)
+        fleet = manager.ports.fleet
+        missed: list[str] = []
+
+        async def tick(real: Any) -> list[Instance]:
+            dead = list(await real())
+            for view in await fleet.describe():
+                booting = [one for one in view.instances if one.state is LifecycleState.PENDING]
+                if booting and not missed:
+                    missed.append(booting[0].id)
+                    dead.append(replace(booting[0], state=LifecycleState.TERMINATED))
+            return dead
+
+        around(monkeypatch, fleet, "tick", tick)
+        await by_hand.scale(manager, "default", desired=1)
+        await asyncio.sleep(2 * POOL.boot_s)
+        assert len(missed) == 1
+        assert list(manager.registry.workers) == missed
+        (one,) = (await by_hand.group(manager, "default")).instances
+        assert one.state is LifecycleState.IN_SERVICE
 
     scene(act)

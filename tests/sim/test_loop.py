@@ -153,7 +153,7 @@ def test_the_outside_is_refused(reach: Callable[[], Main]) -> None:
 
 
 def test_a_deadlock_is_told_with_the_names_of_those_who_wait() -> None:
-    """Answers pain 1, stuck without a reason, for the simulator's own users."""
+    """The simulator leaves nobody stuck without a reason either."""
 
     async def starve(event: asyncio.Event) -> None:
         await event.wait()

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from batchlab.errors import Unreachable
-from batchlab.manager.manager import LEASE, SET_BACK_S
+from batchlab.manager.lease import LEASE
+from batchlab.manager.starts import SET_BACK_S
 from batchlab.model import JobState
 from batchlab.ports import Outgoing
-from batchlab.protocol import naming, wire
+from batchlab.protocol import naming
+from batchlab.protocol.messages import read_task_message
 from batchlab.sim.world import EPOCH_S, World
 from tests.sim.scenes import (
     A,
@@ -58,7 +60,7 @@ def test_a_leader_that_stood_still_while_another_one_led_adopts_its_jobs_anew(
 
         async def send(real: Any, queue: str, messages: Sequence[Outgoing]) -> object:
             tasks = queue == naming.tasks_queue("default") and not planned.is_set()
-            if tasks and any(wire.read_task_message(m.body).bundle.stage == B for m in messages):
+            if tasks and any(read_task_message(m.body).bundle.stage == B for m in messages):
                 planned.set()
                 return None  # sent, and lost
             return await real(queue, messages)

@@ -15,7 +15,8 @@ from batchlab.jobdef import JobDef
 from batchlab.model import Bundle, FailureKind, JobId, JobState, Pool, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Message
-from batchlab.protocol import naming, wire
+from batchlab.protocol import naming
+from batchlab.protocol.messages import TaskMessage
 from batchlab.sim import invariants
 from batchlab.sim.actors import CURRENT, Actor
 from batchlab.sim.fates import Fates, value_of
@@ -35,7 +36,7 @@ def suspect(task: int) -> Bundle:
 
 def in_hand(bundle: Bundle) -> Hand:
     message = Message("m", "", "receipt", 1, 0.0, 0.0)
-    return Hand("tasks", message, wire.TaskMessage(bundle), f"w-{bundle.id}", 0.0, 0.0, "receipt")
+    return Hand("tasks", message, TaskMessage(bundle), f"w-{bundle.id}", 0.0, 0.0, "receipt")
 
 
 def test_a_start_that_is_withdrawn_while_it_is_renewed_does_not_come_back(

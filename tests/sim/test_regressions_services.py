@@ -17,7 +17,8 @@ from batchlab.errors import Throttled, Unreachable
 from batchlab.jobdef import RetryRule
 from batchlab.model import BundleId, Failure, FailureKind, JobId, JobState, Pool
 from batchlab.ports import MAX_MESSAGE_BYTES, Outgoing
-from batchlab.protocol import naming, sizing, wire
+from batchlab.protocol import naming, sizing
+from batchlab.protocol.messages import Beat, Held, events_message, read_events_message
 from batchlab.sim import invariants
 from batchlab.sim.runner import Play, Scene
 from batchlab.sim.world import MANAGER, World
@@ -184,7 +185,7 @@ def test_a_job_whose_split_was_never_heard_of_ends_with_a_ledger_equal_to_its_re
 
 
 def _without_splits(message: Outgoing, lost: list[BundleId]) -> Outgoing:
-    events = wire.read_events_message(message.body)
+    events = read_events_message(message.body)
     lost += [c.bundle.id for c in events.completions if c.follows]
     lost += [o.bundle.id for o in events.outcomes if o.follows]
     kept = replace(
@@ -192,15 +193,15 @@ def _without_splits(message: Outgoing, lost: list[BundleId]) -> Outgoing:
         completions=tuple(c for c in events.completions if not c.follows),
         outcomes=tuple(o for o in events.outcomes if not o.follows),
     )
-    return replace(message, body=wire.events_message(kept))
+    return replace(message, body=events_message(kept))
 
 
 # --- Workers and their bundles -------------------------------------------------------------------
 
 
-def _beat(number: int, at_s: float, *held: wire.Held, gone: bool = False) -> wire.Beat:
+def _beat(number: int, at_s: float, *held: Held, gone: bool = False) -> Beat:
     busy = len(held)
-    return wire.Beat("w", "i", "default", at_s, 1, busy, tuple(held), number, gone=gone)
+    return Beat("w", "i", "default", at_s, 1, busy, tuple(held), number, gone=gone)
 
 
 def test_a_worker_whose_clock_was_set_back_is_still_heard_and_a_late_beat_revives_none() -> None:
@@ -209,7 +210,7 @@ def test_a_worker_whose_clock_was_set_back_is_still_heard_and_a_late_beat_revive
 
     async def act(world: World) -> None:
         registry = (await leader(world)).registry
-        held = wire.Held("q", "r", JobId("j"), A, BundleId("x"), True)
+        held = Held("q", "r", JobId("j"), A, BundleId("x"), True)
         await registry.hear(_beat(1, 1000.0))
         await registry.hear(_beat(2, 400.0, held))
         assert (registry.idle("default"), registry.busy("default")) == ([], ["i"])

@@ -14,12 +14,13 @@ import pytest
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.adapters.sql import open_memory
 from batchlab.errors import BackendError, BatchlabError, Refused
-from batchlab.manager.live import ManagerSettings, Ports
+from batchlab.manager.live import Ports
 from batchlab.manager.registry import LOST_S, Registry
+from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.silence import Silence
 from batchlab.model import GroupView, Instance, LifecycleState, Pool
 from batchlab.patience import Patience
-from batchlab.protocol import wire
+from batchlab.protocol.messages import Beat
 from batchlab.sim.clocks import SimClock, SimIds
 from batchlab.sim.loop import SimLoop
 from batchlab.sim.world import World
@@ -109,7 +110,7 @@ class Scene:
                 self._number += 1
                 for one in heard:
                     await self.registry.hear(
-                        wire.Beat(f"w-{one}", one, "default", 1.0, 1, 0, (), self._number)
+                        Beat(f"w-{one}", one, "default", 1.0, 1, 0, (), self._number)
                     )
             await self.silence.look(await self.fleet.describe())
             await asyncio.sleep(1.0)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from batchlab import attempts
+from batchlab import attempts, backends
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.errors import NotFound, UsageError
+from batchlab.home import Home
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.model import Bundle, Failure, FailureKind, JobId, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.protocol import definition, naming, values, wire
 from batchlab.protocol.definition import Opening
 from batchlab.worker.inputs import Manifest
+from tests.unit.cli_rig import runner
 
 MAP, NEXT, SUM = StageName("map"), StageName("next"), StageName("sum")
 JOB = JobDef(
@@ -125,6 +128,24 @@ def test_a_task_is_given_what_its_worker_was_given() -> None:
     asyncio.run(main())
 
 
+def test_an_input_that_only_a_retry_has_gathered_is_found() -> None:
+    """A gather behind failed tasks is not planned; once they have succeeded, in a later round."""
+
+    async def main() -> None:
+        objects = await a_bucket()
+        bundle = await attempts.task_bundle(objects, JOB, SUM, 0, PATIENCE)
+        with pytest.raises(NotFound):
+            await attempts.task_input(objects, JOB, bundle, PATIENCE)
+        await objects.put(naming.retry(JOB.id, 1), b"{}")
+        await objects.put(naming.part(JOB.id, SUM, 1, 0), _part(objects))
+        plan = Manifest(1, (0,), round=1)
+        await objects.put(naming.manifest(JOB.id, SUM, 1), plan.to_bytes())
+        bundle = await attempts.task_bundle(objects, JOB, SUM, 0, PATIENCE)
+        assert await attempts.task_input(objects, JOB, bundle, PATIENCE) == [10, 20]
+
+    asyncio.run(main())
+
+
 def _part(_: SimObjects) -> bytes:
     first = Bundle(JOB.id, MAP, TaskSet.span(0, 3))
     again = Bundle(JOB.id, MAP, TaskSet.of([1]), attempt=2)
@@ -171,3 +192,23 @@ def test_of_a_log_in_more_than_one_place_there_is_the_end() -> None:
     assert end(0, 3) == (b"nd\n", 10)
     assert end(1, 100) == (b"other\n", 0)
     assert end(5, 100) == (b"", 0)
+
+
+def test_a_task_that_the_plan_has_not_is_refused_with_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`show-task` said that no attempt of it had ended yet, and exited with 0."""
+    run = runner(monkeypatch, capsys)
+    objects = backends.load("local").open_objects(Home(tmp_path))
+    spec = definition.to_bytes(JOB, Opening(["a", "b", "c"]))
+    asyncio.run(objects.put(naming.spec(JOB.id), spec))
+    for task in ("map/3", "next/3"):
+        code, out, err = run("job", "show-task", JOB.id, task, "--home", tmp_path)
+        assert (code, out) == (2, "")
+        assert f"has no task {task}." in err
+        assert "Stage map has 3 tasks, counted from 0." in err
+    # Those that are only not there yet are shown.
+    for task in ("map/2", "next/2", "sum/0"):
+        code, out, _ = run("job", "show-task", JOB.id, task, "--home", tmp_path)
+        assert code == 0
+        assert "No attempt of it has ended yet." in out

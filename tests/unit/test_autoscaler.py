@@ -12,11 +12,12 @@ import pytest
 
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.manager.autoscaler import Autoscaler, Backlog, wanted
-from batchlab.manager.live import ManagerSettings, Ports, Seen
+from batchlab.manager.live import Ports, Seen
 from batchlab.manager.registry import Registry
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import GroupView, Instance, JobId, LifecycleState, Pool, StageName
 from batchlab.patience import Patience
-from batchlab.protocol import wire
+from batchlab.protocol.messages import Beat, Held
 
 POOL = Pool("default", min_size=1, max_size=10, slots=2)
 
@@ -75,10 +76,10 @@ def scaler(recorder: Recorder, busy: Sequence[str], idle: Sequence[str]) -> Auto
     patience = Patience(random.Random(1))
     ports = Ports(SimObjects(), anything, anything, anything, anything, anything, patience)
     registry = Registry(ports, {})
-    held = (wire.Held("q", "r", JobId("j"), StageName("s"), cast(Any, "b"), True),)
+    held = (Held("q", "r", JobId("j"), StageName("s"), cast(Any, "b"), True),)
     for name in [*busy, *idle]:
         holds = held if name in busy else ()
-        beat = wire.Beat(f"w-{name}", name, "default", 0.0, 2, len(holds), holds, 1)
+        beat = Beat(f"w-{name}", name, "default", 0.0, 2, len(holds), holds, 1)
         registry.workers[name] = Seen(beat, 0.0, {})
     return Autoscaler(ports, ManagerSettings(idle_s=5.0), {}, registry)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 from collections.abc import Iterator
 from http.client import HTTPResponse
 
@@ -41,9 +42,17 @@ def test_an_interrupt_while_an_answer_is_put_away_is_not_lost(
     with pytest.raises(KeyboardInterrupt):
         client.health()
     assert client.health()["leader"]
-    assert len(client._idle) == 1  # to be used again
+    assert len(client._connections._idle) == 1  # to be used again
     left.append(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         client.job("nowhere")
     with pytest.raises(NotFound, match="no such job"):
         client.job("nowhere")
+
+
+def test_a_connection_that_was_closed_is_not_asked_again(client: Client) -> None:
+    """As by a manager that ends, while its successor listens at the same place."""
+    assert client.health()["leader"]
+    kept = client._connections._idle[0][1]
+    kept.sock.shutdown(socket.SHUT_RDWR)
+    assert client.health()["leader"]

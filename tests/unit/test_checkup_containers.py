@@ -49,6 +49,7 @@ def examined(
     monkeypatch.setattr(images, "docker", docker)
     monkeypatch.setattr(project, "docker", docker)
     monkeypatch.setattr(docker_engine, "find", lambda *_: left)
+    monkeypatch.setattr(project, "networks", list)
     for name in ("BATCHLAB_LOCALSTACK_IMAGE", "LOCALSTACK_AUTH_TOKEN", "BATCHLAB_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():

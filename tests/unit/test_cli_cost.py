@@ -144,6 +144,7 @@ def test_an_estimate_is_a_range_with_its_lines_and_what_it_rests_on(run: Run, fo
         (["--seconds", "3-1"], "'3-1' is no number of seconds"),
         (["--seconds", "2", "--tasks", "many"], "'many' is no number of tasks"),
         (["--seconds", "nap=2"], "names 'nap', which there is not"),
+        (["--seconds", "2", "--spot", "0.8"], "Write --spot 80."),
         (["--seconds", "2", "--instance-type", "m7i.larg"], "no instance type 'm7i.larg'"),
         (["--seconds", "2", "--pool", "default:0-x"], "is not NAME:MIN-MAXxSLOTS"),
     ],
@@ -227,7 +228,7 @@ def test_a_bill_of_a_job_in_a_grid_that_is_up(
     code, out, _ = run("cost", "bill", "last", "--home", tmp_path / "g", "--json")
     assert code == 0
     lines = {item["what"]: item["usd"]["typical"] for item in json.loads(out)["items"]}
-    disk = 20 * 0.08 / 730
+    disk = 50 * 0.08 / 730
     assert lines["compute, pool default"] == pytest.approx((0.1008 + disk) / 3600)  # 2 s, two slots
     assert lines["idle, pool default"] == pytest.approx((0.1008 + disk) * 3599 / 3600)
     code, out, _ = run(

@@ -14,6 +14,7 @@ from batchlab.home import Home, ManagerRecord
 from batchlab.protocol import naming, wire
 from batchlab.results import Fetched
 from batchlab.spec.jobfile import load
+from batchlab.views import FailureView
 from tests.unit.cli_rig import view
 
 # --- The end -------------------------------------------------------------------------------------
@@ -45,6 +46,38 @@ def test_the_summary_says_where_the_time_went(tmp_path: Path) -> None:
     # 2 s of task time in 2 s on 2 slots
     assert "10 tasks, 2.0 s of task time, 50% of 2 slots" in text
     assert "files/: 2 files, 2.0 KiB" in text
+
+
+def failure(task: int, cause: str) -> FailureView:
+    return {
+        "seq": task,
+        "stage": "parse",
+        "task": task,
+        "attempt": 1,
+        "kind": "exception",
+        "reason": f"ValueError: {cause}",
+        "error": "ValueError",
+        "traceback": f'Traceback:\n  File "handlers.py", line 8\nValueError: {cause}\x1b[2J\n',
+        "exit_code": None,
+        "fingerprint": cause,
+    }
+
+
+def test_the_summary_of_a_failure_shows_where_each_cause_was_raised(tmp_path: Path) -> None:
+    """The grid of the run is gone by now, and cannot be asked."""
+    summary = a_summary(tmp_path, state="FAILED")
+    summary.job["stages"][0]["failed"] = 4
+    summary.failures = [failure(3, "bad"), failure(1, "bad"), failure(2, "worse")]
+    text = summary.text()
+    assert text.count("ValueError: bad") == 2
+    assert "  parse/3 exception: ValueError: bad\n    Traceback:\n" in text
+    assert "  parse/2 exception: ValueError: worse\n    Traceback:\n" in text
+    assert "parse/1" not in text
+    assert "  2 more: `batchlab job failures sums-0123456789`" in text
+    assert "\x1b" not in text
+    summary.job["stages"][0]["failed"] = 2
+    assert "more:" not in summary.text()
+    assert "`batchlab job logs sums-0123456789`" in summary.text()
 
 
 def test_the_summary_for_programs_has_the_same(tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from batchlab import backends
+from batchlab.cli import replays
 from batchlab.forecast.calibrate import write
+from batchlab.scenario import loader
 from batchlab.scenario.model import Calibration
 from batchlab.scenario.record import read
 from tests.unit.cli_rig import Run, runner
@@ -57,8 +60,10 @@ def test_a_scenario_that_holds_is_green_and_leaves_its_record_and_log(
 
 
 def test_what_is_missed_is_red_and_ends_with_1(run: Run, tmp_path: Path) -> None:
-    code, said, _ = run("scenario", "simulate", peak(tmp_path, "20s"))
+    code, said, told = run("scenario", "simulate", peak(tmp_path, "20s"))
     assert code == 1
+    next_ = f"`batchlab scenario plan {tmp_path / 'peak.yaml'} --deadline 20s` looks for a fleet"
+    assert next_ in told
     assert "more than expected" in said
     assert "Red: 3 green, 1 red." in said
 
@@ -117,6 +122,7 @@ def test_an_interrupted_forecast_ends_at_once_in_a_sentence(tmp_path: Path) -> N
     command = [sys.executable, "-m", "batchlab", "scenario", "simulate", path]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
+        assert "400,000 tasks take up to about" in process.stderr.readline()
         told = process.stderr.readline()  # it is under way
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
@@ -124,3 +130,39 @@ def test_an_interrupted_forecast_ends_at_once_in_a_sentence(tmp_path: Path) -> N
     assert "jobs ended" in told
     assert rest.strip().endswith("nothing is kept.")
     assert "Traceback" not in rest
+
+
+def test_how_long_many_tasks_take_is_told_before(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, told = run("scenario", "simulate", peak(tmp_path))
+    assert "to simulate" not in told
+    monkeypatch.setattr("batchlab.cli.forecasting.MANY_TASKS", 8)
+    _, _, told = run("scenario", "simulate", peak(tmp_path))
+    assert "8 tasks take up to about 16 ms to simulate; Ctrl-C ends it." in told
+
+
+def test_who_replays_a_night_in_real_time_is_told_so_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = peak(tmp_path)
+    replays._tell_long(loader.load(path), None)
+    assert capsys.readouterr().err == ""
+    path.write_text(path.read_text().replace("[0s, 30s]", "[0s, 9h]"))
+    replays._tell_long(loader.load(path), None)
+    assert "peak runs in real time, for at least 9 h 00 min; --compress 100" in (
+        capsys.readouterr().err
+    )
+
+
+def test_who_replays_with_a_fleet_too_large_for_one_machine_is_told_so_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = peak(tmp_path)
+    replays._tell_large(loader.load(path), backends.load("local"))
+    path.write_text(path.read_text().replace("max: 2", "max: 800"))
+    replays._tell_large(loader.load(path), backends.load("aws"))
+    assert capsys.readouterr().err == ""
+    replays._tell_large(loader.load(path), backends.load("local"))
+    told = capsys.readouterr().err
+    assert "Its fleet may come to 800 instances, each a process of this machine" in told

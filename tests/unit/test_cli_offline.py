@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.main import get_command
 
+from batchlab import extras
 from batchlab.cli import NEEDED, main, output, templates
 from batchlab.cli import app as cli
 from batchlab.errors import JobFileError, Refused
@@ -72,7 +73,10 @@ def test_version(run: Run) -> None:
     assert run("--version") == (0, f"batchlab {batchlab.__version__}\n", "")
 
 
-HEAVY = frozenset(NEEDED - {"typer"} | {"asyncio", "opentelemetry", "ssl", "http.client", "socket"})
+OF_EXTRAS = frozenset(module for modules in extras.MODULES.values() for module in modules)
+HEAVY = frozenset(
+    NEEDED - {"typer"} | OF_EXTRAS | {"asyncio", "opentelemetry", "ssl", "http.client", "socket"}
+)
 """What no command pays for that does not use it; the help, and what starts for each instance."""
 
 
@@ -95,6 +99,17 @@ def test_a_command_imports_no_others() -> None:
     assert imported.isdisjoint(heavy), imported & heavy
     assert "batchlab.cli.jobs" in imported
     assert not imported & {f"batchlab.cli.{one}" for one in ("deploy", "scenario", "grid", "admin")}
+
+
+def test_a_worker_imports_nothing_of_the_manager_and_nothing_of_the_job_file() -> None:
+    """It is to be up soon, and there are many."""
+    code = "import sys, batchlab.services.worker; print(*sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(told.stdout.split())
+    assert "batchlab.worker.loop" in imported
+    others = ("batchlab.manager.", "batchlab.api", "batchlab.spec", "batchlab.report", "pydantic")
+    of_others = {name for name in imported if name.startswith(others)}
+    assert of_others == {"batchlab.manager.settings"}
 
 
 def imported_by(*arguments: str) -> set[str]:
@@ -138,8 +153,7 @@ def test_what_every_installation_has_is_what_it_asks_for() -> None:
     asked = {canonicalize_name(Requirement(one).name) for one in metadata.requires("batchlab") or ()
              if "extra ==" not in one}  # fmt: skip
     given = {canonicalize_name(name) for module in NEEDED for name in homes.get(module, ())}
-    assert asked <= given
-    assert given - asked == {"botocore"}, "boto3 brings it, and most of what is imported is its"
+    assert asked == given
 
 
 # --- Errors ---------------------------------------------------------------------------------------
@@ -150,10 +164,48 @@ def test_without_a_grid_the_remedy_is_to_start_one(run: Run, tmp_path: Path) -> 
     assert (code, out) == (3, "")
     assert "batchlab grid up" in err
     assert not (tmp_path / "h").exists(), "asking must not make a folder"
+    assert "jobs that ran here" not in err
+    (tmp_path / "h" / "objects").mkdir(parents=True)
+    assert "which knows the jobs that ran here" in run("job", "list", "--home", tmp_path / "h")[2]
 
 
 def test_wrong_usage_exits_with_two(run: Run) -> None:
     assert run("nonsense")[0] == run("run")[0] == run("job", "show")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("submit", "'job submit'"), ("check", "'job check' or 'scenario check'"), ("rum", "'run'")],
+)
+def test_a_command_that_is_not_there_names_the_one_that_is(
+    run: Run, given: str, meant: str
+) -> None:
+    code, _, err = run(given)
+    assert code == 2
+    assert f"No such command '{given}'. Did you mean {meant}?" in err
+
+
+def test_a_folder_in_place_of_its_job_file_names_the_file(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("")
+    code, _, err = run("job", "check", tmp_path)
+    assert code == 2
+    assert f"it is no file.\n  Did you mean {file}?" in err
+    (tmp_path / "other.yaml").write_text("")
+    assert "Did you mean" not in run("job", "check", tmp_path)[2]
+
+
+def test_results_that_find_no_folder_are_refused_before_the_job_runs(
+    run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("")
+    templates.write(tmp_path, templates.starter_files())
+    for backend in ("local", "sim"):
+        where = ("--out", tmp_path / "taken", "--home", tmp_path / "h", "--backend", backend)
+        code, _, err = run("run", tmp_path / "job.yaml", *where)
+        assert code == 2
+        assert f"The results cannot be written to {tmp_path / 'taken'}: " in err
+        assert "Starting a grid" not in err
 
 
 def test_every_mistake_of_a_job_file_is_told_with_its_line(run: Run, tmp_path: Path) -> None:

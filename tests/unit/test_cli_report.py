@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from batchlab.home import Home, Place
+from batchlab.scenario import record
 from tests.report.made import Made, write_run
+from tests.scenario.records import a_job as replayed
+from tests.scenario.records import a_record
 from tests.unit.cli_rig import FakeClient, Run, a_job
 from tests.unit.test_cli_commands import manager, run
 
@@ -132,6 +136,21 @@ def test_a_folder_that_is_no_run_is_not_written_over(
     assert code == 2
     assert "is no job performance data" in err
     assert (mine / "thesis.txt").exists()
+
+
+def test_a_replays_record_stands_for_all_of_its_jobs(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = [write_run(tmp_path / name, Made(job=name, tasks=4)).name for name in ("a", "b")]
+    fact = a_record(*(replayed(n, id=name) for n, name in enumerate(runs)))
+    record.write(fact, tmp_path / "fact.json")
+    code, out, err = run("report", "sql", "SELECT job FROM jobs ORDER BY job", "fact.json", "--csv")
+    assert (code, out.split()) == (0, ["job", "a", "b"]), err
+    record.write(replace(fact, simulated=True), tmp_path / "forecast.json")
+    code, _, err = run("report", "pull", "forecast.json")
+    assert code == 2
+    assert "forecast.json is the record of a forecast, whose jobs have not run." in err
 
 
 def test_a_damaged_folder_is_told(run: Run, made: str, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ class Bucket:
             tuple(Failure(t, FailureKind.EXIT, "no") for t in tasks if t not in found),
         )
         self._put(naming.outcome(bundle), wire.outcome_to_json(outcome))
-        self.listing.append(Listed(stage, bundle.id, naming.outcome(bundle), outcome.succeeded))
+        self.listing.append(Listed(stage, naming.outcome(bundle), outcome.succeeded))
 
     def fetch(self, out: Path, round_: int = 0, stages: Sequence[str] = ()) -> Fetched:
         return asyncio.run(

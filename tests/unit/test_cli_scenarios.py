@@ -85,6 +85,36 @@ def test_odd_records_are_counted_by_kind(run: Run, tmp_path: Path) -> None:
     assert [odd["line"] for odd in json.loads(out)["odd"]] == [3, 4, 5]
 
 
+def test_of_a_trace_it_is_told_what_is_used_and_what_time_it_was(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("at\n2026-10-30 18:05:00\nsoon\n2026-10-30 18:30:00\n")
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        changed("poisson: {per_hour: 60, until: 1h}", "trace: {file: t.csv, columns: {at: at}}")
+    )
+    _, out, _ = run("scenario", "check", str(file))
+    told = "2 of 3 records can be used; the scenario begins at 2026-10-30T18:05:00 of its clock"
+    assert f"Trace t.csv: {told}\n" in out
+    _, out, _ = run("scenario", "check", str(file), "--json")
+    (trace,) = json.loads(out)["traces"]
+    assert (trace["records"], trace["used"], trace["begins"]) == (3, 2, "2026-10-30T18:05:00")
+
+
+def test_a_scenario_and_a_job_file_are_not_taken_for_each_other(run: Run, tmp_path: Path) -> None:
+    peak, job = tmp_path / "peak.yaml", tmp_path / "job.yaml"
+    peak.write_text(FULL)
+    job.write_text("name: sums\ninput: {files: a.txt}\nstages: [{name: add, run: cat}]\n")
+    code, _, err = run("cost", "estimate", peak, "--seconds", "2")
+    assert code == 2
+    what, remedy = err.splitlines()
+    assert what == f"{peak}: There is no key 'jobs' here: this is a scenario, not a job file."
+    assert remedy.startswith("  `batchlab scenario check`")
+    code, _, err = run("scenario", "check", job)
+    assert code == 2
+    what, remedy = err.splitlines()
+    assert what == f"{job}: There is no key 'input' here: this is a job file, not a scenario."
+    assert remedy.startswith("  `batchlab run`")
+
+
 def test_a_trace_without_a_usable_record_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("at\nx\n")
     file = tmp_path / "s.yaml"

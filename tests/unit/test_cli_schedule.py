@@ -135,6 +135,15 @@ def test_a_job_file_is_uploaded_and_described(
     assert added(manager, run, folder, "--cron", "30 2 * * *", "--name", "nightly")[1].id == job.id
 
 
+def test_a_span_may_be_a_number_of_seconds(
+    manager: type[FakeClient], run: Run, folder: Path
+) -> None:
+    """As the sentence says that refuses what is none."""
+    when = ("--cron", "30 2 * * *", "--prewarm", "600", "--missed-within", "90.5")
+    schedule, _ = added(manager, run, folder, *when)
+    assert (schedule["prewarm_s"], schedule["missed_within_s"]) == (600.0, 90.5)
+
+
 def test_what_the_file_says_of_its_times_counts_unless_an_option_does(
     manager: type[FakeClient], run: Run, folder: Path
 ) -> None:

@@ -18,14 +18,17 @@ from batchlab.adapters.sql.ledger import SqlLedger
 from batchlab.adapters.sqlite_queue import SqliteQueue
 from batchlab.errors import BackendError, Unreachable
 from batchlab.jobdef import JobDef, StageDef
+from batchlab.manager.arrivals import Arrivals
 from batchlab.manager.collector import Collector, events_queue
 from batchlab.manager.folding import Folder
-from batchlab.manager.live import LiveJob, ManagerSettings, Ports
+from batchlab.manager.live import LiveJob, Ports
 from batchlab.manager.registry import Registry
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Bundle, Completion, JobId, JobState, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, Cut, Depth, Folded, Message, Outgoing
-from batchlab.protocol import naming, wire
+from batchlab.protocol import naming
+from batchlab.protocol.messages import Duplicate, Events, events_message
 from tests.no_fleet import NoFleet
 
 STAGE = StageName("map")
@@ -70,6 +73,11 @@ class Failing(SqliteQueue):
         )
 
 
+async def nobody(_: JobId) -> JobDef | None:
+    """Of the bucket's jobs the ledger knows all."""
+    return None
+
+
 def completion(number: int) -> Completion:
     tasks, nothing = TaskSet.span(number, number + 1), TaskSet()
     return Completion(Bundle(JOB.id, STAGE, tasks), "w", 1.0, 2.0, tasks, nothing, nothing, 1.0)
@@ -91,12 +99,12 @@ async def collected(folder: Path, fails: Sequence[int]) -> list[int]:
     await queue.ensure(events_queue(settings))
     for first in range(0, EVENTS, MAX_BATCH):
         some = done[first : first + MAX_BATCH]
-        bodies = [Outgoing(wire.events_message(wire.Events((one,)))) for one in some]
+        bodies = [Outgoing(events_message(Events((one,)))) for one in some]
         await queue.send(naming.EVENTS, bodies)
     live = LiveJob(written.rows.job, {s.counts.stage: s for s in written.rows.stages})
     lives = {JOB.id: live}
-    folder_, registry = Folder(ports, lives), Registry(ports, lives)
-    collector = Collector(ports, settings, lives, folder_, registry, asyncio.Lock())
+    folder_, registry = Folder(ports, lives, nobody), Registry(ports, lives)
+    collector = Collector(ports, settings, lives, folder_, registry, asyncio.Lock(), Arrivals())
     collecting = asyncio.create_task(collector.collect())
     while sum(counting.sizes) < EVENTS or await queue.depth(naming.EVENTS) != Depth(0, 0, 0):
         assert not collecting.done()
@@ -130,10 +138,10 @@ def test_it_says_when_nobody_can_be_heard(tmp_path: Path, monkeypatch: pytest.Mo
         ports = Ports(SimObjects(), queue, NoFleet(), open_memory(), clock, RandomIds(), patience)
         settings = replace(ManagerSettings(), wait_s=0.0, tick_s=0.1)
         registry = Registry(ports, lives)
-        folder = Folder(ports, lives)
-        collector = Collector(ports, settings, lives, folder, registry, asyncio.Lock())
+        folder = Folder(ports, lives, nobody)
+        collector = Collector(ports, settings, lives, folder, registry, asyncio.Lock(), Arrivals())
         await queue.ensure(events_queue(settings))
-        some = [Outgoing(wire.events_message(wire.Events())) for _ in range(MAX_BATCH)]
+        some = [Outgoing(events_message(Events())) for _ in range(MAX_BATCH)]
         await queue.send(naming.EVENTS, some)
         assert len(await collector._received()) == MAX_BATCH
         assert registry.deaf_s is None, "it has heard them all"
@@ -173,19 +181,26 @@ def test_what_is_no_event_is_dropped_and_what_came_with_it_is_not(
     """A duplicate of a shape that nobody had checked ended the manager, each time it led."""
 
     async def main(queue: SqliteQueue) -> None:
-        told: list[wire.Duplicate] = []
+        told: list[Duplicate] = []
         ledger, clock, lives = open_memory(), WallClock(), dict[JobId, LiveJob]()
         patience = Patience(Random(1))
         ports = Ports(SimObjects(), queue, NoFleet(), ledger, clock, RandomIds(), patience)
         collector = Collector(
-            *(ports, ManagerSettings(), lives, Folder(ports, lives), Registry(ports, lives)),
+            *(
+                ports,
+                ManagerSettings(),
+                lives,
+                Folder(ports, lives, nobody),
+                Registry(ports, lives),
+            ),
             asyncio.Lock(),
+            Arrivals(),
             told.extend,
         )
-        good = wire.Duplicate(JOB.id, STAGE, "message", "w-1-1", 0.5)
+        good = Duplicate(JOB.id, STAGE, "message", "w-1-1", 0.5)
         bodies = [
             '{"v":1,"d":[["backlog-0123456789","map","message",["w-1-1"],"long"]]}',
-            wire.events_message(wire.Events(duplicates=(good,))),
+            events_message(Events(duplicates=(good,))),
         ]
         await collector._take([Message("m", body, "r", 1, 0.0, 0.0) for body in bodies])
         assert told == [good]

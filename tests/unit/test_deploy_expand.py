@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cfnlint.api import lint
-from cfnlint.config import ManualArgs
 
 from batchlab.deploy import expand, template
 from batchlab.errors import BatchlabError, UsageError
@@ -163,6 +161,10 @@ def test_notes_for_other_tools_are_not_sent() -> None:
 
 @pytest.mark.parametrize("path", [SMALL, REAL], ids=["small", "real"])
 def test_a_template_with_two_pools_is_one_that_cfn_lint_takes(path: Path) -> None:
+    # It brings SymPy: each process of a test run would pay for it in collecting.
+    from cfnlint.api import lint
+    from cfnlint.config import ManualArgs
+
     source = template.load(path)
     made = expand.expand(source, ["default", "gpu-large"])
     # What the file gives reasons for beside a resource is not judged again.

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
+import boto3
 import pytest
+from botocore.stub import Stubber
 from rich.console import Console
 
 from batchlab.cli import deploying
 from batchlab.cli.deploying import Lines, Person, Picture, plan_text
 from batchlab.deploy import template
+from batchlab.deploy.account import Account
 from batchlab.deploy.apply import StackFailed, python_of
 from batchlab.deploy.explain import Cause, Event
 from batchlab.deploy.plan import Cost, Plan, cost, shape_of
 from batchlab.deploy.records import Change, ChangeSet, State
-from batchlab.deploy.removing import thing_of
+from batchlab.deploy.removing import remove, thing_of
 from batchlab.deploy.settings import Settings
 from batchlab.errors import UsageError
 from batchlab.home import Home
@@ -179,7 +183,7 @@ def test_the_end_of_the_input_is_no(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_failure_says_what_failed_what_to_do_and_what_is_left(status: str, next_: str) -> None:
-    state = State("id", "grid", status, "", {}, {}, False, 0.0)
+    state = State("id", "grid", status, {}, {}, False, 0.0)
     error = StackFailed(state, Cause("Queue", "AWS::SQS::Queue", "It exists.", "Remove it."))
     assert error.message == f"The stack grid is {status}: Queue (AWS::SQS::Queue): It exists."
     assert error.remedy.startswith("Remove it. ")
@@ -228,10 +232,23 @@ def test_a_release_that_was_renamed_is_none(tmp_path: Path) -> None:
         ),
         ("arn:aws:cloudwatch:eu-west-1:1:alarm:grid-down", "cloudwatch:alarm", "grid-down"),
         ("arn:aws:rds:eu-west-1:1:snapshot:grid-1", "rds:snapshot", "grid-1"),
-        ("arn:aws:sns:eu-west-1:1:grid-alarms", "sns:grid-alarms", ""),
+        ("arn:aws:sns:eu-west-1:1:grid-alarms", "sns:topic", "grid-alarms"),
         ("arn:aws:cloudformation:eu-west-1:1:stack/grid/u", "cloudformation:stack", "grid/u"),
     ],
 )
 def test_what_an_arn_names(arn: str, kind: str, name: str) -> None:
     thing = thing_of(arn, "grid")
     assert (thing.kind, thing.name) == (kind, name)
+
+
+def test_a_topic_is_deleted_by_its_arn() -> None:
+    arn = "arn:aws:sns:eu-west-1:1:grid-alarms"
+    sns: Any = boto3.client(
+        "sns", region_name="eu-west-1", aws_access_key_id="a", aws_secret_access_key="b"
+    )
+    account = Account("eu-west-1", "1")
+    account._clients["sns"] = sns
+    with Stubber(sns) as stub:
+        stub.add_response("delete_topic", {}, {"TopicArn": arn})
+        remove(account, thing_of(arn, "grid"), lambda _: None)
+        stub.assert_no_pending_responses()

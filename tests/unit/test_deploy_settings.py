@@ -12,6 +12,7 @@ from batchlab.cli.pools import parse_typed
 from batchlab.deploy import settings, template
 from batchlab.deploy.expand import expand
 from batchlab.deploy.settings import PoolSettings, Settings
+from batchlab.deploy.wheelhouse import Target
 from batchlab.errors import BatchlabError, UsageError
 from batchlab.home import Home
 from batchlab.protocol import naming
@@ -156,7 +157,7 @@ def test_pools_whose_names_begin_alike_are_told_apart() -> None:
         ({"parameters": (("LogDays", "8"),)}, "one of '7', '30', '90'"),
         ({"parameters": (("BudgetUsd", "-1"),)}, "from 0 to"),
         ({"parameters": (("BudgetUsd", "many"),)}, "no number"),
-        ({"parameters": (("AlarmEmail", "me"),)}, "An address"),
+        ({"parameters": (("AlarmEmail", "me"),)}, "It is An address"),
         (
             {"pools": (PoolSettings("a", parameters=(("PoolMx", "1"),)),)},
             "no parameter 'PoolMx'",
@@ -167,6 +168,49 @@ def test_what_aws_would_refuse_is_refused_before(wrong: dict[str, Any], says: st
     with pytest.raises(UsageError) as told:
         settings.parameters(Settings(**wrong), source())
     assert says in str(told.value)
+
+
+GRAVITON = {
+    "ManagerImage": "resolve:ssm:/aws/service/ami-amazon-linux-latest/x-arm64",
+    "ManagerInstanceType": "t4g.small",
+    "WorkerImage": "ami-0123456789abcdef0",
+}
+
+
+def test_graviton_needs_images_and_a_manager_of_its_own() -> None:
+    """A release for another processor would be refused by each instance at its boot."""
+    whole = template.load(template.shipped())
+    arm = Settings(pools=(PoolSettings("a", types=("c7g.large", "m7g.large")),))
+    with pytest.raises(UsageError) as told:
+        settings.parameters(arm, whole)
+    assert told.value.message == (
+        "The pools' instance types are arm64, and WorkerImage and ManagerImage and "
+        "ManagerInstanceType are not."
+    )
+    begin = "resolve:ssm:/aws/service/ami-amazon-linux-latest/al2023-ami-kernel-default-"
+    assert f"--set WorkerImage={begin}arm64 --set ManagerImage={begin}arm64" in told.value.remedy
+    assert "--set ManagerInstanceType=t4g.small" in told.value.remedy
+    given = settings.parameters(arm.with_parameters(GRAVITON), whole)
+    assert given["ManagerInstanceType"] == "t4g.small"
+    intel = Settings(pools=(PoolSettings("a", types=("m7i.large",)),)).with_parameters(
+        {"ManagerInstanceType": "t4g.small"}
+    )
+    with pytest.raises(UsageError, match="ManagerInstanceType is not"):
+        settings.parameters(intel, whole)
+
+
+@pytest.mark.parametrize(
+    ("types", "machine"),
+    [
+        *((("m7g.large",), "aarch64"), (("m7i.large",), "x86_64"), (("q9.huge",), "x86_64")),
+        # None of these is in the catalogue.
+        *((("c8g.large",), "aarch64"), (("x2gd.medium",), "aarch64"), (("a1.large",), "aarch64")),
+        *((("g4dn.xlarge",), "x86_64"), (("g5g.xlarge",), "aarch64"), (("i3en.large",), "x86_64")),
+    ],
+)
+def test_a_release_is_for_the_pools_machines(types: tuple[str, ...], machine: str) -> None:
+    wanted = Settings(pools=(PoolSettings("a", types=types),))
+    assert Target.of(wanted.machine, "3.12").architecture == machine
 
 
 def test_the_longest_names_fit_into_a_queues() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
+import batchlab
 from batchlab.cli.app import app
 from batchlab.spec.jobfile import load
 
@@ -28,15 +31,44 @@ def commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "call"), commands())
 def test_every_command_in_the_docs_parses(page: str, call: str) -> None:
     """Names of commands and their options, as the CLI itself knows them."""
+    parses(page, call)
+
+
+def test_every_command_in_a_sentence_parses() -> None:
+    for page in PAGES:
+        for call in re.findall(r"`batchlab ([a-z-][^`…|]+)", page.read_text()):
+            parses(page.relative_to(ROOT).as_posix(), call.strip())
+
+
+def parses(page: str, call: str) -> None:
     command = get_command(app)
     words = call.split(" #")[0].split()
     while words and hasattr(command, "commands") and not words[0].startswith("--"):
         assert words[0] in command.commands, f"{page}: batchlab {call}"
         command = command.commands[words.pop(0)]
     known = {name for one in command.params for name in (*one.opts, *one.secondary_opts)}
+    known.add("--help")
     for word in words:
         if word.startswith("--"):
             assert word.split("=")[0] in known, f"{page}: batchlab {call}"
+
+
+def test_what_python_in_the_docs_imports_of_ours_is_there() -> None:
+    blocks = [
+        (page, ast.parse(block))
+        for page in PAGES
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    ]
+    imports = [
+        (page, one.module, name.name)
+        for page, block in blocks
+        for one in ast.walk(block)
+        if isinstance(one, ast.ImportFrom) and (one.module or "").startswith("batchlab")
+        for name in one.names
+    ]
+    assert len(imports) >= 8
+    for page, module, name in imports:
+        assert hasattr(importlib.import_module(str(module)), name), f"{page}: {module} {name}"
 
 
 def test_the_architecture_page_names_what_there_is() -> None:
@@ -80,6 +112,18 @@ def test_a_tasks_life_is_told_in_ten_hops_by_functions_that_there_are() -> None:
     for path, name in re.findall(r"`([a-z_/]+\.py)(?: ([A-Za-z_.]+))?`", page):
         tree = ast.parse((ROOT / "batchlab" / path).read_text())
         assert not name or name in defined(tree), f"{path} has no {name}"
+
+
+def test_every_place_names_one_version() -> None:
+    """The package, the lock, the newest heading of the changelog, and the docs' first page."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lock = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    version, _, day = headings[headings[0] == "Unreleased"].partition(" — ")
+    (told,) = re.findall(r"of release ([\d.]+),", (ROOT / "docs" / "index.md").read_text())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", day)
+    assert {version, told, project["version"]} == {batchlab.__version__}
+    assert [one["version"] for one in lock if one["name"] == "batchlab"] == [version]
 
 
 def test_the_readmes_job_file_is_one(tmp_path: Path) -> None:

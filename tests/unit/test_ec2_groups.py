@@ -1,4 +1,4 @@
-"""What two looks at an EC2 Auto Scaling group tell of an instance that never came into service."""
+"""What looks at an EC2 Auto Scaling group tell of instances that end, or never came up."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from batchlab.adapters.ec2_groups import GONE, NEVER_UP, Seen
 from batchlab.model import LifecycleState, Pool
+from batchlab.ports import KEEP_TERMINATED_S
 
 TOKEN = "Lifecycle Action with token 7b1f was abandoned: Heartbeat Timeout"
 ABANDONED = f"Instance failed to complete user's Lifecycle Action: {TOKEN}"
@@ -96,3 +97,39 @@ def test_one_that_had_been_in_service_is_gone_and_not_more() -> None:
     seen.explain([])
     found = seen.instances["i1"]
     assert (found.state, found.note) == (LifecycleState.TERMINATED, GONE)
+
+
+@pytest.mark.parametrize("state", ["InService", "Terminating:Wait"])
+def test_one_that_a_look_had_missed_lives_on_and_its_end_is_told_again(state: str) -> None:
+    """Its second death went untold for a minute, in which it was shown as in service."""
+    seen = Seen(Pool("default"))
+    seen.look(group(1, i1="InService"), 1000.0)
+    assert [one.id for one in seen.look(group(1), 1005.0)] == ["i1"]
+    assert seen.look(group(1, i1=state), 1010.0) == []
+    assert seen.instances["i1"].note == ("" if state == "InService" else "terminated: scale-in")
+    (again,) = seen.look(group(1), 1015.0)
+    assert (again.id, again.state) == ("i1", LifecycleState.TERMINATED)
+    assert seen.view().instances == (again,)
+    assert seen.look(group(1), 1015.0 + KEEP_TERMINATED_S + 1) == []
+    assert seen.view().instances == ()
+
+
+def test_one_that_a_look_had_missed_is_not_forgotten_a_minute_later() -> None:
+    seen = Seen(Pool("default"))
+    seen.look(group(1, i1="InService"), 1000.0)
+    seen.look(group(1), 1005.0)
+    for at_s in (1010.0, 1005.0 + KEEP_TERMINATED_S + 1, 1080.0):
+        assert seen.look(group(1, i1="InService"), at_s) == []
+        (found,) = seen.view().instances
+        assert (found.id, found.state, found.launched_s) == (
+            "i1",
+            LifecycleState.IN_SERVICE,
+            1000.0,
+        )
+
+
+def test_one_that_is_listed_as_terminated_is_told_once() -> None:
+    seen = Seen(Pool("default"))
+    seen.look(group(1, i1="InService"), 1000.0)
+    told_of = [seen.look(group(1, i1="Terminated"), at_s) for at_s in (1005.0, 1010.0)]
+    assert [[one.id for one in gone] for gone in told_of] == [["i1"], []]

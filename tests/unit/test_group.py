@@ -51,7 +51,7 @@ async def test_an_instance_is_in_service_once_it_runs_and_its_worker_reported(w:
 
 
 @in_a_world
-async def test_a_heartbeat_during_the_launch_is_not_lost(w: World) -> None:
+async def test_a_beat_during_the_launch_is_not_lost(w: World) -> None:
     async def reports_before_launch_returns(instance: str) -> None:
         await w.fleet.ready(instance)
         assert await w.states() == ["Pending"]
@@ -62,7 +62,7 @@ async def test_a_heartbeat_during_the_launch_is_not_lost(w: World) -> None:
 
 
 @in_a_world
-async def test_a_heartbeat_that_comes_too_late_changes_nothing(w: World) -> None:
+async def test_a_beat_that_comes_too_late_changes_nothing(w: World) -> None:
     (name,) = await w.launch(1)
     await w.fleet.set_desired("p", 0, cause=USER)
     await w.fleet.ready(name)
@@ -190,13 +190,13 @@ async def test_an_instance_that_never_reports_is_replaced_after_the_grace(w: Wor
     assert await w.states() == ["Terminating", "Pending"]
     (dead,) = await w.tick()
     assert dead.id == silent
-    assert dead.note == "terminated: no heartbeat within 60 s of its launch (exit 0)"
+    assert dead.note == "terminated: no beat within 60 s of its launch (exit 0)"
     told = {a.description: (a.status, a.cause) for a in await w.fleet.activities("p")}
     assert told[f"Launching a new instance: {silent}"][0] == "Failed"
     assert told[f"Terminating instance: {silent}"] == (
         "Successful",
         "an instance was taken out of service in response to a health check:"
-        " no heartbeat within 60 s of its launch",
+        " no beat within 60 s of its launch",
     )
 
 

@@ -34,10 +34,11 @@ def notice(service: Service) -> object:
 def test_an_instance_learns_who_and_where_it_is(service: Service) -> None:
     here = Imds(environ={imds.ENDPOINT: service.url})
     assert here.instance_id() == SPOT.instance
-    assert here.instance_type() == "m7i.large"
-    assert (here.zone(), here.region()) == ("us-west-2b", "us-west-2")
+    assert here.get("meta-data/instance-type") == "m7i.large"
+    assert here.get("meta-data/placement/availability-zone") == "us-west-2b"
+    assert here.get("meta-data/placement/region") == "us-west-2"
     assert here.is_spot()
-    assert (here.tag("team"), here.tag("nothing")) == ("a", None)
+    assert here.needed_tag("team") == "a"
     assert here.get("meta-data/nothing") is None
     with pytest.raises(NotFound, match="has no meta-data/tags/instance/nothing"):
         here.needed_tag("nothing")

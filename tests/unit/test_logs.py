@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 
 import pytest
 
@@ -49,8 +50,12 @@ def test_text_is_what_is_written_unless_said(
 ) -> None:
     monkeypatch.delenv(logs.FORMAT_VARIABLE, raising=False)
     begin(service="worker", instance="i-1")
-    with logs.about(job="sums-1", stage="map"):
+
+    def bundle() -> None:
+        logs.note(job="sums-1", stage="map")
         log.warning("the bundle %s", "waits\nINFO batchlab: a line that is none")
+
+    copy_context().run(bundle)
     log.debug("not shown")
     line = written()
     assert line.endswith(" [job=sums-1 stage=map]\n")

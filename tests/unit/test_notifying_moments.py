@@ -16,7 +16,7 @@ from batchlab.manager.live import Outstanding, Seen
 from batchlab.model import Bundle, Control, JobId, JobState, StageCounts, TaskSet
 from batchlab.notification import NotDelivered, Notification, Target
 from batchlab.ports import StageRecord
-from batchlab.protocol import wire
+from batchlab.protocol.messages import Beat, Held
 from tests.unit.notifying_rig import ENDING, MAP, OPS, Scene, a_job, a_notification, play
 
 # --- What is written -----------------------------------------------------------------------------
@@ -187,8 +187,8 @@ def test_a_job_that_is_not_meant_to_move_is_not_stuck(why: str) -> None:
         elif why == "retries later":
             live.outstanding = {MAP: {bundle.id: Outstanding(bundle, 10**9)}}
         else:
-            held = wire.Held("q", "r", live.id, MAP, bundle.id, True)
-            beat = wire.Beat("w-1", "i-1", "default", 1.0, 1, 1, (held,), 1)
+            held = Held("q", "r", live.id, MAP, bundle.id, True)
+            beat = Beat("w-1", "i-1", "default", 1.0, 1, 1, (held,), 1)
             scene.workers["i-1"] = Seen(beat, 0.0, {held: 0.0})
         await scene.led(scene.manager(), 300.0)
         assert scene.told() == []

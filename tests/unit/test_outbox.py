@@ -14,7 +14,8 @@ from batchlab.errors import Unreachable
 from batchlab.model import Bundle, JobId, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Message, Outgoing, Queue
-from batchlab.protocol import settle, wire
+from batchlab.protocol import settle
+from batchlab.protocol.messages import Beat, Duplicate, Events, read_events_message
 from batchlab.sim.clocks import SimClock
 from batchlab.sim.loop import SimLoop
 from batchlab.worker.beats import Identity
@@ -32,12 +33,12 @@ class Sent:
 
     def __init__(self) -> None:
         self.away = False
-        self.events: list[wire.Events] = []
+        self.events: list[Events] = []
 
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         if self.away:
             raise Unreachable("The queue is away.")
-        self.events += [wire.read_events_message(one.body) for one in messages]
+        self.events += [read_events_message(one.body) for one in messages]
 
     async def receive(self, queue: str, **_: object) -> Sequence[Message]:
         await asyncio.sleep(20.0)
@@ -48,12 +49,12 @@ class Sent:
         return [one.execution for events in self.events for one in events.duplicates]
 
 
-def beat(number: int) -> wire.Beat:
-    return wire.Beat("w-1", "i-1", "default", 1.0, 1, 0, (), number)
+def beat(number: int) -> Beat:
+    return Beat("w-1", "i-1", "default", 1.0, 1, 0, (), number)
 
 
-def duplicate(number: int) -> wire.Duplicate:
-    return wire.Duplicate(JOB, STAGE, "message", f"w-1-{number}", 0.5)
+def duplicate(number: int) -> Duplicate:
+    return Duplicate(JOB, STAGE, "message", f"w-1-{number}", 0.5)
 
 
 def outcome(execution: str) -> Outcome:

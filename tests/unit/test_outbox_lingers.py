@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -12,9 +13,11 @@ from batchlab.adapters.sim.queue import SimQueue
 from batchlab.model import Bundle, JobId, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Message, QueueSpec
-from batchlab.protocol import naming, wire
+from batchlab.protocol import naming
+from batchlab.protocol.messages import Events, TaskMessage, read_events_message
 from batchlab.sim.clocks import SimClock
 from batchlab.sim.loop import SimLoop
+from batchlab.waits import STEP_BACK_S
 from batchlab.worker.beats import MOMENT_S, Beats, Identity
 from batchlab.worker.execution import gathering_s
 from batchlab.worker.hand import Hand
@@ -46,14 +49,14 @@ class World:
     def take(self, task: int) -> None:
         bundle = Bundle(JOB, STAGE, TaskSet.of([task]))
         message = Message(f"m-{task}", "", f"r-{task}", 1, 0.0, 0.0)
-        taken = Hand("tasks-default", message, wire.TaskMessage(bundle), "w-1-7", 0.0, 0.0, "r-7")
+        taken = Hand("tasks-default", message, TaskMessage(bundle), "w-1-7", 0.0, 0.0, "r-7")
         self.hands[str(task)] = taken
         self.beats.due()
 
-    async def heard(self) -> list[wire.Events]:
+    async def heard(self) -> list[Events]:
         found = []
         while some := await self.queue.receive(naming.EVENTS, wait_s=0.0):
-            found += [wire.read_events_message(one.body) for one in some]
+            found += [read_events_message(one.body) for one in some]
         return found
 
     async def make(self) -> None:
@@ -127,3 +130,22 @@ def test_answers_are_gathered_for_a_part_of_what_is_left_to_run(left: int, pace_
     assert 0 < gather_s <= max(0.001, min(0.02, left * pace_s / 4))
     assert gathering_s(2 * left, pace_s) >= gather_s
     assert gathering_s(0, pace_s) == 0
+
+
+def test_deletes_that_come_together_are_one_request() -> None:
+    """A moment after what was done with them has been told, which goes first."""
+    world = World()
+    asked: list[Sequence[str]] = []
+
+    async def delete(queue: str, receipts: Sequence[str]) -> Sequence[str]:
+        asked.append(list(receipts))
+        return []
+
+    async def main() -> None:
+        world.queue.delete = delete  # type: ignore[method-assign]
+        some = (world.outbox.delete("tasks-default", f"r-{n}", hurry=False) for n in range(3))
+        await asyncio.gather(*some)
+        assert asked == [["r-0", "r-1", "r-2"]]
+        assert world.loop.time() == pytest.approx(STEP_BACK_S)
+
+    world.loop.run(main())

@@ -12,7 +12,8 @@ import pytest
 from batchlab import catalogue
 from batchlab.costs import prices
 from batchlab.costs.hourly import StackShape, hourly_cost
-from batchlab.costs.money import Usd, parse, shown
+from batchlab.costs.money import WORKER_DISK_GB, Usd, parse, shown
+from batchlab.deploy import template
 from batchlab.errors import UsageError
 from batchlab.model import Market
 
@@ -120,6 +121,16 @@ def test_an_amount_without_it_is_refused(text: str) -> None:
         parse(text)
 
 
+@pytest.mark.parametrize(("text", "converts"), [("5", False), ("5 EUR", True), ("$5", True)])
+def test_of_another_currency_it_is_said_that_nothing_is_converted(
+    text: str, converts: bool
+) -> None:
+    with pytest.raises(UsageError) as told:
+        parse(text)
+    assert told.value.remedy
+    assert ("nothing is converted: write for" in told.value.remedy) is converts
+
+
 def test_amounts_are_shown_with_their_currency_and_the_digits_that_count() -> None:
     assert [shown(usd) for usd in (1234.5, 1.0, 0.1, 0.01234, 0.000123, 0.0000041, 0.0)] == [
         "1,234.50 USD",
@@ -155,6 +166,11 @@ def test_the_smallest_stack_by_hand() -> None:
     assert worker.spot.low == pytest.approx(0.01008 + 50 * 0.08 / 730)
     assert "2026-07-20" in found.prices
     assert "USD" in found.prices
+
+
+def test_bills_and_estimates_give_a_worker_the_disk_that_the_stack_does() -> None:
+    parameter = template.load(template.shipped())["Parameters"]["PoolDiskGiB"]
+    assert parameter["Default"] == WORKER_DISK_GB
 
 
 def test_a_database_a_nat_and_least_workers_by_hand() -> None:
@@ -206,6 +222,31 @@ def test_a_network_of_ones_own_costs_the_stack_nothing() -> None:
     network = next(item for item in found.idle if item.what == "network")
     assert network.usd.typical == 0.0
     assert "your own" in network.how
+
+
+@pytest.mark.parametrize(
+    ("row", "parameters"),
+    [
+        ("SQLite, `endpoints`, which is what you get unless you say otherwise", {}),
+        ("SQLite, `nat`", {"Egress": "nat"}),
+        ("PostgreSQL, `endpoints`", {"Ledger": "postgres"}),
+        ("PostgreSQL, `nat`", {"Ledger": "postgres", "Egress": "nat"}),
+        ("SimpleDB, `nat`", {"Ledger": "simpledb", "Egress": "nat"}),
+        ("SQLite, a network of your own", {"VpcId": "vpc-1", "SubnetIds": "subnet-a,subnet-b"}),
+    ],
+)
+def test_the_docs_say_what_a_stack_costs_while_nothing_runs(
+    row: str, parameters: dict[str, str]
+) -> None:
+    """The template's own defaults, at the prices that ship."""
+    found = hourly_cost({"PoolInstanceTypes": "m7i.large", **parameters}, SHIPPED)
+    month = f"{found.idle_usd_h.typical * 730:.0f}"
+    docs = Path(__file__).parents[2] / "docs"
+    assert f"| {row} | {month} |" in (docs / "costs.md").read_text()
+    if not parameters:
+        said = f"about {month} USD a month"
+        for page in (docs.parent / "README.md", docs / "tutorial-aws.md", docs / "deploy.md"):
+            assert said in " ".join(page.read_text().split()), page
 
 
 def test_the_templates_own_defaults_have_prices() -> None:

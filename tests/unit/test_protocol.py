@@ -24,6 +24,17 @@ from batchlab.model import (
 )
 from batchlab.ports import Cut
 from batchlab.protocol import definition, settle, sizing, wire
+from batchlab.protocol.messages import (
+    Beat,
+    Events,
+    Held,
+    TaskMessage,
+    Told,
+    events_message,
+    read_events_message,
+    read_task_message,
+    task_message,
+)
 from batchlab.protocol.policy import judge
 from batchlab.tally import Asked, Requests
 
@@ -240,21 +251,19 @@ def test_what_is_written_is_what_is_read() -> None:
     cut = Cut(JOB.id, A, 1, 3, (BUNDLE,), TaskSet.span(10, 20), 20)
     assert wire.cut_from_json(wire.loads(wire.to_bytes(wire.cut_to_json(cut)))) == cut
     source = replace(BUNDLE, stage=B, source=BundleId("x"), round=2, losses=1)
-    message = wire.TaskMessage(source, [1, "a"], 12.5, True)
-    assert wire.read_task_message(wire.task_message(message)) == message
+    message = TaskMessage(source, [1, "a"], 12.5, True)
+    assert read_task_message(task_message(message)) == message
     message = replace(message, job=JOB)
-    assert wire.read_task_message(wire.task_message(message)) == message
+    assert read_task_message(task_message(message)) == message
     for opening in (None, definition.Opening([1, "a"]), definition.Opening([1, "a"], cut)):
         doc = wire.loads(definition.to_bytes(JOB, opening))
         assert (wire.job_from_json(doc), definition.opening_in(doc)) == (JOB, opening)
-    held = wire.Held("q", "r", JOB.id, A, BUNDLE.id, True)
-    beat = wire.Beat("w", "i", "p", 1.0, 2, 1, (held,), 7)
-    events = wire.Events((done,), ("k",), (beat,), (outcome,))
-    assert wire.read_events_message(wire.events_message(events)) == events
+    held = Held("q", "r", JOB.id, A, BUNDLE.id, True)
+    beat = Beat("w", "i", "p", 1.0, 2, 1, (held,), 7)
+    events = Events((done,), ("k",), (beat,), (outcome,))
+    assert read_events_message(events_message(events)) == events
     asked = (Asked("w", "i", Requests(10, 2, 3, 4, 5), is_spot=True),)
-    assert (
-        wire.read_events_message(wire.events_message(replace(events, asked=asked))).asked == asked
-    )
+    assert read_events_message(events_message(replace(events, asked=asked))).asked == asked
 
 
 def test_what_nobody_asks_for_changes_no_message() -> None:
@@ -265,8 +274,8 @@ def test_what_nobody_asks_for_changes_no_message() -> None:
     capped = replace(JOB, max_cost_usd=5.0)
     assert wire.job_from_json(wire.loads(wire.to_bytes(wire.job_to_json(capped)))) == capped
     # What an earlier worker sends has no counts, and what an earlier manager reads it skips.
-    assert wire.read_events_message(wire.events_message(wire.Events())).asked == ()
-    assert "q" not in wire.loads(wire.events_message(wire.Events()))
+    assert read_events_message(events_message(Events())).asked == ()
+    assert "q" not in wire.loads(events_message(Events()))
 
 
 def test_an_unknown_format_is_refused() -> None:
@@ -292,9 +301,9 @@ def test_the_policy_counts_tasks_or_percent() -> None:
 
 
 def test_what_workers_tell_of_themselves_survives_the_way_and_mischief() -> None:
-    told = wire.Events(told=(wire.Told("w-1", {"retried.timeout": 2}),))
-    assert wire.read_events_message(wire.events_message(told)) == told
+    told = Events(told=(Told("w-1", {"retried.timeout": 2}),))
+    assert read_events_message(events_message(told)) == told
     for mischief in ([["w", 3]], [["w", {"a": "x"}]], [["w"]], [["w", {"a": float("inf")}]]):
         body = json.dumps({"v": 1, "m": mischief})
         with pytest.raises((TypeError, ValueError, AttributeError, OverflowError)):
-            wire.read_events_message(body)
+            read_events_message(body)

@@ -30,6 +30,7 @@ from batchlab.model import (
 )
 from batchlab.ports import JobRecord, StageRecord
 from batchlab.protocol import wire
+from batchlab.protocol.messages import Duplicate, Events, events_message, read_events_message
 
 
 def pool_point(at_s: float, step_s: float = 1.0, visible: int = 0, busy: float = 0.0) -> list[Any]:
@@ -121,9 +122,9 @@ def test_rounds_are_put_together() -> None:
 
 
 def test_what_came_twice_and_when_a_cut_was_made_travel() -> None:
-    told = wire.Duplicate(JobId("a"), StageName("s"), "execution", "w-1-3", 2.5)
-    events = wire.Events(duplicates=(told,))
-    assert wire.read_events_message(wire.events_message(events)) == events
+    told = Duplicate(JobId("a"), StageName("s"), "execution", "w-1-3", 2.5)
+    events = Events(duplicates=(told,))
+    assert read_events_message(events_message(events)) == events
     from batchlab.ports import Cut
 
     bundle = Bundle(JobId("a"), StageName("s"), TaskSet.span(0, 4))
@@ -185,8 +186,8 @@ def test_an_instance_that_was_gone_before_is_no_job_s() -> None:
     new = Instance("i-new", "default", LifecycleState.IN_SERVICE, 900.0)
     view = GroupView(Pool("default"), 1, (old, new))
     recorder.observe({"default": view}, {}, lambda _: Backlog())
-    assert list(recorder._instances) == ["i-new"]
-    assert recorder._instances["i-new"][5] == 1000.0
+    assert list(recorder._roster.living) == ["i-new"]
+    assert recorder._roster.living["i-new"][5] == 1000.0
 
 
 @pytest.mark.parametrize(
@@ -252,20 +253,21 @@ def closed(history: int, seconds: float) -> tuple[dict[str, Any], int]:
     while a long job went on; and how many looks at that it took."""
     ports = FakePorts()
     recorder = Recorder(cast(Ports, ports), {}, cast(Registry, FakeRegistry()))
+    roster = recorder._roster
     recorder._slots["default"] = 2, ""
     recorder._pools["default"] = Series(
         of_pool, [pool_point(n * 900 / history) for n in range(history)]
     )
     for n in range(history):
         name, since_s = f"{n}", n / 1000
-        recorder._ended[name] = Row(["default", "", "", "", since_s, since_s, since_s, "", "", 2])
-        recorder._workers[name] = Row([name, "default", 2, since_s, since_s])
+        roster.ended[name] = Row(["default", "", "", "", since_s, since_s, since_s, "", "", 2])
+        roster.workers[name] = Row([name, "default", 2, since_s, since_s])
         recorder._decisions.append(Row(["default", since_s, 0, 1, 0, 1, 1.0, "a backlog"]))
     for n in range(FEW + 6):
-        recorder._instances[f"i-{n}"] = ["default", "", "", "", 900.0, 900.0, None, "", "", 2]
+        roster.living[f"i-{n}"] = ["default", "", "", "", 900.0, 900.0, None, "", "", 2]
     for n in range(500):
         recorder._jobs[JobId(f"other-{n}")] = _Seen(0.0, ["default"])
-    recorder._ended["last"] = Row(["default", "", "", "", 0.0, 0.0, 999.99, "", "", 2])
+    roster.ended["last"] = Row(["default", "", "", "", 0.0, 0.0, 999.99, "", "", 2])
     recorder._jobs[JobId("a")] = _Seen(1000.0 - seconds, ["default"])
     Row.looks = 0
     ((_, part),) = recorder.close({JobId("a"): Account()}).values()

@@ -16,7 +16,7 @@ from typer.main import get_command
 from batchlab import reference
 from batchlab.cli import SERVICES, service
 from batchlab.cli.app import app
-from batchlab.manager.live import ManagerSettings
+from batchlab.manager.settings import ManagerSettings
 from batchlab.reference import __main__, settings
 from batchlab.worker.settings import WorkerSettings
 

@@ -18,14 +18,14 @@ from batchlab.manager.registry import LOST_S, Registry
 from batchlab.model import BundleId, Instance, JobId, LifecycleState, StageName
 from batchlab.patience import Patience
 from batchlab.ports import Fleet, Queue
-from batchlab.protocol import wire
+from batchlab.protocol.messages import Beat, Held, Told
 from batchlab.sim.clocks import SimClock, SimIds
 from batchlab.sim.loop import SimLoop
 from tests.no_fleet import NoFleet
 
 
-def beat(instance: str, number: int) -> wire.Beat:
-    return wire.Beat(f"w-{instance}", instance, "default", 1.0, 1, 0, (), number)
+def beat(instance: str, number: int) -> Beat:
+    return Beat(f"w-{instance}", instance, "default", 1.0, 1, 0, (), number)
 
 
 def dead(instance: str) -> Instance:
@@ -131,7 +131,7 @@ def test_what_an_instance_held_that_was_long_silent_is_not_given_back(
                 returned.extend(receipt for receipt, _ in receipts)
 
         registry = Registry(ports(NoFleet(), Returning()), {})  # type: ignore[arg-type]
-        held = wire.Held("tasks", "r-1", JobId("j-1"), StageName("map"), BundleId("b-1"), True)
+        held = Held("tasks", "r-1", JobId("j-1"), StageName("map"), BundleId("b-1"), True)
         await registry.hear(replace(beat("i-1", 1), held=(held,)))
         await asyncio.sleep(silent_s)
         await registry.bury([dead("i-1")])
@@ -168,6 +168,6 @@ def test_a_worker_that_still_tells_what_it_has_done_is_not_forgotten(
     monkeypatch.setattr("batchlab.manager.counts.HEARD_KEPT", 3)
     counts = Counts()
     for n in range(1, 10):
-        counts.told(wire.Told("w-first", {DUPLICATE: n}))
-        counts.told(wire.Told(f"w-{n}", {DUPLICATE: 1}))
+        counts.told(Told("w-first", {DUPLICATE: n}))
+        counts.told(Told(f"w-{n}", {DUPLICATE: 1}))
     assert counts.duplicates == 9 + 9

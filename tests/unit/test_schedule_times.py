@@ -132,6 +132,20 @@ def test_a_year_of_minutes_is_not_walked_through() -> None:
 
 
 @pytest.mark.parametrize(
+    ("cron", "days"),
+    [
+        ("0 6 L * *", ["2026-12-31", "2027-01-31", "2027-02-28"]),
+        ("0 6 LW * *", ["2026-12-31", "2027-01-29", "2027-02-26"]),
+        ("0 6 * * 5L", ["2026-12-25", "2027-01-29", "2027-02-26"]),
+    ],
+)
+def test_the_end_of_a_month_as_docs_have_it(cron: str, days: list[str]) -> None:
+    """31 January and 28 February 2027 are Sundays."""
+    found = between(cron, "UTC", at("2026-12-01"), at("2027-03-01"))
+    assert [times.iso(one)[:10] for one in found] == days
+
+
+@pytest.mark.parametrize(
     ("cron", "zone", "told"),
     [
         ("* * * *", "UTC", "has 4 fields, not 5"),
@@ -140,7 +154,7 @@ def test_a_year_of_minutes_is_not_walked_through() -> None:
         ("61 * * * *", "UTC", "Bad minute"),
         ("* * * * FOO", "UTC", "Bad day-of-week"),
         ("0 0 30 2 *", "UTC", "Bad day-of-month"),
-        ("@daily", "UTC", "has 1 fields"),
+        ("@daily", "UTC", "has 1 field, not 5"),
         ("*/0 * * * *", "UTC", "Bad minute"),
         ("0 0 * * " + "1," * 200 + "1", "UTC", "at most 200 characters"),
         ("* * * * *", "Europe/Nowhere", "no time zone 'Europe/Nowhere'"),

@@ -42,6 +42,7 @@ def test_what_the_file_says_takes_the_place_of_the_backends_own(tmp_path: Path) 
         ("[manager]\nidle_s = inf\n", "which is not a number"),
         ("[manager]\nidle_s = true\n", "which is not a number"),
         ("[manager]\nmax_receives = 2.5\n", "which is not a number"),
+        ("[manager]\nwindow = 2.5\n", "which is not a number"),
         ("[worker]\nbeat_s = 3\n", "'worker', which is nothing that a grid can be told"),
         ("[manager\n", "cannot be read"),
     ],

@@ -8,10 +8,11 @@ from random import Random
 
 import pytest
 
-from batchlab.adapters.sim.launcher import KEEP_ENDED_S, MemoryState, SimLauncher
+from batchlab.adapters.sim.launcher import MemoryState, SimLauncher
 from batchlab.errors import BackendError
 from batchlab.fleet.group import ManagedFleet
 from batchlab.model import Pool
+from batchlab.ports import KEEP_ENDED_S
 from batchlab.sim.actors import CURRENT, Actor
 from batchlab.sim.clocks import SimClock
 from batchlab.sim.loop import SimLoop

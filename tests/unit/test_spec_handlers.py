@@ -140,3 +140,20 @@ def test_each_module_is_read_once_however_they_import_each_other(
 def test_a_module_that_is_data_is_not_parsed(tmp_path: Path) -> None:
     (tmp_path / "big.py").write_text("x = 1\n" * (handlers.READ_BYTES // 6 + 1))
     assert handlers.missing("big:anything", tmp_path) is None
+
+
+def test_a_module_that_cannot_be_read_is_one_mistake_of_all_its_stages(folder: Path) -> None:
+    write(folder, {"work.py": "def one(:\n", "other.py": "def go(item): ...\n"})
+    text = """\
+        name: j
+        input: {files: data/*}
+        stages:
+          - {name: one, python: "work:one"}
+          - {name: two, python: "work:two"}
+          - {name: three, python: "other:gone"}
+          - {name: four, python: "other:gone"}
+        """
+    found = told(refused(folder, text))
+    assert [line for line, _ in found] == [4, 6, 7]
+    assert "work.py line 1 cannot be read as Python" in found[0][1]
+    assert all("other.py has no 'gone'." in said for _, said in found[1:])

@@ -241,7 +241,7 @@ def test_a_connection_beyond_the_first_thousand_files_is_kept_too(
         wire.call("ReceiveMessage", {})
         wire.call("ReceiveMessage", {})
         assert len(service.connections) == 1
-        assert wire._idle[0].sock.fileno() > 1024
+        assert wire._connections._idle[0][1].sock.fileno() > 1024
     finally:
         for one in held:
             os.close(one)

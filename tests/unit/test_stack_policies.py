@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -275,3 +276,23 @@ def test_workers_take_from_queues_of_pools_and_never_from_dead_letters(pool: str
     assert takes(naming.tasks_queue(pool)) != pool.endswith("-dead")
     assert not takes(naming.dead_letters(pool))
     assert not takes(naming.EVENTS)
+
+
+def test_users_may_open_a_way_to_the_manager_and_no_shell_on_it() -> None:
+    """Where no document is named AWS starts a shell, unless each statement has that condition."""
+    page = Path(__file__).parents[2] / "docs" / "aws-security.md"
+    (policy,) = re.findall(r"```json\n(.*?)```", page.read_text(), re.DOTALL)
+    sessions = [
+        one for one in json.loads(policy)["Statement"] if "ssm:StartSession" in one["Action"]
+    ]
+    assert [one["Resource"].rpartition(":")[2] for one in sessions] == [
+        "instance/*",
+        "document/AWS-StartPortForwardingSession",
+    ]
+    for one in sessions:
+        checked = {"ssm:SessionDocumentAccessCheck": "true"}
+        assert one["Condition"]["BoolIfExists"] == checked, one["Sid"]
+    assert sessions[0]["Condition"]["StringEquals"] == {
+        "ssm:resourceTag/batchlab.stack": "batchlab",
+        "ssm:resourceTag/batchlab.role": "manager",
+    }

@@ -16,11 +16,13 @@ from batchlab.adapters.sql import open_memory
 from batchlab.errors import Unreachable
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager import tails as manager_tails
-from batchlab.manager.live import LiveJob, ManagerSettings, Ports
+from batchlab.manager.live import LiveJob, Ports
+from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Bundle, Control, JobId, JobState, StageCounts, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import JobRecord, Message, StageRecord
 from batchlab.protocol import naming, wire
+from batchlab.protocol.messages import TaskMessage
 from batchlab.sim.clocks import SimClock, SimIds
 from batchlab.sim.loop import SimLoop
 from batchlab.worker import logs
@@ -67,7 +69,7 @@ class Talk:
         self.task: int | None = task
         bundle = Bundle(job, StageName("talk"), TaskSet.of([task]), attempt=2)
         message = Message("m", "", "r", 1, 0.0, 0.0)
-        hand = Hand("q", message, wire.TaskMessage(bundle), f"w-1-{task}", 0.0, 0.0, "r")
+        hand = Hand("q", message, TaskMessage(bundle), f"w-1-{task}", 0.0, 0.0, "r")
         hand.running = True
         hand.handle.peek = self.peek
         hands[hand.execution] = hand

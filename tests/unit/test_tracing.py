@@ -6,6 +6,7 @@ import asyncio
 import builtins
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -21,6 +22,12 @@ from batchlab.commit import address
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.model import Bundle, Failure, FailureKind, JobId, Ran, StageName, TaskSet
 from batchlab.protocol import wire
+from batchlab.protocol.messages import (
+    Events,
+    events_message,
+    read_events_message,
+    read_task_message,
+)
 from batchlab.tracing import NOBODY, Subject
 from batchlab.worker import traced
 from tests.otlp import Receiver, named
@@ -65,7 +72,7 @@ def test_where_nobody_traces_no_byte_of_it_travels() -> None:
     assert "trace" not in wire.job_to_json(JOB)
     body = address(JOB, BUNDLE, now_s=1.0).message.body
     assert "tp" not in wire.loads(body)
-    assert "tp" not in wire.loads(wire.events_message(wire.Events()))
+    assert "tp" not in wire.loads(events_message(Events()))
 
 
 def test_who_does_not_trace_passes_on_what_came_along() -> None:
@@ -79,13 +86,13 @@ def test_the_context_travels_in_job_message_and_event() -> None:
     job = wire.job_from_json({**wire.job_to_json(JOB), "trace": ABOVE})
     assert job.trace == ABOVE
     assert wire.job_from_json(wire.job_to_json(job)) == job
-    sent = wire.read_task_message(address(job, BUNDLE, now_s=1.0).message.body)
+    sent = read_task_message(address(job, BUNDLE, now_s=1.0).message.body)
     assert sent.trace == ABOVE, "unless somebody nearer sends it"
     other = ABOVE.replace("b7", "c8")
-    sent = wire.read_task_message(address(job, BUNDLE, now_s=1.0, trace=other).message.body)
+    sent = read_task_message(address(job, BUNDLE, now_s=1.0, trace=other).message.body)
     assert sent.trace == other
-    events = wire.Events(traces=((JOB.id, MAP, BUNDLE.id, ABOVE),))
-    assert wire.read_events_message(wire.events_message(events)) == events
+    events = Events(traces=((JOB.id, MAP, BUNDLE.id, ABOVE),))
+    assert read_events_message(events_message(events)) == events
 
 
 @pytest.mark.parametrize(
@@ -126,12 +133,14 @@ def test_a_missing_extra_is_one_sentence(
     environment.setattr(builtins, "__import__", no_otel)
     assert opened("http://127.0.0.1:9", environment) is NOBODY
     (record,) = caplog.records
-    assert "pip install 'batchlab[otel]'" in record.getMessage()
+    assert "batchlab's extra `otel` is not installed" in record.getMessage()
+    assert re.search(r" install .*\[otel\].*` brings it\.", record.getMessage())
 
 
 def test_a_worker_that_does_not_trace_imports_nothing_of_it() -> None:
     code = (
-        "import sys, batchlab.worker.loop, batchlab.manager.manager, batchlab.services;"
+        "import sys, batchlab.worker.loop, batchlab.manager.manager;"
+        "import batchlab.services.manager, batchlab.services.worker;"
         "print([m for m in sys.modules if m.startswith(('opentelemetry', 'prometheus'))])"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

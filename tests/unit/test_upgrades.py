@@ -17,16 +17,27 @@ from batchlab.adapters.sim.queue import SimQueue
 from batchlab.commit import committed
 from batchlab.errors import BackendError, TooNew
 from batchlab.jobdef import JobDef, NotifyDef, RetryRule, SplitBy, StageDef
+from batchlab.manager.told import Book
 from batchlab.model import Bundle, Control, FailureKind, JobId, Ran, StageName, TaskSet
+from batchlab.notification import Notification
 from batchlab.patience import Patience
 from batchlab.ports import Outgoing, QueueSpec
 from batchlab.protocol import definition, naming, wire
+from batchlab.protocol.messages import (
+    TaskMessage,
+    events_message,
+    read_events_message,
+    read_task_message,
+    task_message,
+)
 from batchlab.sim.clocks import SimClock
 from batchlab.sim.loop import SimLoop
 from batchlab.worker.beats import Identity
-from batchlab.worker.loop import OTHERS_S, Worker
+from batchlab.worker.closing import OTHERS_S
+from batchlab.worker.loop import Worker
 from batchlab.worker.runner import Handle, Work
 from batchlab.worker.settings import WorkerSettings
+from batchlab.worker.tails import Tail, from_bytes, to_bytes
 
 BEFORE = Path(__file__).parent / "wire_before"
 """As releases wrote it that knew nothing of targets, traces and protocols."""
@@ -67,11 +78,11 @@ def test_a_job_of_an_earlier_release_is_read_and_written_as_it_was() -> None:
 
 def test_messages_and_outcomes_of_an_earlier_release_are_read() -> None:
     job = wire.job_from_json(before("job"))
-    message = wire.read_task_message((BEFORE / "message.json").read_text())
-    assert message == wire.TaskMessage(BUNDLE, [1, "a"], job=job)
+    message = read_task_message((BEFORE / "message.json").read_text())
+    assert message == TaskMessage(BUNDLE, [1, "a"], job=job)
     outcome = wire.outcome_from_json(before("outcome"))
     assert (outcome.values, [one.kind for one in outcome.failed]) == ((7,), [FailureKind.TIMEOUT])
-    events = wire.read_events_message((BEFORE / "events.json").read_text())
+    events = read_events_message((BEFORE / "events.json").read_text())
     assert events.outcomes == (outcome,)
     assert [one.execution for one in events.duplicates] == ["w-1-1"]
     assert events.asked[0].requests.sqs_bytes == 6
@@ -79,8 +90,8 @@ def test_messages_and_outcomes_of_an_earlier_release_are_read() -> None:
     assert wire.word_from_bytes((BEFORE / "word.json").read_bytes()).control is Control.CANCEL
     for name in ("message", "events", "outcome", "word"):
         made = {
-            "message": lambda: json.loads(wire.task_message(message)),
-            "events": lambda: json.loads(wire.events_message(events)),
+            "message": lambda: json.loads(task_message(message)),
+            "events": lambda: json.loads(events_message(events)),
             "outcome": lambda: json.loads(wire.dumps(wire.outcome_to_json(outcome))),
             "word": lambda: json.loads(wire.word_to_bytes(wire.Word(Control.CANCEL, reason="x"))),
         }[name]()
@@ -95,22 +106,32 @@ def test_what_a_later_release_has_added_is_passed_over() -> None:
     told = replace(JOB, notify=(NotifyDef("sns", "arn:x"),), trace=ABOVE, max_cost_usd=1.0)
     doc = json.loads(wire.dumps(wire.job_to_json(told)))
     assert wire.job_from_json(later(doc)) == told
-    found = wire.read_task_message(json.dumps(later(before("message"))))
-    assert found == wire.read_task_message((BEFORE / "message.json").read_text())
+    found = read_task_message(json.dumps(later(before("message"))))
+    assert found == read_task_message((BEFORE / "message.json").read_text())
     assert wire.outcome_from_json(later(before("outcome"))) == wire.outcome_from_json(
         before("outcome")
     )
     doc = before("events")
     del doc["m"]  # names and numbers by any name; see Counts
-    known = wire.read_events_message(json.dumps(doc))
+    known = read_events_message(json.dumps(doc))
     doc = later(doc)
     doc["q"][0].append(7)
     doc["d"][0].append("more")
-    assert wire.read_events_message(json.dumps(doc)) == known
+    assert read_events_message(json.dumps(doc)) == known
     word = (BEFORE / "word.json").read_bytes()
     assert wire.word_from_bytes(json.dumps(later(before("word"))).encode()) == (
         wire.word_from_bytes(word)
     )
+
+
+def test_what_is_to_be_told_and_what_tasks_print_are_read_as_well() -> None:
+    own = NotifyDef("sns", "arn:x")
+    one = Notification("id-1", "failed", JOB.id, f"{JOB.id}#1", own, "{}", 1.5)
+    book = later(json.loads(Book({one.id: one}, [replace(one, id="id-0")]).to_bytes()))
+    assert Book.from_bytes(json.dumps(book).encode()).pending == {one.id: one}
+    tail = Tail(A, 0, 1, 0, BUNDLE.id, "w-1-1", 0, 6, "hello\n")
+    tails = later(json.loads(to_bytes([tail])))
+    assert from_bytes(json.dumps(tails).encode()) == [tail]
 
 
 @pytest.mark.parametrize(
@@ -137,9 +158,9 @@ def test_a_word_that_is_not_known_allows_nothing() -> None:
 def test_a_workers_message_says_nothing_that_only_a_manager_needs() -> None:
     secret = "https://hooks.example.org/T0/s3cret"
     job = replace(JOB, notify=(NotifyDef("webhook", secret),), trace=ABOVE, max_cost_usd=1.0)
-    body = wire.task_message(wire.TaskMessage(BUNDLE, job=job, trace=ABOVE))
+    body = task_message(TaskMessage(BUNDLE, job=job, trace=ABOVE))
     assert "s3cret" not in body
-    assert wire.read_task_message(body).job == JOB
+    assert read_task_message(body).job == JOB
     assert secret in wire.dumps(wire.job_to_json(job)), "the bucket has it"
 
 
@@ -185,8 +206,8 @@ class Scene:
 
     async def send(self, job: JobDef, change: Callable[[dict[str, Any]], None]) -> str:
         bundle = replace(BUNDLE, job=job.id)
-        message = wire.TaskMessage(bundle, [1, 2], job=job)
-        doc = json.loads(wire.task_message(message))
+        message = TaskMessage(bundle, [1, 2], job=job)
+        doc = json.loads(task_message(message))
         change(doc)
         body = json.dumps(doc)
         await self.queue.send(self.tasks, [Outgoing(body)])
@@ -304,8 +325,8 @@ DONE |= {"ok": [[0, 1]], "no": [], "x": [], "run": 0.1, "next": [], "re": 0}
     ],
 )
 def test_what_has_not_the_shape_of_an_event_is_refused(mischief: dict[str, Any]) -> None:
-    assert wire.read_events_message(json.dumps({"v": 1, "c": [DONE]})).completions
+    assert read_events_message(json.dumps({"v": 1, "c": [DONE]})).completions
     beat = {**BEAT, "number": 1, "held": [HELD]}
-    assert wire.read_events_message(json.dumps({"v": 1, "h": [beat]})).beats
+    assert read_events_message(json.dumps({"v": 1, "h": [beat]})).beats
     with pytest.raises((AttributeError, KeyError, TypeError, ValueError)):
-        wire.read_events_message(json.dumps({"v": 1, **mischief}))
+        read_events_message(json.dumps({"v": 1, **mischief}))

@@ -16,9 +16,10 @@ from batchlab.errors import BackendError, NotFound, Unreachable
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager import recorded
 from batchlab.manager.kept import Kept
-from batchlab.manager.live import LiveJob, ManagerSettings, Ports
+from batchlab.manager.live import LiveJob, Ports
 from batchlab.manager.recorder import Recorder
 from batchlab.manager.registry import Registry
+from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.spending import Spending
 from batchlab.model import JobId, JobState, Pool, StageCounts, StageName
 from batchlab.patience import Patience
@@ -193,15 +194,15 @@ def test_a_leader_that_hears_that_others_led_goes_on_from_what_they_have_counted
         await first.saves()
         await second.leads()
         (await second.conducts(is_new=False)).account.bundles = 5
-        second.spending.max_cost_usd = 7.0
-        second.spending.caps[JOB] = 2.0
+        second.spending.caps.max_cost_usd = 7.0
+        second.spending.caps.by_hand[JOB] = 2.0
         await second.saves()
         first.lives.clear()
         await first.spending.reread()
         again = await first.conducts(is_new=False)
         assert again.account.bundles == 5
-        assert first.spending.max_cost_usd == 7.0
-        assert first.spending.caps == {JOB: 2.0}
+        assert first.spending.caps.max_cost_usd == 7.0
+        assert first.spending.caps.by_hand == {JOB: 2.0}
 
     play(main)
 

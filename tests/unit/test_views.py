@@ -16,7 +16,8 @@ from batchlab.manager.admission import admit
 from batchlab.manager.live import LiveJob, Seen
 from batchlab.model import Bundle, Completion, JobId, JobState, StageCounts, StageName, TaskSet
 from batchlab.ports import BundleRecord, JobRecord, StageRecord
-from batchlab.protocol import naming, wire
+from batchlab.protocol import naming
+from batchlab.protocol.messages import Beat, Held
 from batchlab.viewing import job_view, outcome_view
 
 MAP, SUM = StageName("map"), StageName("sum")
@@ -38,8 +39,8 @@ def live_job(*bundles: Bundle) -> LiveJob:
 
 
 def seen(*held: tuple[Bundle, bool]) -> Seen:
-    told = tuple(wire.Held("q", b.id, b.job, b.stage, b.id, running) for b, running in held)
-    return Seen(wire.Beat("w", "i", "default", 0.0, 2, 1, told, 1), 0.0, {})
+    told = tuple(Held("q", b.id, b.job, b.stage, b.id, running) for b, running in held)
+    return Seen(Beat("w", "i", "default", 0.0, 2, 1, told, 1), 0.0, {})
 
 
 def view(live: LiveJob, *workers: Seen) -> dict[str, Any]:
@@ -116,7 +117,7 @@ REFUSED: dict[str, tuple[JobDef, str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_job_that_could_never_run_is_refused(name: str) -> None:
-    """Answers pain 1: what cannot run must not wait for ever."""
+    """What cannot run must not wait for ever."""
     job, message = REFUSED[name]
     with pytest.raises(UsageError) as caught:
         admit(job, POOLS)

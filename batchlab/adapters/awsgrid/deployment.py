@@ -15,11 +15,10 @@ from typing import Any
 from batchlab.errors import BackendError
 from batchlab.home import Home
 from batchlab.model import Pool
+from batchlab.whole import write_whole
 
 NAME = "aws"
 """The backend whose folder in the home this is kept in."""
-
-LEDGERS = ("sqlite", "postgres", "simpledb")
 
 MANAGER_PORT = 8080
 """On the manager's instance, where it listens on 127.0.0.1 alone."""
@@ -98,6 +97,8 @@ def read(home: Home) -> AwsDeployment | None:
 
 def parse(fields: Mapping[str, Any]) -> AwsDeployment:
     """The deployment of a JSON object; ValueError, TypeError or KeyError where it is none."""
+    from batchlab.costs.hourly import LEDGERS
+
     database = fields.get("database")
     found = AwsDeployment(
         **{
@@ -120,9 +121,7 @@ def write(home: Home, deployment: AwsDeployment) -> None:
     home.make()
     path = path_in(home)
     path.parent.mkdir(exist_ok=True)
-    staged = path.with_name(f"{path.name}.new")
-    staged.write_text(json.dumps(deployment.document(), indent=1))
-    staged.replace(path)
+    write_whole(path, json.dumps(deployment.document(), indent=1))
 
 
 def forget(home: Home) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from batchlab.adapters import folders
 from batchlab.errors import BackendError, UsageError
 from batchlab.home import Home
+from batchlab.whole import write_whole
 
 NAME = "localstack"
 """The backend whose folder in the home this is kept in."""
@@ -45,8 +46,8 @@ class Deployment:
     """What a grid in containers is called, and where it is.
 
     `subnet` is the first three numbers of its network's addresses. `user` is the "uid:gid" that
-    the manager and the workers run as, `python` the version ("3.12") that they run on.
-    the manager and the workers run as. `pools` are the user's own, as options of the manager.
+    the manager and the workers run as, `python` the version ("3.12") that they run on. `pools` are
+    the user's own, as options of the manager.
     """
 
     project: str
@@ -115,14 +116,9 @@ def write(home: Home, deployment: Deployment) -> None:
     password = password_file(home)
     password.parent.mkdir(mode=0o700, exist_ok=True)
     if not password.exists():
-        # Whole or not at all: a full disk would leave an empty one, and that would be kept.
-        fresh = password.with_name("postgres.new")
-        fresh.write_text(secrets.token_urlsafe(24))
-        fresh.chmod(0o444)
-        fresh.replace(password)
-    staged = here / "deployment.json.new"
-    staged.write_text(json.dumps(asdict(deployment), indent=1))
-    staged.replace(here / "deployment.json")
+        # A full disk would else leave an empty one, and that would be kept.
+        write_whole(password, secrets.token_urlsafe(24), mode=0o444)
+    write_whole(here / "deployment.json", json.dumps(asdict(deployment), indent=1))
 
 
 def locked(home: Home) -> AbstractContextManager[None]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from batchlab import package_data
+from batchlab import extras, package_data
 from batchlab.errors import BackendError, UsageError
 
 REPOSITORY = "batchlab/grid"
@@ -84,17 +83,23 @@ def _fill(context: Path) -> None:
 
 
 def requirements() -> list[str]:
-    """What batchlab needs, each in the version that is installed beside it here."""
-    found = []
-    for line in metadata.requires("batchlab") or []:
-        if "extra ==" in line:
-            continue
-        name = re.match(r"[A-Za-z0-9._-]+(\[[A-Za-z0-9,._-]+\])?", line)
-        if name is None:
-            raise BackendError(f"The requirement {line!r} of batchlab has no name.")
-        bare = name[0].split("[")[0]
-        found.append(f"{name[0]}=={metadata.version(bare)}")
+    """What batchlab needs, and those of its extras that are installed, each in the version that is
+    installed beside it here."""
+    from packaging.requirements import Requirement
+
+    found = set()
+    for wanted in map(Requirement, metadata.requires("batchlab") or []):
+        marker = wanted.marker
+        if marker is None or any(marker.evaluate({"extra": one}) for one in _extras()):
+            more = f"[{','.join(sorted(wanted.extras))}]" if wanted.extras else ""
+            found.add(f"{wanted.name}{more}=={metadata.version(wanted.name)}")
     return sorted(found)
+
+
+def _extras() -> list[str]:
+    """What is here of the extras, with "" for what every installation has. Traces are no grid's by
+    themselves: who wants them names their packages."""
+    return ["", *(one for one in extras.MODULES if one != "otel" and not extras.missing(one))]
 
 
 def constraints() -> list[str]:
@@ -105,7 +110,7 @@ def constraints() -> list[str]:
 
     found: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
-    waiting = [("batchlab", "")]
+    waiting = [("batchlab", one) for one in _extras()]
     while waiting:
         name, extra = waiting.pop()
         if (name, extra) in seen:

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from batchlab import extras
 from batchlab.errors import BackendError
 from batchlab.notification import TOPIC, NotDelivered, Notification, Target
 
@@ -35,6 +36,9 @@ class Topics:
     def _publish(self, target: Target, one: Notification) -> None:
         from batchlab.adapters.aws import client, translated
 
+        if module := extras.missing("aws", "boto3"):
+            told = extras.sentence("aws", "A topic of SNS", module)
+            raise NotDelivered(f"{told} {extras.anywhere('aws')}", final=True)
         found = TOPIC.fullmatch(target.to)
         if found is None:
             raise NotDelivered("Its target is no topic's ARN.", final=True)

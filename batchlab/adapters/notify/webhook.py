@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit
 
 from batchlab import __version__
+from batchlab.directory import PORTS
 from batchlab.notification import (
     NotDelivered,
     Notification,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 WHOLE_S = 15.0
 """From the look-up of the name to the answer's status."""
 GONE = 410
-_PORTS = {"https": 443, "http": 80}
 
 
 def signature(secret: bytes, at_s: int, body: bytes) -> str:
@@ -112,8 +112,8 @@ class Webhooks:
     ) -> int:
         import httpx
 
-        host, port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
-        own = "" if port == _PORTS[parts.scheme] else f":{port}"
+        host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
+        own = "" if port == PORTS[parts.scheme] else f":{port}"
         query = f"?{parts.query}" if parts.query else ""
         shown = f"[{address}]" if ":" in address else address
         url = f"{parts.scheme}://{shown}:{port}{parts.path or '/'}{query}"
@@ -149,7 +149,7 @@ async def resolved(parts: SplitResult, *, stays_out: bool) -> str:
     """An address of the URL's host that something may be sent to, with `stays_out` none of this
     machine's. NotDelivered where one of its addresses is refused: a name that leads to both is
     nobody's friend."""
-    host, port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
+    host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)

@@ -14,9 +14,7 @@ from typing import Protocol
 
 from batchlab.errors import AlreadyExists, BackendError
 from batchlab.model import Machine, Pool
-from batchlab.ports import ANY_MACHINE
-
-KEEP_ENDED_S = 600.0
+from batchlab.ports import ANY_MACHINE, KEEP_ENDED_S
 
 
 class SimInstance(Protocol):

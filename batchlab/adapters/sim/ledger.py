@@ -146,8 +146,8 @@ class SimLedger:
     def _place(self, job: JobId) -> tuple[float, JobId]:
         return self._shelf(job).book.job.submitted_s, job
 
-    async def move_job(self, job: JobId, state: JobState, *, reason: str = "") -> bool:
-        return self._change(self._shelf(job), lambda b: books.move(b, state, reason)).is_new
+    async def move_job(self, job: JobId, state: JobState) -> bool:
+        return self._change(self._shelf(job), lambda b: books.move(b, state)).is_new
 
     async def set_control(self, job: JobId, control: Control) -> None:
         self._change(self._shelf(job), lambda b: books.set_control(b, control))

@@ -318,11 +318,6 @@ class SimQueue:
         """The queues there are."""
         return sorted(self._queues)
 
-    def body(self, queue: str, receipt: str) -> str | None:
-        """The body of the message of which this is the latest receipt."""
-        entry = entry_of(self._queues[queue], receipt) if queue in self._queues else None
-        return entry.body if entry is not None else None
-
     def held_s(self, queue: str, receipt: str) -> float:
         """For how long the message will still be hidden by the receive that gave this receipt: 0
         where it is visible, gone, or somebody else's."""

@@ -98,8 +98,8 @@ class SimpleDbLedger:
 
         return await self._read(page)
 
-    async def move_job(self, job: JobId, state: JobState, *, reason: str = "") -> bool:
-        return (await self._change(job, lambda book: books.move(book, state, reason))).is_new
+    async def move_job(self, job: JobId, state: JobState) -> bool:
+        return (await self._change(job, lambda book: books.move(book, state))).is_new
 
     async def set_control(self, job: JobId, control: Control) -> None:
         await self._change(job, lambda book: books.set_control(book, control))

@@ -55,9 +55,11 @@ _make_runnable = _change_job.where(
     jobs.c.state.in_([JobState.SUBMITTED.value, JobState.PENDING.value])
 ).values(state=JobState.RUNNABLE.value, reason="")
 _WAITING = (JobState.SUBMITTED, JobState.PENDING, JobState.RUNNABLE, JobState.STARTING)
-_move = _change_job.values(state=bindparam("state"), reason=bindparam("reason"))
+_move = _change_job.values(state=bindparam("state"), reason="")
 _control = _change_job.values(control=bindparam("control"))
-_end = _move.values(control=Control.RUN.value, ended_s=bindparam("ended_s"))
+_end = _move.values(
+    reason=bindparam("reason"), control=Control.RUN.value, ended_s=bindparam("ended_s")
+)
 _make_running = _change_job.values(state=JobState.RUNNING.value, reason="")
 _stages = select(stages).where(stages.c.job == bindparam("job")).order_by(stages.c.position)
 _stage = _stages.where(stages.c.stage == bindparam("stage"))
@@ -154,11 +156,11 @@ def page_of_jobs(
     return [_job_record(row) for row in connection.execute(query, values).mappings()]
 
 
-def move_job(connection: Connection, job: JobId, state: JobState, reason: str) -> bool:
+def move_job(connection: Connection, job: JobId, state: JobState) -> bool:
     row = _job_row(connection, job)
     if not may_move(JobState(row["state"]), state):
         return False
-    connection.execute(_move, {"b_job": job, "state": state.value, "reason": _plain(reason)})
+    connection.execute(_move, {"b_job": job, "state": state.value})
     return True
 
 

@@ -123,8 +123,8 @@ class SqlLedger:
         """Also raises NotFound where `before` is not there any more."""
         return await self._read(lambda c: job_rows.page_of_jobs(c, active, limit, before))
 
-    async def move_job(self, job: JobId, state: JobState, *, reason: str = "") -> bool:
-        return await self._write(lambda c: job_rows.move_job(c, job, state, reason))
+    async def move_job(self, job: JobId, state: JobState) -> bool:
+        return await self._write(lambda c: job_rows.move_job(c, job, state))
 
     async def set_control(self, job: JobId, control: Control) -> None:
         await self._write(lambda c: job_rows.set_control(c, job, control))

@@ -45,7 +45,7 @@ def restore(connection: Connection, upserts: Upserts, past: Past, over: str) -> 
         _restore_round(connection, upserts, job, number, one)
     job_rows.set_control(connection, job, past.control)
     if past.control is Control.PAUSE:
-        job_rows.move_job(connection, job, JobState.PAUSED, "")
+        job_rows.move_job(connection, job, JobState.PAUSED)
     return True
 
 

@@ -17,7 +17,7 @@ from batchlab.fleet.state import Group
 MOST_POLICIES = 50
 SIMPLE, STEP, TRACKING = "SimpleScaling", "StepScaling", "TargetTrackingScaling"
 _TYPES = (SIMPLE, STEP, TRACKING)
-_ADJUSTMENTS = ("ChangeInCapacity", "ExactCapacity", "PercentChangeInCapacity")
+ADJUSTMENTS = ("ChangeInCapacity", "ExactCapacity", "PercentChangeInCapacity")
 
 
 class PolicyRequests(Requests):
@@ -158,7 +158,7 @@ def _check(policy: ScalingPolicy) -> None:
         if sum(map(bool, metrics)) != 1:
             raise ValidationError("TargetTrackingConfiguration needs exactly one metric.")
         return
-    checks.one_of("AdjustmentType", policy.adjustment_type, _ADJUSTMENTS)
+    checks.one_of("AdjustmentType", policy.adjustment_type, ADJUSTMENTS)
     if policy.policy_type == SIMPLE and policy.scaling_adjustment is None:
         raise ValidationError("ScalingAdjustment is needed for a policy of type SimpleScaling.")
     if policy.policy_type == STEP and not policy.step_adjustments:

@@ -25,7 +25,7 @@ from batchlab.asg.notices import give
 from batchlab.errors import BackendError, NotFound, UsageError
 from batchlab.model import Market
 from batchlab.replay.harm import keepers, messages
-from batchlab.replay.harm.interposed import Interposed, networks
+from batchlab.replay.harm.interposed import PYTHON, Interposed, networks
 from batchlab.replay.harm.scene import NOBODY, SEEN_S, Harm, Scene, Seen, until
 from batchlab.replay.harm.undoing import Undoing, in_thread, to_its_end
 from batchlab.replay.harm.zones import Zones
@@ -38,9 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SERVICE = "com.docker.compose.service"
-_PYTHON = "/opt/batchlab/venv/bin/python"
 _PROBE = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 2).close()"
-_KILLED = 128 + signal.SIGKILL
 
 
 class Containers:
@@ -165,7 +163,7 @@ class Containers:
 
     async def _reaches(self, container: str) -> bool:
         """Whether a program in it can connect to the metadata service."""
-        argv = [_PYTHON, "-c", _PROBE, f"{self.at.subnet}.12", str(deployment.METADATA_PORT)]
+        argv = [PYTHON, "-c", _PROBE, f"{self.at.subnet}.12", str(deployment.METADATA_PORT)]
 
         def probe(api: APIClient) -> bool:
             made = api.exec_create(container, argv)["Id"]
@@ -217,10 +215,11 @@ class Containers:
         await until(look, "the end of the instances", within_s=fault.notice_s + SEEN_S)
         took_s = time.monotonic() - began_s
         left = [name for name, one in hit.items() if await self.is_running(one)]
+        whose, gone = "its" if len(told) == 1 else "their", len(hit) - len(left)
         return Seen(
             tuple(hit),
-            f"{len(told)} of {len(hit)} had their notice of {fault.notice_s:g} s, and "
-            f"{len(hit) - len(left)} were gone after {took_s:.1f} s ({first_of(list(hit))})",
+            f"{len(told)} of {len(hit)} had {whose} notice of {fault.notice_s:g} s, and {gone} "
+            f"{'was' if gone == 1 else 'were'} gone after {took_s:.1f} s ({first_of(list(hit))})",
         )
 
     async def _notice(self, instance: str, notice_s: float) -> bool:

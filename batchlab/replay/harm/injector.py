@@ -16,7 +16,8 @@ from batchlab.client import Client
 from batchlab.errors import BatchlabError, UsageError
 from batchlab.home import Home
 from batchlab.model import Pool
-from batchlab.replay.harm.scene import OVER, Harm, Over, Scene, Seen
+from batchlab.replay.course import OVER
+from batchlab.replay.harm.scene import Harm, Over, Scene, Seen
 from batchlab.replay.harm.table import BACKENDS, cell
 from batchlab.scenario.model import Fault, FaultName
 from batchlab.scenario.record import Injected

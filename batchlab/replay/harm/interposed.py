@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _WHAT = "The front before LocalStack"
-_PYTHON = "/opt/batchlab/venv/bin/python"
+PYTHON = "/opt/batchlab/venv/bin/python"
+"""In the images that compose/Dockerfile makes."""
 _ASIDE, _BESIDE = 9, 8
 """LocalStack's last number on the network while the front has its own, and the front's before."""
 _STOP_S = 5
@@ -104,11 +105,12 @@ class Interposed:
         def create(api: APIClient) -> None:
             address = api.create_endpoint_config(ipv4_address=self._beside)
             # Its stubs take the mapping for one of its values.
-            networking: Any = api.create_networking_config({at.project: address})  # type: ignore[arg-type]
+            beside: Any = {at.project: address}
+            networking: Any = api.create_networking_config(beside)
             api.create_container(
                 at.image,
                 name=front,
-                entrypoint=[_PYTHON, "-P"],
+                entrypoint=[PYTHON, "-P"],
                 command=[*argv, str(fault.rate), str(fault.for_s + _MARGIN_S)],
                 user=at.user,
                 labels={LABEL: at.project, HOME_LABEL: str(self._there.home)},

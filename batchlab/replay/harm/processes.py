@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _SETTLES_S = 15.0
 _GRACE_S = 0.2
-_STOPPED, _DEAD = (b"T", b"t"), (b"Z", b"X")
+_STOPPED = (b"T", b"t")
 
 
 class Processes:

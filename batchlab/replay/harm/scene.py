@@ -14,6 +14,7 @@ from batchlab.client import Client
 from batchlab.errors import BackendError, BatchlabError, Unreachable
 from batchlab.home import Home
 from batchlab.model import LifecycleState, Pool
+from batchlab.replay.course import OVER
 from batchlab.scenario.model import Fault
 from batchlab.views import GridView, InstanceView
 from batchlab.waits import set_within
@@ -25,7 +26,6 @@ SEEN_S = 60.0
 """So long an effect may take until it can be seen; longer is an error."""
 NOBODY = "No instance was in service."
 UNHIT = "No {one} was hit: none came, or none of the few that did."
-OVER = "the run was over before"
 
 
 class NotSeen(Unreachable):

@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 
 from batchlab.errors import BackendError
 from batchlab.replay.harm.scene import Over
+from batchlab.words import capital
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Undoing:
             cancelled = stopped or cancelled
             if why is not None:
                 stands.append((what, why))
-        told = " ".join(f"{_capital(what)} could not be undone: {why}" for what, why in stands)
+        told = " ".join(f"{capital(what)} could not be undone: {why}" for what, why in stands)
         ends = cancelled is not None or not isinstance(error, Exception | None)
         if stands and ends:
             log.error("%s", told)
@@ -137,7 +138,3 @@ def in_thread(call: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
     """`call` in a thread. No task, which whoever closes the loop would cancel without ending the
     thread."""
     return asyncio.get_running_loop().run_in_executor(None, partial(call, *arguments))
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

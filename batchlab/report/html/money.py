@@ -45,8 +45,7 @@ class Part:
 @dataclass(frozen=True, slots=True)
 class Cost:
     """`total` is what the job's row says, `lines` are the bill's. `kinds` and `stages` are the
-    same amount, split in two ways;
-    `brief` is the total in few digits."""
+    same amount, split in two ways; `brief` is the total in few digits."""
 
     total: Decimal
     shown: str
@@ -58,7 +57,6 @@ class Cost:
     text: str
     prices: str
     is_whole: bool
-    decimals: int
 
     def of(self, kind: str) -> Decimal:
         """What went to one kind of the bill's lines."""
@@ -126,7 +124,6 @@ def cost(run: Run) -> Cost | None:
         + ".",
         visible(run.job["prices"] or "", 300),
         bool(run.job["is_whole"]),
-        decimals,
     )
 
 

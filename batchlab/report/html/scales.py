@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+MOST = 7
+"""Marks that an axis of time has room for."""
 _TIMES_S = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30),
     *(60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400),
@@ -37,13 +39,13 @@ def time_label(seconds: float, unit_s: float = 0.0) -> str:
     return f"{seconds / unit_s:.6g} {name}"
 
 
-def time_ticks(span_s: float, most: int = 7) -> tuple[Tick, ...]:
-    """Marks of an axis of [0, `span_s`], at most `most` beside that at 0."""
+def time_ticks(span_s: float) -> tuple[Tick, ...]:
+    """Marks of an axis of [0, `span_s`], at most `MOST` beside that at 0."""
     if span_s <= 0:
         return (Tick(0.0, "0"),)
-    step_s = next((s for s in _TIMES_S if span_s / s <= most), 0.0)
+    step_s = next((s for s in _TIMES_S if span_s / s <= MOST), 0.0)
     if not step_s:
-        step_s = 86400.0 * _step(span_s / 86400.0, most)
+        step_s = 86400.0 * _step(span_s / 86400.0, MOST)
     unit_s = next((u for u, _ in _UNITS if step_s >= u * 0.999), 1e-6)
     # Half hours are read as such, not as 30, 60 and 90 minutes, where the axis has hours.
     unit_s = 3600.0 if unit_s == 60.0 and step_s >= 1800 else unit_s
@@ -95,12 +97,13 @@ class LogAxis:
         place = (math.log10(seconds) * self.PER_DECADE - self.first) / self.bins
         return min(1.0, max(0.0, place))
 
-    def ticks(self, most: int = 7) -> tuple[Tick, ...]:
+    def ticks(self) -> tuple[Tick, ...]:
+        """Marks at powers of ten, or where these are few at other times; at most `MOST`."""
         low, high = self.edge_s(self.first), self.edge_s(self.last + 1)
         inside = [s for s in _POWERS_S if low * 0.999 <= s <= high * 1.001]
         if len(inside) < 3:
             inside = [s for s in _TIMES_S if low * 0.999 <= s <= high * 1.001]
-        every = -(-len(inside) // most) if inside else 1
+        every = -(-len(inside) // MOST) if inside else 1
         return tuple(Tick(self.at(s), time_label(s)) for s in inside[::every])
 
 

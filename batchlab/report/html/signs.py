@@ -63,7 +63,6 @@ class Signs:
     full_s: float
     tail_s: float
     peak_slots: float
-    peak_running: int
     filled: float | None
     slots_each: int
     instances: int
@@ -118,7 +117,6 @@ def signs(run: Run, found: Series, cost: Cost | None) -> Signs:
         full_s=full * part_s,
         tail_s=_tail_s(running, part_s),
         peak_slots=max(slots),
-        peak_running=int(run.one(_PEAK)["most"] or 0),
         filled=filled["filled"],
         slots_each=int(filled["slots"] or 1),
         instances=fleet["instances"],
@@ -147,17 +145,6 @@ def _tail_s(running: list[float], part_s: float) -> float:
     half = max(k for k, level in enumerate(running) if level >= max(running) / 2)
     return (busy[-1] - half) * part_s
 
-
-_PEAK = """
-SELECT max(level) AS most FROM (
-  SELECT sum(d) OVER (ORDER BY t, d ROWS UNBOUNDED PRECEDING) AS level FROM (
-    SELECT started_s AS t, coalesce(slots, 1) AS d FROM bundles
-    WHERE job = $job AND started_s IS NOT NULL AND ended_s IS NOT NULL
-    UNION ALL
-    SELECT ended_s, -coalesce(slots, 1) FROM bundles
-    WHERE job = $job AND started_s IS NOT NULL AND ended_s IS NOT NULL
-  )
-)"""
 
 _FIRST = """
 SELECT greatest(0, min(started_s) - min(ready_s)) AS wait_s FROM bundles

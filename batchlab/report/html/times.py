@@ -36,7 +36,6 @@ class Spread:
     stage: str
     tasks: int
     mean_s: float
-    least_s: float
     most_s: float
     percentiles_s: Mapping[int, float]
     bins: Mapping[int, int]
@@ -51,7 +50,7 @@ def spreads(run: Run, column: str) -> list[Spread]:
     left out."""
     points = ", ".join(f"{p / 100}" for p in PERCENTILES)
     rows = run.rows(
-        f"""SELECT stage, count(*) AS tasks, avg({column}) AS mean_s, min({column}) AS least_s,
+        f"""SELECT stage, count(*) AS tasks, avg({column}) AS mean_s,
                    max({column}) AS most_s, quantile_cont({column}, [{points}]) AS points
             FROM tasks WHERE job = $job AND {column} IS NOT NULL GROUP BY stage"""
     )
@@ -74,9 +73,7 @@ def spreads(run: Run, column: str) -> list[Spread]:
 
 def _spread(row: Row, bins: Mapping[int, int]) -> Spread:
     points = dict(zip(PERCENTILES, row["points"], strict=True))
-    return Spread(
-        row["stage"], row["tasks"], row["mean_s"], row["least_s"], row["most_s"], points, bins
-    )
+    return Spread(row["stage"], row["tasks"], row["mean_s"], row["most_s"], points, bins)
 
 
 def table(found: Sequence[Spread]) -> Data:

@@ -50,13 +50,14 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A trace that was read: its rows in order of time, how many `records` it has, and what is odd
-    in it, in order of lines."""
+    """A trace that was read: its rows in order of time, how many `records` it has, what is odd in
+    it, in order of lines, and how its times are written (those of the first record that has one).
+    """
 
-    file: str
     rows: tuple[Row, ...]
     records: int
     odd: tuple[Odd, ...]
+    kind: Kind | None = None
 
 
 class _LeftOutError(Exception):
@@ -112,7 +113,7 @@ class Mapper:
         if self._columns.count and rows:
             rows = self._intervals(rows)
         self._odd.sort(key=lambda odd: odd.line)
-        return Reading(self._file, tuple(rows), found, tuple(self._odd))
+        return Reading(tuple(rows), found, tuple(self._odd), self._kind)
 
     def note(self, line: int, what: str, done: str, detail: str = "") -> None:
         self._odd.append(Odd(self._file, line, what, done, detail))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
 from math import floor, isfinite
@@ -18,6 +19,7 @@ from batchlab.errors import UsageError
 from batchlab.scenario.model import Arrival, Odd
 from batchlab.scenario.traces import jsonl, swf, table
 from batchlab.scenario.traces.columns import RUNS, SWF, Columns
+from batchlab.scenario.traces.moments import Kind
 from batchlab.scenario.traces.odds import said
 from batchlab.scenario.traces.rows import Reading, Row
 
@@ -69,12 +71,7 @@ class Trace:
         """UsageError where the trace cannot be read, or nothing in it can be used."""
         reading = self.reading()
         if not reading.rows:
-            first = f" The first that is odd: {said(reading.odd[0])}." if reading.odd else ""
-            raise UsageError(
-                f"None of the {reading.records:,} records of the trace {self.path} can be used."
-                f"{first}",
-                remedy="Check its format and the map of its columns.",
-            )
+            raise self._useless(reading)
         sent = 0
         for at_s, row in self._placed(reading.rows, random):
             if self.until_s is not None and at_s >= self.until_s:
@@ -97,6 +94,20 @@ class Trace:
         """Of the whole trace, also where only a part of it is used."""
         return self.reading().odd
 
+    def begins(self) -> str:
+        """What time it was at second 0 of the scenario, as ISO 8601, without a zone where the trace
+        has none; "" where its times are numbers."""
+        reading = self.reading()
+        if not reading.rows or reading.kind not in (Kind.ZONED, Kind.LOCAL):
+            return ""
+        at_s = round(reading.rows[0].at_s + self.from_s - self.starts_s)
+        try:
+            moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=at_s)
+        except OverflowError:
+            return ""
+        text = moment.replace(tzinfo=None).isoformat()
+        return f"{text}Z" if reading.kind is Kind.ZONED else text
+
     def compressed(self, factor: float) -> Self:
         return replace(self, speed=self.speed * factor)
 
@@ -110,6 +121,23 @@ class Trace:
             stamp = (state.st_mtime_ns, state.st_size)
         columns = replace(self._map(), template="") if self.template else self._map()
         return _read(self.path, self.format, columns, self.names, self.delimiter, stamp)
+
+    def _useless(self, reading: Reading) -> UsageError:
+        if not reading.records:
+            return UsageError(
+                f"The trace {self.path} has no records.", remedy="Name a file with records."
+            )
+        remedy = "Check its format and the map of its columns."
+        if any(one.what == f"{self._map().at} is no time" for one in reading.odd):
+            remedy += (
+                " A date that is not written as 2026-10-31 18:05:00 needs its form, such as "
+                'unit: "%d.%m.%Y %H:%M:%S".'
+            )
+        first = f" The first that is odd: {said(reading.odd[0])}." if reading.odd else ""
+        return UsageError(
+            f"None of the {reading.records:,} records of the trace {self.path} can be used.{first}",
+            remedy=remedy,
+        )
 
     def _map(self) -> Columns:
         return self.columns or (RUNS if self.format is TraceFormat.JSONL else SWF)

@@ -15,9 +15,9 @@ from batchlab.adapters.awsgrid import deployment
 from batchlab.deploy import template
 from batchlab.home import Home
 from tests import cfn
-from tests.deploy_rig import SMALL, client, group, queues, release, stacks, use
+from tests.deploy_rig import REGION, SMALL, client, group, queues, release, stacks, use
 from tests.ministack_aws import Plane, served
-from tests.unit.cli_rig import Run
+from tests.unit.cli_rig import Run, runner
 
 DOCS = Path(__file__).resolve().parent.parent.parent.parent / "docs" / "deploy.md"
 
@@ -185,3 +185,33 @@ def test_the_documented_policy_reaches_no_other_stack(
         client("s3").create_bucket(Bucket="somebody-elses")
     with pytest.raises(Exception, match="AccessDenied"):
         client("iam").create_user(UserName="mallory")
+
+
+def test_a_user_of_the_grid_finds_the_stack_from_another_machine(
+    strict: Plane,
+    deploy: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the policy that docs/aws-security.md gives to users, `deploy status` is all it takes."""
+    account = use(monkeypatch, strict.url, SMALL)
+    code, _, err = deploy("apply", "--yes", "--release", release(tmp_path))
+    assert code == 0, err
+    (block,) = re.findall(
+        r"```json\n(.*?)```", DOCS.with_name("aws-security.md").read_text(), re.DOTALL
+    )
+    for name, value in {"ACCOUNT": account, "REGION": REGION, "TOKENSECRET": "*"}.items():
+        block = block.replace(name, value)
+    deployer(monkeypatch, json.loads(block))
+    elsewhere = Home(tmp_path / "another laptop")
+    run = runner(monkeypatch, capsys)
+    code, out, err = run("deploy", "status", "--home", elsewhere.path)
+    assert code == 0, err
+    assert f"in {REGION}, account {account}" in out
+    known = deployment.read(elsewhere)
+    assert known is not None
+    assert known.stack == "batchlab"
+    code, _, err = deploy("destroy", "--yes")
+    assert code == 3
+    assert "may not do cloudformation:" in err

@@ -20,8 +20,8 @@ from batchlab.model import (
     TaskSet,
 )
 from batchlab.protocol import settle
+from batchlab.worker.closing import Closing
 from batchlab.worker.hand import Hand
-from batchlab.worker.loop import Worker
 from tests.sim.mutants.kit import Plant, planted
 
 
@@ -61,11 +61,11 @@ def id_by_the_first_task(plant: Plant) -> None:
 def retry_counts_worker_loss(plant: Plant) -> None:
     """A delivery that ended without an outcome uses up one of the task's own attempts. A task that
     would have succeeded at its next try is FAILED (attempts)."""
-    original = Worker._commit
+    original = Closing.commit
 
-    @plant.method(Worker, "_commit")
-    async def _commit(
-        self: Worker,
+    @plant.method(Closing, "commit")
+    async def commit(
+        self: Closing,
         hand: Hand,
         job: JobDef,
         started_s: float,

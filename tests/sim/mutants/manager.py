@@ -12,10 +12,10 @@ from dataclasses import replace
 from batchlab.commit import commit
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager import rebuild, retries
+from batchlab.manager.adoption import Adoption
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.folding import NOTHING, Folder, Traces, Whole
 from batchlab.manager.live import LiveJob, Outstanding, Ports
-from batchlab.manager.manager import Manager
 from batchlab.manager.plans import PartWriter
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.retries import RetryPlanner
@@ -89,7 +89,7 @@ def cut_sent_before_committed(plant: Plant) -> None:
 
     @plant.method(Conductor, "_commit_cut")
     async def _commit_cut(self: Conductor, live: LiveJob, cut: Cut) -> Cut:
-        await self.send(live, cut.bundles)
+        await self.send(live.job, cut.bundles)
         return await original(self, live, cut)
 
 
@@ -217,7 +217,7 @@ def reconciler_sends_committed_bundles_as_new(plant: Plant) -> None:
         for one in silent:
             one.heard_s = self._ports.clock.monotonic_s()
         again = [replace(one.bundle, attempt=one.bundle.attempt + 1) for one in silent]
-        await self._conductor.send(live, again)
+        await self._conductor.send(live.job, again)
 
 
 @planted("I7")
@@ -239,11 +239,11 @@ def reconciler_that_gives_up(plant: Plant) -> None:
 def new_leader_expects_nothing(plant: Plant) -> None:
     """A new leader conducts its jobs from what it hears. What is outstanding and was lost under
     the old one is not looked for (I7)."""
-    original = Manager._adopt
+    original = Adoption.adopt
 
-    @plant.method(Manager, "_adopt")
-    async def _adopt(self: Manager, found: Written) -> LiveJob:
-        live = await original(self, found)
+    @plant.method(Adoption, "adopt")
+    async def adopt(self: Adoption, found: Written, *, beside: bool = False) -> LiveJob:
+        live = await original(self, found, beside=beside)
         live.outstanding.clear()
         return live
 
@@ -269,7 +269,7 @@ def rebuild_over_what_has_happened_meanwhile(plant: Plant) -> None:
     """A job is restored as the bucket was read, whatever the ledger has heard of it since. A cut, a
     retry or an end that came in between is lost to it (I3, I7)."""
 
-    @plant.everywhere(rebuild._rebuild_job)
-    async def _rebuild_job(ports: Ports, job: JobId) -> None:
+    @plant.everywhere(rebuild.restore)
+    async def restore(ports: Ports, job: JobId) -> None:
         past = await rebuild._past(ports, job)
         await ports.ledger.restore(past, over=await ports.ledger.version(job))

@@ -17,8 +17,9 @@ from batchlab.jobdef import JobDef
 from batchlab.manager.reconciler import Reconciler
 from batchlab.model import Bundle, Control, Follow, JobId, Json, Outcome, Ran, TaskSet
 from batchlab.patience import Patience
-from batchlab.ports import MAX_VISIBILITY_S, Message, Objects
+from batchlab.ports import MAX_VISIBILITY_S, Message, Notice, Objects
 from batchlab.protocol import naming, settle, wire
+from batchlab.worker.closing import Closing
 from batchlab.worker.controls import Controls
 from batchlab.worker.hand import Hand
 from batchlab.worker.loop import Worker
@@ -58,11 +59,11 @@ def loser_forwards_its_own_outcome(plant: Plant) -> None:
 def no_forwarding_on_412(plant: Plant) -> None:
     """A worker that finds the outcome there takes the bundle for done and deletes the message.
     If the one that committed died before it forwarded, what follows is stuck (I6)."""
-    original = Worker._finish
+    original = Closing.finish
 
-    @plant.method(Worker, "_finish")
-    async def _finish(
-        self: Worker,
+    @plant.method(Closing, "finish")
+    async def finish(
+        self: Closing,
         hand: Hand,
         job: JobDef,
         outcome: Outcome,
@@ -71,18 +72,18 @@ def no_forwarding_on_412(plant: Plant) -> None:
         if outcome.execution == hand.execution:
             await original(self, hand, job, outcome, items)
         else:
-            await self._delete(hand)
+            await self.delete(hand)
 
 
 @planted("step 4")
 def delete_before_commit(plant: Plant) -> None:
     """The message is deleted when its tasks have run, and then the outcome is put. A crash in
     between leaves neither a message nor an outcome (I6)."""
-    original = Worker._commit
+    original = Closing.commit
 
-    @plant.method(Worker, "_commit")
-    async def _commit(
-        self: Worker,
+    @plant.method(Closing, "commit")
+    async def commit(
+        self: Closing,
         hand: Hand,
         job: JobDef,
         started_s: float,
@@ -90,7 +91,7 @@ def delete_before_commit(plant: Plant) -> None:
         *,
         cancelled: bool = False,
     ) -> Outcome:
-        await self._delete(hand)
+        await self.delete(hand)
         return await original(self, hand, job, started_s, ran, cancelled=cancelled)
 
 
@@ -102,7 +103,7 @@ def delete_on_receive(plant: Plant) -> None:
 
     @plant.method(Worker, "_serve")
     async def _serve(self: Worker, hand: Hand) -> None:
-        await self._delete(hand)
+        await self._closing.delete(hand)
         await original(self, hand)
 
 
@@ -110,11 +111,11 @@ def delete_on_receive(plant: Plant) -> None:
 def forward_before_commit(plant: Plant) -> None:
     """Follow-ups and event are sent as soon as the tasks have run, and then the outcome is put.
     Where another outcome is there already, both were forwarded (I1, I2)."""
-    original = Worker._commit
+    original = Closing.commit
 
-    @plant.method(Worker, "_commit")
-    async def _commit(
-        self: Worker,
+    @plant.method(Closing, "commit")
+    async def commit(
+        self: Closing,
         hand: Hand,
         job: JobDef,
         started_s: float,
@@ -128,7 +129,7 @@ def forward_before_commit(plant: Plant) -> None:
             hand.bundle,
             ran,
             execution=hand.execution,
-            worker=self.who.worker,
+            worker=self._worker,
             started_s=started_s or now_s,
             ended_s=max(started_s, now_s),
             cancelled=cancelled,
@@ -199,20 +200,15 @@ def hand_over_after_the_cap(plant: Plant) -> None:
 def drain_forgets_what_was_prefetched(plant: Plant) -> None:
     """A draining worker exits with the messages in its hands that it has not begun. They wait for
     their visibility timeout (I6)."""
-    original = Worker._send_again
+    original = Worker.drain
 
-    @plant.method(Worker, "_send_again")
-    async def _send_again(
-        self: Worker,
-        hand: Hand,
-        job: JobDef,
-        *,
-        items: Sequence[Json] | None = None,
-        delay_s: float = 0.0,
-        watchdog: bool = False,
-    ) -> None:
-        if not self._draining.is_set():
-            await original(self, hand, job, items=items, delay_s=delay_s, watchdog=watchdog)
+    async def forget(*_: object, **__: object) -> None:
+        """Nothing is sent."""
+
+    @plant.method(Worker, "drain")
+    def drain(self: Worker, notice: Notice | None = None) -> None:
+        original(self, notice)
+        vars(self._closing)["send_again"] = forget
 
 
 # --- Control -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The two long-lived processes and how they come and go: the manager, and a worker.
+"""The manager, as a process: its ports, its API and page, its workers where it starts them.
 
 Invariant: whoever is ended by SIGTERM leaves nothing running and nothing lost; whoever is killed
 leaves nothing that the next start does not find.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,30 +20,22 @@ from batchlab.backends import Backend
 from batchlab.errors import BackendError, UsageError
 from batchlab.home import Home, ManagerRecord
 from batchlab.model import JobId
+from batchlab.services.stopping import end_instances, end_with, stop_by_signal
 from batchlab.tally import Tally
-from batchlab.waits import set_within
 
 if TYPE_CHECKING:
     import uvicorn
 
-    from batchlab.adapters.docker import ContainerLauncher
-    from batchlab.adapters.imds import Imds
-    from batchlab.adapters.process import ProcessLauncher
     from batchlab.api.common import Served
-    from batchlab.asg.running import AsgSettings
     from batchlab.costs.prices import PriceBook
     from batchlab.manager.manager import Manager
-    from batchlab.ports import Objects
 
 log = logging.getLogger(__name__)
 
 AGAIN_S = 1.0
 """After the lead has been lost it is stood for again this much later."""
-
 TRIED_S = 3.0
 """A manager that ends waits so long for notifications that have not been tried yet."""
-ORPHAN_S = 15.0
-"""A worker whose manager has been gone for this long drains and ends: nothing is left behind."""
 
 
 def manager_main(
@@ -64,29 +54,10 @@ def manager_main(
         asyncio.run(_manage(home, backend, host, port, parent, hosts))
 
 
-def connection_main(home: Home, backend: Backend, *, parent: int = 0) -> None:
-    """Hold a connection to a stack's manager until SIGTERM, SIGINT, or the end of process
-    `parent`."""
-    logs.set_up(service="connect")
-    with home.locked():
-        asyncio.run(_connect(home, backend, parent))
-
-
-async def _connect(home: Home, backend: Backend, parent: int) -> None:
-    from batchlab import connection
-
-    stop = _stop_by_signal()
-    watching = asyncio.create_task(_end_with(parent, stop))
-    try:
-        await connection.hold(home, backend, stop)
-    finally:
-        watching.cancel()
-
-
 async def _manage(
     home: Home, backend: Backend, host: str, port: int, parent: int, hosts: Sequence[str]
 ) -> None:
-    stop = _stop_by_signal()
+    stop = stop_by_signal()
     async with _standing(home, backend):
         await _lead(home, backend, host, port, parent, [host, *hosts], stop)
 
@@ -127,8 +98,9 @@ async def _lead(
     from batchlab.listening import listen
     from batchlab.manager.collector import events_queue
     from batchlab.manager.counts import Counts
+    from batchlab.manager.lease import LEASE
     from batchlab.manager.live import Ports
-    from batchlab.manager.manager import LEASE, Manager
+    from batchlab.manager.manager import Manager
     from batchlab.manager.notifying import Outlets
     from batchlab.manager.reporting import Reports
 
@@ -175,7 +147,7 @@ async def _lead(
     # Before anybody leads: whoever comes after us must know whose the lease is. Who asks already is
     # answered in a moment.
     home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name))
-    lead = _Lead(explaining(fresh()))
+    lead = _Lead(_explaining(fresh()))
     leading = loop.create_task(_lead_on(lead, fresh))
     # Workers boot while it is made, which takes as long.
     make = partial(_server, lead, token, backend.name, stop.set, hosts, home)
@@ -185,7 +157,7 @@ async def _lead(
         leading.cancel()
         await asyncio.gather(leading, return_exceptions=True)
         if launcher:
-            await _end_instances(launcher, backend.worker.drain_s)
+            await end_instances(launcher, backend.worker.drain_s)
         raise
     lead.serve(served)
     # Not sooner: with it comes the API, which the thread has imported.
@@ -194,7 +166,7 @@ async def _lead(
     # uvicorn takes SIGTERM and SIGINT for itself while it serves; its return ends us all the same.
     serving = loop.create_task(server.serve(sockets=[listener]))
     watching = [
-        loop.create_task(_end_with(parent, stop)),
+        loop.create_task(end_with(parent, stop)),
         loop.create_task(keep_looking(served.history, lambda: lead.manager)),
     ]
     if launcher:
@@ -211,7 +183,7 @@ async def _lead(
         task.cancel()
     results = await asyncio.gather(leading, serving, stopping, *watching, return_exceptions=True)
     if launcher:  # else they are a service's, and outlive every manager
-        await _end_instances(launcher, backend.worker.drain_s)
+        await end_instances(launcher, backend.worker.drain_s)
     await queue.close()
     await ledger.close()
     await tracer.close()
@@ -299,10 +271,10 @@ async def _lead_on(lead: _Lead, fresh: Callable[[], Manager]) -> None:
         has_led = True
         await asyncio.sleep(AGAIN_S)
         log.warning("standing for the lead again")
-        lead.pass_to(explaining(fresh()))
+        lead.pass_to(_explaining(fresh()))
 
 
-def explaining(manager: Manager) -> Manager:
+def _explaining(manager: Manager) -> Manager:
     """The same, which can say in its notifications why a job does not go on."""
     from batchlab import facts
     from batchlab.why import why
@@ -320,164 +292,3 @@ async def _tell_of_deaths(lead: _Lead, changed: asyncio.Event) -> None:
         await changed.wait()
         changed.clear()
         lead.manager.hurry()
-
-
-async def _end_with(parent: int, stop: asyncio.Event) -> None:
-    """Ask to stop once the process that wanted this grid is gone."""
-    while parent:
-        if os.getppid() != parent:
-            stop.set()
-            return
-        await asyncio.sleep(0.5)
-
-
-async def _end_instances(launcher: ProcessLauncher | ContainerLauncher, drain_s: float) -> None:
-    """Drain every instance, wait, then kill what is left."""
-    running = [name for name, ended in (await launcher.running()).items() if ended is None]
-    for name in running:
-        await launcher.terminate(name, grace_s=drain_s)
-    deadline_s = time.monotonic() + drain_s
-    while time.monotonic() < deadline_s:
-        living = await launcher.running()
-        if all(living.get(name) is not None for name in running):
-            break
-        launcher.changed.clear()
-        await set_within(launcher.changed, 0.2)
-    await launcher.close(kill=True)
-
-
-def worker_main(
-    home: Home, backend: Backend, *, pool: str = "", slots: int = 0, instance: str = ""
-) -> None:
-    """Run a worker until SIGTERM, a notice, or where its manager is on the same machine until that
-    has been gone for a while.
-
-    What is left out the instance's metadata service knows.
-    """
-    logs.set_up(service="worker")
-    asyncio.run(_work(home, backend, pool, slots, instance))
-
-
-async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: str) -> None:
-    from batchlab.adapters.ec2_tags import POOL_TAG, SLOTS_TAG
-    from batchlab.adapters.imds import Imds, ImdsNotices
-    from batchlab.worker.beats import Identity
-    from batchlab.worker.loop import Worker
-    from batchlab.worker.process_runner import ProcessRunner
-    from batchlab.worker.runner import Scratch
-
-    clock, ids = backend.open_clock(), backend.open_ids()
-    imds = None if instance else Imds()
-    if imds:
-        instance = await asyncio.to_thread(imds.instance_id)
-        pool = pool or await asyncio.to_thread(imds.needed_tag, POOL_TAG)
-        slots = slots or int(await asyncio.to_thread(imds.needed_tag, SLOTS_TAG))
-    me = ids.fresh("w")
-    logs.is_from(worker=me, instance=instance, pool=pool)
-    tally = Tally(is_spot=await asyncio.to_thread(imds.is_spot) if imds else False)
-    tracer = backend.open_tracer("worker", me)
-    objects = backend.open_objects(home, tally)
-    runner = ProcessRunner(objects, Scratch(home.scratch / instance), clock, slots)
-    worker = Worker(
-        Identity(me, instance, pool, slots),
-        objects,
-        backend.open_queue(home, clock, tally),
-        clock,
-        runner,
-        backends.patience(),
-        backend.worker,
-        ImdsNotices(imds) if imds else None,
-        tally,
-        tracer,
-    )
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, worker.drain)
-    telling = loop.create_task(_tell_environment(objects, worker.who.worker, imds))
-    # Of a stack's manager the home of a worker says nothing: its group ends it.
-    alone = imds or backend.is_deployed
-    orphan = None if alone else loop.create_task(_drain_orphan(home, worker.drain))
-    try:
-        await worker.run()
-    finally:
-        telling.cancel()
-        if orphan:
-            orphan.cancel()
-        await tracer.close()
-    if imds and (hook := backend.open_drain_hook(home, pool, imds)):
-        await hook.complete(backends.patience())
-
-
-async def _tell_environment(objects: Objects, worker: str, imds: Imds | None) -> None:
-    """Store what this worker's tasks find around them. Nothing waits for it: it is for whoever
-    looks into a failure later."""
-    from batchlab.worker import environment
-
-    try:
-        image = await asyncio.to_thread(imds.image) if imds else ""
-        found = await asyncio.to_thread(environment.here, image=image)
-        await environment.record(objects, worker, found, backends.patience())
-    except BackendError as error:
-        log.warning("the worker's environment could not be stored: %s", error)
-
-
-async def _drain_orphan(home: Home, drain: Callable[[], None]) -> None:
-    alone_s = 0.0
-    while alone_s < ORPHAN_S:
-        await asyncio.sleep(ORPHAN_S / 5)
-        alone_s = 0.0 if home.record() else alone_s + ORPHAN_S / 5
-    log.warning("the manager has been gone for %.0f s: draining", ORPHAN_S)
-    drain()
-
-
-def asg_main(settings: AsgSettings, on_up: Callable[[str], None]) -> None:
-    """Serve Auto Scaling until SIGTERM or SIGINT, then end the instances; `on_up` is given the
-    URL. A server that was killed leaves its instances to the next one with the same state."""
-    from batchlab.asg.running import locked
-
-    logs.set_up(service="asg")
-    with locked(settings.state):
-        asyncio.run(_serve_asg(settings, on_up))
-
-
-async def _serve_asg(settings: AsgSettings, on_up: Callable[[str], None]) -> None:
-    from batchlab.adapters.clock import RandomIds, WallClock
-    from batchlab.adapters.imds_server import MetadataServer
-    from batchlab.adapters.state_file import StateFile
-    from batchlab.asg.metadata import Facts
-    from batchlab.asg.metrics import MetricStore
-    from batchlab.asg.running import application, run
-    from batchlab.asg.templates import TemplateFile
-    from batchlab.fleet.autoscaling import AutoScaling
-    from batchlab.listening import listen
-
-    clock, templates, facts = WallClock(), TemplateFile(settings.templates), Facts()
-    launcher = backends.open_asg_launcher(settings, templates, clock, facts.signals)
-    groups = StateFile(settings.state / "groups.json")
-    metrics = MetricStore(clock)
-    engine = facts.engine = AutoScaling(
-        *(launcher, clock, RandomIds(), groups),
-        templates=templates,
-        metrics=metrics,
-        drain_s=settings.drain_s,
-    )
-    stop = _stop_by_signal()
-    listener = listen(settings.host, settings.port)
-    metadata = MetadataServer(facts.of(launcher, templates, clock), clock)
-    if settings.metadata_port is not None:
-        await metadata.start(settings.host, settings.metadata_port)
-    on_up(f"http://{settings.host}:{listener.getsockname()[1]}")
-    app = application(engine, clock, launcher.changed, metrics=metrics, key=settings.key)
-    try:
-        await run(engine, app, listener, launcher.changed, stop)
-    finally:
-        await metadata.close()
-        await _end_instances(launcher, settings.drain_s)
-
-
-def _stop_by_signal() -> asyncio.Event:
-    """Set by SIGTERM or SIGINT."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    return stop

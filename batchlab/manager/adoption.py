@@ -1,0 +1,156 @@
+"""Which jobs a manager conducts: those that are new, taken over from a leader, or re-opened.
+
+Invariant: every job that has not ended is conducted once, by one task; neither an outage nor a bug
+that one job meets takes it, or another job, out of that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from batchlab import logs
+from batchlab.errors import BackendError, NotFound, Throttled, Unreachable
+from batchlab.jobdef import JobDef
+from batchlab.manager.conductor import Conductor
+from batchlab.manager.live import LiveJob, Ports
+from batchlab.manager.rebuild import restore
+from batchlab.manager.recorder import Recorder
+from batchlab.manager.retries import cuts_of_round
+from batchlab.manager.settings import ManagerSettings
+from batchlab.manager.spending import Spending
+from batchlab.manager.starts import Starts
+from batchlab.model import JobId, JobState
+from batchlab.ports import BundleRecord, Written
+from batchlab.tracing import trace_of
+
+log = logging.getLogger(__name__)
+
+
+class Adoption:
+    """One manager's; what it conducts is in `lives`."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        settings: ManagerSettings,
+        lives: dict[JobId, LiveJob],
+        conductor: Conductor,
+        starts: Starts,
+        spending: Spending | None,
+        recorder: Recorder | None,
+    ) -> None:
+        self._ports = ports
+        self._settings = settings
+        self._lives = lives
+        self._conductor = conductor
+        self._starts = starts
+        self._spending = spending
+        self._recorder = recorder
+        self.group: asyncio.TaskGroup | None = None
+        """In which jobs are conducted, None while this manager does not lead."""
+        self.asked_s = 0.0
+        """Monotonic; when the ledger was last asked for jobs that nobody conducts."""
+
+    async def adopt_active(self) -> None:
+        """Conduct every job that has not ended."""
+        self.asked_s = self._ports.clock.monotonic_s()
+        for record in await self._ports.ledger.jobs(active=True, limit=10_000):
+            if record.job.id not in self._lives:
+                rows = await self._ports.ledger.rows(record.job.id)
+                await self.adopt(Written(rows, is_new=False))
+
+    async def adopt(self, found: Written, *, beside: bool = False) -> LiveJob:
+        """Conduct a job: new, taken over from the leader before us, or re-opened; `beside` folds,
+        where these are not held up meanwhile."""
+        ledger, rows = self._ports.ledger, found.rows
+        job = rows.job.job
+        # A retry is two steps in the ledger; the leader before us may have died between them.
+        cuts = await cuts_of_round(self._ports, rows.job)
+        for cut in cuts:
+            rows = (await ledger.add_cut(cut)).rows
+        planned: Sequence[BundleRecord] = ()
+        if not found.is_new:
+            planned = await ledger.bundles(job.id, done=False)
+            if beside:
+                # After these: what is folded in between is then waited for in vain, and looked for;
+                # the other way round the counters would miss it, and nobody would wait for it.
+                rows = await ledger.rows(job.id)
+        if rows.job.state is JobState.SCHEDULED:
+            self._starts.see(job)
+        # From the clock, or a watcher of the manager before us would take our news for old.
+        live = LiveJob(
+            rows.job,
+            {s.counts.stage: s for s in rows.stages},
+            version=int(self._ports.clock.now_s() * 1000),
+            doubtful=not found.is_new,
+            retried_s=min((cut.at_s for cut in cuts if cut.at_s is not None), default=None),
+            known_after=0 if found.is_new else None,
+        )
+        if not found.is_new:
+            # What a crashed leader planned but did not send is looked for well before `silence_s`.
+            heard_s = self._ports.clock.monotonic_s() - 0.75 * self._settings.silence_s
+            live.expect((r.bundle, heard_s) for r in planned)
+        if self._spending:
+            await self._spending.open(live, is_new=found.is_new)
+        if self._recorder:
+            self._recorder.adopt(live)
+        known = self._lives.get(job.id)
+        # Two submissions with one token came at once; or a retry came so soon after the job's end
+        # that the round before has not been taken off yet: then the new one takes its place.
+        if known and not known.ended.is_set() and known.round >= live.round:
+            return known
+        self._lives[job.id] = live
+        if self._spending:
+            self._spending.refill()
+        if self.group is not None:
+            live.conducting = self.group.create_task(self._conduct(live), name=f"job {job.id}")
+        return live
+
+    async def restored(self, job: JobId, *, beside: bool = False) -> JobDef | None:
+        """The job from the bucket, of which the ledger has nothing: who accepted it died on the
+        way there, or somebody has taken the ledger away. None where the bucket has none that could
+        be read."""
+        try:
+            await restore(self._ports, job)
+        except NotFound:
+            return None
+        except (Throttled, Unreachable):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody's bytes
+            # It must not keep the completions of other jobs from being folded.
+            log.error("job %s cannot be restored: %s", job, error, extra={"job": job})
+            return None
+        log.warning("the ledger did not know job %s", job, extra={"job": job})
+        rows = await self._ports.ledger.rows(job)
+        if not rows.job.state.ended:
+            await self.adopt(Written(rows, is_new=False), beside=beside)
+        return rows.job.job
+
+    async def _conduct(self, live: LiveJob) -> None:
+        logs.note(job=live.id, trace=trace_of(live.job.trace))
+        while not live.ended.is_set():
+            try:
+                await self._conductor.conduct(live)
+            except BackendError as error:
+                # Patience ran out. The job is not lost, only late: its state is in the bucket.
+                log.warning("job %s waits for the backend: %s", live.id, error)
+                live.trouble = str(error)
+                await asyncio.sleep(self._settings.tick_s)
+            except Exception as error:
+                # A bug, met by one job's data: it must not take the other jobs with it.
+                log.exception("job %s met a bug", live.id)
+                live.trouble = f"an error inside the manager: {error!r}; see its log"
+                await asyncio.sleep(self._settings.lease_ttl_s)
+        if self._lives.get(live.id) is live:
+            del self._lives[live.id]
+            self._starts.forget(live.id)
+
+    async def drop_all(self) -> None:
+        """Conduct no job any more."""
+        conducting = [live.conducting for live in self._lives.values() if live.conducting]
+        self._lives.clear()
+        for task in conducting:
+            task.cancel()
+        await asyncio.gather(*conducting, return_exceptions=True)

@@ -1,0 +1,14 @@
+"""What no object's key may hold, on whichever backend.
+
+Every child process imports it at start-up, with task.py, so it needs the standard library only.
+Invariant: what one place takes for the end of a key, every other one does too.
+"""
+
+from __future__ import annotations
+
+import re
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+STAGED = re.compile(r"#\d+$")
+"""What the local store calls a file that is still being written ends so."""

@@ -1,0 +1,107 @@
+"""The worker, as a process.
+
+Invariant: whoever is ended by SIGTERM has given back what was in hand; one whose manager is on the
+same machine does not outlive it for long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+
+from batchlab import backends, logs
+from batchlab.adapters.ec2_tags import POOL_TAG, SLOTS_TAG
+from batchlab.adapters.imds import Imds, ImdsNotices
+from batchlab.backends import Backend
+from batchlab.errors import BackendError
+from batchlab.home import Home
+from batchlab.ports import Objects
+from batchlab.tally import Tally
+from batchlab.worker.beats import Identity
+from batchlab.worker.loop import Worker
+from batchlab.worker.process_runner import ProcessRunner
+from batchlab.worker.runner import Scratch
+
+log = logging.getLogger(__name__)
+
+ORPHAN_S = 15.0
+"""A worker whose manager has been gone for this long drains and ends: nothing is left behind."""
+
+
+def worker_main(
+    home: Home, backend: Backend, *, pool: str = "", slots: int = 0, instance: str = ""
+) -> None:
+    """Run a worker until SIGTERM, a notice, or where its manager is on the same machine until that
+    has been gone for a while.
+
+    What is left out the instance's metadata service knows.
+    """
+    logs.set_up(service="worker")
+    asyncio.run(_work(home, backend, pool, slots, instance))
+
+
+async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: str) -> None:
+    clock, ids = backend.open_clock(), backend.open_ids()
+    imds = None if instance else Imds()
+    if imds:
+        instance = await asyncio.to_thread(imds.instance_id)
+        pool = pool or await asyncio.to_thread(imds.needed_tag, POOL_TAG)
+        slots = slots or int(await asyncio.to_thread(imds.needed_tag, SLOTS_TAG))
+    me = ids.fresh("w")
+    logs.is_from(worker=me, instance=instance, pool=pool)
+    tally = Tally(is_spot=await asyncio.to_thread(imds.is_spot) if imds else False)
+    tracer = backend.open_tracer("worker", me)
+    objects = backend.open_objects(home, tally)
+    runner = ProcessRunner(objects, Scratch(home.scratch / instance), clock, slots)
+    worker = Worker(
+        Identity(me, instance, pool, slots),
+        objects,
+        backend.open_queue(home, clock, tally),
+        clock,
+        runner,
+        backends.patience(),
+        backend.worker,
+        ImdsNotices(imds) if imds else None,
+        tally,
+        tracer,
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, worker.drain)
+    telling = loop.create_task(_tell_environment(objects, worker.who.worker, imds))
+    # Of a stack's manager the home of a worker says nothing: its group ends it.
+    alone = imds or backend.is_deployed
+    orphan = None if alone else loop.create_task(_drain_orphan(home, worker.drain))
+    try:
+        await worker.run()
+    finally:
+        telling.cancel()
+        if orphan:
+            orphan.cancel()
+        await tracer.close()
+    if imds and (hook := backend.open_drain_hook(home, pool, imds)):
+        await hook.complete(backends.patience())
+
+
+async def _tell_environment(objects: Objects, worker: str, imds: Imds | None) -> None:
+    """Store what this worker's tasks find around them. Nothing waits for it: it is for whoever
+    looks into a failure later."""
+    from batchlab.worker import environment
+
+    try:
+        image = await asyncio.to_thread(imds.image) if imds else ""
+        found = await asyncio.to_thread(environment.here, image=image)
+        await environment.record(objects, worker, found, backends.patience())
+    except BackendError as error:
+        log.warning("the worker's environment could not be stored: %s", error)
+
+
+async def _drain_orphan(home: Home, drain: Callable[[], None]) -> None:
+    alone_s = 0.0
+    while alone_s < ORPHAN_S:
+        await asyncio.sleep(ORPHAN_S / 5)
+        alone_s = 0.0 if home.record() else alone_s + ORPHAN_S / 5
+    log.warning("the manager has been gone for %.0f s: draining", ORPHAN_S)
+    drain()

@@ -1,0 +1,192 @@
+"""What a grid that stands still has to show: its clock, fleet, queues, jobs and past."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from batchlab.jobdef import InputDef, JobDef, RetryRule, StageDef
+from batchlab.model import (
+    Activity,
+    Failure,
+    FailureKind,
+    GroupView,
+    Instance,
+    LifecycleState,
+    Machine,
+    Market,
+    Pool,
+    StageName,
+)
+from batchlab.ports import Depth
+from batchlab.protocol import naming
+
+NOW_S = 1_774_864_800.0
+"""2026-03-30 10:00:00 UTC, a Monday; in Berlin summer time has begun the day before."""
+PRICES, TOTAL = StageName("prices"), StageName("total")
+POOLS = (
+    Pool("default", max_size=8, slots=2, instance_type="c7g.large"),
+    Pool("large-memory", max_size=2, slots=4, instance_type="r7g.2xlarge"),
+)
+LARGE = 100_000
+"""Tasks of the job that runs."""
+DONE, BAD = 61_240, 12
+"""Of these so many have ended, and so many of them have failed."""
+MEMORY = (
+    "the process was killed for using 4.2 GiB of memory, more than the 4 GiB that a slot of "
+    "c7g.large has"
+)
+TRACEBACK = """Traceback (most recent call last):
+  File "handlers.py", line 12, in prices
+    return price_of(row)
+  File "handlers.py", line 31, in price_of
+    raise KeyError(f"row {row} has no price")
+KeyError: 'row %d has no price'
+"""
+
+
+class StandingClock:
+    """Every moment is NOW_S."""
+
+    def now_s(self) -> float:
+        return NOW_S
+
+    def monotonic_s(self) -> float:
+        return 100_000.0
+
+
+class StillFleet:
+    """As much of a fleet as is looked at."""
+
+    async def describe(self) -> Sequence[GroupView]:
+        return GROUPS
+
+    async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
+        return [one for one in ACTIVITIES if pool in (None, one.pool)][:limit]
+
+
+class StillQueue:
+    """As much of the queues as is looked at."""
+
+    async def depth(self, queue: str) -> Depth:
+        return DEPTHS.get(queue, Depth(0, 0, 0))
+
+
+def _instance(name: str, state: LifecycleState, age_s: float, **more: object) -> Instance:
+    zone = f"eu-central-1{'abc'[len(name) % 3]}"
+    market = Market.SPOT if name.endswith("7") else Market.ON_DEMAND
+    made = Instance(
+        f"i-{name}", "default", state, NOW_S - age_s, machine=Machine("c7g.large", zone, market)
+    )
+    return replace(made, **more)  # type: ignore[arg-type]
+
+
+GROUPS = (
+    GroupView(
+        POOLS[0],
+        5,
+        (
+            _instance("0b3f9c2a41d6e8f07", LifecycleState.IN_SERVICE, 1500, protected=True),
+            _instance("0c91d2e5f7a8b3c41", LifecycleState.IN_SERVICE, 1490, protected=True),
+            _instance("0d72e8a1b4c5f6d92", LifecycleState.IN_SERVICE, 420),
+            _instance("0e15f3b6c9d0a7e83", LifecycleState.PENDING, 12),
+            _instance(
+                *("0f48a9c7d2e1b6f57", LifecycleState.TERMINATING, 1485),
+                note="terminated: Spot interruption, at the latest in 2 min",
+            ),
+            _instance(
+                *("0a83b7d5e9f2c1a64", LifecycleState.TERMINATED, 1480),
+                healthy=False,
+                note="exit -9",
+            ),
+        ),
+    ),
+    GroupView(POOLS[1], 0, ()),
+)
+DEPTHS = {
+    naming.EVENTS: Depth(3, 1, 0),
+    naming.tasks_queue("default"): Depth(18, 6, 4),
+    naming.dead_letters("default"): Depth(1, 0, 0),
+}
+ACTIVITIES = (
+    Activity(
+        *(41, "default", NOW_S - 12, "Launching a new EC2 instance: i-0e15f3b6c9d0a7e83"),
+        "a backlog of 38,760 tasks drains in 120 s on 5 instances: desired capacity from 4 to 5",
+        "InProgress",
+    ),
+    Activity(
+        *(40, "default", NOW_S - 75, "Terminating EC2 instance: i-0f48a9c7d2e1b6f57"),
+        "an EC2 Spot interruption notice",
+        ended_s=NOW_S - 60,
+    ),
+    Activity(
+        *(39, "default", NOW_S - 300, "Launching a new EC2 instance"),
+        "there was not sufficient c7g.large capacity in eu-central-1c",
+        "Failed",
+        NOW_S - 299,
+    ),
+    Activity(
+        *(38, "default", NOW_S - 1500, "Launching a new EC2 instance: i-0b3f9c2a41d6e8f07"),
+        "a backlog of 100,000 tasks drains in 120 s on 4 instances: desired capacity from 0 to 4",
+        ended_s=NOW_S - 1440,
+    ),
+)
+
+
+# --- Jobs ----------------------------------------------------------------------------------------
+
+
+def _job(name: str, age_s: float, tasks: int, **more: object) -> JobDef:
+    made = naming.job_id(name, f"still {name}")
+    job = JobDef(
+        made,
+        name,
+        (
+            StageDef(PRICES, handler="handlers:prices", bundle=1, retry=RetryRule(attempts=1)),
+            StageDef(TOTAL, after=(PRICES,), gather="*", handler="handlers:total"),
+        ),
+        NOW_S - age_s,
+        input=InputDef(keys=tuple(f"{naming.raw(made)}{n:04}.txt" for n in range(min(tasks, 50)))),
+        max_failures=100,
+        tags=(("owner", "pricing"), ("month", "2026-03")),
+    )
+    return replace(job, **more)  # type: ignore[arg-type]
+
+
+RUNS = _job("resize-images", 1_510, LARGE, priority=5, max_cost_usd=2.5)
+FAILED = _job("month-end", 5_400, 24)
+OK = _job("nightly-prices", 28_800, 40)
+PAUSED = _job("catalogue", 900, 60)
+CANCELLED = _job("retouch", 90_000, 60)
+WAITS = _job("quarterly", 60, 60, start_at_s=NOW_S + 7_200, tags=())
+LONG = _job("the-import-of-everything-that-came-in-by-mail-in-the-year", 200_000, 10)
+
+
+def failure(task: int) -> Failure:
+    if task % 3 == 0:
+        return Failure(task, FailureKind.MEMORY, MEMORY, exit_code=-9, run_s=2.0)
+    reason = f"KeyError: 'row {task} has no price'"
+    return Failure(*(task, FailureKind.EXCEPTION, reason, "KeyError", TRACEBACK % task), run_s=0.4)
+
+
+def moments() -> list[tuple[float, dict[str, tuple[int, ...]]]]:
+    """Half an hour in which the fleet has come, worked, and gone down by one."""
+    found: list[tuple[float, dict[str, tuple[int, ...]]]] = []
+    for number in range(900):
+        at_s = NOW_S - 1_798 + 2 * number
+        age = number - 150
+        size = 0 if age < 0 else 4 if age < 700 else 5
+        up = 0 if age < 30 else 4 if age < 690 else 3
+        waiting = max(0, round(30 + 10 * math.sin(age / 60))) if age > 0 else 0
+        busy = 2 * up if waiting else 0
+        found.append(
+            (
+                at_s,
+                {
+                    "default": (size, up, size - up if size > up else 0, busy, waiting, busy),
+                    "large-memory": (0, 0, 0, 0, 0, 0),
+                },
+            )
+        )
+    return found

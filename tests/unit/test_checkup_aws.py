@@ -1,0 +1,74 @@
+"""What the doctor says of AWS before there is a stack, and what a home that knows one is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from batchlab import backends
+from batchlab.adapters.awsgrid import deployment
+from batchlab.adapters.awsgrid.deployment import AwsDeployment
+from batchlab.cli import session
+from batchlab.cli.checkup_aws import stack
+from batchlab.cli.findings import Level
+from batchlab.deploy.account import Account
+from batchlab.errors import Unreachable
+from batchlab.home import Home
+
+KNOWN = AwsDeployment(
+    "grid", "eu-west-1", "bucket", "grid-", "grid-manager", "arn:aws:secretsmanager:::s", ()
+)
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No credentials, and no plugin of Session Manager."""
+    for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, "/nowhere")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("BATCHLAB_MANAGER_URL", raising=False)
+
+
+@pytest.mark.usefixtures("nobody")
+def test_before_there_is_a_stack_all_that_is_missing_is_told(tmp_path: Path) -> None:
+    found = {one.about: one for one in stack(Home(tmp_path), backends.load("aws"))}
+    assert list(found) == ["account", "stack", "session"]
+    assert {one.level for one in found.values()} == {Level.FAIL}
+    assert found["account"].text == "There are no credentials for AWS."
+    assert found["stack"].text.startswith("No stack is known")
+    assert "session-manager-plugin is not installed" in found["session"].text
+
+
+@pytest.mark.usefixtures("nobody")
+def test_without_credentials_a_known_stack_is_not_asked_for(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    deployment.write(home, KNOWN)
+    assert [one.about for one in stack(home, backends.load("aws"))] == ["account", "session"]
+
+
+@pytest.mark.usefixtures("nobody")
+def test_who_calls_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(region: str | None = None, **_: object) -> Account:
+        return Account(region or "eu-west-2", "123", "arn:aws:sts::123:assumed-role/ops/me")
+
+    monkeypatch.setattr(Account, "open", opened)
+    first = next(stack(Home(tmp_path), backends.load("aws")))
+    assert (first.about, first.level) == ("account", Level.OK)
+    assert first.text == "123 in eu-west-2, as arn:aws:sts::123:assumed-role/ops/me"
+
+
+def test_a_home_that_knows_a_stack_says_how_to_connect_to_it(tmp_path: Path) -> None:
+    """`grid up` alone would start another grid, on this machine."""
+    home = Home(tmp_path)
+    with pytest.raises(Unreachable) as told, session.connect(home):
+        pass
+    assert told.value.remedy.startswith("Start one with `batchlab grid up`,")
+    deployment.write(home, KNOWN)
+    with pytest.raises(Unreachable) as told, session.connect(home):
+        pass
+    assert "`batchlab grid up --backend aws`" in told.value.remedy

@@ -1,0 +1,195 @@
+"""An AWS account that refuses calls for a while, or that there is no way to ask. botocore makes the
+calls, to a server of our own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+
+from batchlab.cli.deploying import tries
+from batchlab.deploy.account import Account, chosen_region
+from batchlab.deploy.stack import Stack
+from batchlab.errors import Throttled, Unreachable, UsageError
+
+STACK = "arn:aws:cloudformation:us-east-1:1:stack/grid/1"
+
+
+# --- Throttling ----------------------------------------------------------------------------------
+
+
+class Busy(ThreadingHTTPServer):
+    """Refuses the first `refusals` calls as AWS does when there are too many."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answering)
+        self.refusals = 0
+        self.calls = 0
+
+
+class Answering(BaseHTTPRequestHandler):
+    server: Busy
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.calls += 1
+        space = 'xmlns="http://cloudformation.amazonaws.com/doc/2010-05-15/"'
+        if self.server.calls <= self.server.refusals:
+            status, body = (
+                400,
+                (
+                    f"<ErrorResponse {space}><Error><Type>Sender</Type><Code>Throttling</Code>"
+                    "<Message>Rate exceeded</Message></Error></ErrorResponse>"
+                ),
+            )
+        else:
+            status, body = (
+                200,
+                (
+                    f"<DescribeStacksResponse {space}><DescribeStacksResult><Stacks><member>"
+                    f"<StackId>{STACK}</StackId><StackName>grid</StackName>"
+                    "<StackStatus>CREATE_COMPLETE</StackStatus>"
+                    "<CreationTime>2026-01-01T00:00:00Z</CreationTime>"
+                    "</member></Stacks></DescribeStacksResult></DescribeStacksResponse>"
+                ),
+            )
+        self.send_response(status)
+        self.send_header("Content-Type", "text/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *args: object) -> None:
+        return
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Busy]:
+    with Busy() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        yield server
+        server.shutdown()
+
+
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits between tries, none of which is waited."""
+    found: list[float] = []
+    monkeypatch.setattr("botocore.endpoint.time.sleep", found.append)
+    return found
+
+
+def test_throttled_calls_are_made_again_with_growing_jittered_waits(
+    busy: Busy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = waited(monkeypatch)
+    busy.refusals = 5
+    with Account("us-east-1") as account:
+        found = Stack(account, "grid").state()
+    assert found is not None
+    assert found.status == "CREATE_COMPLETE"
+    assert busy.calls == 6
+    assert len(waits) == 5
+    assert all(0 <= wait <= min(20, 2**n) for n, wait in enumerate(waits))
+    assert len(set(waits)) == 5, "without jitter all who were refused come back together"
+
+
+def test_throttled_for_too_long_is_told(busy: Busy, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = waited(monkeypatch)
+    busy.refusals = 1000
+    with Account("us-east-1") as account, pytest.raises(Throttled, match="Rate exceeded"):
+        Stack(account, "grid").state()
+    assert busy.calls == 10
+    assert len(waits) == 9
+
+
+def test_nothing_at_the_other_end_is_told(busy: Busy, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited(monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with Account("us-east-1") as account, pytest.raises(Unreachable) as told_:
+        Stack(account, "grid").state()
+    assert "AWS_ENDPOINT_URL puts http://127.0.0.1:1 in AWS's place" in told_.value.remedy
+
+
+def test_while_nothing_answers_it_is_said_that_it_is_still_tried(
+    busy: Busy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All the tries together take some twenty seconds."""
+    now_s = [0.0]
+
+    def wait(seconds: float) -> None:
+        now_s[0] += 0.6
+
+    monkeypatch.setattr("botocore.endpoint.time.sleep", wait)
+    monkeypatch.setattr("batchlab.cli.output.time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    with Account("us-east-1", notes=tries) as account:
+        Stack(account, "grid").state()
+        assert capsys.readouterr().err == "", "what answers is no reason to say something"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with Account("us-east-1", notes=tries) as account, pytest.raises(Unreachable):
+        Stack(account, "grid").state()
+    said = capsys.readouterr().err.splitlines()
+    # Not at once, then about once a second; the last try is the error's to tell.
+    told = [3, 5, 7, 9]
+    assert said == [f"http://127.0.0.1:1 does not answer; tried {n} of 10 times." for n in told]
+
+
+# --- Where there is no AWS to ask ----------------------------------------------------------------
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Nothing of AWS's is configured, and there is no metadata service to ask."""
+    for name in (
+        *("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID"),
+        *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"),
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    return monkeypatch
+
+
+def test_without_a_region_there_is_a_sentence(nobody: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"No region is set\.") as told_:
+        Account.open()
+    assert "--region" in told_.value.remedy
+
+
+def test_a_region_may_be_in_either_variable(nobody: pytest.MonkeyPatch) -> None:
+    nobody.setenv("AWS_DEFAULT_REGION", "eu-west-2")
+    assert chosen_region(None) == "eu-west-2"
+    nobody.setenv("AWS_REGION", "eu-west-3")
+    assert chosen_region(None) == "eu-west-3"
+    assert chosen_region("ap-northeast-1") == "ap-northeast-1"
+
+
+def test_what_is_no_region_is_refused(nobody: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="'europe' is not a region"):
+        Account.open("europe")
+
+
+def test_without_credentials_there_is_a_sentence(nobody: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="no credentials") as told_:
+        Account.open("eu-west-1")
+    assert "aws configure" in told_.value.remedy
+
+
+def test_half_of_the_credentials_are_none(nobody: pytest.MonkeyPatch) -> None:
+    nobody.setenv("AWS_ACCESS_KEY_ID", "a")
+    with pytest.raises(UsageError, match=r"a part is missing: AWS_SECRET_ACCESS_KEY\."):
+        Account.open("eu-west-1")
+
+
+def test_a_profile_that_is_none_is_told(nobody: pytest.MonkeyPatch) -> None:
+    nobody.setenv("AWS_PROFILE", "work")
+    with pytest.raises(UsageError, match="work"):
+        Account.open("eu-west-1")

@@ -1,0 +1,31 @@
+"""Pain 11, orphans: on a laptop a worker outlives its manager for a while, and no longer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from batchlab.home import Home, ManagerRecord
+from batchlab.services import worker as service
+
+
+def test_a_worker_whose_manager_has_been_gone_for_a_while_drains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "ORPHAN_S", 0.1)
+    asyncio.run(_watch(Home(tmp_path)))
+
+
+async def _watch(home: Home) -> None:
+    drained = asyncio.Event()
+    with home.locked():
+        home.write_record(ManagerRecord("http://127.0.0.1:1", os.getpid(), "manager-1", "local"))
+        watching = asyncio.create_task(service._drain_orphan(home, drained.set))
+        await asyncio.sleep(0.3)
+        assert not drained.is_set(), "its manager is there"
+    async with asyncio.timeout(5):
+        await watching
+    assert drained.is_set()
