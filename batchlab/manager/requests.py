@@ -87,8 +87,7 @@ class Requests:
         if not is_ours or not opening or not self._may_begin(job, opening):
             return await self._accept(job, opening, is_ours=is_ours)
         with self._arrivals.of(job.id):
-            is_sent = await self._sent(job, opening)
-            return await self._accept(job, opening, is_sent=is_sent, was_tried=True)
+            return await self._accept(job, opening, is_sent=await self._sent(job, opening))
 
     def _may_begin(self, job: JobDef, opening: definition.Opening) -> bool:
         """Whether the work of a job that the bucket did not have before may begin while the
@@ -117,11 +116,11 @@ class Requests:
         opening: definition.Opening | None,
         *,
         is_ours: bool = True,
-        is_sent: bool = False,
-        was_tried: bool = False,
+        is_sent: bool | None = None,
     ) -> Written:
         """Have the ledger know the job, conduct it, and send what its opening has cut, unless that
-        `is_sent`. Where it `was_tried`, or somebody else made the job, some may be under way."""
+        `is_sent` (None: nobody has tried). Where that failed, or somebody else made the job, some
+        may be under way."""
         now_s = self._ports.clock.now_s()
         later = job.start_at_s is not None and job.start_at_s > now_s
         state = JobState.SCHEDULED if later else JobState.SUBMITTED
@@ -136,7 +135,7 @@ class Requests:
             if opening and cut and written.is_new:
                 self._conductor.begin(live, cut)
                 if not is_sent:
-                    again = was_tried or not is_ours
+                    again = is_sent is False or not is_ours
                     await self._conductor.send_opening(job, opening, again=again)
         return written
 
