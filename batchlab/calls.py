@@ -48,6 +48,11 @@ _ERRORS: dict[int, type[BatchlabError]] = {
 }
 
 
+def patience_s(*, restarted: bool = False) -> float:
+    """How long a manager may fail to answer; `restarted` where Docker starts it again."""
+    return RESTARTED_S if restarted else PATIENCE_S
+
+
 class Calls:
     """Connections to one manager, usable from several threads; a context manager."""
 

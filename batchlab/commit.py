@@ -27,7 +27,7 @@ steps of 64 KB, so one message then costs one request."""
 async def commit(objects: Objects, outcome: Outcome, patience: Patience) -> Outcome:
     """Commit `outcome`; returns the one that counts, which is another's where that came first."""
     key = naming.outcome(outcome.bundle)
-    data = wire.to_bytes(wire.outcome_to_json(outcome))
+    data = wire.outcome_text(outcome).encode()
     try:
         await patience(lambda: objects.put(key, data, if_absent=True))
     except AlreadyExists:

@@ -21,7 +21,7 @@ from batchlab.backends import Backend
 from batchlab.client import Client
 from batchlab.errors import BackendError, Unreachable, UsageError
 from batchlab.home import Home, ManagerRecord
-from batchlab.waits import set_within
+from batchlab.waits import doubled_s, set_within
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ async def hold(home: Home, backend: Backend, stop: asyncio.Event) -> None:
                 raise
             log.warning("%s", error)
             await set_within(stop, pause_s)
-            pause_s = min(AGAIN_S[1], pause_s * 2)
+            pause_s = doubled_s(pause_s, AGAIN_S[1])
             continue
         if not was_up:
             _say(home, backend, url)

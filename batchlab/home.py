@@ -129,6 +129,14 @@ class Home:
         folder must not share it."""
         return self.path / backend
 
+    def check_backend(self, record: ManagerRecord, wanted: str, remedy: str) -> None:
+        """UsageError where who is at home runs on another backend."""
+        if record.backend != wanted:
+            raise UsageError(
+                f"The grid in {self.path} runs on backend {record.backend}, not {wanted}.",
+                remedy=remedy,
+            )
+
     def place(self, backend: str) -> Place | None:
         """Where this backend's bucket and queues are, or were when the grid was last up; None
         where it has never been up."""

@@ -177,8 +177,16 @@ class TaskSet:
         return self.take((len(self) + 1) // 2)
 
 
+class _Named:
+    """Room for a name that is asked for again and again: no field, so it is neither compared, told
+    nor pickled."""
+
+    __slots__ = ("_id",)
+    _id: BundleId
+
+
 @dataclass(frozen=True, slots=True)
-class Bundle:
+class Bundle(_Named):
     """A set of tasks of one stage that travels as one message.
 
     `round` counts the user's own `job retry` calls; `attempt` the automatic retries within one
@@ -202,9 +210,14 @@ class Bundle:
         Two bundles of a stage never share it: of the sets that hold a task at one (round,
         attempt), each is a proper prefix or suffix of the one before, so first or last differ.
         """
-        ranges = self.tasks.ranges
-        first, last = ranges[0][0], ranges[-1][1] - 1
-        return BundleId(f"{first:08d}-{last:08d}.{self.round}.{self.attempt}")
+        try:
+            return self._id
+        except AttributeError:
+            ranges = self.tasks.ranges
+            first, last = ranges[0][0], ranges[-1][1] - 1
+            name = BundleId(f"{first:08d}-{last:08d}.{self.round}.{self.attempt}")
+            object.__setattr__(self, "_id", name)
+            return name
 
 
 class FailureKind(StrEnum):
@@ -257,8 +270,16 @@ class Follow:
     delay_s: float = 0.0
 
 
+class _Written:
+    """Room for its JSON (see wire.outcome_text), which is needed three times on its way: no field,
+    so it is neither compared, told nor pickled."""
+
+    __slots__ = ("_text",)
+    _text: str
+
+
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(_Written):
     """What one execution of a bundle came to: the content of the one conditional PUT.
 
     `values` has one encoded result per index of `succeeded`, in order; `run_s` likewise the

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
 from batchlab.errors import Throttled, Unreachable
+from batchlab.waits import doubled_s
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ class Patience:
             pause_s = self._rng.uniform(0, wait_s)
             await asyncio.sleep(pause_s)
             waited_s += pause_s
-            wait_s = min(LONGEST_WAIT_S, wait_s * 2)
+            wait_s = doubled_s(wait_s, LONGEST_WAIT_S)
 
 
 class _Patient:

@@ -24,6 +24,16 @@ def attempt_name(stage: str, task: int, attempt: int) -> str:
     return task_name(stage, task) + (f"#{attempt}" if attempt > 1 else "")
 
 
+def with_task(reason: str, stage: str, task: int, why: str) -> str:
+    """A job's `reason` and a task's own, as `1 task failed; task parse/3: ValueError: bad`."""
+    return f"{reason}; task {task_name(stage, task)}: {why}"
+
+
+def without_task(reason: str, stage: str, task: int, why: str) -> str:
+    """What `with_task` was given, where it was given this task."""
+    return reason.removesuffix(with_task("", stage, task, why))
+
+
 def parse_task(text: str) -> tuple[StageName | None, int]:
     """Stage and index of `parse/3`; None and the index of `3`. UsageError."""
     found = _TASK.fullmatch(text.strip())

@@ -1,4 +1,4 @@
-"""Waiting for an event, but no longer than so.
+"""Waiting for an event, but no longer than so; and how pauses between tries grow.
 
 Invariant: a cancellation that comes in the same moment as the event is not lost, as
 `asyncio.wait_for` loses it before Python 3.12: whoever waits in a loop could not be ended then.
@@ -12,6 +12,12 @@ from contextlib import suppress
 STEP_BACK_S = 0.001
 """So long we do nothing, once we have told something on which somebody waits: a kernel may leave
 the process that it has woken by that on our own core until we are done."""
+
+
+def doubled_s(pause_s: float, longest_s: float, times: int = 1) -> float:
+    """A pause that has been doubled so many times: the back-off of whatever here tries again. What
+    a task's own rule says is in `protocol/settle.py backoff_s`."""
+    return min(longest_s, pause_s * 2.0 ** min(times, 64))  # 2.0**1024 overflows
 
 
 async def set_within(event: asyncio.Event, seconds: float) -> bool:

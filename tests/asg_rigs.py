@@ -18,6 +18,7 @@ from batchlab.fleet.api import (
     InstanceDetails,
     LaunchTemplate,
     LifecycleHook,
+    ScalingPolicy,
 )
 from batchlab.fleet.autoscaling import AutoScaling
 from batchlab.fleet.faults import ValidationError
@@ -84,6 +85,21 @@ class MachineLauncher(TableLauncher):
 
 
 @dataclass
+class PutMetrics:
+    """The metrics of policies by their names; what was put is data for five minutes."""
+
+    clock: ManualClock
+    put_: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def put(self, policy: str, value: float) -> None:
+        self.put_[policy] = value, self.clock.time_s
+
+    def value(self, policy: ScalingPolicy) -> float | None:
+        value, put_s = self.put_.get(policy.policy_name, (0.0, float("-inf")))
+        return value if self.clock.time_s - put_s <= 300.0 else None
+
+
+@dataclass
 class World:
     """The service with the parts that a test reaches for; `restart` is a crash of the process."""
 
@@ -93,10 +109,12 @@ class World:
     store: MemoryState = field(default_factory=MemoryState)
     templates: TemplateTable = field(default_factory=TemplateTable)
     options: dict[str, Any] = field(default_factory=dict)
+    metrics: PutMetrics = field(init=False)
     asg: AutoScaling = field(init=False)
 
     def __post_init__(self) -> None:
         self.templates.put(1, instance_type="m.large")
+        self.metrics = PutMetrics(self.clock)
         self.restart()
 
     def restart(self) -> None:
@@ -104,7 +122,7 @@ class World:
             *(self.launcher, self.clock, self.ids, self.store),
             templates=self.templates,
             shortest_lifetime_s=60,
-            **self.options,
+            **{"metrics": self.metrics, **self.options},
         )
 
     async def tick(self, after_s: float = 0.0, *, times: int = 1) -> list[Instance]:

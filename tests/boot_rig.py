@@ -9,6 +9,7 @@ nowhere else. Session Manager is a stub whose plugin carries a connection into t
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from batchlab import package_data
 from batchlab.adapters.aws import Endpoint
 from batchlab.adapters.docker_engine import Engine
 from batchlab.adapters.ec2_form import GroupForm
-from batchlab.deploy.release import build_release, key_of, release_of
+from batchlab.deploy.release import SUFFIX, build_release, key_of, release_of
 from batchlab.errors import BackendError
 from batchlab.model import Pool
 from tests.aws_account import REGION, STACK, Account, Sessions, laptop, made
@@ -114,14 +115,26 @@ def _python_of_image() -> str:
     return done.stdout.strip()
 
 
-def instance_release(folder: Path) -> Path:
-    """This code's release, for the instance image; skips or fails where none can be made."""
-    try:
-        return build_release(folder, python=need_instances())
-    except BackendError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"no release can be made here: {error}")
+def instance_release(factory: pytest.TempPathFactory) -> Path:
+    """This code's release, for the instance image, made once for all processes of a test run; skips
+    or fails where none can be made."""
+    python = need_instances()
+    place = factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        place = place.parent
+    folder = place / "instance-release"
+    # A process that is killed gives up the lock, and what it has not finished has another name.
+    with (place / "instance-release.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            try:
+                build_release(factory.mktemp("release"), python=python).parent.rename(folder)
+            except BackendError as error:
+                if os.environ.get("CI"):
+                    raise
+                pytest.skip(f"no release can be made here: {error}")
+    (archive,) = folder.glob(f"*{SUFFIX}")
+    return archive
 
 
 def rendered(**variables: str) -> str:

@@ -32,6 +32,7 @@ from typing import IO, Self
 from batchlab.adapters.ministack_install import VERSION, find, install, provide
 from batchlab.adapters.pids import boot_id, hold, start_ticks
 from batchlab.errors import BackendError, Refused, Unreachable
+from batchlab.waits import doubled_s
 from batchlab.whole import write_whole
 
 __all__ = ["VERSION", "Emulator", "find", "install", "provide"]
@@ -154,7 +155,7 @@ class Emulator:
                 await asyncio.sleep(wait_s)  # on a full disk it ends at every write
             while not await self._in_thread(partial(self._started_again, again)):
                 await asyncio.sleep(wait_s)
-                wait_s = min(_AGAIN_S, wait_s * 2)
+                wait_s = doubled_s(wait_s, _AGAIN_S)
 
     async def _in_thread(self, call: Callable[[], bool]) -> bool:
         """Its answer; cancelled, it waits all the same: `stop` must not come in between."""

@@ -74,15 +74,13 @@ class OtelTracer:
     """The Tracer port. `service` is the service's name unless OTEL_SERVICE_NAME gives one,
     `instance` which of its processes this is."""
 
-    def __init__(
-        self, service: str, instance: str, environ: Mapping[str, str] = os.environ
-    ) -> None:
+    def __init__(self, service: str, instance: str) -> None:
         own = {SERVICE_INSTANCE_ID: instance, "service.version": __version__}
-        if not environ.get("OTEL_SERVICE_NAME"):
+        if not os.environ.get("OTEL_SERVICE_NAME"):
             own[SERVICE_NAME] = service
         # Its own wish to end with the process would hold that up while a receiver is away.
         self._provider = TracerProvider(resource=Resource.create(own), shutdown_on_exit=False)
-        delay_ms = None if environ.get("OTEL_BSP_SCHEDULE_DELAY") else SEND_S * 1000
+        delay_ms = None if os.environ.get("OTEL_BSP_SCHEDULE_DELAY") else SEND_S * 1000
         self._provider.add_span_processor(
             BatchSpanProcessor(OTLPSpanExporter(), schedule_delay_millis=delay_ms)
         )

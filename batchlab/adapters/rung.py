@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from batchlab.adapters.limits import check_receive
+from batchlab.adapters.quiet import Quiet
 from batchlab.adapters.wake import EVERYBODY, Bell, ring
 from batchlab.errors import Throttled
 from batchlab.ports import Depth, Message, Outgoing, Queue, QueueSpec
@@ -24,7 +25,7 @@ LOOK_S = 1.0
 IDLE_LOOK_S = 60.0
 QUIET_SHARE = 0.5
 """What nobody rings for (a visibility timeout that is over, a delay whose sender has died) is found
-at the next look: after this share of the time since something came last, within these bounds."""
+at the next look: after this share of the time that it has been quiet there, within these bounds."""
 
 KEPT_S = 0.02
 """So long a receiver may take to come back before its bell is taken down, and a ring that it has
@@ -46,8 +47,7 @@ class RungQueue:
         self._folder = folder
         self._ears: dict[str, _Ear] = {}
         """Of receivers that are about to come back."""
-        self._found_s: dict[str, float] = {}
-        """When something came from a queue last, or was first asked for; the loop's time."""
+        self._quiet: dict[str, Quiet] = {}
 
     async def close(self) -> None:
         """Close the queue."""
@@ -90,11 +90,10 @@ class RungQueue:
             return await look()
         clock = asyncio.get_running_loop().time
         ends_s = clock() + wait_s
-        self._found_s.setdefault(queue, clock())
+        quiet = self._quiet.setdefault(queue, Quiet(clock()))
 
         def again_s() -> float:
-            quiet_s = clock() - self._found_s[queue]
-            return min(max(LOOK_S, QUIET_SHARE * quiet_s), IDLE_LOOK_S)
+            return min(max(LOOK_S, QUIET_SHARE * quiet.of_s(clock())), IDLE_LOOK_S)
 
         ear = self._ears.pop(queue, None) or _Ear(self._folder / queue)
         try:
@@ -103,7 +102,7 @@ class RungQueue:
             ear.close()
             raise
         if found:
-            self._found_s[queue] = clock()
+            quiet.broken(clock())
         if len(found) == max_messages:
             ear.heeded = False  # there may be more
         if queue not in self._ears:

@@ -25,6 +25,7 @@ from batchlab.adapters.limits import (
     check_receive,
     check_send,
 )
+from batchlab.adapters.quiet import Quiet
 from batchlab.adapters.sqs_wire import opened
 from batchlab.errors import BackendError, NotFound, Throttled
 from batchlab.ports import (
@@ -58,12 +59,12 @@ BILLED_POLL_S = 5
 IDLE_POLL_S = 20
 FREE_POLL_S = 1
 """A long poll is made of requests this long: the first where AWS bills each of them, the second
-where nothing has come for `QUIET_S`.
+where it has been quiet for `QUIET_S`.
 
 A request cannot be taken back: while it is open this process cannot end, and if it is killed, the
 service gives the next messages to nobody, for their whole visibility timeout."""
 
-QUIET_S = 60.0
+QUIET_S = 20.0
 
 _FRACTION_S = 0.1
 """What is left of a wait below a second is polled at this pace: SQS waits whole seconds."""
@@ -108,8 +109,7 @@ class SqsQueue:
         self._prefix = prefix
         self._tally = tally or Tally()
         self._is_billed = endpoint.url is None
-        self._found_s: dict[str, float] = {}
-        """When something came from a queue last, or was first asked for; the loop's time."""
+        self._quiet: dict[str, Quiet] = {}
         self._urls: dict[str, str] = {}
         self._receiving = ThreadPoolExecutor(_RECEIVES, thread_name_prefix="sqs-receive")
         self._calling = ThreadPoolExecutor(_CALLS, thread_name_prefix="sqs")
@@ -230,12 +230,12 @@ class SqsQueue:
     ) -> Sequence[Message]:
         check_receive(max_messages, wait_s, visibility_s)
         whole_s, fraction_s = divmod(wait_s, 1)
+        clock = asyncio.get_running_loop().time
         while whole_s:
-            now_s = asyncio.get_running_loop().time()
-            quiet_s = now_s - self._found_s.setdefault(queue, now_s)
-            poll_s = min(whole_s, self._poll_s(quiet_s))
+            quiet = self._quiet.setdefault(queue, Quiet(clock()))
+            poll_s = min(whole_s, self._poll_s(quiet.of_s(clock())))
             if messages := await self._take(queue, max_messages, int(poll_s), visibility_s):
-                self._found_s[queue] = asyncio.get_running_loop().time()
+                quiet.broken(clock())
                 return messages
             whole_s -= poll_s
         while not (messages := await self._take(queue, max_messages, 0, visibility_s)):

@@ -81,11 +81,8 @@ def find(home: Home, backend: str | None, job: str) -> Bucket:
     from batchlab.cli.session import connect, resolve
 
     if record := home.record():
-        if backend and backend != record.backend:
-            raise UsageError(
-                f"The grid in {home.path} runs on backend {record.backend}, not {backend}.",
-                remedy="Leave out --backend, or name another folder with --home.",
-            )
+        remedy = "Leave out --backend, or name another folder with --home."
+        home.check_backend(record, backend or record.backend, remedy)
         with connect(home) as client:
             return Bucket(home, backends.load(record.backend), resolve(client, job)["id"])
     loaded = backends.load(backend or "local")

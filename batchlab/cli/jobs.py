@@ -204,10 +204,10 @@ def _unwritten(view: JobView) -> str:
 
 
 def _tell(job: str, home: Path | None, verb: Callable[[Client, str], JobView], json: bool) -> None:
-    from batchlab.cli.session import connect, resolve
+    from batchlab.cli.session import connect, steer
 
     with connect(home_of(home)) as client:
-        view = verb(client, resolve(client, job)["id"])
+        view = steer(client, job, verb)
     if json:
         output.show_json(view)
     else:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from batchlab.calls import PATIENCE_S, RESTARTED_S
+from batchlab.calls import patience_s
 from batchlab.cli import output
 from batchlab.client import Client
 from batchlab.errors import BackendError, NotFound, Unreachable, UsageError
@@ -87,6 +87,15 @@ def resolve(client: Client, text: str) -> JobView:
     )
 
 
+def steer(client: Client, text: str, verb: Callable[[Client, str], JobView]) -> JobView:
+    """What the manager answers of the job that `text` means. It may know of a whole id though its
+    listings do not: a job whose work began may be in the bucket alone."""
+    if _ID.fullmatch(text):
+        with suppress(NotFound):
+            return verb(client, text)
+    return verb(client, resolve(client, text)["id"])
+
+
 class Session:
     """A context manager; `start` first, from any thread."""
 
@@ -158,12 +167,8 @@ class Session:
                 port=self._port,
                 say=output.say,
             )
-        if record.backend != self.backend.name:
-            raise UsageError(
-                f"The grid in {self.home.path} runs on backend {record.backend}, "
-                f"not {self.backend.name}.",
-                remedy=f"Say --backend {record.backend}, or name another folder with --home.",
-            )
+        remedy = f"Say --backend {record.backend}, or name another folder with --home."
+        self.home.check_backend(record, self.backend.name, remedy)
         self._connect(record)
 
     def _connect(self, record: ManagerRecord) -> None:
@@ -175,7 +180,7 @@ class Session:
         """The manager's answer. One that has died is replaced, a few times: the grid's state is
         in its folder, so nothing is lost. Raises what the client raises once that does not help.
         """
-        give_up_s = time.monotonic() + (RESTARTED_S if self._is_restarted else PATIENCE_S)
+        give_up_s = time.monotonic() + patience_s(restarted=self._is_restarted)
         while True:
             assert self._client is not None
             try:
@@ -185,7 +190,7 @@ class Session:
             except BackendError as error:
                 if self.home.record() is None and not self._is_restarted:
                     self._revive(error)
-                    give_up_s = time.monotonic() + PATIENCE_S
+                    give_up_s = time.monotonic() + patience_s()
                 elif time.monotonic() > give_up_s:
                     raise
                 else:

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from batchlab.cli import BEGUN_S, output
 from batchlab.results import Fetched
-from batchlab.tasknames import task_name
+from batchlab.tasknames import task_name, without_task
 from batchlab.views import FailureView, JobView, StageView
 
 SHOWN_FAILURES = 5
@@ -139,15 +139,17 @@ class Summary:
         told += [f"{retried:,} retried"]
         wall = output.span(self.phases.wall_s)
         yield f"{self.job['id']} {self.job['state']} in {wall}: {', '.join(told)}"
-        if self.job["reason"]:
-            yield f"  {output.clean(self.job['reason'])}"
         # Of each cause one task: the others of it say the same.
         causes = {(one["stage"], one["fingerprint"]): one for one in reversed(self.failures)}
+        reason = self.job["reason"]
+        for one in causes.values():
+            reason = without_task(reason, one["stage"], one["task"], one["reason"])
+        if reason:
+            yield f"  {output.clean(reason)}"
         for one in reversed(causes.values()):
             name = task_name(one["stage"], one["task"])
             yield f"  {name} {one['kind']}: {output.clean(one['reason'])}"
-            lines = output.visible(one["traceback"]).rstrip("\n").splitlines()
-            yield from (f"    {line}" for line in lines[-SHOWN_LINES:])
+            yield from (f"    {line}" for line in _raised(one)[-SHOWN_LINES:])
         if causes:
             job, more = self.job["id"], failed - len(causes)
             rest = f"{more:,} more: `batchlab job failures {job}`; " if more > 0 else ""
@@ -186,3 +188,16 @@ class Summary:
         if self.fetched.files:
             files = output.count(self.fetched.files, "file")
             yield f"  files/: {files}, {output.size(self.fetched.size_bytes)}"
+
+
+def _raised(failure: FailureView) -> Sequence[str]:
+    """The lines of a traceback but for those at its end that are the reason once more."""
+    lines = output.visible(failure["traceback"]).rstrip("\n").splitlines()
+    reason = output.clean(failure["reason"])
+    for end in reversed(range(len(lines))):
+        last = output.clean("\n".join(lines[end:]))
+        if last == reason:
+            return lines[:end]
+        if len(last) > len(reason):
+            break
+    return lines

@@ -21,8 +21,7 @@ items. What a task prints is another PUT for its bundle."""
 
 BILLED_POLL_S = 5.0
 """A long poll of a queue with nothing in it is a request so often on AWS (adapters.sqs). Where
-nothing has come for a minute it is one in 20 s, which is not reckoned: of what waits for long this
-is too much."""
+it is quiet it is one in 20 s, which is not reckoned: of what waits for long this is too much."""
 LOOKS_A_LEASE = 3
 """A worker looks at its job's control object so often in a control lease."""
 EVENT_REQUESTS = 3

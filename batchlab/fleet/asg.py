@@ -23,9 +23,6 @@ from batchlab.fleet.api import (
 class Alarm:
     """A target-tracking policy's two alarms: since when the metric has been above and below."""
 
-    value: float | None = None
-    """What `put_metric_value` said last, and when."""
-    put_s: float = 0.0
     above_since_s: float | None = None
     below_since_s: float | None = None
     acted_s: float | None = None

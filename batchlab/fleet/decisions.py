@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from batchlab.fleet import hooks, termination
 from batchlab.fleet.state import STARTING, Group, Member, weigh
 from batchlab.model import LifecycleState, Pool
+from batchlab.waits import doubled_s
 
 CRASH_LOOP = 3
 """So many instances in a row that end before they are ready make a crash loop."""
@@ -52,5 +53,4 @@ def _on_trial(group: Group, member: Member, steady_s: float) -> bool:
 
 def wait_s(waits: int) -> float:
     """Seconds a crash loop waits after `waits` waits before: 1, 2, 4, … 60."""
-    # The exponent is bounded because 2.0**1024 overflows.
-    return float(min(MAX_WAIT_S, 2.0 ** min(waits, 10)))
+    return doubled_s(1.0, MAX_WAIT_S, waits)

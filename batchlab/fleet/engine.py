@@ -29,7 +29,6 @@ from batchlab.fleet.state import ActivityLog, Group, Member, Store
 from batchlab.model import Instance, LifecycleState
 from batchlab.ports import Clock, Ids, Launcher
 
-HEALTH_GRACE_S = 60.0
 DRAIN_S = 30.0
 _TO_END = frozenset({LifecycleState.TERMINATING, LifecycleState.TERMINATING_PROCEED})
 
@@ -38,7 +37,7 @@ class Engine:
     """Groups of both kinds over a launcher that no one else uses.
 
     `sources` and `metrics` are for groups of AWS's kind. In a plain pool an instance that sends no
-    beat within `health_grace_s` plus its pool's `boot_s` of its launch is replaced. One that is
+    beat within `health.GRACE_S` plus its pool's `boot_s` of its launch is replaced. One that is
     terminated has `drain_s` to finish before it is killed.
     """
 
@@ -49,7 +48,6 @@ class Engine:
         ids: Ids,
         store: Store,
         *,
-        health_grace_s: float = HEALTH_GRACE_S,
         drain_s: float = DRAIN_S,
         sources: Sources | None = None,
         metrics: Metrics | None = None,
@@ -58,7 +56,6 @@ class Engine:
         self._launcher = launcher
         self._clock = clock
         self._store = store
-        self._health_grace_s = health_grace_s
         self._drain_s = drain_s
         self._sources = sources
         self._metrics = metrics
@@ -87,7 +84,7 @@ class Engine:
             known = await self._launcher.running()
             now_s = self._clock.monotonic_s()
             for group in list(self._groups.values()):
-                health.look(self._changes, group, known, now_s, self._health_grace_s)
+                health.look(self._changes, group, known, now_s)
                 if group.asg is not None:
                     self._attend(group)
                 self._changes.scale_in(group)
@@ -147,6 +144,8 @@ class Engine:
             for _, member in self._members()
             if member.state in _TO_END and not member.asked and not member.bond.force
         ]
+        if not (forced or ending or orphans):
+            return
         results = await asyncio.gather(
             *(kill(member) for member in forced),
             *(end(member) for member in ending),
@@ -164,6 +163,8 @@ class Engine:
             missing = shortfall(group, now_s, self._changes.steady.now_s())
             fresh += launching.admit(self._changes, group, missing, now_s, self._sources)
         self._save()
+        if not fresh:
+            return
         async with asyncio.TaskGroup() as tasks:
             for one in fresh:
                 tasks.create_task(self._start(one))

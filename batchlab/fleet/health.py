@@ -12,18 +12,14 @@ from batchlab.model import LifecycleState
 
 EC2_CHECK = "an EC2 health check indicating it has been terminated or stopped"
 USER_CHECK = "a user health-check"
+GRACE_S = 60.0
+"""From its launch to its first beat, beside its pool's `boot_s`."""
 _UNKNOWN = "its launcher does not know it"
 
 
-def look(
-    changes: Changes,
-    group: Group,
-    known: Mapping[str, str | None],
-    now_s: float,
-    health_grace_s: float,
-) -> None:
+def look(changes: Changes, group: Group, known: Mapping[str, str | None], now_s: float) -> None:
     """Bring the state up to what the launcher says; `now_s` is monotonic."""
-    grace_s = health_grace_s + group.pool.boot_s
+    grace_s = GRACE_S + group.pool.boot_s
     for name, member in group.members.items():
         ended = known.get(name, _UNKNOWN)
         if member.state is LifecycleState.TERMINATED:

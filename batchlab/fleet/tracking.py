@@ -21,8 +21,6 @@ from batchlab.fleet.state import Group
 HIGH_PERIODS = 3
 LOW_PERIODS = 15
 LOW_SHARE = 0.9
-FRESH_PERIODS = 5
-"""For so long a value that was put counts as data."""
 
 
 def track(
@@ -37,7 +35,7 @@ def track(
     for policy in policies:
         alarm = asg.alarms[policy.policy_name]
         before = (alarm.above_since_s, alarm.below_since_s)
-        value = _observe(alarm, policy, metrics, now_s, period_s)
+        value = _observe(alarm, policy, metrics, now_s)
         changes.unsaved |= before != (alarm.above_since_s, alarm.below_since_s)
         if value is not None:
             wanted[policy.policy_name] = _wanted(group, asg, policy, value, now_s)
@@ -46,12 +44,10 @@ def track(
 
 
 def _observe(
-    alarm: Alarm, policy: ScalingPolicy, metrics: Metrics | None, now_s: float, period_s: float
+    alarm: Alarm, policy: ScalingPolicy, metrics: Metrics | None, now_s: float
 ) -> float | None:
     """The metric's value, and since when it has been above or below."""
     value = metrics.value(policy) if metrics is not None else None
-    if metrics is None and now_s - alarm.put_s <= FRESH_PERIODS * period_s:
-        value = alarm.value
     target = _target(policy)
     high = value is not None and value > target
     low = value is not None and value < target * LOW_SHARE

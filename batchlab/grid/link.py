@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from batchlab import backends, updown
 from batchlab.backends import Backend
-from batchlab.calls import PATIENCE_S, RESTARTED_S
+from batchlab.calls import patience_s
 from batchlab.client import Client
 from batchlab.errors import BackendError, NotFound, Refused, Unreachable, UsageError
 from batchlab.grid import pyexit
@@ -88,12 +88,8 @@ class Link:
                 f"A grid is up in {self.home.path}, so it cannot be sized here.",
                 remedy="Leave out workers, pools and warm, or name another folder as home.",
             )
-        if record.backend != self.backend.name:
-            raise UsageError(
-                f"The grid in {self.home.path} runs on backend {record.backend}, "
-                f"not {self.backend.name}.",
-                remedy=f'Say Grid("{record.backend}"), or name another folder as home.',
-            )
+        remedy = f'Say Grid("{record.backend}"), or name another folder as home.'
+        self.home.check_backend(record, self.backend.name, remedy)
         self._check_python()
         self._clients.append(Client(record.url, self.home.token()))
 
@@ -137,8 +133,7 @@ class Link:
                 return ask(client)
             except Unreachable as error:
                 now_s = self.clock.monotonic_s()
-                patience_s = RESTARTED_S if self._is_restarted else PATIENCE_S
-                give_up_s = give_up_s or now_s + patience_s
+                give_up_s = give_up_s or now_s + patience_s(restarted=self._is_restarted)
                 if now_s > give_up_s:
                     raise
                 self._reconnect(client, error)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import GroupView, Instance, LifecycleState
 from batchlab.ports import Clock
+from batchlab.waits import doubled_s
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Boots:
         if not pool.pause_s:
             pool.pause_s, pool.stopped_s = self._pause_s, now_s
         elif since_s >= pool.retry_s:
-            pool.pause_s = min(LONGEST_PAUSE_S, 2 * pool.pause_s)
+            pool.pause_s = doubled_s(pool.pause_s, LONGEST_PAUSE_S)
         else:
             return  # launched before it was stopped: no try of its own
         pool.retry_s = now_s + pool.pause_s

@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
+from batchlab import control
 from batchlab.commit import Addressed, address, commit, committed, send_all
 from batchlab.errors import AlreadyExists, BackendError, NotFound, UsageError
 from batchlab.jobdef import JobDef, StageDef
@@ -28,7 +28,7 @@ from batchlab.model import Bundle, Control, JobState, Json, StageName, TaskSet
 from batchlab.ports import Cut, Ending, StageRecord
 from batchlab.protocol import definition, naming, settle, wire
 from batchlab.protocol.policy import Verdict, judge
-from batchlab.tasknames import task_name
+from batchlab.tasknames import with_task
 from batchlab.tracing import NOBODY, Subject, Tracer, span
 from batchlab.waits import set_within
 from batchlab.worker.inputs import Inputs
@@ -272,8 +272,7 @@ class Conductor:
         """
         await self.forbid(live, word)
         closed = await self._seal(live)
-        get = partial(self._ports.objects.get, naming.control(live.id))
-        written = wire.word_from_bytes(await self._ports.patience(get))
+        written = await control.word_of(self._ports.objects, live.id, self._ports.patience)
         await self._finish(live, written.state, written.reason, closed)
 
     async def abandon(self, live: LiveJob, reason: str) -> None:
@@ -290,9 +289,8 @@ class Conductor:
             return
         async with live.control_lock:
             if live.record.control is not Control.CANCEL:
-                data = wire.word_to_bytes(replace(word, round=live.round))
-                put = partial(self._ports.objects.put, naming.control(live.id), data)
-                await self._ports.patience(put)
+                word = replace(word, round=live.round)
+                await control.insist(self._ports.objects, live.id, word, self._ports.patience)
                 await self._ports.ledger.set_control(live.id, Control.CANCEL)
                 live.record = replace(live.record, control=Control.CANCEL)
         await asyncio.sleep(self._settings.control_lease_s * 1.1)
@@ -301,11 +299,9 @@ class Conductor:
     async def _allow(self, live: LiveJob) -> None:
         """Write the control object that allows tasks to start, where there is none. Those who got
         the job's first bundles do not wait for it."""
-        run = wire.word_to_bytes(wire.Word(Control.RUN))
-        put = partial(self._ports.objects.put, naming.control(live.id), run, if_absent=True)
+        objects, patience = self._ports.objects, self._ports.patience
         # There is one where the job was conducted before, and a cancellation must not be undone.
-        with suppress(AlreadyExists):
-            await self._ports.patience(put)
+        await control.say(objects, live.id, wire.Word(Control.RUN), patience, over=None)
         live.allowed = True
 
     async def _make_sure(self, live: LiveJob) -> None:
@@ -324,20 +320,19 @@ class Conductor:
         async with live.control_lock:
             if live.record.control is Control.CANCEL:
                 return
-            get = partial(self._ports.objects.get, naming.control(live.id))
             try:
-                control = wire.word_from_bytes(await self._ports.patience(get)).control
+                word = await control.word_of(self._ports.objects, live.id, self._ports.patience)
             except NotFound:
                 return  # somebody has removed the job's objects
-            if control is live.record.control:
+            if word.control is live.record.control:
                 return
             about = {"job": live.id}
-            log.warning("the word is %s, which the ledger did not know", control, extra=about)
-            await self._ports.ledger.set_control(live.id, control)
-            live.record = replace(live.record, control=control)
+            log.warning("the word is %s, which the ledger did not know", word.control, extra=about)
+            await self._ports.ledger.set_control(live.id, word.control)
+            live.record = replace(live.record, control=word.control)
             live.changed()
-        if control is not Control.CANCEL:
-            paused = control is Control.PAUSE
+        if word.control is not Control.CANCEL:
+            paused = word.control is Control.PAUSE
             await move(self._ports, live, JobState.PAUSED if paused else JobState.RUNNABLE)
         live.poke.set()
 
@@ -430,8 +425,9 @@ class Conductor:
             outcome = await committed(self._ports.objects, record.bundle, self._ports.patience)
             for failure in outcome.failed if outcome else ():
                 if failure.final:
-                    where = f"task {task_name(record.bundle.stage, failure.task)}"
-                    return f"{verdict.reason}; {where}: {failure.reason}"
+                    return with_task(
+                        verdict.reason, record.bundle.stage, failure.task, failure.reason
+                    )
         return verdict.reason
 
     async def _accounted(self, live: LiveJob) -> bool:

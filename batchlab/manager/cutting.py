@@ -6,7 +6,7 @@ Invariant: a function of what is in memory. What it decides counts only once it 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from batchlab.costs.cap import Budget
 from batchlab.jobdef import JobDef, StageDef
@@ -75,18 +75,35 @@ class Cutter:
         if live.is_held:
             return 0
         pool = stage.pool
-        others = (one for one in self._lives.values() if one is not live)
-        rivals = [one for one in others if one.is_left(pool) and _runs(one)]
-        if any(one.job.priority > live.job.priority for one in rivals):
-            return 0
-        peers = 1 + sum(one.job.priority == live.job.priority for one in rivals)
         slots, mine = self._slots_of.get(pool, 1), in_pool({live.id: live}, pool)
         window = self._window * slots + 1
-        share = max(1, window // peers) - mine
-        room = min(share, window - in_pool(self._unpaused(), pool)) if peers == 1 else share
-        # A cut costs the same however many bundles it has; one for every slot, unless there is
-        # nothing left behind those that run.
-        return room if room >= slots or mine <= slots else 0
+
+        def worth(room: int) -> int:
+            # A cut costs the same however many bundles it has; one for every slot, unless there is
+            # nothing left behind those that run.
+            return room if room >= slots or mine <= slots else 0
+
+        # There may be very many others, and they only make the room smaller.
+        room, peers = window - mine, 1
+        if worth(room) <= 0:
+            return 0
+        for rival in self._rivals(live, pool):
+            if rival.job.priority > live.job.priority:
+                return 0
+            peers += 1
+            room = max(1, window // peers) - mine
+            if worth(room) <= 0:
+                return 0
+        if peers == 1:
+            room = min(room, window - in_pool(self._unpaused(), pool))
+        return worth(room)
+
+    def _rivals(self, live: LiveJob, pool: str) -> Iterator[LiveJob]:
+        """Other jobs with something to cut in the pool, of no lower priority."""
+        least = live.job.priority
+        for one in self._lives.values():
+            if one.job.priority >= least and one is not live and one.is_left(pool) and _runs(one):
+                yield one
 
     def _unpaused(self) -> Mapping[JobId, LiveJob]:
         """Jobs whose outstanding bundles are with workers, or on their way: workers drop those of

@@ -264,8 +264,10 @@ class LiveJob:
 
     def is_left(self, pool: str) -> bool:
         """Whether tasks of stages in `pool` are planned but not yet cut into bundles."""
-        stages = self.stages
-        return any(stages[s.name].left.ranges for s in self.job.stages if s.pool == pool)
+        for stage in self.record.job.stages:  # asked of every job, whenever one is to be cut
+            if stage.pool == pool and self.stages[stage.name].left.ranges:
+                return True
+        return False
 
 
 async def move(ports: Ports, live: LiveJob, state: JobState) -> None:

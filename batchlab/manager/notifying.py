@@ -25,15 +25,16 @@ from batchlab.model import JobId
 from batchlab.notification import NotDelivered, Notification, Target
 from batchlab.ports import Ending
 from batchlab.protocol import naming, wire
-from batchlab.waits import set_within
+from batchlab.waits import doubled_s, set_within
 
 log = logging.getLogger(__name__)
 
 AT_ONCE = 8
 AT_ONCE_TO_ONE = 2
 """So one target that hangs takes few of the others' places, however much waits for it."""
+FIRST_WAIT_S = 2.0
 LONGEST_WAIT_S = 900.0
-"""Between two tries; the first comes after 2 s, each further wait is twice as long."""
+"""Between two tries; each wait is twice as long as the one before."""
 GIVE_UP_S = 86_400.0
 SOON_S = 1.0
 """A large book is written so seldom for what was delivered, given up or has failed for the first
@@ -276,7 +277,7 @@ class Notifying:
             except BackendError as error:
                 log.warning("what came of notifications is not written down yet: %s", error)
                 await asyncio.sleep(pause_s)
-                pause_s = min(LATER_S, pause_s * 2)
+                pause_s = doubled_s(pause_s, LATER_S)
             self._unwritten.set()
 
     def _wants_writing(self, within_s: float) -> None:
@@ -388,7 +389,7 @@ class Notifying:
 
 def _pause_s(tried: Notification) -> float:
     """From its last try to the next."""
-    return min(LONGEST_WAIT_S, 2.0 ** min(tried.attempts, 20))
+    return doubled_s(FIRST_WAIT_S, LONGEST_WAIT_S, tried.attempts - 1)
 
 
 def _place(one: Notification) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from batchlab.control import word_of
 from batchlab.errors import NotFound, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import Ports
@@ -137,10 +138,9 @@ async def _ending(ports: Ports, job: JobId, round_: int) -> Ending | None:
 
 async def _control(ports: Ports, job: JobId) -> Control:
     try:
-        data = await ports.patience(partial(ports.objects.get, naming.control(job)))
+        return (await word_of(ports.objects, job, ports.patience)).control
     except NotFound:
         return Control.RUN
-    return wire.word_from_bytes(data).control
 
 
 async def _doc(ports: Ports, key: str) -> dict[str, Any]:

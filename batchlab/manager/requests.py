@@ -11,9 +11,10 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
+from batchlab import control
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Refused
 from batchlab.jobdef import JobDef
 from batchlab.manager.arrivals import Arrivals
@@ -33,14 +34,6 @@ log = logging.getLogger(__name__)
 LOOKED_BACK = 1000
 """Jobs of which a new leader looks for a retry that was not finished: a request of S3 for each that
 did not succeed."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Spoken:
-    """A control object as it was read."""
-
-    control: Control
-    etag: str
 
 
 class Requests:
@@ -190,7 +183,8 @@ class Requests:
         """Run again what did not succeed, in a new round; of what has failed only the `chosen`
         tasks. Refused while the job runs, or where that is nothing."""
         # First: whatever word comes after the end that the ledger tells of is not ours to undo.
-        word = await self._word(job)
+        objects, patience = self._ports.objects, self._ports.patience
+        found = await control.spoken(objects, job, patience)
         record = await self._ports.ledger.job(job)
         if not record.state.ended:
             raise Refused(f"Job {job} is still {record.state}.", remedy="Wait, or cancel it first.")
@@ -202,8 +196,7 @@ class Requests:
         round_ = record.round + 1
         made = await self._retries.plan(record, chosen)
         # Before the round: who finds that one in the bucket must not find it forbidden.
-        await self._say(job, Control.RUN, over=word)
-        objects, patience = self._ports.objects, self._ports.patience
+        await control.say(objects, job, wire.Word(Control.RUN), patience, over=found)
         key = naming.retry(job, round_)
         self._begun.add(job)
         try:
@@ -245,47 +238,24 @@ class Requests:
             )
         return live
 
-    async def _control(self, live: LiveJob, control: Control) -> None:
+    async def _control(self, live: LiveJob, wanted: Control) -> None:
+        objects, patience = self._ports.objects, self._ports.patience
         async with live.control_lock:
             while True:
-                word = await self._word(live.id)
-                if word and word.control is Control.CANCEL:
+                found = await control.spoken(objects, live.id, patience)
+                if found and found.word.control is Control.CANCEL:
                     live.doubtful = True  # another leader's, perhaps
                     live.poke.set()
-                if Control.CANCEL in (live.record.control, word and word.control):
+                if Control.CANCEL in (live.record.control, found and found.word.control):
                     raise Refused(
                         f"Job {live.id} is being cancelled.",
                         remedy="Once it has ended, `batchlab job retry` runs what is left of it.",
                     )
-                if await self._say(live.id, control, over=word):
+                if await control.say(objects, live.id, wire.Word(wanted), patience, over=found):
                     break
-            await self._ports.ledger.set_control(live.id, control)
-            live.record = replace(live.record, control=control)
+            await self._ports.ledger.set_control(live.id, wanted)
+            live.record = replace(live.record, control=wanted)
             live.changed()
-
-    async def _word(self, job: JobId) -> _Spoken | None:
-        get = partial(self._ports.objects.get_if_changed, naming.control(job), None)
-        try:
-            found = await self._ports.patience(get)
-        except NotFound:
-            return None
-        return _Spoken(wire.word_from_bytes(found[0]).control, found[1]) if found else None
-
-    async def _say(self, job: JobId, control: Control, *, over: _Spoken | None) -> bool:
-        """Write the word in the place of the one that was read; False where another one, such as a
-        cancellation, has taken that meanwhile, or ours has and its answer was lost."""
-        put = partial(
-            self._ports.objects.put,
-            naming.control(job),
-            wire.word_to_bytes(wire.Word(control)),
-            if_absent=over is None,
-            if_match=over.etag if over else None,
-        )
-        try:
-            await self._ports.patience(put)
-        except (AlreadyExists, NotFound):
-            return False
-        return True
 
 
 def _content(job: JobDef, opening: definition.Opening | None) -> bytes:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from batchlab.errors import AlreadyExists, NotFound
+from batchlab import control
 from batchlab.manager.live import LiveJob, Ports
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import BundleId, Control, JobId, StageName
@@ -72,28 +72,14 @@ class Tails:
 
     async def _say(self, live: LiveJob) -> bool:
         """Whether the workers will hear of it; where not, whoever asks next tries again."""
-        key, objects = naming.control(live.id), self._ports.objects
-        word, etag = wire.Word(Control.RUN), None
-        try:
-            found = await self._ports.patience(partial(objects.get_if_changed, key, None))
-        except NotFound:
-            found = None  # it comes when the job has run for a moment
-        if found is not None:
-            word, etag = wire.word_from_bytes(found[0]), found[1]
+        objects, patience = self._ports.objects, self._ports.patience
+        found = await control.spoken(objects, live.id, patience)
+        # Where there is none, it comes when the job has run for a moment.
+        word = found.word if found else wire.Word(Control.RUN)
         if word.control is not live.record.control or word.control is Control.CANCEL:
             return False
-        put = partial(
-            objects.put,
-            key,
-            wire.word_to_bytes(replace(word, tail=word.tail + 1, tail_s=self._ports.clock.now_s())),
-            if_absent=etag is None,
-            if_match=etag,
-        )
-        try:
-            await self._ports.patience(put)
-        except (AlreadyExists, NotFound):
-            return False
-        return True
+        asked = replace(word, tail=word.tail + 1, tail_s=self._ports.clock.now_s())
+        return await control.say(objects, live.id, asked, patience, over=found)
 
     def _make_room(self) -> None:
         """Of those that nobody has looked at for longest all is read anew."""

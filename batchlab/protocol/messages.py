@@ -25,7 +25,7 @@ from batchlab.protocol.wire import (
     job_to_json,
     loads,
     outcome_from_json,
-    outcome_to_json,
+    outcome_text,
 )
 from batchlab.tally import Asked, Requests
 
@@ -157,24 +157,25 @@ class Events:
 
 
 def events_message(e: Events) -> str:
-    doc: dict[str, Json] = {"v": VERSION}
+    parts = [f'"v":{VERSION}']
     if e.completions:
-        doc["c"] = [completion_to_json(c) for c in e.completions]
+        parts.append(f'"c":{dumps([completion_to_json(c) for c in e.completions])}')
     if e.committed:
-        doc["k"] = e.committed
+        parts.append(f'"k":{dumps(e.committed)}')
     if e.beats:
-        doc["h"] = [_beat_to_json(b) for b in e.beats]
+        parts.append(f'"h":{dumps([_beat_to_json(b) for b in e.beats])}')
     if e.outcomes:
-        doc["o"] = [outcome_to_json(o) for o in e.outcomes]
+        parts.append(f'"o":[{",".join(map(outcome_text, e.outcomes))}]')
     if e.asked:
-        doc["q"] = [[a.worker, a.instance, a.is_spot, *astuple(a.requests)] for a in e.asked]
+        asked = [[a.worker, a.instance, a.is_spot, *astuple(a.requests)] for a in e.asked]
+        parts.append(f'"q":{dumps(asked)}')
     if e.duplicates:
-        doc["d"] = [list(astuple(d)) for d in e.duplicates]
+        parts.append(f'"d":{dumps([list(astuple(d)) for d in e.duplicates])}')
     if e.told:
-        doc["m"] = [[t.worker, t.counts] for t in e.told]
+        parts.append(f'"m":{dumps([[t.worker, t.counts] for t in e.told])}')
     if e.traces:
-        doc["tp"] = e.traces
-    return dumps(doc)
+        parts.append(f'"tp":{dumps(e.traces)}')
+    return f"{{{','.join(parts)}}}"
 
 
 def _beat_to_json(b: Beat) -> dict[str, Json]:

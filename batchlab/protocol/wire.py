@@ -138,6 +138,16 @@ def outcome_to_json(o: Outcome) -> dict[str, Json]:
     }
 
 
+def outcome_text(o: Outcome) -> str:
+    """Its JSON; made once."""
+    try:
+        return o._text
+    except AttributeError:
+        text = dumps(outcome_to_json(o))
+        object.__setattr__(o, "_text", text)
+        return text
+
+
 def outcome_from_json(doc: dict[str, Any]) -> Outcome:
     return Outcome(
         bundle_from_json(doc["bundle"]),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from multiprocessing.resource_tracker import ensure_running
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -97,6 +98,8 @@ def _hire(work: Callable[[T], R]) -> tuple[Connection, SpawnProcess]:
     process = _SPAWN.Process(target=_serve, args=(far_end, work), daemon=True)
     # A terminal's Ctrl-C reaches the whole process group; only this process shall answer it. The
     # mask is inherited, whereas a handler in the child would come too late for its first second.
+    # The first start of a process also starts multiprocessing's tracker, which unblocks SIGINT.
+    ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         process.start()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -203,7 +203,7 @@ class Faults:
         self._answers = answers
         self._delay_s = delay_s
         self._script: dict[tuple[str, int], FaultKind] | None = None
-        self._streams: dict[str, random.Random] = {}
+        self._draws: dict[str, Callable[[], float]] = {}
         self._calls: dict[str, int] = {}
         self._ladders: dict[str, list[tuple[float, FaultKind]]] = {}
 
@@ -237,26 +237,18 @@ class Faults:
 
     def next(self, actor: str) -> Point:
         """The actor's next call, with its latency. Takes a fixed number of draws per call."""
-        stream = self._streams.get(actor)
-        if stream is None:
+        draw = self._draws.get(actor)
+        if draw is None:
             # Not hash(): it differs per process. A text seed is hashed with SHA-512.
-            stream = random.Random(f"{self._seed}/{actor}")  # noqa: S311 - no cryptography
-            self._streams[actor] = stream
+            draw = random.Random(f"{self._seed}/{actor}").random  # noqa: S311 - no cryptography
+            self._draws[actor] = draw
             self._calls[actor] = 0
-        self._calls[actor] += 1
-        draw = stream.random
+        self._calls[actor] = call = self._calls[actor] + 1
         low, width = self._half_s
         if not self._answers:
-            takes_s = 2 * (low + width * draw())
-            return Point(actor, self._calls[actor], takes_s, 0.0, chance=draw(), pick=0.0)
-        return Point(
-            actor,
-            self._calls[actor],
-            request_s=low + width * draw(),
-            answer_s=low + width * draw(),
-            chance=draw(),
-            pick=draw(),
-        )
+            return Point(actor, call, 2 * (low + width * draw()), 0.0, draw(), 0.0)
+        request_s, answer_s = low + width * draw(), low + width * draw()
+        return Point(actor, call, request_s, answer_s, draw(), draw())
 
     def strike(self, point: Point, label: str) -> FaultKind | None:
         """Which fault, if any, happens now to the call `label` ("queue.send") at `point`."""

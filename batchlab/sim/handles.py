@@ -19,6 +19,9 @@ class SimHandle(asyncio.Handle):
     _callback: Any
     _args: Any
     _loop: Any
+    # Only debugging sets them.
+    _repr = None
+    _source_traceback = None
 
     def __init__(
         self,
@@ -32,8 +35,6 @@ class SimHandle(asyncio.Handle):
         self._loop = loop
         self._context = copy_context() if context is None else context
         self._cancelled = False
-        self._repr = None
-        self._source_traceback = None
 
 
 class SimTimer(SimHandle, asyncio.TimerHandle):
@@ -51,7 +52,12 @@ class SimTimer(SimHandle, asyncio.TimerHandle):
         loop: asyncio.AbstractEventLoop,
         context: Context | None,
     ) -> None:
-        SimHandle.__init__(self, callback, args, loop, context)
+        # Not by way of the base's, which takes as long again.
+        self._callback = callback
+        self._args = args
+        self._loop = loop
+        self._context = copy_context() if context is None else context
+        self._cancelled = False
         self._when = when
         self._scheduled = True
 

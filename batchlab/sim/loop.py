@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import heapq
 import itertools
 import math
 import threading
@@ -16,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextvars import Context
+from heapq import heapify, heappop, heappush
 from typing import Any, NoReturn, TypeVar, TypeVarTuple
 
 from batchlab.sim.actors import CANCEL_ROUNDS, CURRENT, Actor, ActorKilled, SimulationError
@@ -136,7 +136,7 @@ class SimLoop(asyncio.BaseEventLoop):
     ) -> asyncio.TimerHandle:
         """As asyncio's."""
         timer = SimTimer(when, callback, args, self, context)
-        heapq.heappush(self._timers, (when, next(self._numbers), timer))
+        heappush(self._timers, (when, next(self._numbers), timer))
         return timer
 
     def call_later(
@@ -148,7 +148,7 @@ class SimLoop(asyncio.BaseEventLoop):
     ) -> asyncio.TimerHandle:
         """As asyncio's."""
         timer = SimTimer(self._now_s + delay, callback, args, self, context)
-        heapq.heappush(self._timers, (timer._when, next(self._numbers), timer))
+        heappush(self._timers, (timer._when, next(self._numbers), timer))
         return timer
 
     def _timer_handle_cancelled(self, _timer: asyncio.TimerHandle) -> None:
@@ -156,7 +156,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._timers_cancelled += 1
         if self._timers_cancelled > _FEW_TIMERS and self._timers_cancelled * 2 > len(self._timers):
             self._timers[:] = [entry for entry in self._timers if not entry[2]._cancelled]
-            heapq.heapify(self._timers)
+            heapify(self._timers)
             self._timers_cancelled = 0
 
     def _run_once(self) -> None:
@@ -169,20 +169,27 @@ class SimLoop(asyncio.BaseEventLoop):
                 self._jump()
             now_s = self._now_s
             while timers and timers[0][0] <= now_s:
-                self._pop()
-            self._run_ready()
+                timer = heappop(timers)[2]
+                timer._scheduled = False
+                if timer._cancelled:
+                    self._timers_cancelled -= 1
+                else:
+                    ready.append(timer)
+            self._run_ready(ready)
 
-    def _run_ready(self) -> None:
-        ready = self._ready
-        before, self.steps = self.steps, self.steps + len(ready)
-        if self.steps > self._limit_steps:
+    def _run_ready(self, ready: deque[Any]) -> None:
+        count = len(ready)
+        before = self.steps
+        self.steps = after = before + count
+        if after > self._limit_steps:
             raise StepLimit(
                 f"No end after {before} steps, at {self._now_s:.3f} s. {self._waiting()}"
             )
-        for _ in range(len(ready)):
-            handle = ready.popleft()
+        take, frozen = ready.popleft, self._frozen
+        for _ in range(count):
+            handle = take()
             if not handle._cancelled:
-                if self._frozen and self._parked(handle):
+                if frozen and self._parked(handle):
                     continue
                 try:
                     handle._context.run(handle._callback, *handle._args)
@@ -196,8 +203,8 @@ class SimLoop(asyncio.BaseEventLoop):
                 # A failed task's traceback may hold this handle; without the way back to the task
                 # no cycle keeps the failure from surfacing at once.
                 handle._callback = None
-        if before // _YOUNG_STEPS != self.steps // _YOUNG_STEPS:
-            gc.collect(2 if before // _FULL_STEPS != self.steps // _FULL_STEPS else 1)
+        if before // _YOUNG_STEPS != after // _YOUNG_STEPS:
+            gc.collect(2 if before // _FULL_STEPS != after // _FULL_STEPS else 1)
 
     def _parked(self, handle: Any) -> bool:
         actor = handle._context.get(CURRENT)
@@ -207,17 +214,10 @@ class SimLoop(asyncio.BaseEventLoop):
         waiting.append(handle)
         return True
 
-    def _pop(self) -> None:
-        timer = heapq.heappop(self._timers)[2]
-        timer._scheduled = False
-        if timer._cancelled:
-            self._timers_cancelled -= 1
-        else:
-            self._ready.append(timer)
-
     def _jump(self) -> None:
         while self._timers and self._timers[0][2]._cancelled:
-            self._pop()
+            heappop(self._timers)[2]._scheduled = False
+            self._timers_cancelled -= 1
         when = self._timers[0][0] if self._timers else math.inf
         if when > self._limit_s:
             self._now_s = self._limit_s
@@ -226,7 +226,8 @@ class SimLoop(asyncio.BaseEventLoop):
             raise Deadlock(
                 f"deadlock: nothing is scheduled at {self._now_s:.3f} s. {self._waiting()}"
             )
-        self._now_s = max(self._now_s, when)
+        if when > self._now_s:
+            self._now_s = when
 
     def _waiting(self) -> str:
         names = [str(task) for task in itertools.islice(self._tasks, _NAMED)]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.model import Bundle, Failure, Json, Ran
 from batchlab.ports import Clock
+from batchlab.sim.pauses import Pause
 from batchlab.worker.runner import Handle, Work
 
 STEP_S = 0.05
@@ -55,6 +55,7 @@ class ScriptedRunner:
         self._clock = clock
         self._started = started
         self._die = die
+        self._pause = Pause()
 
     async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
         begun_s = self._clock.monotonic_s()
@@ -83,7 +84,7 @@ class ScriptedRunner:
         end_s = self._clock.monotonic_s() + run_s
         while (left_s := end_s - self._clock.monotonic_s()) > 0:
             # Long tasks are looked at less often, or a 12 h task would cost 10⁶ events.
-            await asyncio.sleep(min(left_s, max(STEP_S, run_s / 200)))
+            await self._pause(min(left_s, max(STEP_S, run_s / 200)))
             if handle.kill:
                 return False
         return not handle.kill

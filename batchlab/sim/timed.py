@@ -6,11 +6,11 @@ so that ten million of them cost no ten million timers.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from batchlab.model import Ran
 from batchlab.ports import Clock
+from batchlab.sim.pauses import Pause
 from batchlab.worker.runner import Handle, Work
 
 TOGETHER_S = 0.05
@@ -42,6 +42,7 @@ class TimedRunner:
         self._clock = clock
         self._together_s = together_s
         self._look_s = max(together_s, look_s)
+        self._pause = Pause()
 
     async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
         """See worker.runner."""
@@ -87,7 +88,7 @@ class TimedRunner:
         end_s = self._clock.monotonic_s() + takes_s
         look_s = max(self._look_s, takes_s / LOOKS)
         while (left_s := end_s - self._clock.monotonic_s()) > 0:
-            await asyncio.sleep(min(left_s, look_s))
+            await self._pause(min(left_s, look_s))
             if handle.kill:
                 return False
         return not handle.kill

@@ -26,7 +26,7 @@ from batchlab.manager.reporting import Reports
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import GroupView, JobId, Pool
 from batchlab.patience import Patience
-from batchlab.ports import Fleet, JobRecord, Objects
+from batchlab.ports import Fleet, JobRecord, JobRows, Objects
 from batchlab.sim.actors import CURRENT, Actor, ActorKilled
 from batchlab.sim.clocks import SimClock, SimIds, SkewedClock
 from batchlab.sim.faults import Faults
@@ -42,7 +42,7 @@ from batchlab.worker.runner import Runner
 from batchlab.worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
-    from batchlab.adapters.sql.ledger import SqlLedger
+    from batchlab.sim.followed import FollowedLedger
 
 EPOCH_S = 1_700_000_000.0
 RESTART_S = 3.0
@@ -94,7 +94,7 @@ class World:
     log: EventLog | None = field(init=False)
     objects: SimObjects = field(init=False)
     queue: SimQueue = field(init=False)
-    ledger: SqlLedger | SimLedger = field(init=False)
+    ledger: FollowedLedger | SimLedger = field(init=False)
     clock: SimClock = field(init=False)
     launcher: SimLauncher = field(init=False)
     watch: Watch = field(init=False)
@@ -267,10 +267,18 @@ class World:
 
     async def find(self, job: JobId) -> JobRecord | None:
         """The job as the ledger has it now; None while that knows of none."""
+        if not isinstance(self.ledger, SimLedger):
+            return await self.ledger.find(job)
         try:
             return await self.ledger.job(job)
         except NotFound:
             return None
+
+    async def rows(self, job: JobId) -> JobRows:
+        """The job and its stages as the ledger has them now; NotFound."""
+        if not isinstance(self.ledger, SimLedger):
+            return await self.ledger.seen(job)
+        return await self.ledger.rows(job)
 
     async def ended(self, job: JobId) -> JobRecord:
         """Wait for the end of a job."""
@@ -286,11 +294,11 @@ class World:
         return await self.manager.ports.fleet.describe()
 
 
-def _sql_ledger() -> SqlLedger:
+def _sql_ledger() -> FollowedLedger:
     # A forecast does without, and importing SQLAlchemy takes longer than many of them.
-    from batchlab.adapters.sql.ledger import open_memory
+    from batchlab.sim.followed import FollowedLedger
 
-    return open_memory()
+    return FollowedLedger()
 
 
 def _of_services(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ from batchlab.ports import MAX_DELAY_S
 from batchlab.sim.actors import Actor, ActorKilled
 from batchlab.sim.faults import CREATE, LATE_S, FaultKind, Faults, Point
 from batchlab.sim.log import EventLog, brief
+from batchlab.sim.pauses import Pause
 from batchlab.sim.watch import Watch
 
 T = TypeVar("T")
@@ -71,6 +72,7 @@ class _Port:
         self._faults = faults
         self._log = log
         self._watch = watch
+        self._pause = Pause()
 
     def __getattr__(self, name: str) -> Any:
         # Only reached the first time: the method is kept on the instance, found without a detour.
@@ -83,8 +85,8 @@ class _Port:
         return method
 
     def _call(self, label: str, target: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
-        async def call(*args: Any, **kwargs: Any) -> Any:
-            return await self._perform(label, target, args, kwargs, (args, kwargs))
+        def call(*args: Any, **kwargs: Any) -> Awaitable[Any]:
+            return self._perform(label, target, args, kwargs, (args, kwargs))
 
         return call
 
@@ -123,7 +125,7 @@ class _Port:
         error: Exception | None = None
         try:
             if point.request_s:
-                await asyncio.sleep(point.request_s)
+                await self._pause(point.request_s)
             if faults is not None:
                 conditional = kwargs.get("if_absent") or kwargs.get("if_match")
                 kind = faults.strike(point, CREATE if conditional else label)
@@ -164,7 +166,7 @@ class _Port:
             # Said once more: a receive has waited for a message since its request was struck.
             self._disturbed(extra_s)
         try:
-            await asyncio.sleep(takes_s + extra_s)
+            await self._pause(takes_s + extra_s)
         except asyncio.CancelledError:
             # The port's promise: who cancels a receive swallows no message. An adapter of SQS can
             # only make it visible again; the dead cannot even do that.

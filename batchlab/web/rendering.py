@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse
@@ -110,4 +111,13 @@ async def problem_page(request: Request, error: Exception) -> HTMLResponse:
         heading="Not found" if status == 404 else "Something is not right",
         problem=problem,
         several=several,
+        back=_asked_from(request),
     )
+
+
+def _asked_from(request: Request) -> str:
+    """The page of ours that has asked for this, by the browser's word; the first one without."""
+    said = urlsplit(request.headers.get("referer", ""))
+    if said.netloc != request.url.netloc or not said.path.startswith(f"{PAGE}/"):
+        return f"{PAGE}/"
+    return said._replace(scheme="", netloc="", fragment="").geturl()

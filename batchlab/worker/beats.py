@@ -63,7 +63,7 @@ class Beats:
     async def keep(self) -> None:
         """Beat for ever: soon after a change, and now and then without one."""
         while True:
-            beat = self._beat()
+            beat = self._beat(self._held())
             try:
                 await self._outbox.event(beat)
                 self.heard(beat)
@@ -90,12 +90,16 @@ class Beats:
 
     @property
     def _is_news(self) -> bool:
+        return self._differs(self._held())
+
+    def _differs(self, held: tuple[Held, ...]) -> bool:
         told = self._told
-        return told is None or (told.held, told.leaving) != (self._held(), self.leaving)
+        return told is None or (told.held, told.leaving) != (held, self.leaving)
 
     def news(self) -> Beat | None:
         """See outbox.SignsOfLife."""
-        return self._beat() if self._is_news else None
+        held = self._held()
+        return self._beat(held) if self._differs(held) else None
 
     def heard(self, beat: Beat) -> None:
         """See outbox.SignsOfLife."""
@@ -105,7 +109,7 @@ class Beats:
     async def last(self) -> None:
         """Say that everything has been given back, where somebody hears it."""
         try:
-            await self._outbox.event(self._beat(gone=True))
+            await self._outbox.event(self._beat(self._held(), gone=True))
         except BackendError as error:
             # It is so, and the fleet sees it too: no reason to end in an error.
             log.warning("the last sign of life could not be sent: %s", error)
@@ -117,7 +121,7 @@ class Beats:
             if h.receipt is not None or h.running
         )
 
-    def _beat(self, *, gone: bool = False) -> Beat:
+    def _beat(self, held: tuple[Held, ...], *, gone: bool = False) -> Beat:
         self._number += 1
         return Beat(
             self._who.worker,
@@ -126,7 +130,7 @@ class Beats:
             self._clock.now_s(),
             self._who.slots,
             sum(h.running for h in self._hands.values()),
-            self._held(),
+            held,
             self._number,
             leaving=self.leaving,
             gone=gone,

@@ -1,4 +1,4 @@
-"""How a bundle leaves a worker's hands: committed and passed on, or sent again for somebody else.
+"""How a bundle, or a part of one, leaves a worker's hands: committed and passed on, or sent again.
 
 Invariant: a message is deleted only after its outcome is committed and forwarded, or after a
 fresh copy of it has been sent, or when its job is cancelled or paused (the manager then knows what
@@ -14,10 +14,10 @@ from dataclasses import replace
 from batchlab.commit import Addressed, address, commit, follow_ups, uncommitted
 from batchlab.errors import BackendError, TooNew
 from batchlab.jobdef import JobDef
-from batchlab.model import Json, Outcome, Ran
+from batchlab.model import Bundle, Json, Outcome, Ran, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Clock, Message, Objects, Outgoing, Queue
-from batchlab.protocol import settle
+from batchlab.protocol import naming, settle
 from batchlab.protocol.messages import Duplicate
 from batchlab.tracing import Tracer, span
 from batchlab.worker import lines
@@ -66,8 +66,53 @@ class Closing:
         cancelled: bool = False,
     ) -> Outcome:
         """Commit what the tasks came to; the outcome that counts, which may be somebody else's."""
+        spans = [s for s in hand.handle.log_spans if s[0] in hand.bundle.tasks]
+        log = hand.handle.log, spans
+        outcome = self._settled(hand, job, started_s, ran, log, cancelled=cancelled)
+        lines.failures(outcome)
+        committed = await self._commit(hand, outcome)
+        if committed.execution != hand.execution:
+            took_s = outcome.ended_s - outcome.started_s
+            self._met_twice(hand, "execution", took_s * job.stage(hand.bundle.stage).slots)
+        return committed
+
+    async def shed(
+        self,
+        hand: Hand,
+        job: JobDef,
+        started_s: float,
+        ran: Sequence[Ran],
+        items: Sequence[Json],
+        kept: Bundle,
+    ) -> bool:
+        """Commit and forward all of a bundle but what is `kept`, which still runs; its message
+        stays. False where somebody else's outcome counts: the run meets that at its end too."""
+        spans = [s for s in hand.handle.log_spans if s[0] not in kept.tasks]
+        # It is stored when the run has ended.
+        log = naming.log(hand.bundle, hand.execution) if spans else "", spans
+        draft = self._settled(hand, job, started_s, ran, log, kept=kept.tasks)
+        outcome = await self._commit(hand, draft)
+        if outcome != draft:
+            return False
+        lines.failures(outcome)
+        # The part that is kept needs no message.
+        others = tuple(follow for follow in outcome.follows if follow.bundle != kept)
+        await self._forward(hand, job, outcome, replace(outcome, follows=others), items)
+        return True
+
+    def _settled(
+        self,
+        hand: Hand,
+        job: JobDef,
+        started_s: float,
+        ran: Sequence[Ran],
+        log: tuple[str, Sequence[tuple[int, int, int]]],
+        *,
+        cancelled: bool = False,
+        kept: TaskSet = TaskSet(),
+    ) -> Outcome:
         now_s = self._clock.now_s()
-        outcome = settle.settle(
+        return settle.settle(
             job,
             hand.bundle,
             ran,
@@ -76,16 +121,15 @@ class Closing:
             started_s=started_s or now_s,
             ended_s=max(started_s, now_s),
             cancelled=cancelled,
-            log=hand.handle.log,
-            log_spans=[s for s in hand.handle.log_spans if s[0] in hand.bundle.tasks],
+            kept=kept,
+            log=log[0],
+            log_spans=log[1],
         )
-        lines.failures(outcome)
+
+    async def _commit(self, hand: Hand, draft: Outcome) -> Outcome:
         with span(self._tracer, "commit", hand.trace, hand.bundle):
-            committed = await commit(self._objects, outcome, self._patience)
-        self._deeds.committed(outcome, committed)
-        if committed.execution != hand.execution:
-            took_s = outcome.ended_s - outcome.started_s
-            self._met_twice(hand, "execution", took_s * job.stage(hand.bundle.stage).slots)
+            committed = await commit(self._objects, draft, self._patience)
+        self._deeds.committed(draft, committed)
         return committed
 
     def _met_twice(self, hand: Hand, kind: str, slot_s: float) -> None:
@@ -96,18 +140,7 @@ class Closing:
         self, hand: Hand, job: JobDef, outcome: Outcome, items: Sequence[Json] | None = None
     ) -> None:
         """Forward what was committed, whoever committed it, then delete the message."""
-        known = None
-        if items is not None and outcome.follows:
-            known = dict(zip(hand.bundle.tasks, items, strict=True))
-        with span(self._tracer, "forward", hand.trace, hand.bundle) as forward:
-            now_s, trace = self._clock.now_s(), forward.context
-            messages = follow_ups(job, outcome, now_s=now_s, items=known, trace=trace)
-            # Follow-ups first, the event second: the manager may end a stage only when what follows
-            # from it is on its way, and it learns of the follow-ups from this very event.
-            await self._outbox.send(messages)
-            # While something else runs here, the sign of life that comes with it can go along.
-            others = any(not (one.committing or one is hand) for one in self._hands.values())
-            await self._outbox.event(outcome, trace, hurry=not others)
+        await self._forward(hand, job, outcome, outcome, items, goes_along=True)
         await self.delete(hand)
 
     async def forward_again(self, hand: Hand, job: JobDef, outcome: Outcome) -> None:
@@ -116,12 +149,35 @@ class Closing:
         if outcome.execution != hand.execution:
             self._met_twice(hand, "message", 0.0)
         follows = await uncommitted(self._objects, outcome.follows, self._patience)
-        left = replace(outcome, follows=follows)
+        await self._forward(hand, job, outcome, replace(outcome, follows=follows))
+        await self.delete(hand)
+
+    async def _forward(
+        self,
+        hand: Hand,
+        job: JobDef,
+        outcome: Outcome,
+        left: Outcome,
+        items: Sequence[Json] | None = None,
+        *,
+        goes_along: bool = False,
+    ) -> None:
+        """Send what follows, as `left` has it of the outcome, and tell of the outcome; with
+        `goes_along` in no hurry while something else runs here."""
+        known = None
+        if items is not None and left.follows:
+            known = dict(zip(hand.bundle.tasks, items, strict=True))
         with span(self._tracer, "forward", hand.trace, hand.bundle) as forward:
             now_s, trace = self._clock.now_s(), forward.context
-            await self._outbox.send(follow_ups(job, left, now_s=now_s, trace=trace))
-            await self._outbox.event(outcome, trace)
-        await self.delete(hand)
+            messages = follow_ups(job, left, now_s=now_s, items=known, trace=trace)
+            # Follow-ups first, the event second: the manager may end a stage only when what follows
+            # from it is on its way, and it learns of the follow-ups from this very event.
+            await self._outbox.send(messages)
+            # The sign of life that comes with what runs can go along.
+            others = goes_along and any(
+                not (one.committing or one is hand) for one in self._hands.values()
+            )
+            await self._outbox.event(outcome, trace, hurry=not others)
 
     # --- Left to others ---------------------------------------------------------------------------
 

@@ -11,10 +11,11 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from batchlab import control
 from batchlab.errors import BackendError, NotFound
 from batchlab.model import Control, JobId
 from batchlab.ports import Clock, Objects
-from batchlab.protocol import naming, wire
+from batchlab.protocol import naming
 from batchlab.worker.tails import ASKED_S
 
 CLOCKS_S = 60.0
@@ -64,12 +65,10 @@ class Controls:
         changed: tuple[Control, str | None, bool] | None = None
         tail = 0
         try:
-            found = await self._objects.get_if_changed(
-                naming.control(job), entry.etag if entry else None
-            )
+            found = await control.look(self._objects, job, entry.etag if entry else None)
             if found is not None:
-                word = wire.word_from_bytes(found[0])
-                changed, tail = (word.control, found[1], False), word.tail
+                word = found.word
+                changed, tail = (word.control, found.etag, False), word.tail
                 is_news = entry is not None and asked_s - entry.asked_s <= self._lease_s
                 if not is_news and word.tail_s is not None:
                     # It may be of long ago. Where the clocks differ by more, whoever asks now is
@@ -83,9 +82,9 @@ class Controls:
             changed = (Control.RUN if is_new else Control.CANCEL, None, is_new)
         entry = self._entries.get(job)
         if changed is not None:
-            control, etag, is_new = changed
+            said, etag, is_new = changed
             watchers = entry.watchers if entry else 0
-            entry = self._entries[job] = _Entry(control, etag, asked_s, watchers, is_new)
+            entry = self._entries[job] = _Entry(said, etag, asked_s, watchers, is_new)
         elif entry is None:  # forgotten while the request was under way
             return await self.look(job)
         else:

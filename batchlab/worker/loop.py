@@ -80,7 +80,6 @@ class Worker:
         self._deeds = Deeds()
         self._outbox = Outbox(queue, patience, tally, self._deeds)
         self._inputs = Inputs(objects, patience)
-        self._shedding = Shedding(objects, clock, patience, self._outbox, who.worker, self._deeds)
         self._hands: dict[str, Hand] = {}
         self._tails = Tails(
             who.worker, self._hands, objects, clock, every_s=settings.control_lease_s
@@ -97,6 +96,7 @@ class Worker:
             *(who.worker, self._hands, objects, queue, clock, patience),
             *(self._outbox, self._deeds, tracer),
         )
+        self._shedding = Shedding(self._closing)
         self._executions = 0
         self._prefetch = 0
         self._room = asyncio.Event()
@@ -407,7 +407,7 @@ class Worker:
 
     def _looked(self, job: JobId, control: Control, until_s: float) -> None:
         for hand in self._hands.values():
-            if hand.bundle.job != job:
+            if hand.task.bundle.job != job:
                 continue
             hand.control = control
             hand.handle.until_s = until_s

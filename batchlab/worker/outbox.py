@@ -208,7 +208,7 @@ def _one(event: Outcome | Beat) -> tuple[Events, int]:
         held = sum(200 + len(one.receipt or "") for one in event.held)
         return Events(beats=(event,)), 200 + held
     if len(event.values) <= WHOLE_VALUES:
-        length = len(wire.dumps(wire.outcome_to_json(event)))
+        length = len(wire.outcome_text(event))
         if length <= WHOLE_BYTES:
             return Events(outcomes=(event,)), length
     completion = settle.completion(event)

@@ -12,16 +12,11 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
-from batchlab.commit import commit, follow_ups
 from batchlab.jobdef import JobDef
-from batchlab.model import Bundle, Json, Outcome, Ran, TaskSet
-from batchlab.patience import Patience
-from batchlab.ports import Clock, Objects
-from batchlab.protocol import naming, settle
+from batchlab.model import Json, Ran, TaskSet
 from batchlab.protocol.sizing import BUDGET_S
-from batchlab.worker.deeds import Deeds
+from batchlab.worker.closing import Closing
 from batchlab.worker.hand import Hand
-from batchlab.worker.outbox import Outbox
 
 LOOK_S = 0.1
 """Between two tasks there is nobody to keep: soon the next one runs, or the run has ended."""
@@ -30,21 +25,8 @@ LOOK_S = 0.1
 class Shedding:
     """Of one worker."""
 
-    def __init__(
-        self,
-        objects: Objects,
-        clock: Clock,
-        patience: Patience,
-        outbox: Outbox,
-        worker: str,
-        deeds: Deeds,
-    ) -> None:
-        self._objects = objects
-        self._clock = clock
-        self._patience = patience
-        self._outbox = outbox
-        self._worker = worker
-        self._deeds = deeds
+    def __init__(self, closing: Closing) -> None:
+        self._closing = closing
 
     async def run(
         self,
@@ -102,38 +84,10 @@ class Shedding:
     ) -> None:
         bundle = hand.bundle
         kept = replace(bundle, tasks=bundle.tasks - TaskSet.of(r.task for r in ran) - rest)
-        spans = [span for span in hand.handle.log_spans if span[0] not in kept.tasks]
-        draft = settle.settle(
-            job,
-            bundle,
-            ran,
-            execution=hand.execution,
-            worker=self._worker,
-            started_s=started_s,
-            ended_s=max(started_s, self._clock.now_s()),
-            kept=kept.tasks,
-            # It is stored when the run has ended.
-            log=naming.log(bundle, hand.execution) if spans else "",
-            log_spans=spans,
-        )
-        outcome = await commit(self._objects, draft, self._patience)
-        self._deeds.committed(draft, outcome)
-        if outcome != draft:
-            return  # somebody else was faster, and at its end this run comes to the same
-        told = dict(zip(bundle.tasks, items, strict=True))
-        await self._forward(kept, job, outcome, told, hand.trace)
-        # Only now: where a beat names the part, the manager may do without the bundle's message.
-        hand.part = kept
-
-    async def _forward(
-        self, kept: Bundle, job: JobDef, outcome: Outcome, items: dict[int, Json], trace: str
-    ) -> None:
-        """As for any outcome, but the part that is kept needs no message."""
-        others = tuple(follow for follow in outcome.follows if follow.bundle != kept)
-        told = replace(outcome, follows=others)
-        now_s = self._clock.now_s()
-        await self._outbox.send(follow_ups(job, told, now_s=now_s, items=items, trace=trace))
-        await self._outbox.event(outcome, trace)
+        if await self._closing.shed(hand, job, started_s, ran, items, kept):
+            # Only now: where a beat names the part, the manager may do without the bundle's
+            # message. Where somebody else was faster, this run comes to the same at its end.
+            hand.part = kept
 
 
 def _after(hand: Hand, ran: Sequence[Ran], running: int) -> TaskSet:

@@ -261,7 +261,7 @@ INPUT = [
     Job(
         "100 MB record",
         "has a record of 100 MB among small ones",
-        "task one/0: TypeError: object of type 'int' has no len()",
+        "one/0 exception: TypeError: object of type 'int' has no len()",
         both(long_item, calls("length")),
         kept={"one": [LONG, 1]},
     ),
@@ -311,7 +311,7 @@ FAN_IN = [
     Job(
         "gather over failed",
         "gathers the results of a stage of which a task failed",
-        "1 task failed (1 of 3 in stage one); task one/1: ValueError: no twos",
+        "1 task failed (1 of 3 in stage one)\n  one/1 exception: ValueError: no twos",
         both(calls("fails_for_two"), more(ALL)),
         kept={"all": []},
     ),

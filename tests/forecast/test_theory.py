@@ -236,7 +236,7 @@ def test_target_tracking_adds_what_aws_adds(shared_data: Path) -> None:
         )
         w.asg.put_scaling_policy(policy)
         for _ in range(4):
-            w.asg.put_metric_value(GROUP, "backlog", example.backlog)
+            w.metrics.put("backlog", example.backlog)
             await w.tick(60.0)
         added = w.view().desired_capacity - example.instances
         assert added == told["instances added"]

@@ -13,7 +13,7 @@ from batchlab.api import logs
 from batchlab.errors import NotFound, Refused
 from batchlab.jobdef import RetryRule
 from batchlab.model import Control, JobId
-from batchlab.protocol import naming, wire
+from batchlab.protocol import definition, naming, wire
 from batchlab.worker.tails import Tail, to_bytes
 from tests.integration.api_rig import Rig, job, later
 
@@ -92,6 +92,17 @@ def test_a_cancelled_job_takes_no_second_cancellation(rig: Rig) -> None:
     for verb in (rig.client.cancel, rig.client.pause, rig.client.resume):
         with pytest.raises(Refused, match="is not running"):
             verb(name)
+
+
+def test_a_job_that_only_the_bucket_has_can_be_cancelled(rig: Rig) -> None:
+    made = job()
+    with pytest.raises(NotFound):
+        rig.client.cancel(made.id)
+    rig.run(rig.objects.put(naming.spec(made.id), definition.to_bytes(made)))
+    with pytest.raises(NotFound):
+        rig.client.job(made.id)
+    assert rig.client.cancel(made.id)["id"] == made.id
+    assert rig.ended(made.id)["state"] == "CANCELLED"
 
 
 def test_a_paused_job_says_so_and_goes_on(rig: Rig) -> None:

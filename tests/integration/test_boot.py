@@ -26,7 +26,7 @@ SOON_S = 60.0
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This code's release, for the instance image."""
-    return instance_release(tmp_path_factory.mktemp("release"))
+    return instance_release(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

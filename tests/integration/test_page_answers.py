@@ -160,6 +160,24 @@ def test_a_schedule_is_looked_at_paused_resumed_run_and_removed(rig: Rig, visito
     rig.ended(name)  # its input was never uploaded
 
 
+@pytest.mark.parametrize(
+    ("said", "back"),
+    [
+        ("{url}/ui/jobs?state=failed", "/ui/jobs?state=failed"),
+        ("{url}/elsewhere", "/ui/"),
+        ("http://evil.example/ui/jobs", "/ui/"),
+        ("{url}//evil.example/ui/", "/ui/"),
+        ("", "/ui/"),
+    ],
+)
+def test_who_goes_back_from_an_error_comes_to_where_it_was_asked_from(
+    rig: Rig, visitor: Visitor, said: str, back: str
+) -> None:
+    gone = visitor.get("/jobs/nowhere", Referer=said.format(url=rig.url))
+    assert gone.status_code == 404
+    assert f'href="{back}" data-back' in gone.text
+
+
 def test_a_form_leads_to_any_task(rig: Rig, visitor: Visitor) -> None:
     name = rig.submit(job(token="any", tasks=2))
     rig.work(name, 2)

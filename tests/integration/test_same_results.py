@@ -19,6 +19,7 @@ from batchlab.adapters.compose import deployment
 from batchlab.adapters.compose.project import checked
 from batchlab.datagen import write_claims, write_records
 from batchlab.home import Home
+from tests.boot_rig import instance_release
 from tests.integration import worlds
 from tests.integration.tour import schedules_outlive_the_manager, tour
 from tests.integration.worlds import World
@@ -100,7 +101,7 @@ def expected(
     return found
 
 
-WORLDS: dict[str, Callable[[Path], AbstractContextManager[World]]] = {
+WORLDS: dict[str, Callable[..., AbstractContextManager[World]]] = {
     "sim": partial(worlds.plain, "sim"),
     "localstack": worlds.localstack,
     "emulated": worlds.emulated,
@@ -116,11 +117,13 @@ def test_the_examples_come_to_the_same_everywhere(
     jobs: dict[str, Path],
     expected: dict[str, dict[str, object]],
     tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same job files by the same code; which backend it is is a flag. And what is asked of a
     run is answered there as on a laptop."""
-    with WORLDS[backend](tmp_path) as world:
+    needs = {"archive": instance_release(tmp_path_factory)} if backend == "emulated" else {}
+    with WORLDS[backend](tmp_path, **needs) as world:
         for name, job in jobs.items():
             # Amazon Linux has no ffmpeg: on AWS an image of one's own brings it.
             if name != "media" or world.has_ffmpeg:

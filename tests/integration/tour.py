@@ -240,7 +240,8 @@ def schedules_outlive_the_manager(
         lambda: f"{WARM} as it asks for" in world.batchlab("grid", "activities")[0], 30, pause_s=0.5
     )
     other_manager()
-    until(lambda: came_to(world, "soon") == ["SUCCEEDED"], 90, pause_s=0.5)
+    # Each look is a process of its own.
+    until(lambda: came_to(world, "soon") == ["SUCCEEDED"], 90, pause_s=2.0)
     assert {one["name"]: one["state"] for one in asked(world, "schedule", "list")}[
         "yearly"
     ] == "active"

@@ -22,7 +22,6 @@ import boto3
 import pytest
 
 from batchlab.adapters.aws import Endpoint
-from tests.boot_rig import instance_release
 from tests.control_plane import REGION, control_plane
 from tests.integration.containers_grid import need_containers
 from tests.wire_rigs import aws as client
@@ -88,9 +87,9 @@ def localstack(folder: Path) -> Iterator[World]:
 
 
 @contextmanager
-def emulated(folder: Path) -> Iterator[World]:
-    """A stack on an emulated control plane, of which nothing is left when it is destroyed."""
-    archive = instance_release(folder / "release")
+def emulated(folder: Path, archive: Path) -> Iterator[World]:
+    """A stack of that release on an emulated control plane, of which nothing is left when it is
+    destroyed."""
     with control_plane(folder / "account") as plane:
 
         def of_owner(service: str) -> Any:

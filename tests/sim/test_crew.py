@@ -5,16 +5,22 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+import weakref
 from contextlib import closing
 from itertools import count
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import cast
 
 import pytest
 
 from batchlab.sim import crew
 from batchlab.sim.crew import Crew, Died, spread
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def square(item: int) -> int:
@@ -71,6 +77,28 @@ def test_a_source_without_end_is_taken_from_as_needed_and_closing_ends_all() -> 
 def test_ctrl_c_in_the_terminal_is_the_parents_affair() -> None:
     assert list(spread(mask, [0], 1)) == [(0, True)]
     assert not mask(0)
+
+
+class Thing:
+    pass
+
+
+def hit(item: int) -> int:
+    """Ctrl-C within the callback of a weak reference, where Python tells of what it drops."""
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    del thing
+    assert reference() is None
+    return item
+
+
+def test_nor_does_it_reach_the_very_first_process() -> None:
+    """In a fresh interpreter, where multiprocessing has yet to start its own."""
+    code = "from tests.sim.test_crew import hit, spread; print(*spread(hit, [0, 1], 2))"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert told.stderr == ""
+    assert "(0, 0)" in told.stdout
+    assert "(1, 1)" in told.stdout
 
 
 @pytest.mark.parametrize("processes", [1, 3])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from dataclasses import replace
 
 import pytest
 
+from batchlab.asg import running
 from batchlab.fleet.api import ABANDON, CONTINUE, TERMINATING
 from batchlab.fleet.faults import LimitExceeded, ValidationError
 from batchlab.model import LifecycleState
@@ -33,6 +36,31 @@ async def test_a_launch_hook_holds_the_instance_until_it_is_completed(w: World) 
     await w.tick()
     assert w.states() == ["InService"]
     assert w.activities()[0].status_code == "Successful"
+
+
+@in_aws
+async def test_the_servers_log_tells_once_who_waits_in_a_hook(w: World) -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log, before = running.log, running.log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    changed = asyncio.Event()
+    keeping = asyncio.create_task(running._keep(w.asg, changed))
+    try:
+        (name,) = await _waiting(w)
+        async with asyncio.timeout(10):
+            while not lines:
+                changed.set()
+                await asyncio.sleep(0.01)
+        changed.set()
+        await asyncio.sleep(0.01)
+    finally:
+        keeping.cancel()
+        log.removeHandler(handler)
+        log.setLevel(before)
+    assert lines == [f"{name} waits in hook boot of {GROUP} (EC2 to AutoScalingGroup)"]
 
 
 @in_aws

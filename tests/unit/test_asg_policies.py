@@ -159,7 +159,7 @@ async def metric(w: World, value: float, minutes: int, name: str = "cpu") -> lis
     """Desired capacity after each of so many minutes with this value."""
     seen = []
     for _ in range(minutes):
-        w.asg.put_metric_value(GROUP, name, value)
+        w.metrics.put(name, value)
         await w.tick(MINUTE_S)
         seen.append(desired(w))
     return seen
@@ -215,7 +215,7 @@ async def test_scale_in_can_be_left_out(w: World) -> None:
 async def test_without_data_nothing_happens(w: World) -> None:
     await w.group(4, WARM_AT_ONCE)
     w.asg.put_scaling_policy(tracking(50.0))
-    w.asg.put_metric_value(GROUP, "cpu", 1.0)
+    w.metrics.put("cpu", 1.0)
     await w.tick(MINUTE_S, times=60)
     assert desired(w) == 4
 
@@ -238,7 +238,7 @@ async def test_any_policy_scales_out_and_only_all_scale_in(w: World) -> None:
 
     async def both(first: float, second: float, minutes: int) -> int:
         for _ in range(minutes):
-            w.asg.put_metric_value(GROUP, "cpu", first)
+            w.metrics.put("cpu", first)
             await metric(w, second, 1, "net")
         return desired(w)
 

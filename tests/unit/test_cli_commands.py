@@ -107,6 +107,17 @@ def test_verbs_go_to_the_manager(manager: type[FakeClient], run: Run, verb: str)
     assert manager.asked[-1] == (verb, ("sums-0123456789",), {})
 
 
+def test_a_job_that_no_listing_has_can_be_cancelled(manager: type[FakeClient], run: Run) -> None:
+    """Only the bucket has it, and the manager looks there."""
+    name, gone = "sums-0123456789", NotFound("The ledger has no such job.")
+    manager.answers = {"jobs": [], "job": gone, "cancel": a_job(name, "CANCELLED")}
+    assert run("job", "cancel", name)[:2] == (0, f"{name} CANCELLED\n")
+    manager.answers["cancel"] = gone
+    code, out, err = run("job", "cancel", name)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"Error: There is no job '{name}'.")
+
+
 def test_logs_show_who_printed_what(manager: type[FakeClient], run: Run) -> None:
     log = {"stage": "parse", "task": 3, "attempt": 2, "text": "one\n\x1b]0;evil\x07two\n"}
     manager.answers = {"job": a_job("sums-0123456789"), "logs": [log]}

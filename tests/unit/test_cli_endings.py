@@ -14,7 +14,9 @@ from batchlab.home import Home, ManagerRecord
 from batchlab.protocol import naming, wire
 from batchlab.results import Fetched
 from batchlab.spec.jobfile import load
+from batchlab.tasknames import with_task
 from batchlab.views import FailureView
+from batchlab.worker.handlers import explain
 from tests.unit.cli_rig import view
 
 # --- The end -------------------------------------------------------------------------------------
@@ -78,6 +80,36 @@ def test_the_summary_of_a_failure_shows_where_each_cause_was_raised(tmp_path: Pa
     summary.job["stages"][0]["failed"] = 2
     assert "more:" not in summary.text()
     assert "`batchlab job logs sums-0123456789`" in summary.text()
+
+
+@pytest.mark.parametrize("message", ["bad: 'x'", "bad\n  in two lines", "very bad " * 40])
+def test_the_reason_of_a_failure_is_said_once_and_fully(tmp_path: Path, message: str) -> None:
+    """Of the job, of the task and in the traceback it is the same."""
+
+    try:
+        raise ValueError(message)
+    except ValueError as error:
+        told = explain(error)
+    one = failure(3, "a")
+    one["reason"], one["traceback"] = told["reason"], told["traceback"]
+    reason = with_task("2 tasks failed (2 of 4 in stage parse)", "parse", 3, told["reason"])
+    summary = a_summary(tmp_path, state="FAILED", reason=reason)
+    summary.job["stages"][0]["failed"] = 2
+    summary.failures = [one]
+    text = summary.text()
+    assert "\n  2 tasks failed (2 of 4 in stage parse)\n  parse/3 exception: ValueError: " in text
+    assert text.split().count("ValueError:") == 1
+    assert " ".join(message.split()) in text
+    assert text.partition("Traceback")[2].splitlines()[2].lstrip() == "raise ValueError(message)"
+    assert summary.to_json()["job"]["reason"] == reason
+
+
+def test_what_the_reason_of_a_failure_leaves_out_stays_in_its_traceback(tmp_path: Path) -> None:
+    summary = a_summary(tmp_path, state="FAILED", reason="of another; task parse/9: bad")
+    summary.failures = [{**failure(3, "a"), "reason": "SyntaxError: no"}]
+    text = summary.text()
+    assert "\n  of another; task parse/9: bad\n" in text
+    assert "\n    ValueError: a" in text
 
 
 def test_the_summary_for_programs_has_the_same(tmp_path: Path) -> None:

@@ -60,7 +60,10 @@ def packer(shipping: Shipping) -> Packer:
 # --- Packing -------------------------------------------------------------------------------------
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-ANY = st.recursive(PLAIN | st.binary(), lambda inner: st.lists(inner) | st.tuples(inner))
+# Larger ones say no more of the way, and take a hundred times as long to make as to send.
+ANY = st.recursive(
+    PLAIN | st.binary(), lambda inner: st.lists(inner) | st.tuples(inner), max_leaves=10
+)
 
 
 @given(st.lists(st.tuples(st.lists(ANY), st.dictionaries(st.text(), ANY)), max_size=5))

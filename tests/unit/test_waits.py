@@ -10,11 +10,17 @@ import pytest
 
 from batchlab.asg import running
 from batchlab.sim.loop import SimLoop
-from batchlab.waits import set_within
+from batchlab.waits import doubled_s, set_within
 
 
 def play(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     SimLoop().run(main())
+
+
+def test_a_pause_doubles_up_to_the_longest_however_often() -> None:
+    assert [doubled_s(0.5, 3.0, times) for times in range(5)] == [0.5, 1.0, 2.0, 3.0, 3.0]
+    assert doubled_s(2.0, 60.0) == 4.0
+    assert doubled_s(1.0, 900.0, 10**6) == 900.0
 
 
 def test_it_says_whether_and_no_later_than_it_was_asked_to() -> None:

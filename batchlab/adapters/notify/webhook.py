@@ -65,9 +65,8 @@ def secret_of(target: Target, environ: Mapping[str, str]) -> bytes:
 class Webhooks:
     """Posts to any of them."""
 
-    def __init__(self, clock: Clock, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._environ = environ
         self._tls: ssl.SSLContext | None = None
         # They log the addresses of all that they ask for.
         for name in ("httpx", "httpcore"):
@@ -103,7 +102,7 @@ class Webhooks:
         if target.secret:
             # The time of this try: a receiver refuses what is old, and a retry may be hours later.
             at_s = int(self._clock.now_s())
-            key = secret_of(target, self._environ)
+            key = secret_of(target, os.environ)
             headers["Batchlab-Signature"] = signature(key, at_s, one.body.encode())
         return headers
 

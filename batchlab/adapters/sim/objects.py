@@ -53,9 +53,9 @@ class SimObjects:
         return etag
 
     def _stored(self, key: str) -> tuple[bytes, str]:
-        check_key(key)
         stored = self._objects.get(key)
         if stored is None:
+            check_key(key)  # what is there has been checked
             raise NotFound(f"No object {key!r}.")
         return stored
 

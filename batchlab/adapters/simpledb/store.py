@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from batchlab.adapters.aws import Endpoint, client, code_of, translated
 from batchlab.errors import BackendError, Throttled, TooLarge, Unreachable, UsageError
+from batchlab.waits import doubled_s
 
 T = TypeVar("T")
 
@@ -204,7 +205,7 @@ class Store:
                 if lost >= _LOST_ANSWERS or time.monotonic() > deadline_s:
                     raise
             time.sleep(wait_s * (0.5 + self._random.random()))
-            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+            wait_s = doubled_s(wait_s, _LONGEST_WAIT_S)
 
     def _call(self, operation: str, *, domain: bool = True, **given: Any) -> Any:
         from botocore.exceptions import ClientError

@@ -22,8 +22,8 @@ SHORTEST_LIFETIME_S = 86_400
 class Requests(Engine):
     """The parts that all requests share.
 
-    `zones` are used by a group that names only subnets. `metrics` None takes what
-    `put_metric_value` was given. A target-tracking policy's alarms look every `alarm_period_s`.
+    `zones` are used by a group that names only subnets. Without `metrics` no target-tracking policy
+    has data; its alarms look every `alarm_period_s`.
     A terminated instance has `drain_s` to stop. `shortest_lifetime_s` is AWS's least
     MaxInstanceLifetime, which a test may lower.
     """

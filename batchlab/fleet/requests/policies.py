@@ -129,13 +129,6 @@ class PolicyRequests(Requests):
         cause = f"a user request executed policy {policy.policy_name}"
         self._changes.want(group, wanted, cause, cooldown=cooldown)
 
-    def put_metric_value(self, name: str, policy_name: str, value: float) -> None:
-        """The newest value of a target-tracking policy's metric; it counts as data for five
-        periods. Not asked for where the service has a source of metrics."""
-        _, asg, policy = self._policy(policy_name, name)
-        alarm = asg.alarms[policy.policy_name]
-        alarm.value, alarm.put_s = value, self._changes.steady.now_s()
-
     def _policy(self, policy_name: str, name: str | None) -> tuple[Group, Asg, ScalingPolicy]:
         if not name and not policy_name.startswith("arn:"):
             raise ValidationError("AutoScalingGroupName is needed unless PolicyName is an ARN.")

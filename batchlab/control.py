@@ -1,0 +1,68 @@
+"""A job's control object, which says whether its tasks may start: how it is read and written.
+
+Invariant: what was read is replaced only while it still stands, so that nobody undoes a word that
+has come meanwhile. Only a cancellation is written over whatever is there (`insist`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from batchlab.errors import AlreadyExists, NotFound
+from batchlab.model import JobId
+from batchlab.patience import Patience
+from batchlab.ports import Objects
+from batchlab.protocol import naming, wire
+from batchlab.protocol.wire import Word
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """A word as it was read."""
+
+    word: Word
+    etag: str
+
+
+async def look(objects: Objects, job: JobId, etag: str | None) -> Spoken | None:
+    """The word where it is another one than that with `etag`; NotFound where there is none."""
+    found = await objects.get_if_changed(naming.control(job), etag)
+    return Spoken(wire.word_from_bytes(found[0]), found[1]) if found else None
+
+
+async def spoken(objects: Objects, job: JobId, patience: Patience) -> Spoken | None:
+    """The word, to write another one over it; None where there is none."""
+    try:
+        return await patience(partial(look, objects, job, None))
+    except NotFound:
+        return None
+
+
+async def word_of(objects: Objects, job: JobId, patience: Patience) -> Word:
+    """The word; NotFound where there is none."""
+    return wire.word_from_bytes(await patience(partial(objects.get, naming.control(job))))
+
+
+async def say(
+    objects: Objects, job: JobId, word: Word, patience: Patience, *, over: Spoken | None
+) -> bool:
+    """Write it in the place of the one that was read; False where another one, such as a
+    cancellation, has taken that meanwhile, or ours has and its answer was lost."""
+    put = partial(
+        objects.put,
+        naming.control(job),
+        wire.word_to_bytes(word),
+        if_absent=over is None,
+        if_match=over.etag if over else None,
+    )
+    try:
+        await patience(put)
+    except (AlreadyExists, NotFound):
+        return False
+    return True
+
+
+async def insist(objects: Objects, job: JobId, word: Word, patience: Patience) -> None:
+    """Write it, whatever is there."""
+    await patience(partial(objects.put, naming.control(job), wire.word_to_bytes(word)))

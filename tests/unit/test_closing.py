@@ -1,0 +1,157 @@
+"""How a part of a bundle leaves a worker while the rest of it still runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from random import Random
+from typing import cast
+
+import pytest
+
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.commit import committed
+from batchlab.jobdef import JobDef, RetryRule, StageDef
+from batchlab.model import Bundle, Failure, FailureKind, JobId, Json, Ran, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import Message, Outgoing, Queue
+from batchlab.protocol import naming
+from batchlab.protocol.messages import Events, TaskMessage, read_events_message, read_task_message
+from batchlab.sim.clocks import SimClock
+from batchlab.sim.loop import SimLoop
+from batchlab.tracing import NOBODY, Attribute, Span, Subject
+from batchlab.worker.closing import Closing
+from batchlab.worker.deeds import Deeds
+from batchlab.worker.hand import Hand
+from batchlab.worker.outbox import Outbox
+
+STAGE = StageName("map")
+STAGES = (StageDef(STAGE, handler="m:f", retry=RetryRule(attempts=2)),)
+JOB = JobDef(JobId("sums-1"), "sums", STAGES, 1.0)
+BUNDLE = Bundle(JOB.id, STAGE, TaskSet.span(0, 6))
+KEPT = Bundle(JOB.id, STAGE, TaskSet.span(2, 3))
+ITEMS: Sequence[Json] = ["a", "b", "c", "d", "e", "f"]
+RAN = (
+    Ran(0, 0.5, value=1),
+    Ran(1, 0.5, failure=Failure(1, FailureKind.EXCEPTION, "a user's words", error="ValueError")),
+)
+ABOVE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+BELOW = ABOVE.replace("b7", "c8")
+
+
+class Sent:
+    """A queue that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.tasks: list[TaskMessage] = []
+        self.events: list[Events] = []
+
+    async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
+        for one in messages:
+            if queue == naming.EVENTS:
+                self.events.append(read_events_message(one.body))
+            else:
+                self.tasks.append(read_task_message(one.body))
+
+
+class Spans:
+    """A tracer that keeps the names of what began, below which nothing else is."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def begin(
+        self,
+        name: str,
+        parent: str,
+        about: Bundle | Subject,
+        *,
+        start_s: float | None = None,
+        links: Sequence[str] = (),
+        **attributes: Attribute,
+    ) -> Span:
+        assert (parent, about, start_s, links, attributes) == (ABOVE, BUNDLE, None, (), {})
+        self.names.append(name)
+        return NOBODY.begin(name, BELOW, about)
+
+    root, record, close = NOBODY.root, NOBODY.record, NOBODY.close
+
+
+class Rig:
+    """One worker's way out, and a bundle of six tasks in its hand, of which two have run."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.objects, self.sent, self.deeds, self.spans = SimObjects(), Sent(), Deeds(), Spans()
+        self.clock = SimClock(loop, 1_700_000_000.0)
+        self.patience = Patience(Random(1), limit_s=0.0)
+        self.hands: dict[str, Hand] = {}
+
+    def closing(self, worker: str) -> Closing:
+        queue = cast(Queue, self.sent)
+        outbox = Outbox(queue, self.patience, deeds=self.deeds)
+        return Closing(
+            *(worker, self.hands, self.objects, queue, self.clock, self.patience),
+            *(outbox, self.deeds, self.spans),
+        )
+
+    def hand(self, execution: str) -> Hand:
+        message = Message("m-1", "", "receipt", 1, 1.0, 1.0)
+        hand = Hand("tasks-default", message, TaskMessage(BUNDLE), execution, 1.0, 1.0, "receipt")
+        hand.trace = ABOVE
+        hand.handle.log_spans += [(0, 0, 3), (1, 3, 6)]
+        self.hands[execution] = hand
+        return hand
+
+    async def shed(self, worker: str) -> bool:
+        hand = self.hand(f"{worker}-1")
+        return await self.closing(worker).shed(hand, JOB, 1.0, RAN, ITEMS, KEPT)
+
+
+def in_rig(act: Callable[[Rig], Coroutine[None, None, None]]) -> None:
+    async def main() -> None:
+        await act(Rig(asyncio.get_running_loop()))
+
+    SimLoop().run(main())
+
+
+def test_what_is_shed_is_committed_told_of_and_traced_as_a_whole_bundle_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "batchlab")
+
+    async def act(rig: Rig) -> None:
+        assert await rig.shed("w-1")
+        outcome = await committed(rig.objects, BUNDLE, rig.patience)
+        assert outcome
+        assert (outcome.succeeded, [one.task for one in outcome.failed]) == (TaskSet.of([0]), [1])
+        assert outcome.log == naming.log(BUNDLE, "w-1-1")
+        assert KEPT in [follow.bundle for follow in outcome.follows]
+        pairs = [zip(m.bundle.tasks, m.items or (), strict=True) for m in rig.sent.tasks]
+        told = {task: item for pair in pairs for task, item in pair}
+        assert told == {1: "b", 3: "d", 4: "e", 5: "f"}, "what is kept needs no message"
+        assert rig.sent.events[-1].outcomes == (outcome,)
+        assert rig.hands["w-1-1"].receipt == "receipt", "whoever gets it forwards once more"
+        # Each hop is a span of its own, and what follows goes on below the last one.
+        assert rig.spans.names == ["commit", "forward"]
+        assert {message.trace for message in rig.sent.tasks} == {BELOW}
+        assert rig.sent.events[-1].traces == ((JOB.id, STAGE, BUNDLE.id, BELOW),)
+        assert rig.deeds.news() == {"retried.exception": 1}
+
+    in_rig(act)
+    (line,) = [one for one in caplog.records if "the task failed" in one.message]
+    assert line.message == "the task failed (exception: ValueError) and is tried again"
+    assert vars(line)["task"] == 1
+
+
+def test_who_finds_another_outcome_sheds_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """What it comes to is told once, at its end."""
+    caplog.set_level(logging.INFO, "batchlab")
+
+    async def act(rig: Rig) -> None:
+        assert await rig.shed("w-1")
+        first = len(rig.sent.tasks), len(rig.sent.events), len(caplog.records)
+        assert not await rig.shed("w-2")
+        assert (len(rig.sent.tasks), len(rig.sent.events), len(caplog.records)) == first
+
+    in_rig(act)

@@ -1,0 +1,57 @@
+"""A job's control object: nobody undoes a word that has come meanwhile, but by a cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+
+import pytest
+
+from batchlab import control
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.control import Spoken
+from batchlab.errors import NotFound
+from batchlab.model import Control, JobId, JobState
+from batchlab.patience import Patience
+from batchlab.protocol.wire import Word
+
+JOB = JobId("sums-1")
+RUN, PAUSE = Word(Control.RUN), Word(Control.PAUSE)
+CANCEL = Word(Control.CANCEL, JobState.CANCELLED, "enough", 2)
+
+
+async def acts() -> None:
+    objects, patience = SimObjects(), Patience(Random(1), limit_s=0.0)
+
+    async def spoken() -> Spoken:
+        found = await control.spoken(objects, JOB, patience)
+        assert found
+        return found
+
+    # None is there.
+    assert await control.spoken(objects, JOB, patience) is None
+    with pytest.raises(NotFound):
+        await control.look(objects, JOB, None)
+    with pytest.raises(NotFound):
+        await control.word_of(objects, JOB, patience)
+    assert not await control.say(objects, JOB, RUN, patience, over=Spoken(RUN, '"gone"'))
+
+    assert await control.say(objects, JOB, RUN, patience, over=None)
+    first = await spoken()
+    assert first.word == RUN
+    assert await control.look(objects, JOB, first.etag) is None
+    assert not await control.say(objects, JOB, PAUSE, patience, over=None)
+    assert await control.say(objects, JOB, PAUSE, patience, over=first)
+    assert (await control.word_of(objects, JOB, patience)) == PAUSE
+    assert not await control.say(objects, JOB, RUN, patience, over=first), "it was paused since"
+
+    paused = await spoken()
+    await control.insist(objects, JOB, CANCEL, patience)
+    assert not await control.say(objects, JOB, RUN, patience, over=paused)
+    found = await control.look(objects, JOB, paused.etag)
+    assert found
+    assert found.word == CANCEL
+
+
+def test_a_word_is_written_over_what_was_read_and_only_while_that_stands() -> None:
+    asyncio.run(acts())

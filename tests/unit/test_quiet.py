@@ -1,0 +1,39 @@
+"""How long a queue counts as quiet: what an idle grid asks for, and how soon a busy one is seen."""
+
+from __future__ import annotations
+
+from batchlab.adapters.quiet import MOST_S, Quiet
+from batchlab.adapters.rung import LOOK_S, QUIET_SHARE
+from batchlab.adapters.sqs import QUIET_S
+
+
+def test_two_workers_that_only_live_leave_it_quiet() -> None:
+    quiet, now_s = Quiet(0.0), 0.0
+    for _ in range(100):
+        now_s += 30.0
+        quiet.broken(now_s)
+
+    # Then each long poll on SQS takes as long as it can, and an emulator is looked at twice a beat.
+    assert quiet.of_s(now_s) > QUIET_S
+    assert QUIET_SHARE * quiet.of_s(now_s) > 30.0 / 3
+
+
+def test_what_a_job_sends_wakes_it_however_long_it_was_idle() -> None:
+    quiet, now_s = Quiet(0.0), 86_400.0
+    for _ in range(6):
+        now_s += 0.01
+        quiet.broken(now_s)
+
+    assert QUIET_SHARE * quiet.of_s(now_s) < LOOK_S
+
+
+def test_one_message_leaves_at_most_half_of_what_counts() -> None:
+    quiet = Quiet(0.0)
+    quiet.broken(86_400.0)
+
+    assert quiet.of_s(86_400.0) == MOST_S / 2
+    assert quiet.of_s(86_410.0) == MOST_S / 2 + 10.0
+
+
+def test_it_is_not_quiet_at_first() -> None:
+    assert Quiet(1000.0).of_s(1000.0) == 0.0
