@@ -157,25 +157,27 @@ class Events:
 
 
 def events_message(e: Events) -> str:
-    parts = [f'"v":{VERSION}']
+    texts = {"v": dumps(VERSION)}
     if e.completions:
-        parts.append(f'"c":{dumps([completion_to_json(c) for c in e.completions])}')
+        texts["c"] = dumps([completion_to_json(c) for c in e.completions])
     if e.committed:
-        parts.append(f'"k":{dumps(e.committed)}')
+        texts["k"] = dumps(e.committed)
     if e.beats:
-        parts.append(f'"h":{dumps([_beat_to_json(b) for b in e.beats])}')
+        texts["h"] = dumps([_beat_to_json(b) for b in e.beats])
     if e.outcomes:
-        parts.append(f'"o":[{",".join(map(outcome_text, e.outcomes))}]')
+        texts["o"] = f"[{','.join(map(outcome_text, e.outcomes))}]"
     if e.asked:
-        asked = [[a.worker, a.instance, a.is_spot, *astuple(a.requests)] for a in e.asked]
-        parts.append(f'"q":{dumps(asked)}')
+        texts["q"] = dumps(
+            [[a.worker, a.instance, a.is_spot, *astuple(a.requests)] for a in e.asked]
+        )
     if e.duplicates:
-        parts.append(f'"d":{dumps([list(astuple(d)) for d in e.duplicates])}')
+        texts["d"] = dumps([list(astuple(d)) for d in e.duplicates])
     if e.told:
-        parts.append(f'"m":{dumps([[t.worker, t.counts] for t in e.told])}')
+        texts["m"] = dumps([[t.worker, t.counts] for t in e.told])
     if e.traces:
-        parts.append(f'"tp":{dumps(e.traces)}')
-    return f"{{{','.join(parts)}}}"
+        texts["tp"] = dumps(e.traces)
+    pairs = (f'"{key}":{text}' for key, text in texts.items())
+    return f"{{{','.join(pairs)}}}"
 
 
 def _beat_to_json(b: Beat) -> dict[str, Json]:

@@ -6,15 +6,13 @@ have changed; managers ask it themselves each time.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 
-from batchlab.adapters.sql.engines import sqlite_engine
 from batchlab.adapters.sql.ledger import SqlLedger
-from batchlab.adapters.threads import Inline
+from batchlab.adapters.threads import Run
 from batchlab.errors import NotFound
 from batchlab.model import JobId
 from batchlab.ports import JobRecord, JobRows, Lease
@@ -23,13 +21,10 @@ T = TypeVar("T")
 
 
 class FollowedLedger(SqlLedger):
-    """Every grid's, in a SQLite that lives in memory."""
+    """Every grid's, as a world opens it: in a SQLite that lives in memory."""
 
-    def __init__(self) -> None:
-        engine = sqlite_engine(None)
-        super().__init__(engine, Inline())
-        # See open_memory.
-        weakref.finalize(self, engine.dispose)
+    def __init__(self, engine: Engine, run: Run) -> None:
+        super().__init__(engine, run)
         self._written = 0
         """How often anything but a lease has been written."""
         self._jobs: dict[JobId, tuple[int, JobRecord | None]] = {}

@@ -296,9 +296,10 @@ class World:
 
 def _sql_ledger() -> FollowedLedger:
     # A forecast does without, and importing SQLAlchemy takes longer than many of them.
+    from batchlab.adapters.sql.ledger import open_memory_as
     from batchlab.sim.followed import FollowedLedger
 
-    return FollowedLedger()
+    return open_memory_as(FollowedLedger)
 
 
 def _of_services(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from batchlab.adapters.sql.ledger import open_memory_as
 from batchlab.model import JobId, JobState
 from batchlab.sim.followed import FollowedLedger
 from tests.sim.scenes import A, job, stage
@@ -16,7 +17,7 @@ def test_a_look_asks_again_once_something_was_written(monkeypatch: pytest.Monkey
     asked: list[JobId] = []
 
     async def act() -> None:
-        ledger = FollowedLedger()
+        ledger = open_memory_as(FollowedLedger)
         original = ledger.job
 
         async def counted(one: JobId) -> Any:
@@ -49,7 +50,7 @@ def test_what_is_written_while_a_look_is_under_way_is_seen_by_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def act() -> None:
-        ledger = FollowedLedger()
+        ledger = open_memory_as(FollowedLedger)
         original = ledger.job
 
         async def slow(one: JobId) -> Any:

@@ -41,6 +41,7 @@ from batchlab.ports import (
 )
 
 T = TypeVar("T")
+L = TypeVar("L", bound="SqlLedger")
 
 _lease = select(leases.c.owner, leases.c.beat).where(leases.c.name == bindparam("name"))
 _release = (
@@ -79,8 +80,13 @@ def open_postgres(
 
 def open_memory() -> SqlLedger:
     """A ledger that ends with its last reference; everything happens in the caller's thread."""
+    return open_memory_as(SqlLedger)
+
+
+def open_memory_as(kind: type[L]) -> L:
+    """As `open_memory`, a ledger of that kind."""
     engine = sqlite_engine(None)
-    ledger = SqlLedger(engine, Inline())
+    ledger = kind(engine, Inline())
     # A world is dropped wherever it has come to its end, and Python 3.13 asks that databases be
     # closed.
     weakref.finalize(ledger, engine.dispose)
