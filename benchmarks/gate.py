@@ -49,7 +49,7 @@ MEASURES: Mapping[str, Measure] = {
     "W5": Measure("latency, pools'", False, lambda b, p: b["median_ms"] / p["median_ms"], 0.35),
     "W6": Measure("start to first result, pools'", False, lambda b, p: b["wall_s"] / p["wall_s"]),
 }
-SMALL = ("W1", "W2", "W5", "W6")
+SMALL = ("W1", "W5", "W6")
 
 
 def measured(folder: Path, workloads: tuple[str, ...], repeat: int) -> dict[str, dict[str, float]]:
@@ -88,7 +88,7 @@ def main() -> None:
     """Measure, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     harness.add_to(parser)
-    parser.add_argument("--small", action="store_true", help="four workloads, once")
+    parser.add_argument("--small", action="store_true", help="three workloads, once")
     parser.add_argument("--record", action="store_true", help="put the ratios on record")
     options = parser.parse_args()
     workloads = SMALL if options.small else tuple(MEASURES)

@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 SETTLED_S = 1.0
 """Docker may call a container started just before its program is: a signal then reaches nobody."""
 
-_LIVING = ("running", "paused", "restarting")
-
 
 @dataclass(slots=True)
 class _Container:
@@ -349,7 +347,7 @@ class ContainerLauncher:
                 self._boot(container)
             else:
                 await self._call_off(container)
-        elif row["State"] not in _LIVING:
+        elif row["State"] not in calls.LIVING:
             await self._bury(container)
         elif self._is_late(container):
             self._kill(container)
@@ -374,6 +372,8 @@ class ContainerLauncher:
             state = await self._run(container, partial(calls.bury, container.id, log_file))
         except NotFound:
             return  # removed a moment ago; the next look misses it
+        if state is None:
+            return
         self._over(container, calls.how(state, killed=self._is_late(container)))
         self._endings.forget(container.instance)
 

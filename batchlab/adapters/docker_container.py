@@ -6,6 +6,7 @@ The calls block; `docker_engine.Engine.run` makes them in threads and translates
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,10 @@ _SYSTEM: Mapping[str, Any] = {
     "cgroupns": "private",
     "init": False,
 }
+LIVING = ("running", "paused", "restarting")
+_LAG_TRIES, _LAG_S = 40, 0.05
+"""What Docker says of one container comes later than its list: for a while one that has ended still
+runs there, with an exit code of 0."""
 _SIGNALLED = 128
 _LAST_SIGNAL = 64
 
@@ -202,11 +207,16 @@ def signal(container: str, name: str, api: APIClient) -> None:
             raise
 
 
-def bury(container: str, log_file: Path, api: APIClient) -> Mapping[str, Any]:
-    """Keep what an ended container printed; its state."""
-    _keep_log(container, log_file, api)
-    state: Mapping[str, Any] = api.inspect_container(container)["State"]
-    return state
+def bury(container: str, log_file: Path, api: APIClient) -> Mapping[str, Any] | None:
+    """Keep what a container printed that Docker's list has as ended; its state. None where Docker,
+    asked about the container itself, says for some seconds that it lives."""
+    for _ in range(_LAG_TRIES):
+        state: Mapping[str, Any] = api.inspect_container(container)["State"]
+        if state["Status"] not in LIVING:
+            _keep_log(container, log_file, api)
+            return state
+        time.sleep(_LAG_S)
+    return None
 
 
 def _keep_log(container: str, log_file: Path, api: APIClient) -> None:

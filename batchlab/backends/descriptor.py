@@ -17,7 +17,7 @@ from batchlab.costs.requests import Pace
 from batchlab.errors import UsageError
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Pool
-from batchlab.scenario.model import Calibration
+from batchlab.scenario.calibration import Calibration
 from batchlab.worker.settings import WorkerSettings
 
 D = TypeVar("D", bound="Descriptor")

@@ -27,7 +27,8 @@ from batchlab.cli.signals import Stopped
 
 if TYPE_CHECKING:
     from batchlab.forecast.simulate import Progress as Seen
-    from batchlab.scenario.model import Calibration, Scenario
+    from batchlab.scenario.calibration import Calibration
+    from batchlab.scenario.model import Scenario
     from batchlab.scenario.record import Record
     from batchlab.scenario.verdict import Row
 

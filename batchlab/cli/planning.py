@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from batchlab.forecast.calibrate import Calibrated, Quantity
     from batchlab.forecast.candidates import Goal
     from batchlab.forecast.planner import Progress, Search
-    from batchlab.scenario.model import Calibration, Scenario
+    from batchlab.scenario.calibration import Calibration
+    from batchlab.scenario.model import Scenario
     from batchlab.scenario.record import Record
 
 RECORD = "A file that `scenario simulate` or `scenario replay` has written with --out."

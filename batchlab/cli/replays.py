@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from batchlab.backends import Backend
     from batchlab.forecast.comparison import Comparison
     from batchlab.replay.harm.front import Front
-    from batchlab.scenario.model import Calibration, Scenario
+    from batchlab.scenario.calibration import Calibration
+    from batchlab.scenario.model import Scenario
     from batchlab.scenario.record import Record
 
 FRONTED = frozenset({FaultName.S3_ERRORS, FaultName.PARTITION})

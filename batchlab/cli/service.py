@@ -12,13 +12,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from batchlab import logs
+from batchlab import loading, logs
 from batchlab.errors import BatchlabError
 
 
 def serve(arguments: Sequence[str]) -> None:
     """Run the service named by the first argument until it ends; exits with its code."""
     asked = parsers()[0].parse_args(arguments)
+    loading.begins()  # until the service says that it is there
     try:
         logs.choose(asked.log_format)
         if asked.service == "manager":
@@ -31,6 +32,8 @@ def serve(arguments: Sequence[str]) -> None:
         # The last line of the log is what the command shows that started this process.
         logs.last_words(" ".join(str(error).split()))
         sys.exit(error.exit_code)
+    finally:
+        loading.ended()
 
 
 def _manager(asked: argparse.Namespace) -> None:

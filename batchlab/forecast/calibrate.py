@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from batchlab import backends, words
 from batchlab.errors import UsageError
-from batchlab.scenario.model import Calibration
+from batchlab.scenario.calibration import Calibration
 from batchlab.scenario.record import JobRun, Record
 
 LEAST = 3

@@ -23,7 +23,8 @@ from batchlab.manager.lease import LEASE
 from batchlab.manager.manager import Manager
 from batchlab.model import JobId, Pool
 from batchlab.ports import MAX_WAIT_S, Objects
-from batchlab.scenario.model import Calibration, FaultName, Job, Scenario
+from batchlab.scenario.calibration import Calibration
+from batchlab.scenario.model import FaultName, Job, Scenario
 from batchlab.sim.world import World
 from batchlab.worker.runner import Runner
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from batchlab.errors import UsageError
 from batchlab.model import Machine, Market, Pool
-from batchlab.scenario.model import Calibration, PoolPlan
+from batchlab.scenario.calibration import Calibration
+from batchlab.scenario.model import PoolPlan
 from batchlab.scenario.record import InstanceRun
 
 NO_ROOM = "InsufficientInstanceCapacity"

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from batchlab.model import TaskSet
 from batchlab.protocol.sizing import TARGET_S
 from batchlab.scenario import sizes, times
-from batchlab.scenario.model import Calibration, Job, Schedule, StageTemplate
+from batchlab.scenario.calibration import Calibration
+from batchlab.scenario.model import Job, Schedule, StageTemplate
 
 PIECES = 20_000
 """About so many pieces are made of all work, where there are more tasks."""

@@ -22,8 +22,9 @@ from batchlab.forecast.pricing import priced
 from batchlab.manager import by_hand
 from batchlab.model import JobId
 from batchlab.patience import Patience
+from batchlab.scenario.calibration import Calibration
 from batchlab.scenario.expand import expand
-from batchlab.scenario.model import Calibration, Job, Prewarm, Scenario, Schedule
+from batchlab.scenario.model import Job, Prewarm, Scenario, Schedule
 from batchlab.scenario.record import Record
 from batchlab.sim.fuzz import silence
 from batchlab.sim.loop import SimLoop

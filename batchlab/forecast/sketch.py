@@ -36,8 +36,9 @@ from batchlab.manager.autoscaler import Backlog, wanted
 from batchlab.manager.live import UNKNOWN_TASK_S
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import GroupView, Market
+from batchlab.scenario.calibration import Calibration
 from batchlab.scenario.expand import expand
-from batchlab.scenario.model import Calibration, Fault, FaultName, Scenario
+from batchlab.scenario.model import Fault, FaultName, Scenario
 from batchlab.scenario.record import Injected, PoolSample, Record
 from batchlab.scenario.record import Sample as Seen
 

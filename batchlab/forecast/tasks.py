@@ -16,7 +16,8 @@ from batchlab.forecast.jobs import value_of
 from batchlab.model import Failure, FailureKind, JobId, Ran, TaskSet
 from batchlab.ports import Clock
 from batchlab.scenario import times
-from batchlab.scenario.model import Calibration, Job, StageTemplate, WorkKind
+from batchlab.scenario.calibration import Calibration
+from batchlab.scenario.model import Job, StageTemplate, WorkKind
 from batchlab.sim.timed import TimedRunner
 from batchlab.worker.runner import Handle, Work
 

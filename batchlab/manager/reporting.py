@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Mapping
 from typing import Protocol
 
+from batchlab.manager.counts import Counts
 from batchlab.model import JobId
 
 log = logging.getLogger(__name__)
@@ -21,8 +21,11 @@ AGAIN_S = 30.0
 SHORT_S = 5.0
 """Of shorter jobs nothing is written until somebody asks: there may be hundreds in a second, and a
 report takes longer than they do."""
-LATER_S = 1.0
-"""From a job's end to the writing: others who wait for news of the end go first."""
+CALM_S = 1.0
+"""Nothing is written until no job has come for so long, since short calls have to wait meanwhile
+(for the first one DuckDB is loaded, a tenth of a second)."""
+LATEST_S = 30.0
+"""From a job's end to the writing, if they never cease to come."""
 TROUBLES_KEPT = 1_000
 
 
@@ -36,9 +39,11 @@ class Reporter(Protocol):
 class Reports:
     """One at a time, oldest first. Without a `reporter` nothing is written."""
 
-    def __init__(self, reporter: Reporter | None = None) -> None:
+    def __init__(self, reporter: Reporter | None = None, counts: Counts | None = None) -> None:
         self._reporter = reporter
-        self._due: deque[JobId] = deque()
+        self._counts = counts or Counts()
+        self._due: dict[JobId, float] = {}
+        """With the loop's time by which each is to be written."""
         self._is_due = asyncio.Event()
         self._troubles: dict[JobId, str] = {}
 
@@ -50,17 +55,25 @@ class Reports:
     def ended(self, job: JobId, took_s: float) -> None:
         """A job has ended after so many seconds, and what is known of it is in the bucket."""
         if self._reporter and took_s >= SHORT_S and job not in self._due:
-            self._due.append(job)
+            self._due[job] = asyncio.get_running_loop().time() + LATEST_S
             self._is_due.set()
 
     async def keep(self) -> None:
         """Write what is due, for ever."""
         while True:
             await self._is_due.wait()
-            await asyncio.sleep(LATER_S)
             while self._due:
-                await self._write(self._due.popleft())
+                job = next(iter(self._due))
+                await self._calm(self._due[job])
+                del self._due[job]
+                await self._write(job)
             self._is_due.clear()
+
+    async def _calm(self, latest_s: float) -> None:
+        before = -1
+        while self._counts.submitted != before and asyncio.get_running_loop().time() < latest_s:
+            before = self._counts.submitted
+            await asyncio.sleep(CALM_S)
 
     async def _write(self, job: JobId) -> None:
         assert self._reporter

@@ -36,6 +36,9 @@ LEFT = (bdb.BdbQuit, KeyboardInterrupt)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the task of a folder; exits with 0 where it succeeded, 1 where it failed."""
     given = _parser().parse_args(arguments)
+    # Of code that is mended within the second in which it was read, with as many letters as before,
+    # Python would take the bytecode of before.
+    sys.dont_write_bytecode = True
     try:
         told = read(given.folder)
     except Unknown as error:

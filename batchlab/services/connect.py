@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
-from batchlab import connection, logs
+from batchlab import connection, loading, logs
 from batchlab.backends import Backend
 from batchlab.home import Home
 from batchlab.services.stopping import end_with, stop_by_signal
@@ -16,6 +16,7 @@ from batchlab.services.stopping import end_with, stop_by_signal
 def connection_main(home: Home, backend: Backend, *, parent: int = 0) -> None:
     """Hold a connection to a stack's manager until SIGTERM, SIGINT, or the end of process
     `parent`."""
+    loading.ended()
     logs.set_up(service="connect")
     with home.locked():
         asyncio.run(_connect(home, backend, parent))

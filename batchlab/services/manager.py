@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from batchlab import backends, logs
+from batchlab import backends, loading, logs
 from batchlab.backends import Backend
 from batchlab.errors import BackendError, UsageError
 from batchlab.home import Home, ManagerRecord
@@ -128,13 +128,14 @@ async def _lead(
         await queue.ensure(events_queue(backend.manager))
     pools = backend.pools_in(home)
     accounting = accounting_of(home, pools, tally)
-    reports = Reports(backends.open_reporter(backend, home, ports.objects, pools))
+    counts = Counts()
+    reports = Reports(backends.open_reporter(backend, home, ports.objects, pools), counts)
     tracer = backend.open_tracer("manager", owner)
     recent = logs.Recent()
     logging.getLogger("batchlab").addHandler(recent)
     fresh = partial(
         Manager,
-        *(ports, backend.manager, pools, owner, accounting, reports, Counts(), tracer),
+        *(ports, backend.manager, pools, owner, accounting, reports, counts, tracer),
         outlets=Outlets(targets.watched(home), backend.open_deliveries(home, clock)),
         recent=recent,
         schedules=True,
@@ -159,6 +160,7 @@ async def _lead(
         if launcher:
             await end_instances(launcher, backend.worker.drain_s)
         raise
+    loading.ended()
     lead.serve(served)
     # Not sooner: with it comes the API, which the thread has imported.
     from batchlab.api.history import keep_looking

@@ -11,7 +11,7 @@ import logging
 import signal
 from collections.abc import Callable
 
-from batchlab import backends, logs
+from batchlab import backends, loading, logs
 from batchlab.adapters.ec2_tags import POOL_TAG, SLOTS_TAG
 from batchlab.adapters.imds import Imds, ImdsNotices
 from batchlab.backends import Backend
@@ -74,6 +74,7 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
     # Of a stack's manager the home of a worker says nothing: its group ends it.
     alone = imds or backend.is_deployed
     orphan = None if alone else loop.create_task(_drain_orphan(home, worker.drain))
+    loading.ended()
     try:
         await worker.run()
     finally:

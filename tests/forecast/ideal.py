@@ -10,9 +10,9 @@ from batchlab.backends import Backend
 from batchlab.forecast.grid import Options
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Pool
+from batchlab.scenario.calibration import Calibration
 from batchlab.scenario.draws import Constant
 from batchlab.scenario.model import (
-    Calibration,
     Draw,
     JobTemplate,
     PoolPlan,

@@ -13,7 +13,7 @@ from batchlab import backends
 from batchlab.errors import UsageError
 from batchlab.forecast import calibrate
 from batchlab.forecast.calibrate import Calibrated, Quantity
-from batchlab.scenario.model import Calibration
+from batchlab.scenario.calibration import Calibration
 from batchlab.scenario.record import Record, StageRun
 from tests.scenario.records import a_job, a_record, an_instance
 

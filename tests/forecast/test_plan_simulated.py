@@ -20,7 +20,8 @@ from batchlab.forecast.planner import Search
 from batchlab.forecast.simulate import simulate
 from batchlab.forecast.sketch import Sketch
 from batchlab.scenario import loader, record
-from batchlab.scenario.model import Calibration, Scenario
+from batchlab.scenario.calibration import Calibration
+from batchlab.scenario.model import Scenario
 from batchlab.scenario.record import Record
 from tests.forecast.planned import BOOK
 from tests.unit.cli_rig import Run, runner

@@ -14,11 +14,11 @@ from batchlab.forecast.planner import Search
 from batchlab.forecast.simulate import simulate
 from batchlab.forecast.sketch import Sketch
 from batchlab.model import Pool
+from batchlab.scenario.calibration import Calibration
 from batchlab.scenario.draws import Constant
 from batchlab.scenario.expand import expand
 from batchlab.scenario.measures import MEASURES
 from batchlab.scenario.model import (
-    Calibration,
     Fault,
     FaultName,
     PoolPlan,

@@ -11,9 +11,10 @@ from batchlab.errors import UsageError
 from batchlab.forecast.simulate import Progress, simulate
 from batchlab.model import JobState, Market, Pool
 from batchlab.protocol.settle import LOSS_LIMIT
+from batchlab.scenario.calibration import Calibration
 from batchlab.scenario.draws import Constant
 from batchlab.scenario.expand import expand
-from batchlab.scenario.model import Calibration, PoolPlan, Prewarm
+from batchlab.scenario.model import PoolPlan, Prewarm
 from batchlab.scenario.times import task_s
 from tests.forecast.plans import PARSE, PRICE, claims
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from docker import APIClient
 
 from batchlab.adapters.docker import Template
 from batchlab.adapters.docker_engine import Engine, find
@@ -297,6 +298,32 @@ def test_a_container_that_somebody_removed_has_ended(grid: DockerGrid) -> None:
             await asyncio.wait_for(launcher.changed.wait(), DEADLINE_S)
             assert await end_of(launcher, "i-1") in ("its container was removed", "exit -9")
             await launcher.terminate("i-1", grace_s=0.0)
+        finally:
+            await launcher.close(kill=True)
+
+    run(main)
+
+
+def test_one_that_lives_has_not_ended_whatever_dockers_list_says(
+    grid: DockerGrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine the list is ahead of what is said of one container, which was then told to
+    have ended with exit code 0: what it really ended with comes a moment later."""
+    listed = APIClient.containers
+
+    def early(api: APIClient, **options: Any) -> list[dict[str, Any]]:
+        return [{**row, "State": "exited"} for row in listed(api, **options)]
+
+    async def main() -> None:
+        launcher = grid.launcher(behaving, LoopClock())
+        try:
+            await launcher.launch(STEADY, "i-1")
+            await up(grid, "i-1")
+            with monkeypatch.context() as patch:
+                patch.setattr(APIClient, "containers", early)
+                assert await launcher.running() == {"i-1": None}
+            grid.api.kill(grid.name("i-1"))
+            assert await end_of(launcher, "i-1") == "exit -9"
         finally:
             await launcher.close(kill=True)
 

@@ -187,7 +187,7 @@ def test_the_grid_needs_what_its_roles_may_and_no_more(trial: Trial, tmp_path: P
     told = until(lambda: notified(there, home), 30, pause_s=0.5)
     assert [(one["target"], one["state"]) for one in told] == [(f"{told[0]['job']}#1", "delivered")]
     what_the_page_sends_runs(home, job)
-    batchlab(there, "schedule", "add", job, "--at", "+1s", "--name", "once", "--home", home.path)
+    batchlab(there, "schedule", "add", job, "--at", "+3s", "--name", "once", "--home", home.path)
     until(lambda: came_to(there, home) == ["SUCCEEDED"], 60, pause_s=1.0)
     batchlab(there, "grid", "activities", "--home", home.path)
     batchlab(there, "grid", "scale", POOL.name, "--max", 3, "--home", home.path)

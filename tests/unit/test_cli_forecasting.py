@@ -14,7 +14,7 @@ from batchlab import backends
 from batchlab.cli import replays
 from batchlab.forecast.calibrate import write
 from batchlab.scenario import loader
-from batchlab.scenario.model import Calibration
+from batchlab.scenario.calibration import Calibration
 from batchlab.scenario.record import read
 from tests.unit.cli_rig import Run, runner
 

@@ -11,6 +11,7 @@ from batchlab.costs.meter import Account
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager import recorded
 from batchlab.manager.autoscaler import Backlog
+from batchlab.manager.counts import Counts
 from batchlab.manager.live import LiveJob, Ports
 from batchlab.manager.recorder import FEW, SHORT_S, Recorder, _Seen
 from batchlab.manager.registry import Registry
@@ -157,7 +158,7 @@ def test_what_cannot_be_written_is_tried_again_and_then_told(
     from batchlab.manager import reporting
 
     monkeypatch.setattr(reporting, "AGAIN_S", 0.0)
-    monkeypatch.setattr(reporting, "LATER_S", 0.0)
+    monkeypatch.setattr(reporting, "CALM_S", 0.0)
     moody = Moody(failures)
     reports = Reports(moody)
 
@@ -178,6 +179,33 @@ def test_what_cannot_be_written_is_tried_again_and_then_told(
     assert moody.asked == [JobId("a")] * tries
     assert trouble in reports.troubles.get(JobId("a"), "")
     assert bool(reports.troubles) == bool(trouble)
+
+
+@pytest.mark.parametrize("latest_s", [60.0, 0.0])
+def test_it_is_written_when_no_job_has_come_for_a_while_or_at_last_all_the_same(
+    latest_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call in fifty on an idle grid met the report of the job before, and took 100 ms."""
+    from batchlab.manager import reporting
+
+    monkeypatch.setattr(reporting, "CALM_S", 0.05)
+    monkeypatch.setattr(reporting, "LATEST_S", latest_s)
+    moody, counts = Moody(0), Counts()
+    reports = Reports(moody, counts)
+
+    async def act() -> None:
+        keeping = asyncio.create_task(reports.keep())
+        reports.ended(JobId("a"), reporting.SHORT_S)
+        for _ in range(20):
+            counts.submitted += 1
+            await asyncio.sleep(0.01)
+        assert moody.asked == ([] if latest_s else [JobId("a")])
+        async with asyncio.timeout(10):
+            while not moody.asked:
+                await asyncio.sleep(0.01)
+        keeping.cancel()
+
+    asyncio.run(act())
 
 
 def test_an_instance_that_was_gone_before_is_no_job_s() -> None:

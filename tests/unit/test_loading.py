@@ -1,0 +1,34 @@
+"""While a service is loaded nothing looks for garbage; from then on it is looked for again."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+from batchlab.cli import SERVICES
+
+SCRIPT = """
+import gc
+from batchlab import loading
+loading.begins()
+assert not gc.isenabled()
+loading.ended()
+assert gc.isenabled()
+assert gc.get_freeze_count() > 1000
+"""
+
+
+def test_what_is_there_by_the_end_is_looked_through_no_more() -> None:
+    """In a process of its own: it is for good."""
+    subprocess.run([sys.executable, "-c", SCRIPT], check=True)
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_every_service_says_when_it_is_loaded(service: str) -> None:
+    """Else it would never give its memory back."""
+    module = importlib.import_module(f"batchlab.services.{service}")
+    assert "loading.ended()" in inspect.getsource(module)
