@@ -373,7 +373,7 @@ class ContainerLauncher:
         except NotFound:
             return  # removed a moment ago; the next look misses it
         if state is None:
-            return
+            return  # it lives; the next look asks again
         self._over(container, calls.how(state, killed=self._is_late(container)))
         self._endings.forget(container.instance)
 

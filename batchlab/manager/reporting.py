@@ -63,13 +63,14 @@ class Reports:
         while True:
             await self._is_due.wait()
             while self._due:
-                job = next(iter(self._due))
-                await self._calm(self._due[job])
+                job, latest_s = next(iter(self._due.items()))
+                await self._calm(latest_s)
                 del self._due[job]
                 await self._write(job)
             self._is_due.clear()
 
     async def _calm(self, latest_s: float) -> None:
+        """Wait until no job has come for a while, or until `latest_s` of the loop's time."""
         before = -1
         while self._counts.submitted != before and asyncio.get_running_loop().time() < latest_s:
             before = self._counts.submitted

@@ -17,6 +17,7 @@ import pytest
 from batchlab.errors import UsageError
 from batchlab.model import Pool
 from batchlab.notified import NotificationView
+from batchlab.protocol import naming
 from batchlab.views import JobView
 from tests.hooks import Hook
 from tests.integration.local_grid import LocalGrid
@@ -115,8 +116,11 @@ class Observed:
 
     def _tried(self) -> int:
         """How many of those that failed are in the bucket as tried."""
-        book = json.loads((self.grid.home.objects / "grid" / "notifications.json").read_text())
-        return sum(one["attempts"] > 0 for one in book["pending"])
+        return sum(one["attempts"] > 0 for one in json.loads(self.kept())["pending"])
+
+    def kept(self) -> str:
+        """What the bucket has of notifications."""
+        return (self.grid.home.objects / naming.NOTIFICATIONS).read_text()
 
     def _paths(self) -> Counter[str]:
         return Counter(one.path for one in self.hook.calls)
@@ -325,8 +329,7 @@ def test_why_tells_of_what_could_not_be_delivered(observed: Observed) -> None:
 
 def test_no_secret_is_in_the_bucket(observed: Observed) -> None:
     """But for the address that the job's own file names, which is not one."""
-    kept = observed.grid.home.objects / "grid" / "notifications.json"
-    text = kept.read_text()
+    text = observed.kept()
     for secret in ("signs-what-is-sent", "s3cret-path", *SECRETS.values()):
         assert secret not in text
 
