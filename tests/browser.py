@@ -17,7 +17,9 @@ import pytest
 if TYPE_CHECKING:  # its import takes too long for every process of tests
     from playwright.sync_api import Browser, ConsoleMessage, Page
 
-CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM = [Path("/usr/bin") / name for name in ("chromium-headless-shell", "chromium")]
+"""Debian's, the first that is there. The shell is the same browser without its window, for two
+thirds of the time."""
 TIMEOUT_MS = 120_000
 ELSEWHERE = "grid.example"
 """A name that is this machine, and that Chromium trusts no more than any other machine's."""
@@ -38,7 +40,8 @@ def browser() -> Iterator[Browser]:
     long as the browser is there, and nobody else can call asyncio.run in it. A test that needs a
     server gives it a thread or a process.
     """
-    if not CHROMIUM.exists():
+    found = next((path for path in CHROMIUM if path.exists()), None)
+    if found is None:
         if os.environ.get("CI"):
             pytest.fail("CI promises chromium, but it is not installed")
         pytest.skip("chromium is not installed")
@@ -46,7 +49,7 @@ def browser() -> Iterator[Browser]:
 
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(
-            executable_path=str(CHROMIUM), args=_ARGUMENTS, timeout=TIMEOUT_MS
+            executable_path=str(found), args=_ARGUMENTS, timeout=TIMEOUT_MS
         )
         try:
             yield chromium

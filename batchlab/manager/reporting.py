@@ -83,7 +83,9 @@ class Reports:
                 await asyncio.sleep(AGAIN_S)
             try:
                 await self._reporter.write(job)
-            except Exception as error:  # noqa: BLE001 - whatever it is, no job may suffer from it
+            except Exception as error:  # whatever it is, no job may suffer from it
+                if (mine := asyncio.current_task()) and mine.cancelling():
+                    raise asyncio.CancelledError from error  # in place of which it has come
                 log.warning("the performance data of %s is not written: %s", job, error)
                 self._troubles[job] = str(error)
                 while len(self._troubles) > TROUBLES_KEPT:

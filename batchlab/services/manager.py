@@ -270,6 +270,9 @@ async def _lead_on(lead: _Lead, fresh: Callable[[], Manager]) -> None:
             if not (has_led or lead.manager.has_led):
                 raise
             log.warning("the backend is away: %s", errors.exceptions[0])
+        if (mine := asyncio.current_task()) and mine.cancelling():
+            # Before Python 3.13 an error that comes with it takes its place in a group of tasks.
+            raise asyncio.CancelledError
         has_led = True
         await asyncio.sleep(AGAIN_S)
         log.warning("standing for the lead again")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from heapq import heapreplace
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -22,6 +23,7 @@ from batchlab.manager.autoscaler import Backlog, wanted
 from batchlab.model import GroupView, Instance, LifecycleState, Pool
 from batchlab.scenario.draws import Exponential
 from batchlab.scenario.expand import expand
+from batchlab.scenario.model import Scenario
 from batchlab.scenario.record import Record
 from batchlab.scenario.sources import Poisson
 from batchlab.scenario.traces.source import Trace, TraceFormat
@@ -58,14 +60,13 @@ class Replayed:
     makespan_s: float
 
 
-def replayed(shared_data: Path, trace: str, slots: int, limit: int | None = None) -> Replayed:
-    source = Trace(
-        template="job",
-        path=shared_data / "traces" / FILES[trace],
-        format=TraceFormat.SWF,
-        limit=limit,
-    )
-    plan = servers(source, slots)
+def source(shared_data: Path, trace: str, limit: int | None = None) -> Trace:
+    path = shared_data / "traces" / FILES[trace]
+    return Trace(template="job", path=path, format=TraceFormat.SWF, limit=limit)
+
+
+def replayed(shared_data: Path, trace: str, slots: int) -> Replayed:
+    plan = servers(source(shared_data, trace), slots)
     record = simulate(plan, like=LIKE, calibration=NOTHING, options=IN_ORDER)
     assert (record.lost, record.duplicates, record.cut) == (0, 0, "")
     runs_s = {job.id: job.task_s or 0.0 for job in expand(plan).jobs}
@@ -118,7 +119,44 @@ def test_a_trace_waits_as_two_independent_replays_say(
     )
 
 
-QUICK = {("hpc2n-head", 16), ("hpc2n-head", 8), ("nasa-ipsc", 8)}
+QUICK = {("hpc2n-head", 16), ("hpc2n-head", 8)}
+
+
+def recursion(plan: Scenario, slots: int) -> Iterator[float]:
+    """How long each job waits, in order of arrival, by Kiefer's and Wolfowitz's recursion: until a
+    slot is free."""
+    free_s = [0.0] * slots
+    for job in expand(plan).jobs:
+        begins_s = max(job.due_s, free_s[0])
+        heapreplace(free_s, begins_s + (job.task_s or 0.0))
+        yield begins_s - job.due_s
+
+
+@pytest.mark.parametrize("slots", [8, 4, 3, 2])
+def test_the_recursion_says_of_a_whole_trace_what_the_reference_says(
+    shared_data: Path, slots: int
+) -> None:
+    """So it may stand for the reference where that has no row."""
+    (row,) = (
+        one
+        for one in rows(shared_data, "fifo_replay_golden.csv")
+        if (one["trace"], one["workers"]) == ("nasa-ipsc", str(slots))
+    )
+    waits_s = sorted(recursion(servers(source(shared_data, "nasa-ipsc"), slots), slots))
+    assert len(waits_s) == int(row["jobs"])
+    assert sum(wait_s > 1e-6 for wait_s in waits_s) == int(row["jobs_waiting"])
+    assert round(fmean(waits_s), 6) == float(row["mean_wait_s"])
+    assert round(waits_s[-1], 6) == float(row["max_wait_s"])
+
+
+@pytest.mark.parametrize("slots", [4, 2])
+def test_a_busy_month_waits_as_the_recursion_says(shared_data: Path, slots: int) -> None:
+    """Job by job; the three months take minutes."""
+    plan = servers(source(shared_data, "nasa-ipsc", 2000), slots)
+    record = simulate(plan, like=LIKE, calibration=NOTHING, options=IN_ORDER)
+    expected_s = list(recursion(plan, slots))
+    assert [round(wait_s, 6) for wait_s in waits_of(record)] == [round(e, 6) for e in expected_s]
+    assert sum(wait_s > 1 for wait_s in expected_s) > 100
 
 
 # --- Erlang --------------------------------------------------------------------------------------
@@ -154,8 +192,8 @@ def test_jobs_wait_as_erlang_says(shared_data: Path) -> None:
         if row["model"] == "M/M/c"
     }
     until_s = WARMUP_S + HOURS * 3600
-    source = Poisson(template="job", per_hour=PER_HOUR, until_s=until_s)
-    plan = servers(source, SLOTS, Exponential(SERVICE_S))
+    arrivals = Poisson(template="job", per_hour=PER_HOUR, until_s=until_s)
+    plan = servers(arrivals, SLOTS, Exponential(SERVICE_S))
     waiting, mean_s, soon, used = [], [], [], []
     for seed in range(SEEDS):
         record = simulate(plan, seed=seed, like=LIKE, calibration=NOTHING, options=IN_ORDER)

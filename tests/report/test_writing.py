@@ -19,6 +19,8 @@ from batchlab.model import Failure, FailureKind, JobId, JobState, Pool
 from batchlab.patience import Patience
 from batchlab.protocol import naming
 from batchlab.report import store
+from batchlab.report.building import Building
+from batchlab.report.gathering import Gatherer
 from batchlab.report.schema import TABLES
 from batchlab.report.writing import Writer, fetch, index_of
 from batchlab.sim.runner import Play, Scene
@@ -232,6 +234,21 @@ def test_on_demand_while_the_job_runs(tmp_path: Path) -> None:
         assert states == {"SUCCEEDED", "PLANNED"}
         assert one(ask, "SELECT count(*) FROM bundles WHERE state = 'PLANNED'") > 0
         assert one(ask, "SELECT count(*) FROM fleet") > 10
+
+
+def test_who_is_to_end_when_it_has_just_ended_hears_nothing_of_it(tmp_path: Path) -> None:
+    """A manager that was ended in that moment wrote the report once more, and stayed for ever."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), items=6)
+        await submitted(world, made)
+        await ended(world, made)
+        gathered = await Gatherer(world.objects, patience(world)).gather(made.id, tmp_path)
+        building = Building(gathered, told.setting(POOLS), tmp_path)
+        assert building.run(tmp_path)["tasks"] == 6
+        building.interrupt()
+
+    in_world(act, script=moody, **recorded())
 
 
 def test_what_was_seen_survives_the_manager(tmp_path: Path) -> None:

@@ -181,6 +181,28 @@ def test_what_cannot_be_written_is_tried_again_and_then_told(
     assert bool(reports.troubles) == bool(trouble)
 
 
+def test_a_writer_that_fails_when_it_is_to_end_is_not_asked_again() -> None:
+    """Its manager did not end any more."""
+
+    class Clumsy:
+        async def write(self, job: JobId) -> None:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                raise OSError(f"{job}: it has just been closed") from None
+
+    reports = Reports(Clumsy())
+
+    async def act() -> None:
+        writing = asyncio.create_task(reports._write(JobId("a")))
+        await asyncio.sleep(0)
+        writing.cancel()
+        await asyncio.wait({writing}, timeout=10)
+        assert writing.cancelled()
+
+    asyncio.run(act())
+
+
 @pytest.mark.parametrize("latest_s", [60.0, 0.0])
 def test_it_is_written_when_no_job_has_come_for_a_while_or_at_last_all_the_same(
     latest_s: float, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,72 @@
+"""Who leads stands for the lead again, until it is to end."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+
+from batchlab.errors import Unreachable
+from batchlab.manager.manager import Manager
+from batchlab.services import manager as service
+
+
+@dataclass
+class Leading:
+    """A manager that leads until it is cancelled, or for a moment where it is `short`, and meets
+    `errors` at its end."""
+
+    short: bool = False
+    errors: bool = True
+    has_led: bool = True
+    notifying: Any = None
+    runs: int = 0
+
+    async def run(self) -> None:
+        self.runs += 1
+        try:
+            await asyncio.sleep(0.0 if self.short else 60.0)
+        finally:
+            if self.errors:
+                raise ExceptionGroup("of its tasks", [Unreachable("The bucket does not answer.")])
+
+
+def lead_of(manager: Leading) -> service._Lead:
+    return service._Lead(cast(Manager, manager))
+
+
+def test_an_error_that_comes_with_its_end_keeps_no_manager_alive() -> None:
+    """It led on, and nobody could end it any more."""
+    first, second = Leading(), Leading(errors=False)
+
+    async def act() -> None:
+        leading = asyncio.create_task(
+            service._lead_on(lead_of(first), lambda: cast(Manager, second))
+        )
+        await asyncio.sleep(0.01)
+        leading.cancel()
+        await asyncio.wait({leading}, timeout=10)
+        assert leading.cancelled()
+
+    asyncio.run(act())
+    assert (first.runs, second.runs) == (1, 0)
+
+
+def test_who_has_lost_the_lead_stands_for_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "AGAIN_S", 0.0)
+    first, second = Leading(short=True), Leading(errors=False)
+
+    async def act() -> None:
+        lead = lead_of(first)
+        leading = asyncio.create_task(service._lead_on(lead, lambda: cast(Manager, second)))
+        async with asyncio.timeout(10):
+            while not second.runs:
+                await asyncio.sleep(0.001)
+        assert lead.manager is cast(Manager, second)
+        leading.cancel()
+        await asyncio.wait({leading}, timeout=10)
+
+    asyncio.run(act())
+    assert (first.runs, second.runs) == (1, 1)
