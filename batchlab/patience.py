@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
 from batchlab.errors import Throttled, Unreachable
-from batchlab.waits import doubled_s
+from batchlab.waits import cancels, doubled_s, heed_cancellation
 
 T = TypeVar("T")
 
@@ -28,11 +28,12 @@ class Patience:
 
     async def __call__(self, call: Callable[[], Awaitable[T]]) -> T:
         """The result of `call`; its last Throttled or Unreachable once patience has run out."""
-        wait_s, waited_s = FIRST_WAIT_S, 0.0
+        wait_s, waited_s, before = FIRST_WAIT_S, 0.0, cancels()
         while True:
             try:
                 return await call()
             except (Throttled, Unreachable):
+                heed_cancellation(before)
                 if waited_s >= self._limit_s:
                     raise
             # Full jitter: workers that were throttled together must not come back together.

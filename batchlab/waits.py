@@ -20,6 +20,20 @@ def doubled_s(pause_s: float, longest_s: float, times: int = 1) -> float:
     return min(longest_s, pause_s * 2.0 ** min(times, 64))  # 2.0**1024 overflows
 
 
+def cancels() -> int:
+    """How often the task that runs has been asked to end so far."""
+    task = asyncio.current_task()
+    return task.cancelling() if task else 0
+
+
+def heed_cancellation(before: int = 0) -> None:
+    """CancelledError where this task has been asked to end more often than `before`: for who
+    catches errors in order to go on. One may have come in a cancellation's place (the first to fail
+    of a group of calls, or a word from what was being closed), and that is not given twice."""
+    if cancels() > before:
+        raise asyncio.CancelledError
+
+
 async def set_within(event: asyncio.Event, seconds: float) -> bool:
     """Wait until the event is set, for so long at the most; whether it is."""
     with suppress(TimeoutError):

@@ -24,6 +24,7 @@ from batchlab.manager.starts import Starts
 from batchlab.model import JobId, JobState
 from batchlab.ports import BundleRecord, Written
 from batchlab.tracing import trace_of
+from batchlab.waits import heed_cancellation
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +132,7 @@ class Adoption:
     async def _conduct(self, live: LiveJob) -> None:
         logs.note(job=live.id, trace=trace_of(live.job.trace))
         while not live.ended.is_set():
+            heed_cancellation()
             try:
                 await self._conductor.conduct(live)
             except BackendError as error:

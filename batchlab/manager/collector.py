@@ -19,7 +19,7 @@ from batchlab.model import Completion, JobId, Outcome
 from batchlab.ports import MAX_BATCH, Message, QueueSpec
 from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.messages import Beat, Duplicate, Events, read_events_message
-from batchlab.waits import STEP_BACK_S, set_within
+from batchlab.waits import STEP_BACK_S, heed_cancellation, set_within
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class Collector:
 
     async def _collect(self) -> None:
         while True:
+            heed_cancellation()
             try:
                 await self._collect_once()
             except BackendError as error:

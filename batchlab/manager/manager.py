@@ -48,7 +48,7 @@ from batchlab.patience import patiently
 from batchlab.ports import Depth, JobRecord, QueueSpec
 from batchlab.protocol import naming
 from batchlab.tracing import NOBODY, Tracer
-from batchlab.waits import set_within
+from batchlab.waits import heed_cancellation, set_within
 
 log = logging.getLogger(__name__)
 
@@ -285,6 +285,7 @@ class Manager:
             except BackendError as error:
                 self._looked_back = False
                 log.warning("a retry waits for the backend: %s", error)
+            heed_cancellation()
             await asyncio.sleep(self.settings.silence_s)
 
     # --- The tick --------------------------------------------------------------------------------
@@ -312,6 +313,7 @@ class Manager:
                 log.warning("this tick is skipped: %s", error)
                 self.trouble = str(error)
                 self.counts.skipped += 1
+            heed_cancellation()
             await set_within(self._hurry, self.settings.tick_s)
             self._hurry.clear()
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from batchlab.manager.counts import Counts
 from batchlab.model import JobId
+from batchlab.waits import heed_cancellation
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +84,8 @@ class Reports:
                 await asyncio.sleep(AGAIN_S)
             try:
                 await self._reporter.write(job)
-            except Exception as error:  # whatever it is, no job may suffer from it
-                if (mine := asyncio.current_task()) and mine.cancelling():
-                    raise asyncio.CancelledError from error  # in place of which it has come
+            except Exception as error:  # noqa: BLE001 - whatever it is, no job may suffer from it
+                heed_cancellation()
                 log.warning("the performance data of %s is not written: %s", job, error)
                 self._troubles[job] = str(error)
                 while len(self._troubles) > TROUBLES_KEPT:

@@ -22,6 +22,7 @@ from batchlab.home import Home, ManagerRecord
 from batchlab.model import JobId
 from batchlab.services.stopping import end_instances, end_with, stop_by_signal
 from batchlab.tally import Tally
+from batchlab.waits import heed_cancellation
 
 if TYPE_CHECKING:
     import uvicorn
@@ -270,9 +271,7 @@ async def _lead_on(lead: _Lead, fresh: Callable[[], Manager]) -> None:
             if not (has_led or lead.manager.has_led):
                 raise
             log.warning("the backend is away: %s", errors.exceptions[0])
-        if (mine := asyncio.current_task()) and mine.cancelling():
-            # Before Python 3.13 an error that comes with it takes its place in a group of tasks.
-            raise asyncio.CancelledError
+        heed_cancellation()
         has_led = True
         await asyncio.sleep(AGAIN_S)
         log.warning("standing for the lead again")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from batchlab.errors import BackendError
 from batchlab.ports import Clock
 from batchlab.protocol.messages import Beat, Held
+from batchlab.waits import heed_cancellation
 from batchlab.worker.hand import Hand
 from batchlab.worker.outbox import Outbox
 from batchlab.worker.settings import WorkerSettings
@@ -63,6 +64,7 @@ class Beats:
     async def keep(self) -> None:
         """Beat for ever: soon after a change, and now and then without one."""
         while True:
+            heed_cancellation()
             beat = self._beat(self._held())
             try:
                 await self._outbox.event(beat)

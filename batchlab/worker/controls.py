@@ -16,6 +16,7 @@ from batchlab.errors import BackendError, NotFound
 from batchlab.model import Control, JobId
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming
+from batchlab.waits import heed_cancellation
 from batchlab.worker.tails import ASKED_S
 
 CLOCKS_S = 60.0
@@ -112,6 +113,7 @@ class Controls:
     async def poll(self) -> None:
         """Look at every watched job for ever; forget those nobody watches."""
         while True:
+            heed_cancellation()
             await asyncio.sleep(self._lease_s / 3)
             for job, entry in list(self._entries.items()):
                 if not entry.watchers:

@@ -23,6 +23,7 @@ from batchlab.protocol.messages import read_task_message
 from batchlab.protocol.sizing import BUDGET_S
 from batchlab.tally import Tally
 from batchlab.tracing import NOBODY, Tracer, span
+from batchlab.waits import heed_cancellation
 from batchlab.worker import lines
 from batchlab.worker.beats import Beats, Identity
 from batchlab.worker.closing import Closing
@@ -146,6 +147,7 @@ class Worker:
 
     async def _fetch(self, group: asyncio.TaskGroup) -> None:
         while True:
+            heed_cancellation()
             room = self._free_hands()
             if room <= 0:
                 self._room.clear()

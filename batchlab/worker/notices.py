@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from batchlab.errors import BackendError
 from batchlab.ports import Clock, Notice, Notices
-from batchlab.waits import set_within
+from batchlab.waits import heed_cancellation, set_within
 from batchlab.worker.hand import Hand
 from batchlab.worker.slots import Slots
 
@@ -28,6 +28,7 @@ async def heed(notices: Notices, leave: Callable[[Notice], None]) -> None:
     """
     silent = False
     while True:
+        heed_cancellation()
         try:
             notice = await notices.notice()
         except BackendError as error:

@@ -20,7 +20,7 @@ from batchlab.model import Bundle, Outcome
 from batchlab.patience import Patience
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming, settle, wire
-from batchlab.waits import set_within
+from batchlab.waits import heed_cancellation, set_within
 from batchlab.worker.hand import Hand
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Suspects:
     async def keep(self) -> None:
         """Renew the starts of what runs, for ever."""
         while True:
+            heed_cancellation()
             await asyncio.sleep(self._stale_s / 4)
             for key in list(self._begun):
                 # Under the lock: written after its withdrawal it would stay, as a death's does.

@@ -19,6 +19,7 @@ from batchlab.model import JobId
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming, wire
 from batchlab.protocol.checked import known
+from batchlab.waits import heed_cancellation
 from batchlab.worker import logs
 from batchlab.worker.hand import Hand
 
@@ -84,6 +85,7 @@ class Tails:
     async def keep(self) -> None:
         """Store, for ever, what is asked for; asleep while nothing is."""
         while True:
+            heed_cancellation()
             await self._wanted.wait()
             now_s = self._clock.monotonic_s()
             for job, asked in list(self._jobs.items()):

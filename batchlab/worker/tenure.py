@@ -18,6 +18,7 @@ from batchlab.jobdef import JobDef
 from batchlab.model import JobId
 from batchlab.ports import MAX_BATCH, Clock, Objects, Queue
 from batchlab.protocol import naming
+from batchlab.waits import heed_cancellation
 from batchlab.worker.hand import Hand
 from batchlab.worker.outbox import Outbox
 from batchlab.worker.settings import WorkerSettings
@@ -52,6 +53,7 @@ class Tenure:
     async def keep(self, job_of: Callable[[JobId], Awaitable[JobDef]]) -> None:
         """Extend, hand over and mark for ever."""
         while True:
+            heed_cancellation()
             await asyncio.sleep(self._settings.visibility_s / 6)
             try:
                 await self._extend()
