@@ -1,7 +1,8 @@
 """Waiting for an event, but no longer than so; and how pauses between tries grow.
 
-Invariant: a cancellation that comes in the same moment as the event is not lost, as
-`asyncio.wait_for` loses it before Python 3.12: whoever waits in a loop could not be ended then.
+Invariant: a cancellation is not lost, or whoever waits in a loop could not be ended any more: not
+one that comes in the same moment as the event, as `asyncio.wait_for` loses it before Python 3.12,
+nor one in whose place an error has come.
 """
 
 from __future__ import annotations
