@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from batchlab.adapters.simpledb import store
+from batchlab.adapters.simpledb.ledger import SimpleDbLedger
 from batchlab.errors import Throttled, Unreachable
 from batchlab.model import Control, JobId, JobState
 from batchlab.ports import Ending, Ledger, Past, Reopening, Round
@@ -22,6 +23,7 @@ from tests.contract.ledger_suite import (
     TOTAL,
     DumpingLedger,
     bundle,
+    counts_of,
     cut,
     done,
     fold,
@@ -104,6 +106,38 @@ def test_a_process_may_end_between_any_two_calls(
     assert deaths > 80
     left = {name.split("/")[0] for name in simpledb.items()}
     assert left == {"counter"}, "of a job there is nothing"
+
+
+def test_a_fold_whose_answer_is_lost_is_new_though_another_has_folded_since(
+    simpledb: Sdb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two leaders of whom each believed that the other had been first."""
+    one, two, three = (bundle(n, n + 1) for n in range(3))
+
+    async def main() -> None:
+        async with ledger_in(simpledb) as mine, ledger_in(simpledb) as other:
+            assert isinstance(mine, SimpleDbLedger)
+            assert isinstance(other, SimpleDbLedger)
+            await submit(mine)
+            ask, puts = mine._store._call, 0
+
+            def lose(operation: str, **given: Any) -> Any:
+                nonlocal puts
+                of_the_job = given.get("ItemName", "").startswith("job/")
+                puts += of_the_job and operation == "put_attributes"
+                answer = ask(operation, **given)
+                if puts == 1 and of_the_job and operation == "put_attributes":
+                    assert other._fold([done(three)], [{}]).new == [True]
+                    raise Unreachable("The answer was lost.")
+                return answer
+
+            monkeypatch.setattr(mine._store, "_call", lose)
+            assert await fold(mine, done(one), done(two)) == [True, True]
+            assert puts == 2, "asked once more, and nothing changed by that"
+            assert await fold(other, done(one), done(two), done(three)) == [False] * 3
+            assert (await counts_of(mine)).succeeded == 3
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("seed", range(4))

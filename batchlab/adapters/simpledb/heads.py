@@ -139,9 +139,10 @@ class Heads:
 
     # --- Changing ---------------------------------------------------------------------------------
 
-    def commit(self, head: Head, book: Book, rows: Sequence[Row]) -> bool:
+    def commit(self, head: Head, book: Book, rows: Sequence[Row]) -> bool | None:
         """Make the job be as `book` says, and `rows` with it; False where it has changed since it
-        was read."""
+        was read. None where that may have been ourselves: the answer was lost, and somebody has
+        changed it since."""
         gen, stamp = head.gen, fresh()
         items = _items_of(gen, rows)
         pairs, extra = self._state(book, gen, stamp)
@@ -156,7 +157,7 @@ class Heads:
         if is_ours is False:
             self._store.delete_all([*extra, *redo])
         if not is_ours:
-            return False
+            return is_ours
         if items:
             self._settle(head.name, dict(pairs), items)
         self._store.delete_all(texts.names(head.item, "s"))

@@ -205,7 +205,10 @@ class SimpleDbLedger:
     ) -> tuple[list[bool], JobRows] | None:
         """Which were new, and the job's rows; None where somebody has folded later seqs."""
         keys = books.touched(c for _, c, _ in mine)
+        doubtful: list[bool] | None = None
         for _ in _tries():
+            if doubtful and self._has(head, [seq for seq, _, _ in mine]):
+                return doubtful, _book_of(head).rows()
             book = _copy(_book_of(head))
             if book.last_seq >= first:
                 return None
@@ -215,10 +218,21 @@ class SimpleDbLedger:
             new, rows = books.fold(book, mine, known)
             if not any(new) and book.state is before:
                 return new, _book_of(head).rows()
-            if self._heads.commit(head, book, rows):
+            is_done = self._heads.commit(head, book, rows)
+            if is_done:
                 return new, book.rows()
+            doubtful = new if is_done is None else None
             head = self._head(job)
         raise _busy(job)
+
+    def _has(self, head: Head, seqs: Sequence[int]) -> bool:
+        """Whether something was folded under one of these seqs, which are in order and nobody
+        else's."""
+        found = self._rows.folded(
+            head.gen, _book_of(head), stage=None, after=seqs[0] - 1, failed=False, page=1
+        )
+        row = next(found, None)
+        return row is not None and row.seq is not None and row.seq <= seqs[-1]
 
     def _head(self, job: JobId) -> Head:
         head = self._heads.get(job)
