@@ -132,15 +132,16 @@ class Adoption:
     async def _conduct(self, live: LiveJob) -> None:
         logs.note(job=live.id, trace=trace_of(live.job.trace))
         while not live.ended.is_set():
-            heed_cancellation()
             try:
                 await self._conductor.conduct(live)
             except BackendError as error:
+                heed_cancellation()
                 # Patience ran out. The job is not lost, only late: its state is in the bucket.
                 log.warning("job %s waits for the backend: %s", live.id, error)
                 live.trouble = str(error)
                 await asyncio.sleep(self._settings.tick_s)
             except Exception as error:
+                heed_cancellation()
                 # A bug, met by one job's data: it must not take the other jobs with it.
                 log.exception("job %s met a bug", live.id)
                 live.trouble = f"an error inside the manager: {error!r}; see its log"

@@ -77,10 +77,10 @@ class Collector:
 
     async def _collect(self) -> None:
         while True:
-            heed_cancellation()
             try:
                 await self._collect_once()
             except BackendError as error:
+                heed_cancellation()
                 self._registry.deaf_s = math.inf
                 if isinstance(error, (Throttled, Unreachable)):
                     self._excuse_all()
@@ -123,6 +123,7 @@ class Collector:
             try:
                 more = await self._receive(0.0)
             except BackendError:
+                heed_cancellation()
                 break  # the next receive meets it too, and these must not wait for that
             messages += more
             size += sum(len(one.body) for one in more)

@@ -64,12 +64,12 @@ class Beats:
     async def keep(self) -> None:
         """Beat for ever: soon after a change, and now and then without one."""
         while True:
-            heed_cancellation()
             beat = self._beat(self._held())
             try:
                 await self._outbox.event(beat)
                 self.heard(beat)
             except BackendError as error:
+                heed_cancellation()
                 self._told = None
                 log.warning("no sign of life could be sent: %s", error)
             await asyncio.sleep(self._settings.beat_gap_s)

@@ -147,7 +147,6 @@ class Worker:
 
     async def _fetch(self, group: asyncio.TaskGroup) -> None:
         while True:
-            heed_cancellation()
             room = self._free_hands()
             if room <= 0:
                 self._room.clear()
@@ -162,6 +161,7 @@ class Worker:
                     visibility_s=self._settings.visibility_s,
                 )
             except BackendError as error:
+                heed_cancellation()
                 # However long it lasts: what runs here must not be lost to an outage of the queue.
                 log.warning("no messages can be received: %s", error)
                 await asyncio.sleep(OUTAGE_S)

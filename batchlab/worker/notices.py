@@ -28,10 +28,10 @@ async def heed(notices: Notices, leave: Callable[[Notice], None]) -> None:
     """
     silent = False
     while True:
-        heed_cancellation()
         try:
             notice = await notices.notice()
         except BackendError as error:
+            heed_cancellation()
             if not silent:
                 log.warning("nobody says whether this instance may go on: %s", error)
             silent = True

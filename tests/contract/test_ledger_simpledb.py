@@ -123,10 +123,10 @@ def test_a_fold_whose_answer_is_lost_is_new_though_another_has_folded_since(
 
             def lose(operation: str, **given: Any) -> Any:
                 nonlocal puts
-                of_the_job = given.get("ItemName", "").startswith("job/")
-                puts += of_the_job and operation == "put_attributes"
+                is_put = operation == "put_attributes" and given["ItemName"].startswith("job/")
+                puts += is_put
                 answer = ask(operation, **given)
-                if puts == 1 and of_the_job and operation == "put_attributes":
+                if is_put and puts == 1:
                     assert other._fold([done(three)], [{}]).new == [True]
                     raise Unreachable("The answer was lost.")
                 return answer

@@ -83,6 +83,15 @@ def replayed(shared_data: Path, trace: str, slots: int) -> Replayed:
     )
 
 
+def golden(shared_data: Path, trace: str, slots: int) -> dict[str, str]:
+    (row,) = (
+        one
+        for one in rows(shared_data, "fifo_replay_golden.csv")
+        if (one["trace"], one["workers"]) == (trace, str(slots))
+    )
+    return row
+
+
 def waits_of(record: Record) -> list[float]:
     return [job.started_s - job.due_s for job in record.jobs if job.started_s is not None]
 
@@ -104,11 +113,7 @@ def test_a_trace_waits_as_two_independent_replays_say(
     """The reference is SimPy's and the Kiefer-Wolfowitz recursion's, which agree on every job."""
     if (trace, slots) not in QUICK and not os.environ.get(ALL):
         pytest.skip(f"takes minutes: {ALL} asks for it")
-    (row,) = (
-        one
-        for one in rows(shared_data, "fifo_replay_golden.csv")
-        if (one["trace"], one["workers"]) == (trace, str(slots))
-    )
+    row = golden(shared_data, trace, slots)
     assert replayed(shared_data, trace, slots) == Replayed(
         int(row["jobs"]),
         float(row["total_runtime_s"]),
@@ -137,11 +142,7 @@ def test_the_recursion_says_of_a_whole_trace_what_the_reference_says(
     shared_data: Path, slots: int
 ) -> None:
     """So it may stand for the reference where that has no row."""
-    (row,) = (
-        one
-        for one in rows(shared_data, "fifo_replay_golden.csv")
-        if (one["trace"], one["workers"]) == ("nasa-ipsc", str(slots))
-    )
+    row = golden(shared_data, "nasa-ipsc", slots)
     waits_s = sorted(recursion(servers(source(shared_data, "nasa-ipsc"), slots), slots))
     assert len(waits_s) == int(row["jobs"])
     assert sum(wait_s > 1e-6 for wait_s in waits_s) == int(row["jobs_waiting"])
