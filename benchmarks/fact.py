@@ -31,9 +31,9 @@ COMPRESS: Mapping[str, float] = {
     "spot-wave": 180,
     "nightly-transform": 60,
     "flash-burst": 20,
-    "zone-loss": 240,
+    "zone-loss": 60,
     "ordinary-monday": 600,
-    "media-backlog": 240,
+    "media-backlog": 120,
     "poison-batch": 30,
     "claims-month-end": 120,
 }

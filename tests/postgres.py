@@ -169,9 +169,9 @@ class PostgresServer:
         return int(count)
 
     def end_sessions(self) -> int:
-        """End those of batchlab, as an administrator would; how many."""
+        """End those of batchlab, as an administrator would, and see them gone; how many."""
         query = (
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
             "WHERE application_name = 'batchlab'"
         )
         return len(self.execute(query))

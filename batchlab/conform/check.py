@@ -23,8 +23,17 @@ LIMIT_S = 40.0
 """A check that takes longer is given up, where it need not wait for counts to settle."""
 
 
+FAILURES = 500
+"""The first status of HTTP by which a server says that it, and not the caller, has failed."""
+
+
 class Differs(Exception):
     """The endpoint does something else; the text is one clause saying what."""
+
+
+class Failed(Differs):
+    """The endpoint says that it has failed (5xx). Once, that says nothing of a rule: AWS's services
+    do so at times, and their clients try again."""
 
 
 class Untried(Exception):
@@ -112,13 +121,16 @@ class Answer:
     def accepted(self) -> Answer:
         """This, or Differs where the call was refused."""
         if self.code:
-            raise Differs(str(self))
+            raise self._otherwise()
         return self
 
     def refused(self, status: int, *codes: str) -> None:
         """Differs unless the call was refused with this status and one of these codes."""
         if not self.code or self.status != status or (codes and self.code not in codes):
-            raise Differs(str(self))
+            raise self._otherwise()
+
+    def _otherwise(self) -> Differs:
+        return (Failed if self.status >= FAILURES else Differs)(str(self))
 
 
 def answer(call: str, request: Callable[[], Mapping[str, Any]]) -> Answer:

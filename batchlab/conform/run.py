@@ -1,7 +1,8 @@
 """Runs checks side by side, since most of them wait, and says how each came out.
 
 Invariant: no check can hold up the run or make another one fail: each has a thread of its own,
-which is left behind where it takes too long.
+which is left behind where it takes too long. One that an answer of 5xx has ended is tried again,
+once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from botocore.exceptions import (
 )
 from botocore.parsers import ResponseParserError
 
-from batchlab.conform.check import LIMIT_S, Check, Differs, Untried, Verdict
+from batchlab.conform.check import FAILURES, LIMIT_S, Check, Differs, Failed, Untried, Verdict
 from batchlab.conform.site import Site
 from batchlab.conform.target import Target
 from batchlab.errors import BatchlabError, Throttled, Unreachable
@@ -97,25 +98,31 @@ def _overdue(running: dict[str, tuple[Check, float]], limit_s: float) -> list[Re
 
 def _tried(target: Target, check: Check) -> Result:
     begun_s = time.monotonic()
-    verdict, observed = _verdict(target, check)
+    try:
+        verdict, observed = _verdict(target, check, Site(target, check.name))
+    except Failed:
+        try:
+            verdict, observed = _verdict(target, check, Site(target, check.name, again=True))
+        except Failed as failed:
+            verdict, observed = Verdict.DIFFERS, str(failed)
     return Result(check, verdict, observed, time.monotonic() - begun_s)
 
 
-def _verdict(target: Target, check: Check) -> tuple[Verdict, str]:
+def _verdict(target: Target, check: Check, site: Site) -> tuple[Verdict, str]:
+    """How it comes out, and what was observed; Failed where an answer of 5xx ends it."""
     try:
         with target.making() if check.service == "s3" else nullcontext():
-            coroutine = check.run(Site(target, check.name))
+            coroutine = check.run(site)
             if coroutine is not None:
                 asyncio.run(coroutine)
+    except Failed:
+        raise
     except Differs as difference:
         return Verdict.DIFFERS, str(difference)
     except Untried as reason:
         return Verdict.UNTRIED, str(reason)
     except ClientError as error:
-        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        code = error.response["Error"]["Code"]
-        verdict = Verdict.UNTRIED if code in _THROTTLING else Verdict.DIFFERS
-        return verdict, f"{error.operation_name} answers {status} {code}"
+        return _refused(error)
     except (FlexibleChecksumError, IncompleteReadError):
         return Verdict.DIFFERS, "an object arrives damaged"
     except ResponseParserError:
@@ -129,3 +136,14 @@ def _verdict(target: Target, check: Check) -> tuple[Verdict, str]:
     except Exception as error:  # noqa: BLE001 - told as the reason why nothing is known
         return Verdict.UNTRIED, f"the check itself fails: {type(error).__name__}: {error}"
     return Verdict.AGREES, ""
+
+
+def _refused(error: ClientError) -> tuple[Verdict, str]:
+    status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+    code = error.response["Error"]["Code"]
+    observed = f"{error.operation_name} answers {status} {code}"
+    if code in _THROTTLING:
+        return Verdict.UNTRIED, observed
+    if status >= FAILURES:
+        raise Failed(observed) from error
+    return Verdict.DIFFERS, observed

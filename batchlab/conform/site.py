@@ -24,6 +24,9 @@ WAKES_S = 8.0
 """A waiting receive ends within this time once there is a message, or it was not woken: with room
 for a busy machine."""
 
+_MANY = 1_000
+"""So many queues no check needs."""
+
 _COUNTS = {
     "ApproximateNumberOfMessages": "visible",
     "ApproximateNumberOfMessagesNotVisible": "in flight",
@@ -45,15 +48,15 @@ class Received:
 
 
 class Site:
-    """What check `name` may use of `target`."""
+    """What check `name` may use of `target`; `again` where it has been there before."""
 
-    def __init__(self, target: Target, name: str) -> None:
+    def __init__(self, target: Target, name: str, *, again: bool = False) -> None:
         self.target = target
         self.lag_s = target.lag_s
         self.arrives_s = target.arrives_s
         self._name = name
-        self._prefix = f"{target.run}/{name}/"
-        self._numbers = itertools.count()
+        self._prefix = f"{target.run}/{name}/{'again/' if again else ''}"
+        self._numbers = itertools.count(_MANY if again else 0)
 
     # --- S3 ---------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 Invariant: everything made carries the run's own name and is remembered before it is made, so that
 `close` removes it however the run ended, and nothing is made once `close` has begun. boto3 does not
-retry: what is seen is the first answer.
+retry: a check sees the first answer.
 """
 
 from __future__ import annotations

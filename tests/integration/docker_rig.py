@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from batchlab.adapters.docker import ContainerLauncher
+from batchlab.waits import set_within
 from tests.containers import DockerGrid
 
 DEADLINE_S = 30.0
@@ -32,8 +33,12 @@ async def up(grid: DockerGrid, *instances: str) -> None:
 
 
 async def end_of(launcher: ContainerLauncher, instance: str) -> str:
-    """How it ends, as whoever waits for `changed` hears of it."""
-    while (how := (await launcher.running())[instance]) is None:
-        launcher.changed.clear()
-        await asyncio.wait_for(launcher.changed.wait(), DEADLINE_S)
-    return how
+    """How it ends, for who looks as a fleet does: when it is told to, and every second. Docker's
+    list may be behind what its events have told."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while True:
+        launcher.changed.clear()  # before the look: what happens during it counts
+        if (how := (await launcher.running())[instance]) is not None:
+            return how
+        assert time.monotonic() < deadline_s, f"{instance} never ended"
+        await set_within(launcher.changed, 1.0)

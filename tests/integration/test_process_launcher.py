@@ -118,10 +118,11 @@ async def up(root: Path, *instances: str) -> None:
 
 
 async def end_of(launcher: ProcessLauncher, instance: str) -> str:
-    while (how := (await launcher.running())[instance]) is None:
-        launcher.changed.clear()
+    while True:
+        launcher.changed.clear()  # before the look: what happens during it counts
+        if (how := (await launcher.running())[instance]) is not None:
+            return how
         await asyncio.wait_for(launcher.changed.wait(), DEADLINE_S)
-    return how
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from batchlab.adapters.clock import WallClock
 from batchlab.cli import conform as command
 from batchlab.cli.signals import Stopped
 from batchlab.conform import run as running
-from batchlab.conform.check import Check, Differs, Run, Severity, Untried, Verdict
+from batchlab.conform.check import Answer, Check, Differs, Run, Severity, Untried, Verdict
 from batchlab.conform.checks import CHECKS
 from batchlab.conform.run import Result
 from batchlab.conform.site import Site
@@ -123,6 +123,40 @@ def test_a_check_that_hangs_is_given_up_and_holds_up_nobody(target: Target) -> N
     assert ended.wait(30)
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [
+        lambda: Answer("PutObject", 500, "InternalError").accepted(),
+        lambda: Answer("PutObject", 503, "503").refused(412, "PreconditionFailed"),
+        lambda: _raise(_client_error(500, "InternalError")),
+    ],
+    ids=["not accepted", "not refused", "of a port"],
+)
+def test_one_failure_of_the_endpoint_says_nothing_of_a_rule_and_two_do(
+    target: Target, failure: Callable[[], object]
+) -> None:
+    """AWS's services fail too, a few times in a million: whoever asks them asks once more."""
+    keys: list[str] = []
+
+    def once(site: Site) -> None:
+        keys.append(site.named("a")["Key"])
+        if len(keys) == 1:
+            failure()
+
+    def always(_: Site) -> None:
+        failure()
+
+    agrees, differs = running.run(target, [_check("s3-once", once), _check("s3-always", always)])
+    assert (agrees.verdict, agrees.observed) == (Verdict.AGREES, "")
+    assert len(set(keys)) == 2, "it finds nothing of its first try"
+    assert differs.verdict is Verdict.DIFFERS
+    assert differs.observed.startswith("PutObject answers 50")
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
 # --- What a run may touch -------------------------------------------------------------------------
 
 
@@ -161,7 +195,7 @@ def test_the_end_waits_for_what_is_being_made(target: Target) -> None:
 
 
 def test_keys_and_queues_of_two_checks_are_never_the_same(target: Target) -> None:
-    sites = [Site(target, check.name) for check in CHECKS]
+    sites = [Site(target, one.name, again=again) for one in CHECKS for again in (False, True)]
     keys = [site.named("a")["Key"] for site in sites]
     queues = [name for site in sites for name in (site.new_name(), site.new_name())]
     assert len(set(keys)) == len(keys)
