@@ -42,9 +42,9 @@ async def end_instances(launcher: ProcessLauncher | ContainerLauncher, drain_s: 
         await launcher.terminate(name, grace_s=drain_s)
     deadline_s = time.monotonic() + drain_s
     while time.monotonic() < deadline_s:
+        launcher.changed.clear()  # before the look: what happens during it counts
         living = await launcher.running()
         if all(living.get(name) is not None for name in running):
             break
-        launcher.changed.clear()
         await set_within(launcher.changed, 0.2)
     await launcher.close(kill=True)
