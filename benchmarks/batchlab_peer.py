@@ -15,6 +15,7 @@ from adapters.base import Adapter, tree
 from workloads import Lost
 
 from batchlab import Grid
+from batchlab.adapters.process import living
 from batchlab.errors import TaskFailed
 from batchlab.home import Home
 
@@ -52,10 +53,9 @@ class Batchlab(Adapter):
 
     def node_pids(self, pid: int) -> list[int]:
         """The worker process that this child belongs to, with all of its children."""
-        record = self.home.record()
-        assert record is not None
-        while (parent := _parent(pid)) not in (record.pid, 1):
-            pid = parent
+        workers = set(living(self.home.fleet).values())
+        while pid not in workers:
+            pid = _parent(pid)
         return list(tree(pid))
 
     def stop(self) -> None:

@@ -327,6 +327,7 @@ DEVELOPERS = (
     "git pull",
     ".venv/bin/uv sync -q --frozen --no-dev --inexact",
     "uv tool install ministack==1.5.33",
+    "uv tool install ministack==1.5.33 --with uvicorn,httptools",
     "BIND_HOST=127.0.0.1 GATEWAY_PORT=4566 ministack",
     'export BATCHLAB_MINISTACK="$(command -v ministack)"',
 )

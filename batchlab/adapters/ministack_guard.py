@@ -1,24 +1,26 @@
 """MiniStack's server in MiniStack's own environment: ended once nobody owns it any more, and before
 it acknowledges an object that it could not write.
 
-Invariant: standard library only, and nothing of batchlab: this file is run by another Python. The
-owner holds a lock on a file; the kernel frees it however the owner dies. Not PR_SET_PDEATHSIG: an
-owner that was killed is replaced within seconds, and its emulator must live to be taken over.
+Invariant: nothing of batchlab: this file is run by another Python, which has MiniStack, uvicorn and
+httptools. The owner holds a lock on a file; the kernel frees it however the owner dies. Not
+PR_SET_PDEATHSIG: an owner that was killed is replaced within seconds, and its emulator must live to
+be taken over.
 
     python -I ministack_guard.py LISTENING_FD LOCK_FILE ORPHAN_S
 """
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import logging
 import os
-import runpy
 import signal
+import socket
 import sys
 import threading
 import time
+
+import uvicorn
 
 LOOK_S = 0.5
 
@@ -26,13 +28,25 @@ LOOK_S = 0.5
 def main(listening: str, lock: str, orphan_s: float) -> None:
     """Serve until SIGTERM."""
     threading.Thread(target=_end_when_orphaned, args=(lock, orphan_s), daemon=True).start()
-    # What `ministack --detach` runs, but in this process (no workers) and on a socket that the
-    # owner has opened: it outlives a killed emulator, so callers wait for the next one.
     logging.getLogger("s3").addHandler(_Honest(logging.WARNING))
-    setattr(asyncio.Server, "wait_closed", _at_once)  # noqa: B010 - mypy takes no assignment
-    sys.argv = ["hypercorn", "ministack.app:app", "--bind", f"fd://{listening}", "--workers", "0"]
-    sys.argv += ["--keep-alive", "75", "--graceful-timeout", "1", "--log-level", "WARNING"]
-    runpy.run_module("hypercorn", run_name="__main__")
+    # The listener is the owner's: it outlives a killed emulator, so callers wait for the next one.
+    listener = socket.socket(fileno=int(listening))
+    # MiniStack's own server, Hypercorn, is Python all through: more than half of a call's CPU.
+    config = uvicorn.Config(
+        "ministack.app:app",
+        loop="asyncio",
+        http="httptools",
+        ws="none",
+        lifespan="on",  # with its end come the queues, written down
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,  # MiniStack has its own
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=1,  # long polls do not hold up the end
+    )
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 class _Honest(logging.Handler):
@@ -44,11 +58,6 @@ class _Honest(logging.Handler):
         if record.msg.startswith("Failed to "):
             os.write(2, f"ends without an answer: {record.getMessage()}\n".encode())
             os._exit(os.EX_IOERR)
-
-
-async def _at_once(_: asyncio.Server) -> None:
-    """As it was before Python 3.12. Since then it waits for every connection to be closed, long
-    polls too, before the graceful timeout even begins: the end would take 20 s, without state."""
 
 
 def _end_when_orphaned(lock: str, orphan_s: float) -> None:

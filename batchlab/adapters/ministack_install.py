@@ -20,8 +20,8 @@ VERSION = "1.5.33"
 VARIABLE = "BATCHLAB_MINISTACK"
 """Environment variable that names an installation by its `ministack` or its Python."""
 
-# Hypercorn too: ministack_guard starts it.
-_PACKAGES = (f"ministack=={VERSION}", "hypercorn==0.18.0")
+# The others serve it, in ministack_guard.
+_PACKAGES = (f"ministack=={VERSION}", "uvicorn==0.54.0", "httptools==0.9.0")
 _MARKER = "batchlab-complete"
 
 
@@ -49,16 +49,16 @@ def provide(say: Callable[[str], None]) -> None:
     python = install(say)
     if installed_version(python) is None:
         raise UsageError(
-            f"{python} has no MiniStack.",
-            remedy=f"Install it there (`pip install ministack=={VERSION}`), or unset {VARIABLE}: "
-            "batchlab then installs its own.",
+            f"{python} has no MiniStack with uvicorn and httptools, which serve it.",
+            remedy=f"Install them there (`pip install ministack=={VERSION} uvicorn httptools`), or "
+            f"unset {VARIABLE}: batchlab then installs its own.",
         )
 
 
 def environment() -> Path:
     """Where `install` makes the environment: in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "batchlab" / f"ministack-{VERSION}"
+    return Path(cache) / "batchlab" / f"ministack-{VERSION}-uvicorn"
 
 
 def install(say: Callable[[str], None]) -> Path:
@@ -92,7 +92,7 @@ def _make(folder: Path) -> None:
     for argv in (
         [sys.executable, "-I", "-m", "venv", str(folder)],
         [*pip, *_PACKAGES],
-        [python, "-I", "-c", "import hypercorn, ministack"],
+        [python, "-I", "-c", "import httptools, ministack, uvicorn"],
     ):
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         if done.returncode:
@@ -100,8 +100,8 @@ def _make(folder: Path) -> None:
             raise BackendError(
                 f"MiniStack {VERSION} cannot be installed: {pip_reason(told)}.",
                 remedy="It comes from PyPI by pip: check the network and pip's settings. Or "
-                f"install it yourself (`uv tool install ministack=={VERSION}`) and let {VARIABLE} "
-                "name its `ministack`.",
+                f"install it yourself (`uv tool install ministack=={VERSION} --with "
+                f"uvicorn,httptools`) and let {VARIABLE} name its `ministack`.",
             )
 
 
@@ -114,8 +114,10 @@ def pip_reason(told: str) -> str:
 
 
 def installed_version(python: Path) -> str | None:
-    """The version of MiniStack that `python` finds, None where it finds none."""
-    code = "import hypercorn; from importlib.metadata import version; print(version('ministack'))"
+    """The version of MiniStack that `python` finds, None where it finds none, or not what serves
+    it."""
+    code = "import httptools, uvicorn; from importlib.metadata import version; "
+    code += "print(version('ministack'))"
     argv = [str(python), "-I", "-c", code]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None

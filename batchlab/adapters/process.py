@@ -20,7 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
+from batchlab.adapters.nursery import Born, Gone, Nursery
 from batchlab.adapters.pids import boot_id, hold, lives, start_ticks, stat
 from batchlab.errors import AlreadyExists, BackendError
 from batchlab.model import Machine, Pool
@@ -33,7 +35,7 @@ INSTANCE_VARIABLE = "BATCHLAB_INSTANCE"
 """Environment variable that holds an instance's id, in it and in what it starts."""
 
 _AWAY = "exited while the manager was away"
-_ADOPTED = "exited; its code is unknown, because an earlier manager had started it"
+_UNKNOWN = "exited; its code is unknown, because what had started it has ended"
 
 
 @dataclass(slots=True)
@@ -56,6 +58,8 @@ class _Process:
     ended_s: float = 0.0
     """Monotonic."""
     asked: bool = False
+    born: bool = False
+    """Of our nursery."""
     kill: asyncio.TimerHandle | None = None
 
 
@@ -63,7 +67,9 @@ class ProcessLauncher:
     """The Launcher port over local processes; one at a time per `root`.
 
     `argv` gives the command line for a pool's instance, `env` its environment, to which the
-    pool's own is added. `changed` is set as soon as any instance ends; whoever waits clears it.
+    pool's own is added. Where a `nursery` is given, whose program is that command line but for its
+    `arguments`, an instance whose pool has no environment of its own is a copy of it. `changed` is
+    set as soon as any instance ends; whoever waits clears it.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class ProcessLauncher:
         argv: Callable[[Pool, str], Sequence[str]],
         clock: Clock,
         env: Mapping[str, str],
+        nursery: Nursery | None = None,
     ) -> None:
         self.changed = asyncio.Event()
         self._records = root / "instances"
@@ -79,6 +86,8 @@ class ProcessLauncher:
         self._argv = argv
         self._clock = clock
         self._env = env
+        self._nursery = nursery
+        self._burying: set[asyncio.Task[None]] = set()
         self._processes: dict[str, _Process] | None = None
 
     async def launch(
@@ -95,17 +104,28 @@ class ProcessLauncher:
         record = _Record(instance, pool.name, boot_id())
         process = _Process(record)
         argv = list(self._argv(pool, instance))
+        born: Born | None = None
         try:
             # Written before the start as well: a manager that dies in between leaves a record
             # without pid, and the instance is then found by its environment.
             self._write(record)
-            record.pid = self._spawn(argv, pool, instance)
+            born = await self._born(argv, pool, instance)
+            process.born = born is not None
+            record.pid = born.pid if born else self._spawn(argv, pool, instance)
             record.start_ticks = start_ticks(record.pid) or 0
             self._write(record)
             self._watch(process, os.pidfd_open(record.pid))
+            if born:
+                born.begin()
         except OSError as error:
-            self._undo(record)
+            self._undo(process)
             raise BackendError(f"{argv[0]!r} cannot be started: {error}") from error
+        except asyncio.CancelledError:
+            self._undo(process)
+            raise
+        finally:
+            if born:
+                born.forget()
         processes[instance] = process
         log.info("launched as process %d", record.pid, extra=_about(record))
 
@@ -113,7 +133,8 @@ class ProcessLauncher:
         """As the port says. Asked again, the earlier of the two deadlines holds; an instance that
         is unknown or has ended is left alone."""
         process = self._adopted().get(instance)
-        if process is None or process.record.ended is not None:
+        # One that has ended may not have been buried yet.
+        if process is None or process.record.ended is not None or process.pidfd < 0:
             return
         if not process.asked:
             process.asked = True
@@ -146,17 +167,39 @@ class ProcessLauncher:
             await asyncio.gather(*(process.gone.wait() for process in living))
         for process in living:
             self._let_go(process)
+        if self._nursery:
+            await asyncio.gather(*self._burying)
+            self._nursery.close()
 
-    def _undo(self, record: _Record) -> None:
+    def _undo(self, process: _Process) -> None:
+        record = process.record
         if record.pid:
             os.killpg(record.pid, signal.SIGKILL)
-            os.waitpid(record.pid, 0)
+            if not process.born:
+                os.waitpid(record.pid, 0)
         self._path(record.instance).unlink(missing_ok=True)
 
-    def _spawn(self, argv: list[str], pool: Pool, instance: str) -> int:
+    async def _born(self, argv: list[str], pool: Pool, instance: str) -> Born | None:
+        """A copy of the nursery; None where there is none, or it would not do."""
+        # Much of what the environment says is read when a program starts.
+        if self._nursery is None or pool.env:
+            return None
+        try:
+            with self._log_of(instance) as output:
+                return await self._nursery.bear(argv, {INSTANCE_VARIABLE: instance}, output)
+        except Gone as error:
+            log.warning(
+                "instances start more slowly, since what they are copies of is gone: %s", error
+            )
+            return None
+
+    def _log_of(self, instance: str) -> BinaryIO:
         self._logs.mkdir(parents=True, exist_ok=True)
+        return (self._logs / f"{instance}.log").open("ab")
+
+    def _spawn(self, argv: list[str], pool: Pool, instance: str) -> int:
         env = {**self._env, **dict(pool.env), INSTANCE_VARIABLE: instance}
-        with (self._logs / f"{instance}.log").open("ab") as log:
+        with self._log_of(instance) as log:
             # Not os.posix_spawn: it cannot close what the manager itself inherited, and a worker
             # that holds the pipe of `batchlab up | tee` keeps it open for good.
             child = subprocess.Popen(
@@ -176,15 +219,24 @@ class ProcessLauncher:
         asyncio.get_running_loop().add_reader(process.pidfd, self._exited, process)
 
     def _exited(self, process: _Process) -> None:
-        # While our child is a zombie its number is not reused, so the group goes first.
+        # While it is a zombie its number is not reused, so the group goes first.
         _kill_group(process.record)
+        self._let_go(process)
+        if process.born and self._nursery:
+            burying = asyncio.get_running_loop().create_task(self._bury(process, self._nursery))
+            self._burying.add(burying)
+            burying.add_done_callback(self._burying.discard)
+            return
         try:
             _, status = os.waitpid(process.record.pid, 0)
-            how = f"exit {os.waitstatus_to_exitcode(status)}"
         except ChildProcessError:
-            how = _ADOPTED
-        self._let_go(process)
-        self._ended(process, how)
+            self._ended(process, _UNKNOWN)
+        else:
+            self._ended(process, f"exit {os.waitstatus_to_exitcode(status)}")
+
+    async def _bury(self, process: _Process, nursery: Nursery) -> None:
+        code = await nursery.end_of(process.record.pid)
+        self._ended(process, _UNKNOWN if code is None else f"exit {code}")
 
     def _ended(self, process: _Process, how: str) -> None:
         process.record.ended = how

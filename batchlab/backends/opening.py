@@ -166,16 +166,31 @@ class Backend(Placed):
         if self.fleet == "autoscaling":
             return None
         _only("fleet", self.fleet, "process")
+        from batchlab.adapters.nursery import Nursery
         from batchlab.adapters.process import ProcessLauncher
+
+        python = [sys.executable, "-P", "-m"]
+        whose = ["--home", str(home.path), "--backend", self.name]
+        program = [*python, "batchlab"]
 
         def argv(pool: Pool, instance: str) -> Sequence[str]:
             return [
-                *(sys.executable, "-P", "-m", "batchlab", "worker"),
-                *("--home", str(home.path), "--backend", self.name),
+                *(*program, "worker", *whose),
                 *("--pool", pool.name, "--slots", str(pool.slots), "--instance", instance),
             ]
 
-        return ProcessLauncher(home.fleet, argv, clock, dict(os.environ))
+        log = home.fleet / "logs" / "nursery.log"
+        nursery = Nursery([*python, "batchlab.cli.nursery", *whose], program, log)
+        return ProcessLauncher(home.fleet, argv, clock, dict(os.environ), nursery)
+
+    def import_for_worker(self) -> None:
+        """What is imported where a worker opens its bucket and its queues; nothing is opened."""
+        from batchlab.adapters import objects  # noqa: F401
+
+        if self.queue == "sqlite":
+            from batchlab.adapters import sqlite_queue  # noqa: F401
+        else:
+            from batchlab.adapters import rung, sqs  # noqa: F401
 
     def open_fleet(self, home: Home, launcher: ProcessLauncher | None, clock: Clock) -> Fleet:
         if launcher is None:

@@ -181,9 +181,10 @@ class Output:
         sys.stdout, sys.stderr = self._streams
 
     def attach(self, log: str, cwd: str) -> None:
-        self._log, self._cwd = log, cwd
         self._redirect(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
         os.chdir(cwd)
+        # As the kernel names it, whatever links lead there.
+        self._log, self._cwd = log, os.getcwd()  # noqa: PTH109
 
     def detach(self) -> None:
         """Let go of the execution's folder: it is about to be removed."""
@@ -210,7 +211,8 @@ class Output:
         try:
             out.flush()
             err.flush()
-            os.chdir(self._cwd)
+            if os.getcwd() != self._cwd:  # noqa: PTH109 - half of what it takes to go there
+                os.chdir(self._cwd)
             if not (sys.stdout is out and sys.stderr is err):
                 sys.stdout, sys.stderr = out, err
             first = os.fstat(1)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from batchlab import backends, results, submission, updown
+from batchlab.adapters.process import living
 from batchlab.client import Client
 from batchlab.home import Home
 from batchlab.jobdef import JobDef
@@ -138,11 +139,7 @@ class LocalGrid:
 
     def workers(self) -> Mapping[str, int]:
         """Pids of the living worker processes by instance."""
-        return {
-            words[words.index("--instance") + 1]: pid
-            for pid, words in processes_of(self.home.path).items()
-            if "worker" in words and "--instance" in words
-        }
+        return living(self.home.fleet)
 
     def emulator(self) -> int:
         """The pid of the grid's own emulator."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from batchlab import updown
+from batchlab.adapters.process import living
 from batchlab.home import Home
 from tests.integration.local_grid import processes_of
 
@@ -163,7 +164,7 @@ def test_an_interrupted_run_goes_on_where_it_was(cli: Cli) -> None:
 def test_sigterm_ends_a_run_like_ctrl_c(cli: Cli) -> None:
     cli.inputs(1)
     process = cli.start("run", "job.yaml", "--set", "seconds=20")
-    cli.wait(lambda: any("worker" in words for words in processes_of(cli.home.path).values()), "w")
+    cli.wait(lambda: bool(living(cli.home.fleet)), "worker")
     process.terminate()
     assert cli.end(process)[0] == 130
     cli.none_left()

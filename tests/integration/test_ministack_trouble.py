@@ -161,7 +161,7 @@ def test_an_installation_that_is_none(cli: Cli, monkeypatch: pytest.MonkeyPatch)
     cli.inputs(1)
     for named, sentence in (
         (str(cli.folder / "ministack"), f"is {cli.folder}/ministack, where no MiniStack is"),
-        (sys.executable, f"{sys.executable} has no MiniStack."),
+        (sys.executable, f"{sys.executable} has no MiniStack with uvicorn"),
     ):
         monkeypatch.setenv("BATCHLAB_MINISTACK", named)
         code, _, err = cli("run", "job.yaml", *MINISTACK)

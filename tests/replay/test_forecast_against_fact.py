@@ -54,7 +54,7 @@ def replayed(
     ("name", "backend", "compress"),
     [
         ("two-tenants", "local", 100),
-        ("long-tail", "local", 60),
+        ("ordinary-monday", "local", 1200),
         ("twelve-hour-task", "local", 1500),
         ("two-tenants", "localstack", 60),
     ],

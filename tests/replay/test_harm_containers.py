@@ -102,8 +102,8 @@ def test_a_zone_is_lost_and_nothing_is_launched_there(bench: Bench) -> None:
 def test_s3_answers_503_and_is_itself_again(bench: Bench) -> None:
     # Who has had no answer from the address while it moved waits longer before each next try: on a
     # busy machine perhaps for all of the first time.
-    for for_s in (12.0, 40.0):
-        with bench.work(300, 0.1) as work:  # still at work when the front is up
+    for tasks, for_s in ((300, 12.0), (900, 40.0)):
+        with bench.work(tasks, 0.1) as work:  # still at work when the front is up
             before = docker("inspect", Containers(bench.grid).service("localstack"))
             seen = work.hurt(FaultName.S3_ERRORS, rate=0.4, for_s=for_s)
         if not seen.impossible:

@@ -57,8 +57,10 @@ _make_runnable = _change_job.where(
 _WAITING = (JobState.SUBMITTED, JobState.PENDING, JobState.RUNNABLE, JobState.STARTING)
 _move = _change_job.values(state=bindparam("state"), reason="")
 _control = _change_job.values(control=bindparam("control"))
-_end = _move.values(
-    reason=bindparam("reason"), control=Control.RUN.value, ended_s=bindparam("ended_s")
+_end = (
+    _move.where(jobs.c.round == bindparam("b_round"), jobs.c.state.not_in(sorted(ENDED)))
+    .values(reason=bindparam("reason"), control=Control.RUN.value, ended_s=bindparam("ended_s"))
+    .returning(jobs)
 )
 _make_running = _change_job.values(state=JobState.RUNNING.value, reason="")
 _stages = select(stages).where(stages.c.job == bindparam("job")).order_by(stages.c.position)
@@ -217,37 +219,38 @@ def reopen(connection: Connection, job: JobId, round: int, reopened: Sequence[Re
 
 
 def finish(connection: Connection, job: JobId, round: int, end: Ending) -> Written:
-    row = _job_row(connection, job)
-    if round != row["round"] or JobState(row["state"]).ended:
+    values = {
+        "b_job": job,
+        "b_round": round,
+        "state": end.state.value,
+        "reason": _plain(end.reason),
+        "ended_s": end.ended_s,
+    }
+    row = connection.execute(_end, values).mappings().first()
+    if row is None:
         return Written(rows_of(connection, job), is_new=False)
-    connection.execute(
-        _end,
-        {
-            "b_job": job,
-            "state": end.state.value,
-            "reason": _plain(end.reason),
-            "ended_s": end.ended_s,
-        },
-    )
-    rows = rows_of(connection, job)
+    found = _stages_of(connection, job)
     closed = [
         {"b_job": job, "b_stage": name, "closed": end.closed.get(name, 0)}
-        for name, planned in ((s.counts.stage, s.counts.planned) for s in rows.stages)
+        for name, planned in ((s.counts.stage, s.counts.planned) for s in found)
         if planned is None or end.closed.get(name)
     ]
     if closed:
         connection.execute(_close, closed)
-        rows = rows_of(connection, job)
-    return Written(rows, is_new=True)
+        found = _stages_of(connection, job)
+    return Written(JobRows(_job_record(row), found), is_new=True)
 
 
 # --- Stages --------------------------------------------------------------------------------------
 
 
 def rows_of(connection: Connection, job: JobId) -> JobRows:
-    record = find_job(connection, job)
+    return JobRows(find_job(connection, job), _stages_of(connection, job))
+
+
+def _stages_of(connection: Connection, job: JobId) -> tuple[StageRecord, ...]:
     found = connection.execute(_stages, {"job": job}).mappings()
-    return JobRows(record, tuple(_stage_record(row) for row in found))
+    return tuple(_stage_record(row) for row in found)
 
 
 def set_planned(connection: Connection, job: JobId, stage: StageName, planned: int) -> Written:
