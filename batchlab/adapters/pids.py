@@ -50,3 +50,13 @@ def hold(pid: int, ticks: int, boot: str) -> int | None:
         os.close(pidfd)
         return None
     return pidfd
+
+
+def exit_code(pid: int) -> int | None:
+    """How a child of this process has ended, as subprocess gives it, waited for; its number is free
+    then. None where it is no child of ours."""
+    try:
+        _, status = os.waitpid(pid, 0)
+    except ChildProcessError:
+        return None
+    return os.waitstatus_to_exitcode(status)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from batchlab.adapters.nursery import Born, Gone, Nursery
-from batchlab.adapters.pids import boot_id, hold, lives, start_ticks, stat
+from batchlab.adapters.pids import boot_id, exit_code, hold, lives, start_ticks, stat
 from batchlab.errors import AlreadyExists, BackendError
 from batchlab.model import Machine, Pool
 from batchlab.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
@@ -67,9 +67,9 @@ class ProcessLauncher:
     """The Launcher port over local processes; one at a time per `root`.
 
     `argv` gives the command line for a pool's instance, `env` its environment, to which the
-    pool's own is added. Where a `nursery` is given, whose program is that command line but for its
-    `arguments`, an instance whose pool has no environment of its own is a copy of it. `changed` is
-    set as soon as any instance ends; whoever waits clears it.
+    pool's own is added. Where a `nursery` is given, with whose program `argv` begins, instances are
+    copies of it, but for those of a pool with an environment of its own. `changed` is set as soon
+    as any instance ends; whoever waits clears it.
     """
 
     def __init__(
@@ -173,6 +173,7 @@ class ProcessLauncher:
 
     def _undo(self, process: _Process) -> None:
         record = process.record
+        self._let_go(process)  # nobody is to hear of its end
         if record.pid:
             os.killpg(record.pid, signal.SIGKILL)
             if not process.born:
@@ -226,16 +227,13 @@ class ProcessLauncher:
             burying = asyncio.get_running_loop().create_task(self._bury(process, self._nursery))
             self._burying.add(burying)
             burying.add_done_callback(self._burying.discard)
-            return
-        try:
-            _, status = os.waitpid(process.record.pid, 0)
-        except ChildProcessError:
-            self._ended(process, _UNKNOWN)
         else:
-            self._ended(process, f"exit {os.waitstatus_to_exitcode(status)}")
+            self._buried(process, exit_code(process.record.pid))
 
     async def _bury(self, process: _Process, nursery: Nursery) -> None:
-        code = await nursery.end_of(process.record.pid)
+        self._buried(process, await nursery.end_of(process.record.pid))
+
+    def _buried(self, process: _Process, code: int | None) -> None:
         self._ended(process, _UNKNOWN if code is None else f"exit {code}")
 
     def _ended(self, process: _Process, how: str) -> None:

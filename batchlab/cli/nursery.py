@@ -21,6 +21,7 @@ from typing import Any
 
 from batchlab import backends
 from batchlab.adapters.nursery import MOST_BYTES
+from batchlab.adapters.pids import exit_code
 from batchlab.cli.service import serve
 from batchlab.services import worker  # noqa: F401 - what copies would import
 from batchlab.worker import environment  # noqa: F401
@@ -56,7 +57,7 @@ def copied(here: socket.socket) -> Sequence[str] | None:
             return None
         asked = json.loads(told)
         if "bury" in asked:
-            answer: dict[str, Any] = {"code": _code(asked["bury"])}
+            answer: dict[str, Any] = {"code": exit_code(asked["bury"])}
         else:
             output, word = descriptors
             try:
@@ -104,14 +105,6 @@ def _settle(env: dict[str, str], output: int, word: int) -> None:
     Path("/proc/self/comm").write_text(NAME)
     os.environ.update(env)
     time.tzset()
-
-
-def _code(pid: int) -> int | None:
-    try:
-        _, status = os.waitpid(pid, 0)
-    except ChildProcessError:
-        return None
-    return os.waitstatus_to_exitcode(status)
 
 
 if __name__ == "__main__":
