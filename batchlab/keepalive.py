@@ -37,9 +37,14 @@ class Connections:
         self._idle_s = idle_s
         self._idle: deque[tuple[float, HTTPConnection]] = deque()
         """When each was last used (monotonic), and the connection; the last used comes last."""
+        self._closed = False
 
     def close(self) -> None:
-        """Close the connections that nobody uses."""
+        """Close the connections that nobody uses, and each of the others once it is given back."""
+        self._closed = True
+        self._close_idle()
+
+    def _close_idle(self) -> None:
         with suppress(IndexError):  # other threads take connections too
             while True:
                 self._idle.pop()[1].close()
@@ -69,6 +74,8 @@ class Connections:
         """Keep it for the next user: its last answer has been read to the end, and has not said
         that the connection ends with it."""
         self._idle.append((time.monotonic(), connection))
+        if self._closed:  # asked last, or one that is given back meanwhile would stay open
+            self._close_idle()
 
 
 def _is_open(kept: HTTPConnection) -> bool:

@@ -62,6 +62,15 @@ def test_what_nobody_uses_is_closed(server: socket.socket) -> None:
     assert one.sock is None
 
 
+def test_what_is_given_back_after_the_end_is_closed(server: socket.socket) -> None:
+    some = connections(server)
+    one = some.take()
+    some.close()
+    assert one.sock is not None, "somebody uses it"
+    some.give_back(one)
+    assert one.sock is None
+
+
 def test_nobody_there_is_an_error_of_the_system() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

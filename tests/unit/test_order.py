@@ -37,7 +37,7 @@ def test_each_test_runs_once_and_a_file_in_its_own_order(processes: int) -> None
         assert of_file == sorted(of_file)
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("processes", [2, 3, 4, 5])
 def test_half_of_the_processes_begin_with_what_waits(processes: int) -> None:
     parts = cut(processes)
     number = waiting(processes)
