@@ -50,9 +50,9 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Of several processes that compute, each asks Linux for a tenth of a second at a time: taking
-    turns every millisecond, as they otherwise do, costs them a fifth more of a core. What they
-    start is as ever, and goes before them. Where there is no `chrt`, or an old one, nothing is
-    lost but that."""
+    turns every millisecond, as they otherwise do, costs simulations a fifth more of a core. What
+    they start is as ever, and goes before them. Where there is no `chrt`, or an old one, nothing
+    is lost but that."""
     if hasattr(config, "workerinput"):
         longer = ["chrt", "--reset-on-fork", "--other", "--sched-runtime", "100000000"]
         with suppress(FileNotFoundError):
