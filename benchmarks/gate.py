@@ -50,14 +50,17 @@ MEASURES: Mapping[str, Measure] = {
     "W6": Measure("start to first result, pools'", False, lambda b, p: b["wall_s"] / p["wall_s"]),
 }
 SMALL = ("W1", "W5", "W6")
+SMALL_BACKENDS = ("batchlab_local",)
 
 
-def measured(folder: Path, workloads: tuple[str, ...], repeat: int) -> dict[str, dict[str, float]]:
+def measured(
+    folder: Path, backends: tuple[str, ...], workloads: tuple[str, ...], repeat: int
+) -> dict[str, dict[str, float]]:
     """Ratios by backend and workload, of one run of the harness in `folder`."""
     with tempfile.TemporaryDirectory(prefix="batchlab-gate-") as scratch:
         results = Path(scratch) / "results.json"
         command = [sys.executable, str(HERE / "run.py"), "--harness", str(folder)]
-        command += ["--peers", ",".join((POOL, *BACKENDS))]
+        command += ["--peers", ",".join((POOL, *backends))]
         command += ["--workloads", ",".join(workloads), "--repeat", str(repeat)]
         command += ["--attempts", "1", "--patience", "5", "--json", str(results)]
         if code := subprocess.run(command, check=False).returncode:
@@ -69,7 +72,7 @@ def measured(folder: Path, workloads: tuple[str, ...], repeat: int) -> dict[str,
             name: round(MEASURES[name].of(runs[backend][name]["median"], pool[name]["median"]), 4)
             for name in workloads
         }
-        for backend in BACKENDS
+        for backend in backends
     }
 
 
@@ -88,11 +91,14 @@ def main() -> None:
     """Measure, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     harness.add_to(parser)
-    parser.add_argument("--small", action="store_true", help="three workloads, once")
+    parser.add_argument("--small", action="store_true", help="three workloads on one backend, once")
     parser.add_argument("--record", action="store_true", help="put the ratios on record")
     options = parser.parse_args()
-    workloads = SMALL if options.small else tuple(MEASURES)
-    now = measured(harness.there(options.harness), workloads, 1 if options.small else 3)
+    folder = harness.there(options.harness)
+    if options.small:
+        now = measured(folder, SMALL_BACKENDS, SMALL, 1)
+    else:
+        now = measured(folder, BACKENDS, tuple(MEASURES), 3)
     before = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     print(f"\n{'backend':<20}{'workload':<10}{'now':>10}{'recorded':>10}  change")
     for backend, figures in now.items():

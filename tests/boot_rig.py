@@ -119,9 +119,7 @@ def instance_release(factory: pytest.TempPathFactory) -> Path:
     """This code's release, for the instance image, made once for all processes of a test run; skips
     or fails where none can be made."""
     python = need_instances()
-    place = factory.getbasetemp()
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        place = place.parent
+    place = folder_of_run(factory)
     folder = place / "instance-release"
     # A process that is killed gives up the lock, and what it has not finished has another name.
     with (place / "instance-release.lock").open("w") as lock:
@@ -135,6 +133,12 @@ def instance_release(factory: pytest.TempPathFactory) -> Path:
                 pytest.skip(f"no release can be made here: {error}")
     (archive,) = folder.glob(f"*{SUFFIX}")
     return archive
+
+
+def folder_of_run(factory: pytest.TempPathFactory) -> Path:
+    """Where all processes of a test run find what one of them has made."""
+    place = factory.getbasetemp()
+    return place.parent if os.environ.get("PYTEST_XDIST_WORKER") else place
 
 
 def rendered(**variables: str) -> str:

@@ -44,6 +44,8 @@ class ControlPlane:
     url: str
     """Where MiniStack answers."""
     name: str = "batchlab"
+    image: str = boot_rig.IMAGE
+    """In place of the AMI."""
 
     def aws(self, service: str) -> Any:
         """A client of the account's owner, at MiniStack."""
@@ -144,7 +146,7 @@ class ControlPlane:
         }
 
     def _launch_template(self, name: str, slots: str) -> str:
-        """As the stack's says, with a container's image in place of the AMI."""
+        """As the stack's says, but for its AMI."""
         (version,) = self.aws("ec2").describe_launch_template_versions(
             LaunchTemplateName=name, Versions=["$Latest"]
         )["LaunchTemplateVersions"]
@@ -153,7 +155,7 @@ class ControlPlane:
         return f"""
 [[{json.dumps(name)}.version]]
 system = true
-image = {json.dumps(boot_rig.IMAGE)}
+image = {json.dumps(self.image)}
 network = {json.dumps(self.grid.id)}
 type = {json.dumps(data.get("InstanceType", "m7i.large"))}
 slots = {slots}
@@ -168,8 +170,8 @@ def _state_of(stack: dict[str, Any] | None) -> tuple[str, object] | None:
 
 
 @contextmanager
-def control_plane(folder: Path) -> Iterator[ControlPlane]:
-    """The account in `folder`; all that is left in it ends with it."""
+def control_plane(folder: Path, image: str) -> Iterator[ControlPlane]:
+    """The account in `folder`, whose instances have that image; what is left of it ends with it."""
     boot_rig.need_instances()
     sessions = Sessions()
     with docker_grid(folder / "docker") as grid:
@@ -191,7 +193,7 @@ def control_plane(folder: Path) -> Iterator[ControlPlane]:
                     "AWS_ENDPOINT_URL_SSM": session_manager,
                 }
                 env = laptop(folder, {**urls, "AWS_DEFAULT_REGION": REGION})
-                plane = ControlPlane(grid, folder, env, inside, url)
+                plane = ControlPlane(grid, folder, env, inside, url, image=image)
                 with _mirrored(plane):
                     yield plane
         finally:

@@ -33,7 +33,8 @@ class Run(Protocol):
         """The result of `call`, which takes about a millisecond where it is `quick`."""
 
     async def close(self, last: Callable[[], None]) -> None:
-        """Run `last` once everything has run that was asked for, and nothing after it."""
+        """Run `last` once everything has run that was asked for, and nothing after it; also where
+        who waits for that is cancelled."""
 
 
 class Inline:
@@ -80,7 +81,9 @@ class OneThread:
         return await asyncio.wrap_future(self.submit(lambda: _patiently(call)))
 
     async def close(self, last: Callable[[], None]) -> None:
-        await self(last, writes=True, quick=False)
+        closing = self.submit(lambda: _patiently(last))
+        closing.add_done_callback(lambda _: self._executor.shutdown(wait=False))
+        await asyncio.shield(asyncio.wrap_future(closing))
         self._executor.shutdown()
 
 
@@ -120,4 +123,4 @@ class Threads:
             self._writer.shutdown()
             last()
 
-        await asyncio.get_running_loop().run_in_executor(None, end)
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, end))

@@ -104,11 +104,11 @@ class Spending:
                 )
                 self._is_due |= len(self.meter.lives) != known
         self._is_due |= self.meter.keep(there)
-        self._count_requests()
         self.refill()
 
     def notice_ends(self) -> None:
         """Close the accounts of jobs that have ended, with what was recorded of them."""
+        self._count_requests()
         gone = {job: self._known[job] for job in self._known.keys() - self._lives.keys()}
         recorded = self._recorder.close(gone) if self._recorder and gone else {}
         for job, account in gone.items():
@@ -121,14 +121,17 @@ class Spending:
         self._known = {job: live.account for job, live in self._lives.items()}
 
     def _count_requests(self) -> None:
-        live = [job for job, one in self._lives.items() if one.record.control is Control.RUN]
-        everybody = dict.fromkeys(live, 1 / len(live)) if live else {}
-        self.meter.hear(MANAGER, self._own(), everybody, self._known)
+        # Those that have ended since the last time too: of a short job it may be all there was.
+        accounts = {**self._known, **{job: one.account for job, one in self._lives.items()}}
+        paused = {job for job, one in self._lives.items() if one.record.control is not Control.RUN}
+        busy = [job for job in accounts if job not in paused]
+        everybody = dict.fromkeys(busy, 1 / len(busy)) if busy else {}
+        self.meter.hear(MANAGER, self._own(), everybody, accounts)
         for worker, asked in self._registry.requests.items():
             shares: Mapping[JobId, float] = everybody
             if asked.instance in self._registry.workers:
                 shares = self._shares.of(asked.instance, everybody)
-            self.meter.hear(worker, asked.requests, shares, self._known)
+            self.meter.hear(worker, asked.requests, shares, accounts)
         self._registry.requests.clear()
 
     # --- Caps ------------------------------------------------------------------------------------

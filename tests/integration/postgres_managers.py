@@ -57,12 +57,16 @@ TASK_S = 0.05
 TAKEN_OVER_S = LEASE_S * 5 / 3 + 20.0
 
 
-def ports_in(folder: Path, ledger: Ledger) -> Ports:
+@asynccontextmanager
+async def ports_in(folder: Path, ledger: Ledger) -> AsyncIterator[Ports]:
     """Bucket and queues in this folder, and that ledger."""
     clock = WallClock()
     queue = SqliteQueue(folder / "queues" / "queues.db", clock)
     objects = open_local(folder / "objects")
-    return Ports(objects, queue, NoFleet(), ledger, clock, RandomIds(), Patience(Random()))
+    try:
+        yield Ports(objects, queue, NoFleet(), ledger, clock, RandomIds(), Patience(Random()))
+    finally:
+        await queue.close()
 
 
 # --- Workers -------------------------------------------------------------------------------------
@@ -173,19 +177,19 @@ def manager(folder: Path, url: str, schema: str, owner: str) -> Iterator[Process
 
 async def _manage(folder: Path, url: str, schema: str, owner: str) -> None:
     """Say "leads" and "lost" whenever it comes to that."""
-    ports = ports_in(folder, opened_at(url, schema))
-    while True:
-        one = Manager(ports, SETTINGS, [POOL], owner)
-        leading = asyncio.create_task(one.run())
-        await asyncio.wait(
-            [leading, asyncio.create_task(one.is_leader.wait())],
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        if one.is_leader.is_set():
-            print("leads", flush=True)
-            await one.requests.submit(JOB, ITEMS)
-        await leading
-        print("lost", flush=True)
+    async with ports_in(folder, opened_at(url, schema)) as ports:
+        while True:
+            one = Manager(ports, SETTINGS, [POOL], owner)
+            leading = asyncio.create_task(one.run())
+            await asyncio.wait(
+                [leading, asyncio.create_task(one.is_leader.wait())],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if one.is_leader.is_set():
+                print("leads", flush=True)
+                await one.requests.submit(JOB, ITEMS)
+            await leading
+            print("lost", flush=True)
 
 
 if __name__ == "__main__":

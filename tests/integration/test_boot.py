@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,14 @@ from typing import Any
 import pytest
 
 from batchlab.deploy.release import key_of
-from tests.boot_rig import IMAGE, POOL, Fleet, fleet, instance_release
-from tests.boxed_rig import NAME, Trusting, docker, registry, trusting
+from tests.boot_rig import POOL, Fleet, fleet, instance_release
+from tests.boxed_rig import NAME, Trusting, registry, trusting
 from tests.integration.test_aws_backend import job_of
 from tests.integration.worlds import command
+from tests.own_image import own_image
 from tests.waiting import until
+
+__all__ = ["own_image"]
 
 BOOT_S = 240.0
 SOON_S = 60.0
@@ -30,23 +32,6 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def own_image(archive: Path) -> Iterator[str]:
-    """An image that the release is installed in, as in an AMI of one's own."""
-    name, tag = f"batchlab-test-ami-{os.getpid()}", f"batchlab-test/ami:{os.getpid()}"
-    place = f"/opt/batchlab/releases/{archive.name.removesuffix('.tar.gz')}"
-    script = f"mkdir -p {place} && tar -xzf /archive -C {place} && {place}/boot.sh image"
-    mount = f"type=bind,source={archive},target=/archive,readonly"
-    run = ["run", "--name", name, "--network", "none", "--mount", mount, IMAGE]
-    try:
-        docker(*run, "sh", "-c", script)
-        docker("commit", "--change", 'CMD ["/usr/local/sbin/begin"]', name, tag)
-        yield tag
-    finally:
-        docker("rm", "--force", "--volumes", name)
-        docker("rmi", "--force", tag)
-
-
-@pytest.fixture(scope="module")
 def trusted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trusting]:
     """An instance's image that trusts the registry of the container image."""
     with trusting(tmp_path_factory.mktemp("trusted")) as found:
@@ -55,9 +40,9 @@ def trusted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trusting]:
 
 @pytest.fixture(scope="module")
 def there(
-    archive: Path, own_image: str, trusted: Trusting, tmp_path_factory: pytest.TempPathFactory
+    archive: Path, trusted: Trusting, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Fleet]:
-    # Images are older, so they go after their containers: else they would stay, without a name.
+    # Its image is older, so it goes after its containers: else it would stay, without a name.
     with fleet(tmp_path_factory.mktemp("account"), archive) as found:
         yield found
 

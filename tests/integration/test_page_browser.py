@@ -327,6 +327,8 @@ def test_a_job_is_paused_resumed_capped_and_cancelled(scene: Scene, browser: Bro
         assert offences(page, "#dialog") == []
         dialog.get_by_role("button", name="Set").click()
         page.get_by_text("12.50 USD").first.wait_for()
+        # What is live may tell of it before the answer that takes the dialog away.
+        dialog.wait_for(state="hidden")
         page.locator("#cancel").click()
         dialog = page.get_by_role("dialog", name="Cancel runs?")
         dialog.get_by_role("link", name="Keep it").click()

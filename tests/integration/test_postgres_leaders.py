@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
@@ -33,13 +33,13 @@ def test_leaders_are_paused_and_killed_and_the_job_completes(
     postgres: Postgres, tmp_path: Path
 ) -> None:
     async def main() -> None:
-        with ExitStack() as stack:
+        async with AsyncExitStack() as stack:
             start = partial(manager, tmp_path, postgres.url, postgres.schema)
             first = stack.enter_context(start("a"))
             await first.says("leads", 20.0)
             second = stack.enter_context(start("b"))
             ledger = open_postgres(postgres.url, schema=postgres.schema)
-            ports = ports_in(tmp_path, ledger)
+            ports = await stack.enter_async_context(ports_in(tmp_path, ledger))
             async with workers(ports, 2):
                 await done(ledger, 30)
                 # Paused, wherever it is: it has not noticed that time goes on without it.
@@ -59,10 +59,10 @@ def test_leaders_are_paused_and_killed_and_the_job_completes(
             grown = await ledger.dump()
             # I3, on the same database, and on another kind.
             async with ledger_in(Postgres(postgres.server, f"{postgres.schema}.again")) as again:
-                await rebuild(ports_in(tmp_path, again))
+                await rebuild(await stack.enter_async_context(ports_in(tmp_path, again)))
                 assert await again.dump() == grown
             memory = open_memory()
-            await rebuild(ports_in(tmp_path, memory))
+            await rebuild(await stack.enter_async_context(ports_in(tmp_path, memory)))
             assert await memory.dump() == grown
             await ledger.close()
 
@@ -79,8 +79,7 @@ def test_a_server_that_is_away_for_longer_than_a_lease_costs_only_time(
     async def main() -> None:
         with manager(tmp_path, place.url, place.schema, "a") as only:
             await only.says("leads", 20.0)
-            async with ledger_in(place) as ledger:
-                ports = ports_in(tmp_path, ledger)
+            async with ledger_in(place) as ledger, ports_in(tmp_path, ledger) as ports:
                 async with workers(ports, 2):
                     await done(ledger, 30)
                     await asyncio.to_thread(frail_server.stop, signal.SIGQUIT)

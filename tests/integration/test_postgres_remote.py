@@ -185,28 +185,28 @@ def test_the_manager_leads_on_through_a_rotation(
 
     async def main() -> None:
         ledger = secret.open()
-        ports = grid.ports_in(tmp_path, ledger)
-        manager = Manager(ports, settings, [grid.POOL], "only")
-        leading = asyncio.create_task(manager.run())
-        await asyncio.wait_for(manager.is_leader.wait(), 30)
-        await manager.requests.submit(grid.JOB, grid.ITEMS)
-        async with grid.workers(ports, 2):
-            for share in (50, 150):
-                await succeeded(ledger, share)
-                await asyncio.to_thread(secret.change)
-                await asyncio.sleep(1.0)
-                assert not leading.done()
-                await asyncio.to_thread(secret.publish)
-            async with asyncio.timeout(60):
-                while not (await ledger.job(grid.JOB.id)).state.ended:
-                    await asyncio.sleep(0.1)
-        assert not leading.done()
-        assert (await ledger.job(grid.JOB.id)).state is JobState.SUCCEEDED
-        counts = (await ledger.rows(grid.JOB.id)).stages[0].counts
-        assert counts.planned == counts.succeeded == len(grid.ITEMS)
-        leading.cancel()
-        with suppress(asyncio.CancelledError):
-            await leading
+        async with grid.ports_in(tmp_path, ledger) as ports:
+            manager = Manager(ports, settings, [grid.POOL], "only")
+            leading = asyncio.create_task(manager.run())
+            await asyncio.wait_for(manager.is_leader.wait(), 30)
+            await manager.requests.submit(grid.JOB, grid.ITEMS)
+            async with grid.workers(ports, 2):
+                for share in (50, 150):
+                    await succeeded(ledger, share)
+                    await asyncio.to_thread(secret.change)
+                    await asyncio.sleep(1.0)
+                    assert not leading.done()
+                    await asyncio.to_thread(secret.publish)
+                async with asyncio.timeout(60):
+                    while not (await ledger.job(grid.JOB.id)).state.ended:
+                        await asyncio.sleep(0.1)
+            assert not leading.done()
+            assert (await ledger.job(grid.JOB.id)).state is JobState.SUCCEEDED
+            counts = (await ledger.rows(grid.JOB.id)).stages[0].counts
+            assert counts.planned == counts.succeeded == len(grid.ITEMS)
+            leading.cancel()
+            with suppress(asyncio.CancelledError):
+                await leading
         await ledger.close()
 
     asyncio.run(main())

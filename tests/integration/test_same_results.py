@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
@@ -23,7 +24,10 @@ from tests.boot_rig import instance_release
 from tests.integration import worlds
 from tests.integration.tour import schedules_outlive_the_manager, tour
 from tests.integration.worlds import World
+from tests.own_image import own_image
 from tests.waiting import until
+
+__all__ = ["own_image"]
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 _OURS = {"summary.json", "printed.log", ".batchlab-made", "report-data"}
@@ -119,10 +123,15 @@ def test_the_examples_come_to_the_same_everywhere(
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """The same job files by the same code; which backend it is is a flag. And what is asked of a
     run is answered there as on a laptop."""
-    needs = {"archive": instance_release(tmp_path_factory)} if backend == "emulated" else {}
+    needs: dict[str, Any] = {}
+    if backend == "emulated":
+        # How a release gets onto an image that has none is seen in test_boot.py.
+        needs["archive"] = instance_release(tmp_path_factory)
+        needs["image"] = request.getfixturevalue("own_image")
     with WORLDS[backend](tmp_path, **needs) as world:
         for name, job in jobs.items():
             # Amazon Linux has no ffmpeg: on AWS an image of one's own brings it.

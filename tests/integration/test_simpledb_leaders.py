@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
@@ -31,13 +31,13 @@ WEATHER = {"throttle": 0.05, "lose": 0.01, "lag_s": 0.5, "short": 0.1}
 
 def test_leaders_are_paused_and_killed_and_the_job_completes(simpledb: Sdb, tmp_path: Path) -> None:
     async def main() -> None:
-        with ExitStack() as stack:
+        async with AsyncExitStack() as stack:
             start = partial(manager, tmp_path, simpledb.url, simpledb.domain)
             first = stack.enter_context(start("a"))
             await first.says("leads", 30.0)
             second = stack.enter_context(start("b"))
             async with ledger_in(simpledb) as ledger:
-                ports = ports_in(tmp_path, ledger)
+                ports = await stack.enter_async_context(ports_in(tmp_path, ledger))
                 async with workers(ports, 2):
                     await done(ledger, 30)
                     # Paused, wherever it is: it may write what it was about to when it wakes.
@@ -59,7 +59,7 @@ def test_leaders_are_paused_and_killed_and_the_job_completes(simpledb: Sdb, tmp_
                 await rebuild(ports)
                 assert await ledger.dump() == grown
                 memory = open_memory()
-                await rebuild(ports_in(tmp_path, memory))
+                await rebuild(await stack.enter_async_context(ports_in(tmp_path, memory)))
                 assert await memory.dump() == grown
 
     asyncio.run(main())
@@ -73,8 +73,7 @@ def test_a_service_that_is_away_for_longer_than_a_lease_costs_only_time(
     async def main() -> None:
         with manager(tmp_path, simpledb.url, simpledb.domain, "a") as only:
             await only.says("leads", 30.0)
-            async with ledger_in(simpledb) as ledger:
-                ports = ports_in(tmp_path, ledger)
+            async with ledger_in(simpledb) as ledger, ports_in(tmp_path, ledger) as ports:
                 async with workers(ports, 2):
                     await done(ledger, 30)
                     simpledb.weather(throttle=1.0)

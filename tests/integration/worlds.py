@@ -87,10 +87,10 @@ def localstack(folder: Path) -> Iterator[World]:
 
 
 @contextmanager
-def emulated(folder: Path, archive: Path) -> Iterator[World]:
-    """A stack of that release on an emulated control plane, of which nothing is left when it is
-    destroyed."""
-    with control_plane(folder / "account") as plane:
+def emulated(folder: Path, archive: Path, image: str) -> Iterator[World]:
+    """A stack of that release on an emulated control plane, with that image for its instances;
+    nothing of it is left when it is destroyed."""
+    with control_plane(folder / "account", image) as plane:
 
         def of_owner(service: str) -> Any:
             name = (

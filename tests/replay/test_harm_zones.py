@@ -70,12 +70,13 @@ def test_subnets_of_a_lost_zone_are_taken_and_given_back(moto: Endpoint, tmp_pat
     scaling, subnets = make(moto)
 
     def state() -> dict[str, tuple[set[str], list[str]]]:
+        ours = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=["s-wide", "s-narrow"])
         return {
             one["AutoScalingGroupName"]: (
                 set(one["VPCZoneIdentifier"].split(",")),
                 [process["ProcessName"] for process in one["SuspendedProcesses"]],
             )
-            for one in scaling.describe_auto_scaling_groups()["AutoScalingGroups"]
+            for one in ours["AutoScalingGroups"]
         }
 
     before, meanwhile = state(), []

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 
-from batchlab.adapters.threads import Busy, OneThread
+import pytest
+
+from batchlab.adapters.threads import Busy, OneThread, Run, Threads
 
 
 def test_a_quick_call_runs_on_the_spot() -> None:
@@ -57,3 +60,22 @@ def test_nothing_runs_beside_a_call_whose_caller_was_cancelled() -> None:
         return order
 
     assert asyncio.run(main()) == ["long", "quick"]
+
+
+@pytest.mark.parametrize("made", [OneThread, Threads])
+def test_what_is_closed_is_closed_also_where_nobody_waits_for_it(made: Callable[[], Run]) -> None:
+    async def main() -> None:
+        threads, ends, closed = made(), threading.Event(), threading.Event()
+        busy = asyncio.create_task(threads(ends.wait, writes=True, quick=False))
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(threads.close(closed.set))
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait([closing])
+        assert closing.cancelled()
+        assert not closed.is_set()
+        ends.set()
+        assert await busy
+        assert await asyncio.to_thread(closed.wait, 10)
+
+    asyncio.run(main())

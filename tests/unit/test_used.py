@@ -369,6 +369,24 @@ def test_a_leader_that_wakes_records_what_the_other_one_has_seen() -> None:
 # --- Who has told before -------------------------------------------------------------------------
 
 
+def test_what_is_asked_for_until_a_job_ends_is_the_jobs() -> None:
+    """All of it, where it ends before anybody has counted."""
+
+    async def main() -> None:
+        scene = Scene()
+        leader = scene.leader()
+        await leader.leads()
+        await leader.conducts(is_new=True, saves=False)
+        leader.spending.notice_ends()
+        leader.tally.sqs()
+        await leader.ends()
+        account = Account.from_json((await scene.used())["account"])
+        assert account.requests == Requests(sqs=1)
+        assert leader.spending.meter.nobody.requests == Requests()
+
+    play(main)
+
+
 def test_who_still_tells_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """The manager itself is the first that is heard: forgotten, all its requests counted anew."""
     monkeypatch.setattr("batchlab.costs.meter.HEARD_KEPT", 3)

@@ -14,6 +14,8 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ONE = r"[-+]?(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][-+]?\d++)?"
 _NUMBER = re.compile(rf"\s*{_ONE}\s*")
 _NUMBERS = re.compile(rf"\s*(?:{_ONE}(?:\s++|\Z))*")
+_DIRECTIVE = re.compile("%(.)")
+_LEAP_YEAR = 1972
 
 
 class Kind(Enum):
@@ -88,4 +90,8 @@ def as_moment(value: object, unit: str) -> Moment | None:
 
 
 def _parsed(text: str, form: str) -> datetime:
+    directives = set(_DIRECTIVE.findall(form))
+    if "d" in directives and not directives & {"Y", "y", "G"}:
+        # strptime would take 1900, which has no 29 February, and from Python 3.15 on refuse.
+        text, form = f"{_LEAP_YEAR} {text}", f"%Y {form}"
     return datetime.strptime(text, form)  # noqa: DTZ007 - the caller asks for the zone
