@@ -104,12 +104,16 @@ class Spending:
                 )
                 self._is_due |= len(self.meter.lives) != known
         self._is_due |= self.meter.keep(there)
+        self._count_requests()
         self.refill()
 
     def notice_ends(self) -> None:
         """Close the accounts of jobs that have ended, with what was recorded of them."""
-        self._count_requests()
-        gone = {job: self._known[job] for job in self._known.keys() - self._lives.keys()}
+        ended = self._known.keys() - self._lives.keys()
+        if ended:
+            # What they have asked for since the last tick: of a short job it may be all there was.
+            self._count_requests()
+        gone = {job: self._known[job] for job in ended}
         recorded = self._recorder.close(gone) if self._recorder and gone else {}
         for job, account in gone.items():
             took_s, part = recorded.get(job, (0.0, None))
@@ -121,7 +125,7 @@ class Spending:
         self._known = {job: live.account for job, live in self._lives.items()}
 
     def _count_requests(self) -> None:
-        # Those that have ended since the last time too: of a short job it may be all there was.
+        # Those that have just ended too, and those that have just begun.
         accounts = {**self._known, **{job: one.account for job, one in self._lives.items()}}
         paused = {job for job, one in self._lives.items() if one.record.control is not Control.RUN}
         busy = [job for job in accounts if job not in paused]
