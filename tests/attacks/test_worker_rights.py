@@ -1,0 +1,78 @@
+"""The attacker of the other tests has a worker's rights, and no others."""
+
+from __future__ import annotations
+
+import pytest
+
+from batchlab.errors import AlreadyExists
+from batchlab.protocol import naming
+from tests.attacks.worker_rights import Forbidden, WorkerRights, worker_of
+from tests.integration.api_rig import Rig, job
+from tests.integration.conftest import Bring
+
+JOB = "sums-0123456789"
+WRITES = (
+    f"files/{JOB}/x",
+    f"logs/{JOB}/x",
+    f"jobs/{JOB}/map/outcomes/aa/x.json",
+    f"jobs/{JOB}/map/running/x.json",
+    f"jobs/{JOB}/map/starts/x",
+)
+NOT_WRITTEN = (
+    f"jobs/{JOB}/spec.json",
+    f"jobs/{JOB}/control.json",
+    f"jobs/{JOB}/map/plan/0000/manifest.json",
+    f"jobs/{JOB}/final/0000.json",
+    f"raw/{JOB}/x",
+    "code/x.zip",
+    "grid/commit-secret.json",
+    f"reports/{JOB}/x",
+)
+
+
+def test_a_worker_writes_its_own_prefixes_and_no_others(worker: WorkerRights) -> None:
+    for key in WRITES:
+        worker.put(key, b"x", if_absent=True)
+        with pytest.raises(AlreadyExists):
+            worker.put(key, b"y", if_absent=True)
+        if key.startswith(("files/", "jobs/")):
+            assert worker.get(key) == b"x"
+    for key in NOT_WRITTEN:
+        with pytest.raises(Forbidden):
+            worker.put(key, b"x")
+        with pytest.raises(Forbidden):
+            worker.remove(key)
+    for key in ("grid/commit-secret.json", f"reports/{JOB}/x", f"logs/{JOB}/x"):
+        with pytest.raises(Forbidden):
+            worker.get(key)
+    assert sorted(worker.list("")) == sorted(WRITES)
+    worker.remove(f"jobs/{JOB}/map/starts/x")
+
+
+def test_a_worker_uses_task_queues_and_only_sends_events(rig: Rig, worker: WorkerRights) -> None:
+    rig.submit(job(tasks=1))
+    rig.outstanding(rig.client.jobs(limit=1)[0]["id"], 1)
+    tasks = naming.tasks_queue("default")
+    (message,) = worker.receive(tasks, wait_s=5.0)
+    worker.release(tasks, message.receipt)
+    (again,) = worker.receive(tasks, wait_s=5.0)
+    worker.delete(tasks, again.receipt)
+    worker.send(tasks, again.body)
+    worker.send_events("{}")
+    for queue in (naming.EVENTS, naming.dead_letters("default"), "other"):
+        with pytest.raises(Forbidden):
+            worker.receive(queue)
+    with pytest.raises(Forbidden):
+        worker.send(naming.dead_letters("default"), "{}")
+
+
+@pytest.mark.parametrize("backend", ["local", "ministack"])
+def test_a_real_grid_can_be_attacked(bring_up: Bring, backend: str) -> None:
+    grid = bring_up(backend=backend)
+    with worker_of(grid) as worker:
+        worker.put(f"files/{JOB}/x", b"x")
+        assert worker.list("files/") == [f"files/{JOB}/x"]
+        worker.send_events('{"v":1}')
+        with pytest.raises(Forbidden):
+            worker.put(f"jobs/{JOB}/spec.json", b"x")
+    assert grid.client.jobs() == []
