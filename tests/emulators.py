@@ -7,6 +7,7 @@ a laptop and fails them in CI.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import socket
@@ -146,6 +147,15 @@ def ministack_python() -> Path:
     pytest.skip("MiniStack is not installed")
 
 
+def named_emulator(folder: Path, *, port: int = 0) -> Emulator:
+    """MiniStack for a grid that names its endpoint, and so signs with the usual keys."""
+    known = Endpoint()
+    keys = {"access_key": known.access_key, "secret_key": known.secret_key}
+    folder.mkdir(exist_ok=True)
+    (folder / "keys.json").write_text(json.dumps(keys))
+    return Emulator(ministack_python(), folder, port=port)
+
+
 def localstack_python() -> str:
     """The Python that LocalStack is installed for; skips or fails where there is none."""
     if python := os.environ.get(LOCALSTACK_PYTHON):
@@ -165,9 +175,9 @@ def _served(server: Server) -> Iterator[Endpoint]:
 
 @pytest.fixture(scope="session")
 def ministack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """MiniStack, as the backend of that name runs it."""
-    with Emulator(ministack_python(), tmp_path_factory.mktemp("ministack")) as emulator:
-        yield Endpoint(emulator.url)
+    """MiniStack as the backend of that name runs it, with the keys of a named endpoint."""
+    with named_emulator(tmp_path_factory.mktemp("ministack")) as emulator:
+        yield emulator.endpoint
 
 
 @pytest.fixture(scope="session")

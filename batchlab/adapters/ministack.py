@@ -7,6 +7,7 @@ running. In the folder:
 
     s3/     objects, each written before it is acknowledged     state/  queues, on a clean stop
     emulator.json   who runs, and where     owner.lock  held by the owner     emulator.log    tmp/
+    keys.json       the keys that requests must be signed with (0600)
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Self
 
+from batchlab.adapters import keys
+from batchlab.adapters.aws import Endpoint
 from batchlab.adapters.ministack_install import VERSION, find, install, provide
 from batchlab.adapters.pids import boot_id, hold, start_ticks
 from batchlab.errors import BackendError, Refused, Unreachable
@@ -62,6 +65,8 @@ class _Record:
     pid: int
     start_ticks: int
     boot: str
+    checks_signatures: bool = False
+    """False for an emulator that release 0.1.0 started, which answers everybody."""
 
 
 class Emulator:
@@ -94,6 +99,12 @@ class Emulator:
         return f"http://{_HOST}:{self._record.port}"
 
     @property
+    def endpoint(self) -> Endpoint:
+        """The emulator with its keys, once started."""
+        known = keys.provide(self.folder / keys.FILE)
+        return Endpoint(self.url, access_key=known.access_key, secret_key=known.secret_key)
+
+    @property
     def pid(self) -> int:
         """Its process, once started."""
         assert self._record is not None
@@ -116,7 +127,7 @@ class Emulator:
         Refused while it has another owner; Unreachable with the last line of its log.
         """
         self._own()
-        if self.is_running() or (self._take_over() and self._answers()):
+        if self.is_running() or (self._take_over() and self._is_usable()):
             return
         self._end()
         self._spawn()
@@ -125,6 +136,10 @@ class Emulator:
                 f"The emulator did not start: {_last_line(self.log).rstrip('.')}.",
                 remedy=f"Its log is {self.log}.",
             )
+
+    def _is_usable(self) -> bool:
+        assert self._record is not None
+        return self._record.checks_signatures and self._answers()
 
     def is_running(self) -> bool:
         """Whether the process that we have started or taken over lives."""
@@ -202,6 +217,7 @@ class Emulator:
                     raise Refused(f"The emulator in {self.folder} has an owner already.") from error
                 time.sleep(0.01)
         self._owner_lock = file
+        keys.provide(self.folder / keys.FILE)
 
     def _take_over(self) -> bool:
         """Hold on to the emulator on record; False where it does not live any more."""
@@ -230,6 +246,7 @@ class Emulator:
         guard = Path(__file__).with_name("ministack_guard.py")
         lock = str(self.folder / "owner.lock")
         argv = [str(self._python), "-I", str(guard), str(listening), lock, str(self._orphan_s)]
+        argv.append(str(self.folder / keys.FILE))
         with self.log.open("ab") as output:
             self._child = subprocess.Popen(
                 argv,
@@ -244,7 +261,7 @@ class Emulator:
             )
         pid = self._child.pid
         self._pidfd = os.pidfd_open(pid)
-        self._record = _Record(port, pid, start_ticks(pid) or 0, boot_id())
+        self._record = _Record(port, pid, start_ticks(pid) or 0, boot_id(), True)
         write_whole(self.folder / "emulator.json", json.dumps(asdict(self._record)))
 
     def _environment(self, port: int) -> dict[str, str]:
@@ -291,7 +308,7 @@ class Emulator:
         assert self._record is not None
         try:
             with socket.create_connection((_HOST, self._record.port), timeout=START_S) as caller:
-                caller.sendall(b"GET /_ministack/health HTTP/1.0\r\n\r\n")
+                caller.sendall(b"GET /_ministack/health HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
                 ready = _readable([caller.fileno(), self._pidfd], START_S)
                 return self._pidfd not in ready and b" 200 " in caller.recv(64)
         except OSError:

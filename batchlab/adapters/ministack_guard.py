@@ -1,39 +1,77 @@
 """MiniStack's server in MiniStack's own environment: ended once nobody owns it any more, and before
 it acknowledges an object that it could not write.
 
+The guard passes on a request only if the request is signed with the grid's own keys (Signature
+Version 4). MiniStack itself accepts a request of any user of the machine and of any web page.
+
 Invariant: nothing of batchlab: this file is run by another Python, which has MiniStack, uvicorn and
 httptools. The owner holds a lock on a file; the kernel frees it however the owner dies. Not
 PR_SET_PDEATHSIG: an owner that was killed is replaced within seconds, and its emulator must live to
 be taken over.
 
-    python -I ministack_guard.py LISTENING_FD LOCK_FILE ORPHAN_S
+    python -I ministack_guard.py LISTENING_FD LOCK_FILE ORPHAN_S KEYS_FILE
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import hmac
+import importlib
+import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
 import uvicorn
 
 LOOK_S = 0.5
+MAX_SKEW_S = 900.0
+"""As on AWS."""
+MAX_UNHASHED_BYTES = 4 * 1024 * 1024
+"""Largest body without a hash among its headers. Only SQS, SNS, and STS send such bodies, and their
+largest request has 1 MiB."""
+
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+App = Callable[[Event, Receive, Send], Awaitable[None]]
+
+_HEALTH = "/_ministack/health"
+_HOST = re.compile(rb"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?")
+_AUTHORIZATION = re.compile(
+    r"AWS4-HMAC-SHA256 +Credential=([^,\s]+),\s*SignedHeaders=([^,\s]+),\s*Signature=([^,\s]+)"
+)
+_CREDENTIAL = re.compile(r"([^/]+)/([0-9]{8})/([a-z0-9-]+)/([a-z0-9-]+)/aws4_request")
+_SHA256 = re.compile("[0-9a-f]{64}")
+_EXPIRES = re.compile("[0-9]{1,6}")
 
 
-def main(listening: str, lock: str, orphan_s: float) -> None:
+def main(listening: str, lock: str, orphan_s: float, keys: str) -> None:
     """Serve until SIGTERM."""
     threading.Thread(target=_end_when_orphaned, args=(lock, orphan_s), daemon=True).start()
     logging.getLogger("s3").addHandler(_Honest(logging.WARNING))
     # The listener is the owner's: it outlives a killed emulator, so callers wait for the next one.
     listener = socket.socket(fileno=int(listening))
+    known = json.loads(Path(keys).read_text())
+    # MiniStack itself verifies the signature of a presigned URL, by the keys that it has.
+    os.environ["AWS_ACCESS_KEY_ID"] = known["access_key"]
+    os.environ["AWS_SECRET_ACCESS_KEY"] = known["secret_key"]
     # MiniStack's own server, Hypercorn, is Python all through: more than half of a call's CPU.
     config = uvicorn.Config(
-        "ministack.app:app",
+        Signed(importlib.import_module("ministack.app").app, **known),
         loop="asyncio",
         http="httptools",
         ws="none",
@@ -47,6 +85,221 @@ def main(listening: str, lock: str, orphan_s: float) -> None:
         timeout_graceful_shutdown=1,  # long polls do not hold up the end
     )
     uvicorn.Server(config).run(sockets=[listener])
+
+
+class Refusal(Exception):
+    """An answer with the status 403; `code` is AWS's name of the error."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class _Signature:
+    """The parts of a request's signature. `expires_s` counts from `stamp`."""
+
+    key: str
+    date: str
+    region: str
+    service: str
+    headers: str
+    value: str
+    stamp: str
+    expires_s: float
+    is_in_query: bool
+
+
+class Signed:
+    """ASGI application that passes on only requests signed with this pair of keys.
+
+    A web page cannot sign a request. A request with an Origin or another machine's Host comes from
+    a page, so it is refused even if it is signed, and no answer has a CORS header.
+    """
+
+    def __init__(self, app: App, access_key: str, secret_key: str) -> None:
+        self._app = app
+        self._access_key = access_key
+        self._signing_key = lru_cache(maxsize=64)(
+            lambda date, region, service: _derived(secret_key, date, region, service)
+        )
+
+    async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
+        """Answer one request as ASGI defines it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = _joined(scope["headers"])
+        try:
+            _check_caller(headers)
+            if scope["method"] != "GET" or scope["path"] != _HEALTH:
+                receive = await self._checked(scope, headers, receive)
+        except Refusal as refusal:
+            await _refuse(send, headers, refusal)
+            return
+
+        async def send_without_cors(event: Event) -> None:
+            if event["type"] == "http.response.start":
+                event["headers"] = [
+                    (name, value)
+                    for name, value in event["headers"]
+                    if not name.lower().startswith(b"access-control-")
+                ]
+            await send(event)
+
+        await self._app(scope, receive, send_without_cors)
+
+    async def _checked(
+        self, scope: Event, headers: Mapping[bytes, bytes], receive: Receive
+    ) -> Receive:
+        """Return a source of the request's body; Refusal unless the request is signed."""
+        query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        asked = _signature(headers, dict(query))
+        if not hmac.compare_digest(asked.key.encode(), self._access_key.encode()):
+            raise Refusal("InvalidAccessKeyId", "The access key is not a key of this grid.")
+        _check_time(asked)
+        told = "UNSIGNED-PAYLOAD" if asked.is_in_query and asked.service == "s3" else ""
+        told = told or headers.get(b"x-amz-content-sha256", b"").decode("latin-1")
+        if told:
+            self._check(scope, headers, query, asked, told)
+        if told and not _SHA256.fullmatch(told):
+            return receive  # of an unsigned or streamed body only the headers are signed
+        body, digest = await _body(receive, limit=None if told else MAX_UNHASHED_BYTES)
+        if not told:
+            self._check(scope, headers, query, asked, digest)
+        elif told != digest:
+            raise Refusal("XAmzContentSHA256Mismatch", "The body does not match its hash.")
+        whole: list[Event] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive_again() -> Event:
+            return whole.pop() if whole else await receive()
+
+        return receive_again
+
+    def _check(
+        self,
+        scope: Event,
+        headers: Mapping[bytes, bytes],
+        query: list[tuple[str, str]],
+        asked: _Signature,
+        payload: str,
+    ) -> None:
+        names = asked.headers.split(";")
+        pairs = sorted(
+            (quote(name, safe="-_.~"), quote(value, safe="-_.~"))
+            for name, value in query
+            if name != "X-Amz-Signature"
+        )
+        path = scope["raw_path"]
+        canonical = "\n".join(
+            (
+                scope["method"],
+                # S3's clients encode a path once, all the others twice.
+                quote(unquote_to_bytes(path) if asked.service == "s3" else path, safe="/-_.~"),
+                "&".join(f"{name}={value}" for name, value in pairs),
+                *(
+                    f"{name}:{headers.get(name.encode(), b'').decode('utf-8', 'surrogateescape')}"
+                    for name in names
+                ),
+                "",
+                asked.headers,
+                payload,
+            )
+        )
+        digest = hashlib.sha256(canonical.encode("utf-8", "surrogateescape")).hexdigest()
+        realm = f"{asked.date}/{asked.region}/{asked.service}/aws4_request"
+        text = f"AWS4-HMAC-SHA256\n{asked.stamp}\n{realm}\n{digest}"
+        key = self._signing_key(asked.date, asked.region, asked.service)
+        computed = hmac.new(key, text.encode(), "sha256").hexdigest()
+        if "host" not in names or not hmac.compare_digest(computed, asked.value):
+            raise Refusal("SignatureDoesNotMatch", "The signature is not one of the grid's keys.")
+
+
+def _joined(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Return the headers by name, each value as a signature has it."""
+    found: dict[bytes, bytes] = {}
+    for name, value in headers:
+        value = b" ".join(value.split()) if b"  " in value else value.strip()
+        found[name] = found[name] + b"," + value if name in found else value
+    return found
+
+
+def _check_caller(headers: Mapping[bytes, bytes]) -> None:
+    if b"origin" in headers:
+        raise Refusal("AccessDenied", "The emulator of a grid answers no web page.")
+    if not _HOST.fullmatch(headers.get(b"host", b"")):
+        raise Refusal("AccessDenied", "The Host header does not name this machine's loopback.")
+
+
+def _signature(headers: Mapping[bytes, bytes], query: Mapping[str, str]) -> _Signature:
+    """Return the signature of a request, from its headers or its query string."""
+    is_in_query = b"authorization" not in headers
+    if is_in_query:
+        names = ("X-Amz-Credential", "X-Amz-SignedHeaders", "X-Amz-Signature", "X-Amz-Date")
+        credential, signed, value, stamp = (query.get(name, "") for name in names)
+        expires = query.get("X-Amz-Expires", "")
+        has_all = query.get("X-Amz-Algorithm") == "AWS4-HMAC-SHA256" and _EXPIRES.fullmatch(expires)
+    else:
+        has_all = _AUTHORIZATION.fullmatch(headers[b"authorization"].decode("latin-1"))
+        credential, signed, value = has_all.groups() if has_all else ("", "", "")
+        stamp, expires = headers.get(b"x-amz-date", b"").decode("latin-1"), str(int(MAX_SKEW_S))
+    found = _CREDENTIAL.fullmatch(credential)
+    if not has_all or not found or not value.isascii():
+        raise Refusal(
+            "AccessDenied",
+            "The request has no signature of version 4. `batchlab grid env` prints the keys.",
+        )
+    key, date, region, service = found.groups()
+    return _Signature(key, date, region, service, signed, value, stamp, float(expires), is_in_query)
+
+
+def _check_time(asked: _Signature) -> None:
+    try:
+        signed = datetime.strptime(asked.stamp, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    except ValueError as error:
+        raise Refusal("AccessDenied", "The request has no valid X-Amz-Date.") from error
+    age_s = time.time() - signed.timestamp()
+    if not -MAX_SKEW_S <= age_s <= asked.expires_s or asked.stamp[:8] != asked.date:
+        raise Refusal("RequestTimeTooSkewed", "The request's signature has expired.")
+
+
+def _derived(secret: str, date: str, region: str, service: str) -> bytes:
+    key = b"AWS4" + secret.encode()
+    for part in (date, region, service, "aws4_request"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return key
+
+
+async def _body(receive: Receive, limit: int | None) -> tuple[bytes, str]:
+    """Return the request's body and its hash."""
+    parts, size, digest = [], 0, hashlib.sha256()
+    while True:
+        event = await receive()
+        if event["type"] == "http.disconnect":
+            raise Refusal("RequestTimeout", "The request ends in its middle.")
+        part = event.get("body", b"")
+        size += len(part)
+        if limit is not None and size > limit:
+            raise Refusal("EntityTooLarge", f"The body has more than {limit} bytes and no hash.")
+        digest.update(part)
+        parts.append(part)
+        if not event.get("more_body", False):
+            return b"".join(parts), digest.hexdigest()
+
+
+async def _refuse(send: Send, headers: Mapping[bytes, bytes], refusal: Refusal) -> None:
+    kind = headers.get(b"content-type", b"")
+    if b"json" in kind:
+        body = json.dumps({"__type": refusal.code, "message": str(refusal)})
+        kind = b"application/x-amz-json-1.0"
+    else:
+        body = f"<Error><Code>{refusal.code}</Code><Message>{refusal}</Message></Error>"
+        # SNS and STS wrap their errors once more.
+        body = f"<ErrorResponse>{body}</ErrorResponse>" if b"form" in kind else body
+        kind = b"application/xml"
+    fields = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 403, "headers": fields})
+    await send({"type": "http.response.body", "body": body.encode()})
 
 
 class _Honest(logging.Handler):
@@ -83,4 +336,4 @@ def _is_held(lock: str) -> bool:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], float(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4])

@@ -11,7 +11,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,8 +74,9 @@ class Backend(Placed):
 
         def endpoint_of(region: str) -> Endpoint:
             """Where an emulator is the grid's AWS, it is asked too."""
-            is_aws = self.is_deployed or self.keeps_files
-            return Endpoint(None if is_aws else self.place(home).url, region)
+            if self.is_deployed or self.keeps_files:
+                return Endpoint(None, region)
+            return replace(self.endpoint_at(home, self.place(home)), region=region)
 
         return Deliveries(clock, endpoint_of)
 
@@ -100,7 +101,7 @@ class Backend(Placed):
             at = self.stack(home)
             return open_s3(Endpoint(region=at.region), at.bucket, tally)
         place = self.place(home)
-        return open_s3(Endpoint(place.url), place.bucket, tally)
+        return open_s3(self.endpoint_at(home, place), place.bucket, tally)
 
     def open_bucket(self, home: Home) -> Objects:
         """The bucket for whoever asks no manager; Unreachable, at once, where it is an emulator's
@@ -135,7 +136,8 @@ class Backend(Placed):
             at = self.stack(home)
             return SqsQueue(Endpoint(region=at.region), prefix=at.prefix, makes=False, tally=tally)
         place = self.place(home)
-        queue = SqsQueue(Endpoint(place.url), prefix=f"{place.bucket}-", tally=tally)
+        there = self.endpoint_at(home, place)
+        queue = SqsQueue(there, prefix=f"{place.bucket}-", tally=tally)
         if self.fleet != "process":
             return queue
         # Its instances are processes of this machine, as are those who submit.

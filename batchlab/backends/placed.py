@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from batchlab import extras
+from batchlab.adapters import keys
 from batchlab.adapters.awsgrid import deployment as stacks
 from batchlab.adapters.compose import deployment
 from batchlab.backends.descriptor import Descriptor
@@ -21,6 +22,7 @@ from batchlab.home import Home, Place
 from batchlab.model import Pool
 
 if TYPE_CHECKING:
+    from batchlab.adapters.aws import Endpoint
     from batchlab.adapters.awsgrid.deployment import AwsDeployment
     from batchlab.adapters.compose.deployment import Deployment
     from batchlab.adapters.ministack import Emulator
@@ -117,6 +119,17 @@ class Placed(Descriptor):
             remedy=f"Start one with `batchlab grid up --backend {self.name}`.",
         )
 
+    def endpoint_at(self, home: Home, place: Place) -> Endpoint:
+        """The endpoint of the place, with the keys of the grid's own emulator if it is that."""
+        from batchlab.adapters.aws import Endpoint
+
+        own = None
+        if self.emulator and not place.named:
+            own = keys.read(home.of(self.name) / keys.FILE)
+        if own is None:
+            return Endpoint(place.url)
+        return Endpoint(place.url, access_key=own.access_key, secret_key=own.secret_key)
+
     def bucket(self, home: Home) -> str:
         """What a job file calls the grid's bucket by in `s3://BUCKET/…`: its name, on files the
         backend's. Unreachable where the grid has never been up, and has none."""
@@ -129,9 +142,9 @@ class Placed(Descriptor):
         it: install the emulator (`say` hears of it), or look whether the named endpoint answers.
         UsageError, BackendError."""
         if named := self.named_place(home):
-            from batchlab.adapters.aws import Endpoint, check
+            from batchlab.adapters.aws import check
 
-            check(Endpoint(named.url))
+            check(self.endpoint_at(home, named))
         elif self.emulator:
             from batchlab.adapters.ministack import provide
 
@@ -168,9 +181,9 @@ class Placed(Descriptor):
             place = Place(emulator.url, known.bucket if known else fresh_bucket(), named=False)
         if place is None:
             return
-        from batchlab.adapters.aws import Endpoint, create_bucket
+        from batchlab.adapters.aws import create_bucket
 
-        create_bucket(Endpoint(place.url), place.bucket)
+        create_bucket(self.endpoint_at(home, place), place.bucket)
         home.of(self.name).mkdir(parents=True, exist_ok=True)
         home.write_place(self.name, place)
 
@@ -186,10 +199,8 @@ def client_environment(backend: Placed, home: Home) -> dict[str, str]:
             "BATCHLAB_BUCKET": stack.bucket,
             "BATCHLAB_QUEUES": stack.prefix,
         }
-    from batchlab.adapters.aws import Endpoint
-
     place = backend.place(home)
-    at = Endpoint(place.url)
+    at = backend.endpoint_at(home, place)
     return {
         "AWS_ENDPOINT_URL": place.url,
         "AWS_ACCESS_KEY_ID": at.access_key,

@@ -93,7 +93,7 @@ def _backend(home: Home, name: str, endpoint: str | None) -> Iterator[Finding]:
 
         yield from containers(home, backend)
         if named := backend.named_place(home):
-            yield from _tried(named.url, "named")
+            yield from _tried(backend.endpoint_at(home, named), "named")
     elif backend.is_deployed:
         from batchlab.cli.checkup_aws import stack
 
@@ -105,7 +105,7 @@ def _backend(home: Home, name: str, endpoint: str | None) -> Iterator[Finding]:
 def _endpoint(home: Home, backend: Backend) -> Iterator[Finding]:
     """The one that is named, that of the grid which is up, or an emulator started for this."""
     if named := backend.named_place(home):
-        yield from _tried(named.url, "named")
+        yield from _tried(backend.endpoint_at(home, named), "named")
         return
     from batchlab.adapters.ministack import VERSION, Emulator, find, provide
     from batchlab.adapters.ministack_install import environment, installed_version
@@ -122,24 +122,25 @@ def _endpoint(home: Home, backend: Backend) -> Iterator[Finding]:
     yield Finding("emulator", level, f"MiniStack {version} in {python.parent.parent}", remedy)
     record, place = home.record(), home.place(backend.name)
     if record and record.backend == backend.name and place:
-        yield from _tried(place.url, "of the grid that is up")
+        yield from _tried(backend.endpoint_at(home, place), "of the grid that is up")
         return
     with (
         tempfile.TemporaryDirectory(prefix="batchlab-doctor-") as folder,
         Emulator(python, Path(folder)) as emulator,
     ):
-        yield from _tried(emulator.url, "started for this check")
+        yield from _tried(emulator.endpoint, "started for this check")
 
 
-def _tried(url: str, whose: str) -> Iterator[Finding]:
-    from batchlab.adapters.aws import Endpoint, check
+def _tried(endpoint: Endpoint, whose: str) -> Iterator[Finding]:
+    from batchlab.adapters.aws import check
 
+    url = endpoint.url
     try:
-        check(Endpoint(url))
+        check(endpoint)
     except BackendError as error:
         yield Finding("endpoint", Level.FAIL, error.message, error.remedy)
         return
-    faults = asyncio.run(_faults(Endpoint(url)))
+    faults = asyncio.run(_faults(endpoint))
     text = f"{url} ({whose}): " + ("; ".join(faults) or "conditional creates and queues work")
     if faults:
         remedy = f"`batchlab conform --endpoint {url}` shows in detail what differs from AWS."

@@ -51,7 +51,7 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     """A server of its own, that runs."""
     if request.param == "ministack":
         with Emulator(ministack_python(), tmp_path) as emulator:
-            yield World(emulator, Endpoint(emulator.url), keeps_objects=True)
+            yield World(emulator, emulator.endpoint, keeps_objects=True)
         return
     if request.param == "localstack":
         server = localstack_server(localstack_python(), tmp_path)

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-_HOP = {"connection", "content-length", "expect", "host", "keep-alive", "transfer-encoding"}
+_HOP = {"connection", "content-length", "expect", "keep-alive", "transfer-encoding"}
 
 
 @dataclass

@@ -93,7 +93,7 @@ def test_a_killed_emulator_has_every_object_that_it_acknowledged(
     stop = threading.Event()
 
     async def put(emulator: Emulator) -> None:
-        objects = open_s3(Endpoint(emulator.url), "kept")
+        objects = open_s3(emulator.endpoint, "kept")
         number = 0
         while not stop.is_set():
             number += 1
@@ -108,7 +108,7 @@ def test_a_killed_emulator_has_every_object_that_it_acknowledged(
         return len(acknowledged) >= count
 
     async def verify(emulator: Emulator) -> None:
-        objects = open_s3(Endpoint(emulator.url), "kept")
+        objects = open_s3(emulator.endpoint, "kept")
         for key, data in acknowledged.items():
             assert await objects.get(key) == data, key
 
@@ -132,10 +132,10 @@ def test_an_object_that_cannot_be_written_is_not_acknowledged(python: Path, tmp_
     """By itself MiniStack answers 200, and forgets the object when it ends."""
 
     async def put(emulator: Emulator, content: bytes) -> None:
-        await open_s3(Endpoint(emulator.url), "kept").put("folder/a", content)
+        await open_s3(emulator.endpoint, "kept").put("folder/a", content)
 
     async def get(emulator: Emulator) -> bytes:
-        return await open_s3(Endpoint(emulator.url), "kept").get("folder/a")
+        return await open_s3(emulator.endpoint, "kept").get("folder/a")
 
     async def put_while_it_cannot(emulator: Emulator, in_the_way: Path) -> None:
         putting = asyncio.create_task(put(emulator, b"second"))

@@ -17,7 +17,7 @@ from batchlab.adapters.aws import Endpoint, check
 from batchlab.adapters.ministack import Emulator
 from batchlab.adapters.objects import open_s3
 from batchlab.errors import Unreachable
-from tests.emulators import free_port, ministack_python
+from tests.emulators import free_port, ministack_python, named_emulator
 from tests.integration.test_cli import Cli, cli, numbers
 
 __all__ = ["cli"]
@@ -90,7 +90,7 @@ def test_an_endpoint_that_ended_since_it_was_first_used(cli: Cli) -> None:
     """The home remembers it, so the job goes on once it is there again."""
     cli.inputs(2)
     port = free_port()
-    server = Emulator(ministack_python(), cli.folder / "theirs", port=port)
+    server = named_emulator(cli.folder / "theirs", port=port)
     with server:
         code, _, err = cli("run", "job.yaml", *MINISTACK, "--endpoint", server.url)
         assert code == 0, err
@@ -110,10 +110,10 @@ def test_a_port_that_is_taken_meanwhile_costs_nothing(tmp_path: Path) -> None:
     """Another program got it while the grid was down: what the grid had is at another port."""
 
     async def put(emulator: Emulator) -> None:
-        await open_s3(Endpoint(emulator.url), "kept").put("a", b"content")
+        await open_s3(emulator.endpoint, "kept").put("a", b"content")
 
     async def get(emulator: Emulator) -> bytes:
-        return await open_s3(Endpoint(emulator.url), "kept").get("a")
+        return await open_s3(emulator.endpoint, "kept").get("a")
 
     python = ministack_python()
     with Emulator(python, tmp_path) as emulator:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
+from batchlab import backends
 from batchlab.home import Home
 from batchlab.updown import kill_manager
 from tests.emulators import ministack_python
@@ -43,7 +43,7 @@ def test_a_run_is_looked_at(world: World, tmp_path: Path) -> None:
 def test_a_topic_of_the_emulators_own_is_told(world: World) -> None:
     place = Home(world.home).place("ministack")
     assert place
-    at = Endpoint(place.url)
+    at = backends.load("ministack").endpoint_at(Home(world.home), place)
     sns, sqs = aws(at, "sns"), aws(at, "sqs")
     topic = sns.create_topic(Name="batch")["TopicArn"]
     queue = sqs.create_queue(QueueName="hears")["QueueUrl"]
