@@ -44,12 +44,14 @@ PROBED_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class ManagerRecord:
-    """A running manager: where its API listens, and its name as owner of the lease."""
+    """A running manager: where its API listens, and its name as owner of the lease. It ends with
+    the process `parent`, if that is not 0."""
 
     url: str
     pid: int
     owner: str
     backend: str
+    parent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +237,16 @@ class Home:
             file.write(str(os.getpid()))
             file.flush()
             yield
+            # Not after an error, nor after a kill: what ended so was not taken down.
+            file.truncate(0)
+
+    @property
+    def is_taken_down(self) -> bool:
+        """Whether the last manager here ended because somebody ended it."""
+        try:
+            return not (self.path / "manager.lock").read_bytes()
+        except FileNotFoundError:
+            return False
 
     def _lock(self, file: IO[str]) -> None:
         give_up_s = time.monotonic() + PROBED_S

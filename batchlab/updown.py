@@ -132,6 +132,13 @@ def _refuse_pools(backend: Backend, home: Home, pools: Sequence[Pool]) -> None:
         )
 
 
+def has_started(home: Home, record: ManagerRecord | None) -> bool:
+    """Return whether this process started that manager, or the containers that it runs in."""
+    if record is None or record.backend == deployment.NAME:
+        return deployment.is_made_here(home)
+    return record.pid in _STARTED
+
+
 def stop_manager(home: Home) -> bool:
     """End the manager that runs here, with its instances; False where none runs."""
     record = home.record()

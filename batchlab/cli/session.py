@@ -1,7 +1,7 @@
 """The grid that one command works with: brought up if there is none, revived, taken down.
 
-Invariant: what this command has started it ends, however it is left; a grid that was there before
-stays as it was.
+Invariant: a command ends the grid that it started, however the command ends. A grid that stood
+before stays up, also if its manager dies meanwhile and the command starts the next one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
+from urllib.parse import urlsplit
 
 from batchlab.calls import patience_s
 from batchlab.cli import output
@@ -113,6 +114,8 @@ class Session:
         self.backend = backend
         self.ours = False
         """Whether the manager that runs now is one that we started, and end."""
+        self._stands = keep_up
+        """Whether the grid stays up after this command."""
         self.stop_s: float | None = None
         """How long the grid took to end, once it has."""
         self._pools = pools
@@ -120,7 +123,6 @@ class Session:
         self._port = port
         self._client: Client | None = None
         self._revivals_left = revivals
-        self._revives = revivals > 0
 
     @classmethod
     def attached(cls, home: Home) -> Self:
@@ -137,23 +139,41 @@ class Session:
     def start(self) -> None:
         """Take the grid that is up, or bring one up; returns when it can be talked to. Again it
         does nothing."""
-        if self._client is None:
-            self._bring_up()
-
-    def _bring_up(self) -> None:
-        from batchlab.updown import start_manager
-
+        if self._client is not None:
+            return
         if self._port and self.backend.runs_in != "processes":
             raise UsageError(
                 f"On {self.backend.name} the manager has a port of its own.",
                 remedy="Leave out --port.",
             )
         self.backend.check_installed()
+        record = self.home.record()
+        # Containers may stand without a manager for a moment, and hold everybody's objects.
+        if self.backend.restarts_manager(self.home) or (record and not record.parent):
+            self._stands = True
+        self._bring_up()
+        if record and self._stands:
+            self._pools, self._port = self._as_it_stands()
+
+    def _as_it_stands(self) -> tuple[Sequence[Pool], int]:
+        """Return the pools and the port with which another manager continues this grid."""
+        from batchlab.model import Pool
+
+        if self.backend.is_deployed or self.backend.runs_in != "processes":
+            return (), 0  # they are written down where the grid is
+        assert self._client is not None
+        port = urlsplit(self._client.url).port or 0
+        pools = self.call(lambda client: client.grid())["pools"]
+        return [Pool(one["name"], one["min"], one["max"], one["slots"]) for one in pools], port
+
+    def _bring_up(self) -> None:
+        from batchlab.updown import has_started, start_manager
+
         self.backend.named_place(self.home)  # refuses another endpoint than this home's
         record = self.home.record()
         if record is None:
             # Set before it is true: from now on there may be something to end.
-            self.ours = not self._keep_up
+            self.ours = not self._stands
             output.say(
                 f"Connecting to the stack {self.backend.stack(self.home).stack}."
                 if self.backend.is_deployed
@@ -163,10 +183,12 @@ class Session:
                 self.home,
                 self.backend,
                 pools=self._pools,
-                parent=not self._keep_up,
+                parent=not self._stands,
                 port=self._port,
                 say=output.say,
             )
+        # Another command may have been faster.
+        self.ours = not self._stands and has_started(self.home, record)
         remedy = f"Say --backend {record.backend}, or name another folder with --home."
         self.home.check_backend(record, self.backend.name, remedy)
         self._connect(record)
@@ -210,8 +232,8 @@ class Session:
 
     @property
     def _is_restarted(self) -> bool:
-        """Whether we wait for a manager that we neither started nor start again: Docker does."""
-        return not self._revives and self.backend.restarts_manager(self.home)
+        """Whether Docker restarts the manager of a grid that this command did not start."""
+        return not self.ours and self.backend.restarts_manager(self.home)
 
     def _revive(self, error: BackendError) -> None:
         if not self._revivals_left:
@@ -222,6 +244,10 @@ class Session:
             ) from error
         self._revivals_left -= 1
         output.say("The manager has ended; nothing is lost, and another one takes over.")
+        # Docker kills a manager in its container; then the deployment is forgotten.
+        is_gone = self.backend.runs_in == "containers" or self.home.is_taken_down
+        if is_gone and not self._keep_up:
+            self._stands = False  # and the rest runs on a grid of this command's own
         self._bring_up()
 
     def __enter__(self) -> Self:
@@ -233,11 +259,11 @@ class Session:
         error: BaseException | None,
         where: TracebackType | None,
     ) -> None:
-        from batchlab.updown import stop_manager
+        from batchlab.updown import has_started, stop_manager
 
         if self._client:
             self._client.close()
-        if self.ours:
+        if self.ours and has_started(self.home, self.home.record()):
             begun_s = time.monotonic()
             # One that is only just starting ends by itself when we do.
             if stop_manager(self.home):

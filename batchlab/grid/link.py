@@ -25,7 +25,7 @@ from batchlab.calls import patience_s
 from batchlab.client import Client
 from batchlab.errors import BackendError, NotFound, Refused, Unreachable, UsageError
 from batchlab.grid import pyexit
-from batchlab.home import Home
+from batchlab.home import Home, ManagerRecord
 from batchlab.model import ENDED, Pool
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class Link:
         if record is None:
             record = updown.start_manager(self.home, self.backend, pools=self._pools, parent=True)
             # Somebody else may have been faster, just now.
-            self.ours = self._has_started(record.pid)
+            self.ours = self._has_started(record)
         elif self._pools and not self.ours:
             raise UsageError(
                 f"A grid is up in {self.home.path}, so it cannot be sized here.",
@@ -93,10 +93,11 @@ class Link:
         self._check_python()
         self._clients.append(Client(record.url, self.home.token()))
 
-    def _has_started(self, pid: int) -> bool:
-        """Whether that manager is one that this process has started. Of a container's nobody can
-        tell: whoever finds none is taken for the one who brings it up."""
-        return self.backend.runs_in == "containers" or _is_child(pid)
+    def _has_started(self, record: ManagerRecord) -> bool:
+        """Return whether this process started that manager, or the containers that it runs in."""
+        if self.backend.runs_in == "containers":
+            return updown.has_started(self.home, record)
+        return _is_child(record.pid)  # a forked process has copies of what its parent knows
 
     def _check_python(self) -> None:
         try:
@@ -296,7 +297,7 @@ class Link:
     def _stop_manager(self) -> None:
         record = self.home.record()
         # Ours may have died, and somebody else's have taken its place.
-        if record and self._has_started(record.pid):
+        if record and self._has_started(record):
             updown.stop_manager(self.home)
 
     def _stop_loop(self) -> None:

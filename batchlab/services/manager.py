@@ -148,7 +148,7 @@ async def _lead(
     url = f"http://{host}:{listener.getsockname()[1]}"
     # Before anybody leads: whoever comes after us must know whose the lease is. Who asks already is
     # answered in a moment.
-    home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name))
+    home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name, parent))
     lead = _Lead(_explaining(fresh()))
     leading = loop.create_task(_lead_on(lead, fresh))
     # Workers boot while it is made, which takes as long.

@@ -199,6 +199,40 @@ def test_a_run_survives_the_death_of_its_manager(cli: Cli) -> None:
     cli.none_left()
 
 
+def test_a_run_leaves_a_standing_grid_up_after_its_manager_died(cli: Cli) -> None:
+    """The run starts another manager for the grid, with the same pools, and does not end it."""
+    cli.inputs(30)
+    assert cli("grid", "up", "--pool", "default:1-3x1")[0] == 0
+    first = cli.home.record()
+    assert first is not None
+    process = cli.start("run", "job.yaml", "--out", "out", "--set", "seconds=0.1")
+    cli.wait(lambda: cli.outcomes() >= 3, "outcome")
+    os.kill(first.pid, signal.SIGKILL)
+    code, _, err = cli.end(process)
+    assert code == 0, err
+    assert numbers(cli.folder / "out") == list(range(30))
+    second = cli.home.record()
+    assert second is not None, "the run ended a grid that it did not start"
+    assert second.owner != first.owner
+    (pool,) = json.loads(cli("grid", "status", "--json")[1])["pools"]
+    assert (pool["min"], pool["max"], pool["slots"]) == (1, 3, 1)
+    assert cli("grid", "down")[0] == 0
+    cli.none_left()
+
+
+def test_a_run_goes_on_when_its_standing_grid_is_taken_down(cli: Cli) -> None:
+    """It starts a grid of its own for the rest, and ends that one."""
+    cli.inputs(30)
+    assert cli("grid", "up")[0] == 0
+    process = cli.start("run", "job.yaml", "--out", "out", "--set", "seconds=0.1")
+    cli.wait(lambda: cli.outcomes() >= 3, "outcome")
+    assert cli("grid", "down")[0] == 0
+    code, _, err = cli.end(process)
+    assert code == 0, err
+    assert numbers(cli.folder / "out") == list(range(30))
+    cli.none_left()
+
+
 def test_a_failed_job_says_what_failed_and_keeps_what_succeeded(cli: Cli) -> None:
     """Pain 13: partial failure is told, with reasons, and the rest is there."""
     cli.inputs(5)

@@ -159,15 +159,24 @@ class Managers:
         self.home = home
         self.lives = lives
         self.started = self.stopped = 0
+        self.options: list[dict[str, Any]] = []
+        self.backend = "local"
+        self.is_ours = True
+        """Whether a manager that is started now is this process's own."""
 
     def start(self, *_: object, **options: Any) -> ManagerRecord:
-        assert options["parent"], "it must end with the command"
+        self.options.append(options)
         self.started += 1
-        return ManagerRecord(f"http://{self.started}", 1, "m", "local")
+        found = self.record()
+        assert found
+        return found
 
     def record(self) -> ManagerRecord | None:
         alive = self.started and self.lives[self.started - 1] > 0
-        return ManagerRecord(f"http://{self.started}", 1, "m", "local") if alive else None
+        return ManagerRecord(f"http://{self.started}", 1, "m", self.backend) if alive else None
+
+    def has_started(self, home: Home, record: ManagerRecord | None) -> bool:
+        return bool(record and self.options) and self.is_ours
 
     def stop(self, *_: object) -> bool:
         self.stopped += 1
@@ -186,6 +195,8 @@ def managers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[
         made = Managers(Home(tmp_path), lives)
         monkeypatch.setattr("batchlab.updown.start_manager", made.start)
         monkeypatch.setattr("batchlab.updown.stop_manager", made.stop)
+        monkeypatch.setattr("batchlab.updown.has_started", made.has_started)
+        monkeypatch.setattr(Client, "grid", lambda _: a_grid())
         monkeypatch.setattr(Home, "record", lambda _: made.record())
         return made
 
@@ -195,11 +206,12 @@ def managers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[
 def test_a_manager_that_dies_is_replaced_and_the_question_asked_again(
     managers: Callable[[list[int]], Managers],
 ) -> None:
-    made = managers([1, 1, 2])
+    made = managers([1, 1, 3])
     with Session(made.home, backends.load("local")) as grid:
         grid.start()
         assert [grid.call(lambda _: made.answer()) for _ in range(4)] == ["answer"] * 4
     assert (made.started, made.stopped) == (3, 1)
+    assert all(one["parent"] for one in made.options), "each must end with the command"
 
 
 def test_managers_that_keep_dying_are_given_up_with_exit_code_three(
@@ -217,13 +229,69 @@ def test_managers_that_keep_dying_are_given_up_with_exit_code_three(
     assert error.value.exit_code == 3
 
 
+def test_the_next_manager_of_a_standing_grid_stays_up_too(
+    managers: Callable[[list[int]], Managers],
+) -> None:
+    made = managers([1, 2])
+    made.started = 1
+    with Session(made.home, backends.load("local"), [Pool("big", 0, 9, 9)]) as grid:
+        grid.start()
+        assert [grid.call(lambda _: made.answer()) for _ in range(2)] == ["answer"] * 2
+        assert not grid.ends_grid
+    assert (made.started, made.stopped) == (2, 0)
+    (options,) = made.options
+    assert not options["parent"]
+    assert options["pools"] == [Pool("default", 0, 4, 2)], "the job's pools are not the grid's"
+
+
+def test_containers_that_stand_without_a_manager_are_not_taken_down(
+    managers: Callable[[list[int]], Managers],
+) -> None:
+    """Everybody's objects are in their LocalStack."""
+    made = managers([2, 2])
+    made.backend = "localstack"
+    at = Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13")
+    deployment.write(made.home, at)
+    with Session(made.home, backends.load("localstack")) as grid:
+        grid.start()
+        assert grid.call(lambda _: made.answer()) == "answer"
+    assert (made.started, made.stopped) == (1, 0)
+    assert not made.options[0]["parent"]
+
+
+def test_after_containers_were_taken_down_the_next_ones_are_the_commands_own(
+    managers: Callable[[list[int]], Managers],
+) -> None:
+    made = managers([1, 2])
+    made.backend, made.started = "localstack", 1
+    at = Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13")
+    deployment.write(made.home, at)
+    with Session(made.home, backends.load("localstack")) as grid:
+        grid.start()
+        assert grid.call(lambda _: made.answer()) == "answer"
+        deployment.forget(made.home)  # as `grid down` does
+        assert grid.call(lambda _: made.answer()) == "answer"
+    assert (made.started, made.stopped) == (2, 1)
+
+
+def test_a_manager_that_another_command_started_meanwhile_is_left_to_that(
+    managers: Callable[[list[int]], Managers],
+) -> None:
+    made = managers([2])
+    made.is_ours = False
+    with Session(made.home, backends.load("local")) as grid:
+        grid.start()
+        assert grid.call(lambda _: made.answer()) == "answer"
+    assert made.stopped == 0
+
+
 def test_a_manager_that_docker_starts_again_is_waited_for(
     managers: Callable[[list[int]], Managers],
 ) -> None:
-    """By who has started none, and so starts none again."""
+    """A command that did not start the grid does not start its manager either."""
     made = managers([1, 1])
     made.started = 1
-    grid = Session(made.home, backends.load("localstack"), revivals=0)
+    grid = Session(made.home, backends.load("localstack"))
     grid._client = Client("http://1", "secret")
     at = Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13")
     deployment.write(made.home, at)
@@ -239,9 +307,12 @@ def test_a_manager_that_docker_starts_again_is_waited_for(
             raise
 
     assert grid.call(ask) == "answer"
+    assert not made.options
     deployment.forget(made.home)  # the grid was taken down meanwhile
+    attached = Session(made.home, backends.load("localstack"), revivals=0)
+    attached._client = grid._client
     with pytest.raises(Unreachable, match="nothing is lost"):
-        grid.call(lambda _: made.answer())
+        attached.call(lambda _: made.answer())
 
 
 def test_a_grid_that_was_up_is_left_up(managers: Callable[[list[int]], Managers]) -> None:

@@ -369,22 +369,33 @@ def test_root_does_not_give_away_a_folder_that_is_no_grids(
     assert [path.name for path in tmp_path.iterdir()] == ["letters"]
 
 
-def test_a_grid_that_a_program_has_brought_up_in_containers_goes_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stood", [False, True])
+def test_a_program_takes_down_containers_only_if_it_brought_them_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stood: bool
 ) -> None:
+    """A grid may stand although its manager does not answer just now."""
     stopped: list[Home] = []
     record = ManagerRecord("http://10.213.70.13:8080", 7, "manager", "localstack")
-    monkeypatch.setattr("batchlab.updown.start_manager", lambda *_, **__: record)
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+    def start(home: Home, *_: object, **__: object) -> ManagerRecord:
+        deployment.write(home, replace(AT, python=here))
+        return record
+
+    monkeypatch.setattr("batchlab.updown.start_manager", start)
     monkeypatch.setattr("batchlab.updown.stop_manager", stopped.append)
     home = Home(tmp_path)
     home.of("localstack").mkdir()
     home.write_place("localstack", PLACE)
+    if stood:
+        start(home)
+        monkeypatch.setattr(deployment, "_MADE_HERE", set())  # another process made it
     monkeypatch.setattr(Home, "record", lambda _: None)
     link = Link(backends.load("localstack"), home, ())
-    assert link.ours
+    assert link.ours is not stood
     monkeypatch.setattr(Home, "record", lambda _: record)
     link.close()
-    assert stopped == [home]
+    assert stopped == ([] if stood else [home])
 
 
 def test_a_program_waits_for_a_manager_that_docker_starts_again(

@@ -109,6 +109,15 @@ def read(home: Home) -> Deployment | None:
         ) from error
 
 
+_MADE_HERE: set[Path] = set()
+"""Homes whose deployment this process made."""
+
+
+def is_made_here(home: Home) -> bool:
+    """Return whether this process made the deployment of this home."""
+    return home.path in _MADE_HERE
+
+
 def write(home: Home, deployment: Deployment) -> None:
     """Keep it, with a password of its own where there is none yet; whole or not at all."""
     here = folder(home)
@@ -118,7 +127,10 @@ def write(home: Home, deployment: Deployment) -> None:
     if not password.exists():
         # A full disk would else leave an empty one, and that would be kept.
         write_whole(password, secrets.token_urlsafe(24), mode=0o444)
-    write_whole(here / "deployment.json", json.dumps(asdict(deployment), indent=1))
+    path = here / "deployment.json"
+    if not path.exists():
+        _MADE_HERE.add(home.path)
+    write_whole(path, json.dumps(asdict(deployment), indent=1))
 
 
 def locked(home: Home) -> AbstractContextManager[None]:
@@ -133,6 +145,7 @@ def forget(home: Home) -> None:
     # The next grid here has the same name: it would launch for groups that ended with this one.
     (folder(home) / STATE / "groups.json").unlink(missing_ok=True)
     (folder(home) / "deployment.json").unlink(missing_ok=True)
+    _MADE_HERE.discard(home.path)
 
 
 def free_subnet(taken: Iterable[str], project: str = "") -> str:
