@@ -135,6 +135,11 @@ class Registry:
         gone = self._gone.get(instance)
         return instance in self.workers or bool(gone and gone.worker)
 
+    def said_goodbye(self, instance: str) -> bool:
+        """Whether the last worker of the instance has reported that it leaves."""
+        gone = self._gone.get(instance)
+        return bool(gone and gone.told)
+
     def idle(self, pool: str) -> list[str]:
         """Instances of the pool that hold nothing, longest silent first."""
         found = [

@@ -82,6 +82,8 @@ class FaultKind(StrEnum):
     RESUMED = "resumed", USER, "a user resumes a job"
     RETRIED = "retried", USER, "a user retries a job"
     RESUBMITTED = "resubmitted", USER, "a user submits a job again under its token"
+    # The last: kinds before it keep the draws that they had without it.
+    CORRUPTED = "corrupted", SKY, "a worker begins to lie, within the rights of its role"
 
     def applies(self, label: str) -> bool:
         """Whether it can happen at a call or look of that label."""
@@ -95,7 +97,7 @@ class Weather:
     """Probability of each kind of fault per port call, look at the sky, or thought of a user.
 
     With `varied` each seed chooses which kinds it has, and how heavily. With `timed` its worlds
-    have a schedule too.
+    have a schedule too. With `lies` every seed has CORRUPTED, and jobs beside those of its plan.
     """
 
     kill_before: float = 0.0
@@ -132,8 +134,10 @@ class Weather:
     resumed: float = 0.0
     retried: float = 0.0
     resubmitted: float = 0.0
+    corrupted: float = 0.0
     varied: bool = False
     timed: bool = False
+    lies: bool = False
 
     def rate(self, kind: FaultKind) -> float:
         rate: float = getattr(self, kind.value)
@@ -144,7 +148,8 @@ class Weather:
         if not self.varied:
             return self
         rates = {k.value: self.rate(k) * rng.choice(_SHARES) * heaviness for k in FaultKind}
-        return replace(self, **rates, varied=False, timed=self.timed)
+        drawn = replace(self, **rates, varied=False, timed=self.timed, lies=self.lies)
+        return replace(drawn, corrupted=self.corrupted) if self.lies else drawn
 
 
 _SHARES = (0.0, 0.0, 0.3, 1.0, 2.0)

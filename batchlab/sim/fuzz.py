@@ -30,6 +30,7 @@ R = TypeVar("R")
 WEATHERS: Mapping[str, Weather] = {
     "all": trial.ALL,
     "crashes": trial.CRASHES,
+    "lies": trial.LIES,
     "storm": trial.STORM,
     "timed": trial.TIMED,
 }

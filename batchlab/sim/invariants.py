@@ -6,7 +6,7 @@ Each check reads the bucket, the ledger or what the world saw, and raises Violat
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from batchlab.adapters.sql.ledger import open_memory
@@ -36,10 +36,14 @@ def _require(holds: bool, name: str, facts: str) -> None:
 
 
 async def check_all(world: World, jobs: Sequence[JobId]) -> None:
-    """I1, I2, I3 and I7 for these jobs, which must have ended."""
+    """I1, I2, I3 and I7 for these jobs, which must have ended. Of a job that a lying worker has
+    touched, only its end is checked."""
+    trust = world.watch.trust
     for job in jobs:
         await check_ended(world.ledger, job)
-        outcomes = await outcomes_of(world.objects, job)
+        if job in trust.touched:
+            continue
+        outcomes = await outcomes_of(world.objects, job, trust.forged)
         check_terminal_states(job, outcomes)
         check_attempts(job, outcomes)
         await check_listed(world.ledger, job)
@@ -51,11 +55,23 @@ async def check_trial(world: World, plan: Plan) -> None:
     """Every promise, on a world that has come to rest."""
     check_at_rest(await world.groups())
     check_queues(world)
+    await check_jobs(world, plan.jobs)
     await check_all(world, [job.id for job in plan.jobs])
     fates = Fates(world.seed, plan.run_s)
+    trust = world.watch.trust
     for job in plan.jobs:
-        await check_results(world, job)
-        check_failures(world, fates, job, await outcomes_of(world.objects, job.id))
+        if job.id not in trust.touched:
+            await check_results(world, job)
+            outcomes = await outcomes_of(world.objects, job.id, trust.forged)
+            check_failures(world, fates, job, outcomes)
+
+
+async def check_jobs(world: World, jobs: Sequence[JobDef]) -> None:
+    """I8: the ledger has the jobs that users submitted, as they submitted them, and no others."""
+    submitted = {job.id: job for job in jobs}
+    for row in (await world.ledger.dump())["jobs"] if world.watch.trust.lies else ():
+        job = submitted.get(JobId(row["id"]))
+        _require(job is not None, "I8", f"the ledger has the job {row['id']!r}, which no user has")
 
 
 async def check_ended(ledger: Ledger, job: JobId) -> None:
@@ -64,12 +80,12 @@ async def check_ended(ledger: Ledger, job: JobId) -> None:
     _require(record.state.ended, "I7", f"{job} is still {record.state}")
 
 
-async def outcomes_of(objects: Objects, job: JobId) -> list[Outcome]:
-    """Every committed outcome of a job, in key order."""
+async def outcomes_of(objects: Objects, job: JobId, forged: Collection[str] = ()) -> list[Outcome]:
+    """Every committed outcome of a job, in key order, without the `forged` keys."""
     found = []
     async for page in objects.list(naming.committed(job)):
         for info in page:
-            if naming.is_outcome(info.key):
+            if naming.is_outcome(info.key) and info.key not in forged:
                 data = await objects.get(info.key)
                 found.append(wire.outcome_from_json(wire.loads(data)))
     return found
@@ -144,7 +160,9 @@ async def check_rebuild(world: World) -> None:
     ids, patience = SimIds(rng), Patience(rng)
     ports = Ports(world.objects, world.queue, no_fleet, again, world.clock, ids, patience)
     await rebuild(ports)
-    grown, rebuilt = await world.ledger.dump(), await again.dump()
+    touched = world.watch.trust.touched
+    grown = _untouched(await world.ledger.dump(), touched)
+    rebuilt = _untouched(await again.dump(), touched)
     for table in grown:
         _require(
             grown[table] == rebuilt.get(table),
@@ -152,6 +170,16 @@ async def check_rebuild(world: World) -> None:
             f"table {table} (grown, rebuilt): {_differences(grown[table], rebuilt[table])}",
         )
     await again.close()
+
+
+def _untouched(
+    dump: Mapping[str, Json], touched: Collection[str]
+) -> dict[str, list[dict[str, Json]]]:
+    """The rows of jobs that no lying worker has touched."""
+    return {
+        table: [row for row in rows if row["id" if table == "jobs" else "job"] not in touched]
+        for table, rows in dump.items()
+    }
 
 
 def _differences(grown: Sequence[dict[str, Json]], rebuilt: Sequence[dict[str, Json]]) -> Json:

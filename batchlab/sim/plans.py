@@ -71,6 +71,15 @@ def draw(seed: int) -> Plan:
     )
 
 
+def with_bystanders(seed: int, plan: Plan) -> Plan:
+    """The plan with two more small jobs, of which lying workers may receive no message."""
+    rng = random.Random(f"{seed}/bystanders")  # noqa: S311 - simulation
+    first = len(plan.jobs)
+    more = [_job(seed, first + number, rng, plan.pools) for number in range(2)]
+    small = (replace(job, items=min(job.items or 0, 5), start_at_s=None) for job in more)
+    return replace(plan, jobs=(*plan.jobs, *small))
+
+
 def _work_s(pools: Sequence[Pool], jobs: Sequence[JobDef], run_s: Sequence[float]) -> float:
     """How long the pool with most to do is busy, if all its instances are."""
     slots = {pool.name: pool.max_size * pool.slots for pool in pools}

@@ -15,7 +15,7 @@ from batchlab.sim import invariants
 from batchlab.sim.fates import Fates
 from batchlab.sim.faults import Fault, FaultKind, Faults, Weather
 from batchlab.sim.loop import SimLoop, TimeLimit
-from batchlab.sim.plans import LIMIT_S, Plan, draw
+from batchlab.sim.plans import LIMIT_S, Plan, draw, with_bystanders
 from batchlab.sim.schedules import Keeper
 from batchlab.sim.users import User
 from batchlab.sim.weather import Sky
@@ -69,7 +69,10 @@ ALL = replace(
 TIMED = replace(ALL, timed=True)
 """Everything that can happen, in worlds with a schedule."""
 
-BUDGET = dict.fromkeys(FaultKind, 12)
+LIES = replace(ALL, corrupted=0.15, lies=True)
+"""Everything that can happen, in worlds where workers lie."""
+
+BUDGET = dict.fromkeys(FaultKind, 12) | {FaultKind.CORRUPTED: 3}
 """After these many the weather is fair, so that a world comes to rest."""
 
 SQL_EVERY = 4
@@ -138,6 +141,8 @@ def run(
     loop = SimLoop(inline_executor=True)
     # A world of many hours has tasks that are longer than any schedule's period.
     timed = weather.timed and plan.limit_s == LIMIT_S
+    if weather.lies and plan.limit_s == LIMIT_S:
+        plan = with_bystanders(seed, plan)
     main = _main(seed, plan, chosen, logged=logged, log=log, sql=sql, timed=timed)
     try:
         return loop.run(main, limit_s=plan.limit_s, limit_steps=STEPS)
@@ -197,6 +202,8 @@ async def _main(
 async def _watch_ledger(world: World, plan: Plan) -> None:
     while True:
         await asyncio.sleep(LOOK_S * plan.pace)
+        for post in world.posts:
+            world.watch.trust.check_registry(post.manager.registry)
         for job in plan.jobs:
             record = None if world.rebuilding else await world.find(job.id)
             if record is not None:

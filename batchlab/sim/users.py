@@ -29,6 +29,9 @@ LOOK_S = 4.0
 """How often a user who waits looks at the job, at least: a look costs more than all else."""
 
 
+PATIENCE_S = 300.0
+"""A user waits so long for a job that a lying worker has touched."""
+
 FEW = 20
 """Items that a client sends along with the submission."""
 
@@ -97,10 +100,17 @@ class User:
             await request
 
     async def _see_to_the_end(self) -> JobState:
+        waited_s = 0.0
         while True:
             record = await self._world.find(self._job.id)
             if record is not None and record.state.ended:
                 return record.state
+            if self._job.id in self._world.watch.trust.touched:
+                # A lying worker may hold up a job that it was given, until its user cancels it.
+                waited_s += max(LOOK_S, self._pace / 10)
+                if waited_s > PATIENCE_S * self._pace:
+                    waited_s = 0.0
+                    await self._cancel()
             if record is not None and record.control is Control.PAUSE:
                 await self._ask("resume")
             await asyncio.sleep(max(LOOK_S, self._pace / 10))

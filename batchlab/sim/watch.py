@@ -6,9 +6,9 @@ behind the ports saw them, so it holds for whatever code runs above.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,12 @@ from batchlab.adapters.sim.queue import SimQueue
 from batchlab.model import Bundle, Control, JobId, StageCounts, StageName
 from batchlab.ports import MAX_VISIBILITY_S, Clock, Message, StageRecord
 from batchlab.protocol import definition, naming, wire
-from batchlab.sim.actors import Actor, SimulationError
+from batchlab.sim.actors import CURRENT, Actor, SimulationError
 from batchlab.sim.faults import LATENCY_S
+from batchlab.sim.told import Name, doc_of, name_in, name_of, name_of_bundle, told_in
+from batchlab.sim.trust import Trust
 from batchlab.tasknames import task_name
 from batchlab.worker.tenure import RETURN_S
-
-Name = tuple[str, str, str]
-"""(job, stage, bundle id)."""
 
 TOLERANCE_S = 1.0
 
@@ -72,6 +71,7 @@ class Watch:
     visibility_s: float
     """What workers ask for to keep a message; see `_gives_back` for what they ask for otherwise."""
     starts: list[Start] = field(default_factory=list)
+    trust: Trust = field(init=False)
     _killed_s: dict[Actor, float] = field(default_factory=dict)
     """Workers that ended otherwise than by draining."""
     _written: dict[str, tuple[Actor, float]] = field(default_factory=dict)
@@ -86,8 +86,12 @@ class Watch:
     _retries: dict[JobId, list[int]] = field(default_factory=dict)
     _counts: dict[tuple[JobId, StageName], tuple[int, StageCounts]] = field(default_factory=dict)
 
-    def _require(self, holds: bool, promise: str, facts: str) -> None:
-        if not holds:
+    def __post_init__(self) -> None:
+        self.trust = Trust(self._require)
+
+    def _require(self, holds: bool, promise: str, facts: str, job: str | None = None) -> None:
+        """Fail unless it `holds`, or the `job` is one that a lying worker has touched."""
+        if not holds and job not in self.trust.touched:
             self.fail(Violated(f"{promise} is violated: {facts}"))
 
     # --- The bucket ------------------------------------------------------------------------------
@@ -98,6 +102,9 @@ class Watch:
         if parts[0] != "jobs":
             return
         job, kind = parts[1], parts[2]
+        if self.trust.is_liar(CURRENT.get()):
+            self._forged(key, job, parts, data)
+            return
         if kind == "control.json":
             word = wire.word_from_bytes(data).control
             self._words.setdefault(job, []).append((self.clock.monotonic_s(), word))
@@ -106,19 +113,29 @@ class Watch:
             kind = parts[3]
         if kind in ("starts", "running"):
             return
-        self._require(before in (None, data), "I1", f"{key} has changed after its commit")
+        self._require(before in (None, data), "I1", f"{key} has changed after its commit", job)
         # Parts come before the manifest that commits them; whoever plans writes the same ones.
         conditional = if_absent or parts[-1].startswith(("part-", "item-"))
         self._require(conditional, "I1", f"{key} is written without a condition")
         self._learn(kind, parts[-2], data)
 
+    def _forged(self, key: str, job: str, parts: Sequence[str], data: bytes) -> None:
+        """A lying worker has written an object, which may commit a bundle that it was given."""
+        if job not in self.trust.touched:
+            self.trust.forged.add(key)
+        elif parts[3] == "outcomes":
+            # The lie may be anything at all; only one that can be read commits a bundle.
+            with suppress(Exception):
+                self._learn("outcomes", parts[-2], data)
+
     def _learn(self, kind: str, folder: str, data: bytes) -> None:
         if kind == "outcomes":
             outcome = wire.outcome_from_json(wire.loads(data))
-            name = _name(outcome.bundle)
-            self._require(name in self._planned, "I1", f"{name} is committed, but not planned")
+            name = name_of_bundle(outcome.bundle)
+            planned = name in self._planned
+            self._require(planned, "I1", f"{name} is committed, but not planned", name[0])
             self._committed.add(name)
-            self._planned.update(_name(follow.bundle) for follow in outcome.follows)
+            self._planned.update(name_of_bundle(follow.bundle) for follow in outcome.follows)
         elif kind == "spec.json":
             opening = definition.opening_in(wire.loads(data))
             if opening and opening.cut:
@@ -130,7 +147,7 @@ class Watch:
                 self._plan(wire.cut_from_json(cut).bundles)
 
     def _plan(self, bundles: Sequence[Bundle]) -> None:
-        self._planned.update(map(_name, bundles))
+        self._planned.update(map(name_of_bundle, bundles))
 
     # --- Port calls ------------------------------------------------------------------------------
 
@@ -151,7 +168,9 @@ class Watch:
             self._extends(args[0], args[1])
         elif label == "objects.put" and "/starts/" in args[0]:
             self._written.setdefault(args[0], (actor, self.clock.monotonic_s()))
-        elif label == "objects.delete":
+        elif label == "objects.get":
+            self.trust.reads(actor, args[0])
+        elif label == "objects.delete" and not self.trust.is_liar(actor):
             for key in args[0]:
                 self._written.pop(key, None)
             gone = [key for key in args[0] if "/starts/" not in key]
@@ -162,27 +181,36 @@ class Watch:
         if not _carries_tasks(queue):
             return
         for message in messages:
-            name = _name_in(message.body)
+            name = name_in(message.body)
+            if name is not None:
+                self.trust.received(actor, queue, name[0], message.body)
             if name in self._planned:
                 hold = Hold(actor, name, message.receive_count, now_s, now_s)
                 self._holds[queue, message.receipt] = hold
 
     def _sends(self, actor: Actor, queue: str, messages: Sequence[Any]) -> None:
         now_s = self.clock.monotonic_s()
+        lies = self.trust.is_liar(actor)
         for message in messages:
+            doc = doc_of(message.body)
+            self.trust.sent(actor, queue, message.body, doc)
+            if lies:
+                continue
             if queue == naming.EVENTS:
-                for told in _told_in(message.body):
+                for told in told_in(doc):
                     self._require(
                         told in self._committed,
                         "step 3",
                         f"{actor.name} tells of {told} before it is committed",
+                        told[0],
                     )
                     self._settled_s[actor, told] = now_s
-            elif (name := _name_in(message.body)) is not None:
+            elif (name := name_of(doc)) is not None:
                 self._require(
                     name in self._planned,
                     "step 3",
                     f"{actor.name} sends {name}, which follows from nothing that is committed",
+                    name[0],
                 )
                 self._settled_s[actor, name] = now_s
 
@@ -202,6 +230,7 @@ class Watch:
                 done or self._was_stopped(hold),
                 "step 4",
                 f"{actor.name} deletes {hold.bundle}, and has neither told of it nor sent it again",
+                hold.bundle[0],
             )
 
     def _was_stopped(self, hold: Hold) -> bool:
@@ -223,6 +252,7 @@ class Watch:
                 not beyond or self._excused(hold.actor, hold.received_s),
                 "12 h",
                 f"{hold.actor.name} asks to hold {hold.bundle} longer than SQS lets anybody",
+                hold.bundle[0],
             )
 
     def _gives_back(self, hold: Hold, visibility_s: float) -> bool:
@@ -240,6 +270,7 @@ class Watch:
             "heartbeat",
             f"the visibility of {hold.bundle} ran out in the hands of {hold.actor.name}, which is "
             f"alive and was not disturbed since {hold.asked_s:.3f}",
+            hold.bundle[0],
         )
 
     def _excused(self, actor: Actor, since_s: float) -> bool:
@@ -258,6 +289,7 @@ class Watch:
                 not self.queue.held_s(queue, receipt) or self._excused(actor, hold.received_s),
                 "I6",
                 f"{actor.name} has left, and {hold.bundle} waits for its timeout",
+                hold.bundle[0],
             )
 
     # --- Tasks -----------------------------------------------------------------------------------
@@ -271,6 +303,7 @@ class Watch:
             "I4",
             f"{start.job}: its cancellation was acknowledged at {forbidden_s}, and task "
             f"{task_name(start.stage, start.task)} starts",
+            start.job,
         )
 
     def killed(self, actor: Actor) -> None:
@@ -342,7 +375,7 @@ class Watch:
             now = record.counts
             if now.planned is not None:
                 told = f"{job}/{now.stage}: {now.planned} planned, {now.terminal} ended"
-                self._require(now.terminal <= now.planned, "I2", told)
+                self._require(now.terminal <= now.planned, "I2", told, job)
             before_round, before = self._counts.get((job, now.stage), (-1, now))
             self._counts[job, now.stage] = round_, now
             if before_round != round_:
@@ -350,35 +383,8 @@ class Watch:
             for what in ("succeeded", "failed", "cancelled"):
                 was, is_ = getattr(before, what), getattr(now, what)
                 told = f"{job}/{now.stage}: {what} fell from {was} to {is_} in round {round_}"
-                self._require(is_ >= was, "I2", told)
+                self._require(is_ >= was, "I2", told, job)
 
 
 def _carries_tasks(queue: str) -> bool:
     return queue.startswith("tasks-") and not queue.endswith("-dead")
-
-
-def _name(bundle: Bundle) -> Name:
-    return bundle.job, bundle.stage, bundle.id
-
-
-def _name_in(body: str) -> Name | None:
-    """The bundle that a task message carries; None where it is none of ours."""
-    try:
-        return _name(wire.bundle_from_json(json.loads(body)["b"]))
-    except Exception:  # noqa: BLE001 - scenes send malformed ones on purpose
-        return None
-
-
-def _told_in(body: str) -> list[Name]:
-    """The bundles of whose outcomes an event tells."""
-    try:
-        doc: Mapping[str, Any] = json.loads(body)
-        told = [wire.bundle_from_json(one["b"]) for one in doc.get("c", ())]
-        told += [wire.bundle_from_json(one["bundle"]) for one in doc.get("o", ())]
-        keys = [key.split("/") for key in doc.get("k", ())]
-        return [
-            *map(_name, told),
-            *((key[1], key[2], key[-1].removesuffix(".json")) for key in keys),
-        ]
-    except Exception:  # noqa: BLE001 - as above
-        return []

@@ -65,6 +65,7 @@ class Sky:
             FaultKind.MANAGER_STOPPED: self._stop,
             FaultKind.LEDGER_LOST: self._lose_ledger,
             FaultKind.LEDGER_REBUILT: self._rebuild_ledger,
+            FaultKind.CORRUPTED: self._corrupt,
         }
 
     async def change(self) -> None:
@@ -168,6 +169,15 @@ class Sky:
 
         self._later(thaw(), f"thaw {actor.name}")
         return f"{actor.name} for {seconds:.3f} s"
+
+    async def _corrupt(self, rng: random.Random) -> str | None:
+        trust = self._world.watch.trust
+        honest = [one for one in self._workers() if not trust.is_liar(one.actor)]
+        worker = _one(rng, honest)
+        if worker is None:
+            return None
+        worker.begin_to_lie(rng, self._pace)
+        return worker.actor.name
 
     # --- Instances -------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from batchlab.adapters.sim.launcher import SimLauncher
@@ -31,8 +32,10 @@ from batchlab.sim.actors import CURRENT, Actor, ActorKilled
 from batchlab.sim.clocks import SimClock, SimIds, SkewedClock
 from batchlab.sim.faults import Faults
 from batchlab.sim.fleet import FleetState, SimFleet
+from batchlab.sim.liar import Liar
 from batchlab.sim.log import EventLog
 from batchlab.sim.loop import Crashed, SimLoop
+from batchlab.sim.rights import Rights
 from batchlab.sim.runner import Scene, Script, ScriptedRunner
 from batchlab.sim.watch import Start, Watch
 from batchlab.sim.wrappers import wrap
@@ -209,9 +212,9 @@ class World:
     def _clock_of(self, rng: random.Random) -> SkewedClock:
         return SkewedClock(self.clock, rng.uniform(-self.skew_s, self.skew_s))
 
-    def _wrapped(self, inner: T, port: str, actor: Actor) -> T:
+    def _wrapped(self, inner: T, port: str, actor: Actor, rights: Rights | None = None) -> T:
         watch = self.watch if self.watched else None
-        return wrap(inner, port, actor, self.faults, self.log, watch)
+        return wrap(inner, port, actor, self.faults, self.log, watch, rights)
 
     async def supervise(self) -> None:
         """Start a manager, and the next one some time after it ends, for ever."""
@@ -323,10 +326,13 @@ class SimWorker:
         self._world = world
         rng = world.rng(f"worker/{instance}")
         self.clock = world._clock_of(rng)
-        objects = world._wrapped(world.objects, "objects", self.actor)
-        queue = world._wrapped(world.queue, "queue", self.actor)
+        self.rights = Rights(partial(world.watch.trust.deny, self.actor))
+        rights = self.rights if world.watched else None
+        objects = world._wrapped(world.objects, "objects", self.actor, rights)
+        queue = world._wrapped(world.queue, "queue", self.actor, rights)
+        self.who = Identity(f"w-{instance}", instance, pool.name, pool.slots)
         self.worker = Worker(
-            Identity(f"w-{instance}", instance, pool.name, pool.slots),
+            self.who,
             objects,
             queue,
             self.clock,
@@ -336,6 +342,24 @@ class SimWorker:
         )
         life = self.actor.spawn(self.worker.run(), name=f"worker {instance}")
         life.add_done_callback(self._over)
+
+    def begin_to_lie(self, rng: random.Random, pace: float) -> None:
+        """From now on the worker also lies; in half the cases it no longer receives messages."""
+        world = self._world
+        world.watch.trust.begins_to_lie(self.actor)
+        self.rights.deaf = rng.random() < 0.5
+        rights = Rights(partial(world.watch.trust.deny, self.actor))
+        liar = Liar(
+            self.actor,
+            self.who,
+            world._wrapped(world.objects, "objects", self.actor, rights),
+            world._wrapped(world.queue, "queue", self.actor, rights),
+            world.clock,
+            world.watch.trust,
+            world.objects,
+            rng,
+        )
+        self.actor.spawn(liar.lie(pace), name=f"liar {self.instance}")
 
     def stop(self, grace_s: float) -> None:  # noqa: ARG002 - the launcher keeps the deadline
         """SIGTERM."""

@@ -19,6 +19,7 @@ from batchlab.sim.actors import Actor, ActorKilled
 from batchlab.sim.faults import CREATE, LATE_S, FaultKind, Faults, Point
 from batchlab.sim.log import EventLog, brief
 from batchlab.sim.pauses import Pause
+from batchlab.sim.rights import Rights
 from batchlab.sim.watch import Watch
 
 T = TypeVar("T")
@@ -42,8 +43,10 @@ def wrap(
     faults: Faults | None = None,
     log: EventLog | None = None,
     watch: Watch | None = None,
+    rights: Rights | None = None,
 ) -> T:
     """`inner` as `actor` sees it; `port` names it in the log, and "queue" gets a queue's faults.
+    `rights` refuses the calls that the actor's role does not allow.
 
     Without faults and log it is `inner` itself, which costs nothing, but then the actor cannot be
     killed any more. Faults without rates and latency keep it killable.
@@ -53,7 +56,7 @@ def wrap(
         return inner
     # A dynamic proxy behind the type of what it stands for: delegates written out for five
     # protocols would be 40 methods that say nothing and must follow every change of the ports.
-    return cast(T, _Port(inner, port, actor, faults, log, watch))
+    return cast(T, _Port(inner, port, actor, faults, log, watch, rights))
 
 
 class _Port:
@@ -65,6 +68,7 @@ class _Port:
         faults: Faults | None,
         log: EventLog | None,
         watch: Watch | None,
+        rights: Rights | None,
     ) -> None:
         self._inner = inner
         self._port = port
@@ -72,6 +76,7 @@ class _Port:
         self._faults = faults
         self._log = log
         self._watch = watch
+        self._rights = rights
         self._pause = Pause()
 
     def __getattr__(self, name: str) -> Any:
@@ -126,8 +131,9 @@ class _Port:
         try:
             if point.request_s:
                 await self._pause(point.request_s)
+            conditional = bool(kwargs.get("if_absent") or kwargs.get("if_match"))
+            self._permit(label, shown[0], conditional)
             if faults is not None:
-                conditional = kwargs.get("if_absent") or kwargs.get("if_match")
                 kind = faults.strike(point, CREATE if conditional else label)
             if kind is None or faults is None:
                 result = await target(*args, **kwargs)
@@ -174,6 +180,10 @@ class _Port:
                 back = [(message.receipt, 0.0) for message in taken]
                 await self._inner.change_visibility(args[0], back)
             raise
+
+    def _permit(self, label: str, args: Sequence[Any], conditional: bool) -> None:
+        if self._rights is not None:
+            self._rights.check(label, args, conditional=conditional)
 
     def _disturbed(self, for_s: float) -> None:
         if self._watch is not None:

@@ -1,0 +1,55 @@
+"""The bundles that a message speaks of, read as loosely as the watch can.
+
+Invariant: a message that cannot be read speaks of no bundle, and raises nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from batchlab.model import Bundle
+from batchlab.protocol import wire
+
+Name = tuple[str, str, str]
+"""(job, stage, bundle id)."""
+
+
+def name_of_bundle(bundle: Bundle) -> Name:
+    return bundle.job, bundle.stage, bundle.id
+
+
+def doc_of(body: str) -> Mapping[str, Any]:
+    """The JSON of a message; empty where it is none."""
+    try:
+        doc = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}  # scenes send malformed ones on purpose
+    return doc if isinstance(doc, dict) else {}
+
+
+def name_in(body: str) -> Name | None:
+    """The bundle that a task message carries; None where it is none of ours."""
+    return name_of(doc_of(body))
+
+
+def name_of(doc: Mapping[str, Any]) -> Name | None:
+    try:
+        return name_of_bundle(wire.bundle_from_json(doc["b"]))
+    except Exception:  # noqa: BLE001 - as above
+        return None
+
+
+def told_in(doc: Mapping[str, Any]) -> list[Name]:
+    """The bundles of whose outcomes an event tells."""
+    try:
+        told = [wire.bundle_from_json(one["b"]) for one in doc.get("c", ())]
+        told += [wire.bundle_from_json(one["bundle"]) for one in doc.get("o", ())]
+        keys = [key.split("/") for key in doc.get("k", ())]
+        return [
+            *map(name_of_bundle, told),
+            *((key[1], key[2], key[-1].removesuffix(".json")) for key in keys),
+        ]
+    except Exception:  # noqa: BLE001 - as above
+        return []

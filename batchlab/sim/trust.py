@@ -1,0 +1,114 @@
+"""The knowledge needed to check promise I8: a lying worker harms only jobs whose messages it had.
+
+Invariant: a job is touched once a lying worker has received one of its messages, before or after it
+began to lie. The promises of a touched job are not checked; those of every other job are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from batchlab.manager.registry import Registry
+from batchlab.protocol import naming
+from batchlab.sim.actors import Actor
+
+REMEMBERED = 24
+"""Message bodies that a worker remembers, for the case that it begins to lie."""
+
+
+@dataclass(slots=True)
+class Trust:
+    """The workers that lie, and the effects that their lies may have."""
+
+    require: Callable[[bool, str, str], None]
+    touched: set[str] = field(default_factory=set)
+    baits: set[str] = field(default_factory=set)
+    """Keys that exist only because a lie names them. No job owns one."""
+    forged: set[str] = field(default_factory=set)
+    """Keys of untouched jobs that a lying worker has written."""
+    denied: int = 0
+    """Calls of lying workers that their role does not allow."""
+    _liars: set[Actor] = field(default_factory=set)
+    _jobs: dict[Actor, set[str]] = field(default_factory=dict)
+    _bodies: dict[Actor, deque[tuple[str, str]]] = field(default_factory=dict)
+    _beats: dict[str, tuple[Actor, dict[tuple[str, int], Any]]] = field(default_factory=dict)
+    """By instance: its worker's process, and the bundles held according to each heartbeat."""
+
+    @property
+    def lies(self) -> bool:
+        """Whether any worker lies."""
+        return bool(self._liars)
+
+    def is_liar(self, actor: Actor | None) -> bool:
+        return actor in self._liars
+
+    def begins_to_lie(self, actor: Actor) -> None:
+        """From now on its calls are lies, and each job whose messages it had is touched."""
+        self._liars.add(actor)
+        self.touched |= self._jobs.get(actor, set())
+
+    def bodies(self, actor: Actor) -> Sequence[tuple[str, str]]:
+        """The (queue, body) pairs of the last messages that the process received or sent."""
+        return self._bodies.get(actor, ())
+
+    def deny(self, actor: Actor, call: str) -> None:
+        """A worker has made a call outside its role. Only a lying worker may try that."""
+        if actor in self._liars:
+            self.denied += 1
+            return
+        self.require(False, "role", f"{actor.name} calls {call}, which its role does not allow")
+
+    # --- Port calls ------------------------------------------------------------------------------
+
+    def received(self, actor: Actor, queue: str, job: str, body: str) -> None:
+        """A worker has received a message of the job."""
+        self._jobs.setdefault(actor, set()).add(job)
+        self._remember(actor, queue, body)
+        if actor in self._liars:
+            self.touched.add(job)
+
+    def sent(self, actor: Actor, queue: str, body: str, doc: Mapping[str, Any]) -> None:
+        """A worker has sent a message. `doc` is its JSON."""
+        self._remember(actor, queue, body)
+        if queue == naming.EVENTS and actor not in self._liars:
+            for beat in doc.get("h", ()):
+                _, said = self._beats.setdefault(beat["instance"], (actor, {}))
+                said[beat["worker"], beat["number"]] = (beat["gone"], beat["held"])
+
+    def _remember(self, actor: Actor, queue: str, body: str) -> None:
+        bodies = self._bodies.get(actor)
+        if bodies is None:
+            bodies = self._bodies[actor] = deque(maxlen=REMEMBERED)
+        bodies.append((queue, body))
+
+    def reads(self, actor: Actor, key: str) -> None:
+        """A manager or an honest worker has read an object."""
+        self.require(
+            key not in self.baits or actor in self._liars,
+            "I8",
+            f"{actor.name} reads {key}, which only a lie names",
+        )
+
+    # --- What a manager believes -----------------------------------------------------------------
+
+    def check_registry(self, registry: Registry) -> None:
+        """A manager may believe of an honest worker only the heartbeats that this worker sent."""
+        if not self._liars:
+            return
+        for instance, (actor, said) in self._beats.items():
+            if actor in self._liars:
+                continue
+            seen = registry.workers.get(instance)
+            if seen is not None:
+                held = said.get((seen.beat.worker, seen.beat.number))
+                self.require(
+                    held is not None and len(held[1]) == len(seen.beat.held),
+                    "I8",
+                    f"{instance} never sent the heartbeat that a manager believes: {seen.beat}",
+                )
+            elif registry.said_goodbye(instance):
+                left = any(gone for gone, _ in said.values())
+                self.require(left, "I8", f"a manager believes that {instance} has left")
