@@ -12,14 +12,19 @@ import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlencode, urlsplit
 
+from batchlab import signatures
 from batchlab.errors import BackendError, BatchlabError, NotFound, Refused, Unreachable, UsageError
 from batchlab.keepalive import Connections
+from batchlab.signatures import PROOF, Expected, Signed, Unproven
 
 if TYPE_CHECKING:
     import httpx
+
+    from batchlab.home import Home, ManagerRecord
 
 CONNECT_S = 5.0
 ANSWER_S = 60.0
@@ -54,30 +59,48 @@ def patience_s(*, restarted: bool = False) -> float:
 
 
 class Calls:
-    """Connections to one manager, usable from several threads; a context manager."""
+    """Connections to one manager, usable from several threads; a context manager.
 
-    def __init__(self, url: str, token: str) -> None:
+    Only a Unix socket gets the token, since nobody but its user can open it. A program may hold the
+    manager's port in the manager's absence, so a request to a port is signed with the token, and
+    its answer must be signed as well.
+    """
+
+    def __init__(self, url: str, token: str, unix: Path | None = None) -> None:
+        """`unix` is the manager's Unix socket, which is used in place of the port in `url`."""
         self.url = url
+        self._token = token
+        self._unix = str(unix or "")
         parts = urlsplit(url)
         # Reading the system's certificates takes longer than all else here together.
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._headers = {"Authorization": f"Bearer {token}"}
+        self._headers = {"Authorization": f"Bearer {token}"} if unix else {}
         if above := _trace(os.environ.get(TRACE_VARIABLE, "")):
             self._headers["traceparent"] = above
-        self._connections = Connections(parts.netloc, self._tls, connect_s=CONNECT_S, idle_s=IDLE_S)
+        self._connections = Connections(
+            parts.netloc, self._tls, connect_s=CONNECT_S, idle_s=IDLE_S, unix=self._unix
+        )
+
+    @classmethod
+    def of(cls, home: Home, record: ManagerRecord) -> Self:
+        """Return a client of the manager that runs in `home`."""
+        return cls(record.url, home.token(), home.socket(record))
 
     def for_loop(self, connections: int) -> httpx.AsyncClient:
         """A client of the same manager for an event loop, which closes it; its requests wait for
         one of so many connections."""
         import httpx
 
+        from batchlab.signed_http import Signing
+
+        limits = httpx.Limits(max_connections=connections, keepalive_expiry=IDLE_S)
+        # A bare context trusts nobody, so nothing is lost should a redirect lead to https.
+        tls = self._tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         return httpx.AsyncClient(
             base_url=self.url,
             headers=self._headers,
-            # A bare context trusts nobody, so nothing is lost should a redirect lead to https.
-            verify=self._tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-            trust_env=False,
-            limits=httpx.Limits(max_connections=connections, keepalive_expiry=IDLE_S),
+            auth=None if self._unix else Signing(self._token),
+            transport=httpx.AsyncHTTPTransport(verify=tls, limits=limits, uds=self._unix or None),
             timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S, pool=None),
         )
 
@@ -91,6 +114,10 @@ class Calls:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def get(self, path: str, *, answer_s: float) -> Any:
+        """Return the JSON that is at a path of the API, for a caller with little time."""
+        return self._call("GET", path, answer_s=answer_s)
+
     def _call(
         self,
         method: str,
@@ -101,8 +128,8 @@ class Calls:
         **query: str | float | None,
     ) -> Any:
         """The answer's JSON. What is None in `query` is left out."""
-        with self._answer(method, path, body, answer_s, query) as response:
-            return self._document(response.read())
+        with self._answer(method, path, body, answer_s, query) as answer:
+            return self._document(answer.read())
 
     def _document(self, content: bytes) -> Any:
         try:
@@ -118,7 +145,7 @@ class Calls:
         body: Any,
         answer_s: float,
         query: Mapping[str, str | float | None],
-    ) -> Iterator[HTTPResponse]:
+    ) -> Iterator[_Answer]:
         """The answer, where it is a good one. Read to its end, its connection is used again."""
         given = {key: _text(value) for key, value in query.items() if value is not None}
         target = f"{path}?{urlencode(given)}" if given else path
@@ -128,12 +155,17 @@ class Calls:
         try:
             connection = self._connections.take()
             connection.sock.settimeout(answer_s + float(given.get("wait_s", 0.0)))
+            signed = None
+            if not self._unix:
+                signed = signatures.sign(self._token, method, target, data or b"")
+                headers = {**headers, "Authorization": signed.header}
             connection.request(method, target, data, headers)
             # Closed here: its finalizer would do that too, and lose an interrupt that comes then.
             with connection.getresponse() as response:
+                answer = _Answer(self._token, signed, response)
                 if response.status >= BAD:
-                    raise _error(f"{self.url}{target}", response.status, response.read())
-                yield response
+                    raise _error(f"{self.url}{target}", response.status, answer.read())
+                yield answer
                 is_read = response.isclosed()
             if is_read and not response.will_close:
                 self._connections.give_back(connection)
@@ -143,9 +175,40 @@ class Calls:
                 f"The manager at {self.url} does not answer: {_told(error)}.",
                 remedy="`batchlab grid up` starts one here.",
             ) from error
+        except Unproven as error:
+            raise Unreachable(
+                f"The program at {self.url} does not prove that it is this grid's manager.",
+                remedy="Another program listens there, the manager has another token, or its "
+                "release is 0.1.0. Nothing that it sent was used, and the token was not sent.",
+            ) from error
         finally:
             if connection:
                 connection.close()
+
+
+class _Answer:
+    """The body of an answer, which must be signed if its request was. Raises Unproven."""
+
+    def __init__(self, token: str, signed: Signed | None, response: HTTPResponse) -> None:
+        self._response = response
+        self._line = b""
+        self._expected = (
+            Expected(token, signed, response.status, response.headers.get(PROOF))
+            if signed
+            else None
+        )
+
+    def line(self) -> bytes:
+        """Return the first line as soon as it is there. Its signature is checked by `read`."""
+        self._line = self._response.readline()
+        return self._line
+
+    def read(self) -> bytes:
+        """Return the rest of the body."""
+        rest = self._response.read()
+        if self._expected is None:
+            return rest
+        return self._expected.checked(self._line + rest)[len(self._line) :]
 
 
 def _trace(given: str) -> str:

@@ -88,10 +88,10 @@ class Client(ScheduleCalls):
         """Submit a job as `submit`, and wait so long for its first outcomes. `accepted` is called
         once it is known to the grid."""
         body = _submission(job, items)
-        with self._answer("POST", "/v1/jobs", body, ANSWER_S, {"wait_s": wait_s}) as response:
-            self._document(response.readline())
+        with self._answer("POST", "/v1/jobs", body, ANSWER_S, {"wait_s": wait_s}) as answer:
+            self._document(answer.line())
             accepted()
-            return cast("OutcomesView", self._document(response.read()))
+            return cast("OutcomesView", self._document(answer.read()))
 
     def jobs(
         self, *, limit: int = 100, before: str | None = None, active: bool = False

@@ -5,6 +5,7 @@ Invariant: everything in it survives SIGKILL and can be looked at with `ls`.
     objects/        the bucket           queue.sqlite    the queues
     ledger.sqlite   the ledger           fleet/          instance records, logs, group state
     manager.json    the running manager  manager.lock    held while it runs
+    manager.sock    its Unix socket (0600), and socket.json, where that is
     token           the API's bearer token (0600)
     scratch/        the workers' unpacked code and task folders
     settings.toml   what the manager is told in place of what its backend says; optional
@@ -216,6 +217,39 @@ class Home:
         # Else the next manager's lock would vouch for the record of the one before it, and a
         # SIGTERM go to a process that is long gone.
         return record if holder == str(record.pid).encode() and self._is_locked() else None
+
+    @property
+    def socket_file(self) -> Path:
+        """Where the manager's Unix socket is, unless that path is too long for a socket."""
+        return self.path / "manager.sock"
+
+    def socket(self, record: ManagerRecord) -> Path | None:
+        """Return the Unix socket of that manager, or None if it has none."""
+        try:
+            found = json.loads(self._socket_record.read_bytes())
+            owner, path = found["owner"], Path(found["path"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        return path if owner == record.owner and path.exists() else None
+
+    def last_socket(self) -> Path | None:
+        """Return where the Unix socket of the last manager was, or None if there was none."""
+        try:
+            return Path(json.loads(self._socket_record.read_bytes())["path"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+    def write_socket(self, owner: str, path: Path) -> None:
+        """Record the Unix socket of the manager with that name."""
+        write_whole(self._socket_record, json.dumps({"owner": owner, "path": str(path)}))
+
+    def forget_socket(self) -> None:
+        """Delete the record of the Unix socket."""
+        self._socket_record.unlink(missing_ok=True)
+
+    @property
+    def _socket_record(self) -> Path:
+        return self.path / "socket.json"
 
     def last_owner(self) -> str | None:
         """The lease owner of the manager that ran here last, alive or not."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import select
+import socket
 import time
 from collections import deque
 from contextlib import suppress
@@ -28,11 +29,14 @@ class Connections:
         *,
         connect_s: float,
         idle_s: float = math.inf,
+        unix: str = "",
     ) -> None:
-        """`host` may name a port. What was idle for `idle_s` is not used again: for a server that
-        closes such connections sooner or later, a request that meets this moment fails."""
+        """`host` may name a port; `unix` is the path of its Unix socket. What was idle for `idle_s`
+        is not used again: for a server that closes such connections sooner or later, a request that
+        meets this moment fails."""
         self._host = host
         self._tls = tls
+        self._unix = unix
         self._connect_s = connect_s
         self._idle_s = idle_s
         self._idle: deque[tuple[float, HTTPConnection]] = deque()
@@ -58,11 +62,7 @@ class Connections:
                 if time.monotonic() - used_s < self._idle_s and _is_open(kept):
                     return kept
                 kept.close()
-        made = (
-            HTTPSConnection(self._host, timeout=self._connect_s, context=self._tls)
-            if self._tls
-            else HTTPConnection(self._host, timeout=self._connect_s)
-        )
+        made = self._made()
         try:
             made.connect()
         except BaseException:
@@ -70,12 +70,37 @@ class Connections:
             raise
         return made
 
+    def _made(self) -> HTTPConnection:
+        if self._unix:
+            return _UnixConnection(self._unix, self._connect_s)
+        if self._tls:
+            return HTTPSConnection(self._host, timeout=self._connect_s, context=self._tls)
+        return HTTPConnection(self._host, timeout=self._connect_s)
+
     def give_back(self, connection: HTTPConnection) -> None:
         """Keep it for the next user: its last answer has been read to the end, and has not said
         that the connection ends with it."""
         self._idle.append((time.monotonic(), connection))
         if self._closed:  # asked last, or one that is given back meanwhile would stay open
             self._close_idle()
+
+
+class _UnixConnection(HTTPConnection):
+    """A connection to a Unix socket."""
+
+    def __init__(self, path: str, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            made.settimeout(self.timeout)
+            made.connect(self._path)
+        except BaseException:
+            made.close()
+            raise
+        self.sock = made
 
 
 def _is_open(kept: HTTPConnection) -> bool:

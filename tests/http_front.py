@@ -6,13 +6,15 @@ import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from http.client import HTTPConnection, HTTPSConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Protocol, Self
 from urllib.parse import urlsplit
+
+from batchlab import signatures
 
 _HOP = {"connection", "transfer-encoding", "content-length", "expect", "keep-alive"}
 
@@ -37,6 +39,16 @@ class Answer:
     status: int
     headers: list[tuple[str, str]]
     body: bytes
+
+
+def proven(token: str, request: Request, answer: Answer) -> Answer:
+    """The answer as a manager with that token signs it; unsigned if the request is not signed."""
+    given = request.header("Authorization")
+    signed = signatures.read(token, given, request.method, request.path)
+    if signed is None:
+        return answer
+    proof = signatures.whole_proof(token, signed, answer.status, answer.body)
+    return replace(answer, headers=[*answer.headers, (signatures.PROOF, proof)])
 
 
 class Listening:

@@ -5,12 +5,14 @@ Invariant: no rules live here. A request becomes one call of the manager, an ans
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from batchlab import __version__
 from batchlab.api import (
@@ -28,10 +30,12 @@ from batchlab.api import (
     tasks,
 )
 from batchlab.api.common import Served, answer
-from batchlab.api.door import Door
+from batchlab.api.door import OWN_NAMES, Door
 from batchlab.api.sessions import Sessions, Store
 from batchlab.errors import BatchlabError
 from batchlab.manager.manager import Manager
+
+_ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - nobody listens on it here
 
 
 def create_app(
@@ -41,17 +45,26 @@ def create_app(
     backend_name: str,
     on_shutdown: Callable[[], None],
     sessions: Store | None = None,
+    hosts: Iterable[str] = (),
 ) -> tuple[FastAPI, Served]:
     """The application, and what may be exchanged in it. `on_shutdown` is called in the event loop
     when a client asks for the manager's end, after the answer has been sent. `sessions` keeps those
-    of the web page."""
+    of the web page. Visitors without the token must use a name of this machine or of `hosts`."""
     app = _routed()
     known = Sessions(token, manager.ports.clock, sessions)
-    app.state.served = served = Served(manager, token, backend_name, on_shutdown, known)
+    names = OWN_NAMES | {host.lower() for host in hosts} - _ANY_ADDRESS
+    served = Served(manager, token, backend_name, on_shutdown, known, names)
+    app.state.served = served
     for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
-    app.add_middleware(Door, token=token)
+    app.add_middleware(
+        Door, token=token, now_s=manager.ports.clock.now_s, hosts=names, failed=_failed
+    )
     return app, served
+
+
+def _failed(scope: Scope, error: Exception) -> JSONResponse:
+    return answer(Request(scope), error)
 
 
 def description() -> dict[str, Any]:

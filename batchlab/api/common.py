@@ -66,6 +66,8 @@ class Served:
     backend_name: str
     on_shutdown: Callable[[], None]
     sessions: Sessions
+    hosts: frozenset[str]
+    """The names by which visitors without the token may call the manager."""
     groups: dict[JobId, Groups] = field(default_factory=dict)
     """What is known of the failures of the jobs that were asked for last."""
     history: History = field(default_factory=History)

@@ -10,15 +10,13 @@ from pydantic import BaseModel, ConfigDict
 
 from batchlab import __version__, extras, viewing, views
 from batchlab.api.common import Given, Leader, Limit, guarded
+from batchlab.api.door import PAGE
 from batchlab.api.sessions import CODE_S, name_of
 from batchlab.errors import Refused
 from batchlab.manager import by_hand
 from batchlab.manager.manager import Manager
 from batchlab.model import GroupView
 from batchlab.protocol import naming
-
-PAGE = "/ui"
-"""Where the web page is."""
 
 public = APIRouter(prefix="/v1")
 router = guarded()

@@ -271,7 +271,7 @@ def _manager(home: Home) -> Iterator[Finding]:
     if record is None:
         yield Finding("manager", Level.OK, f"no grid is up in {home.path}")
         return
-    with Client(record.url, home.token()) as client:
+    with Client.of(home, record) as client:
         health = client.health()
         grid = client.grid()  # with the token, unlike health
     leads = "leads" if health["leader"] else "does not lead"

@@ -7,7 +7,6 @@ nothing: a word that cannot be completed is simply typed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,25 +73,17 @@ def _home(ctx: typer.Context) -> Home:
 
 def _asked(home: Home, path: str, listed: str) -> list[dict[str, Any]]:
     """What the manager that is up lists; nothing where none is, or it does not answer."""
-    from contextlib import closing
-    from http import HTTPStatus
-    from http.client import HTTPConnection, HTTPException
-    from urllib.parse import urlsplit
-
+    from batchlab.client import Client
     from batchlab.errors import BatchlabError
 
     try:
         record = home.record()
         if record is None:
             return []
-        with closing(HTTPConnection(urlsplit(record.url).netloc, timeout=PATIENCE_S)) as connection:
-            token = {"Authorization": f"Bearer {home.token()}"}
-            connection.request("GET", path, headers=token)
-            answer = connection.getresponse()
-            body = json.loads(answer.read())
-    except (OSError, HTTPException, ValueError, BatchlabError):
+        with Client.of(home, record) as client:
+            found: list[dict[str, Any]] = client.get(path, answer_s=PATIENCE_S)[listed]
+    except BatchlabError:
         return []
-    found: list[dict[str, Any]] = body[listed] if answer.status == HTTPStatus.OK else []
     return found
 
 

@@ -211,7 +211,7 @@ async def _run(
 
     # The same for every manager that this one is replaced by: a fault starts them at its address.
     with (
-        Client(found.url, home.token()) as client,
+        Client.of(home, found) as client,
         _stopping() as stop,
         replay_progress.follow() as shown,
     ):

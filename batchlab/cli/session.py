@@ -39,7 +39,7 @@ def connect(home: Home) -> Iterator[Client]:
     record = home.record()
     if record is None:
         raise _no_grid(home)
-    with Client(record.url, home.token()) as client:
+    with Client.of(home, record) as client:
         try:
             yield client
         except NotFound as error:
@@ -196,7 +196,7 @@ class Session:
     def _connect(self, record: ManagerRecord) -> None:
         if self._client:
             self._client.close()
-        self._client = Client(record.url, self.home.token())
+        self._client = Client.of(self.home, record)
 
     def call(self, ask: Callable[[Client], T]) -> T:
         """The manager's answer. One that has died is replaced, a few times: the grid's state is

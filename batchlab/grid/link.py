@@ -91,7 +91,7 @@ class Link:
         remedy = f'Say Grid("{record.backend}"), or name another folder as home.'
         self.home.check_backend(record, self.backend.name, remedy)
         self._check_python()
-        self._clients.append(Client(record.url, self.home.token()))
+        self._clients.append(Client.of(self.home, record))
 
     def _has_started(self, record: ManagerRecord) -> bool:
         """Return whether this process started that manager, or the containers that it runs in."""

@@ -71,7 +71,7 @@ class Link:
         client = self._client
         if client is None or client.url != record.url:
             self._let_go()
-            client = self._client = Client(record.url, self._home.token())
+            client = self._client = Client.of(self._home, record)
         return ask(client)
 
     def close(self) -> None:

@@ -96,7 +96,7 @@ async def _lead(
 ) -> None:
     from batchlab import targets
     from batchlab.accounts import accounting_of
-    from batchlab.listening import listen
+    from batchlab.listening import leave, listen, listen_locally
     from batchlab.manager.collector import events_queue
     from batchlab.manager.counts import Counts
     from batchlab.manager.lease import LEASE
@@ -143,9 +143,12 @@ async def _lead(
     )
     token = await asyncio.to_thread(backend.api_token, home)
     logs.hide(token, *(value for pool in pools for _, value in pool.env))
-    listener = listen(host, port)
+    listeners = [listen(host, port)]
     loop = asyncio.get_running_loop()
-    url = f"http://{host}:{listener.getsockname()[1]}"
+    url = f"http://{host}:{listeners[0].getsockname()[1]}"
+    if backend.runs_in == "processes" and (local := listen_locally(home)):
+        listeners.append(local[0])
+        home.write_socket(owner, local[1])
     # Before anybody leads: whoever comes after us must know whose the lease is. Who asks already is
     # answered in a moment.
     home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name, parent))
@@ -167,7 +170,7 @@ async def _lead(
     from batchlab.api.history import keep_looking
 
     # uvicorn takes SIGTERM and SIGINT for itself while it serves; its return ends us all the same.
-    serving = loop.create_task(server.serve(sockets=[listener]))
+    serving = loop.create_task(server.serve(sockets=listeners))
     watching = [
         loop.create_task(end_with(parent, stop)),
         loop.create_task(keep_looking(served.history, lambda: lead.manager)),
@@ -187,6 +190,7 @@ async def _lead(
     results = await asyncio.gather(leading, serving, stopping, *watching, return_exceptions=True)
     if launcher:  # else they are a service's, and outlive every manager
         await end_instances(launcher, backend.worker.drain_s)
+    leave(home)
     await queue.close()
     await ledger.close()
     await tracer.close()
@@ -234,8 +238,9 @@ def _server(
         backend_name=backend_name,
         on_shutdown=on_shutdown,
         sessions=StateFile(home.sessions_file),
+        hosts=hosts,
     )
-    web.mount(app, served, hosts=hosts, prices=_prices(home))
+    web.mount(app, served, prices=_prices(home))
     config = uvicorn.Config(
         app,
         log_config=None,  # its lines are ours

@@ -7,7 +7,7 @@ request of /v1; what the page cannot ask of the API it does not know.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 from fastapi import FastAPI
@@ -18,19 +18,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from batchlab import extras
 from batchlab.api.common import Served
-from batchlab.api.grid import PAGE
+from batchlab.api.door import PAGE
 from batchlab.costs.prices import PriceBook
 from batchlab.errors import BatchlabError
 from batchlab.web.guard import Guard
 
-_ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - nobody listens on it here
 
-
-def mount(
-    app: FastAPI, served: Served, *, hosts: Iterable[str] = (), prices: PriceBook | None = None
-) -> None:
-    """Serve the page below PAGE of `app`. It answers to this machine's own names, and to `hosts`
-    where the manager was told more. Without `prices` it shows no costs, and without
+def mount(app: FastAPI, served: Served, *, prices: PriceBook | None = None) -> None:
+    """Serve the page below PAGE of `app`. Without `prices` it shows no costs, and without
     the extra `web` nothing but that it is missing."""
 
     async def to_page() -> RedirectResponse:
@@ -39,7 +34,7 @@ def mount(
     app.add_api_route("/", to_page, include_in_schema=False)
     page = _IfThere(_Later(partial(page_of, served, prices)))
     # Not as a middleware: an answer to an unforeseen error is made outside of those.
-    app.mount(PAGE, Guard(page, served.sessions, frozenset(hosts) - _ANY_ADDRESS))
+    app.mount(PAGE, Guard(page, served.sessions, served.hosts))
 
 
 def page_of(served: Served, prices: PriceBook | None) -> FastAPI:

@@ -14,7 +14,7 @@ from batchlab.api import grid as api_grid
 from batchlab.api import jobs as api
 from batchlab.api import spending as api_spending
 from batchlab.api.common import Books, Given, Leader
-from batchlab.api.grid import PAGE
+from batchlab.api.door import PAGE
 from batchlab.costs import money
 from batchlab.errors import NotFound, UsageError
 from batchlab.model import JobId, StageName

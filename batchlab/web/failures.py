@@ -11,7 +11,7 @@ from batchlab.api import failures as api
 from batchlab.api import jobs as api_jobs
 from batchlab.api import tasks as api_tasks
 from batchlab.api.common import Given, Leader
-from batchlab.api.grid import PAGE
+from batchlab.api.door import PAGE
 from batchlab.model import ENDED, JobId, StageName
 from batchlab.web import words
 from batchlab.web.rendering import live, render

@@ -6,16 +6,14 @@ changes something comes from a page of ours; and whatever is answered, errors to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from http.cookies import CookieError, SimpleCookie
 from types import MappingProxyType
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from batchlab.api.grid import PAGE
+from batchlab.api.door import PAGE, SAFE, is_ours, name_of
 from batchlab.api.sessions import Session, Sessions
 
 HEADERS = MappingProxyType(
@@ -42,12 +40,8 @@ HEADERS = MappingProxyType(
         "Cache-Control": "no-store",
     }
 )
-OWN_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 SESSION = "batchlab.session"
 """Where a request's session is in its scope."""
-
-SAFE = frozenset({"GET", "HEAD"})
-"""Methods that change nothing."""
 
 _OPEN = ("/login", "/static/")
 
@@ -58,7 +52,7 @@ class Guard:
     def __init__(self, app: ASGIApp, sessions: Sessions, hosts: frozenset[str]) -> None:
         self.app = app
         self._sessions = sessions
-        self.hosts = OWN_NAMES | {host.lower() for host in hosts}
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -84,9 +78,9 @@ class Guard:
     ) -> Response | None:
         # A name that leads here by somebody else's DNS is another origin to the browser: its
         # pages would read ours (DNS rebinding).
-        if _name_of(headers.get("host", "")) not in self.hosts:
+        if name_of(headers.get("host", "")) not in self._hosts:
             return PlainTextResponse("This page does not answer to that name.\n", 421)
-        if method not in SAFE and not _is_ours(headers):
+        if method not in SAFE and not is_ours(headers):
             return PlainTextResponse("The request comes from another page.\n", 403)
         if session is None and not (path == _OPEN[0] or path.startswith(_OPEN[1])):
             return _log_in(method, headers)
@@ -106,22 +100,3 @@ def _log_in(method: str, headers: Headers) -> Response:
         return PlainTextResponse("", 401, {"HX-Redirect": to})
     wants_page = method in SAFE and "application/json" not in headers.get("accept", "")
     return RedirectResponse(to, 303) if wants_page else PlainTextResponse("Log in first.\n", 401)
-
-
-def _name_of(host: str) -> str:
-    try:
-        return (urlsplit(f"//{host}").hostname or "").lower()
-    except ValueError:
-        return ""
-
-
-def _is_ours(headers: Mapping[str, str]) -> bool:
-    """Whether a page of ours has sent the request. A browser says so itself; where it does not,
-    as for a name that is not this machine's, its origin must be ours."""
-    site = headers.get("sec-fetch-site")
-    if site is not None:
-        return site == "same-origin"
-    origin = headers.get("origin", "")
-    return urlsplit(origin).scheme in ("http", "https") and (
-        urlsplit(origin).netloc == headers.get("host", "")
-    )

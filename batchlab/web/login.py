@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import RedirectResponse, Response
 
 from batchlab.api.common import Given
-from batchlab.api.grid import PAGE
+from batchlab.api.door import PAGE
 from batchlab.api.sessions import SESSION_S
 from batchlab.web.guard import SESSION
 from batchlab.web.rendering import render

@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse
 
 from batchlab import __version__
 from batchlab.api.common import Served, problem_of
-from batchlab.api.grid import PAGE
+from batchlab.api.door import PAGE
 from batchlab.errors import BatchlabError
 from batchlab.web.guard import SESSION
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from batchlab import timetable
 from batchlab.api import schedules as api
 from batchlab.api.common import Leader, Timetable
-from batchlab.api.grid import PAGE
+from batchlab.api.door import PAGE
 from batchlab.errors import UsageError
 from batchlab.schedule import times
 from batchlab.web import words

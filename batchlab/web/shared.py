@@ -16,11 +16,12 @@ from starlette.datastructures import FormData, UploadFile
 from batchlab import views
 from batchlab.api import grid as api
 from batchlab.api.common import Given, Served
+from batchlab.api.door import SAFE
 from batchlab.api.files import MOST_BYTES, check_length, read
 from batchlab.costs.prices import PriceBook
 from batchlab.errors import Refused
 from batchlab.manager.manager import Manager
-from batchlab.web.guard import SAFE, SESSION
+from batchlab.web.guard import SESSION
 
 FRESH_S = 1.0
 MOST_FORM_BYTES = 1024 * 1024

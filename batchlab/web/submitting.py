@@ -8,8 +8,8 @@ from fastapi import Request
 from fastapi.responses import RedirectResponse, Response
 
 from batchlab.api.common import Leader
+from batchlab.api.door import PAGE
 from batchlab.api.files import MOST_BYTES, MOST_FILES, submit_form
-from batchlab.api.grid import PAGE
 from batchlab.web import words
 from batchlab.web.rendering import render
 from batchlab.web.shared import form_of, guarded

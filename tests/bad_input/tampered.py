@@ -119,7 +119,7 @@ def _client(shell: Shell) -> Client:
     home = Home(Path(shell.home))
     record = home.record()
     assert record is not None
-    return Client(record.url, home.token())
+    return Client.of(home, record)
 
 
 WORK = ("work.py", jobs.HANDLERS)

@@ -125,9 +125,13 @@ class Rig:
         ports = Ports(self.objects, self.queue, self.fleet, self.ledger, clock, ids, patience)
         self.manager = Manager(ports, SETTINGS, self.pools, "manager-1", schedules=True)
         self.app, self.served = create_app(
-            self.manager, token=TOKEN, backend_name="memory", on_shutdown=self._count_shutdown
+            self.manager,
+            token=TOKEN,
+            backend_name="memory",
+            on_shutdown=self._count_shutdown,
+            hosts=["grid.example"],
         )
-        web.mount(self.app, self.served, hosts=["grid.example"])
+        web.mount(self.app, self.served)
         config = uvicorn.Config(
             self.app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1
         )

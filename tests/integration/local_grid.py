@@ -50,7 +50,7 @@ class LocalGrid:
 
     def _start(self) -> Client:
         record = updown.start_manager(self.home, self.backend, pools=self.pools, parent=True)
-        return Client(record.url, self.home.token())
+        return Client.of(self.home, record)
 
     def stop(self) -> None:
         self.client.close()

@@ -51,9 +51,13 @@ def test_only_health_answers_without_the_token(rig: Rig) -> None:
     assert rig.shutdowns == 0
 
 
-def test_a_wrong_token_is_refused_by_the_client_in_words(rig: Rig) -> None:
-    with Client(rig.url, "guess") as client, pytest.raises(Refused, match="token is missing or"):
+def test_a_client_with_another_token_says_so(rig: Rig) -> None:
+    with (
+        Client(rig.url, "guess") as client,
+        pytest.raises(Unreachable, match="not prove that it is this grid's") as caught,
+    ):
         client.jobs()
+    assert "another token" in caught.value.remedy
 
 
 def test_health_tells_who_leads(rig: Rig) -> None:
@@ -249,7 +253,7 @@ def test_another_program_on_the_port_is_told_apart() -> None:
         with Client(url, TOKEN) as client, pytest.raises(BatchlabError) as caught:
             client.health()
         thread.join(5)
-    assert "not as a manager does" in str(caught.value)
+    assert "does not prove that it is this grid's manager" in str(caught.value)
 
 
 # --- Speed ---------------------------------------------------------------------------------------

@@ -56,7 +56,13 @@ async def _open() -> tuple[FastAPI, Callable[[], Any]]:
     manager = Manager(ports, SETTINGS, [Pool("default")], "manager-1")
     await manager._prepare()
     manager.is_leader.set()
-    app, _ = create_app(manager, token=TOKEN, backend_name="memory", on_shutdown=lambda: None)
+    app, _ = create_app(
+        manager,
+        token=TOKEN,
+        backend_name="memory",
+        on_shutdown=lambda: None,
+        hosts=["testserver"],
+    )
     return app, ledger.close
 
 

@@ -7,13 +7,11 @@ import sys
 import time
 
 import pytest
-from fastapi import FastAPI
-from starlette.routing import Mount
 
-from batchlab import web
+from batchlab.api import create_app
+from batchlab.api.door import OWN_NAMES
 from batchlab.api.sessions import SESSION_S
 from batchlab.errors import Refused
-from batchlab.web.guard import OWN_NAMES, Guard
 from tests.integration.api_rig import TOKEN, Rig, job
 from tests.integration.page_rig import OURS, Visitor, other, rig, routes, stranger, visitor
 
@@ -132,11 +130,14 @@ def test_the_page_answers_to_its_own_names_only(visitor: Visitor, host: str, sta
 
 
 def test_a_manager_that_listens_everywhere_does_not_answer_to_that(rig: Rig) -> None:
-    app = FastAPI()
-    web.mount(app, rig.served, hosts=["0.0.0.0", "::"])
-    (guard,) = (one.app for one in app.routes if isinstance(one, Mount))
-    assert isinstance(guard, Guard)
-    assert guard.hosts == OWN_NAMES
+    _, served = create_app(
+        rig.manager,
+        token=TOKEN,
+        backend_name="memory",
+        on_shutdown=lambda: None,
+        hosts=["0.0.0.0", "::"],
+    )
+    assert served.hosts == OWN_NAMES
 
 
 # --- What forms may do ---------------------------------------------------------------------------

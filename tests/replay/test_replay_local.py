@@ -120,7 +120,7 @@ def test_a_grid_that_is_another_is_refused_in_a_sentence(tmp_path: Path) -> None
                 asyncio.run(driver.replay(other, home, backend, patience=backends.patience()))
         record_ = home.record()
         assert record_ is not None
-        with Client(record_.url, home.token()) as client:
+        with Client.of(home, record_) as client:
             assert client.jobs() == []
 
 

@@ -11,14 +11,15 @@ import pytest
 
 from batchlab.client import Client
 from batchlab.errors import NotFound
-from tests.http_front import Answer, Request, standing
+from tests.http_front import Answer, Request, proven, standing
 
 
 class Manager:
     def answer(self, request: Request) -> Answer:
+        answer = Answer(404, [], b'{"error": "There is no such job.", "remedy": "Look again."}')
         if request.path == "/v1/health":
-            return Answer(200, [], b'{"leader": true}')
-        return Answer(404, [], b'{"error": "There is no such job.", "remedy": "Look again."}')
+            answer = Answer(200, [], b'{"leader": true}')
+        return proven("secret", request, answer)
 
 
 @pytest.fixture

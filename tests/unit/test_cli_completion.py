@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from batchlab import signatures
 from batchlab.cli import completing
 from batchlab.home import Home, ManagerRecord
+from batchlab.signatures import PROOF
 from tests.unit.cli_rig import runner
 
 Complete = Callable[[str], list[str]]
@@ -72,10 +74,13 @@ class Manager(BaseHTTPRequestHandler):
         jobs = [{"id": f"sums-000000000{n}"} for n in (2, 1)]
         answers = {"jobs": {"jobs": jobs}, "schedules": {"schedules": [{"name": "nightly"}]}}
         name = self.path.removeprefix("/v1/").partition("?")[0]
-        allowed = self.headers["Authorization"] == f"Bearer {self.token}"
-        self.send_response(200 if allowed else 401)
+        signed = signatures.read(self.token, self.headers["Authorization"], "GET", self.path)
+        body = json.dumps(answers[name]).encode() if signed else b"no"
+        self.send_response(200 if signed else 401)
+        if signed:
+            self.send_header(PROOF, signatures.whole_proof(self.token, signed, 200, body))
         self.end_headers()
-        self.wfile.write(json.dumps(answers[name]).encode() if allowed else b"no")
+        self.wfile.write(body)
 
     token: str
 

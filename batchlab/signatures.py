@@ -1,0 +1,131 @@
+"""Signatures of requests to a manager and of its answers, made with the grid's token.
+
+Invariant: the token is never sent. A program without the token can sign neither a request nor an
+answer, and a signed answer belongs to exactly one request. Standard library only, and cheap to
+import: every command pays for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from dataclasses import dataclass
+
+SCHEME = "Batchlab-HMAC-SHA256"
+"""The scheme of the `Authorization` header of a signed request."""
+PROOF = "Batchlab-Proof"
+"""The header with the signature of an answer."""
+WINDOW_S = 300
+"""The largest difference between a request's time and the manager's clock."""
+MAC_BYTES = 64
+"""Length of a signature in hexadecimal digits."""
+_WHOLE, _STREAM = "whole", "stream"
+_FIELDS = 4
+_LONGEST_TIME = 15
+
+
+class Unproven(Exception):
+    """The answer is not signed with the grid's token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """The fields of a signed request's `Authorization` header. `at_s` is in seconds of the epoch,
+    `body` is the SHA-256 of the request's body."""
+
+    at_s: int
+    nonce: str
+    body: str
+    mac: str
+
+    @property
+    def header(self) -> str:
+        return f"{SCHEME} {self.at_s}.{self.nonce}.{self.body}.{self.mac}"
+
+
+def digest(body: bytes) -> str:
+    """Return the SHA-256 of a body in hexadecimal digits."""
+    return hashlib.sha256(body).hexdigest()
+
+
+def sign(token: str, method: str, target: str, body: bytes, at_s: float | None = None) -> Signed:
+    """Sign a request, now unless `at_s` is another time. `target` is the path and the query as they
+    are sent."""
+    if at_s is None:
+        at_s = time.time()  # noqa: TID251 - a client has no Clock
+    fields = int(at_s), secrets.token_hex(16), digest(body)
+    return Signed(*fields, _request_mac(token, method, target, *fields))
+
+
+def read(token: str, header: str, method: str, target: str) -> Signed | None:
+    """Return the signature in an `Authorization` header, or None if it is not valid. The caller
+    checks its time, its reuse, and the body."""
+    scheme, _, text = header.partition(" ")
+    fields = text.strip().split(".")
+    if scheme.lower() != SCHEME.lower() or len(fields) != _FIELDS:
+        return None
+    at, nonce, body, mac = fields
+    if not (at.isascii() and at.isdigit() and len(at) <= _LONGEST_TIME):
+        return None
+    known = _request_mac(token, method, target, int(at), nonce, body)
+    return Signed(int(at), nonce, body, mac) if _same(mac, known) else None
+
+
+def whole_proof(token: str, request: Signed, status: int, body: bytes) -> str:
+    """Return the value of the PROOF header of an answer with this body."""
+    return f"{_WHOLE} {answer_mac(token, request.mac, status, digest(body))}"
+
+
+def stream_proof(token: str, request: Signed, status: int) -> str:
+    """Return the value of the PROOF header of an answer whose body ends with its signature."""
+    return f"{_STREAM} {answer_mac(token, request.mac, status, _STREAM)}"
+
+
+def answer_mac(token: str, request_mac: str, status: int, body: str) -> str:
+    """Return the signature of an answer. `body` is the SHA-256 of its body."""
+    return _mac(token, "batchlab answer", request_mac, str(status), body)
+
+
+class Expected:
+    """The signed answer that a client waits for. Raises Unproven if the signature is not valid."""
+
+    def __init__(self, token: str, request: Signed, status: int, proof: str | None) -> None:
+        self._token = token
+        self._request_mac = request.mac
+        self._status = status
+        kind, _, self._proof = (proof or "").partition(" ")
+        self._is_stream = kind == _STREAM
+        if kind not in (_WHOLE, _STREAM):
+            raise Unproven
+        if self._is_stream and not _same(self._proof, self._mac(_STREAM)):
+            raise Unproven
+
+    def checked(self, content: bytes) -> bytes:
+        """Return the body in the content of the answer, which was read to its end."""
+        body, proof = content, self._proof
+        if self._is_stream:
+            body = content[:-MAC_BYTES]
+            proof = content[-MAC_BYTES:].decode("ascii", "replace")
+        if not _same(proof, self._mac(digest(body))):
+            raise Unproven
+        return body
+
+    def _mac(self, body: str) -> str:
+        return answer_mac(self._token, self._request_mac, self._status, body)
+
+
+def _request_mac(token: str, method: str, target: str, at_s: int, nonce: str, body: str) -> str:
+    return _mac(token, "batchlab request", method, target, str(at_s), nonce, body)
+
+
+def _mac(token: str, *fields: str) -> str:
+    # The fields have no line breaks, or the signature of one request would fit another one.
+    text = "\n".join(field.replace("\n", "\\n") for field in fields)
+    return hmac.new(token.encode(), text.encode(), hashlib.sha256).hexdigest()
+
+
+def _same(given: str, known: str) -> bool:
+    # Constant time: an answer's delay must not tell how much of a guess was right.
+    return hmac.compare_digest(given.encode(errors="replace"), known.encode())

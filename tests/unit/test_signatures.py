@@ -1,0 +1,78 @@
+"""Signatures of requests and answers, and what is remembered of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from batchlab import signatures
+from batchlab.api import door
+from batchlab.signatures import Expected, Unproven
+
+SIGNED = signatures.sign("token", "POST", "/v1/jobs?a=1", b"body", 1000.7)
+
+
+def test_a_request_is_read_as_it_was_signed() -> None:
+    assert signatures.read("token", SIGNED.header, "POST", "/v1/jobs?a=1") == SIGNED
+    assert SIGNED.at_s == 1000
+    for token, header, method, target in (
+        ("other", SIGNED.header, "POST", "/v1/jobs?a=1"),
+        ("token", SIGNED.header, "PUT", "/v1/jobs?a=1"),
+        ("token", SIGNED.header, "POST", "/v1/jobs?a=2"),
+        ("token", "Bearer token", "POST", "/v1/jobs?a=1"),
+        ("token", "", "POST", "/v1/jobs?a=1"),
+        ("token", replace(SIGNED, at_s=1001).header, "POST", "/v1/jobs?a=1"),
+        ("token", replace(SIGNED, nonce="x").header, "POST", "/v1/jobs?a=1"),
+        ("token", replace(SIGNED, body="x").header, "POST", "/v1/jobs?a=1"),
+        ("token", replace(SIGNED, mac="ü").header, "POST", "/v1/jobs?a=1"),
+        ("token", SIGNED.header.replace("1000", "²"), "POST", "/v1/jobs?a=1"),
+        ("token", SIGNED.header.replace("1000", "1" * 5000), "POST", "/v1/jobs?a=1"),
+    ):
+        assert signatures.read(token, header, method, target) is None, header
+
+
+def test_no_two_requests_have_one_signature() -> None:
+    """A line break in one field must not make two requests look like one."""
+    fields = ("/a\nb", "/a\\nb", "/a")
+    macs = {signatures.sign("t", "GET", one, b"", 1.0).mac for one in fields for _ in range(2)}
+    assert len(macs) == 6
+
+
+@pytest.mark.parametrize("proof", [None, "", "whole", "stream", "whole x", "stream ü", "other x"])
+def test_an_answer_without_a_signature_is_no_answer(proof: str | None) -> None:
+    with pytest.raises(Unproven):
+        Expected("token", SIGNED, 200, proof).checked(b"x" * 100)
+
+
+def test_an_answer_belongs_to_one_request() -> None:
+    proof = signatures.whole_proof("token", SIGNED, 200, b"yes")
+    assert Expected("token", SIGNED, 200, proof).checked(b"yes") == b"yes"
+    other = signatures.sign("token", "POST", "/v1/jobs?a=1", b"body", 1000.7)
+    for signed, status, body in ((other, 200, b"yes"), (SIGNED, 201, b"yes"), (SIGNED, 200, b"no")):
+        with pytest.raises(Unproven):
+            Expected("token", signed, status, proof).checked(body)
+
+
+def test_an_answer_in_parts_ends_with_its_signature() -> None:
+    proof = signatures.stream_proof("token", SIGNED, 200)
+    end = signatures.answer_mac("token", SIGNED.mac, 200, signatures.digest(b"a\nb\n"))
+    expected = Expected("token", SIGNED, 200, proof)
+    assert expected.checked(b"a\nb\n" + end.encode()) == b"a\nb\n"
+    for content in (b"", b"a\nb\n", b"a\n" + end.encode(), b"a\nb\n" + end.encode() + b"\n"):
+        with pytest.raises(Unproven):
+            expected.checked(content)
+    with pytest.raises(Unproven):  # the kind of an answer is signed too
+        Expected("token", SIGNED, 200, f"whole {proof.split()[1]}").checked(b"a\nb\n")
+
+
+def test_what_is_remembered_of_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "MOST_USED", 3)
+    used = door._Used()
+    some = [signatures.sign("t", "GET", "/", b"", at_s) for at_s in (1, 2, 3, 4, 5)]
+    assert [used.is_first(one, 5.0) for one in some] == [True] * 5
+    assert len(used._known) == 3
+    assert [used.is_first(one, 5.0) for one in some] == [False] * 5
+    late = signatures.sign("t", "GET", "/", b"", 2000)
+    assert used.is_first(late, 2000.0)
+    assert len(used._known) == 1, "what is too old anyway is forgotten"
