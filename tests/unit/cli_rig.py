@@ -63,6 +63,10 @@ class FakeClient:
     def __init__(self, url: str, token: str) -> None:
         self.url = url
 
+    @classmethod
+    def of(cls, home: Home, record: ManagerRecord) -> FakeClient:
+        return cls(record.url, home.token())
+
     def __enter__(self) -> FakeClient:
         return self
 
