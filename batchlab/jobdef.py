@@ -140,6 +140,11 @@ class JobDef:
     trace: str = ""
     """W3C traceparent of its submission, where it is traced."""
 
+    @property
+    def is_single_call(self) -> bool:
+        """Whether it is one call of the Python API, of which only its caller has the id."""
+        return self.items == 1 and not self.token
+
     def stage(self, name: str) -> StageDef:
         """The stage of that name; KeyError where there is none."""
         for one in self.stages:

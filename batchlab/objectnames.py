@@ -12,3 +12,10 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 STAGED = re.compile(r"#\d+$")
 """What the local store calls a file that is still being written ends so."""
+
+NEVER_EMPTY = ("code/", "grid/", "jobs/", "reports/")
+"""Prefixes of documents and archives. An empty file there is the remains of a power cut."""
+
+VOLATILE = re.compile(r"^(logs/|jobs/[^/]+/[^/]+/(running|starts)/)")
+"""Keys of logs and markers. They say what a living worker does, so they need not outlive the
+machine."""

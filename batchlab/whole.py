@@ -1,22 +1,56 @@
-"""Files of ours that are there whole or not at all.
+"""Files that hold a whole text or the one before it, and folders whose names have reached the disk.
 
-Invariant: whoever dies while writing, and on a full disk, a file holds what it held before, or all
-that it is to hold. A power failure may still empty it: what has to outlive that waits for the disk
-(adapters/state_file.py).
+Invariant: after the end of a process, a power cut, or a full disk, a file that `write_whole` wrote
+holds either its old or its new content. When `write_whole` returns, the new content is on the disk.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
+PRIVATE = 0o600
+PRIVATE_FOLDER = 0o700
 
-def write_whole(path: Path, text: str, *, mode: int | None = None) -> None:
-    """Have the file hold the text, with those permissions where some are named, which is no way to
-    keep a secret: until then it has the usual ones. Its folder is there; OSError where it cannot be
-    written."""
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
+"""Errors of file systems that write names at once, or that cannot sync a folder."""
+
+
+def write_whole(
+    path: Path, content: str | bytes, *, mode: int = PRIVATE, durable: bool = True
+) -> None:
+    """Replace the file's content and set its permissions; its folder must exist.
+
+    The file is never readable for more users than `mode` names. Without `durable` the content
+    survives the end of the process only. Raises OSError if the file cannot be written.
+    """
     staged = path.with_name(f"{path.name}.new")
-    staged.unlink(missing_ok=True)  # one that was left half-way may be for reading only
-    staged.write_text(text)
-    if mode is not None:
-        staged.chmod(mode)
+    staged.unlink(missing_ok=True)  # a file of an interrupted write may be read-only
+    data = content.encode() if isinstance(content, str) else content
+    with open(staged, "xb", opener=private) as file:
+        os.fchmod(file.fileno(), mode)
+        file.write(data)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     staged.replace(path)
+    if durable:
+        sync_folder(path.parent)
+
+
+def private(path: str | os.PathLike[str], flags: int) -> int:
+    """Opener of files that only their user may read."""
+    return os.open(path, flags, PRIVATE)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Wait until the names in the folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(descriptor)

@@ -29,7 +29,7 @@ from typing import Any
 from measured import Part, Row, peak_mb, rss_mb, run
 
 from batchlab import Grid
-from batchlab.adapters.objects import open_local
+from batchlab.adapters.local_objects import open_local
 from batchlab.jobdef import InputDef, SplitBy
 from batchlab.manager import split
 from batchlab.manager.plans import PartWriter

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from measured import Part, Row, peak_mb, rss_mb, run
 
 from batchlab.adapters.clock import RandomIds, WallClock
-from batchlab.adapters.objects import open_local
+from batchlab.adapters.local_objects import open_local
 from batchlab.adapters.sql import open_postgres, open_sqlite
 from batchlab.adapters.sqlite_queue import SqliteQueue
 from batchlab.jobdef import InputDef, JobDef, SplitBy, StageDef

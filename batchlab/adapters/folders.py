@@ -1,27 +1,37 @@
-"""A bucket that is a folder: what lies in it, in key order, and files copied whole.
+"""A bucket that is a folder: its objects in key order, and files written whole.
 
-Invariant: a name appears with all of its content or not at all. Says of an object exactly what
-obstore's LocalStore says of it, which writes into the same folder, but takes a few system calls
-for it and no thread.
+Invariant: a name appears with all of its content or not at all. Where the writer waits for the
+disk, the content is on the disk before the name appears, and the name before the call returns.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
+import re
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-from batchlab.objectnames import STAGED
+from batchlab.errors import AlreadyExists
+from batchlab.objectnames import NEVER_EMPTY, STAGED
 from batchlab.ports import ObjectInfo
+from batchlab.whole import private, sync_folder
 
 # The kernel's own copying (sendfile) moves 64 KiB at a time, and takes several times as long.
 _COPY_BYTES = 256 * 1024
+
+_DIGEST = re.compile(r"^code/([0-9a-f]{64})\.")
+_KNOWN_FOLDERS = 10_000
+
+Fill = Callable[[BinaryIO], object]
+"""Writes an object's content into its file."""
 
 
 def head(root: Path, key: str) -> ObjectInfo | None:
@@ -61,10 +71,40 @@ def _info(path: str, key: str) -> ObjectInfo | None:
         found = os.stat(path)  # noqa: PTH116 - a Path costs as much again
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(found.st_mode) or is_remains(key, found.st_size):
         return None
-    etag = f'"{found.st_ino:x}-{found.st_mtime_ns // 1000:x}-{found.st_size:x}"'
-    return ObjectInfo(key, found.st_size, etag)
+    return ObjectInfo(key, found.st_size, etag_of(found))
+
+
+def etag_of(found: os.stat_result) -> str:
+    """Return the ETag of a file: two contents within one clock tick may share it."""
+    return f'"{found.st_ino:x}-{found.st_mtime_ns // 1000:x}-{found.st_size:x}"'
+
+
+def is_remains(key: str, size: int) -> bool:
+    """Return whether a file of that size is the remains of a power cut, which is no object."""
+    return not size and key.startswith(NEVER_EMPTY)
+
+
+def damage(root: Path, key: str) -> str | None:
+    """Return what is wrong with the object's content, or None if it is whole as far as it tells.
+
+    Documents must be JSON, and an object that is named by its content must have that content.
+    Raises OSError if the file cannot be read.
+    """
+    path = root / key
+    if is_remains(key, path.stat().st_size):
+        return "is empty"
+    if named := _DIGEST.match(key):
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        return None if found == named[1] else "does not have the content that it is named by"
+    if key.startswith(NEVER_EMPTY) and key.endswith(".json"):
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            return "is not JSON"
+    return None
 
 
 @contextmanager
@@ -79,30 +119,92 @@ def locked(path: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def copy_in(source: BinaryIO, target: Path) -> None:
-    """Make `target` a copy of `source`; where that fails, nothing has happened."""
-    staged, file = _stage(target)
-    try:
-        with file:
-            _copy(source, file)
-        staged.replace(target)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
+class FileWriter:
+    """Writes the objects of one bucket. With `durable` a call waits for the disk.
+
+    Calls in several threads share the disk's flushes: the file system commits them together.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = str(root)
+        self._on_disk: set[str] = {self._root}
+        """Folders whose names are on the disk."""
+
+    def replace(self, key: str, fill: Fill, *, durable: bool) -> str:
+        """Give the object this content; returns its ETag."""
+        target = f"{self._root}/{key}"
+        with self._staged(target, fill, durable=durable) as (staged, etag):
+            os.rename(staged, target)  # noqa: PTH104 - a Path costs as much again
+            self._settle(target, durable=durable)
+        return etag
+
+    def create(self, key: str, fill: Fill, *, durable: bool) -> str:
+        """As `replace`; AlreadyExists if there is an object, unless it is damaged."""
+        target = f"{self._root}/{key}"
+        with self._staged(target, fill, durable=durable) as (staged, etag):
+            try:
+                os.link(staged, target)
+                os.unlink(staged)  # noqa: PTH108
+            except FileExistsError:
+                self._replace_damaged(key, staged, target)
+            self._settle(target, durable=durable)
+        return etag
+
+    def _replace_damaged(self, key: str, staged: str, target: str) -> None:
+        # Under the lock, so that the second of two writers finds the object of the first.
+        with locked(Path(target)):
+            if damage(Path(self._root), key) is None:
+                raise AlreadyExists(f"Object {key!r} exists.")
+            os.rename(staged, target)  # noqa: PTH104
+
+    @contextmanager
+    def _staged(self, target: str, fill: Fill, *, durable: bool) -> Iterator[tuple[str, str]]:
+        """A new file with the content beside `target`, and the ETag that it will have."""
+        staged, file = _stage(target)
+        try:
+            with file:
+                fill(file)
+                file.flush()
+                if durable:
+                    os.fdatasync(file.fileno())
+                etag = etag_of(os.fstat(file.fileno()))
+            yield staged, etag
+        finally:
+            with suppress(FileNotFoundError):  # it has its final name
+                os.unlink(staged)  # noqa: PTH108
+
+    def _settle(self, target: str, *, durable: bool) -> None:
+        """Wait until the name is on the disk, and the names of the folders above it."""
+        if not durable:
+            return
+        folder = os.path.dirname(target)  # noqa: PTH120
+        sync_folder(folder)
+        fresh = []
+        while folder not in self._on_disk:
+            fresh.append(folder)
+            folder = os.path.dirname(folder)  # noqa: PTH120
+            sync_folder(folder)
+        if len(self._on_disk) > _KNOWN_FOLDERS:
+            self._on_disk = {self._root}
+        self._on_disk.update(fresh)
 
 
-def _stage(target: Path) -> tuple[Path, BinaryIO]:
+def _stage(target: str) -> tuple[str, BinaryIO]:
     """A new file beside `target`, of a name that no key has."""
     for number in count(1):
-        staged = target.with_name(f"{target.name}#{number}")
+        staged = f"{target}#{number}"
         try:
-            return staged, staged.open("xb")
+            return staged, open(staged, "xb", opener=private)
         except FileExistsError:
-            continue  # somebody else's, or left behind by a process that was killed
+            continue  # another writer's, or left behind by a process that was killed
         except FileNotFoundError:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            return _stage(target)
+            os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120
     raise AssertionError("numbers do not end")
+
+
+def copy_into(source: BinaryIO) -> Fill:
+    """Return a function that copies `source`."""
+    return lambda target: _copy(source, target)
 
 
 def copy_out(source: Path, target: Path) -> None:

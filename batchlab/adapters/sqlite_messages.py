@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchlab.adapters.limits import MAX_IN_FLIGHT
+from batchlab.adapters.sqlite_wal import make_private
 from batchlab.errors import BackendError, NotFound, Throttled, Unreachable
 from batchlab.ports import MAX_VISIBILITY_S, Clock, Depth, Message, Outgoing, QueueSpec
+from batchlab.whole import private
 
 _BUSY_S = 10.0
 _AT_ONCE_S = 0.01
@@ -159,7 +161,8 @@ class SqliteMessages:
         if self._connection is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._turn < 0:
-                self._turn = os.open(f"{self._path}-turn", os.O_CREAT | os.O_RDWR, 0o666)
+                self._turn = private(f"{self._path}-turn", os.O_CREAT | os.O_RDWR)
+            make_private(self._path)
             db = sqlite3.connect(
                 self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
             )

@@ -20,6 +20,7 @@ from batchlab.adapters.awsgrid import deployment as stacks
 from batchlab.adapters.compose import deployment
 from batchlab.backends import descriptor
 from batchlab.backends.placed import Placed
+from batchlab.durability import read_sync
 from batchlab.errors import Unreachable, UsageError
 from batchlab.home import Home
 from batchlab.model import Pool
@@ -88,10 +89,10 @@ class Backend(Placed):
     def open_objects(self, home: Home, tally: Tally | None = None) -> Objects:
         """The bucket, asked as `tally` counts; Unreachable where no grid has been up yet."""
         if self.keeps_files:
-            from batchlab.adapters.objects import open_local
+            from batchlab.adapters.local_objects import open_local
 
             home.make()
-            return open_local(home.objects)
+            return open_local(home.objects, read_sync())
         _only("objects", self.objects, "s3")
         self.check_installed("boto3")
         from batchlab.adapters.aws import Endpoint
@@ -125,7 +126,7 @@ class Backend(Placed):
             from batchlab.adapters.sqlite_queue import SqliteQueue
 
             home.make()
-            return SqliteQueue(home.queue_file, clock)
+            return SqliteQueue(home.queue_file, clock, sync=read_sync())
         _only("queue", self.queue, "sqs")
         self.check_installed("boto3")
         from batchlab.adapters.aws import Endpoint
@@ -159,7 +160,7 @@ class Backend(Placed):
 
         home.make()
         if self.keeps_files:
-            return open_sqlite(home.ledger_file)
+            return open_sqlite(home.ledger_file, read_sync())
         home.of(self.name).mkdir(exist_ok=True)
         return open_sqlite(home.of(self.name) / home.ledger_file.name)
 
@@ -187,7 +188,10 @@ class Backend(Placed):
 
     def import_for_worker(self) -> None:
         """What is imported where a worker opens its bucket and its queues; nothing is opened."""
-        from batchlab.adapters import objects  # noqa: F401
+        if self.keeps_files:
+            from batchlab.adapters import local_objects  # noqa: F401
+        else:
+            from batchlab.adapters import objects  # noqa: F401
 
         if self.queue == "sqlite":
             from batchlab.adapters import sqlite_queue  # noqa: F401

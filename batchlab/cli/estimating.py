@@ -152,7 +152,7 @@ def _seconds(text: str) -> Three:
 async def count(jobfile: JobFile) -> tuple[int, int, int]:
     """Tasks, files and bytes of the job's input, cut as the planner does it; UsageError where it
     is not here to be counted."""
-    from batchlab.adapters.objects import open_local
+    from batchlab.adapters.local_objects import open_local
     from batchlab.jobdef import InputDef, SplitBy
     from batchlab.manager.split import items
     from batchlab.spec.jobfile import task_size

@@ -16,6 +16,7 @@ from functools import partial
 
 from batchlab import control
 from batchlab.commit import Addressed, address, commit, committed, send_all
+from batchlab.durability import of_single_call
 from batchlab.errors import AlreadyExists, BackendError, NotFound, UsageError
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.counts import Counts
@@ -261,7 +262,8 @@ class Conductor:
                 *(job, bundle), items=items, now_s=now_s, introduce=introduce, trace=trace
             )
             messages.append(message)
-        await send_all(self._ports.queue, messages, self._ports.patience)
+        with of_single_call(job.is_single_call):
+            await send_all(self._ports.queue, messages, self._ports.patience)
 
     # --- Ending ----------------------------------------------------------------------------------
 
@@ -391,7 +393,8 @@ class Conductor:
         key = naming.final(live.id, live.round)
         objects, patience = self._ports.objects, self._ports.patience
         try:
-            await patience(lambda: objects.put(key, data, if_absent=True))
+            with of_single_call(live.job.is_single_call):
+                await patience(lambda: objects.put(key, data, if_absent=True))
         except AlreadyExists:
             ending = wire.ending_from_json(wire.loads(await patience(lambda: objects.get(key))))
         await self._record(live, ending)
@@ -409,7 +412,9 @@ class Conductor:
             ended_s=ending.ended_s,
             closed=ending.closed,
         )
-        if await self._folder.write(live, finish):
+        with of_single_call(live.job.is_single_call):
+            is_new = await self._folder.write(live, finish)
+        if is_new:
             self._counts.ended(ending.state)
             # Not the reason: it may be in a user's own words.
             log.info("ended %s in round %d", ending.state, live.round, extra={"job": live.id})

@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 
 from batchlab import control
+from batchlab.durability import of_single_call
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Refused
 from batchlab.jobdef import JobDef
 from batchlab.manager.arrivals import Arrivals
@@ -118,7 +119,8 @@ class Requests:
         later = job.start_at_s is not None and job.start_at_s > now_s
         state = JobState.SCHEDULED if later else JobState.SUBMITTED
         cut = opening.cut if opening else None
-        written = await self._ports.ledger.add_job(job, state=state, cut=cut)
+        with of_single_call(job.is_single_call):
+            written = await self._ports.ledger.add_job(job, state=state, cut=cut)
         if written.is_new:
             self._counts.submitted += 1
             log.info("accepted", extra={"job": job.id})
@@ -139,7 +141,8 @@ class Requests:
         objects, patience = self._ports.objects, self._ports.patience
         key, data = naming.spec(job.id), definition.to_bytes(job, opening)
         try:
-            await patience(lambda: objects.put(key, data, if_absent=True))
+            with of_single_call(job.is_single_call):
+                await patience(lambda: objects.put(key, data, if_absent=True))
         except AlreadyExists:
             doc = wire.loads(await patience(lambda: objects.get(key)))
             known, its = wire.job_from_json(doc), definition.opening_in(doc)

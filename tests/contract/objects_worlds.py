@@ -17,7 +17,8 @@ from _pytest.mark.structures import ParameterSet
 from obstore.store import MemoryStore
 
 from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.objects import ObstoreObjects, open_local, open_s3
+from batchlab.adapters.local_objects import open_local
+from batchlab.adapters.objects import ObstoreObjects, open_s3
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.ports import Objects
 from batchlab.sim.actors import Actor

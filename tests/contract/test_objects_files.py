@@ -17,13 +17,14 @@ import pytest
 from obstore.store import S3Store
 
 from batchlab.adapters import folders
-from batchlab.adapters.objects import ObstoreObjects, open_local
+from batchlab.adapters.local_objects import open_local
+from batchlab.adapters.objects import ObstoreObjects
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Throttled, Unreachable
 
 RACE = """
 import asyncio, sys
 from pathlib import Path
-from batchlab.adapters.objects import open_local
+from batchlab.adapters.local_objects import open_local
 from batchlab.errors import AlreadyExists
 
 async def race(root, who, rounds):
@@ -47,7 +48,7 @@ asyncio.run(race(*sys.argv[1:]))
 PUT_FOR_EVER = """
 import asyncio, itertools, sys
 from pathlib import Path
-from batchlab.adapters.objects import open_local
+from batchlab.adapters.local_objects import open_local
 
 async def put(root, source):
     objects = open_local(Path(root))

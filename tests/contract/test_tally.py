@@ -123,12 +123,3 @@ def test_s3_is_counted_by_what_a_request_costs(endpoint: Endpoint, tmp_path: Pat
         wire.counts.clear()
         asyncio.run(act(open_s3(Endpoint(url), "tally", tally)))
     assert tally.read() == wire.read()
-
-
-def test_files_ask_nobody(tmp_path: Path) -> None:
-    from batchlab.adapters.objects import open_local
-
-    objects = open_local(tmp_path)
-    asyncio.run(objects.put("a", b"content"))
-    asyncio.run(objects.get("a"))
-    assert not objects._tally.read()

@@ -17,7 +17,7 @@ from random import Random
 from typing import cast
 
 from batchlab.adapters.clock import RandomIds, WallClock
-from batchlab.adapters.objects import open_local
+from batchlab.adapters.local_objects import open_local
 from batchlab.adapters.sqlite_queue import SqliteQueue
 from batchlab.errors import NotFound
 from batchlab.jobdef import JobDef, StageDef

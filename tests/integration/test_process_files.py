@@ -12,7 +12,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from batchlab.adapters.objects import open_local
+from batchlab.adapters.local_objects import open_local
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.errors import BackendError, Unreachable
 from batchlab.model import FailureKind, Json

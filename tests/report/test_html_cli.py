@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.objects import open_local
+from batchlab.adapters.local_objects import open_local
 from batchlab.home import Home
 from batchlab.model import Bundle, Failure, FailureKind, JobId, Outcome, StageName, TaskSet
 from batchlab.ports import Objects

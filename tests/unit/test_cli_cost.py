@@ -12,7 +12,7 @@ import pytest
 from batchlab import backends, fetches
 from batchlab.adapters.awsgrid import deployment
 from batchlab.adapters.awsgrid.deployment import AwsDeployment
-from batchlab.adapters.objects import open_local
+from batchlab.adapters.local_objects import open_local
 from batchlab.cli import billing, estimating
 from batchlab.errors import UsageError
 from batchlab.home import Home

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.objects import open_local
+from batchlab.adapters.local_objects import open_local
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.errors import UsageError
 from batchlab.home import Home

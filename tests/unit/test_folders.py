@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -19,19 +20,23 @@ class Torn(io.BytesIO):
         return super().read(10)
 
 
+def copy_in(source: BinaryIO, root: Path, key: str) -> None:
+    folders.FileWriter(root).replace(key, folders.copy_into(source), durable=True)
+
+
 def keys(root: Path, prefix: str = "", after: str = "") -> list[str]:
     return [info.key for info in folders.walk(root, prefix, after)]
 
 
 def test_a_copy_makes_the_folders_it_needs(tmp_path: Path) -> None:
-    folders.copy_in(io.BytesIO(b"content"), tmp_path / "a" / "b" / "c")
+    copy_in(io.BytesIO(b"content"), tmp_path, "a/b/c")
     assert (tmp_path / "a" / "b" / "c").read_bytes() == b"content"
     assert keys(tmp_path) == ["a/b/c"]
 
 
 def test_a_copy_passes_by_what_another_writer_has_staged(tmp_path: Path) -> None:
     (tmp_path / "key#1").write_bytes(b"half")
-    folders.copy_in(io.BytesIO(b"whole"), tmp_path / "key")
+    copy_in(io.BytesIO(b"whole"), tmp_path, "key")
     assert (tmp_path / "key#1").read_bytes() == b"half"
     assert (tmp_path / "key").read_bytes() == b"whole"
 
@@ -39,14 +44,14 @@ def test_a_copy_passes_by_what_another_writer_has_staged(tmp_path: Path) -> None
 def test_a_copy_that_fails_leaves_the_object_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(b"before")
     with pytest.raises(OSError, match="torn"):
-        folders.copy_in(Torn(b"x" * 100), tmp_path / "key")
+        copy_in(Torn(b"x" * 100), tmp_path, "key")
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
     assert (tmp_path / "key").read_bytes() == b"before"
 
 
 def test_folders_sort_where_their_keys_do(tmp_path: Path) -> None:
     for key in ("a/z", "a-b", "a.c", "a/b/c", "b"):
-        folders.copy_in(io.BytesIO(), tmp_path / key)
+        copy_in(io.BytesIO(), tmp_path, key)
     assert keys(tmp_path) == sorted(["a/z", "a-b", "a.c", "a/b/c", "b"])
     assert keys(tmp_path, "a/") == ["a/b/c", "a/z"]
     assert keys(tmp_path, after="a/b/c") == ["a/z", "b"]
@@ -54,7 +59,7 @@ def test_folders_sort_where_their_keys_do(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_object(tmp_path: Path) -> None:
-    folders.copy_in(io.BytesIO(), tmp_path / "a" / "b")
+    copy_in(io.BytesIO(), tmp_path, "a/b")
     assert folders.head(tmp_path, "a") is None
     assert folders.head(tmp_path, "a/b/c") is None
     assert folders.head(tmp_path, "a/b") is not None

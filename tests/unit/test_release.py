@@ -20,7 +20,7 @@ from packaging.utils import parse_wheel_filename
 from batchlab import backends, package_data
 from batchlab.adapters.compose import images
 from batchlab.adapters.ec2_form import READY_HOOK, GroupForm
-from batchlab.adapters.objects import open_local
+from batchlab.adapters.local_objects import open_local
 from batchlab.deploy import environment, release, wheelhouse
 from batchlab.deploy.wheelhouse import Target
 from batchlab.errors import BackendError, UsageError

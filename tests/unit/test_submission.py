@@ -12,7 +12,7 @@ import pytest
 
 from batchlab import submission
 from batchlab.adapters.clock import WallClock
-from batchlab.adapters.objects import open_local
+from batchlab.adapters.local_objects import open_local
 from batchlab.errors import UsageError
 from batchlab.jobdef import JobDef
 from batchlab.manager import split

@@ -16,6 +16,8 @@ from typing import Protocol
 
 from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event
 
+from batchlab.adapters.sqlite_wal import make_private
+
 _BUSY_S = 10.0
 _AGAIN_S = 0.01
 _MOMENT_S = 0.01
@@ -25,7 +27,7 @@ SCHEMA = "batchlab_schema"
 """The execution option that names an engine's schema, where its database has several."""
 
 _PRAGMAS = (
-    # Safe against SIGKILL; a power cut may cost the last folds, which the reconciler repeats.
+    # Safe against SIGKILL. SqlLedger flushes the log after what must outlive a power cut.
     "PRAGMA synchronous = NORMAL",
     "PRAGMA foreign_keys = ON",
     "PRAGMA journal_size_limit = 67108864",
@@ -55,7 +57,17 @@ def transaction(
 
 
 def sqlite_engine(path: Path | None) -> Engine:
-    """One connection to a file, or with None to a database that lives in memory."""
+    """One connection to a file, or with None to a database in memory."""
+
+    def prepare(connection: sqlite3.Connection, _record: object) -> None:
+        _switch_to_wal(connection)
+        for pragma in _PRAGMAS:
+            connection.execute(pragma)
+
+    def make(*_: object) -> None:
+        if path:
+            make_private(path)
+
     engine = create_engine(
         URL.create("sqlite", database=str(path) if path else ":memory:"),
         # One connection, whoever's turn it is: SqlLedger never runs two things at once.
@@ -70,14 +82,9 @@ def sqlite_engine(path: Path | None) -> Engine:
         },
         execution_options={BEGIN: _begin},
     )
-    event.listen(engine, "connect", _prepare)
+    event.listen(engine, "do_connect", make)
+    event.listen(engine, "connect", prepare)
     return engine
-
-
-def _prepare(connection: sqlite3.Connection, _record: object) -> None:
-    _switch_to_wal(connection)
-    for pragma in _PRAGMAS:
-        connection.execute(pragma)
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:

@@ -24,7 +24,9 @@ from batchlab.adapters.sql.logins import Logins
 from batchlab.adapters.sql.tables import bundles, jobs, leases, stages
 from batchlab.adapters.sql.troubles import translated
 from batchlab.adapters.sql.upserts import NOBODY, Upserts
+from batchlab.adapters.sqlite_wal import WalFlush
 from batchlab.adapters.threads import Inline, OneThread, Run, Threads
+from batchlab.durability import Sync
 from batchlab.jobdef import JobDef
 from batchlab.model import Completion, Control, JobId, JobState, Json, StageName
 from batchlab.ports import (
@@ -51,9 +53,13 @@ _release = (
 )
 
 
-def open_sqlite(path: Path) -> SqlLedger:
-    """The ledger in this file; the first call makes the file where there is none."""
-    return SqlLedger(sqlite_engine(path), OneThread())
+def open_sqlite(path: Path, sync: Sync = Sync.NONE) -> SqlLedger:
+    """The ledger in this file; the first call makes the file where there is none.
+
+    With `sync`, changes that a user is told of wait for the disk. A power cut may undo folds, which
+    the reconciler repeats from the bucket.
+    """
+    return SqlLedger(sqlite_engine(path), OneThread(), sync, WalFlush(path))
 
 
 def open_postgres(
@@ -102,8 +108,17 @@ class SqlLedger:
     a password that is wrong.
     """
 
-    def __init__(self, engine: Engine, run: Run) -> None:
-        """Takes over `engine`, which must keep the promises of `engines`; opens nothing yet."""
+    def __init__(
+        self,
+        engine: Engine,
+        run: Run,
+        sync: Sync = Sync.NONE,
+        flush: WalFlush | None = None,
+    ) -> None:
+        """Takes over `engine`, which must keep the promises of `engines`; opens nothing yet.
+        `flush` waits for the disk where a commit of the engine does not."""
+        self._sync = sync
+        self._flush = flush
         self._engine = engine
         self._run = run
         self._upserts = Upserts.of(engine.dialect.name)
@@ -118,7 +133,7 @@ class SqlLedger:
                 bundle_rows.plan(connection, self._upserts, cut.bundles)
             return written
 
-        return await self._write(add)
+        return await self._on_disk(await self._write(add))
 
     async def job(self, job: JobId) -> JobRecord:
         return await self._read(lambda c: job_rows.find_job(c, job), quick=True)
@@ -134,10 +149,13 @@ class SqlLedger:
 
     async def set_control(self, job: JobId, control: Control) -> None:
         await self._write(lambda c: job_rows.set_control(c, job, control))
+        await self._on_disk(None)
 
     async def reopen(self, job: JobId, round: int, stages: Sequence[Reopening]) -> bool:
         """Also False for a job that has not ended, or SUCCEEDED."""
-        return await self._write(lambda c: job_rows.reopen(c, job, round, stages))
+        return await self._on_disk(
+            await self._write(lambda c: job_rows.reopen(c, job, round, stages))
+        )
 
     async def finish(
         self,
@@ -151,7 +169,7 @@ class SqlLedger:
     ) -> Written:
         """Changes nothing either where the job is in another round: then it is not its end."""
         end = Ending(state, reason, ended_s, closed)
-        return await self._write(lambda c: job_rows.finish(c, job, round, end))
+        return await self._on_disk(await self._write(lambda c: job_rows.finish(c, job, round, end)))
 
     # --- Stages and bundles ----------------------------------------------------------------------
 
@@ -230,8 +248,16 @@ class SqlLedger:
     async def close(self) -> None:
         """Waits for calls that are under way; no other call may follow."""
         await self._run.close(self._engine.dispose)
+        if self._flush:
+            self._flush.close()
 
     # --- Transactions ----------------------------------------------------------------------------
+
+    async def _on_disk(self, written: T) -> T:
+        """Return what was written once a power cut cannot undo it."""
+        if self._flush and self._sync.waits:
+            await self._flush()
+        return written
 
     async def _read(self, query: Callable[[Connection], T], *, quick: bool = False) -> T:
         return await self._transact(query, writes=False, quick=quick)
