@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 from batchlab.home import Home
+from batchlab.whole import private
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ def note(home: Home, job: str, read_bytes: int) -> None:
     logged, since the results are there all the same."""
     line = json.dumps({"job": job, "read_bytes": read_bytes}) + "\n"
     try:
-        with home.fetched_file.open("a", encoding="utf-8") as file:
+        with open(home.fetched_file, "a", encoding="utf-8", opener=private) as file:
             file.write(line)
     except OSError as error:
         log.warning("%s cannot be written: %s", home.fetched_file, error.strerror)

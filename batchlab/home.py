@@ -25,7 +25,9 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,9 +38,18 @@ from typing import IO, Any
 
 from batchlab.errors import Refused, UsageError
 from batchlab.protocol import naming
-from batchlab.whole import write_whole
+from batchlab.whole import make_folder, private, sync_folder, write_whole
 
 DEFAULT = ".batchlab"
+
+_BACKENDS = ("ministack", "localstack", "aws")
+_FOLDERS = ("objects", "fleet", "scratch", "wake", "records", "reports", *_BACKENDS)
+_FILES = re.compile(
+    r"\.gitignore|\.batchlab-made|token|manager\.(json|lock|log)|(ledger|queue)\.sqlite.*"
+    r"|(settings|notify|prices)\.toml|fetched\.jsonl|sessions\.json|open-.*\.html"
+)
+"""Names of the grid's own in its folder, whatever else the user keeps there."""
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 PROBED_S = 0.2
 """For longer than this nobody holds the lock only to see whether it is taken."""
 
@@ -160,7 +171,7 @@ class Home:
         try:
             for folder in (self.path, self.objects, self.fleet, self.scratch):
                 _check(folder)
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             ignore, made = self.path / ".gitignore", self.path / naming.MADE
             if not ignore.exists():
                 ignore.write_text("*\n")
@@ -172,6 +183,19 @@ class Home:
                 f"{error.strerror}.",
                 remedy="Name another with --home or BATCHLAB_HOME.",
             ) from error
+
+    def tighten(self) -> None:
+        """Let only their user read the grid's files and folders, which earlier releases made with
+        the usual permissions. The folder itself may hold other things of the user's: it is left
+        as it is unless everything in it is the grid's."""
+        is_ours = True
+        for entry in self.path.iterdir():
+            if entry.name in _FOLDERS or _FILES.fullmatch(entry.name):
+                _tighten(entry)
+            else:
+                is_ours = False
+        if is_ours or self.path.name == DEFAULT:
+            _tighten(self.path)
 
     def token(self) -> str:
         """The API's bearer token, made on first use and readable by its owner only; UsageError
@@ -200,8 +224,7 @@ class Home:
         path = self.path / "token"
         if path.exists() and path.read_text() == token:
             return
-        staged = _private(path, token)
-        staged.replace(path)
+        write_whole(path, token)
 
     def record(self) -> ManagerRecord | None:
         """The manager that runs here; None where there is none (its lock is free), and while one
@@ -265,8 +288,9 @@ class Home:
         """Be the only manager here; Refused while another is. The kernel frees the lock of a
         process however it died, which a pid in a file cannot promise."""
         self.make()
-        with (self.path / "manager.lock").open("a") as file:
+        with open(self.path / "manager.lock", "a", opener=private) as file:
             self._lock(file)
+            self.tighten()
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -309,6 +333,16 @@ class Home:
         return False
 
 
+def _tighten(path: Path) -> None:
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return  # another process has removed it
+    is_plain = stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)
+    if is_plain and found.st_uid == os.getuid() and found.st_mode & _OTHERS:
+        path.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS)
+
+
 def _check(folder: Path) -> None:
     """OSError where there is something that is no folder, or none that can be written."""
     if folder.exists() and not folder.is_dir():
@@ -327,6 +361,7 @@ def _make_token(path: Path) -> None:
             path.hardlink_to(staged)
     finally:
         staged.unlink()
+    sync_folder(path.parent)
 
 
 def _private(path: Path, text: str) -> Path:
@@ -335,6 +370,8 @@ def _private(path: Path, text: str) -> Path:
     descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(text)
+        file.flush()
+        os.fsync(descriptor)
     return staged
 
 

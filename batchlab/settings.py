@@ -20,6 +20,7 @@ from batchlab.backends import Backend
 from batchlab.errors import UsageError
 from batchlab.home import Home
 from batchlab.manager.settings import ManagerSettings
+from batchlab.whole import write_whole
 
 TABLE = "manager"
 _NAMES = tuple(field.name for field in fields(ManagerSettings))
@@ -93,13 +94,11 @@ def said(
     before = path.read_bytes() if path.exists() else None
     lines = [f"# {why}", f"[{TABLE}]"]
     lines += [f"{name} = {value!r}" for name, value in {**read(home), **values}.items()]
-    staged = path.with_name(f"{path.name}.new")
-    staged.write_text("\n".join([*lines, ""]))
+    write_whole(path, "\n".join([*lines, ""]))
     try:
-        staged.replace(path)
         yield
     finally:
         if not keep and before is None:
             path.unlink(missing_ok=True)
         elif not keep and before is not None:
-            path.write_bytes(before)
+            write_whole(path, before)

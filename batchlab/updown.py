@@ -23,6 +23,7 @@ from batchlab.backends import Backend
 from batchlab.errors import BackendError, Unreachable, UsageError
 from batchlab.home import Home, ManagerRecord
 from batchlab.model import Pool
+from batchlab.whole import private
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def start_manager(
         argv += ["--parent", str(os.getpid())]
     if port:
         argv += ["--port", str(port)]
-    with home.manager_log.open("ab") as output:
+    with open(home.manager_log, "ab", opener=private) as output:
         # A session of its own: Ctrl-C in the terminal must reach only the command in front.
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True

@@ -44,6 +44,18 @@ def private(path: str | os.PathLike[str], flags: int) -> int:
     return os.open(path, flags, PRIVATE)
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder, for its user only, and the folders above it; wait for their names."""
+    made = []
+    while not folder.exists():
+        made.append(folder)
+        folder = folder.parent
+    for one in reversed(made):
+        # The folders above belong to the user, with the permissions that the user's umask gives.
+        one.mkdir(PRIVATE_FOLDER if one is made[0] else 0o777, exist_ok=True)
+        sync_folder(one.parent)
+
+
 def sync_folder(folder: str | os.PathLike[str]) -> None:
     """Wait until the names in the folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

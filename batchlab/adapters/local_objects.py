@@ -26,7 +26,7 @@ from batchlab.durability import Sync
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Unreachable
 from batchlab.objectnames import VOLATILE
 from batchlab.ports import ObjectInfo
-from batchlab.whole import PRIVATE_FOLDER
+from batchlab.whole import make_folder
 
 T = TypeVar("T")
 
@@ -184,7 +184,7 @@ class LocalObjects:
 
 def open_local(root: Path, sync: Sync = Sync.JOBS) -> LocalObjects:
     """The bucket that is the folder `root`, which is made if it does not exist."""
-    root.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+    make_folder(root)
     return LocalObjects(root, sync)
 
 

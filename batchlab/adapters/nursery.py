@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from batchlab.whole import private
+
 MOST_BYTES = 1 << 16
 """Of a message."""
 PATIENCE_S = 30.0
@@ -140,7 +142,7 @@ class Nursery:
 
     def _begun(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as log:
+        with open(self._log, "ab", opener=private) as log:
             return subprocess.Popen(
                 [*self._argv, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,

@@ -27,7 +27,7 @@ from batchlab.adapters.pids import boot_id, exit_code, hold, lives, start_ticks,
 from batchlab.errors import AlreadyExists, BackendError
 from batchlab.model import Machine, Pool
 from batchlab.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
-from batchlab.whole import write_whole
+from batchlab.whole import private, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ class ProcessLauncher:
 
     def _log_of(self, instance: str) -> BinaryIO:
         self._logs.mkdir(parents=True, exist_ok=True)
-        return (self._logs / f"{instance}.log").open("ab")
+        return open(self._logs / f"{instance}.log", "ab", opener=private)
 
     def _spawn(self, argv: list[str], pool: Pool, instance: str) -> int:
         env = {**self._env, **dict(pool.env), INSTANCE_VARIABLE: instance}
@@ -300,7 +300,8 @@ class ProcessLauncher:
 
     def _write(self, record: _Record) -> None:
         self._records.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path(record.instance), json.dumps(asdict(record)))
+        # A power cut ends the instance too, so the record need not outlive it.
+        write_whole(self._path(record.instance), json.dumps(asdict(record)), durable=False)
 
     def _read(self, path: Path) -> _Record:
         try:

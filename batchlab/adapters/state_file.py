@@ -5,10 +5,10 @@ Invariant: whenever the process or the machine stops, the file holds a whole sta
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from batchlab.errors import BackendError
+from batchlab.whole import make_folder, write_whole
 
 
 class StateFile:
@@ -24,14 +24,8 @@ class StateFile:
             raise BackendError(f"{self._path} cannot be read: {error}") from error
 
     def save(self, data: bytes) -> None:
-        fresh = self._path.with_name(self._path.name + ".new")
         try:
-            fresh.parent.mkdir(parents=True, exist_ok=True)
-            with fresh.open("wb") as file:
-                file.write(data)
-                file.flush()
-                # Without it a power failure can leave the new name on an empty file.
-                os.fsync(file.fileno())
-            fresh.replace(self._path)
+            make_folder(self._path.parent)
+            write_whole(self._path, data)
         except OSError as error:
             raise BackendError(f"{self._path} cannot be written: {error}") from error

@@ -142,7 +142,8 @@ def refresh(
     book = prices_of.refreshed(load(place.path), found)
     place.make()
     path = place.path / NAME
-    write_whole(path, write(book))
+    # Not a secret, and the manager of a grid in containers may be another user.
+    write_whole(path, write(book), mode=0o644)
     if json:
         output.show_json(
             {

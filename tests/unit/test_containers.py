@@ -207,12 +207,11 @@ def test_a_folder_that_cannot_be_asked_is_no_orphan(tmp_path: Path) -> None:
 def test_an_empty_password_is_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = Home(tmp_path)
 
-    def full(path: Path, _: str) -> int:
-        path.touch()
+    def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as disk:
-        disk.setattr(Path, "write_text", full)
+        disk.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
             deployment.write(home, AT)
     deployment.write(home, AT)

@@ -1,0 +1,93 @@
+"""Finding 8: other users of the machine do not read a grid's folder."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+from batchlab.home import Home
+from tests.integration.local_grid import LocalGrid
+
+JOB = """\
+name: secret
+params: {password: "{{ word }}"}
+input: {files: items.txt, split: lines}
+stages: [{name: copy, command: ["sh", "-c", "cat {input} >{output:copied}"]}]
+"""
+
+
+def readable_by_others(folder: Path) -> list[str]:
+    """The entries below the folder, itself included, that group or others may use."""
+    found = []
+    for path in (folder, *folder.rglob("*")):
+        mode = path.lstat().st_mode
+        if not stat.S_ISLNK(mode) and mode & (stat.S_IRWXG | stat.S_IRWXO):
+            found.append(f"{path.relative_to(folder)} {stat.filemode(mode)}")
+    return found
+
+
+def write_job(folder: Path) -> Path:
+    (folder / "items.txt").write_text("a\nb\n")
+    (folder / "job.yaml").write_text(JOB.replace('"{{ word }}"', "hunter2"))
+    return folder / "job.yaml"
+
+
+def test_nobody_else_reads_the_folder_of_a_grid(tmp_path: Path) -> None:
+    """Finding 8: a job has run; its parameters, its input, and the ledger are its user's alone."""
+    grid = LocalGrid(tmp_path / "grid")
+    try:
+        view = grid.run(write_job(tmp_path))
+        assert view["state"] == "SUCCEEDED"
+        assert stat.S_IMODE((tmp_path / "grid").stat().st_mode) == 0o700
+        others = readable_by_others(tmp_path / "grid")
+        # The folder is closed, and what holds a job's data is closed by itself as well.
+        closed = (".sqlite", "token", "manager.log", ".json")
+        named = [one for one in others if one.split()[0].endswith(closed)]
+        objects = [p for p in (tmp_path / "grid" / "objects").rglob("*") if p.is_file()]
+        assert objects
+        assert named == []
+        assert {stat.S_IMODE(path.stat().st_mode) for path in objects} == {0o600}
+    finally:
+        grid.stop()
+
+
+def test_what_a_user_fetches_has_the_usual_permissions(tmp_path: Path) -> None:
+    """Finding 8: results outside of the grid's folder are as the user's umask says."""
+    grid = LocalGrid(tmp_path / "grid")
+    try:
+        view = grid.run(write_job(tmp_path))
+        grid.results(view, tmp_path / "out")
+    finally:
+        grid.stop()
+    (tmp_path / "usual").touch()
+    usual = stat.S_IMODE((tmp_path / "usual").stat().st_mode)
+    fetched = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert fetched
+    assert {stat.S_IMODE(path.stat().st_mode) for path in fetched} == {usual}
+
+
+def test_an_older_grid_is_closed_at_its_next_start(tmp_path: Path) -> None:
+    """Finding 8: the folder of release 0.1.0 was 0755, its files 0644."""
+    home = Home(tmp_path / ".batchlab")
+    home.make()
+    for name in ("ledger.sqlite", "queue.sqlite-wal", "manager.log", "notify.toml"):
+        (home.path / name).touch(0o644)
+    for name in ("objects", "fleet"):
+        (home.path / name).mkdir()
+    for path in (home.path, *home.path.iterdir()):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    with home.locked():
+        assert readable_by_others(home.path) == []
+
+
+def test_a_folder_with_other_things_in_it_stays_as_the_user_made_it(tmp_path: Path) -> None:
+    """Finding 8: `--home .` closes the grid's files, and not the user's project."""
+    project = tmp_path / "project"
+    project.mkdir(0o755)
+    (project / "notes.txt").touch(0o644)
+    home = Home(project)
+    for _ in range(2):
+        with home.locked():
+            home.token()
+    assert stat.S_IMODE(project.stat().st_mode) == 0o755
+    assert readable_by_others(project) == [". drwxr-xr-x", "notes.txt -rw-r--r--"]
