@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequen
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from batchlab.adapters.keys import Keys
 from batchlab.asg import signature
 from batchlab.asg.fault import Fault
 from batchlab.ports import Clock
@@ -67,7 +68,7 @@ class App:
         clock: Clock,
         request_id: Callable[[], str],
         *,
-        key: signature.Key | None = None,
+        key: Keys | None = None,
     ) -> None:
         self._services = services
         self._default = services[default]

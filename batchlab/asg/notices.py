@@ -15,6 +15,7 @@ from batchlab.errors import BackendError, Unreachable, UsageError
 from batchlab.fleet import faults
 
 if TYPE_CHECKING:
+    from batchlab.adapters.aws import Endpoint
     from batchlab.fleet.autoscaling import AutoScaling
 
 NAME = "batchlab"
@@ -65,10 +66,8 @@ def _asked(body: bytes) -> tuple[str, str, float]:
     return instance, kind, float(notice_s)
 
 
-def give(
-    url: str, instance: str, notice: str, notice_s: float, *, access_key: str, secret_key: str
-) -> None:
-    """Ask the endpoint at `url` for a notice ("interruption" or "rebalance") to an instance.
+def give(at: Endpoint, instance: str, notice: str, notice_s: float) -> None:
+    """Ask the endpoint for a notice ("interruption" or "rebalance") to an instance.
 
     UsageError where it refuses, Unreachable where nothing answers.
     """
@@ -77,9 +76,10 @@ def give(
     from botocore.awsrequest import AWSRequest
     from botocore.credentials import Credentials
 
+    url = at.url or ""
     body = json.dumps({"instance": instance, "notice": notice, "notice_s": notice_s})
     asked = AWSRequest("POST", url + "/", data=body, headers={"Content-Type": "application/json"})
-    SigV4Auth(Credentials(access_key, secret_key), NAME, "us-east-1").add_auth(asked)
+    SigV4Auth(Credentials(at.access_key, at.secret_key), NAME, "us-east-1").add_auth(asked)
     try:
         answer = httpx.post(
             url + "/", content=body, headers=dict(asked.headers.items()), timeout=_ANSWER_S

@@ -105,7 +105,7 @@ def put_scheduled(call: Call) -> Answer:
 
 
 def _schedule(call: Call, asked: Asked) -> None:
-    """What is not given stays as it was."""
+    """Keep the fields of an older action of this name that the request does not have."""
     changes = fields(ScheduledAction, asked)
     if "Time" in asked:
         # Its old name.
@@ -113,6 +113,9 @@ def _schedule(call: Call, asked: Asked) -> None:
     name = asked["ScheduledActionName"]
     known = call.engine.describe_scheduled_actions(call.group, scheduled_action_names=[name])
     old = known[0] if known else ScheduledAction(call.group, name)
+    if {"recurrence", "time_zone"} & changes.keys():
+        # The start of a described action is its next run, by the old recurrence.
+        old = replace(old, start_time=None)
     call.engine.put_scheduled_update_group_action(replace(old, **changes))
 
 

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from batchlab.adapters.keys import Keys
 from batchlab.asg import notices
 from batchlab.asg.actions import act
 from batchlab.asg.app import App, Service
 from batchlab.asg.metrics import CloudWatch, MetricStore
 from batchlab.asg.notices import NoticeService
 from batchlab.asg.service import QueryService, model
-from batchlab.asg.signature import Key
 from batchlab.errors import BackendError, Refused
 from batchlab.fleet.autoscaling import AutoScaling
 from batchlab.ports import Clock
@@ -40,7 +40,7 @@ class AsgSettings:
     launcher: str = "process"
     host: str = "127.0.0.1"
     port: int = 0
-    key: Key | None = None
+    key: Keys | None = None
     drain_s: float = 30.0
     """How long an instance may take to end before it is killed."""
     grid: str = "asg"
@@ -74,7 +74,7 @@ def application(
     changed: asyncio.Event,
     *,
     metrics: MetricStore,
-    key: Key | None = None,
+    key: Keys | None = None,
 ) -> App:
     """What answers for the engine, and takes in the metrics that it looks at; each action sets
     `changed`."""

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.compat import HTTPHeaders
 from botocore.credentials import Credentials
 
+from batchlab.adapters.keys import Keys
 from batchlab.asg.fault import Fault
 
 if TYPE_CHECKING:
@@ -32,14 +33,6 @@ _AUTHORIZATION = re.compile(
     r"/(?P<service>[\w-]+)/aws4_request,\s*SignedHeaders=(?P<headers>[a-z0-9;_-]+),"
     r"\s*Signature=(?P<signature>[0-9a-f]{64})"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """The one pair of keys that requests must be signed with."""
-
-    access_key: str
-    secret_key: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +62,7 @@ def credential(request: Request) -> Credential:
     return Credential(**named, headers=headers)
 
 
-def check(request: Request, asks: Credential, key: Key, now_s: float) -> None:
+def check(request: Request, asks: Credential, key: Keys, now_s: float) -> None:
     """Fault unless the request was signed with `key`, whole, in the last five minutes."""
     if not hmac.compare_digest(asks.key.encode(), key.access_key.encode()):
         raise Fault(
@@ -106,7 +99,7 @@ class _AsSigned(SigV4Auth):
         return request.headers
 
 
-def _signature(request: Request, asks: Credential, key: Key, stamp: str) -> str:
+def _signature(request: Request, asks: Credential, key: Keys, stamp: str) -> str:
     auth = _AsSigned(Credentials(asks.key, key.secret_key), asks.service, asks.region)
     url = f"http://{request.header('host')}{request.path}"
     again = AWSRequest(

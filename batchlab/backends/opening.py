@@ -200,17 +200,19 @@ class Backend(Placed):
 
     def open_fleet(self, home: Home, launcher: ProcessLauncher | None, clock: Clock) -> Fleet:
         if launcher is None:
-            from batchlab.adapters.aws import Endpoint
             from batchlab.adapters.ec2_fleet import Ec2Fleet
             from batchlab.adapters.ec2_form import GroupForm
 
             if self.is_deployed:
                 stack = self.stack(home)
+                from batchlab.adapters.aws import Endpoint
+
                 there = Endpoint(region=stack.region)
                 return Ec2Fleet(there, clock, None, prefix=stack.groups_prefix)
             at = self.deployment(home)
             form = GroupForm(deployment.TEMPLATE, zones=deployment.ZONES)
-            return Ec2Fleet(Endpoint(at.autoscaling_url), clock, form, prefix=f"{at.project}-")
+            here = deployment.autoscaling(home, at)
+            return Ec2Fleet(here, clock, form, prefix=f"{at.project}-")
         from batchlab.adapters.state_file import StateFile
         from batchlab.fleet.group import ManagedFleet
 

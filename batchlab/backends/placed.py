@@ -184,8 +184,9 @@ class Placed(Descriptor):
         from batchlab.adapters.aws import create_bucket
 
         create_bucket(self.endpoint_at(home, place), place.bucket)
-        home.of(self.name).mkdir(parents=True, exist_ok=True)
-        home.write_place(self.name, place)
+        if place != home.place(self.name):  # in a container the folder is read-only
+            home.of(self.name).mkdir(parents=True, exist_ok=True)
+            home.write_place(self.name, place)
 
 
 def client_environment(backend: Placed, home: Home) -> dict[str, str]:

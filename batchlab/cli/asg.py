@@ -17,7 +17,8 @@ from batchlab.cli.options import HomeOption, JsonOption, LogFormatOption, home_o
 from batchlab.errors import UsageError
 
 if TYPE_CHECKING:
-    from batchlab.asg.signature import Key
+    from batchlab.adapters.aws import Endpoint
+    from batchlab.adapters.keys import Keys
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _HERE = ("127.0.0.1", "::1", "localhost")
@@ -103,6 +104,15 @@ def serve(
             "AWS_SECRET_ACCESS_KEY.",
         ),
     ] = False,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--keys",
+            metavar="FILE",
+            help="Answer only what is signed with the keys in this file, in JSON.",
+            show_default=False,
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Serve EC2 Auto Scaling's own API until Ctrl-C; instances end with it.
@@ -130,14 +140,14 @@ def serve(
         launcher=launcher,
         host=host,
         port=port,
-        key=_key() if signed else None,
+        key=_in(keys) if keys else _key() if signed else None,
         drain_s=seconds_of("--drain", drain),
         grid=grid,
         labels=_labels(label or ()),
         scale=scale,
         metadata_port=metadata_port,
     )
-    if host not in _HERE and not signed:
+    if host not in _HERE and settings.key is None:
         output.say(f"Whoever reaches {host} can start and end instances: --signed asks for keys.")
 
     def up(url: str) -> None:
@@ -193,26 +203,43 @@ def interrupt(
     from batchlab.asg.notices import give
 
     kind, notice_s = "rebalance" if rebalance else "interruption", seconds_of("--notice", notice)
-    access_key, secret_key = (os.environ.get(name) or "test" for name in KEYS)
-    url = (endpoint or _endpoint_of(home)).rstrip("/")
-    give(url, instance, kind, notice_s, access_key=access_key, secret_key=secret_key)
+    at = _named(endpoint) if endpoint else _endpoint_of(home)
+    give(at, instance, kind, notice_s)
     output.say(f"{instance} has its notice.")
 
 
-def _endpoint_of(home: Path | None) -> str:
+def _named(endpoint: str) -> Endpoint:
+    from batchlab.adapters.aws import Endpoint
+
+    access_key, secret_key = (os.environ.get(name) or "test" for name in KEYS)
+    return Endpoint(endpoint.rstrip("/"), access_key=access_key, secret_key=secret_key)
+
+
+def _endpoint_of(home: Path | None) -> Endpoint:
     from batchlab.adapters.compose import deployment
 
     place = home_of(home)
     if at := deployment.read(place):
-        return at.autoscaling_url
+        return deployment.autoscaling(place, at)
     raise UsageError(
         f"No grid in containers is up in {place.path}.",
         remedy="Name the endpoint with --endpoint, or the grid's folder with --home.",
     )
 
 
-def _key() -> Key:
-    from batchlab.asg.signature import Key
+def _in(file: Path) -> Keys:
+    from batchlab.adapters import keys
+
+    if found := keys.read(file):
+        return found
+    raise UsageError(
+        f"{file} does not exist.",
+        remedy="Name a file with access_key and secret_key as a JSON object.",
+    )
+
+
+def _key() -> Keys:
+    from batchlab.adapters.keys import Keys
 
     access_key, secret_key = (os.environ.get(name, "") for name in KEYS)
     if not access_key or not secret_key:
@@ -220,4 +247,4 @@ def _key() -> Key:
             "There are no keys that requests could be signed with.",
             remedy=f"Set {' and '.join(KEYS)}, or leave out --signed.",
         )
-    return Key(access_key, secret_key)
+    return Keys(access_key, secret_key)

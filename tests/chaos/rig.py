@@ -179,14 +179,8 @@ class Containers:
 
     def interrupt(self, instance: str, *, notice_s: float) -> None:
         """Give a Spot instance its notice."""
-        give(
-            self.at.autoscaling_url,
-            instance,
-            "interruption",
-            notice_s,
-            access_key="test",
-            secret_key="test",
-        )
+        there = deployment.autoscaling(self.grid.home, self.at)
+        give(there, instance, "interruption", notice_s)
 
 
 def docker(*arguments: str) -> str:

@@ -24,6 +24,7 @@ MOTO_LACKS = {
     "test_an_instance_waits_until_its_end_is_completed": _NO_WAIT,
     "test_a_hook_that_is_not_there_is_refused": _500,
     "test_scheduled_actions_are_kept_and_removed": "moto forgets what a second put does not name",
+    "test_a_recurrence_that_is_put_again_sets_the_next_run": "moto does not tell the next run",
     "test_a_scheduled_action_is_carried_out": "moto's scheduled actions are only kept",
     "test_many_scheduled_actions_are_put_and_removed_at_once": "moto takes any recurrence",
     "test_a_target_tracking_policy_comes_back_whole": "moto gives no ARN for a policy",
@@ -148,6 +149,26 @@ def test_scheduled_actions_are_kept_and_removed(wire: Wire) -> None:
     wire.asg.delete_scheduled_action(AutoScalingGroupName=wire.name, ScheduledActionName="day")
     found = wire.asg.describe_scheduled_actions(AutoScalingGroupName=wire.name)
     assert [a["ScheduledActionName"] for a in found["ScheduledUpdateGroupActions"]] == ["night"]
+
+
+def test_a_recurrence_that_is_put_again_sets_the_next_run(wire: Wire) -> None:
+    wire.create()
+
+    def put(**more: Any) -> datetime:
+        wire.asg.put_scheduled_update_group_action(
+            AutoScalingGroupName=wire.name, ScheduledActionName="peak", **more
+        )
+        found = wire.asg.describe_scheduled_actions(AutoScalingGroupName=wire.name)
+        (one,) = found["ScheduledUpdateGroupActions"]
+        start: datetime = one["StartTime"]
+        return start
+
+    assert put(Recurrence="0 9 * * *", MinSize=1).hour == 9
+    assert put(Recurrence="0 18 * * *").hour == 18
+    assert put(MinSize=2).hour == 18
+    assert put(TimeZone="Asia/Tokyo").hour == 9, "18:00 in Tokyo is 9:00 UTC"
+    once = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
+    assert put(StartTime=once) == once
 
 
 def test_a_scheduled_action_is_carried_out(wire: Wire) -> None:

@@ -42,7 +42,7 @@ def test_a_grid_comes_works_with_the_aws_cli_and_leaves_nothing(tmp_path: Path) 
         ask = ("python", "-c", "import tempfile; print(tempfile.gettempdir())")
         assert checked("exec", f"{at.project}-manager-1", *ask).strip() == "/var/tmp"
         batchlab("doctor", "--backend", "localstack", "--home", home.path)
-        desired_capacity_makes_containers(at)
+        desired_capacity_makes_containers(home, at)
         batchlab("gc")  # what is in use is no orphan
         assert len(checked("ps", "-q", "--filter", label).split()) >= len(services)
     finally:
@@ -72,7 +72,7 @@ def check_restraint(one: dict[str, Any]) -> None:
     assert has_socket == (name == "asg")
 
 
-def desired_capacity_makes_containers(at: deployment.Deployment) -> None:
+def desired_capacity_makes_containers(home: Home, at: deployment.Deployment) -> None:
     """The AWS CLI, which nobody here wrote, makes instances come and go."""
     group = f"{at.project}-by-hand"
 
@@ -82,7 +82,8 @@ def desired_capacity_makes_containers(at: deployment.Deployment) -> None:
             if os.environ.get("CI"):
                 pytest.fail("CI promises the AWS CLI, but BATCHLAB_AWSCLI is not set")
             pytest.skip("BATCHLAB_AWSCLI names no AWS CLI")
-        keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+        own = deployment.autoscaling(home, at)
+        keys = {"AWS_ACCESS_KEY_ID": own.access_key, "AWS_SECRET_ACCESS_KEY": own.secret_key}
         done = subprocess.run(
             [cli, "--endpoint-url", at.autoscaling_url, "autoscaling", *arguments],
             env={"PATH": os.environ["PATH"], "AWS_DEFAULT_REGION": "us-east-1", **keys},

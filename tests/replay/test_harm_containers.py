@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.compose import deployment
 from batchlab.adapters.compose.deployment import ZONES
 from batchlab.model import Pool
 from batchlab.replay.harm.markets import bought
@@ -48,7 +48,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 def groups(grid: LocalGrid) -> list[Any]:
     """As Auto Scaling has them."""
-    scaling = aws(Endpoint(Containers(grid).at.autoscaling_url), "autoscaling")
+    at = Containers(grid).at
+    scaling = aws(deployment.autoscaling(grid.home, at), "autoscaling")
     found: list[Any] = scaling.describe_auto_scaling_groups()["AutoScalingGroups"]
     return found
 

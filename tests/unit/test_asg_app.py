@@ -16,13 +16,13 @@ from botocore.credentials import Credentials
 from botocore.model import OperationModel
 from botocore.parsers import create_parser
 
+from batchlab.adapters.keys import Keys
 from batchlab.asg.actions import ACTIONS
 from batchlab.asg.app import MAX_BODY_BYTES, App
 from batchlab.asg.fault import Fault
 from batchlab.asg.service import QueryService, model
-from batchlab.asg.signature import Key
 
-KEY = Key("AKIDEXAMPLE", "secret")
+KEY = Keys("AKIDEXAMPLE", "secret")
 TAGS = b"Action=DescribeTags&Version=2011-01-01"
 SERVED = "autoscaling"
 Headers = dict[str, str]
@@ -47,7 +47,7 @@ async def act(operation: OperationModel, asked: Mapping[str, Any]) -> Mapping[st
     return {"Tags": [{"Key": operation.name}]}
 
 
-def app(key: Key | None = None, now_s: float | None = None) -> App:
+def app(key: Keys | None = None, now_s: float | None = None) -> App:
     now_s = datetime.now(UTC).timestamp() if now_s is None else now_s
     services = {SERVED: QueryService(model(SERVED), act)}
     return App(services, SERVED, FixedClock(now_s), lambda: "id-7", key=key)
@@ -97,7 +97,7 @@ def ask(
     return Answered(sent)
 
 
-def signed(body: bytes = TAGS, key: Key = KEY, service: str = SERVED) -> Headers:
+def signed(body: bytes = TAGS, key: Keys = KEY, service: str = SERVED) -> Headers:
     """The headers of a request as botocore signs it, now."""
     request = AWSRequest("POST", "http://127.0.0.1:8080/", data=body)
     request.headers["Content-Type"] = "application/x-www-form-urlencoded; charset=utf-8"
@@ -119,7 +119,7 @@ def test_an_answer_carries_its_request_id_and_is_xml() -> None:
 
 
 def test_without_a_key_any_signature_will_do_but_there_must_be_one() -> None:
-    assert ask(app(), signed(key=Key("who", "ever"))).status == 200
+    assert ask(app(), signed(key=Keys("who", "ever"))).status == 200
     missing = (403, "MissingAuthenticationToken", "Missing Authentication Token")
     assert ask(app(), {"Host": "x"}).error == missing
     assert ask(app(), {"Authorization": "Basic abc"}).error[:2] == (400, "IncompleteSignature")
@@ -130,14 +130,14 @@ def test_a_request_signed_with_the_key_is_answered() -> None:
 
 
 def test_a_key_that_is_not_the_key_is_refused() -> None:
-    told = ask(app(KEY), signed(key=Key("AKIDOTHER", "secret"))).error
+    told = ask(app(KEY), signed(key=Keys("AKIDOTHER", "secret"))).error
     expected = "The security token included in the request is invalid."
     assert told == (403, "InvalidClientTokenId", expected)
 
 
 def test_whatever_was_signed_and_has_changed_is_noticed() -> None:
     whole = signed()
-    other_secret = signed(key=Key("AKIDEXAMPLE", "other"))
+    other_secret = signed(key=Keys("AKIDEXAMPLE", "other"))
     changed: tuple[tuple[Headers, bytes], ...] = (
         (whole, TAGS + b"&MaxRecords=1"),
         (whole | {"Host": "elsewhere"}, TAGS),

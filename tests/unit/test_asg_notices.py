@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from batchlab.adapters.aws import Endpoint
 from batchlab.adapters.imds_tree import Interruption, Metadata, Signals, iso
 from batchlab.asg.app import Request
 from batchlab.asg.fault import Fault
@@ -73,7 +74,7 @@ async def test_an_on_demand_instance_is_never_interrupted(w: World) -> None:
 
 def test_an_endpoint_that_is_not_there_is_told() -> None:
     with pytest.raises(Unreachable, match="No Auto Scaling endpoint answers"):
-        give("http://127.0.0.1:9", "i-1", "interruption", 1, access_key="a", secret_key="b")
+        give(Endpoint("http://127.0.0.1:9"), "i-1", "interruption", 1)
 
 
 TEMPLATES = """\

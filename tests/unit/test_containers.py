@@ -222,7 +222,6 @@ def test_groups_end_with_their_grid(tmp_path: Path) -> None:
     home = Home(tmp_path)
     deployment.write(home, AT)
     groups = deployment.folder(home) / deployment.STATE / "groups.json"
-    groups.parent.mkdir()
     groups.write_text("{}")
     deployment.forget(home)
     assert not groups.exists()

@@ -15,7 +15,8 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from batchlab.adapters import folders
+from batchlab.adapters import folders, keys
+from batchlab.adapters.aws import Endpoint
 from batchlab.errors import BackendError, UsageError
 from batchlab.home import Home
 from batchlab.whole import write_whole
@@ -90,6 +91,20 @@ def password_file(home: Home) -> Path:
     return folder(home) / "secrets" / "postgres"
 
 
+def keys_file(home: Home) -> Path:
+    """The keys that requests to the Auto Scaling endpoint must be signed with. Only the host's
+    commands, the manager, and the endpoint itself can read the file: instances have no keys."""
+    return folder(home) / "secrets" / "autoscaling.json"
+
+
+def autoscaling(home: Home, at: Deployment) -> Endpoint:
+    """The Auto Scaling endpoint, with its keys. One that release 0.1.0 started has none."""
+    own = keys.read(keys_file(home))
+    if own is None:
+        return Endpoint(at.autoscaling_url)
+    return Endpoint(at.autoscaling_url, access_key=own.access_key, secret_key=own.secret_key)
+
+
 def read(home: Home) -> Deployment | None:
     """The deployment of this home, None where there is none; BackendError where its file cannot be
     read, or holds something else."""
@@ -127,6 +142,8 @@ def write(home: Home, deployment: Deployment) -> None:
     if not password.exists():
         # A full disk would else leave an empty one, and that would be kept.
         write_whole(password, secrets.token_urlsafe(24), mode=0o444)
+    keys.provide(keys_file(home))
+    (here / STATE).mkdir(exist_ok=True)
     path = here / "deployment.json"
     if not path.exists():
         _MADE_HERE.add(home.path)
@@ -142,6 +159,7 @@ def forget(home: Home) -> None:
     """After everything of it is gone."""
     # Last the file that says that there is something to take down.
     password_file(home).unlink(missing_ok=True)
+    keys_file(home).unlink(missing_ok=True)
     # The next grid here has the same name: it would launch for groups that ended with this one.
     (folder(home) / STATE / "groups.json").unlink(missing_ok=True)
     (folder(home) / "deployment.json").unlink(missing_ok=True)

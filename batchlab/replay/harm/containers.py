@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from batchlab.adapters.aws import Endpoint
 from batchlab.adapters.compose import deployment
 from batchlab.adapters.compose.project import LABEL
 from batchlab.adapters.docker_container import INSTANCE, MARKET, ZONE
@@ -223,11 +222,9 @@ class Containers:
         )
 
     async def _notice(self, instance: str, notice_s: float) -> bool:
-        keys = {"access_key": "test", "secret_key": "test"}
+        there = deployment.autoscaling(self._scene.home, self.at)
         with suppress(UsageError):  # it is gone by now
-            await asyncio.to_thread(
-                partial(give, self.at.autoscaling_url, instance, "interruption", notice_s, **keys)
-            )
+            await asyncio.to_thread(give, there, instance, "interruption", notice_s)
             return True
         return False
 
@@ -283,7 +280,9 @@ class Containers:
     # --- Zones and storage ------------------------------------------------------------------------
 
     async def zone_loss(self, fault: Fault) -> Seen:
-        zones = Zones(Endpoint(self.at.autoscaling_url), prefix=f"{self.at.project}-")
+        zones = Zones(
+            deployment.autoscaling(self._scene.home, self.at), prefix=f"{self.at.project}-"
+        )
 
         async def kill(instances: Sequence[str]) -> list[str]:
             there = await self.instances()

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from batchlab.adapters.aws import Endpoint, client, translated
+from batchlab.adapters.aws import client, translated
+from batchlab.adapters.compose import deployment
 from batchlab.backends import Backend
 from batchlab.errors import Unreachable
 from batchlab.home import Home
@@ -33,7 +34,7 @@ def bought(backend: Backend, home: Home, spot: Mapping[str, float]) -> Iterator[
         yield
         return
     at = backend.deployment(home)
-    scaling = client(Endpoint(at.autoscaling_url), "autoscaling", connections=1)
+    scaling = client(deployment.autoscaling(home, at), "autoscaling", connections=1)
     with closing(scaling):
         groups = _made(scaling, [f"{at.project}-{pool}" for pool in wanted])
         # Each is given back though another one was not.

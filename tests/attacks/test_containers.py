@@ -1,0 +1,139 @@
+"""Attacks from within the containers of a grid on `localstack`."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from botocore.exceptions import ClientError
+
+from batchlab import package_data
+from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.compose import deployment
+from batchlab.adapters.compose.images import docker
+from tests.integration.containers_grid import need_containers
+from tests.integration.local_grid import LocalGrid
+from tests.waiting import until
+from tests.wire_rigs import aws
+
+ROOT = """
+[["worker-default".version]]
+image = "alpine"
+command = ["chroot", "/host"]
+system = true
+"""
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalGrid]:
+    folder = tmp_path_factory.mktemp("attacked")
+    need_containers(folder)
+    grid = LocalGrid(folder / "home", (), backend="localstack")
+    yield grid
+    grid.stop()
+
+
+@pytest.fixture
+def at(grid: LocalGrid) -> deployment.Deployment:
+    found = deployment.read(grid.home)
+    assert found
+    return found
+
+
+def in_manager(at: deployment.Deployment, *command: str) -> tuple[int, str]:
+    """A command of a compromised manager's container: its exit code, and what it printed."""
+    done = docker("exec", f"{at.project}-manager-1", *command)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_manager_cannot_choose_what_docker_starts(
+    grid: LocalGrid, at: deployment.Deployment
+) -> None:
+    """Finding 10: `asg`, which has Docker's socket, launches what templates.toml says."""
+    ours = deployment.folder(grid.home)
+    before = {path: path.read_bytes() for path in ours.rglob("*") if path.is_file()}
+    there = f"{deployment.HOME}/{deployment.NAME}"
+    for file in ("templates.toml", "deployment.json", "asg/groups.json", "compose.more.json"):
+        script = f"printf '%s' '{ROOT}' > {there}/{file}"
+        code, said = in_manager(at, "sh", "-c", script)
+        assert (code, "Read-only file system" in said) == (2, True), (file, said)
+    for script in (
+        f"mv {there} {there}.old",
+        f"rm -rf {there}/templates.toml",
+        f"ln -sf /tmp/templates.toml {there}/templates.toml",
+        f"mount -o remount,rw {there}",
+        f"umount {there}",
+    ):
+        code, said = in_manager(at, "sh", "-c", script)
+        assert code, (script, said)
+    after = {path: path.read_bytes() for path in before}
+    assert after == before
+    assert "worker-default" in (ours / "templates.toml").read_text()
+
+
+def test_only_signed_requests_change_groups(grid: LocalGrid, at: deployment.Deployment) -> None:
+    """Finding 16: a worker's container could start and end every instance of the grid."""
+    own = deployment.autoscaling(grid.home, at)
+    group = f"{at.project}-default"
+    honest = aws(own, "autoscaling")
+    honest.set_desired_capacity(AutoScalingGroupName=group, DesiredCapacity=1)
+
+    def instances() -> list[str]:
+        (found,) = honest.describe_auto_scaling_groups(AutoScalingGroupNames=[group])[
+            "AutoScalingGroups"
+        ]
+        return [one["InstanceId"] for one in found["Instances"]]
+
+    until(lambda: len(instances()) == 1, 30.0)
+    (instance,) = instances()
+    strangers = [
+        Endpoint(at.autoscaling_url),
+        Endpoint(at.autoscaling_url, access_key=own.access_key),
+    ]
+    for stranger in strangers:
+        scaling: Any = aws(stranger, "autoscaling")
+        for call, asked in (
+            (scaling.describe_auto_scaling_groups, {}),
+            (scaling.set_desired_capacity, {"DesiredCapacity": 0, "AutoScalingGroupName": group}),
+            (
+                scaling.terminate_instance_in_auto_scaling_group,
+                {"InstanceId": instance, "ShouldDecrementDesiredCapacity": True},
+            ),
+            (
+                scaling.complete_lifecycle_action,
+                {
+                    "LifecycleHookName": "batchlab-ready",
+                    "LifecycleActionResult": "ABANDON",
+                    "AutoScalingGroupName": group,
+                    "InstanceId": instance,
+                },
+            ),
+        ):
+            with pytest.raises(ClientError) as caught:
+                call(**asked)
+            code = caught.value.response["Error"]["Code"]
+            assert code in ("InvalidClientTokenId", "SignatureDoesNotMatch")
+    assert instances() == [instance]
+    filters = ("--filter", f"label=batchlab.grid={at.project}", "--filter", "label=batchlab.pool")
+    until(lambda: bool(docker("ps", "-q", *filters).stdout), 30.0)
+    (what, *_) = json.loads(docker("inspect", *docker("ps", "-q", *filters).stdout.split()).stdout)
+    assert own.secret_key not in json.dumps(what), "an instance has no keys"
+    assert not [one for one in what["Mounts"] if one["Type"] == "bind"]
+    file = deployment.keys_file(grid.home)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    told = docker("inspect", f"{at.project}-asg-1", f"{at.project}-manager-1").stdout
+    assert own.secret_key not in told
+
+
+def test_no_service_publishes_a_port() -> None:
+    """Finding 1: LocalStack takes any key, so only the grid's own network reaches it."""
+    file = Path(str(package_data.folder("compose") / "compose.yaml"))
+    services = yaml.safe_load(file.read_text())["services"]
+    assert not [name for name, one in services.items() if "ports" in one or "network_mode" in one]
+    assert services["localstack"]["environment"]["S3_SKIP_SIGNATURE_VALIDATION"] == "0"
