@@ -59,11 +59,8 @@ def revived(raised: Raised) -> BaseException:
 
 
 class CallFuture(Future[Any]):
-    """The future of a call, RUNNING from when it is sent: nobody here knows when a worker begins.
-
-    To cancel it is from then on a wish. `cancel` answers False, but once nothing else is wanted of
-    its job, the calls that have not begun are cancelled.
-    """
+    """The future of a call, RUNNING from when it is sent: no process here knows when a worker
+    begins. From then on `cancel` returns False, and the future ends with the call's result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,11 +69,13 @@ class CallFuture(Future[Any]):
         self._withdrawn = False
 
     def cancel(self) -> bool:
-        if super().cancel() or self._withdrawn:
-            return True
-        if batch := self.batch:
+        return super().cancel() or self._withdrawn
+
+    def disown(self) -> None:
+        """Cancel the call, whose future has no reader any more. If it was sent, it is cancelled
+        once no other call of its job has a reader and unless it has begun."""
+        if not self.cancel() and (batch := self.batch):
             batch.unwant(self)
-        return False
 
     def cancelled(self) -> bool:
         return self._withdrawn or super().cancelled()
@@ -150,7 +149,7 @@ class Batch:
             future.batch = None
 
     def unwant(self, future: CallFuture) -> None:
-        """Somebody wishes to cancel it."""
+        """No reader waits for this future."""
         with self._lock:
             if future.unwanted or future.batch is None:
                 return

@@ -37,9 +37,9 @@ class GridExecutor(Executor):
       BrokenExecutor; the executor goes on. It is broken (BrokenGridExecutor for every call that is
       not done and every further one) when the grid is closed, when its manager cannot be reached
       for some time, or when the initializer raises.
-    - A future is running from when it is sent, which is soon. Its `cancel` then answers False, but
-      is kept as a wish: once nothing else of the same job is wanted, the calls that have not begun
-      are cancelled. So are those of a `map` whose iterator is closed early.
+    - A future is running from when it is sent, which is soon. Its `cancel` then returns False, and
+      the call runs to its end. `shutdown(cancel_futures=True)` and a `map` whose iterator is closed
+      early also cancel calls that were sent and have not begun.
     - A `with` block that is left by Ctrl-C cancels all of its calls, those that run too.
     - An exception that cannot be unpickled here arrives as TaskFailed with its traceback.
     """
@@ -123,7 +123,7 @@ class GridExecutor(Executor):
                     yield _next(futures, None if end_s is None else end_s - clock())
             finally:
                 for future in futures:
-                    future.cancel()
+                    future.disown()
 
         return results()
 

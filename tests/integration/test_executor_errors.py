@@ -59,35 +59,46 @@ def test_a_call_that_has_not_been_sent_is_cancelled(executor: GridExecutor) -> N
     assert first.result() == 0
 
 
-def test_a_call_that_was_sent_is_cancelled_if_it_has_not_begun(
-    grid: Grid, executor: GridExecutor, tmp_path: Path
-) -> None:
-    """Pain 11: and `cancel` says True of no call that may have begun."""
-    gate, seen = Gate(tmp_path), tmp_path / "seen"
+def test_a_call_that_was_sent_ends_with_its_result(executor: GridExecutor, tmp_path: Path) -> None:
+    """Pain 11: `cancel` returns True of no call that may have begun, and False is as true."""
+    gate = Gate(tmp_path)
+    calls = [executor.submit(gate.wait, i) for i in range(30)]
+    until(lambda: all(call.running() for call in calls))
+    assert not any(call.cancel() for call in calls)
+    assert not any(call.cancelled() for call in calls)
+    gate.open()
+    assert not cf.wait(calls, timeout=20).not_done
+    assert not any(call.cancel() or call.cancelled() for call in calls)
+    assert [call.result() for call in calls] == list(range(30))
+
+
+def test_what_cancel_returns_is_how_a_future_ends(executor: GridExecutor, tmp_path: Path) -> None:
+    """Some calls were sent and some were not; each future ends as `cancel` said."""
+    gate, seen, held_up = Gate(tmp_path), tmp_path / "seen", HeldUp()
     seen.mkdir()
 
-    def note(i: int) -> int:
+    def note(i: int, _: object = None) -> int:
         (seen / str(i)).touch()
         gate.wait()
         return i
 
-    calls = [executor.submit(note, i) for i in range(30)]
-    until(lambda: len(list(seen.iterdir())) == 2)
+    calls = [executor.submit(note, i) for i in range(4)]
     until(lambda: all(call.running() for call in calls))
-    assert not any(call.cancel() for call in calls)
-    until(lambda: grid.client.job(newest(grid))["state"] == "PAUSED")
+    calls.append(executor.submit(note, 4, held_up))
+    until(calls[4].running)
+    calls += [executor.submit(note, i) for i in range(5, 9)]
+    answers = [call.cancel() for call in calls[2:7]]
+    assert answers == [False, False, False, True, True]
+    held_up.let_go.set()
     gate.open()
-    cf.wait(calls)
-    begun = {int(one.name) for one in seen.iterdir()}
-    assert {i for i, call in enumerate(calls) if not call.cancelled()} == begun
-    assert all(calls[i].result() == i for i in begun)
-    assert 2 <= len(begun) < 30
-    never = next(call for call in calls if call.cancelled())
-    assert never.done()
-    assert never.cancel()
-    for ask in (never.result, never.exception):
-        with pytest.raises(CancelledError):
-            ask()
+    assert not cf.wait(calls, timeout=20).not_done
+    assert [call.cancelled() for call in calls] == [False] * 5 + [True] * 2 + [False] * 2
+    assert {int(one.name) for one in seen.iterdir()} == {0, 1, 2, 3, 4, 7, 8}
+    for call in calls[5:7]:
+        assert call.cancel()
+        for ask in (call.result, call.exception):
+            with pytest.raises(CancelledError):
+                ask()
 
 
 def test_a_call_that_somebody_else_cancels_raises(grid: Grid, tmp_path: Path) -> None:

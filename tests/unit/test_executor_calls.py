@@ -229,10 +229,10 @@ def test_a_batch_is_looked_at_once_nothing_of_it_is_wanted() -> None:
     batch.claim()
     batch.settle(futures[0])
     futures[0].set_result(0)
-    futures[1].cancel()
-    futures[1].cancel()
+    futures[1].disown()
+    futures[1].disown()
     assert not batch.abandoned
-    futures[2].cancel()
+    futures[2].disown()
     assert batch.abandoned
     assert looked == [batch]
 
@@ -240,7 +240,7 @@ def test_a_batch_is_looked_at_once_nothing_of_it_is_wanted() -> None:
 def test_the_last_wanted_result_leaves_a_batch_that_is_not_wanted() -> None:
     batch, futures, looked = a_batch(2)
     batch.claim()
-    futures[0].cancel()
+    futures[0].disown()
     assert not batch.abandoned
     batch.settle(futures[1])
     assert batch.abandoned
