@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
@@ -27,7 +27,7 @@ from batchlab.whole import private, sync_folder
 # The kernel's own copying (sendfile) moves 64 KiB at a time, and takes several times as long.
 _COPY_BYTES = 256 * 1024
 
-_DIGEST = re.compile(r"^code/([0-9a-f]{64})\.")
+_DIGEST = re.compile(r"^(?:code|grid/templates)/([0-9a-f]{64})\.")
 _KNOWN_FOLDERS = 10_000
 
 Fill = Callable[[BinaryIO], object]
@@ -133,21 +133,24 @@ class FileWriter:
     def replace(self, key: str, fill: Fill, *, durable: bool) -> str:
         """Give the object this content; returns its ETag."""
         target = f"{self._root}/{key}"
-        with self._staged(target, fill, durable=durable) as (staged, etag):
+        staged, etag = _write(target, fill, durable=durable)
+        with _removed_on_error(staged):
             os.rename(staged, target)  # noqa: PTH104 - a Path costs as much again
-            self._settle(target, durable=durable)
+        self._settle(target, durable=durable)
         return etag
 
     def create(self, key: str, fill: Fill, *, durable: bool) -> str:
         """As `replace`; AlreadyExists if there is an object, unless it is damaged."""
         target = f"{self._root}/{key}"
-        with self._staged(target, fill, durable=durable) as (staged, etag):
+        staged, etag = _write(target, fill, durable=durable)
+        with _removed_on_error(staged):
             try:
                 os.link(staged, target)
-                os.unlink(staged)  # noqa: PTH108
             except FileExistsError:
                 self._replace_damaged(key, staged, target)
-            self._settle(target, durable=durable)
+            else:
+                os.unlink(staged)  # noqa: PTH108
+        self._settle(target, durable=durable)
         return etag
 
     def _replace_damaged(self, key: str, staged: str, target: str) -> None:
@@ -156,22 +159,6 @@ class FileWriter:
             if damage(Path(self._root), key) is None:
                 raise AlreadyExists(f"Object {key!r} exists.")
             os.rename(staged, target)  # noqa: PTH104
-
-    @contextmanager
-    def _staged(self, target: str, fill: Fill, *, durable: bool) -> Iterator[tuple[str, str]]:
-        """A new file with the content beside `target`, and the ETag that it will have."""
-        staged, file = _stage(target)
-        try:
-            with file:
-                fill(file)
-                file.flush()
-                if durable:
-                    os.fdatasync(file.fileno())
-                etag = etag_of(os.fstat(file.fileno()))
-            yield staged, etag
-        finally:
-            with suppress(FileNotFoundError):  # it has its final name
-                os.unlink(staged)  # noqa: PTH108
 
     def _settle(self, target: str, *, durable: bool) -> None:
         """Wait until the name is on the disk, and the names of the folders above it."""
@@ -187,6 +174,27 @@ class FileWriter:
         if len(self._on_disk) > _KNOWN_FOLDERS:
             self._on_disk = {self._root}
         self._on_disk.update(fresh)
+
+
+@contextmanager
+def _removed_on_error(staged: str) -> Iterator[None]:
+    # Only on an error: a name that is free again may be another writer's by now.
+    try:
+        yield
+    except BaseException:
+        os.unlink(staged)  # noqa: PTH108
+        raise
+
+
+def _write(target: str, fill: Fill, *, durable: bool) -> tuple[str, str]:
+    """Write a new file with the content beside `target`; its name, and its ETag."""
+    staged, file = _stage(target)
+    with _removed_on_error(staged), file:
+        fill(file)
+        file.flush()
+        if durable:
+            os.fdatasync(file.fileno())
+        return staged, etag_of(os.fstat(file.fileno()))
 
 
 def _stage(target: str) -> tuple[str, BinaryIO]:

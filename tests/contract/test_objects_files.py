@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import subprocess
 import sys
@@ -135,6 +136,68 @@ def test_leftovers_of_a_killed_put_are_not_listed_and_block_nobody(tmp_path: Pat
         await objects.put("o/key", b"whole", if_absent=True)
         assert await objects.get("o/key") == b"whole"
         assert [info.key async for page in objects.list("o/") for info in page] == ["o/key"]
+
+    asyncio.run(check())
+
+
+REMAINS = ["jobs/j/spec.json", "jobs/j/s/outcomes/00/0.json", "code/a.zip", "grid/use.json"]
+
+
+@pytest.mark.parametrize("key", REMAINS)
+def test_an_empty_document_counts_as_absent(tmp_path: Path, key: str) -> None:
+    """Release 0.1.0 did not wait for the disk, so a power cut left empty files."""
+
+    async def check() -> None:
+        objects = open_local(tmp_path)
+        (tmp_path / key).parent.mkdir(parents=True)
+        (tmp_path / key).touch()
+        assert await objects.head(key) is None
+        assert [page async for page in objects.list("")] == []
+        for read in (objects.get(key), objects.get_if_changed(key, None)):
+            with pytest.raises(NotFound):
+                await read
+        await objects.put(key, b"{}", if_absent=True)
+        assert await objects.get(key) == b"{}"
+
+    asyncio.run(check())
+
+
+def test_an_empty_file_of_a_user_is_an_object(tmp_path: Path) -> None:
+    async def check() -> None:
+        objects = open_local(tmp_path)
+        await objects.put("raw/j/empty.csv", b"")
+        assert await objects.get("raw/j/empty.csv") == b""
+
+    asyncio.run(check())
+
+
+CODE = f"code/{hashlib.sha256(b'whole').hexdigest()}.zip"
+TEMPLATE = f"grid/templates/{hashlib.sha256(b'[]').hexdigest()}.json"
+
+
+@pytest.mark.parametrize(
+    ("key", "torn", "whole"),
+    [
+        (CODE, b"who", b"whole"),
+        (CODE, b"\0" * 5, b"whole"),
+        (TEMPLATE, b"{}", b"[]"),
+        ("jobs/j/spec.json", b'{"v": 1, "na', b"{}"),
+        ("jobs/j/spec.json", b"\0" * 4096, b"{}"),
+    ],
+)
+def test_a_torn_object_gives_way_to_a_conditional_create(
+    tmp_path: Path, key: str, torn: bytes, whole: bytes
+) -> None:
+    async def check() -> None:
+        objects = open_local(tmp_path)
+        (tmp_path / key).parent.mkdir(parents=True)
+        (tmp_path / key).write_bytes(torn)
+        await objects.put(key, whole, if_absent=True)
+        assert await objects.get(key) == whole
+        with pytest.raises(AlreadyExists):
+            await objects.put(key, b"{}", if_absent=True)
+        assert await objects.get(key) == whole
+        assert [path.name for path in (tmp_path / key).parent.iterdir()] == [Path(key).name]
 
     asyncio.run(check())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -63,3 +64,19 @@ def test_a_folder_is_no_object(tmp_path: Path) -> None:
     assert folders.head(tmp_path, "a") is None
     assert folders.head(tmp_path, "a/b/c") is None
     assert folders.head(tmp_path, "a/b") is not None
+
+
+def test_a_put_leaves_alone_what_another_writer_stages_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name of a staged file is free once the file has its own, and may be taken at once."""
+    rename = os.rename
+
+    def rename_and_stage(source: str, target: str) -> None:
+        rename(source, target)
+        Path(source).write_bytes(b"another's")
+
+    monkeypatch.setattr(os, "rename", rename_and_stage)
+    copy_in(io.BytesIO(b"ours"), tmp_path, "key")
+    assert (tmp_path / "key").read_bytes() == b"ours"
+    assert (tmp_path / "key#1").read_bytes() == b"another's"

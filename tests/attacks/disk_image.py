@@ -1,0 +1,106 @@
+"""A file system in an image file, whose power can be cut: the copy holds what had reached it.
+
+It needs root and a loop device.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SIZE_BYTES = 64 * 2**20
+_MKFS = ("mkfs.ext4", "-q", "-F", "-b", "4096", "-J", "size=4", "-m", "0")
+# No thread of the kernel's writes on its own into a fresh file system.
+_NOT_LAZY = ("-E", "lazy_itable_init=0,lazy_journal_init=0")
+
+needs_loop = pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/dev/loop-control").exists(),
+    reason="only root may mount an image",
+)
+
+
+def run(*argv: str | Path) -> str:
+    """The output of a command, which must succeed."""
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert not done.returncode, (argv, done.stderr)
+    return done.stdout
+
+
+@contextmanager
+def mounted(image: Path, at: Path) -> Iterator[Path]:
+    """The folder that shows the file system in `image`, which is made if there is none."""
+    if not image.exists():
+        with image.open("wb") as file:
+            file.truncate(SIZE_BYTES)
+        run(*_MKFS, *_NOT_LAZY, image)
+    at.mkdir()
+    run("mount", "-o", "loop", image, at)
+    try:
+        yield at
+    finally:
+        # Lazily: a test that fails leaves files open, and no mount behind.
+        run("umount", "--lazy", at)
+
+
+class Gate:
+    """Stops the threads that write at their next system call, wherever they are in a write.
+
+    The event loop's own thread is the one that closes the gate.
+    """
+
+    CALLS = ("fdatasync", "fsync", "link", "rename", "unlink")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._open = threading.Event()
+        self._open.set()
+        for name in self.CALLS:
+            monkeypatch.setattr(os, name, self._gated(getattr(os, name)))
+
+    def _gated(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wait() -> None:
+            if threading.current_thread() is not threading.main_thread():
+                self._open.wait()
+
+        def gated(*args: Any, **kwargs: Any) -> Any:
+            wait()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                wait()
+
+        return gated
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        self._open.clear()
+        try:
+            yield
+        finally:
+            self._open.set()
+
+
+def cut(image: Path, copy: Path) -> None:
+    """Copy the image at one moment at which nothing was being written to it."""
+    device = run("losetup", "-n", "-O", "NAME", "-j", image).strip()
+    counters = Path("/sys/block") / Path(device).name / "stat"
+    deadline_s = time.monotonic() + 10
+    while True:
+        before = _written(counters)
+        run("cp", "--sparse=always", image, copy)
+        if before is not None and before == _written(counters):
+            return
+        assert time.monotonic() < deadline_s, "the disk is never quiet"
+
+
+def _written(counters: Path) -> int | None:
+    """Writes that have ended, None while one is under way."""
+    fields = [int(field) for field in counters.read_text().split()]
+    return None if fields[8] else fields[4]

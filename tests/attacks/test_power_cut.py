@@ -1,0 +1,313 @@
+"""Power cuts on `local`: what a grid has acknowledged is there when its machine comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager, suppress
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from batchlab.adapters import folders
+from batchlab.adapters.clock import RandomIds, WallClock
+from batchlab.adapters.local_objects import LocalObjects
+from batchlab.adapters.sim.launcher import SimLauncher
+from batchlab.adapters.sql import open_sqlite
+from batchlab.adapters.sqlite_queue import SqliteQueue
+from batchlab.adapters.state_file import StateFile
+from batchlab.durability import Sync
+from batchlab.errors import Refused
+from batchlab.fleet.group import ManagedFleet
+from batchlab.home import Home
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.manager.lease import LEASE
+from batchlab.manager.live import Ports
+from batchlab.manager.manager import Manager
+from batchlab.manager.settings import ManagerSettings
+from batchlab.model import JobId, JobState, Json, Pool, StageName
+from batchlab.patience import Patience
+from batchlab.ports import Ledger
+from batchlab.protocol import naming, wire
+from batchlab.schedule.model import Definition, When
+from batchlab.sim.runner import Play, Scene, ScriptedRunner
+from batchlab.worker.beats import Identity
+from batchlab.worker.loop import Worker
+from batchlab.worker.settings import WorkerSettings
+from tests.attacks.disk_image import Gate, cut, mounted, needs_loop
+from tests.integration.api_rig import Machine
+
+SQUARE, TOTAL = StageName("square"), StageName("total")
+ITEMS: list[Json] = [*range(8)]
+STAGES = (
+    StageDef(SQUARE, handler="m:square", bundle=2),
+    StageDef(TOTAL, after=(SQUARE,), gather="*", handler="m:total"),
+)
+POOL, SPARE = Pool("default", 0, 2, 2), Pool("spare", 0, 1000, 1)
+MANAGER = ManagerSettings(
+    control_lease_s=0.05, tick_s=0.1, silence_s=1.5, visibility_s=1.0, wait_s=0.2, lease_ttl_s=5.0
+)
+WORKER = WorkerSettings(visibility_s=1.0, control_lease_s=0.05, wait_s=0.2, drain_s=1.0)
+CUTS = 30
+BACK_S = 60.0
+"""A grid that comes back has so long to end its jobs, on a machine that is busy."""
+
+
+@dataclass
+class Acknowledged:
+    """What the grid has told its user, or a worker, up to a moment."""
+
+    submitted: set[JobId] = field(default_factory=set)
+    cancelled: set[JobId] = field(default_factory=set)
+    ended: dict[JobId, JobState] = field(default_factory=dict)
+    outcomes: dict[str, bytes] = field(default_factory=dict)
+    schedules: set[str] = field(default_factory=set)
+    desired: int = 0
+    token: str = ""
+
+
+class Recorded(LocalObjects):
+    """A bucket that notes which outcomes have been committed."""
+
+    def __init__(self, root: Path, sync: Sync, told: Acknowledged) -> None:
+        super().__init__(root, sync)
+        self._told = told
+
+    async def put(
+        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str:
+        etag = await super().put(key, data, if_absent=if_absent, if_match=if_match)
+        if naming.is_outcome(key):
+            self._told.outcomes[key] = data
+        return etag
+
+
+@dataclass
+class InProcess:
+    """A grid of one process over the adapters of `local`."""
+
+    home: Home
+    ports: Ports
+    ledger: Ledger
+    manager: Manager
+
+
+@asynccontextmanager
+async def grid_in(folder: Path, sync: Sync, told: Acknowledged) -> AsyncIterator[InProcess]:
+    """A manager that leads, and two workers."""
+    home, clock, ids = Home(folder), WallClock(), RandomIds()
+    home.make()
+    told.token = home.token()
+    objects = Recorded(home.objects, sync, told)
+    queue = SqliteQueue(home.queue_file, clock, sync=sync)
+    ledger = open_sqlite(home.ledger_file, sync)
+    launcher = SimLauncher(lambda pool, instance: Machine(), random.Random(1))
+    fleet = ManagedFleet(launcher, clock, ids, StateFile(home.fleet / "groups.json"))
+    patience = Patience(random.Random(2))
+    ports = Ports(objects, queue, fleet, ledger, clock, ids, patience)
+    await ledger.release(LEASE, "manager")  # as the next manager of a folder does
+    manager = Manager(ports, MANAGER, [POOL], "manager", schedules=True)
+    running = [asyncio.create_task(manager.run())]
+    crew = []
+    try:
+        await manager.is_leader.wait()
+        for n in range(2):
+            runner = ScriptedRunner(_play, clock, lambda _: lambda: None, lambda: None)
+            who = Identity(f"w-{n}", f"i-{n}", POOL.name, POOL.slots)
+            crew.append(Worker(who, objects, queue, clock, runner, patience, WORKER))
+            running.append(asyncio.create_task(crew[-1].run()))
+        yield InProcess(home, ports, ledger, manager)
+    finally:
+        for worker in crew:
+            worker.drain()
+        await asyncio.gather(*running[1:])
+        running[0].cancel()
+        await asyncio.wait(running)
+        await queue.close()
+        await ledger.close()
+
+
+def _play(scene: Scene) -> Play:
+    value = sum(scene.item) if scene.stage.name == TOTAL else scene.item**2
+    return Play(0.01, value)
+
+
+# --- The user ------------------------------------------------------------------------------------
+
+
+async def use(grid: InProcess, told: Acknowledged) -> None:
+    """Submit jobs, cancel some, keep schedules, scale: until cancelled."""
+    await grid.ports.fleet.ensure(SPARE)
+    async with asyncio.TaskGroup() as users:
+        users.create_task(_submit(grid, told))
+        users.create_task(_keep_schedules(grid, told))
+        users.create_task(_scale(grid, told))
+
+
+async def _submit(grid: InProcess, told: Acknowledged) -> None:
+    number = 0
+    async with asyncio.TaskGroup() as watching:
+        while True:
+            number += 1
+            token = str(number)
+            job = JobDef(
+                naming.job_id("squares", token),
+                *("squares", STAGES, grid.ports.clock.now_s()),
+                items=len(ITEMS),
+                token=token,
+            )
+            await grid.manager.requests.submit(job, ITEMS)
+            told.submitted.add(job.id)
+            watching.create_task(_watch(grid, told, job.id))
+            if number % 5 == 0:
+                with suppress(Refused):  # it has ended already
+                    await grid.manager.requests.cancel(job.id)
+                    told.cancelled.add(job.id)
+            await asyncio.sleep(0.05)
+
+
+async def _watch(grid: InProcess, told: Acknowledged, job: JobId) -> None:
+    while not (state := (await grid.ledger.job(job)).state).ended:
+        await asyncio.sleep(0.02)
+    told.ended[job] = state
+
+
+async def _keep_schedules(grid: InProcess, told: Acknowledged) -> None:
+    assert grid.manager.scheduler
+    number = 0
+    while True:
+        number += 1
+        name = f"nightly-{number}"
+        template = JobDef(JobId(f"{name}-template"), name, STAGES, 0.0, items=1, token="t")
+        definition = Definition(name, name, When("0 2 1 1 *", "UTC"), "")
+        await grid.manager.scheduler.add(definition, template, replacing=False)
+        told.schedules.add(name)
+        await asyncio.sleep(0.1)
+
+
+async def _scale(grid: InProcess, told: Acknowledged) -> None:
+    for desired in range(1, SPARE.max_size):
+        await grid.ports.fleet.set_desired(SPARE.name, desired, cause="the user")
+        told.desired = desired
+        await asyncio.sleep(0.1)
+
+
+# --- What is there afterwards --------------------------------------------------------------------
+
+
+async def check_comes_back(folder: Path, told: Acknowledged) -> None:
+    """Nothing acknowledged is lost, a grid comes up, and each task has one result at the end."""
+    home = Home(folder)
+    torn = [
+        info.key
+        for info in folders.walk(home.objects, "", "")
+        if folders.damage(home.objects, info.key)
+    ]
+    assert torn == []
+    _check_outcomes(home, told)
+    async with grid_in(folder, Sync.JOBS, again := Acknowledged()) as grid:
+        assert again.token == told.token
+        groups = {group.pool.name: group for group in await grid.ports.fleet.describe()}
+        if told.desired:
+            # The next change may have been written, and not been acknowledged.
+            assert groups[SPARE.name].desired in (told.desired, told.desired + 1)
+        assert grid.manager.scheduler
+        kept = {one.name for one in await grid.manager.scheduler.all()}
+        assert told.schedules <= kept
+        async with asyncio.timeout(BACK_S):
+            for job in sorted(told.submitted):
+                await _watch(grid, again, job)
+    _check_outcomes(home, told)
+    for job in told.submitted:
+        state = again.ended[job]
+        assert state is told.ended.get(job, state)
+        assert state in ((JobState.CANCELLED,) if job in told.cancelled else JobState)
+        if state is JobState.SUCCEEDED:
+            _check_results(home, job)
+
+
+def _check_outcomes(home: Home, told: Acknowledged) -> None:
+    for key, data in told.outcomes.items():
+        assert (home.objects / key).read_bytes() == data
+
+
+def _check_results(home: Home, job: JobId) -> None:
+    """I1: each task has one result."""
+    found: dict[tuple[str, int], Json] = {}
+    for path in sorted((home.objects / "jobs" / job).rglob("outcomes/*/*.json")):
+        outcome = wire.outcome_from_json(wire.loads(path.read_bytes()))
+        for task, value in zip(outcome.succeeded, outcome.values, strict=True):
+            assert (outcome.bundle.stage, task) not in found
+            found[outcome.bundle.stage, task] = value
+    squares = {(SQUARE, n): n**2 for n in range(len(ITEMS))}
+    assert found == {**squares, (TOTAL, 0): sum(squares.values())}
+
+
+# --- The tests -----------------------------------------------------------------------------------
+
+
+async def _cut_often(
+    tmp_path: Path, gate: Gate, sync: Sync, cuts: int
+) -> list[tuple[Path, Acknowledged]]:
+    """Use a grid, and cut its power at so many random moments."""
+    rng, told, found = random.Random(32), Acknowledged(), []
+    image = tmp_path / "disk.img"
+    with mounted(image, tmp_path / "live") as disk:
+        async with grid_in(disk / "grid", sync, told) as grid:
+            using = asyncio.create_task(use(grid, told))
+            while len(told.ended) < 2:
+                await asyncio.sleep(0.01)
+            for number in range(cuts):
+                await asyncio.sleep(rng.uniform(0.01, 0.15))
+                assert not using.done(), using.exception()
+                copy = tmp_path / f"cut-{number}.img"
+                with gate.closed():
+                    cut(image, copy)
+                    found.append((copy, deepcopy(told)))
+            using.cancel()
+            await asyncio.wait([using])
+    return found
+
+
+@needs_loop
+def test_what_is_acknowledged_outlives_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 32: the power goes at 30 random moments of running jobs."""
+    gate = Gate(monkeypatch)
+    few = asyncio.Semaphore(6)
+
+    async def come_back(image: Path, told: Acknowledged) -> None:
+        async with few:
+            with mounted(image, image.with_suffix("")) as disk:
+                await check_comes_back(disk / "grid", told)
+            image.unlink()
+
+    async def act() -> None:
+        cuts = await _cut_often(tmp_path, gate, Sync.JOBS, CUTS)
+        assert cuts[-1][1].cancelled
+        async with asyncio.TaskGroup() as back:
+            for image, told in cuts:
+                back.create_task(come_back(image, told))
+
+    asyncio.run(act())
+
+
+@needs_loop
+def test_a_grid_that_does_not_wait_for_the_disk_loses_what_it_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same check fails where nothing is synced, so it can fail."""
+    gate = Gate(monkeypatch)
+
+    async def act() -> None:
+        with ExitStack() as disks:
+            ((image, told),) = await _cut_often(tmp_path, gate, Sync.NONE, 1)
+            disk = disks.enter_context(mounted(image, tmp_path / "after"))
+            with pytest.raises((AssertionError, FileNotFoundError)):
+                _check_outcomes(Home(disk / "grid"), told)
+
+    asyncio.run(act())
