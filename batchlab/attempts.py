@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from batchlab.commit import committed
+from batchlab.commitkeys import CommitKeys
 from batchlab.errors import NotFound, UsageError
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.model import Bundle, BundleId, Failure, JobId, Json, Outcome, StageName, TaskSet
@@ -87,30 +88,22 @@ async def definition(objects: Objects, job: JobId, patience: Patience) -> JobDef
 
 
 async def attempts(
-    objects: Objects, job: JobId, stage: StageName, task: int, patience: Patience
+    objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience
 ) -> list[Attempt]:
     """Every attempt of a task that has come to an end, first to last; lists the stage's outcomes,
     a request for every 1000, and reads those whose bundles may hold the task."""
-    bundles: list[Bundle] = []
-    async for page in objects.list(naming.outcomes(job, stage)):
+    several: list[Bundle] = []
+    key = await CommitKeys(objects, patience).of(job)
+    async for page in objects.list(naming.outcomes(job.id, stage)):
         for info in page:
-            found = naming.bundle_of(info.key)
-            if found and found[0] <= task <= found[1]:
-                first, last, round_, attempt = found
-                ends = TaskSet.of({first, last})
-                bundles.append(Bundle(job, stage, ends, attempt, round_))
-    return await attempts_in(objects, bundles, task, patience)
-
-
-async def attempts_in(
-    objects: Objects, bundles: Iterable[Bundle], task: int, patience: Patience
-) -> list[Attempt]:
-    """The attempts of a task in the outcomes of these bundles, first to last."""
+            name = naming.outcome_key(info.key)
+            if name and name.first <= task <= name.last:
+                ends = TaskSet.of({name.first, name.last})
+                several.append(Bundle(job.id, stage, ends, name.attempt, name.round))
     found: list[Attempt] = []
-    several = list(bundles)
     for start in range(0, len(several), READ_AT_ONCE):
         some = several[start : start + READ_AT_ONCE]
-        read = await asyncio.gather(*(committed(objects, one, patience) for one in some))
+        read = await asyncio.gather(*(committed(objects, one, patience, key) for one in some))
         found += [one for outcome in read if outcome and (one := attempt_in(outcome, task))]
     found.sort(key=lambda one: (one.outcome.bundle.round, one.outcome.bundle.attempt))
     return found
@@ -190,7 +183,7 @@ async def task_bundle(
         return replace(alone, round=await _round(objects, job.id, patience))
     if not step.chained:
         return alone
-    upstream = await attempts(objects, job.id, step.after[0], task, patience)
+    upstream = await attempts(objects, job, step.after[0], task, patience)
     done = [one for one in upstream if one.state == "SUCCEEDED"]
     if not done:
         if not upstream:
@@ -238,7 +231,7 @@ async def task_input(objects: Objects, job: JobDef, bundle: Bundle, patience: Pa
     inputs = Inputs(objects, patience)
     if bundle.source is None:
         await inputs.check(job, bundle)
-    (item,) = await inputs.resolve(job, bundle)
+    (item,) = await inputs.resolve(job, bundle, await CommitKeys(objects, patience).of(job))
     return item
 
 

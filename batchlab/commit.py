@@ -11,45 +11,57 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from batchlab.errors import AlreadyExists, NotFound
+from batchlab.errors import AlreadyExists, BackendError, NotFound
 from batchlab.jobdef import JobDef
 from batchlab.model import Bundle, Follow, Json, Outcome
 from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, MAX_DELAY_S, MAX_MESSAGE_BYTES, Objects, Outgoing, Queue
 from batchlab.protocol import naming, wire
 from batchlab.protocol.messages import TaskMessage, task_message
+from batchlab.protocol.sealing import CommitKey
 
 INLINE_BYTES = 60_000
 """Inputs up to this travel in the message; larger ones are fetched by the worker. SQS bills in
 steps of 64 KB, so one message then costs one request."""
 
 
-async def commit(objects: Objects, outcome: Outcome, patience: Patience) -> Outcome:
+async def commit(objects: Objects, outcome: Outcome, patience: Patience, key: CommitKey) -> Outcome:
     """Commit `outcome`; returns the one that counts, which is another's where that came first."""
-    key = naming.outcome(outcome.bundle)
+    name = naming.outcome(outcome.bundle, key)
     data = wire.outcome_text(outcome).encode()
     try:
-        await patience(lambda: objects.put(key, data, if_absent=True))
+        await patience(lambda: objects.put(name, data, if_absent=True))
     except AlreadyExists:
         # Somebody else's, or our own first try whose answer was lost: either way this counts.
-        return wire.outcome_from_json(wire.loads(await patience(lambda: objects.get(key))))
+        return outcome_at(name, await patience(lambda: objects.get(name)), key)
     return outcome
 
 
-async def committed(objects: Objects, bundle: Bundle, patience: Patience) -> Outcome | None:
+def outcome_at(name: str, data: bytes, key: CommitKey) -> Outcome:
+    """Read the outcome stored under `name`; BackendError if it is one of another bundle."""
+    outcome = wire.outcome_from_json(wire.loads(data))
+    if naming.outcome(outcome.bundle, key) != name:
+        raise BackendError(f"The outcome {name} is one of another bundle.")
+    return outcome
+
+
+async def committed(
+    objects: Objects, bundle: Bundle, patience: Patience, key: CommitKey
+) -> Outcome | None:
     """The committed outcome of `bundle`, None while there is none."""
+    name = naming.outcome(bundle, key)
     try:
-        data = await patience(lambda: objects.get(naming.outcome(bundle)))
+        data = await patience(lambda: objects.get(name))
     except NotFound:
         return None
-    return wire.outcome_from_json(wire.loads(data))
+    return outcome_at(name, data, key)
 
 
 async def uncommitted(
-    objects: Objects, follows: Sequence[Follow], patience: Patience
+    objects: Objects, follows: Sequence[Follow], patience: Patience, key: CommitKey
 ) -> tuple[Follow, ...]:
     """Those of which there is no outcome yet: who committed one had its message."""
-    there = [await patience(partial(objects.head, naming.outcome(f.bundle))) for f in follows]
+    there = [await patience(partial(objects.head, naming.outcome(f.bundle, key))) for f in follows]
     return tuple(f for f, outcome in zip(follows, there, strict=True) if outcome is None)
 
 
@@ -64,17 +76,17 @@ class Addressed:
 def address(
     job: JobDef,
     bundle: Bundle,
+    key: CommitKey,
     *,
     items: Sequence[Json] | None = None,
     delay_s: float = 0.0,
     now_s: float,
     watchdog: bool = False,
-    introduce: bool = False,
     trace: str = "",
 ) -> Addressed:
-    """The message for `bundle`; a delay beyond SQS's longest goes on by `not_before_s`. With
-    `introduce` it tells its worker of the job too. `trace` is whose work sends it, where the job is
-    traced; without it that is the submission."""
+    """The message for `bundle`, with the commit key of its job; a delay beyond SQS's longest goes
+    on by `not_before_s`. `trace` is whose work sends it, where the job is traced; without it that
+    is the submission."""
     if items is not None and len(json.dumps(items)) > INLINE_BYTES:
         items = None
     body = task_message(
@@ -83,8 +95,8 @@ def address(
             items,
             now_s + delay_s if delay_s > MAX_DELAY_S else None,
             watchdog,
-            job if introduce else None,
             trace or job.trace,
+            key,
         )
     )
     pool = job.stage(bundle.stage).pool
@@ -94,6 +106,7 @@ def address(
 def follow_ups(
     job: JobDef,
     outcome: Outcome,
+    key: CommitKey,
     *,
     now_s: float,
     items: Mapping[int, Json] | None = None,
@@ -113,7 +126,7 @@ def follow_ups(
         return [known[task] for task in follow.bundle.tasks]
 
     return [
-        address(job, f.bundle, items=inputs(f), delay_s=f.delay_s, now_s=now_s, trace=trace)
+        address(job, f.bundle, key, items=inputs(f), delay_s=f.delay_s, now_s=now_s, trace=trace)
         for f in outcome.follows
     ]
 

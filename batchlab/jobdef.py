@@ -139,6 +139,8 @@ class JobDef:
     """Whom to tell of it, beside whom the grid itself tells."""
     trace: str = ""
     """W3C traceparent of its submission, where it is traced."""
+    commit_hash: str = ""
+    """SHA-256 of the job's commit key (see protocol.sealing); "" for a job of release 0.1.0."""
 
     @property
     def is_single_call(self) -> bool:

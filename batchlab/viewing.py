@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from batchlab.manager.live import LiveJob, Seen
     from batchlab.model import Activity, Failure, GroupView, Instance, Outcome
     from batchlab.ports import BundleRecord, Depth, JobRecord, StageRecord
+    from batchlab.protocol.sealing import CommitKey
     from batchlab.views import (
         ActivityView,
         FailureView,
@@ -100,15 +101,17 @@ def running_tasks(live: LiveJob, workers: Iterable[Seen]) -> Mapping[str, int]:
     return found
 
 
-def outcome_view(record: BundleRecord, outcome: Outcome | None = None) -> OutcomeView:
-    """A folded bundle; ValueError where it is only planned."""
+def outcome_view(
+    record: BundleRecord, key: CommitKey, outcome: Outcome | None = None
+) -> OutcomeView:
+    """A folded bundle of the job with that commit key; ValueError where it is only planned."""
     if record.completion is None or record.seq is None:
         raise ValueError(f"bundle {record.bundle.id} has no outcome")
     return {
         "seq": record.seq,
         "stage": record.bundle.stage,
         "bundle": record.bundle.id,
-        "key": naming.outcome(record.bundle),
+        "key": naming.outcome(record.bundle, key),
         "tasks": list(record.completion.succeeded.ranges),
         "failed": len(record.completion.failed),
         "outcome": wire.outcome_to_json(outcome) if outcome else None,

@@ -8,7 +8,12 @@ nor one in whose place an error has come.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from contextlib import suppress
+from typing import TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 STEP_BACK_S = 0.001
 """So long we do nothing, once we have told something on which somebody waits: a kernel may leave
@@ -33,6 +38,17 @@ def heed_cancellation(before: int = 0) -> None:
     of a group of calls, or a word from what was being closed), and that is not given twice."""
     if cancels() > before:
         raise asyncio.CancelledError
+
+
+async def both(first: Awaitable[A], second: Awaitable[B]) -> tuple[A, B]:
+    """Await two things at once. If one fails or this is cancelled, the other is cancelled."""
+    tasks = asyncio.ensure_future(first), asyncio.ensure_future(second)
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 async def set_within(event: asyncio.Event, seconds: float) -> bool:

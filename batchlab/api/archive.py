@@ -72,11 +72,13 @@ async def archive(
 async def _archive(
     manager: Manager, job: JobId, stages: Sequence[str], over: Callable[[], None]
 ) -> FileResponse:
-    view = await shown(manager, await manager.ports.ledger.job(job))
+    record = await manager.ports.ledger.job(job)
+    view = await shown(manager, record)
+    key = await manager.ports.keys.of(record.job)
     rows = await manager.ports.ledger.bundles(job, done=True, limit=MOST_OUTCOMES + 1)
     if len(rows) > MOST_OUTCOMES:
         raise _too_much(f"has more than {MOST_OUTCOMES:,} outcomes")
-    listing = [Listed.of(viewing.outcome_view(row)) for row in rows if row.completion]
+    listing = [Listed.of(viewing.outcome_view(row, key)) for row in rows if row.completion]
     folder = Path(
         await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-results-", dir=roomy())
     )

@@ -19,11 +19,14 @@ NOT_STORED = "(not stored until the long task that follows it in its worker has 
 async def outcomes_of(
     manager: Manager, records: Sequence[BundleRecord]
 ) -> AsyncIterator[tuple[BundleRecord, Outcome]]:
-    """The outcomes of these, in order, read some at a time."""
+    """The outcomes of these, all of one job, in order, read some at a time."""
+    if not records:
+        return
     objects, patience = manager.ports.objects, manager.ports.patience
+    key = await manager.ports.keys.of((await manager.ports.ledger.job(records[0].bundle.job)).job)
     for first in range(0, len(records), READ_AT_ONCE):
         some = records[first : first + READ_AT_ONCE]
-        read = await asyncio.gather(*(committed(objects, r.bundle, patience) for r in some))
+        read = await asyncio.gather(*(committed(objects, r.bundle, patience, key) for r in some))
         for record, outcome in zip(some, read, strict=True):
             if outcome:
                 yield record, outcome

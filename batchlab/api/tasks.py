@@ -44,7 +44,8 @@ async def task(
     record = await manager.ports.ledger.job(job)
     row = await _row(manager, job, stage, task, seq)
     objects, patience = manager.ports.objects, manager.ports.patience
-    outcome = await committed(objects, row.bundle, patience) if row else None
+    key = await manager.ports.keys.of(record.job)
+    outcome = await committed(objects, row.bundle, patience, key) if row else None
     if row is None or outcome is None:
         raise NotFound(
             f"No outcome tells of task {task_name(stage, task)} of job {job}.",

@@ -16,6 +16,7 @@ from batchlab.manager.manager import Manager
 from batchlab.model import JobId, Outcome, StageName
 from batchlab.ports import BundleRecord
 from batchlab.protocol import settle
+from batchlab.protocol.sealing import CommitKey
 
 
 async def news(live: LiveJob, version: int, wait_s: float) -> None:
@@ -36,7 +37,8 @@ async def first(manager: Manager, job: JobId, wait_s: float) -> views.OutcomesVi
             while not (live.told or live.folds or live.record.state.ended or loop.time() >= end_s):
                 await news(live, live.version, end_s - loop.time())
             if live.told and not live.folds:
-                return {"outcomes": [_uncounted(one) for one in live.told], "ended": False}
+                key = await manager.ports.keys.of(live.job)
+                return {"outcomes": [_uncounted(one, key) for one in live.told], "ended": False}
         finally:
             live.listeners -= 1
             if not live.listeners:
@@ -44,9 +46,9 @@ async def first(manager: Manager, job: JobId, wait_s: float) -> views.OutcomesVi
     return await page(manager, job, None, None, MOST, end_s - loop.time())
 
 
-def _uncounted(outcome: Outcome) -> views.OutcomeView:
+def _uncounted(outcome: Outcome, key: CommitKey) -> views.OutcomeView:
     record = BundleRecord(outcome.bundle, settle.completion(outcome), views.UNCOUNTED)
-    return viewing.outcome_view(record, outcome)
+    return viewing.outcome_view(record, key, outcome)
 
 
 async def page(
@@ -68,8 +70,9 @@ async def page(
         ended = record.state.ended
         found = await _after(manager, live, job, stage, after, limit)
         if found or ended or live is None or loop.time() >= end_s:
+            key = await manager.ports.keys.of(record.job)
             return {
-                "outcomes": [viewing.outcome_view(*one) for one in found],
+                "outcomes": [viewing.outcome_view(row, key, one) for row, one in found],
                 "ended": ended and len(found) < limit,
             }
         while live.folds == folds and not live.record.state.ended and loop.time() < end_s:

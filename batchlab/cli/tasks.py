@@ -65,10 +65,10 @@ def show_task(
         from batchlab.worker import environment
         from batchlab.worker.inputs import NoSuchTask
 
-        found = await attempts.attempts(objects, JobId(bucket.job), name, index, patience)
+        spec = await attempts.definition(objects, JobId(bucket.job), patience)
+        found = await attempts.attempts(objects, spec, name, index, patience)
         given: str
         try:
-            spec = await attempts.definition(objects, JobId(bucket.job), patience)
             bundle = (
                 found[-1].bundle
                 if found

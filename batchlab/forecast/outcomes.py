@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from batchlab.commit import outcome_at
+from batchlab.commitkeys import CommitKeys
 from batchlab.errors import NotFound
 from batchlab.forecast.tasks import Plays
 from batchlab.model import JobId, Outcome, StageCounts, TaskSet
 from batchlab.ports import JobRecord, Ledger, Objects
-from batchlab.protocol import naming, wire
+from batchlab.protocol import naming
 from batchlab.scenario.model import Job, StageTemplate
 from batchlab.scenario.record import JobRun, StageRun
 
@@ -27,10 +29,14 @@ NEVER = "never submitted"
 
 async def outcomes(objects: Objects, job: JobId) -> AsyncIterator[Outcome]:
     """Every committed outcome of a job, in key order."""
+    try:
+        key = await CommitKeys(objects).stored(job)
+    except NotFound:
+        return
     async for page in objects.list(naming.committed(job)):
         for info in page:
-            if naming.is_outcome(info.key):
-                yield wire.outcome_from_json(wire.loads(await objects.get(info.key)))
+            if naming.is_genuine(info.key, key):
+                yield outcome_at(info.key, await objects.get(info.key), key)
 
 
 class TaskTimes:

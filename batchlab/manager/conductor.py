@@ -184,7 +184,7 @@ class Conductor:
         self._inputs.keep(job.id, opening.cut.stage, opening.items)
         bundles = opening.cut.bundles
         copies = [replace(one, losses=1) for one in bundles] if again else bundles
-        await self.send(job, copies, introduce=True)
+        await self.send(job, copies)
 
     def begin(self, live: LiveJob, cut: Cut) -> None:
         """From now on expect what the opening has cut."""
@@ -231,37 +231,32 @@ class Conductor:
         with span(self._tracer, "cut", above, about, bundles=len(cut.bundles)) as cutting:
             cut = await self._commit_cut(live, cut)
         trace = cutting.context
-        await self.send(live.job, cut.bundles, introduce=cut.seq == 0, trace=trace)
+        await self.send(live.job, cut.bundles, trace=trace)
 
     async def send(
         self,
         job: JobDef,
         bundles: Sequence[Bundle],
         *,
-        introduce: bool = False,
         trace: str = "",
     ) -> None:
         """Put bundles on their pool's queue, with their inputs where these are small."""
         above, about = trace or job.trace, Subject(job.id)
         with span(self._tracer, "send", above, about, bundles=len(bundles)) as sending:
-            await self._send(job, bundles, introduce, sending.context)
+            await self._send(job, bundles, sending.context)
 
-    async def _send(
-        self, job: JobDef, bundles: Sequence[Bundle], introduce: bool, trace: str
-    ) -> None:
+    async def _send(self, job: JobDef, bundles: Sequence[Bundle], trace: str) -> None:
         messages: list[Addressed] = []
+        key = await self._ports.keys.of(job)
         now_s = self._ports.clock.now_s()
         for bundle in bundles:
             items: Sequence[Json] | None = None
             if bundle.source is None and job.stage(bundle.stage).gather != "*":
                 try:
-                    items = await self._inputs.resolve(job, bundle)
+                    items = await self._inputs.resolve(job, bundle, key)
                 except NotFound:
                     items = None  # the worker finds the same, and says so in an outcome
-            message = address(
-                *(job, bundle), items=items, now_s=now_s, introduce=introduce, trace=trace
-            )
-            messages.append(message)
+            messages.append(address(job, bundle, key, items=items, now_s=now_s, trace=trace))
         with of_single_call(job.is_single_call):
             await send_all(self._ports.queue, messages, self._ports.patience)
 
@@ -353,6 +348,7 @@ class Conductor:
             if stage.chained:
                 await self._plan(live, stage)
         who = f"manager-{live.record.round}"
+        key, patience = await self._ports.keys.of(live.job), self._ports.patience
         while outstanding := live.all_outstanding()[:SEALED_AT_ONCE]:
             now_s = self._ports.clock.now_s()
             drafts = [
@@ -360,7 +356,7 @@ class Conductor:
                 for one in outstanding
             ]
             outcomes = await asyncio.gather(
-                *(commit(self._ports.objects, draft, self._ports.patience) for draft in drafts)
+                *(commit(self._ports.objects, draft, patience, key) for draft in drafts)
             )
             await self._folder.fold([settle.completion(outcome) for outcome in outcomes])
         return _never_cut(live)
@@ -426,8 +422,10 @@ class Conductor:
         if not verdict.reason:
             return ""
         records = await self._ports.ledger.bundles(live.id, failed=True, limit=1)
+        objects, patience = self._ports.objects, self._ports.patience
         for record in records:
-            outcome = await committed(self._ports.objects, record.bundle, self._ports.patience)
+            key = await self._ports.keys.of(live.job)
+            outcome = await committed(objects, record.bundle, patience, key)
             for failure in outcome.failed if outcome else ():
                 if failure.final:
                     return with_task(
@@ -441,10 +439,11 @@ class Conductor:
         All tasks can be terminal without that: the halves of a split bundle may be heard of
         before it is, and the event of the split itself may never come (I3).
         """
+        objects, patience = self._ports.objects, self._ports.patience
+        key = await self._ports.keys.of(live.job)
         while outstanding := live.all_outstanding()[:SEALED_AT_ONCE]:
-            objects, patience = self._ports.objects, self._ports.patience
             found = await asyncio.gather(
-                *(committed(objects, one.bundle, patience) for one in outstanding)
+                *(committed(objects, one.bundle, patience, key) for one in outstanding)
             )
             outcomes = [outcome for outcome in found if outcome]
             await self._folder.fold([settle.completion(outcome) for outcome in outcomes])

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from batchlab.commitkeys import CommitKeys
 from batchlab.costs.cap import Budget
 from batchlab.costs.meter import Account
 from batchlab.eta import Pace
@@ -59,6 +60,10 @@ class Ports:
     clock: Clock
     ids: Ids
     patience: Patience
+    keys: CommitKeys = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", CommitKeys(self.objects, self.patience, self.ids))
 
 
 @dataclass(slots=True)

@@ -234,6 +234,7 @@ class Manager:
             await self._lease.release()
 
     async def _prepare(self) -> None:
+        await self.ports.keys.ensure()
         await self._ensure(events_queue(self.settings))
         for pool in self.pools.values():
             dead = QueueSpec(naming.dead_letters(pool.name))

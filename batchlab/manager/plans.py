@@ -11,6 +11,7 @@ import json
 from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import partial
 
+from batchlab.commit import outcome_at
 from batchlab.errors import AlreadyExists, NotFound, Unreachable, UsageError
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager import split
@@ -160,9 +161,10 @@ class Plans:
     async def _values(self, job: JobDef, counts: StageCounts) -> AsyncIterator[tuple[int, Json]]:
         """(task, encoded result) of every success of a stage, large results fetched."""
         stage = counts.stage
+        key = await self._ports.keys.of(job)
         for record in await successes(self._ports, job.id, counts):
-            data = await self._result(stage, naming.outcome(record.bundle))
-            outcome = wire.outcome_from_json(wire.loads(data))
+            name = naming.outcome(record.bundle, key)
+            outcome = outcome_at(name, await self._result(stage, name), key)
             for task, value in zip(outcome.succeeded, outcome.values, strict=True):
                 if isinstance(value, dict) and set(value) == {"$value"}:
                     yield task, json.loads(await self._result(stage, value["$value"]))

@@ -7,19 +7,23 @@ another one leads, may do anything meanwhile: they see a job whole, as it was or
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from batchlab.commit import outcome_at
 from batchlab.control import word_of
-from batchlab.errors import NotFound, Unreachable
+from batchlab.errors import BackendError, NotFound, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import Ports
 from batchlab.manager.retries import Retry
 from batchlab.model import Completion, Control, JobId, JobState, StageName
 from batchlab.ports import Cut, Ending, Past, Round
 from batchlab.protocol import definition, naming, settle, wire
+
+log = logging.getLogger(__name__)
 
 _PAGE = 1000
 _TRIES = 10
@@ -83,15 +87,21 @@ async def _past(ports: Ports, job: JobId) -> Past:
     found = _Found()
     doc = await _doc(ports, naming.spec(job))
     spec, opening = wire.job_from_json(doc), definition.opening_in(doc)
+    if spec.id != job:
+        raise BackendError(f"The definition of job {job} is one of another job.")
     if opening and opening.cut:
         found.cuts.append(opening.cut)
+    key = await ports.keys.of(spec)
     async for page in ports.objects.list(naming.committed(job)):
         for info in page:
             if naming.is_cut(info.key):
                 found.cuts.append(wire.cut_from_json(await _doc(ports, info.key)))
-            elif naming.is_outcome(info.key):
-                outcome = wire.outcome_from_json(await _doc(ports, info.key))
+            elif naming.is_genuine(info.key, key):
+                get = partial(ports.objects.get, info.key)
+                outcome = outcome_at(info.key, await ports.patience(get), key)
                 found.completions.append(settle.completion(outcome))
+            elif naming.is_outcome(info.key):
+                log.error("an outcome with a wrong seal is ignored", extra={"job": job})
     # What has been cut has started, though the clock may have been set back since.
     later = not found.cuts and (spec.start_at_s or 0.0) > ports.clock.now_s()
     state = JobState.SCHEDULED if later else JobState.SUBMITTED

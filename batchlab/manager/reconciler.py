@@ -24,6 +24,7 @@ from batchlab.model import Bundle, Control, JobId, Outcome
 from batchlab.ports import MAX_BATCH, Depth, Message
 from batchlab.protocol import naming, settle
 from batchlab.protocol.messages import read_task_message
+from batchlab.protocol.sealing import CommitKey
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +91,11 @@ class Reconciler:
         if live.record.control is not Control.RUN:
             return  # workers drop its messages, so of course they are silent
         again: list[Bundle] = []
+        objects, patience = self._ports.objects, self._ports.patience
+        key = await self._ports.keys.of(live.job)
         for one in silent:
             try:
-                outcome = await committed(self._ports.objects, one.bundle, self._ports.patience)
+                outcome = await committed(objects, one.bundle, patience, key)
             except TooNew as error:
                 # The tick must go on for all others, until a manager comes that knows more.
                 about = {"job": live.id, "bundle": one.bundle.id}
@@ -117,7 +120,8 @@ class Reconciler:
 
     async def forward(self, job: JobDef, outcome: Outcome) -> None:
         """Repeat steps 3 and 4 for an outcome whose worker may have died before them."""
-        messages = follow_ups(job, outcome, now_s=self._ports.clock.now_s())
+        key = await self._ports.keys.of(job)
+        messages = follow_ups(job, outcome, key, now_s=self._ports.clock.now_s())
         await send_all(self._ports.queue, messages, self._ports.patience)
         await self._folder.fold([settle.completion(outcome)])
 
@@ -144,21 +148,26 @@ class Reconciler:
         """What becomes of a dead letter. Receives alone condemn nothing: an outage of the bucket
         uses them up too. So a task alone goes back to the workers, who know what killed them."""
         try:
-            bundle = read_task_message(message.body).bundle
+            task = read_task_message(message.body)
+            bundle = task.bundle
             job = (await self._ports.ledger.job(bundle.job)).job
             job.stage(bundle.stage)  # KeyError where it has no such stage
+            key = await self._ports.keys.of(job)
         except (Throttled, Unreachable):
             raise
         except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody's bytes
             log.error("dropped a dead letter that is no bundle of ours (%s)", error)
             return
+        if job.commit_hash and task.key != key:
+            log.error("dropped a dead letter with a wrong commit key", extra={"job": job.id})
+            return
         try:
-            outcome = await committed(self._ports.objects, bundle, self._ports.patience)
+            outcome = await committed(self._ports.objects, bundle, self._ports.patience, key)
         except TooNew as error:
             log.error("an outcome waits for a newer manager: %s", error, extra={"job": job.id})
             return
         if outcome is None:
-            outcome = await self._condemned(bundle, message)
+            outcome = await self._condemned(bundle, message, key)
         if outcome is not None:
             await self.forward(job, outcome)
             return
@@ -167,7 +176,7 @@ class Reconciler:
         if live:
             await self._conductor.send(live.job, [again])
 
-    async def _condemned(self, bundle: Bundle, message: Message) -> Outcome | None:
+    async def _condemned(self, bundle: Bundle, message: Message, key: CommitKey) -> Outcome | None:
         now_s = self._ports.clock.now_s()
         execution = f"dead-{message.id}"
         if len(bundle.tasks) > 1:
@@ -183,4 +192,4 @@ class Reconciler:
             draft = settle.poisoned(
                 bundle, reason, execution=execution, worker="manager", now_s=now_s
             )
-        return await commit(self._ports.objects, draft, self._ports.patience)
+        return await commit(self._ports.objects, draft, self._ports.patience, key)

@@ -214,8 +214,9 @@ class Registry:
     async def _send_copies(self, held: Sequence[Held]) -> None:
         now_s = self._ports.clock.now_s()
         messages = [
-            address(self._lives[one.job].job, bundle, now_s=now_s)
+            address(job, bundle, await self._ports.keys.of(job), now_s=now_s)
             for one in held
             if (bundle := self._waiting(one))
+            for job in (self._lives[one.job].job,)
         ]
         await send_all(self._ports.queue, messages, self._ports.patience)

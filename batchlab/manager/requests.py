@@ -73,7 +73,8 @@ class Requests:
         is another. The trace that the job says it belongs to is gone on with, where it is traced.
         """
         with ending(self._tracer.root("submit", Subject(job.id), parent=job.trace)) as submitting:
-            return await self._submit(replace(job, trace=submitting.context), items)
+            sealed = await self._ports.keys.sealed(job)
+            return await self._submit(replace(sealed, trace=submitting.context), items)
 
     async def _submit(self, job: JobDef, items: Sequence[Json] | None) -> Written:
         opening = self._cutter.opening(job, items) if items is not None else None
@@ -262,6 +263,7 @@ class Requests:
 
 
 def _content(job: JobDef, opening: definition.Opening | None) -> bytes:
-    """What a job is, but for when it was submitted and is to start, and in which trace."""
-    timeless = replace(job, submitted_s=0.0, start_at_s=None, trace="")
+    """What a job is, but for when it was submitted and is to start, in which trace, and whether it
+    is sealed: a job of an earlier release is not."""
+    timeless = replace(job, submitted_s=0.0, start_at_s=None, trace="", commit_hash="")
     return definition.to_bytes(timeless, definition.Opening(opening.items) if opening else None)

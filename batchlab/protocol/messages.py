@@ -7,12 +7,12 @@ one that is not is refused as a whole, so that nobody acts on half of it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from typing import Any
 
-from batchlab.jobdef import JobDef
 from batchlab.model import Bundle, BundleId, Completion, JobId, Json, Outcome, StageName
 from batchlab.protocol.checked import figure, known, text, whole
+from batchlab.protocol.sealing import UNSEALED, CommitKey
 from batchlab.protocol.wire import (
     VERSION,
     bundle_from_json,
@@ -21,8 +21,6 @@ from batchlab.protocol.wire import (
     completion_to_json,
     dumps,
     fields,
-    job_from_json,
-    job_to_json,
     loads,
     outcome_from_json,
     outcome_text,
@@ -37,17 +35,16 @@ class TaskMessage:
     `items` are the encoded inputs where they are small enough to travel along, aligned with the
     bundle's tasks. `not_before_s` (epoch) is a wait longer than one DelaySeconds can be.
     `watchdog` marks a hand-over: the bundle still runs, and is run again only if it fell silent.
-    `job` comes with the first bundles of a job, which saves their workers reading its spec; it has
-    no cap, no targets and no trace.
     `trace` is the W3C traceparent of whoever sent it, where the job is traced.
+    `key` is the commit key of the job: a worker compares it with the job's definition.
     """
 
     bundle: Bundle
     items: Sequence[Json] | None = None
     not_before_s: float | None = None
     watchdog: bool = False
-    job: JobDef | None = None
     trace: str = ""
+    key: CommitKey = UNSEALED
 
 
 def task_message(m: TaskMessage) -> str:
@@ -58,11 +55,10 @@ def task_message(m: TaskMessage) -> str:
         doc["nb"] = m.not_before_s
     if m.watchdog:
         doc["wd"] = True
-    if m.job:
-        # What only a manager needs to know stays in the bucket, addresses above all.
-        doc["job"] = job_to_json(replace(m.job, max_cost_usd=None, notify=(), trace=""))
     if m.trace:
         doc["tp"] = m.trace
+    if m.key:
+        doc["ck"] = m.key
     return dumps(doc)
 
 
@@ -73,8 +69,8 @@ def read_task_message(body: str) -> TaskMessage:
         doc.get("in"),
         doc.get("nb"),
         doc.get("wd", False),
-        job_from_json(doc["job"]) if "job" in doc else None,
         doc.get("tp", ""),
+        CommitKey(text(doc.get("ck", UNSEALED))),
     )
 
 

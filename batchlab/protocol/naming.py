@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import re
+from dataclasses import dataclass
 
 from batchlab.model import Bundle, BundleId, JobId, StageName
+from batchlab.protocol.sealing import CommitKey, seal
 
 EVENTS = "events"
 
 _CUT = re.compile(r"^jobs/[^/]+/[^/]+/plan/\d+/cuts/\d+\.json$")
 _OUTCOME = re.compile(r"^jobs/[^/]+/[^/]+/outcomes/")
-_BUNDLE = re.compile(r"/outcomes/[0-9a-f]{2}/(\d{8,})-(\d{8,})\.(\d+)\.(\d+)\.json$")
+_BUNDLE = re.compile(
+    r"^jobs/([^/]+)/([^/]+)/outcomes/[0-9a-f]{2}"
+    r"/((\d{8,16})-(\d{8,16})\.(\d{1,9})\.(\d{1,9}))(?:\.[0-9a-f]{32})?\.json$"
+)
 
 MADE = ".batchlab-made"
 """A file that marks a local folder as batchlab's own (a grid's home, fetched results): wherever it
@@ -39,6 +44,10 @@ def job_id(name: str, token: str) -> JobId:
 def _spread(name: str) -> str:
     # S3 partitions by key prefix; without this a stage's outcomes would all grow one prefix.
     return hashlib.sha256(name.encode()).hexdigest()[:2]
+
+
+COMMIT_SECRET = "grid/commit-secret.json"  # noqa: S105 - its name, not the secret
+"""The secret from which the commit keys of all jobs are derived. Workers cannot read it."""
 
 
 USE = "grid/use.json"
@@ -141,13 +150,15 @@ def outcomes(job: JobId, stage: StageName) -> str:
     return f"jobs/{job}/{stage}/outcomes/"
 
 
-def outcome_of(job: JobId, stage: StageName, bundle: BundleId) -> str:
-    return f"{outcomes(job, stage)}{_spread(bundle)}/{bundle}.json"
+def outcome_of(job: JobId, stage: StageName, bundle: BundleId, key: CommitKey) -> str:
+    """The key of a bundle's outcome; only a holder of the job's commit key can name it."""
+    sealed = f".{seal(key, 'outcome', stage, bundle)}" if key else ""
+    return f"{outcomes(job, stage)}{_spread(bundle)}/{bundle}{sealed}.json"
 
 
-def outcome(bundle: Bundle) -> str:
+def outcome(bundle: Bundle, key: CommitKey) -> str:
     """The key whose conditional PUT commits this bundle."""
-    return outcome_of(bundle.job, bundle.stage, bundle.id)
+    return outcome_of(bundle.job, bundle.stage, bundle.id, key)
 
 
 def files(bundle: Bundle, execution: str) -> str:
@@ -185,13 +196,32 @@ def is_outcome(key: str) -> bool:
     return _OUTCOME.match(key) is not None
 
 
-def bundle_of(key: str) -> tuple[int, int, int, int] | None:
-    """First task, last task, round and attempt of an outcome's key; None of any other key."""
-    found = _BUNDLE.search(key)
+@dataclass(frozen=True, slots=True)
+class OutcomeKey:
+    """The parts of an outcome's key."""
+
+    job: JobId
+    stage: StageName
+    bundle: BundleId
+    first: int
+    last: int
+    round: int
+    attempt: int
+
+
+def outcome_key(key: str) -> OutcomeKey | None:
+    """Parse the key of an outcome, sealed or not; None for any other key."""
+    found = _BUNDLE.match(key)
     if found is None:
         return None
-    first, last, round_, attempt = map(int, found.groups())
-    return first, last, round_, attempt
+    job, stage, bundle, *numbers = found.groups()
+    return OutcomeKey(JobId(job), StageName(stage), BundleId(bundle), *map(int, numbers))
+
+
+def is_genuine(name: str, key: CommitKey) -> bool:
+    """Whether `name` is the key of an outcome with the seal that `key` gives."""
+    found = outcome_key(name)
+    return found is not None and outcome_of(found.job, found.stage, found.bundle, key) == name
 
 
 def everything_of(job: JobId) -> tuple[str, ...]:
@@ -208,6 +238,21 @@ def starts(bundle: Bundle) -> str:
     return f"jobs/{bundle.job}/{bundle.stage}/starts/{bundle.id}/"
 
 
-def running(bundle: Bundle) -> str:
+def start(bundle: Bundle, execution: str, key: CommitKey) -> str:
+    """The marker that this execution has started a suspect."""
+    sealed = f".{seal(key, 'start', bundle.stage, bundle.id, execution)}" if key else ""
+    return f"{starts(bundle)}{execution}{sealed}"
+
+
+def started_by(bundle: Bundle, name: str, key: CommitKey) -> str | None:
+    """The execution whose start marker has this name; None where its seal is wrong."""
+    execution = name.removeprefix(starts(bundle))
+    if key:
+        execution = execution.rpartition(".")[0]
+    return execution if execution and start(bundle, execution, key) == name else None
+
+
+def running(bundle: Bundle, key: CommitKey) -> str:
     """The marker that a handed-over bundle still runs, refreshed by its worker."""
-    return f"jobs/{bundle.job}/{bundle.stage}/running/{bundle.id}.json"
+    sealed = f".{seal(key, 'running', bundle.stage, bundle.id)}" if key else ""
+    return f"jobs/{bundle.job}/{bundle.stage}/running/{bundle.id}{sealed}.json"

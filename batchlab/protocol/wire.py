@@ -34,9 +34,11 @@ from batchlab.ports import Cut, Ending, Reopening
 from batchlab.protocol.checked import figure, known, text, whole
 
 VERSION = 1
-PROTOCOL = 1
+PROTOCOL = 2
 """What a reader of jobs knows. A release whose workers have to do something that those before it do
 not raises it, and writes it as `needs` into the jobs that ask for that, and only into those."""
+SEALED = 2
+"""The protocol since which jobs have commit keys."""
 FAILURE_KINDS = frozenset(kind.value for kind in FailureKind)
 NO_TASKS = TaskSet()
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
@@ -242,6 +244,10 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
         del doc["max_cost_usd"]
     if not job.trace:
         del doc["trace"]
+    if job.commit_hash:
+        doc["needs"] = SEALED
+    else:
+        del doc["commit_hash"]
     if job.notify:
         doc["notify"] = [fields(one) for one in job.notify]
     else:
@@ -252,7 +258,8 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
 def job_from_json(doc: dict[str, Any]) -> JobDef:
     """The job of a spec object, or of what `job_to_json` made; TooNew where it asks for what this
     batchlab does not know, or cannot be read."""
-    if (needs := doc.get("needs", PROTOCOL)) != PROTOCOL:
+    needs = doc.get("needs", 1)
+    if not isinstance(needs, int) or not 1 <= needs <= PROTOCOL:
         raise TooNew(
             f"The job needs protocol {needs}, and this batchlab knows {PROTOCOL}.",
             remedy="It was submitted to a newer version.",

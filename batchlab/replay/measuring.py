@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from batchlab.attempts import definition
+from batchlab.commit import outcome_at
+from batchlab.commitkeys import CommitKeys
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.model import ENDED, JobId, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Objects
-from batchlab.protocol import naming, wire
+from batchlab.protocol import naming
+from batchlab.protocol.sealing import CommitKey
 from batchlab.replay.jobs import declared_s
 from batchlab.scenario.model import Job
 from batchlab.scenario.record import StageRun
@@ -188,6 +191,7 @@ class _Reader:
     def __init__(self, objects: Objects, patience: Patience) -> None:
         self._objects = objects
         self._patience = patience
+        self._keys = CommitKeys(objects, patience)
         self._limit = asyncio.Semaphore(READ_AT_ONCE)
 
     async def jobs(self, jobs: Iterable[Told]) -> list[tuple[JobDef, dict[str, list[Outcome]]]]:
@@ -197,19 +201,20 @@ class _Reader:
     async def _job(self, told: Told) -> tuple[JobDef, dict[str, list[Outcome]]]:
         job = await definition(self._objects, JobId(told.view["id"]), self._patience)
         names = [stage["name"] for stage in told.view["stages"]]
-        found = await asyncio.gather(*(self.outcomes(job.id, StageName(one)) for one in names))
+        found = await asyncio.gather(*(self.outcomes(job, StageName(one)) for one in names))
         return job, dict(zip(names, found, strict=True))
 
-    async def outcomes(self, job: JobId, stage: StageName) -> list[Outcome]:
+    async def outcomes(self, job: JobDef, stage: StageName) -> list[Outcome]:
         """Every committed outcome of a stage."""
-        prefix = naming.outcomes(job, stage)
-        keys = [info.key async for page in self._objects.list(prefix) for info in page]
-        return await asyncio.gather(*map(self._read, keys))
+        key, prefix = await self._keys.of(job), naming.outcomes(job.id, stage)
+        listed = [info.key async for page in self._objects.list(prefix) for info in page]
+        names = [name for name in listed if naming.is_genuine(name, key)]
+        return await asyncio.gather(*(self._read(name, key) for name in names))
 
-    async def _read(self, key: str) -> Outcome:
+    async def _read(self, name: str, key: CommitKey) -> Outcome:
         async with self._limit:
-            data = await self._patience(partial(self._objects.get, key))
-        return wire.outcome_from_json(wire.loads(data))
+            data = await self._patience(partial(self._objects.get, name))
+        return outcome_at(name, data, key)
 
 
 def root_tasks(view: JobView, stages: Mapping[str, tuple[str, ...]]) -> int:

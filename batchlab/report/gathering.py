@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from batchlab.commitkeys import CommitKeys
 from batchlab.costs.meter import Account
 from batchlab.errors import NotFound, UsageError
 from batchlab.jobdef import JobDef
@@ -52,6 +53,7 @@ class Gatherer:
     def __init__(self, objects: Objects, patience: Patience) -> None:
         self._objects = objects
         self._patience = patience
+        self._keys = CommitKeys(objects, patience)
 
     async def gather(self, job: JobId, folder: Path) -> Gathered:
         """Read the job, staging what there may be very much of in `folder`; UsageError where the
@@ -75,7 +77,7 @@ class Gatherer:
         cuts = [opening.cut] if opening and opening.cut else []
         cuts += [cut for retry in retries for cut in retry.cuts]
         with await asyncio.to_thread(Staging, folder, spec, void_before) as staging:
-            stored_bytes = await self._outcomes(job, staging, cuts)
+            stored_bytes = await self._outcomes(spec, staging, cuts)
             planned = universe(spec, cuts, void_before)
             await asyncio.to_thread(_plan, staging, cuts, planned, submitted_s)
         stored_bytes += await self._size(naming.raw(job))
@@ -111,16 +113,17 @@ class Gatherer:
         except NotFound:
             return None
 
-    async def _outcomes(self, job: JobId, staging: Staging, cuts: list[Cut]) -> int:
+    async def _outcomes(self, job: JobDef, staging: Staging, cuts: list[Cut]) -> int:
         """Stage every outcome, note every cut; answers with the bytes that the bucket holds."""
+        key = await self._keys.of(job)
         size_bytes, batch_bytes = 0, 0
         batch: list[str] = []
-        async for page in self._objects.list(naming.committed(job)):
+        async for page in self._objects.list(naming.committed(job.id)):
             for info in page:
                 size_bytes += info.size
                 if naming.is_cut(info.key):
                     cuts.append(wire.cut_from_json(await self._doc(info.key)))
-                elif naming.is_outcome(info.key):
+                elif naming.is_genuine(info.key, key):
                     batch.append(info.key)
                     batch_bytes += info.size
                 if len(batch) >= BATCH or batch_bytes >= BATCH_BYTES:

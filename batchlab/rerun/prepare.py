@@ -119,8 +119,8 @@ async def bring(
         if any(word in str(error) for word in _FORBIDDEN):
             raise UsageError(
                 f"The bucket does not let you read what the task needs: {error.message}",
-                remedy="It takes s3:GetObject below jobs/, raw/, files/, code/ and logs/, and "
-                "s3:ListBucket.",
+                remedy="It takes s3:GetObject below jobs/, raw/, files/, code/ and logs/ and of "
+                "grid/commit-secret.json, and s3:ListBucket.",
             ) from error
         raise
 
@@ -139,7 +139,7 @@ async def _bring(
     if stage not in (one.name for one in job.stages):
         names = ", ".join(one.name for one in job.stages)
         raise UsageError(f"Job {job_id} has no stage {stage!r}.", remedy=f"It has {names}.")
-    found = await attempts.attempts(reading, job_id, stage, task, patience)
+    found = await attempts.attempts(reading, job, stage, task, patience)
     attempt = attempts.chosen(found, number, round_)
     if attempt is None and (number, round_) != (None, None):
         raise _no_such_attempt(stage, task, found)

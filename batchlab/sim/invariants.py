@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from batchlab.adapters.sql.ledger import open_memory
+from batchlab.commit import outcome_at
+from batchlab.commitkeys import CommitKeys
 from batchlab.fleet.state import COUNTED
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import Ports
@@ -17,7 +19,7 @@ from batchlab.manager.rebuild import rebuild
 from batchlab.model import FailureKind, GroupView, Instance, JobId, JobState, Json, Outcome
 from batchlab.patience import Patience
 from batchlab.ports import Fleet, Ledger, Objects
-from batchlab.protocol import naming, settle, wire
+from batchlab.protocol import naming, settle
 from batchlab.sim.clocks import SimIds
 from batchlab.sim.fates import Fates, inputs_of, value_of
 from batchlab.sim.watch import Violated
@@ -82,13 +84,10 @@ async def check_ended(ledger: Ledger, job: JobId) -> None:
 
 async def outcomes_of(objects: Objects, job: JobId, forged: Collection[str] = ()) -> list[Outcome]:
     """Every committed outcome of a job, in key order, without the `forged` keys."""
-    found = []
-    async for page in objects.list(naming.committed(job)):
-        for info in page:
-            if naming.is_outcome(info.key) and info.key not in forged:
-                data = await objects.get(info.key)
-                found.append(wire.outcome_from_json(wire.loads(data)))
-    return found
+    key = await CommitKeys(objects).stored(job)
+    pages = objects.list(naming.committed(job))
+    names = [one.key async for page in pages for one in page if naming.is_genuine(one.key, key)]
+    return [outcome_at(name, await objects.get(name), key) for name in names if name not in forged]
 
 
 def check_terminal_states(job: JobId, outcomes: Sequence[Outcome]) -> None:
@@ -289,10 +288,11 @@ async def results_of(
 ) -> Mapping[int, Json]:
     """Encoded result by task, as a user would fetch them: by the ledger's list of bundles."""
     values: dict[int, Json] = {}
+    key = await CommitKeys(objects).stored(job)
     for row in await ledger.bundles(job, done=True):
         if row.bundle.stage != stage:
             continue
-        data = await objects.get(naming.outcome(row.bundle))
-        outcome = wire.outcome_from_json(wire.loads(data))
+        name = naming.outcome(row.bundle, key)
+        outcome = outcome_at(name, await objects.get(name), key)
         values.update(zip(outcome.succeeded, outcome.values, strict=True))
     return values

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchlab import submission
+from batchlab.commitkeys import CommitKeys
 from batchlab.costs.meter import Accounting
 from batchlab.jobdef import JobDef
 from batchlab.manager.admission import admit
@@ -107,7 +108,8 @@ async def _told(world: World, job: JobDef) -> tuple[JobView, list[Listed]]:
     record = await world.ledger.job(job.id)
     view = job_view(record, (await world.ledger.rows(job.id)).stages)
     rows = await world.ledger.bundles(job.id, done=True)
-    return view, [Listed.of(outcome_view(row)) for row in rows]
+    key = await CommitKeys(world.objects).of(record.job)
+    return view, [Listed.of(outcome_view(row, key)) for row in rows]
 
 
 def _real_handlers(world: World, _die: Callable[[], None], objects: Objects) -> Runner:

@@ -132,7 +132,7 @@ class Closing:
             span(self._tracer, "commit", hand.trace, hand.bundle),
             of_single_call(job.is_single_call),
         ):
-            committed = await commit(self._objects, draft, self._patience)
+            committed = await commit(self._objects, draft, self._patience, hand.key)
         self._deeds.committed(draft, committed)
         return committed
 
@@ -152,7 +152,7 @@ class Closing:
         ago."""
         if outcome.execution != hand.execution:
             self._met_twice(hand, "message", 0.0)
-        follows = await uncommitted(self._objects, outcome.follows, self._patience)
+        follows = await uncommitted(self._objects, outcome.follows, self._patience, hand.key)
         await self._forward(hand, job, outcome, replace(outcome, follows=follows))
         await self.delete(hand)
 
@@ -173,7 +173,7 @@ class Closing:
             known = dict(zip(hand.bundle.tasks, items, strict=True))
         with span(self._tracer, "forward", hand.trace, hand.bundle) as forward:
             now_s, trace = self._clock.now_s(), forward.context
-            messages = follow_ups(job, left, now_s=now_s, items=known, trace=trace)
+            messages = follow_ups(job, left, hand.key, now_s=now_s, items=known, trace=trace)
             # Follow-ups first, the event second: the manager may end a stage only when what follows
             # from it is on its way, and it learns of the follow-ups from this very event.
             await self._outbox.send(messages)
@@ -203,6 +203,7 @@ class Closing:
         message = address(
             job,
             bundle,
+            hand.key,
             items=items,
             delay_s=delay_s,
             now_s=self._clock.now_s(),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from batchlab.model import Bundle, Control
 from batchlab.ports import Message
 from batchlab.protocol.messages import TaskMessage
+from batchlab.protocol.sealing import UNSEALED, CommitKey
 from batchlab.worker.runner import Handle
 
 
@@ -23,6 +24,8 @@ class Hand:
     received_s: float
     extended_s: float
     receipt: str | None
+    key: CommitKey = UNSEALED
+    """The commit key of its job, once that has been checked."""
     control: Control = Control.RUN
     handle: Handle = field(default_factory=Handle)
     waiting: asyncio.Future[bool] | None = None

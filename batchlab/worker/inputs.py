@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from batchlab.commit import outcome_at
 from batchlab.errors import NotFound
 from batchlab.jobdef import JobDef
-from batchlab.model import Bundle, BundleId, JobId, Json, Outcome, StageName, TaskSet
+from batchlab.model import Bundle, BundleId, JobId, Json, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import definition, naming, wire
+from batchlab.protocol.sealing import CommitKey
 from batchlab.tasknames import task_name
 from batchlab.words import count
 
@@ -68,11 +70,11 @@ class Inputs:
         self._parts: OrderedDict[str, Sequence[Json]] = OrderedDict()
         self._manifests: OrderedDict[tuple[str, str, int], Manifest] = OrderedDict()
 
-    async def resolve(self, job: JobDef, bundle: Bundle) -> Sequence[Json]:
+    async def resolve(self, job: JobDef, bundle: Bundle, key: CommitKey) -> Sequence[Json]:
         """One encoded input per task of `bundle`; NotFound where an object it needs is gone."""
         if bundle.source is not None:
             upstream = job.stage(bundle.stage).after[0]
-            return await self.values(job, upstream, bundle.source, bundle.tasks)
+            return await self.values(job, upstream, bundle.source, bundle.tasks, key)
         manifest = await self._manifest(job, bundle)
         found: list[Json] = []
         for start, stop in bundle.tasks.ranges:
@@ -83,7 +85,7 @@ class Inputs:
                 items = part[offset : offset + stop - start]
                 if not items:
                     raise _no_such_task(bundle, start, manifest)
-                found += [await self._gathered(job, i) if is_gather(i) else i for i in items]
+                found += [await self._gathered(job, i, key) if is_gather(i) else i for i in items]
                 start += len(items)
         return found
 
@@ -95,33 +97,29 @@ class Inputs:
             raise _no_such_task(bundle, bundle.tasks.last, manifest)
 
     async def values(
-        self, job: JobDef, stage: StageName, bundle: BundleId, tasks: TaskSet
+        self, job: JobDef, stage: StageName, bundle: BundleId, tasks: TaskSet, key: CommitKey
     ) -> list[Json]:
         """The committed results of `tasks` in that upstream bundle."""
-        key = naming.outcome_of(job.id, stage, bundle)
-        outcome = await self._outcome(key)
+        name = naming.outcome_of(job.id, stage, bundle, key)
+        outcome = outcome_at(name, await self._patience(partial(self._objects.get, name)), key)
         by_task = dict(zip(outcome.succeeded, outcome.values, strict=True))
         missing = [task for task in tasks if task not in by_task]
         if missing:
-            raise NotFound(f"{key} has no result of task {missing[0]}.")
+            raise NotFound(f"{name} has no result of task {missing[0]}.")
         return [by_task[task] for task in tasks]
 
-    async def _gathered(self, job: JobDef, item: dict[str, Any]) -> Json:
+    async def _gathered(self, job: JobDef, item: dict[str, Any], key: CommitKey) -> Json:
         """All results of the upstream stages, in task order: a list, or one list per stage."""
         lists: dict[str, list[Json]] = {}
         for stage, bundles in item["$gather"].items():
             values: list[tuple[int, Json]] = []
             for name, ranges in bundles:
                 tasks = wire.tasks_from_json(ranges)
-                got = await self.values(job, StageName(stage), BundleId(name), tasks)
+                got = await self.values(job, StageName(stage), BundleId(name), tasks, key)
                 values += zip(tasks, got, strict=True)
             values.sort(key=lambda pair: pair[0])
             lists[stage] = [value for _, value in values]
         return next(iter(lists.values())) if len(lists) == 1 else lists
-
-    async def _outcome(self, key: str) -> Outcome:
-        data = await self._patience(partial(self._objects.get, key))
-        return wire.outcome_from_json(wire.loads(data))
 
     async def _manifest(self, job: JobDef, bundle: Bundle) -> Manifest:
         """The plan of the bundle's round, or of the latest round before it that made one."""

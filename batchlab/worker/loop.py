@@ -20,10 +20,11 @@ from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, Clock, Message, Notice, Notices, Objects, Queue
 from batchlab.protocol import naming, settle
 from batchlab.protocol.messages import read_task_message
+from batchlab.protocol.sealing import UNSEALED
 from batchlab.protocol.sizing import BUDGET_S
 from batchlab.tally import Tally
 from batchlab.tracing import NOBODY, Tracer, span
-from batchlab.waits import heed_cancellation
+from batchlab.waits import both, heed_cancellation
 from batchlab.worker import lines
 from batchlab.worker.beats import Beats, Identity
 from batchlab.worker.closing import Closing
@@ -31,7 +32,7 @@ from batchlab.worker.controls import Controls
 from batchlab.worker.deeds import Deeds
 from batchlab.worker.hand import Hand
 from batchlab.worker.inputs import Inputs
-from batchlab.worker.jobs import Jobs
+from batchlab.worker.jobs import Jobs, WrongKeyError
 from batchlab.worker.notices import Departure, heed
 from batchlab.worker.outbox import Outbox
 from batchlab.worker.runner import Runner, Work
@@ -79,7 +80,8 @@ class Worker:
         self._notices = notices
         self._tasks_queue = naming.tasks_queue(who.pool)
         self._deeds = Deeds()
-        self._outbox = Outbox(queue, patience, tally, self._deeds)
+        self._jobs = Jobs(objects, patience)
+        self._outbox = Outbox(queue, patience, tally, self._deeds, self._jobs.key_of)
         self._inputs = Inputs(objects, patience)
         self._hands: dict[str, Hand] = {}
         self._tails = Tails(
@@ -89,7 +91,6 @@ class Worker:
             *(objects, clock, settings.control_lease_s, self._looked, self._tails.asked)
         )
         self._slots = Slots(who.slots)
-        self._jobs = Jobs(objects, patience)
         self._beats = Beats(who, self._hands, self._outbox, clock, settings)
         self._departure = Departure(clock, settings.drain_s, self._hands, self._slots)
         self._tenure = Tenure(self._hands, queue, objects, clock, self._outbox, settings)
@@ -221,11 +222,13 @@ class Worker:
     async def _handle(self, hand: Hand) -> None:
         watched = False
         try:
-            is_new = hand.task.job is not None
-            await self._patience(partial(self._controls.current, hand.bundle.job, is_new=is_new))
+            job = await self._admitted(hand)
+            if job is None:
+                await self._closing.delete(hand)
+                return
             self._controls.watch(hand.bundle.job)
             watched = True
-            await self._serve(hand)
+            await self._serve(hand, job)
         except TooNew as error:
             await self._suspects.withdraw(hand)
             if hand.receipt is not None:  # else it is handed over, or somebody else's by now
@@ -249,12 +252,26 @@ class Worker:
 
     # --- One bundle ------------------------------------------------------------------------------
 
-    async def _serve(self, hand: Hand) -> None:
+    async def _admitted(self, hand: Hand) -> JobDef | None:
+        """Return the job of a message whose commit key is right, once a look at its control object
+        has been had; None if the message is to be dropped."""
+        name, key = hand.bundle.job, hand.task.key
+        look = partial(self._controls.current, name, is_new=not self._jobs.knows(name))
         try:
-            job = await self._jobs.of(hand.bundle.job, hand.task.job)
+            if self._jobs.knows(name):
+                job = await self._jobs.of(name, key)
+                await self._patience(look)
+            else:
+                job, _ = await both(self._jobs.of(name, key), self._patience(look))
         except NotFound:
-            await self._closing.delete(hand)
-            return
+            return None  # somebody has removed the job
+        except WrongKeyError as error:
+            log.warning("message %s is dropped: %s", hand.message.id, error)
+            return None
+        hand.key = key if job.commit_hash else UNSEALED
+        return job
+
+    async def _serve(self, hand: Hand, job: JobDef) -> None:
         try:
             stage = job.stage(hand.bundle.stage)
         except KeyError:
@@ -264,7 +281,7 @@ class Worker:
             return
         if hand.suspicion:
             if hand.task.watchdog and await self._suspects.runs_elsewhere(
-                hand.bundle, self._settings.marker_stale_s
+                hand, self._settings.marker_stale_s
             ):
                 await self._closing.send_again(
                     hand, job, delay_s=self._settings.watchdog_s, watchdog=True
@@ -292,7 +309,7 @@ class Worker:
         if hand.task.items is not None:
             return hand.task.items
         with span(self._tracer, "fetch input", hand.trace, hand.bundle):
-            return await self._inputs.resolve(job, hand.bundle)
+            return await self._inputs.resolve(job, hand.bundle, hand.key)
 
     async def _in_slots(
         self, hand: Hand, job: JobDef, stage: StageDef, items: Sequence[Json]

@@ -16,11 +16,12 @@ from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from batchlab.commit import Addressed, by_queue, send_to
-from batchlab.model import Outcome
+from batchlab.model import JobId, Outcome
 from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, Outgoing, Queue
 from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.messages import Beat, Duplicate, Events, Told, Traces, events_message
+from batchlab.protocol.sealing import UNSEALED, CommitKey
 from batchlab.tally import Asked, Tally
 from batchlab.waits import STEP_BACK_S
 from batchlab.worker.deeds import Deeds
@@ -107,11 +108,13 @@ class Outbox:
         patience: Patience,
         tally: Tally | None = None,
         deeds: Deeds | None = None,
+        key_of: Callable[[JobId], CommitKey] = lambda _: UNSEALED,
     ) -> None:
-        """What `tally` counts of the worker's requests, and `deeds` of what it has done, is told
-        with its beats."""
+        """`key_of` gives the commit key of a job whose messages were received. The counts of
+        `tally` (the worker's requests) and of `deeds` (what it did) are sent with its beats."""
         self._queue = queue
         self._patience = patience
+        self._key_of = key_of
         self._tally = tally
         self._deeds = deeds
         self._sends: dict[str, _Group[Sequence[Outgoing]]] = {}
@@ -156,7 +159,7 @@ class Outbox:
         along = self.signs.news() if self.signs and not beats else None
         if along:
             events, beats = [*events, (along, "")], [along]
-        packed = _pack(events)
+        packed = _pack(events, self._key_of)
         if self._tally and beats and (made := self._tally.read()):
             last = beats[-1]
             asked = Asked(last.worker, last.instance, made, self._tally.is_spot)
@@ -177,11 +180,11 @@ class Outbox:
             self.signs.heard(along)
 
 
-def _pack(events: Sequence[_Event]) -> list[Events]:
+def _pack(events: Sequence[_Event], key_of: Callable[[JobId], CommitKey]) -> list[Events]:
     packed: list[Events] = []
     size = EVENT_BYTES
     for event, trace in events:
-        one, length = _one(event)
+        one, length = _one(event, key_of)
         traces: Traces = ()
         if trace and isinstance(event, Outcome):
             bundle = event.bundle
@@ -202,7 +205,7 @@ def _pack(events: Sequence[_Event]) -> list[Events]:
     return packed
 
 
-def _one(event: Outcome | Beat) -> tuple[Events, int]:
+def _one(event: Outcome | Beat, key_of: Callable[[JobId], CommitKey]) -> tuple[Events, int]:
     """A single event, and about how many bytes it takes."""
     if isinstance(event, Beat):
         held = sum(200 + len(one.receipt or "") for one in event.held)
@@ -215,4 +218,4 @@ def _one(event: Outcome | Beat) -> tuple[Events, int]:
     length = len(wire.dumps(wire.completion_to_json(completion)))
     if length <= EVENT_BYTES:
         return Events(completions=(completion,)), length
-    return Events(committed=(naming.outcome(event.bundle),)), 200
+    return Events(committed=(naming.outcome(event.bundle, key_of(event.bundle.job)),)), 200

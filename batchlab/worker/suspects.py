@@ -16,19 +16,33 @@ from functools import partial
 
 from batchlab.commit import commit, committed
 from batchlab.errors import BackendError, NotFound
-from batchlab.model import Bundle, Outcome
+from batchlab.model import Bundle, Json, Outcome
 from batchlab.patience import Patience
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming, settle, wire
+from batchlab.protocol.sealing import CommitKey, seal
 from batchlab.waits import heed_cancellation, set_within
 from batchlab.worker.hand import Hand
 
 log = logging.getLogger(__name__)
 
 
-def marker(worker: str, now_s: float) -> bytes:
-    """The content of start and running markers."""
-    return wire.to_bytes({"v": wire.VERSION, "worker": worker, "at_s": now_s})
+def marker(worker: str, now_s: float, name: str, key: CommitKey) -> bytes:
+    """The content of the start or running marker `name`. Who lists the bucket finds the names of
+    markers, so the content is sealed too."""
+    doc: dict[str, Json] = {"v": wire.VERSION, "worker": worker, "at_s": now_s}
+    if key:
+        doc["seal"] = seal(key, "marker", name, worker, repr(now_s))
+    return wire.to_bytes(doc)
+
+
+def marked_s(data: bytes, name: str, key: CommitKey) -> float | None:
+    """When the marker `name` was written, seconds of the epoch; None if its seal is wrong."""
+    doc = wire.loads(data)
+    at_s = float(doc["at_s"])
+    if key and doc.get("seal") != seal(key, "marker", name, str(doc["worker"]), repr(at_s)):
+        return None
+    return at_s
 
 
 class RunsElsewhereError(BackendError):
@@ -55,8 +69,8 @@ class Suspects:
         self._worker = worker
         self._stale_s = stale_s
         self._leaving = leaving
-        self._begun: dict[str, None] = {}
-        """Keys of the starts that this worker has written and not come to an end with."""
+        self._begun: dict[str, CommitKey] = {}
+        """The starts that this worker has written and not come to an end with, by their names."""
         self._renewing = asyncio.Lock()
 
     async def keep(self) -> None:
@@ -64,13 +78,13 @@ class Suspects:
         while True:
             heed_cancellation()
             await asyncio.sleep(self._stale_s / 4)
-            for key in list(self._begun):
+            for name, key in list(self._begun.items()):
                 # Under the lock: written after its withdrawal it would stay, as a death's does.
                 async with self._renewing:
-                    if key not in self._begun:
+                    if name not in self._begun:
                         continue
                     try:
-                        await self._write(key)
+                        await self._write(name, key)
                     except BackendError as error:
                         log.warning("a start is not renewed: %s", error)
 
@@ -78,7 +92,7 @@ class Suspects:
         """What has become of the bundle: its outcome if there is one or must be one now, None
         where it should be run. RunsElsewhereError where that is to be asked again later."""
         bundle = hand.bundle
-        done = await committed(self._objects, bundle, self._patience)
+        done = await committed(self._objects, bundle, self._patience, hand.key)
         if done:
             return done
         judged: Outcome | None = None
@@ -89,7 +103,7 @@ class Suspects:
                     bundle, execution=hand.execution, worker=self._worker, now_s=now_s
                 )
         else:
-            killed = await self._killed(bundle)
+            killed = await self._killed(hand)
             hand.alone = killed == settle.LOSS_LIMIT - 1
             if killed >= settle.LOSS_LIMIT:
                 judged = settle.poisoned(
@@ -99,31 +113,37 @@ class Suspects:
                     worker=self._worker,
                     now_s=now_s,
                 )
-        return await commit(self._objects, judged, self._patience) if judged else None
+        if judged is None:
+            return None
+        return await commit(self._objects, judged, self._patience, hand.key)
 
-    async def _killed(self, bundle: Bundle) -> int:
+    async def _killed(self, hand: Hand) -> int:
         """How many workers have started it and died, where that is enough to condemn it.
 
         Told by what changes and not by the times in it: clocks differ.
         """
-        before = await self._starts(bundle)
+        bundle = hand.bundle
+        before = await self._starts(bundle, hand.key)
         if len(before) < settle.LOSS_LIMIT:
             return len(before)
         await set_within(self._leaving, self._stale_s)
-        after = await self._starts(bundle)
+        after = await self._starts(bundle, hand.key)
         dead = [one for one, seen in before.items() if one != self._worker and after[one] == seen]
         if len(dead) < settle.LOSS_LIMIT or self._leaving.is_set():
             raise RunsElsewhereError(f"{bundle.id} may be running in one of {len(after)} workers")
         return len(dead)
 
-    async def _starts(self, bundle: Bundle) -> Mapping[str, frozenset[str]]:
-        """Versions of the starts by worker, without those that this worker itself knows to have
-        come to nothing."""
-        prefix = naming.starts(bundle)
+    async def _starts(self, bundle: Bundle, key: CommitKey) -> Mapping[str, frozenset[str]]:
+        """Versions of the starts by worker, without forged ones, and without those that this
+        worker itself knows to have come to nothing."""
         found: dict[str, frozenset[str]] = defaultdict(frozenset)
-        async for page in self._objects.list(prefix):
+        async for page in self._objects.list(naming.starts(bundle)):
             for info in page:
-                worker = info.key.removeprefix(prefix).rpartition("-")[0]
+                execution = naming.started_by(bundle, info.key, key)
+                if execution is None:
+                    log.warning("a start marker has a wrong seal and counts for nothing")
+                    continue
+                worker = execution.rpartition("-")[0]
                 if worker != self._worker or info.key in self._begun:
                     found[worker] |= {info.etag}
         return found
@@ -134,35 +154,41 @@ class Suspects:
         A worker that dies in between counts as one that has started it: nobody can tell.
         """
         if len(hand.bundle.tasks) == 1:
-            key = naming.starts(hand.bundle) + hand.execution
-            self._begun[key] = None
-            await self._patience(partial(self._write, key))
+            name = _start(hand)
+            self._begun[name] = hand.key
+            await self._patience(partial(self._write, name, hand.key))
 
-    async def _write(self, key: str) -> None:
-        await self._objects.put(key, marker(self._worker, self._clock.now_s()))
+    async def _write(self, name: str, key: CommitKey) -> None:
+        await self._objects.put(name, marker(self._worker, self._clock.now_s(), name, key))
 
     def end(self, hand: Hand) -> None:
         """It has ended, in whatever way but the death of this worker."""
-        self._begun.pop(naming.starts(hand.bundle) + hand.execution, None)
+        self._begun.pop(_start(hand), None)
 
     async def withdraw(self, hand: Hand) -> None:
         """The start came to nothing through no fault of the task: the worker is leaving, or a
         service did not answer."""
         self.end(hand)
         if hand.suspicion and len(hand.bundle.tasks) == 1:
-            key = naming.starts(hand.bundle) + hand.execution
             try:
                 async with self._renewing:
-                    await self._objects.delete([key])
+                    await self._objects.delete([_start(hand)])
             except BackendError as error:
                 # One start too many is counted; it takes three to condemn.
                 log.warning("its start is not taken back: %s", error)
 
-    async def runs_elsewhere(self, bundle: Bundle, stale_s: float) -> bool:
+    async def runs_elsewhere(self, hand: Hand, stale_s: float) -> bool:
         """Whether a handed-over bundle's worker still refreshes its running marker."""
+        name = naming.running(hand.bundle, hand.key)
         try:
-            data = await self._patience(partial(self._objects.get, naming.running(bundle)))
+            data = await self._patience(partial(self._objects.get, name))
         except NotFound:
             return False
-        age_s = self._clock.now_s() - float(wire.loads(data)["at_s"])
-        return age_s < stale_s
+        at_s = marked_s(data, name, hand.key)
+        if at_s is None:
+            log.warning("a running marker has a wrong seal and counts for nothing")
+        return at_s is not None and self._clock.now_s() - at_s < stale_s
+
+
+def _start(hand: Hand) -> str:
+    return naming.start(hand.bundle, hand.execution, hand.key)

@@ -18,6 +18,7 @@ from batchlab.jobdef import JobDef
 from batchlab.model import JobId
 from batchlab.ports import MAX_BATCH, Clock, Objects, Queue
 from batchlab.protocol import naming
+from batchlab.protocol.sealing import CommitKey
 from batchlab.waits import heed_cancellation
 from batchlab.worker.hand import Hand
 from batchlab.worker.outbox import Outbox
@@ -50,7 +51,7 @@ class Tenure:
         self._outbox = outbox
         self._settings = settings
 
-    async def keep(self, job_of: Callable[[JobId], Awaitable[JobDef]]) -> None:
+    async def keep(self, job_of: Callable[[JobId, CommitKey], Awaitable[JobDef]]) -> None:
         """Extend, hand over and mark for ever."""
         while True:
             heed_cancellation()
@@ -88,7 +89,9 @@ class Tenure:
                         # Somebody else may have it now. Work goes on: the commit decides.
                         hand.receipt = None
 
-    async def _hand_over(self, hand: Hand, job_of: Callable[[JobId], Awaitable[JobDef]]) -> None:
+    async def _hand_over(
+        self, hand: Hand, job_of: Callable[[JobId, CommitKey], Awaitable[JobDef]]
+    ) -> None:
         now_s = self._clock.monotonic_s()
         if now_s - hand.received_s < self._settings.hand_over_s:
             return
@@ -96,10 +99,11 @@ class Tenure:
             await self._mark(hand)
         if hand.handed_over:
             return
-        job = await job_of(hand.bundle.job)
+        job = await job_of(hand.bundle.job, hand.task.key)
         message = address(
             job,
             hand.bundle,
+            hand.key,
             delay_s=self._settings.watchdog_s,
             now_s=self._clock.now_s(),
             watchdog=True,
@@ -112,8 +116,8 @@ class Tenure:
             await self._outbox.delete(hand.queue, receipt)
 
     async def _mark(self, hand: Hand) -> None:
-        worker = hand.execution
-        await self._objects.put(naming.running(hand.bundle), marker(worker, self._clock.now_s()))
+        name = naming.running(hand.bundle, hand.key)
+        await self._objects.put(name, marker(hand.execution, self._clock.now_s(), name, hand.key))
         hand.marked_s = self._clock.monotonic_s()
 
     async def give_back_later(self, hand: Hand) -> None:

@@ -231,7 +231,8 @@ class Rig:
                 log=log,
                 log_spans=spans,
             )
-            await commit(self.objects, outcome, self.manager.ports.patience)
+            key = await self.manager.ports.keys.of(live.job)
+            await commit(self.objects, outcome, self.manager.ports.patience, key)
             await self._tell(Events(completions=(settle.completion(outcome),)))
 
     def beat(self, instance: str, *runs: Outstanding, pool: str = "default") -> None:

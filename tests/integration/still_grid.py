@@ -210,7 +210,7 @@ class StillGrid:
             log_spans=spans,
         )
         if outcome.failed or len(bundle.tasks) == 1:
-            await commit(ports.objects, outcome, ports.patience)
+            await commit(ports.objects, outcome, ports.patience, await ports.keys.of(job))
         await ports.ledger.fold([settle.completion(outcome)], [{}])
 
     async def _ended(

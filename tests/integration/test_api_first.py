@@ -43,8 +43,9 @@ def outcomes_of(rig: Rig, name: JobId, count: int) -> list[Outcome]:
         )
         for one in found
     ]
+    key = rig.run(rig.manager.ports.keys.of(live.job))
     for one in outcomes:
-        rig.run(commit(rig.objects, one, rig.manager.ports.patience))
+        rig.run(commit(rig.objects, one, rig.manager.ports.patience, key))
     return outcomes
 
 

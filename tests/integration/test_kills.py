@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from batchlab.commitkeys import CommitKeys
 from batchlab.errors import BackendError
 from batchlab.model import BundleId, JobId, Pool, StageName
 from batchlab.protocol import naming
@@ -91,9 +92,10 @@ class Trial:
         try:
             pages = objects.list(f"{stage}/starts/")
             begun = Counter([one.key.split("/")[4] async for page in pages for one in page])
+            job, key = JobId(self.job), await CommitKeys(objects).stored(JobId(self.job))
             for bundle, times in begun.items():
-                key = naming.outcome_of(JobId(self.job), StageName("triple"), BundleId(bundle))
-                if times >= LOSS_LIMIT - 1 and await objects.head(key) is None:
+                name = naming.outcome_of(job, StageName("triple"), BundleId(bundle), key)
+                if times >= LOSS_LIMIT - 1 and await objects.head(name) is None:
                     return False
         except BackendError:
             return False  # the bucket is away, so nobody knows

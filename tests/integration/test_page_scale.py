@@ -24,6 +24,7 @@ from batchlab.model import (
 )
 from batchlab.ports import Cut
 from batchlab.protocol import settle
+from batchlab.protocol.sealing import UNSEALED
 from tests.integration.api_rig import MAP, TOKEN, Rig
 
 BUNDLES, TASKS, BAD = 2000, 50, 5
@@ -72,7 +73,7 @@ async def _fill(rig: Rig) -> None:
     await ports.ledger.add_cut(Cut(JOB.id, MAP, 0, 0, bundles, TaskSet(), BUNDLES * TASKS))
     for one in outcomes:
         if one.failed:
-            await commit(ports.objects, one, ports.patience)
+            await commit(ports.objects, one, ports.patience, UNSEALED)
     for first in range(0, BUNDLES, 200):
         done = [settle.completion(one) for one in outcomes[first : first + 200]]
         await ports.ledger.fold(done, [{} for _ in done])

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from batchlab.jobdef import InputDef, JobDef, RetryRule, SplitBy, StageDef
 from batchlab.model import Bundle, Failure, FailureKind, JobId, Outcome, Ran, StageName, TaskSet
 from batchlab.protocol import naming, settle, sizing, wire
+from batchlab.protocol.sealing import CommitKey
 from tests.properties.prove import PROPERTY, SLOW
 
 ONE, TWO = StageName("one"), StageName("two")
 ATTEMPTS = 3
+KEY = CommitKey("0f" * 16)
 JOB = JobDef(
     JobId("j-0123456789"),
     "j",
@@ -113,7 +115,7 @@ def test_each_task_ends_once_by_whatever_course(
     assert ends[ONE] == Counter(range(planned))
     assert ends[TWO] == Counter(good[ONE])
 
-    keys = [naming.outcome(outcome.bundle) for outcome in course.outcomes]
+    keys = [naming.outcome(outcome.bundle, KEY) for outcome in course.outcomes]
     assert len(set(keys)) == len(keys), "two bundles would commit under one key"
     for outcome in course.outcomes:
         again = wire.outcome_from_json(wire.loads(wire.to_bytes(wire.outcome_to_json(outcome))))

@@ -15,6 +15,7 @@ from batchlab.adapters.limits import check_key, check_prefix, check_queue_name
 from batchlab.errors import UsageError
 from batchlab.model import Bundle, JobId, StageName, TaskSet
 from batchlab.protocol import naming
+from batchlab.protocol.sealing import CommitKey
 from batchlab.result_files import Names
 from batchlab.spec import paths
 from batchlab.spec.forms import NAME_PATTERN
@@ -28,6 +29,7 @@ NAME = st.from_regex(NAME_PATTERN.replace("$", r"\Z"), alphabet=string.printable
     # What the layout of the bucket uses itself.
     ["plan", "cuts", "outcomes", "files", "logs", "starts", "running", "retries", "final", "spec"]
 )
+KEY = CommitKey("0f" * 16)
 COUNT = st.integers(0, 10**9)
 TASKS = st.sets(st.integers(0, 10**9), min_size=1, max_size=5).map(TaskSet.of)
 
@@ -49,11 +51,11 @@ def keys_of(job: JobId, stage: StageName, number: int, bundle: Bundle) -> list[s
         naming.part(job, stage, number, number),
         naming.item(job, stage, number, number),
         naming.cut(job, stage, number, number),
-        naming.outcome(bundle),
+        naming.outcome(bundle, KEY),
         naming.files(bundle, "w-1"),
         naming.log(bundle, "w-1"),
         naming.starts(bundle),
-        naming.running(bundle),
+        naming.running(bundle, KEY),
     ]
 
 

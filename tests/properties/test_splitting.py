@@ -23,6 +23,7 @@ from batchlab.manager import plans, split
 from batchlab.model import Bundle, Failure, JobId, Json, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.protocol import values
+from batchlab.protocol.sealing import UNSEALED
 from batchlab.worker import materialise
 from batchlab.worker.inputs import Inputs
 from tests.properties.prove import SLOW
@@ -71,7 +72,8 @@ def read(files: Sequence[bytes], by: SplitBy, size: int, header: bool = False) -
         manifest = await writer.commit(TaskSet())
         job = JobDef(JOB, "j", (StageDef(STAGE, handler="m:f"),), 0.0, given)
         bundle = Bundle(JOB, STAGE, TaskSet.span(0, manifest.count))
-        items = await Inputs(objects, PATIENCE).resolve(job, bundle) if manifest.count else []
+        inputs = Inputs(objects, PATIENCE)
+        items = await inputs.resolve(job, bundle, UNSEALED) if manifest.count else []
         with tempfile.TemporaryDirectory() as folder:
             return await _local(objects, list(items), Path(folder))
 

@@ -13,6 +13,7 @@ from batchlab.home import Home
 from batchlab.model import Bundle, Failure, FailureKind, JobId, Outcome, StageName, TaskSet
 from batchlab.ports import Objects
 from batchlab.protocol import naming, wire
+from batchlab.protocol.sealing import UNSEALED
 from batchlab.report import store
 from batchlab.report.html.failed import Case, cases
 from batchlab.report.html.samples import LOG_BYTES, samples
@@ -93,7 +94,9 @@ async def _commit(objects: Objects, case: Case, log: bytes | None) -> None:
         log_spans=((case.task, 10, 10 + len(log)),) if log is not None else (),
     )
     await objects.put(
-        naming.outcome(bundle), wire.to_bytes(wire.outcome_to_json(outcome)), if_absent=True
+        naming.outcome(bundle, UNSEALED),
+        wire.to_bytes(wire.outcome_to_json(outcome)),
+        if_absent=True,
     )
     if log is not None:
         await objects.put(key, b"whatever10" + log + b" and more", if_absent=True)

@@ -11,6 +11,7 @@ import duckdb
 import pytest
 
 from batchlab.commit import address
+from batchlab.commitkeys import CommitKeys
 from batchlab.costs.meter import Accounting
 from batchlab.errors import UsageError
 from batchlab.jobdef import RetryRule
@@ -324,7 +325,8 @@ def test_what_comes_twice_is_counted(tmp_path: Path) -> None:
                 break
         for losses in (0, 1):
             copy = replace(found[0].bundle, losses=losses)
-            sent = address(made, copy, items=["x"], now_s=world.clock.now_s())
+            key = await CommitKeys(world.objects).stored(made.id)
+            sent = address(made, copy, key, items=["x"], now_s=world.clock.now_s())
             await world.queue.send(sent.queue, [sent.message])
         assert (await ended(world, made)).state is JobState.SUCCEEDED
         await accounted(world)

@@ -19,6 +19,7 @@ from batchlab.model import Bundle, Failure, FailureKind, JobId, Outcome, StageNa
 from batchlab.patience import Patience
 from batchlab.protocol import definition, naming, values, wire
 from batchlab.protocol.definition import Opening
+from batchlab.protocol.sealing import UNSEALED, CommitKey
 from batchlab.worker.inputs import Manifest
 from tests.unit.cli_rig import runner
 
@@ -65,22 +66,24 @@ async def a_bucket() -> SimObjects:
 
 
 async def _commit(objects: SimObjects, outcome: Outcome) -> None:
-    await objects.put(naming.outcome(outcome.bundle), wire.to_bytes(wire.outcome_to_json(outcome)))
+    await objects.put(
+        naming.outcome(outcome.bundle, UNSEALED), wire.to_bytes(wire.outcome_to_json(outcome))
+    )
 
 
 def test_each_attempt_says_how_it_ended_and_what_it_printed() -> None:
     async def main() -> None:
         objects = await a_bucket()
-        found = await attempts.attempts(objects, JOB.id, MAP, 1, PATIENCE)
+        found = await attempts.attempts(objects, JOB, MAP, 1, PATIENCE)
         assert [one.state for one in found] == ["RETRIED", "SUCCEEDED"]
         assert [one.run_s for one in found] == [0.5, 0.1]
         assert [bool(one.fingerprint) for one in found] == [True, False]
         assert found[1].value == 20
         logs = [await attempts.printed(objects, one.outcome, [1], PATIENCE) for one in found]
         assert [log[1] for log in logs] == [b"odd\n", b""]
-        (other,) = await attempts.attempts(objects, JOB.id, MAP, 0, PATIENCE)
+        (other,) = await attempts.attempts(objects, JOB, MAP, 0, PATIENCE)
         assert (other.state, other.name) == ("SUCCEEDED", "map/0")
-        assert not await attempts.attempts(objects, JOB.id, MAP, 3, PATIENCE)
+        assert not await attempts.attempts(objects, JOB, MAP, 3, PATIENCE)
         await objects.delete([found[0].outcome.log])
         with pytest.raises(NotFound):
             await attempts.printed(objects, found[0].outcome, [1], PATIENCE)
@@ -90,7 +93,7 @@ def test_each_attempt_says_how_it_ended_and_what_it_printed() -> None:
 
 def test_the_attempt_that_is_meant_is_the_last_one_that_failed() -> None:
     async def main() -> None:
-        found = await attempts.attempts(await a_bucket(), JOB.id, MAP, 1, PATIENCE)
+        found = await attempts.attempts(await a_bucket(), JOB, MAP, 1, PATIENCE)
         assert attempts.chosen(found) == found[0]
         assert attempts.chosen(found, 2) == found[1]
         assert attempts.chosen(found, 3) is None
@@ -105,7 +108,7 @@ def test_a_task_is_given_what_its_worker_was_given() -> None:
         objects = await a_bucket()
 
         async def given(stage: StageName, task: int) -> Any:
-            found = await attempts.attempts(objects, JOB.id, stage, task, PATIENCE)
+            found = await attempts.attempts(objects, JOB, stage, task, PATIENCE)
             one = attempts.chosen(found)
             bundle = (
                 one.bundle
@@ -166,8 +169,12 @@ def test_an_input_is_described_in_a_few_words() -> None:
 
 def test_keys_of_outcomes_are_read_back() -> None:
     bundle = Bundle(JOB.id, MAP, TaskSet.span(3, 9), attempt=2, round=1)
-    assert naming.bundle_of(naming.outcome(bundle)) == (3, 8, 1, 2)
-    assert naming.bundle_of(naming.manifest(JOB.id, MAP, 0)) is None
+    for key in (UNSEALED, CommitKey("0f" * 16)):
+        found = naming.outcome_key(naming.outcome(bundle, key))
+        assert found == naming.OutcomeKey(JOB.id, MAP, bundle.id, 3, 8, 1, 2)
+        assert naming.is_genuine(naming.outcome(bundle, key), key)
+        assert not naming.is_genuine(naming.outcome(bundle, key), CommitKey("0e" * 16))
+    assert naming.outcome_key(naming.manifest(JOB.id, MAP, 0)) is None
 
 
 def test_of_a_log_in_more_than_one_place_there_is_the_end() -> None:

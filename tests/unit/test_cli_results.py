@@ -20,6 +20,7 @@ from batchlab.model import Bundle, Failure, FailureKind, JobId, Json, Outcome, S
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import naming, values, wire
+from batchlab.protocol.sealing import UNSEALED
 from batchlab.results import (
     OUTCOMES_AT_ONCE,
     Fetched,
@@ -95,8 +96,8 @@ class Bucket:
             tuple(0.1 for _ in found),
             tuple(Failure(t, FailureKind.EXIT, "no") for t in tasks if t not in found),
         )
-        self._put(naming.outcome(bundle), wire.outcome_to_json(outcome))
-        self.listing.append(Listed(stage, naming.outcome(bundle), outcome.succeeded))
+        self._put(naming.outcome(bundle, UNSEALED), wire.outcome_to_json(outcome))
+        self.listing.append(Listed(stage, naming.outcome(bundle, UNSEALED), outcome.succeeded))
 
     def fetch(self, out: Path, round_: int = 0, stages: Sequence[str] = ()) -> Fetched:
         return asyncio.run(

@@ -18,6 +18,7 @@ from batchlab.patience import Patience
 from batchlab.ports import Message, Outgoing, Queue
 from batchlab.protocol import naming
 from batchlab.protocol.messages import Events, TaskMessage, read_events_message, read_task_message
+from batchlab.protocol.sealing import UNSEALED
 from batchlab.sim.clocks import SimClock
 from batchlab.sim.loop import SimLoop
 from batchlab.tracing import NOBODY, Attribute, Span, Subject
@@ -122,7 +123,7 @@ def test_what_is_shed_is_committed_told_of_and_traced_as_a_whole_bundle_is(
 
     async def act(rig: Rig) -> None:
         assert await rig.shed("w-1")
-        outcome = await committed(rig.objects, BUNDLE, rig.patience)
+        outcome = await committed(rig.objects, BUNDLE, rig.patience, UNSEALED)
         assert outcome
         assert (outcome.succeeded, [one.task for one in outcome.failed]) == (TaskSet.of([0]), [1])
         assert outcome.log == naming.log(BUNDLE, "w-1-1")

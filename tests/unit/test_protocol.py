@@ -36,6 +36,7 @@ from batchlab.protocol.messages import (
     task_message,
 )
 from batchlab.protocol.policy import judge
+from batchlab.protocol.sealing import CommitKey
 from batchlab.tally import Asked, Requests
 
 A, B, C = StageName("a"), StageName("b"), StageName("c")
@@ -253,7 +254,7 @@ def test_what_is_written_is_what_is_read() -> None:
     source = replace(BUNDLE, stage=B, source=BundleId("x"), round=2, losses=1)
     message = TaskMessage(source, [1, "a"], 12.5, True)
     assert read_task_message(task_message(message)) == message
-    message = replace(message, job=JOB)
+    message = replace(message, key=CommitKey("0f" * 16))
     assert read_task_message(task_message(message)) == message
     for opening in (None, definition.Opening([1, "a"]), definition.Opening([1, "a"], cut)):
         doc = wire.loads(definition.to_bytes(JOB, opening))

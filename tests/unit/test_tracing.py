@@ -28,6 +28,7 @@ from batchlab.protocol.messages import (
     read_events_message,
     read_task_message,
 )
+from batchlab.protocol.sealing import UNSEALED
 from batchlab.tracing import NOBODY, Subject
 from batchlab.worker import traced
 from tests.otlp import Receiver, named
@@ -70,7 +71,7 @@ def test_where_nobody_traces_no_byte_of_it_travels() -> None:
     assert backends.load("local").open_tracer("worker", "w-1") is NOBODY
     assert NOBODY.root("submit", Subject(JOB.id), parent=ABOVE).context == ""
     assert "trace" not in wire.job_to_json(JOB)
-    body = address(JOB, BUNDLE, now_s=1.0).message.body
+    body = address(JOB, BUNDLE, UNSEALED, now_s=1.0).message.body
     assert "tp" not in wire.loads(body)
     assert "tp" not in wire.loads(events_message(Events()))
 
@@ -86,10 +87,10 @@ def test_the_context_travels_in_job_message_and_event() -> None:
     job = wire.job_from_json({**wire.job_to_json(JOB), "trace": ABOVE})
     assert job.trace == ABOVE
     assert wire.job_from_json(wire.job_to_json(job)) == job
-    sent = read_task_message(address(job, BUNDLE, now_s=1.0).message.body)
+    sent = read_task_message(address(job, BUNDLE, UNSEALED, now_s=1.0).message.body)
     assert sent.trace == ABOVE, "unless somebody nearer sends it"
     other = ABOVE.replace("b7", "c8")
-    sent = read_task_message(address(job, BUNDLE, now_s=1.0, trace=other).message.body)
+    sent = read_task_message(address(job, BUNDLE, UNSEALED, now_s=1.0, trace=other).message.body)
     assert sent.trace == other
     events = Events(traces=((JOB.id, MAP, BUNDLE.id, ABOVE),))
     assert read_events_message(events_message(events)) == events

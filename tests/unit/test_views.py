@@ -18,6 +18,7 @@ from batchlab.model import Bundle, Completion, JobId, JobState, StageCounts, Sta
 from batchlab.ports import BundleRecord, JobRecord, StageRecord
 from batchlab.protocol import naming
 from batchlab.protocol.messages import Beat, Held
+from batchlab.protocol.sealing import UNSEALED
 from batchlab.viewing import job_view, outcome_view
 
 MAP, SUM = StageName("map"), StageName("sum")
@@ -83,14 +84,14 @@ def test_an_outcome_names_the_tasks_whose_values_its_object_holds() -> None:
     bundle = Bundle(JOB.id, MAP, TaskSet.span(0, 10))
     good, bad = TaskSet.of([0, 1, 2, 5]), TaskSet.of([4])
     done = Completion(bundle, "w", 0.0, 1.0, good, bad, TaskSet(), 1.0)
-    shown = outcome_view(BundleRecord(bundle, done, 3))
+    shown = outcome_view(BundleRecord(bundle, done, 3), UNSEALED)
     assert shown["tasks"] == [(0, 3), (5, 6)]
-    assert (shown["failed"], shown["key"]) == (1, naming.outcome(bundle))
+    assert (shown["failed"], shown["key"]) == (1, naming.outcome(bundle, UNSEALED))
 
 
 def test_a_bundle_without_an_outcome_has_no_view() -> None:
     with pytest.raises(ValueError, match="no outcome"):
-        outcome_view(BundleRecord(Bundle(JOB.id, MAP, TaskSet.of([1]))))
+        outcome_view(BundleRecord(Bundle(JOB.id, MAP, TaskSet.of([1]))), UNSEALED)
 
 
 # --- At the door ---------------------------------------------------------------------------------

@@ -9,10 +9,13 @@ from collections.abc import Iterable
 from functools import partial
 
 from batchlab.attempts import log_end
+from batchlab.commit import outcome_at
+from batchlab.commitkeys import CommitKeys
 from batchlab.errors import NotFound
 from batchlab.model import BundleId, JobId, Outcome, StageName
 from batchlab.ports import Objects
-from batchlab.protocol import naming, wire
+from batchlab.protocol import naming
+from batchlab.protocol.sealing import UNSEALED
 from batchlab.report.html.failed import Case, Sample
 
 LOG_BYTES = 8000
@@ -23,10 +26,14 @@ async def samples(objects: Objects, job: str, cases: Iterable[Case]) -> dict[Cas
     """Those of which the bucket still has the outcome. BackendError where the bucket cannot be
     asked."""
     found: dict[Case, Sample] = {}
+    try:
+        key = await CommitKeys(objects).stored(JobId(job))
+    except NotFound:
+        key = UNSEALED  # the job has been removed
     for case in cases:
-        key = naming.outcome_of(JobId(job), StageName(case.stage), BundleId(case.bundle))
+        name = naming.outcome_of(JobId(job), StageName(case.stage), BundleId(case.bundle), key)
         try:
-            outcome = wire.outcome_from_json(wire.loads(await objects.get(key)))
+            outcome = outcome_at(name, await objects.get(name), key)
         except NotFound:
             continue
         found[case] = Sample(

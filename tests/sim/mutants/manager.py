@@ -163,7 +163,8 @@ def seal_that_believes_itself(plant: Plant) -> None:
         now_s = self._ports.clock.now_s()
         for one in live.all_outstanding():
             draft = settle.sealed(one.bundle, execution="seal", worker="manager", now_s=now_s)
-            await commit(self._ports.objects, draft, self._ports.patience)
+            key = await self._ports.keys.of(live.job)
+            await commit(self._ports.objects, draft, self._ports.patience, key)
             await self._folder.fold([settle.completion(draft)])
         return {
             name: (record.counts.planned or 0) - record.counts.terminal
@@ -231,7 +232,8 @@ def reconciler_that_gives_up(plant: Plant) -> None:
             draft = settle.poisoned(
                 one.bundle, "not heard of", execution="lost", worker="manager", now_s=now_s
             )
-            outcome = await commit(self._ports.objects, draft, self._ports.patience)
+            key = await self._ports.keys.of(live.job)
+            outcome = await commit(self._ports.objects, draft, self._ports.patience, key)
             await self.forward(live.job, outcome)
 
 

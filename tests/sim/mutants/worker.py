@@ -19,6 +19,7 @@ from batchlab.model import Bundle, Control, Follow, JobId, Json, Outcome, Ran, T
 from batchlab.patience import Patience
 from batchlab.ports import MAX_VISIBILITY_S, Message, Notice, Objects
 from batchlab.protocol import naming, settle, wire
+from batchlab.protocol.sealing import CommitKey
 from batchlab.worker.closing import Closing
 from batchlab.worker.controls import Controls
 from batchlab.worker.hand import Hand
@@ -36,10 +37,12 @@ def unconditional_commit(plant: Plant) -> None:
     follow-ups know the first one (I3); where two executions split differently, tasks end twice."""
 
     @plant.everywhere(product.commit)
-    async def commit(objects: Objects, outcome: Outcome, patience: Patience) -> Outcome:
-        key = naming.outcome(outcome.bundle)
+    async def commit(
+        objects: Objects, outcome: Outcome, patience: Patience, key: CommitKey
+    ) -> Outcome:
+        name = naming.outcome(outcome.bundle, key)
         data = wire.to_bytes(wire.outcome_to_json(outcome))
-        await patience(lambda: objects.put(key, data))
+        await patience(lambda: objects.put(name, data))
         return outcome
 
 
@@ -50,8 +53,10 @@ def loser_forwards_its_own_outcome(plant: Plant) -> None:
     original = product.commit
 
     @plant.everywhere(product.commit)
-    async def commit(objects: Objects, outcome: Outcome, patience: Patience) -> Outcome:
-        await original(objects, outcome, patience)
+    async def commit(
+        objects: Objects, outcome: Outcome, patience: Patience, key: CommitKey
+    ) -> Outcome:
+        await original(objects, outcome, patience, key)
         return outcome
 
 
@@ -102,9 +107,9 @@ def delete_on_receive(plant: Plant) -> None:
     original = Worker._serve
 
     @plant.method(Worker, "_serve")
-    async def _serve(self: Worker, hand: Hand) -> None:
+    async def _serve(self: Worker, hand: Hand, job: JobDef) -> None:
         await self._closing.delete(hand)
-        await original(self, hand)
+        await original(self, hand, job)
 
 
 @planted("I1", "I2", "step 3")
@@ -134,7 +139,7 @@ def forward_before_commit(plant: Plant) -> None:
             ended_s=max(started_s, now_s),
             cancelled=cancelled,
         )
-        await self._outbox.send(follow_ups(job, draft, now_s=now_s))
+        await self._outbox.send(follow_ups(job, draft, hand.key, now_s=now_s))
         await self._outbox.event(draft)
         return await original(self, hand, job, started_s, ran, cancelled=cancelled)
 
@@ -148,6 +153,7 @@ def inputs_by_position(plant: Plant) -> None:
     def follow_ups(
         job: JobDef,
         outcome: Outcome,
+        key: CommitKey,
         *,
         now_s: float,
         items: dict[int, Json] | None = None,
@@ -161,6 +167,7 @@ def inputs_by_position(plant: Plant) -> None:
             product.address(
                 job,
                 f.bundle,
+                key,
                 items=inputs(f.bundle.stage, len(f.bundle.tasks)),
                 delay_s=f.delay_s,
                 now_s=now_s,
@@ -190,7 +197,7 @@ def hand_over_after_the_cap(plant: Plant) -> None:
 
     @plant.method(Tenure, "_hand_over")
     async def _hand_over(
-        self: Tenure, hand: Hand, job_of: Callable[[JobId], Awaitable[JobDef]]
+        self: Tenure, hand: Hand, job_of: Callable[[JobId, CommitKey], Awaitable[JobDef]]
     ) -> None:
         self._settings = replace(self._settings, hand_over_s=MAX_VISIBILITY_S * 1.05)
         await original(self, hand, job_of)
@@ -241,10 +248,12 @@ def poison_without_a_limit(plant: Plant) -> None:
 
     @plant.method(Suspects, "verdict")
     async def verdict(self: Suspects, hand: Hand) -> Outcome | None:
-        return await product.committed(self._objects, hand.bundle, self._patience)
+        return await product.committed(self._objects, hand.bundle, self._patience, hand.key)
 
     @plant.method(Reconciler, "_condemned")
-    async def _condemned(self: Reconciler, bundle: Bundle, message: Message) -> Outcome | None:
+    async def _condemned(
+        self: Reconciler, bundle: Bundle, message: Message, key: CommitKey
+    ) -> Outcome | None:
         return None
 
 
@@ -265,7 +274,7 @@ def neighbours_of_poison_condemned(plant: Plant) -> None:
 
     @plant.method(Suspects, "verdict")
     async def verdict(self: Suspects, hand: Hand) -> Outcome | None:
-        done = await product.committed(self._objects, hand.bundle, self._patience)
+        done = await product.committed(self._objects, hand.bundle, self._patience, hand.key)
         if done or hand.suspicion < settle.LOSS_LIMIT:
             return done
         judged = settle.poisoned(
@@ -275,7 +284,7 @@ def neighbours_of_poison_condemned(plant: Plant) -> None:
             worker=self._worker,
             now_s=self._clock.now_s(),
         )
-        return await product.commit(self._objects, judged, self._patience)
+        return await product.commit(self._objects, judged, self._patience, hand.key)
 
 
 @planted("I1", "I7")
@@ -285,14 +294,14 @@ def receives_counted_as_starts(plant: Plant) -> None:
 
     @plant.method(Suspects, "verdict")
     async def verdict(self: Suspects, hand: Hand) -> Outcome | None:
-        done = await product.committed(self._objects, hand.bundle, self._patience)
+        done = await product.committed(self._objects, hand.bundle, self._patience, hand.key)
         if done or hand.suspicion < settle.LOSS_LIMIT:
             return done
         condemn = partial(settle.poisoned, reason="it was received too often")
         judge = settle.bisect if len(hand.bundle.tasks) > 1 else condemn
         now_s = self._clock.now_s()
         judged = judge(hand.bundle, execution=hand.execution, worker=self._worker, now_s=now_s)
-        return await product.commit(self._objects, judged, self._patience)
+        return await product.commit(self._objects, judged, self._patience, hand.key)
 
 
 @planted("I1", "I2", "I3", "I7")

@@ -1,0 +1,221 @@
+"""Findings 2 and 5: a worker without the commit key of a job changes nothing of that job."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.sim.queue import SimQueue
+from batchlab.commit import address, committed
+from batchlab.commitkeys import CommitKeys
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.model import Bundle, JobId, Outcome, Ran, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import QueueSpec
+from batchlab.protocol import definition, naming, wire
+from batchlab.protocol.sealing import UNSEALED, CommitKey, seal
+from batchlab.sim.clocks import SimClock, SimIds
+from batchlab.sim.loop import SimLoop
+from batchlab.worker.beats import Identity
+from batchlab.worker.loop import Worker
+from batchlab.worker.runner import Handle, Work
+from batchlab.worker.settings import WorkerSettings
+from batchlab.worker.suspects import marker
+from tests.attacks.victim import Victim, messages_left
+from tests.attacks.worker_rights import worker_of
+from tests.integration.conftest import Bring
+from tests.waiting import until
+
+OTHER_KEY = CommitKey("0f" * 16)
+WORK = StageName("work")
+TASKS = naming.tasks_queue("default")
+
+
+def forged(bundle: Bundle, value: int) -> bytes:
+    """An outcome of a bundle with a result that no task has computed."""
+    made = Outcome(bundle, "evil-1", "evil", 1.0, 2.0, bundle.tasks, (value,), (0.1,))
+    return wire.outcome_text(made).encode()
+
+
+def test_forged_outcomes_of_another_job_count_for_nothing(bring_up: Bring, tmp_path: Path) -> None:
+    """Finding 5: outcome objects without the seal of a job are not its outcomes, not for the
+    manager, not for its workers, and not for a ledger that is rebuilt."""
+    grid = bring_up()
+    victim = Victim(grid, tmp_path / "victim")
+    victim.submit()
+    with worker_of(grid) as worker:
+        for task in range(victim.tasks):
+            for key in (UNSEALED, OTHER_KEY):
+                bundle = victim.bundle(task)
+                worker.put(naming.outcome(bundle, key), forged(bundle, -1), if_absent=True)
+    victim.open_gate()
+    victim.check(tmp_path / "results")
+    before = grid.client.job(victim.id)
+    grid.client.rebuild()
+    after = grid.client.job(victim.id)
+    assert (after["state"], after["stages"]) == (before["state"], before["stages"])
+
+
+def test_forged_messages_of_another_job_are_dropped(bring_up: Bring, tmp_path: Path) -> None:
+    """Finding 4: a worker runs nothing of a message without the commit key of its job, also where
+    the message brings a definition of the job along."""
+    grid = bring_up()
+    victim = Victim(grid, tmp_path / "victim")
+    victim.submit()
+    touched = tmp_path / "touched"
+    with worker_of(grid) as worker:
+        spec = wire.loads(worker.get(naming.spec(victim.id)))
+        evil = StageDef(victim.bundle(0).stage, command=("touch", str(touched)))
+        job = replace(wire.job_from_json(spec), stages=(evil,), commit_hash="")
+        for key in (UNSEALED, OTHER_KEY):
+            sent = address(job, victim.bundle(0), key, items=[0], now_s=1.0)
+            doc = wire.loads(sent.message.body)
+            worker.send(sent.queue, wire.dumps(doc))
+            worker.send(sent.queue, wire.dumps({**doc, "job": wire.job_to_json(job)}))
+        victim.open_gate()
+    until(lambda: messages_left(grid) == 0)
+    victim.check(tmp_path / "results")
+    assert not touched.exists()
+
+
+# --- In virtual time -----------------------------------------------------------------------------
+
+
+class Doing:
+    """A runner whose tasks come to their item."""
+
+    def __init__(self) -> None:
+        self.ran: list[BundleRun] = []
+
+    async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
+        self.ran.append((work.job.id, work.bundle.id))
+        for task, item in zip(work.bundle.tasks, work.items, strict=True):
+            yield Ran(task, 0.1, item)
+
+    async def close(self) -> None: ...
+
+
+BundleRun = tuple[str, str]
+
+
+class Scene:
+    """A worker with its bucket and queues, and a sealed job of one task."""
+
+    def __init__(self) -> None:
+        rng = random.Random(1)
+        self.clock = SimClock(asyncio.get_running_loop(), 1_700_000_000.0)
+        self.objects, self.queue = SimObjects(), SimQueue(self.clock, rng)
+        self.patience, self.runner = Patience(rng), Doing()
+        self.keys = CommitKeys(self.objects, self.patience, SimIds(rng))
+        ports = self.objects, self.queue, self.clock, self.runner, self.patience
+        self.worker = Worker(Identity("w-1", "i-1", "default", 1), *ports, WorkerSettings())
+
+    async def prepare(self, name: str = "victim-1") -> tuple[JobDef, CommitKey]:
+        """Store a sealed job."""
+        for queue in (naming.EVENTS, TASKS):
+            await self.queue.ensure(QueueSpec(queue))
+        plain = JobDef(JobId(name), "victim", (StageDef(WORK, handler="m:f"),), 1.0, items=1)
+        job = await self.keys.sealed(plain)
+        await self.objects.put(naming.spec(job.id), definition.to_bytes(job))
+        return job, await self.keys.of(job)
+
+
+def test_forged_start_markers_condemn_no_task_of_another_job() -> None:
+    """Finding 5: start markers without the seal of a job are not counted against its tasks."""
+
+    async def main() -> None:
+        scene = Scene()
+        job, key = await scene.prepare()
+        bundle = Bundle(job.id, WORK, TaskSet.of([0]), losses=1)
+        for number in range(3):
+            for sealed in ("", f".{'0f' * 16}", f".{seal(OTHER_KEY, 'start')}"):
+                name = f"{naming.starts(bundle)}evil{number}-1{sealed}"
+                await scene.objects.put(name, marker("evil", 1.0, name, OTHER_KEY))
+        sent = address(job, bundle, key, items=[7], now_s=1.0)
+        await scene.queue.send(sent.queue, [sent.message])
+        running = asyncio.create_task(scene.worker.run())
+        await asyncio.sleep(10 * WorkerSettings().visibility_s)
+        scene.worker.drain()
+        await running
+        outcome = await committed(scene.objects, bundle, scene.patience, key)
+        assert outcome
+        assert (outcome.values, outcome.failed) == ((7,), ())
+
+    SimLoop().run(main())
+
+
+def test_a_forged_running_marker_does_not_keep_a_bundle_from_being_run_again() -> None:
+    """Finding 5: a running marker whose content is not sealed counts for nothing, though a lister
+    of the bucket finds its name."""
+
+    async def main() -> None:
+        scene = Scene()
+        job, key = await scene.prepare()
+        bundle = Bundle(job.id, WORK, TaskSet.of([0]))
+        name = naming.running(bundle, key)
+        later_s = scene.clock.now_s() + 10_000.0
+        await scene.objects.put(name, marker("evil", later_s, name, OTHER_KEY))
+        sent = address(job, bundle, key, items=[7], now_s=1.0, watchdog=True)
+        await scene.queue.send(sent.queue, [sent.message])
+        running = asyncio.create_task(scene.worker.run())
+        await asyncio.sleep(10.0)
+        scene.worker.drain()
+        await running
+        assert scene.runner.ran == [(job.id, bundle.id)]
+
+    SimLoop().run(main())
+
+
+def test_a_message_runs_under_the_key_of_its_own_job_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Finding 4: the commit key of one job does not open another one, and what a worker has cached
+    of a job does not let a later message pass."""
+    caplog.set_level(logging.WARNING, "batchlab")
+
+    async def main() -> None:
+        scene = Scene()
+        job, key = await scene.prepare()
+        other, its_key = await scene.prepare("other-1")
+        tries = [(job, key, 0), (job, its_key, 1), (job, UNSEALED, 2), (other, key, 3)]
+        running = asyncio.create_task(scene.worker.run())
+        for one, with_key, task in tries:
+            bundle = Bundle(one.id, WORK, TaskSet.of([task]))
+            sent = address(one, bundle, with_key, items=[task], now_s=1.0)
+            await scene.queue.send(sent.queue, [sent.message])
+            await asyncio.sleep(1.0)
+        scene.worker.drain()
+        await running
+        assert scene.runner.ran == [(job.id, Bundle(job.id, WORK, TaskSet.of([0])).id)]
+        assert caplog.text.count("does not have its commit key") == 3
+        depth = await scene.queue.depth(TASKS)
+        assert depth.visible + depth.in_flight + depth.delayed == 0
+
+    SimLoop().run(main())
+
+
+def test_a_key_of_a_spec_that_a_worker_wrote_opens_no_job() -> None:
+    """Finding 4: a definition below another job's markers is not the one of its own id."""
+
+    async def main() -> None:
+        scene = Scene()
+        job, key = await scene.prepare()
+        name = JobId(f"{job.id}/work/running/x")
+        await scene.objects.put(naming.spec(name), definition.to_bytes(job))
+        bundle = Bundle(name, WORK, TaskSet.of([0]))
+        sent = address(job, bundle, key, items=[7], now_s=1.0)
+        await scene.queue.send(sent.queue, [sent.message])
+        running = asyncio.create_task(scene.worker.run())
+        await asyncio.sleep(5.0)
+        scene.worker.drain()
+        await running
+        assert not scene.runner.ran
+
+    SimLoop().run(main())
