@@ -51,20 +51,26 @@ class CommitKeys:
 
     async def ensure(self) -> None:
         """Read the secret, or create it. A bucket that has lost it gets back the one in memory."""
-        if self._ids is None:
+        try:
             secret = await self._read()
-        else:
-            drawn = "".join(self._ids.fresh("secret") for _ in range(8))
-            secret = self._secret or hashlib.sha256(drawn.encode()).digest()
-            doc = wire.to_bytes({"v": wire.VERSION, "secret": secret.hex()})
-            put = partial(self._objects.put, naming.COMMIT_SECRET, doc, if_absent=True)
-            try:
-                await self._patience(put)
-            except AlreadyExists:
-                secret = await self._read()
+        except NotFound:
+            if self._ids is None:
+                raise
+            secret = await self._create(self._ids)
         if secret != self._secret:
             self._secret = secret
             self._keys.clear()
+
+    async def _create(self, ids: Ids) -> bytes:
+        drawn = "".join(ids.fresh("secret") for _ in range(8))
+        secret = self._secret or hashlib.sha256(drawn.encode()).digest()
+        doc = wire.to_bytes({"v": wire.VERSION, "secret": secret.hex()})
+        put = partial(self._objects.put, naming.COMMIT_SECRET, doc, if_absent=True)
+        try:
+            await self._patience(put)
+        except AlreadyExists:
+            return await self._read()
+        return secret
 
     async def of(self, job: JobDef) -> CommitKey:
         """Return the commit key of a job, UNSEALED for a job without one.

@@ -52,10 +52,11 @@ def in_world(
     *,
     script: Script,
     pools: tuple[Pool, ...] = (Pool("default", 0, 2, 1),),
+    seed: int = 1,
     **settings: Any,
 ) -> T:
     async def main() -> T:
-        world = World(1, pools, script=script, faults=trial.calm(1), logged=False, **settings)
+        world = World(seed, pools, script=script, faults=trial.calm(1), logged=False, **settings)
         supervisor = asyncio.create_task(world.supervise())
         try:
             return await act(world)

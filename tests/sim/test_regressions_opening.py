@@ -31,8 +31,9 @@ from tests.sim.scenes import (
 
 async def _half_rebuilt(world: World) -> JobDef:
     """A job of few items runs; then its manager dies, and the ledger knows no more than the job."""
-    made = job(stage(A), items=6)
-    await world.ask(lambda m: m.requests.submit(made, list(range(6))), "submit")
+    plain = job(stage(A), items=6)
+    await world.ask(lambda m: m.requests.submit(plain, list(range(6))), "submit")
+    made = (await world.ledger.job(plain.id)).job
     await asyncio.sleep(3)
     kill_manager(world)
     await world.ledger.forget()
