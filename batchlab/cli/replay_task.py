@@ -109,7 +109,7 @@ def replay_task(
         typer.Option(
             "--env",
             metavar="NAME",
-            help="Give it that variable of here though it looks like a secret; again for more.",
+            help="Give it that variable of here too; again for more.",
             show_default=False,
         ),
     ] = None,
@@ -119,8 +119,8 @@ def replay_task(
 ) -> None:
     """Run a task again on this machine, under a debugger: its input, code and limits as there.
 
-    It is the job's code that runs, with your rights. Of the environment it is not given what looks
-    like a secret: AWS_*, tokens, passwords, keys.
+    It is the job's code that runs, with your rights. Of the environment it is given only
+    what is never a secret, such as PATH and LANG, and what --env names.
 
     Nothing of it reaches the grid. At the end it says whether the task failed in the same way, and
     what is known to be different here. Exit code 0 where it succeeds, 1 where it fails.
@@ -173,7 +173,7 @@ def _set_here(names: Iterable[str]) -> tuple[str, ...]:
         if name not in os.environ:
             raise UsageError(
                 f"There is no variable {name!r} here.",
-                remedy="Set it, or leave out --env; what does not look like a secret is given.",
+                remedy="Set it, or leave out --env.",
             )
     return found
 

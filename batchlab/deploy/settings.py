@@ -31,6 +31,9 @@ RELEASE = "Release"
 # With both as long as they may be, the queue of a pool's dead letters has the 80 characters that
 # SQS takes. RDS, whose database is called after the stack, takes no two hyphens in a row.
 _STACK_NAME = re.compile(r"(?=.{1,28}$)[a-z](-?[a-z0-9])*")
+_TAKEN = re.compile(r".+-(tasks|pool)(-.*)?")
+"""Names of stacks whose queues or groups match the patterns of another stack's rights: the stack
+`x` may use the queues `x-tasks-*` and the groups `x-pool-*`."""
 _POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _TYPE = re.compile(r"[a-z][a-z0-9-]*\.[a-z0-9-]+")
 _POOL = {"name", "min_size", "max_size", "slots", "types", "parameters"}
@@ -351,12 +354,26 @@ def check(settings: Settings) -> None:
             remedy="Use up to 28 small letters, digits and single hyphens, a letter first and no "
             "hyphen last: its bucket, queues, groups and database begin with it.",
         )
+    if found := _TAKEN.fullmatch(settings.stack):
+        word = found[1]
+        other = settings.stack.rpartition(f"-{word}")[0]
+        raise UsageError(
+            f"The stack cannot be called {settings.stack!r}: a stack called {other!r} could use "
+            "its queues and groups.",
+            remedy=f"Use a name without -{word}.",
+        )
     names = [pool.name for pool in settings.pools]
     for pool in settings.pools:
         if not _POOL_NAME.fullmatch(pool.name):
             raise UsageError(
                 f"A pool cannot be called {pool.name!r}.",
                 remedy="Use up to 40 small letters, digits, '-' and '_'.",
+            )
+        if pool.name.endswith("-dead"):
+            raise UsageError(
+                f"A pool cannot be called {pool.name!r}: another pool's dead letters could have "
+                "the same queue.",
+                remedy="Use a name that does not end in -dead.",
             )
         if names.count(pool.name) > 1:
             raise UsageError(

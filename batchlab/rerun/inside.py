@@ -83,14 +83,14 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="Give it that variable though it looks like a secret; again for more.",
+        help="Give it that variable of here too; again for more.",
     )
     parser.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
 def _keep_back(passed: Sequence[str]) -> None:
-    """Take what looks like a secret out of the environment of this process."""
+    """Remove the variables from this process that the task is not given."""
     names = withheld.withheld(os.environ, passed)
     for name in names:
         del os.environ[name]

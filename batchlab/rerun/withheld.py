@@ -1,6 +1,7 @@
 """What of the environment a job's code is not given when it runs on somebody's own machine.
 
-Invariant: a variable that looks like a secret reaches the task by being named, and in no other way.
+Invariant: a variable reaches the task only if it is named or `environment.is_harmless` lists it.
+No rule recognizes each secret, so it is not enough that a variable does not look like one.
 It is no sandbox: the task runs with its user's rights, and can read what they can. Imported by the
 process that runs the task: standard library only.
 """
@@ -10,12 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
-from batchlab.logs import is_secret
+from batchlab.worker.environment import is_harmless
 
 NAMED = 5
 """Variables that are named before the rest is counted."""
-_DOORS = frozenset({"SSH_AUTH_SOCK", "GPG_AGENT_INFO"})
-"""No secrets, but what leads to those that use them."""
 _LOGIN = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 """A password in an address."""
 
@@ -25,12 +24,8 @@ def withheld(environ: Mapping[str, str], passed: Collection[str] = ()) -> list[s
     return sorted(
         name
         for name, value in environ.items()
-        if name not in passed and (_is_private(name) or _LOGIN.search(value))
+        if name not in passed and (not is_harmless(name) or _LOGIN.search(value))
     )
-
-
-def _is_private(name: str) -> bool:
-    return name.startswith("AWS_") or name in _DOORS or is_secret(name)
 
 
 def given(environ: Mapping[str, str], passed: Collection[str] = ()) -> dict[str, str]:

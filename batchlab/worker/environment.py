@@ -39,6 +39,21 @@ _SESSION = frozenset(
         *("PYTHONPATH", "SYSTEMD_EXEC_PID", "MEMORY_PRESSURE_WATCH", "MEMORY_PRESSURE_WRITE"),
     )
 )
+_HARMLESS = _SESSION | {
+    *("LANGUAGE", "LD_LIBRARY_PATH", "LIBRARY_PATH", "DYLD_LIBRARY_PATH", "MANPATH", "NO_COLOR"),
+    *(
+        "CONDA_DEFAULT_ENV",
+        "CONDA_PREFIX",
+        "JAVA_HOME",
+        "TEMP",
+        "TMP",
+        "CI",
+        "NO_PROXY",
+        "no_proxy",
+    ),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+}
+_HARMLESS_KINDS = ("LC_", "PYTHON", "OMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "CUDA_VISIBLE_")
 _SESSIONS = ("AWS_", "BATCHLAB_", "DBUS_", "GIT_", "LESS", "PYTEST_", "SSH_", "TERM_", "XDG_")
 
 
@@ -86,6 +101,14 @@ def here(environ: Mapping[str, str] = os.environ, *, image: str = "") -> Environ
         {name: environ[name] for name in SETTINGS if name in environ},
         tuple(sorted(names)[:MOST_NAMES]),
     )
+
+
+def is_harmless(name: str) -> bool:
+    """Return whether every program may have this variable, because its value is never a secret.
+
+    No rule recognizes each secret by its name, so the harmless names are listed instead.
+    """
+    return name in SETTINGS or name in _HARMLESS or name.startswith(_HARMLESS_KINDS)
 
 
 def _is_of_a_session(name: str) -> bool:
@@ -174,7 +197,8 @@ def differences(there: Environment, now: Environment) -> list[str]:
     if missing := [name for name in there.variables if name not in now.variables]:
         are = "is" if len(missing) == 1 else "are"
         found.append(
-            f"{_some(missing)} {are} not set here and had a value there, which is not stored."
+            f"{_some(missing)} {are} not set for the task here and had a value there, which is not "
+            "stored."
         )
     return found
 

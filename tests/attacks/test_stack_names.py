@@ -1,0 +1,67 @@
+"""Attacks by the name of a stack or a pool, in an account that several teams share."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pytest
+
+from batchlab.deploy import settings
+from batchlab.deploy.settings import PoolSettings, Settings
+from batchlab.errors import UsageError
+from tests import cfn
+from tests.unit.test_deploy_settings import source
+
+COLLIDING = ("batchlab-tasks-x", "batchlab-tasks", "a-pool-b", "a-pool", "x-tasks-y-pool")
+DISTINCT = ("batchlab", "tasks", "tasks-x", "pool-party", "batchlab-task-x", "batchlab-pools")
+
+
+def patterns(stack: str) -> set[str]:
+    """The names that the roles of this stack may use, as the template writes them."""
+    found = re.findall(r"\$\{AWS::StackName\}(-[\w*-]*\*[\w*-]*)", cfn.stack_file().read_text())
+    assert {"-tasks-*", "-pool-*"} <= set(found)
+    return {f"{stack}{one}" for one in found}
+
+
+def names(stack: str) -> set[str]:
+    """Queues and groups of this stack with a pool."""
+    return {f"{stack}-{one}" for one in ("events", "tasks-p", "tasks-p-dead", "pool-p", "manager")}
+
+
+@pytest.mark.parametrize("name", COLLIDING)
+def test_a_stack_whose_parts_another_stack_could_use_is_refused(name: str) -> None:
+    """Finding 14: the workers of `batchlab` could read the queues of `batchlab-tasks-x`."""
+    with pytest.raises(UsageError, match="could use its queues and groups") as caught:
+        settings.parameters(Settings(name), source())
+    assert caught.value.remedy
+    others = {name[:end] for end in range(1, len(name)) if name[end] == "-"}
+    assert any(
+        fnmatchcase(part, pattern)
+        for part in names(name)
+        for other in others
+        for pattern in patterns(other)
+    )
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_other_names_share_nothing(name: str) -> None:
+    """Finding 14: what is not refused is in no pattern of a stack with a shorter name."""
+    settings.parameters(Settings(name), source())
+    others = {name[:end] for end in range(1, len(name)) if name[end] == "-"}
+    matched = [
+        (part, pattern)
+        for part in names(name)
+        for other in others
+        for pattern in patterns(other)
+        if fnmatchcase(part, pattern)
+    ]
+    assert not matched
+
+
+def test_a_pool_that_is_called_as_dead_letters_is_refused() -> None:
+    """Finding 14: the tasks of pool `x-dead` and the dead letters of pool `x` have one queue."""
+    pools: Any = (PoolSettings("x"), PoolSettings("x-dead"))
+    with pytest.raises(UsageError, match="dead letters"):
+        settings.parameters(Settings("batchlab", pools=pools), source())
