@@ -14,14 +14,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from batchlab import package_data
 from batchlab.errors import BackendError, UsageError
 
 VERSION = "1.5.33"
 VARIABLE = "BATCHLAB_MINISTACK"
 """Environment variable that names an installation by its `ministack` or its Python."""
 
-# The others serve it, in ministack_guard.
-_PACKAGES = (f"ministack=={VERSION}", "uvicorn==0.54.0", "httptools==0.9.0")
 _MARKER = "batchlab-complete"
 
 
@@ -58,7 +57,14 @@ def provide(say: Callable[[str], None]) -> None:
 def environment() -> Path:
     """Where `install` makes the environment: in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "batchlab" / f"ministack-{VERSION}-uvicorn"
+    # Another name than release 0.1.0 had, which installed packages without a look at their hashes.
+    return Path(cache) / "batchlab" / f"ministack-{VERSION}-locked"
+
+
+def requirements() -> Path:
+    """Return the file with MiniStack, what serves it in `ministack_guard`, and all that they need:
+    each package in one version, with the hashes of its files."""
+    return package_data.folder("backends") / "ministack" / "requirements.txt"
 
 
 def install(say: Callable[[str], None]) -> Path:
@@ -91,7 +97,7 @@ def _make(folder: Path) -> None:
     pip += ["--no-input", "--retries", "2"]
     for argv in (
         [sys.executable, "-I", "-m", "venv", str(folder)],
-        [*pip, *_PACKAGES],
+        [*pip, "--require-hashes", "--requirement", str(requirements())],
         [python, "-I", "-c", "import httptools, ministack, uvicorn"],
     ):
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False)
@@ -107,6 +113,8 @@ def _make(folder: Path) -> None:
 
 def pip_reason(told: str) -> str:
     """Why pip has failed, from what it printed, without a full stop."""
+    if "DO NOT MATCH THE HASHES" in told:
+        return "the package index has a file whose hash differs from the one on record"
     # Without a network pip's last words are that there is no such package.
     if "connection broken" in told:
         return "the package index cannot be reached"

@@ -122,6 +122,11 @@ class Requests:
         cut = opening.cut if opening else None
         with of_single_call(job.is_single_call):
             written = await self._ports.ledger.add_job(job, state=state, cut=cut)
+            if is_ours and not written.is_new and written.rows.job.state.ended:
+                # The bucket did not have the definition, so it has lost the job that the ledger has.
+                log.warning("the bucket lost this job, so it begins anew", extra={"job": job.id})
+                await self._ports.ledger.forget([job.id])
+                written = await self._ports.ledger.add_job(job, state=state, cut=cut)
         if written.is_new:
             self._counts.submitted += 1
             log.info("accepted", extra={"job": job.id})
