@@ -261,13 +261,12 @@ def _shell(told: Told, how: How) -> None:
 
 def _run(told: Told, how: How, *, json: bool) -> None:
     from batchlab.rerun import foreground, verdict
-    from batchlab.rerun.withheld import given
 
     limits = "" if how.no_limits else _limits(told)
     output.say(f"Running {told.name}, attempt {told.attempt}, on this machine{limits}.")
     output.say(_is_given(how))
     ended = foreground.run(told, how)
-    found = verdict.judge(told, ended, given(os.environ, how.passed))
+    found = verdict.judge(told, ended)
     found.differences.extend(foreground.not_applied(told, how))
     if json:
         output.show_json(_document(told, found))

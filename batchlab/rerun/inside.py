@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A program of the user's that hangs says where, once its time is up.
     faulthandler.enable(2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    here = dict(os.environ)
     if not given.supervised:
         _keep_back(given.passed)
     debugger = debugging.choose(pdb=given.pdb, at_start=given.at_start, port=given.debugpy)
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.chdir(told.folder)
     write_ended(told.folder, ended)
     if not given.supervised:
-        _say("\n".join(verdict.judge(told, ended).lines))
+        _say("\n".join(verdict.judge(told, ended, here).lines))
     sys.stdout.flush()
     sys.stderr.flush()
     # As a worker's child: threads that a handler left behind are not waited for.

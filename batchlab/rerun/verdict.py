@@ -53,7 +53,8 @@ def failure_of(told: dict[str, Any] | None) -> Failure | None:
 
 
 def judge(told: Told, ended: Ended, environ: Mapping[str, str] = os.environ) -> Verdict:
-    """Hold what happened here, in the environment `environ`, against what happened on the grid."""
+    """Hold what happened here against what happened on the grid. `environ` is the user's own
+    environment: the command names the variables that it keeps back from the task."""
     differences = [*_differences(told, environ), *told.notes]
     there, here = failure_of(told.failure), failure_of(ended.failure)
     prints = (fingerprint(here) if here else "", fingerprint(there) if there else "")

@@ -197,8 +197,7 @@ def differences(there: Environment, now: Environment) -> list[str]:
     if missing := [name for name in there.variables if name not in now.variables]:
         are = "is" if len(missing) == 1 else "are"
         found.append(
-            f"{_some(missing)} {are} not set for the task here and had a value there, which is not "
-            "stored."
+            f"{_some(missing)} {are} not set here and had a value there, which is not stored."
         )
     return found
 

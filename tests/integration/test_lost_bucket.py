@@ -1,4 +1,4 @@
-"""A bucket that comes back empty while the ledger knows the jobs, as LocalStack's after a restart."""
+"""A bucket that comes back empty, as LocalStack's after a restart, while a ledger stays."""
 
 from __future__ import annotations
 

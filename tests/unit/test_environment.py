@@ -69,9 +69,7 @@ def test_differences_are_named_and_sameness_is_not() -> None:
     assert f"pyyaml ({version('pyyaml')}, there 1.0)" in told
     assert "Installed there and not here: ghost (2.0)." in told
     assert "TZ is 'UTC' here and was not set there." in told
-    assert "MODEL_PATH is not set for the task here" in told
+    assert "MODEL_PATH is not set here" in told
     assert "image app:7" in told
     many = replace(now, variables=tuple(f"V{n:02d}" for n in range(20)))
-    assert "V07 and 12 more are not set for the task here" in " ".join(
-        environment.differences(many, now)
-    )
+    assert "V07 and 12 more are not set here" in " ".join(environment.differences(many, now))
