@@ -123,7 +123,7 @@ class Requests:
         with of_single_call(job.is_single_call):
             written = await self._ports.ledger.add_job(job, state=state, cut=cut)
             if is_ours and not written.is_new and written.rows.job.state.ended:
-                # The bucket did not have the definition, so it has lost the job that the ledger has.
+                # The bucket did not have the definition, so it has lost the job of that row.
                 log.warning("the bucket lost this job, so it begins anew", extra={"job": job.id})
                 await self._ports.ledger.forget([job.id])
                 written = await self._ports.ledger.add_job(job, state=state, cut=cut)
