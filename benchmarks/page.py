@@ -123,10 +123,13 @@ def measured(grid: LocalGrid, job: str, times: int) -> list[Figure]:
     token = grid.home.token()
     bearer = {"Authorization": f"Bearer {token}"}
     with httpx.Client(base_url=grid.client.url, trust_env=False, verify=False) as http:
-        http.post("/ui/login", data={"word": token}, headers={"Sec-Fetch-Site": "same-origin"})
+        ours = {"Sec-Fetch-Site": "same-origin"}
+        opened = http.post("/ui/login", data={"word": token}, headers=ours)
+        ui = opened.headers["location"].removesuffix("/")
         first = http.get(f"/v1/jobs/{job}/failures?limit=1", headers=bearer).json()["failures"][0]
         found = []
         for name, path in views(job, first).items():
+            path = path.replace("/ui", ui, 1)
             headers = bearer if path.startswith("/v1") else {}
             if path.endswith("part=live"):
                 headers = {"HX-Request": "true"}

@@ -6,6 +6,7 @@ Invariant: no test finds a browser that another one has changed; each page has a
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,6 +68,13 @@ class Seen:
     def hear(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
             self.errors.append(message.text)
+
+
+def place_of(page: Page) -> str:
+    """The URL below which the page of a grid is, in the session that `page` has."""
+    found = re.match(r"https?://[^/]+/ui/s/[0-9a-f]+", page.url)
+    assert found, page.url
+    return found[0]
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """Who has opened the web page: one-time codes, and sessions in a signed cookie.
 
-Invariant: the grid's token is in no cookie and no address. A code opens the page once and for
-CODE_S; a session ends at its time, when it is closed, and when the grid's token becomes another.
-What is closed stays closed: it is kept beside what all sessions are signed by, so that whoever has
-lost the one has lost the other.
+Invariant: the grid's token is in no cookie and no address. A session needs its cookie and its
+place, which is a part of the page's addresses. A browser sends a cookie to every port of a host,
+but only below the cookie's path, and a program on another port does not know that path. A code
+opens the page once and for CODE_S. A session ends at its time, when it is closed, and when the
+grid's token becomes another. What is closed stays closed: it is kept beside what all sessions are
+signed by, so that whoever has lost the one has lost the other.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 
 CODE_S = 60.0
 SESSION_S = 12 * 3600.0
+PLACE_CHARS = 32
+"""Of a session's place, in hexadecimal digits."""
 MOST_CODES = 100
 MOST_CLOSED = 1000
 """Beyond so many all sessions end, and none need be remembered."""
@@ -84,10 +88,13 @@ class Sessions:
         except BackendError as error:
             log.warning("who has logged out of the web page is known until a restart: %s", error)
 
-    @property
-    def cookie(self) -> str:
-        """The cookie's name. Cookies know no ports: two grids of one machine must not share it."""
-        own = hmac.digest(self._token.encode(), b"the web page's cookie", "sha256")
+    def place(self, session: Session) -> str:
+        """Return the part of the page's addresses that only this session's browser knows."""
+        return self._sign("place", session)[:PLACE_CHARS]
+
+    def cookie(self, place: str) -> str:
+        """Return the name of the cookie of the session at that place."""
+        own = hmac.digest(self._token.encode(), f"the cookie at {place}".encode(), "sha256")
         return f"batchlab-{own.hex()[:12]}"
 
     def code(self) -> str:
@@ -118,14 +125,15 @@ class Sessions:
         session = Session(secrets.token_urlsafe(12), until_s)
         return session, f"{until_s}.{session.name}.{self._sign('session', session)}"
 
-    def of(self, cookie: str) -> Session | None:
-        """The session that a cookie's value stands for, None where it is not ours, or over."""
+    def of(self, cookie: str, place: str) -> Session | None:
+        """The session that a cookie's value stands for, None where it is not ours, is over, or has
+        another place."""
         until, _, rest = cookie.partition(".")
         name, _, mark = rest.rpartition(".")
         if not (until.isascii() and until.isdigit() and len(until) < 15 and name):
             return None
         session = Session(name, int(until))
-        is_ours = _is(mark, self._sign("session", session))
+        is_ours = _is(mark, self._sign("session", session)) and _is(place, self.place(session))
         is_over = session.until_s <= self._clock.now_s() or name in self._closed
         return session if is_ours and not is_over else None
 

@@ -155,7 +155,7 @@ async def _lead(
     lead = _Lead(_explaining(fresh()))
     leading = loop.create_task(_lead_on(lead, fresh))
     # Workers boot while it is made, which takes as long.
-    make = partial(_server, lead, token, backend.name, stop.set, hosts, home)
+    make = partial(_server, lead, token, backend, stop.set, hosts, home)
     try:
         server, served = await asyncio.to_thread(make)
     except BaseException:
@@ -219,7 +219,7 @@ class _Lead:
 def _server(
     lead: _Lead,
     token: str,
-    backend_name: str,
+    backend: Backend,
     on_shutdown: Callable[[], None],
     hosts: Sequence[str],
     home: Home,
@@ -235,9 +235,11 @@ def _server(
     app, served = create_app(
         lead.manager,
         token=token,
-        backend_name=backend_name,
+        backend_name=backend.name,
         on_shutdown=on_shutdown,
-        sessions=StateFile(home.sessions_file),
+        # Until the next manager starts, another program may hold the port and receive the requests
+        # of an open page. So the sessions of a manager on this machine end with the manager.
+        sessions=StateFile(home.sessions_file) if backend.is_deployed else None,
         hosts=hosts,
     )
     web.mount(app, served, prices=_prices(home))

@@ -7,29 +7,24 @@ say that its sender is sure leads to the question.
 from __future__ import annotations
 
 from fastapi import Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import Response
 from starlette.datastructures import FormData
 
 from batchlab.api import grid as api_grid
 from batchlab.api import jobs as api
 from batchlab.api import spending as api_spending
 from batchlab.api.common import Books, Given, Leader
-from batchlab.api.door import PAGE
 from batchlab.costs import money
 from batchlab.errors import NotFound, UsageError
 from batchlab.model import JobId, StageName
 from batchlab.tasknames import parse_tasks
 from batchlab.web import words
 from batchlab.web.rendering import render
-from batchlab.web.shared import Page, field_of, form_of, guarded, is_sure
+from batchlab.web.shared import Page, field_of, form_of, guarded, is_sure, to
 
 router = guarded()
 
 LARGEST = 100_000
-
-
-def _to(path: str) -> Response:
-    return RedirectResponse(f"{PAGE}{path}", 303)
 
 
 def _job(job: str) -> str:
@@ -50,23 +45,23 @@ async def ask_cancel(request: Request, manager: Leader, job: JobId) -> Response:
 async def cancel(request: Request, manager: Leader, job: JobId) -> Response:
     """Cancel, where its sender is sure."""
     if not is_sure(await form_of(request)):
-        return _to(f"{_job(job)}/cancel")
+        return to(request, f"{_job(job)}/cancel")
     await api.cancel(manager, job)
-    return _to(_job(job))
+    return to(request, _job(job))
 
 
 @router.post("/jobs/{job}/pause")
-async def pause(manager: Leader, job: JobId) -> Response:
+async def pause(request: Request, manager: Leader, job: JobId) -> Response:
     """Pause."""
     await api.pause(manager, job)
-    return _to(_job(job))
+    return to(request, _job(job))
 
 
 @router.post("/jobs/{job}/resume")
-async def resume(manager: Leader, job: JobId) -> Response:
+async def resume(request: Request, manager: Leader, job: JobId) -> Response:
     """Resume."""
     await api.resume(manager, job)
-    return _to(_job(job))
+    return to(request, _job(job))
 
 
 @router.post("/jobs/{job}/retry")
@@ -75,7 +70,7 @@ async def retry(request: Request, manager: Leader, served: Given, job: JobId) ->
     form = await form_of(request)
     choice = _choice(form) if field_of(form, "which") != "all" else None
     await api.retry(manager, served, job, choice)
-    return _to(_job(job))
+    return to(request, _job(job))
 
 
 def _choice(form: FormData) -> api.Choice:
@@ -108,7 +103,7 @@ async def ask_cap(request: Request, manager: Leader, books: Books, job: JobId) -
 async def cap(request: Request, manager: Leader, books: Books, job: JobId) -> Response:
     """Cap what it costs."""
     await api_spending.cap_job(books, manager, job, _cap(await form_of(request)))
-    return _to(_job(job))
+    return to(request, _job(job))
 
 
 @router.get("/costs/cap")
@@ -130,7 +125,7 @@ async def ask_grid_cap(request: Request, books: Books) -> Response:
 async def grid_cap(request: Request, manager: Leader, books: Books) -> Response:
     """Cap what the grid costs."""
     await api_spending.cap_grid(books, manager, _cap(await form_of(request)))
-    return _to("/costs")
+    return to(request, "/costs")
 
 
 def _cap(form: FormData) -> api_spending.Cap:
@@ -168,7 +163,7 @@ async def scale(request: Request, manager: Leader, pool: str) -> Response:
         auto=None if by_hand else True,
     )
     await api_grid.scale(manager, pool, scaling)
-    return _to("/grid")
+    return to(request, "/grid")
 
 
 def _number(form: FormData, name: str) -> int | None:
@@ -198,6 +193,6 @@ async def drain(request: Request, manager: Leader, served: Given) -> Response:
     form = await form_of(request)
     pool = field_of(form, "pool") or None
     if not is_sure(form):
-        return _to(f"/grid/drain?pool={words.path(pool)}" if pool else "/grid/drain")
+        return to(request, f"/grid/drain?pool={words.path(pool)}" if pool else "/grid/drain")
     await api_grid.drain(manager, api_grid.Draining(pool=pool), served)
-    return _to("/grid")
+    return to(request, "/grid")

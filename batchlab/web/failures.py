@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Query, Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import Response
 
 from batchlab.api import failures as api
 from batchlab.api import jobs as api_jobs
 from batchlab.api import tasks as api_tasks
 from batchlab.api.common import Given, Leader
-from batchlab.api.door import PAGE
 from batchlab.model import ENDED, JobId, StageName
 from batchlab.web import words
 from batchlab.web.rendering import live, render
-from batchlab.web.shared import Page, guarded
+from batchlab.web.shared import Page, guarded, to
 
 router = guarded()
 
@@ -82,12 +81,16 @@ async def of_group(
 
 @router.get("/jobs/{job}/task")
 async def to_task(
-    manager: Leader, job: JobId, stage: StageName, task: Annotated[int, Query(ge=0, le=2**53)]
+    request: Request,
+    manager: Leader,
+    job: JobId,
+    stage: StageName,
+    task: Annotated[int, Query(ge=0, le=2**53)],
 ) -> Response:
     """The task that a form names."""
     await api_jobs.job(manager, job)
-    path = f"{PAGE}/jobs/{words.path(job)}/stages/{words.path(stage)}/tasks/{task}"
-    return RedirectResponse(path, 303)
+    path = f"/jobs/{words.path(job)}/stages/{words.path(stage)}/tasks/{task}"
+    return to(request, path)
 
 
 @router.get("/jobs/{job}/stages/{stage}/tasks/{task}")

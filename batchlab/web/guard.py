@@ -6,6 +6,7 @@ changes something comes from a page of ours; and whatever is answered, errors to
 
 from __future__ import annotations
 
+import re
 from http.cookies import CookieError, SimpleCookie
 from types import MappingProxyType
 
@@ -44,6 +45,13 @@ SESSION = "batchlab.session"
 """Where a request's session is in its scope."""
 
 _OPEN = ("/login", "/static/")
+_BELOW = re.compile(r"/s/(?P<place>[0-9a-f]+)(?=/)", re.ASCII)
+"""The beginning of the paths of one session."""
+
+
+def below(place: str) -> str:
+    """Return the path below which the page of one session is."""
+    return f"{PAGE}/s/{place}"
 
 
 class Guard:
@@ -68,7 +76,11 @@ class Guard:
 
         headers = Headers(scope=scope)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        session = self._session(headers)
+        session = None
+        if found := _BELOW.match(path):
+            session = self._session(headers, found["place"])
+            path = path.removeprefix(found[0])
+            scope["root_path"] = f"{scope.get('root_path', '')}{found[0]}"
         scope[SESSION] = session
         refusal = self._refusal(scope["method"], path, headers, session)
         await (refusal or self.app)(scope, receive, send_guarded)
@@ -86,12 +98,12 @@ class Guard:
             return _log_in(method, headers)
         return None
 
-    def _session(self, headers: Headers) -> Session | None:
+    def _session(self, headers: Headers, place: str) -> Session | None:
         try:
-            found = SimpleCookie(headers.get("cookie", "")).get(self._sessions.cookie)
+            found = SimpleCookie(headers.get("cookie", "")).get(self._sessions.cookie(place))
         except CookieError:
             return None
-        return self._sessions.of(found.value) if found else None
+        return self._sessions.of(found.value, place) if found else None
 
 
 def _log_in(method: str, headers: Headers) -> Response:

@@ -8,7 +8,7 @@ from fastapi.responses import RedirectResponse, Response
 from batchlab.api.common import Given
 from batchlab.api.door import PAGE
 from batchlab.api.sessions import SESSION_S
-from batchlab.web.guard import SESSION
+from batchlab.web.guard import SESSION, below
 from batchlab.web.rendering import render
 from batchlab.web.shared import field_of, form_of, guarded
 
@@ -31,13 +31,14 @@ async def log_in(request: Request, served: Given) -> Response:
     word = field_of(await form_of(request), "word")
     if not word or len(word) > LONGEST or not served.sessions.opens(word):
         return render(request, "login.html", status=403, refused=True)
-    _, value = served.sessions.begin()
-    answer = RedirectResponse(f"{PAGE}/", 303)
+    session, value = served.sessions.begin()
+    place = served.sessions.place(session)
+    answer = RedirectResponse(f"{below(place)}/", 303)
     answer.set_cookie(
-        served.sessions.cookie,
+        served.sessions.cookie(place),
         value,
         max_age=int(SESSION_S),
-        path=PAGE,
+        path=below(place),
         secure=request.url.scheme == "https",
         httponly=True,
         samesite="strict",
@@ -48,9 +49,12 @@ async def log_in(request: Request, served: Given) -> Response:
 @inside.post("/logout")
 async def log_out(request: Request, served: Given) -> Response:
     """End the session, here and for whoever has its cookie."""
-    served.sessions.close(request.scope[SESSION])
+    session = request.scope[SESSION]
+    place = served.sessions.place(session)
+    served.sessions.close(session)
     answer = RedirectResponse(f"{PAGE}/login", 303)
-    answer.delete_cookie(served.sessions.cookie, path=PAGE, httponly=True, samesite="strict")
+    name = served.sessions.cookie(place)
+    answer.delete_cookie(name, path=below(place), httponly=True, samesite="strict")
     return answer
 
 

@@ -53,7 +53,7 @@ def _templates() -> Environment:
     for name in _FILTERS:
         made.filters[name] = getattr(words, name)
     made.filters["usd"] = shown
-    made.globals.update(root=PAGE, version=__version__, navigation=NAVIGATION)
+    made.globals.update(static=f"{PAGE}/static", version=__version__, navigation=NAVIGATION)
     return made
 
 
@@ -68,6 +68,7 @@ def render(
         .get_template(template)
         .render(
             here=here,
+            root=_root(request),
             session=session,
             form_token=served.sessions.form_token(session) if session else "",
             backend=served.backend_name,
@@ -87,15 +88,16 @@ def _is_part(request: Request) -> bool:
 def live(request: Request, page: str, *, here: str, **values: Any) -> HTMLResponse:
     """A page that keeps itself up to date: whole, or what changes of it, `page` with `_live`."""
     url = request.url.include_query_params(part="live")
-    values["live_url"] = f"{PAGE}{_below(url.path)}?{url.query}"
+    values["live_url"] = f"{url.path}?{url.query}"
     values["live_part"] = f"{page}_live.html"
     if request.query_params.get("part") == "live" and _is_part(request):
         return render(request, values["live_part"], here=here, **values)
     return render(request, f"{page}.html", here=here, **values)
 
 
-def _below(path: str) -> str:
-    return path.removeprefix(PAGE)
+def _root(request: Request) -> str:
+    """Return the path below which the page is, with the session's place."""
+    return str(request.scope["root_path"])
 
 
 async def problem_page(request: Request, error: Exception) -> HTMLResponse:
@@ -117,7 +119,7 @@ async def problem_page(request: Request, error: Exception) -> HTMLResponse:
 
 def _asked_from(request: Request) -> str:
     """The page of ours that has asked for this, by the browser's word; the first one without."""
-    said = urlsplit(request.headers.get("referer", ""))
-    if said.netloc != request.url.netloc or not said.path.startswith(f"{PAGE}/"):
-        return f"{PAGE}/"
+    said, first = urlsplit(request.headers.get("referer", "")), f"{_root(request)}/"
+    if said.netloc != request.url.netloc or not said.path.startswith(first):
+        return first
     return said._replace(scheme="", netloc="", fragment="").geturl()

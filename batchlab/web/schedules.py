@@ -5,18 +5,17 @@ from __future__ import annotations
 import secrets
 
 from fastapi import Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import Response
 from pydantic import ValidationError
 
 from batchlab import timetable
 from batchlab.api import schedules as api
 from batchlab.api.common import Leader, Timetable
-from batchlab.api.door import PAGE
 from batchlab.errors import UsageError
 from batchlab.schedule import times
 from batchlab.web import words
 from batchlab.web.rendering import live, render
-from batchlab.web.shared import field_of, form_of, guarded, is_sure
+from batchlab.web.shared import field_of, form_of, guarded, is_sure, to
 
 router = guarded()
 
@@ -54,17 +53,17 @@ def _shown(view: timetable.ScheduleView, at_s: float) -> str:
 
 
 @router.post("/schedules/{name}/pause")
-async def pause(schedules: Timetable, name: str) -> Response:
+async def pause(request: Request, schedules: Timetable, name: str) -> Response:
     """Start nothing until it is resumed."""
     await api.pause_schedule(schedules, name)
-    return _to(name)
+    return to(request, _path(name))
 
 
 @router.post("/schedules/{name}/resume")
-async def resume(schedules: Timetable, name: str) -> Response:
+async def resume(request: Request, schedules: Timetable, name: str) -> Response:
     """Go on with what falls due from now on."""
     await api.resume_schedule(schedules, name)
-    return _to(name)
+    return to(request, _path(name))
 
 
 @router.post("/schedules/{name}/run")
@@ -76,7 +75,7 @@ async def run(request: Request, schedules: Timetable, name: str) -> Response:
     except ValidationError as error:
         raise UsageError("The form is none of this page's.", remedy="Load it anew.") from error
     await api.run_schedule(schedules, name, asking)
-    return _to(name)
+    return to(request, _path(name))
 
 
 @router.get("/schedules/{name}/remove")
@@ -90,10 +89,10 @@ async def ask_remove(request: Request, schedules: Timetable, name: str) -> Respo
 async def remove(request: Request, schedules: Timetable, name: str) -> Response:
     """Remove it, where its sender is sure."""
     if not is_sure(await form_of(request)):
-        return RedirectResponse(f"{PAGE}/schedules/{words.path(name)}/remove", 303)
+        return to(request, f"{_path(name)}/remove")
     await api.remove_schedule(schedules, name)
-    return RedirectResponse(f"{PAGE}/schedules", 303)
+    return to(request, "/schedules")
 
 
-def _to(name: str) -> Response:
-    return RedirectResponse(f"{PAGE}/schedules/{words.path(name)}", 303)
+def _path(name: str) -> str:
+    return f"/schedules/{words.path(name)}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, cast
 
 from fastapi import APIRouter, Depends, Request
+from fastapi.responses import RedirectResponse, Response
 from starlette.datastructures import FormData, UploadFile
 
 from batchlab import views
@@ -80,6 +81,11 @@ async def _comes_from_a_form(request: Request, served: Given) -> None:
 def guarded() -> APIRouter:
     """A router whose forms must carry their session's token."""
     return APIRouter(dependencies=[Depends(_comes_from_a_form)])
+
+
+def to(request: Request, path: str) -> Response:
+    """Go on to a path of the page, in the same session."""
+    return RedirectResponse(f"{request.scope['root_path']}{path}", 303)
 
 
 def field_of(form: FormData, name: str) -> str:

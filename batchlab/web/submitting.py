@@ -5,14 +5,13 @@ from __future__ import annotations
 import secrets
 
 from fastapi import Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import Response
 
 from batchlab.api.common import Leader
-from batchlab.api.door import PAGE
 from batchlab.api.files import MOST_BYTES, MOST_FILES, submit_form
 from batchlab.web import words
 from batchlab.web.rendering import render
-from batchlab.web.shared import form_of, guarded
+from batchlab.web.shared import form_of, guarded, to
 
 router = guarded()
 
@@ -38,4 +37,4 @@ async def submit(request: Request, manager: Leader) -> Response:
         view = await submit_form(manager, form)
     finally:
         await form.close()
-    return RedirectResponse(f"{PAGE}/jobs/{words.path(view['id'])}", 303)
+    return to(request, f"/jobs/{words.path(view['id'])}")

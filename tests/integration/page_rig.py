@@ -11,6 +11,7 @@ import pytest
 from fastapi.routing import APIRoute
 
 from batchlab import web
+from batchlab.api.door import PAGE
 from batchlab.model import Failure, FailureKind
 from tests.integration.api_rig import TOKEN, Rig
 
@@ -34,12 +35,16 @@ class Visitor:
     def __init__(self, rig: Rig) -> None:
         self.http = httpx.Client(base_url=rig.url, trust_env=False, verify=False)
         self.rig = rig
+        self.root = PAGE
+        """The path below which the page is, with the session's place after a login."""
 
     def log_in(self, word: str = TOKEN) -> httpx.Response:
-        return self.http.post("/ui/login", data={"word": word}, headers=OURS)
+        answer = self.http.post("/ui/login", data={"word": word}, headers=OURS)
+        self.root = answer.headers.get("location", f"{PAGE}/").removesuffix("/")
+        return answer
 
     def get(self, path: str, **headers: str) -> httpx.Response:
-        return self.http.get(f"/ui{path}", headers=headers)
+        return self.http.get(f"{self.root}{path}", headers=headers)
 
     def token(self) -> str:
         found = re.search(r'name="form_token" value="([^"]+)"', self.get("/").text)
@@ -47,7 +52,9 @@ class Visitor:
         return found[1]
 
     def post(self, path: str, **data: Any) -> httpx.Response:
-        return self.http.post(f"/ui{path}", data={"form_token": self.token(), **data}, headers=OURS)
+        return self.http.post(
+            f"{self.root}{path}", data={"form_token": self.token(), **data}, headers=OURS
+        )
 
 
 @pytest.fixture

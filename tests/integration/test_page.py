@@ -63,9 +63,10 @@ def test_a_bearer_token_is_no_session(stranger: Visitor) -> None:
 
 def test_the_token_opens_a_session(stranger: Visitor) -> None:
     answer = stranger.log_in()
-    assert (answer.status_code, answer.headers["location"]) == (303, "/ui/")
+    assert answer.status_code == 303
+    assert re.fullmatch("/ui/s/[0-9a-f]{32}/", answer.headers["location"])
     cookie = answer.headers["set-cookie"]
-    assert re.search(r"; HttpOnly;.*; Path=/ui; SameSite=strict$", cookie)
+    assert re.search(rf"; HttpOnly;.*; Path={stranger.root}; SameSite=strict$", cookie)
     assert TOKEN not in cookie
     assert stranger.get("/").status_code == 200
 
@@ -164,7 +165,7 @@ def test_a_form_comes_from_a_page_of_ours(
 ) -> None:
     sent = {name: text.format(url=rig.url) for name, text in headers.items()}
     data = {"form_token": visitor.token()}
-    answer = visitor.http.post("/ui/jobs/x/cancel", data=data, headers=sent)
+    answer = visitor.http.post(f"{visitor.root}/jobs/x/cancel", data=data, headers=sent)
     assert answer.status_code == status
 
 
@@ -174,7 +175,9 @@ def test_every_form_carries_its_sessions_token(rig: Rig, visitor: Visitor, other
     other.log_in()
     for path in posts:
         for data in ({}, {"form_token": ""}, {"form_token": other.token()}):
-            answer = visitor.http.post(f"/ui{path}", data={"sure": "yes", **data}, headers=OURS)
+            answer = visitor.http.post(
+                f"{visitor.root}{path}", data={"sure": "yes", **data}, headers=OURS
+            )
             assert answer.status_code == 409, path
             assert "The form" in answer.text
     assert visitor.get("/").status_code == 200  # nobody was logged out
@@ -189,15 +192,15 @@ def test_a_form_is_not_long(visitor: Visitor) -> None:
 def test_a_question_is_asked_before_what_cannot_be_taken_back(rig: Rig, visitor: Visitor) -> None:
     name = rig.submit(job(token="sure"))
     asked = visitor.post(f"/jobs/{name}/cancel")
-    assert asked.headers["location"] == f"/ui/jobs/{name}/cancel"
+    assert asked.headers["location"] == f"{visitor.root}/jobs/{name}/cancel"
     assert rig.client.job(name)["ended_s"] is None
     question = visitor.get(f"/jobs/{name}/cancel")
     assert "Cancel sums?" in question.text
     assert "<html" in question.text
     assert "<html" not in visitor.get(f"/jobs/{name}/cancel", **{"HX-Request": "true"}).text
-    assert visitor.post("/grid/drain").headers["location"] == "/ui/grid/drain"
+    assert visitor.post("/grid/drain").headers["location"] == f"{visitor.root}/grid/drain"
     assert visitor.post("/grid/drain", pool="a&b").headers["location"] == (
-        "/ui/grid/drain?pool=a%26b"
+        f"{visitor.root}/grid/drain?pool=a%26b"
     )
     assert not rig.manager.autoscaler.held
     assert visitor.post(f"/jobs/{name}/cancel", sure="yes").status_code == 303
@@ -206,7 +209,7 @@ def test_a_question_is_asked_before_what_cannot_be_taken_back(rig: Rig, visitor:
 
 def test_forms_do_what_the_api_does(rig: Rig, visitor: Visitor) -> None:
     name = rig.submit(job(token="forms", tasks=3))
-    assert visitor.post(f"/jobs/{name}/pause").headers["location"] == f"/ui/jobs/{name}"
+    assert visitor.post(f"/jobs/{name}/pause").headers["location"] == f"{visitor.root}/jobs/{name}"
     assert rig.client.job(name)["state"] == "PAUSED"
     visitor.post(f"/jobs/{name}/resume")
     rig.work(name, 3, bad=[0, 1])

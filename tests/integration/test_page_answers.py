@@ -90,7 +90,7 @@ def test_jobs_come_in_pages(rig: Rig, visitor: Visitor, monkeypatch: pytest.Monk
     names = [rig.submit(job(token=f"page-{number}")) for number in range(3)]
     first = visitor.get("/").text
     assert [name in first for name in names] == [False, True, True]
-    older = re.search(r'href="/ui(/\?before=[^"]+)">Older', first)
+    older = re.search(rf'href="{visitor.root}(/\?before=[^"]+)">Older', first)
     assert older
     assert names[0] in visitor.get(older[1]).text
 
@@ -138,7 +138,7 @@ def test_a_schedule_is_looked_at_paused_resumed_run_and_removed(rig: Rig, visito
     assert "It has not been due yet" in one
     assert one.count("<local-time unless=") == 5
     here = visitor.post("/schedules/nightly/pause").headers["location"]
-    assert here == "/ui/schedules/nightly"
+    assert here == f"{visitor.root}/schedules/nightly"
     assert rig.client.schedule("nightly")["state"] == "paused"
     assert "It is paused" in visitor.get("/schedules/nightly").text
     visitor.post("/schedules/nightly/resume")
@@ -148,9 +148,9 @@ def test_a_schedule_is_looked_at_paused_resumed_run_and_removed(rig: Rig, visito
     (run,) = rig.until(lambda: rig.client.schedule("nightly")["runs"], "the run")
     assert run["by_hand"]
     name = rig.until(lambda: rig.client.schedule("nightly")["runs"][0]["job"], "its job") or ""
-    assert f"/ui/jobs/{name}" in visitor.get("/schedules/nightly").text
+    assert f"{visitor.root}/jobs/{name}" in visitor.get("/schedules/nightly").text
     asked = visitor.post("/schedules/nightly/remove")
-    assert asked.headers["location"] == "/ui/schedules/nightly/remove"
+    assert asked.headers["location"] == f"{visitor.root}/schedules/nightly/remove"
     assert "Remove nightly?" in visitor.get("/schedules/nightly/remove").text
     visitor.post("/schedules/nightly/remove", sure="yes")
     assert "There are no schedules" in visitor.get("/schedules").text
@@ -163,19 +163,19 @@ def test_a_schedule_is_looked_at_paused_resumed_run_and_removed(rig: Rig, visito
 @pytest.mark.parametrize(
     ("said", "back"),
     [
-        ("{url}/ui/jobs?state=failed", "/ui/jobs?state=failed"),
-        ("{url}/elsewhere", "/ui/"),
-        ("http://evil.example/ui/jobs", "/ui/"),
-        ("{url}//evil.example/ui/", "/ui/"),
-        ("", "/ui/"),
+        ("{url}{root}/jobs?state=failed", "/jobs?state=failed"),
+        ("{url}/elsewhere", "/"),
+        ("http://evil.example{root}/jobs", "/"),
+        ("{url}//evil.example{root}/", "/"),
+        ("", "/"),
     ],
 )
 def test_who_goes_back_from_an_error_comes_to_where_it_was_asked_from(
     rig: Rig, visitor: Visitor, said: str, back: str
 ) -> None:
-    gone = visitor.get("/jobs/nowhere", Referer=said.format(url=rig.url))
+    gone = visitor.get("/jobs/nowhere", Referer=said.format(url=rig.url, root=visitor.root))
     assert gone.status_code == 404
-    assert f'href="{back}" data-back' in gone.text
+    assert f'href="{visitor.root}{back}" data-back' in gone.text
 
 
 def test_a_form_leads_to_any_task(rig: Rig, visitor: Visitor) -> None:
@@ -183,11 +183,11 @@ def test_a_form_leads_to_any_task(rig: Rig, visitor: Visitor) -> None:
     rig.work(name, 2)
     rig.ended(name)
     found = visitor.get(f"/jobs/{name}/task?stage=map&task=1")
-    assert found.headers["location"] == f"/ui/jobs/{name}/stages/map/tasks/1"
+    assert found.headers["location"] == f"{visitor.root}/jobs/{name}/stages/map/tasks/1"
     text = visitor.get(f"/jobs/{name}/stages/map/tasks/1").text
     assert "task 1, try 1" in text
     assert "SUCCEEDED" in text
     assert visitor.get(f"/jobs/{name}/task?stage=map&task=-1").status_code == 422
     assert visitor.get("/jobs/nowhere/task?stage=map&task=1").status_code == 404
     elsewhere = visitor.get(f"/jobs/{name}/task?stage=//evil.example&task=1")
-    assert elsewhere.headers["location"].startswith(f"/ui/jobs/{name}/stages/%2F%2Fevil")
+    assert elsewhere.headers["location"].startswith(f"{visitor.root}/jobs/{name}/stages/%2F%2Fevil")

@@ -14,7 +14,7 @@ import pytest
 
 from batchlab.cli import opening
 from batchlab.model import Pool
-from tests.browser import ELSEWHERE, Seen, offences, opened, too_wide
+from tests.browser import ELSEWHERE, Seen, offences, opened, place_of, too_wide
 from tests.integration.api_rig import TOKEN, Rig
 from tests.integration.local_grid import LocalGrid
 
@@ -105,9 +105,9 @@ def logged_in(
         page,
         seen,
     ):
-        page.wait_for_url("**/ui/")
+        page.wait_for_url("**/ui/s/*/")
         if path != "/":
-            page.goto(f"{client.url}/ui{path}")
+            page.goto(f"{place_of(page)}{path}")
         yield page, seen
         assert seen.errors == []
         assert [one for one in seen.requests if not one.startswith(client.url)] == []
@@ -136,7 +136,7 @@ def test_every_view_is_sound(scene: Scene, browser: Browser, context: dict[str, 
     paths = views(scene)
     with logged_in(scene, browser, **context) as (page, seen):
         for path in paths:
-            page.goto(f"{scene.grid.client.url}/ui{path}")
+            page.goto(f"{place_of(page)}{path}")
             assert page.locator("h1").count() == 1, path
             # With every view axe is busy in test_page_looks.py; names and logs are nastier here.
             if context is DESKTOP and path in (*paths[:1], *paths[8:13]):
@@ -147,7 +147,7 @@ def test_every_view_is_sound(scene: Scene, browser: Browser, context: dict[str, 
 
 def test_the_code_of_an_address_is_gone_once_it_was_used(scene: Scene, browser: Browser) -> None:
     with logged_in(scene, browser) as (page, seen):
-        assert page.url == f"{scene.grid.client.url}/ui/"
+        assert page.url == f"{place_of(page)}/"
         assert not [one for one in seen.requests[1:] if "#" in one]
         page.go_back()
         assert "#" not in page.url
@@ -160,8 +160,8 @@ def test_a_file_leads_the_browser_to_the_page(scene: Scene, browser: Browser) ->
     file = opening._redirect(scene.grid.home, client.url + session["path"], session["valid_s"])
     try:
         with opened(browser, file.as_uri()) as (page, seen):
-            page.wait_for_url("**/ui/")
-            assert page.url == f"{client.url}/ui/"
+            page.wait_for_url("**/ui/s/*/")
+            assert page.url == f"{place_of(page)}/"
             assert seen.errors == []
     finally:
         file.unlink()
@@ -217,7 +217,7 @@ def test_a_manager_that_is_away_is_told_of_and_waited_for(scene: Scene, browser:
 
 def test_who_ticks_all_while_the_page_loads_has_ticked_all(scene: Scene, browser: Browser) -> None:
     (group,) = [one for one in scene.grid.client.failure_groups(scene.failed) if one["count"] == 3]
-    path = f"/ui/jobs/{scene.failed}/failures/{group['fingerprint']}"
+    path = f"/jobs/{scene.failed}/failures/{group['fingerprint']}"
     held: list[Route] = []
 
     def slowly(route: Route) -> None:
@@ -231,7 +231,7 @@ def test_who_ticks_all_while_the_page_loads_has_ticked_all(scene: Scene, browser
     with logged_in(scene, browser) as (page, _):
         page.route(f"**{path}", slowly)
         page.route("**/static/held.js", lambda route: held.append(route))
-        page.goto(scene.grid.client.url + path, wait_until="commit")
+        page.goto(place_of(page) + path, wait_until="commit")
         boxes = page.locator('input[name="task"]')
         boxes.first.wait_for()
         page.get_by_label("Tick all on this page").check()
@@ -356,7 +356,7 @@ def test_the_fleet_is_scaled_and_drained(scene: Scene, browser: Browser) -> None
         page.get_by_role("link", name="Scale pool default").click()
         dialog.get_by_label("The policy").check()
         dialog.get_by_role("button", name="Scale").click()
-        page.wait_for_url("**/ui/grid")
+        page.wait_for_url("**/ui/s/*/grid")
         assert scene.grid.client.grid()["pools"][0]["held_by_hand"] is False
 
 
@@ -378,13 +378,13 @@ def test_the_page_works_at_an_address_that_the_browser_does_not_trust(browser: B
         url = rig.url.replace("127.0.0.1", ELSEWHERE)
         path = rig.client.open_session()["path"]
         with opened(browser, url + path, **DESKTOP) as (page, _):
-            page.wait_for_url(f"{url}/ui/")
+            page.wait_for_url(f"{url}/ui/s/*/")
             page.get_by_role("heading", name="Jobs").wait_for()
             page.get_by_role("button", name="Log out").click()
             page.get_by_label("Token").fill(TOKEN)
             page.get_by_role("button", name="Log in").click()
-            page.wait_for_url(f"{url}/ui/")
-            page.goto(f"{url}/ui/grid/pools/default")
+            page.wait_for_url(f"{url}/ui/s/*/")
+            page.goto(f"{place_of(page)}/grid/pools/default")
             page.get_by_label("Max").fill("3")
             page.get_by_role("button", name="Scale").click()
             page.get_by_text("0 to 3").wait_for()

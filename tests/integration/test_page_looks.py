@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from batchlab.home import Home
-from tests.browser import offences, opened, tab_stops
+from tests.browser import offences, opened, place_of, tab_stops
 from tests.integration.still_grid import StillGrid
 from tests.integration.still_tables import FAILED, OK, PAUSED, RUNS, WAITS
 from tests.looks import REFERENCES, WIDTHS, Eye, Looks, amiss, eye_of, fit, must
@@ -64,7 +64,7 @@ class Scene:
     eye: Eye
 
     def show(self, view: str) -> None:
-        self.page.goto(f"{self.grid.url}/ui{self.path(view)}")
+        self.page.goto(f"{place_of(self.page)}{self.path(view)}")
         if view == "grid" and not self.grid.empty:
             self.page.locator("#curve-queue canvas").wait_for()
 
@@ -82,7 +82,7 @@ def logged_in(browser: Browser, grid: StillGrid) -> Iterator[Scene]:
         opened(browser, url, timezone_id="Europe/Berlin", reduced_motion="reduce") as (page, _),
         eye_of(page) as eye,
     ):
-        page.wait_for_url("**/ui/")
+        page.wait_for_url("**/ui/s/*/")
         yield Scene(grid, page, eye)
 
 

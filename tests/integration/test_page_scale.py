@@ -122,15 +122,17 @@ def test_no_answer_takes_long(rig: Rig, reads: list[str]) -> None:
     """Of the process's own time, which a busy machine does not make longer."""
     page = httpx.Client(base_url=rig.url, trust_env=False, verify=False)
     with page:
-        page.post("/ui/login", data={"word": TOKEN}, headers={"Sec-Fetch-Site": "same-origin"})
+        ours = {"Sec-Fetch-Site": "same-origin"}
+        opened = page.post("/ui/login", data={"word": TOKEN}, headers=ours)
+        ui = opened.headers["location"].removesuffix("/")
         job = f"/jobs/{JOB.id}"
         first: Any = asked(rig, f"/v1{job}/failures?limit=1").json()["failures"][0]
         paths = [
             *(f"/v1{job}", f"/v1{job}/why", f"/v1{job}/eta", "/v1/jobs", "/v1/grid"),
-            *("/ui/", f"/ui{job}", f"/ui{job}?part=live", "/ui/failures", "/ui/grid"),
-            "/ui/schedules",
-            *(f"/ui{job}/failures", f"/ui{job}/failures/{first['fingerprint']}"),
-            f"/ui{job}/stages/map/tasks/{first['task']}?seq={first['seq']}",
+            *(f"{ui}/", f"{ui}{job}", f"{ui}{job}?part=live", f"{ui}/failures", f"{ui}/grid"),
+            f"{ui}/schedules",
+            *(f"{ui}{job}/failures", f"{ui}{job}/failures/{first['fingerprint']}"),
+            f"{ui}{job}/stages/map/tasks/{first['task']}?seq={first['seq']}",
         ]
         for path in paths:
             answers: list[httpx.Response] = []

@@ -46,11 +46,12 @@ def test_only_so_many_codes_wait(sessions: Sessions) -> None:
 
 def test_a_session_ends_at_its_time(sessions: Sessions, clock: ManualClock) -> None:
     session, cookie = sessions.begin()
-    assert sessions.of(cookie) == session
+    place = sessions.place(session)
+    assert sessions.of(cookie, place) == session
     clock.time_s += SESSION_S - 2
-    assert sessions.of(cookie) == session
+    assert sessions.of(cookie, place) == session
     clock.time_s += 2
-    assert sessions.of(cookie) is None
+    assert sessions.of(cookie, place) is None
 
 
 def test_a_cookie_that_was_changed_is_none_of_ours(sessions: Sessions) -> None:
@@ -74,14 +75,16 @@ def test_a_cookie_that_was_changed_is_none_of_ours(sessions: Sessions) -> None:
             "²." + name,
         ),
     ):
-        assert sessions.of(wrong) is None, wrong
+        assert sessions.of(wrong, sessions.place(session)) is None, wrong
 
 
 def test_another_grid_or_another_token_knows_nothing_of_it(clock: ManualClock) -> None:
     mine, other = Sessions(TOKEN, clock), Sessions("another", clock)
     session, cookie = mine.begin()
-    assert other.of(cookie) is None
-    assert mine.cookie != other.cookie
+    place = mine.place(session)
+    assert other.of(cookie, place) is None
+    assert other.of(cookie, other.place(session)) is None
+    assert mine.cookie(place) != other.cookie(place)
     assert not other.has_sent(session, mine.form_token(session))
 
 
@@ -94,9 +97,9 @@ def test_a_manager_that_was_started_again_knows_who_came_and_who_has_gone(
     gone, left = before.begin()
     before.close(gone)
     again = Sessions(TOKEN, clock, kept)
-    assert again.of(cookie) == session
-    assert again.of(left) is None
-    assert again.cookie == before.cookie
+    assert again.of(cookie, before.place(session)) == session
+    assert again.of(left, before.place(gone)) is None
+    assert again.cookie("x") == before.cookie("x")
     assert TOKEN not in (tmp_path / "sessions.json").read_text()
 
 
@@ -108,11 +111,12 @@ def test_who_has_lost_who_has_gone_has_lost_who_came(
 ) -> None:
     file = tmp_path / "sessions.json"
     before = Sessions(TOKEN, clock, StateFile(file))
-    cookies = [before.begin()[1], before.begin()[1]]
+    begun = [before.begin(), before.begin()]
+    cookies = [(cookie, before.place(session)) for session, cookie in begun]
     before.close(before.begin()[0])
     file.write_bytes(damage)
     for again in (Sessions(TOKEN, clock, StateFile(file)), Sessions(TOKEN, clock)):
-        assert [again.of(one) for one in cookies] == [None, None]
+        assert [again.of(*one) for one in cookies] == [None, None]
         assert again.begin()[1]
 
 
@@ -125,9 +129,9 @@ def test_what_is_remembered_of_who_has_gone_is_bounded(
     for session, _ in every[:4]:
         sessions.close(session)
     assert sessions._closed == {}
-    assert [sessions.of(cookie) for _, cookie in every] == [None] * 5
+    assert [sessions.of(cookie, sessions.place(one)) for one, cookie in every] == [None] * 5
     session, cookie = sessions.begin()
-    assert sessions.of(cookie) == session
+    assert sessions.of(cookie, sessions.place(session)) == session
 
 
 def test_a_disk_that_is_full_keeps_nobody_from_logging_out(
@@ -137,7 +141,7 @@ def test_a_disk_that_is_full_keeps_nobody_from_logging_out(
     sessions = Sessions(TOKEN, clock, StateFile(tmp_path / "file" / "sessions.json"))
     session, cookie = sessions.begin()
     sessions.close(session)
-    assert sessions.of(cookie) is None
+    assert sessions.of(cookie, sessions.place(session)) is None
     assert "known until a restart" in caplog.text
 
 
@@ -145,8 +149,8 @@ def test_who_logs_out_takes_the_cookie_along(sessions: Sessions, clock: ManualCl
     session, cookie = sessions.begin()
     other, kept = sessions.begin()
     sessions.close(session)
-    assert sessions.of(cookie) is None
-    assert sessions.of(kept) == other
+    assert sessions.of(cookie, sessions.place(session)) is None
+    assert sessions.of(kept, sessions.place(other)) == other
     clock.time_s += SESSION_S
     sessions.close(other)
     assert session.name not in sessions._closed  # what is over anyway is not remembered
@@ -161,4 +165,15 @@ def test_a_forms_token_is_of_one_session(sessions: Sessions) -> None:
 
 def test_the_token_is_in_no_cookie(sessions: Sessions) -> None:
     session, cookie = sessions.begin()
-    assert TOKEN not in cookie + sessions.cookie + sessions.form_token(session)
+    place = sessions.place(session)
+    assert TOKEN not in cookie + place + sessions.cookie(place) + sessions.form_token(session)
+
+
+def test_a_cookie_without_its_place_opens_nothing(sessions: Sessions) -> None:
+    """A browser sends a cookie to every port of a host; it does not send the place along."""
+    session, cookie = sessions.begin()
+    other = sessions.begin()[0]
+    place = sessions.place(session)
+    assert place != sessions.place(other)
+    for wrong in ("", place[:-1], place + "0", "0" * 32, sessions.place(other)):
+        assert sessions.of(cookie, wrong) is None

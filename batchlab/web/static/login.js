@@ -3,7 +3,13 @@
 (function () {
   "use strict";
   const code = window.location.hash.slice(1);
-  if (!code) return;
+  if (!code) {
+    // A page of the session stores its place again, so a session that has ended is tried once.
+    const place = localStorage.getItem("batchlab-place");
+    localStorage.removeItem("batchlab-place");
+    if (place && !document.querySelector("[role=alert]")) window.location.replace(place);
+    return;
+  }
   window.history.replaceState(null, "", window.location.pathname);
   const form = document.getElementById("login");
   form.elements.word.value = code;

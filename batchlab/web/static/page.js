@@ -1,6 +1,10 @@
 (function () {
   "use strict";
 
+  // The place of the session, for a visit without it. Only pages of this port can read it.
+  const place = document.body.dataset.place;
+  if (place) localStorage.setItem("batchlab-place", place);
+
   // A moment in the reader's own zone. It is shown from a shadow root: what the server wrote stays
   // as it is, so that an update finds nothing to change.
   const MOMENT = { year: "numeric", month: "2-digit", day: "2-digit", hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" };

@@ -1,0 +1,99 @@
+"""Findings 7 and 9: no page of another origin uses the API or reads an answer of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.integration.local_grid import LocalGrid
+
+FOREIGN = (
+    {"Origin": "http://evil.example"},
+    {"Origin": "http://127.0.0.1:1"},
+    {"Origin": "null"},
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site"},  # another port of the same host
+    {"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.example"},
+)
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalGrid]:
+    made = LocalGrid(tmp_path_factory.mktemp("origins") / "home")
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture(scope="module")
+def http(grid: LocalGrid) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=grid.client.url, trust_env=False) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def asked(grid: LocalGrid, http: httpx.Client) -> list[tuple[str, str]]:
+    """Every route of the API, with its method."""
+    described = http.get("/openapi.json").json()["paths"]
+    found = [
+        (method.upper(), re.sub(r"\{task\}", "0", path).replace("{", "").replace("}", ""))
+        for path, methods in described.items()
+        for method in methods
+    ]
+    assert len(found) >= 30
+    return [*found, ("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/v1/nothing")]
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=str)
+def test_a_page_of_another_origin_gets_nothing(
+    grid: LocalGrid, http: httpx.Client, asked: list[tuple[str, str]], headers: dict[str, str]
+) -> None:
+    """Finding 9: with and without the token, and also where the answer is public."""
+    token = {"Authorization": f"Bearer {grid.home.token()}"}
+    for method, path in asked:
+        for more in ({}, token):
+            answer = http.request(method, path, headers={**headers, **more})
+            assert answer.status_code == 403, (method, path)
+            assert answer.text == "The request comes from another page.\n"
+    assert grid.client.health()["leader"]
+
+
+def test_no_answer_allows_another_origin(
+    grid: LocalGrid, http: httpx.Client, asked: list[tuple[str, str]]
+) -> None:
+    """Finding 9: a browser asks first, with OPTIONS, before it sends a header of its own."""
+    preflight = {
+        "Origin": "http://evil.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    for path in {path for _, path in asked} | {"/", "/ui/", "/ui/login", "/ui/static/page.css"}:
+        for method, headers in (("OPTIONS", preflight), ("GET", {"Host": "localhost"})):
+            answer = http.request(method, path, headers=headers)
+            assert not [one for one in answer.headers if one.startswith("access-control-")], path
+            assert method == "GET" or answer.status_code >= 400
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil", ""])
+def test_a_name_that_leads_here_gets_nothing_without_the_token(
+    grid: LocalGrid, http: httpx.Client, asked: list[tuple[str, str]], host: str
+) -> None:
+    """Finding 9: to a browser such a name is the same origin (DNS rebinding)."""
+    for method, path in asked:
+        for headers in ({}, {"Authorization": "Bearer guess"}):
+            answer = http.request(method, path, headers={"Host": host, **headers})
+            assert answer.status_code == 421, (method, path)
+    # A proxy or Prometheus may call the manager by any name, since no web page has the token.
+    token = {"Authorization": f"Bearer {grid.home.token()}", "Host": "manager.internal"}
+    assert http.get("/v1/jobs", headers=token).status_code == 200
+
+
+def test_a_page_of_the_same_origin_may_use_the_api(grid: LocalGrid, http: httpx.Client) -> None:
+    """Finding 9: the checks refuse other pages, not a page of the manager's own origin."""
+    ours = {"Sec-Fetch-Site": "same-origin", "Origin": grid.client.url}
+    assert http.get("/v1/health", headers=ours).status_code == 200
+    assert http.get("/v1/health", headers={"Sec-Fetch-Site": "none"}).status_code == 200

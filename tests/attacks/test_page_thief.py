@@ -1,0 +1,141 @@
+"""Finding 7: a program on another port of the same host cannot use the page's session.
+
+The grid is real. The thief listens on 127.0.0.1, as another user of the machine may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.cookies import SimpleCookie
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from batchlab import updown
+from tests.browser import browser, opened, place_of
+from tests.http_front import Answer, Request, standing
+from tests.integration.api_rig import Rig
+from tests.integration.local_grid import LocalGrid
+from tests.integration.page_rig import routes
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+__all__ = ["browser"]
+
+FORGED = {"Sec-Fetch-Site": "same-origin"}
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalGrid]:
+    made = LocalGrid(tmp_path_factory.mktemp("stolen") / "home")
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+@dataclass
+class Thief:
+    """Answers each request with a page that asks for everything that it can think of."""
+
+    url: str = ""
+    seen: list[Request] = field(default_factory=list)
+
+    def answer(self, request: Request) -> Answer:
+        self.seen.append(request)
+        paths = ("/ui", "/ui/", "/ui/login", "/ui/s/", f"/ui/s/{'0' * 32}/", "/v1/jobs")
+        tags = [f'<img src="{base}{path}">' for base in ("", self.url) for path in paths]
+        body = f"<!doctype html><title>thief</title>{''.join(tags)}".encode()
+        kind = "text/html" if request.header("Sec-Fetch-Dest") == "document" else "image/png"
+        return Answer(200, [("Content-Type", kind)], body)
+
+    def cookies(self) -> list[str]:
+        return [
+            name
+            for request in self.seen
+            for name in SimpleCookie(request.header("Cookie"))
+            if name.startswith("batchlab-")
+        ]
+
+
+def log_in(grid: LocalGrid) -> tuple[str, str]:
+    """The cookie, as a browser sends it, and the place of a new session."""
+    code = grid.client.open_session()["code"]
+    with httpx.Client(base_url=grid.client.url, trust_env=False) as http:
+        answer = http.post("/ui/login", data={"word": code}, headers=FORGED)
+    assert answer.status_code == 303
+    return answer.headers["set-cookie"].partition(";")[0], answer.headers["location"]
+
+
+def test_a_browser_does_not_give_the_cookie_to_another_port(
+    grid: LocalGrid, browser: Browser
+) -> None:
+    """Finding 7: the thief's page asks for every path that it can guess."""
+    thief = Thief(grid.client.url)
+    address = grid.client.url + grid.client.open_session()["path"]
+    with standing(thief) as url, opened(browser, address) as (page, _):
+        page.wait_for_url("**/ui/s/*/")
+        place = place_of(page).removeprefix(grid.client.url)
+        for path in ("/", "/ui", "/ui/", "/ui/login", f"/ui/s/{'0' * 32}/"):
+            page.goto(url + path)
+        assert len(thief.seen) >= 30
+        assert thief.cookies() == []
+        # A browser does send it to another port, but only to one that knows the place.
+        page.goto(f"{url}{place}/")
+        assert thief.cookies()
+        page.goto(f"{grid.client.url}/ui/")
+        page.wait_for_url(f"**{place}/")  # a visit without the place finds the session again
+
+
+def test_a_stolen_cookie_reads_and_changes_nothing(grid: LocalGrid) -> None:
+    """Finding 7: the cookie alone, with every header that a browser would send."""
+    cookie, place = log_in(grid)
+    with Rig() as rig:
+        asked = routes(rig)
+    assert len(asked) >= 30
+    headers = {**FORGED, "Cookie": cookie, "Origin": grid.client.url}
+    with httpx.Client(base_url=grid.client.url, trust_env=False) as http:
+        assert http.get(place, headers=headers).status_code == 200, "the whole session is good"
+        for base in ("/ui", f"/ui/s/{'0' * 32}", log_in(grid)[1].removesuffix("/")):
+            for method, path in asked:
+                if path == "/login":
+                    continue
+                answer = http.request(method, f"{base}{path}", headers=headers)
+                answered = (answer.status_code, answer.headers.get("location"))
+                assert answered in ((303, "/ui/login"), (401, None)), (method, path)
+        for path in ("/v1/jobs", "/v1/grid", "/metrics"):
+            assert http.get(path, headers=headers).status_code == 401
+        assert http.post("/v1/shutdown", headers=headers).status_code == 401
+    assert grid.client.health()["leader"]
+
+
+def test_a_stolen_place_reads_and_changes_nothing(grid: LocalGrid) -> None:
+    """Finding 7: an address that was copied, or read in a history, needs the cookie too."""
+    _, place = log_in(grid)
+    other, _ = log_in(grid)
+    with httpx.Client(base_url=grid.client.url, trust_env=False) as http:
+        for cookies in ({}, {"Cookie": other}):
+            answer = http.get(place, headers={**FORGED, **cookies})
+            assert (answer.status_code, answer.headers["location"]) == (303, "/ui/login")
+            assert http.post(f"{place}grid/drain", headers={**FORGED, **cookies}).status_code == 401
+
+
+def test_a_session_ends_with_its_manager(tmp_path: Path) -> None:
+    """Finding 7: a program that takes the port of a manager that was killed gets what an open page
+    sends. The next manager, at the same port, does not accept that."""
+    grid = LocalGrid(tmp_path / "home")
+    try:
+        port = int(grid.client.url.rpartition(":")[2])
+        cookie, place = log_in(grid)
+        updown.kill_manager(grid.home)
+        record = updown.start_manager(grid.home, grid.backend, parent=True, port=port)
+        assert record.url.endswith(f":{port}")
+        headers = {**FORGED, "Cookie": cookie}
+        answer = httpx.get(f"{record.url}{place}", headers=headers, trust_env=False)
+        assert (answer.status_code, answer.headers["location"]) == (303, "/ui/login")
+    finally:
+        grid.stop()
