@@ -19,8 +19,9 @@ from it.
 
 - A manager listens on 127.0.0.1, or in the grid's own network of containers. Where it does is in
   `manager.json` in the grid's folder, its token in `token`.
-- Every request but `/v1/health` needs `Authorization: Bearer TOKEN`. The description, the page and
-  `/metrics` need it too, or a session of the page.
+- Every request needs `Authorization: Bearer TOKEN`, `/metrics` too, except for the
+  [public routes](security.md#who-gets-in). The command line and the Python API sign their requests
+  instead, and never send the token to a port ([network](security.md#network)).
 - Times ending in `_s` are seconds; those of moments count from 1970 (UTC).
 - An error is a [ProblemView](#problemview) with its status: 400 and 422 what was sent is wrong, 401
   the token is missing or wrong, 404 there is no such thing, 409 it cannot be done in the state that

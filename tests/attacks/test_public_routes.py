@@ -1,0 +1,61 @@
+"""Finding 17: the routes that answer without the token are the ones that the docs list."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi.routing import APIRoute
+from starlette.routing import Mount, Route
+
+from batchlab.api.door import PAGE
+from tests.integration.api_rig import Rig
+from tests.integration.page_rig import routes
+
+SECURITY = Path(__file__).resolve().parents[2] / "docs" / "security.md"
+SIGN = {"Sec-Fetch-Site": "same-origin"}
+
+
+def listed() -> set[tuple[str, str]]:
+    table = SECURITY.read_text().partition("| public route |")[2].partition("\n\n")[0]
+    return {(method, path) for method, path in re.findall(r"^\| `(\w+) (\S+)` \|", table, re.M)}
+
+
+def all_routes(rig: Rig) -> set[tuple[str, str]]:
+    """Every route of the manager with its method, names filled in."""
+    found: set[tuple[str, str]] = set()
+
+    def walk(some: Any) -> None:
+        for route in some:
+            if router := getattr(route, "original_router", None):
+                walk(router.routes)
+            elif isinstance(route, APIRoute | Route):
+                path = re.sub(r"\{(\w+)\}", lambda m: "0" if m[1] == "task" else "x", route.path)
+                found.update((method, path) for method in route.methods or ())
+            else:
+                assert isinstance(route, Mount)
+                assert route.path == PAGE, "a part of the manager that this test does not know"
+
+    walk(rig.app.routes)
+    page = {(method, f"{PAGE}{path}") for method, path in routes(rig)}
+    assert len(found) >= 30
+    assert len(page) >= 30
+    return found | page | {("GET", f"{PAGE}/static/page.css"), ("GET", f"{PAGE}/")}
+
+
+def is_refused(answer: httpx.Response) -> bool:
+    return answer.status_code == 401 or answer.headers.get("location") == f"{PAGE}/login"
+
+
+def test_the_public_routes_are_the_listed_ones() -> None:
+    """Finding 17: every other route asks for the token or leads to the login page."""
+    with Rig() as rig:
+        public = {
+            (method, path.replace("page.css", "FILE"))
+            for method, path in all_routes(rig)
+            if not is_refused(rig.http.request(method, path, headers=SIGN))
+        }
+        assert rig.shutdowns == 0
+    assert {one for one in public if one[0] != "HEAD"} == listed()
