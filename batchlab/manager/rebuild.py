@@ -17,6 +17,7 @@ from batchlab.commit import outcome_at
 from batchlab.control import word_of
 from batchlab.errors import BackendError, NotFound, Unreachable
 from batchlab.jobdef import JobDef
+from batchlab.manager import addresses
 from batchlab.manager.live import Ports
 from batchlab.manager.retries import Retry
 from batchlab.model import Completion, Control, JobId, JobState, StageName
@@ -89,6 +90,7 @@ async def _past(ports: Ports, job: JobId) -> Past:
     spec, opening = wire.job_from_json(doc), definition.opening_in(doc)
     if spec.id != job:
         raise BackendError(f"The definition of job {job} is one of another job.")
+    spec = await addresses.restored(ports, spec)
     if opening and opening.cut:
         found.cuts.append(opening.cut)
     key = await ports.keys.of(spec)

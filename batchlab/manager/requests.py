@@ -18,6 +18,7 @@ from batchlab import control
 from batchlab.durability import of_single_call
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Refused
 from batchlab.jobdef import JobDef
+from batchlab.manager import addresses
 from batchlab.manager.arrivals import Arrivals
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.counts import Counts
@@ -145,20 +146,22 @@ class Requests:
     ) -> tuple[JobDef, definition.Opening | None, bool]:
         """Commit the definition; answers with the one that counts, and whether it is this one."""
         objects, patience = self._ports.objects, self._ports.patience
-        key, data = naming.spec(job.id), definition.to_bytes(job, opening)
+        hidden = addresses.hidden(job)
+        await addresses.store(self._ports, job)
+        key, data = naming.spec(job.id), definition.to_bytes(hidden, opening)
         try:
             with of_single_call(job.is_single_call):
                 await patience(lambda: objects.put(key, data, if_absent=True))
         except AlreadyExists:
             doc = wire.loads(await patience(lambda: objects.get(key)))
             known, its = wire.job_from_json(doc), definition.opening_in(doc)
-            if _content(known, its) != _content(job, opening):
+            if _content(addresses.hidden(known), its) != _content(hidden, opening):
                 by = "client token" if job.token else "id"
                 raise Refused(
                     f"Job {job.id} is another one, submitted with the same {by}.",
                     remedy=f"Give each job {'a token' if job.token else 'an id'} of its own.",
                 ) from None
-            return known, its, False
+            return await addresses.restored(self._ports, known), its, False
         return job, opening, True
 
     async def cancel(self, job: JobId) -> None:

@@ -58,6 +58,11 @@ NOTIFICATIONS = "grid/notifications.json"
 """What is to be told to whom, and what came of what has been."""
 
 
+def addresses(job: JobId, digest: str) -> str:
+    """The webhook addresses of a job, named by their content."""
+    return f"grid/addresses/{job}/{digest}.json"
+
+
 def used(job: JobId) -> str:
     """What a job that has ended has used."""
     return f"grid/used/{job}.json"

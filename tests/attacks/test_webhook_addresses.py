@@ -1,0 +1,112 @@
+"""Finding 18: workers cannot read the address of a job's webhook, which often holds a secret."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from batchlab import updown
+from batchlab.errors import Refused, UsageError
+from batchlab.jobdef import JobDef, NotifyDef
+from batchlab.model import JobId
+from batchlab.protocol import definition, naming, wire
+from tests.integration.api_rig import Rig, job
+from tests.integration.local_grid import LocalGrid
+
+SECRET = "T0KEN-in-a-path"
+HOOK = NotifyDef("webhook", f"https://hooks.example.org/services/{SECRET}", ("ended",))
+TOPIC = NotifyDef("sns", "arn:aws:sns:eu-central-1:123456789012:batch", ("failed",))
+
+
+def told(name: str) -> JobDef:
+    return replace(job(name, token=name), notify=(TOPIC, HOOK))
+
+
+def test_no_object_that_a_worker_reads_has_the_address(tmp_path: Path) -> None:
+    """Finding 18: a worker may read everything of the bucket but `grid/*`."""
+    grid = LocalGrid(tmp_path / "home")
+    try:
+        view = grid.client.submit(told("sums"))
+        grid.client.cancel(view["id"])
+        grid.wait(view["id"])
+        updown.kill_manager(grid.home)
+        grid.client.close()
+        grid.client = grid._start()
+        assert grid.client.job(view["id"])["state"] in ("CANCELLED", "FAILED")
+    finally:
+        grid.stop()
+    found = [
+        path.relative_to(grid.home.objects).as_posix()
+        for path in grid.home.objects.rglob("*")
+        if path.is_file() and SECRET.encode() in path.read_bytes()
+    ]
+    assert found
+    assert [one for one in found if not one.startswith("grid/")] == []
+    queue = grid.home.queue_file.read_bytes()
+    assert SECRET.encode() not in queue
+
+
+def spec_of(rig: Rig, name: str) -> JobDef:
+    return wire.job_from_json(wire.loads(rig.run(rig.objects.get(naming.spec(JobId(name))))))
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with Rig() as made:
+        yield made
+
+
+def test_a_rebuilt_ledger_knows_the_address(rig: Rig) -> None:
+    """Finding 18: the ledger comes from the bucket alone, and notifications need the address."""
+    name = JobId(rig.client.submit(told("again"))["id"])
+    assert rig.client.rebuild() == 1
+    known = rig.run(rig.ledger.job(name)).job
+    assert known.notify == (TOPIC, HOOK)
+
+
+def test_the_same_submission_again_is_the_same_job(rig: Rig) -> None:
+    """Finding 18: also where the client sends the spec that it has read in the bucket."""
+    first = rig.client.submit(told("same"))
+    assert rig.client.submit(told("same"))["id"] == first["id"]
+    spec = spec_of(rig, first["id"])
+    assert SECRET not in str(spec)
+    assert rig.client.submit(spec)["id"] == first["id"]
+    other = replace(told("same"), notify=(replace(HOOK, to="https://hooks.example.org/other"),))
+    with pytest.raises(Refused, match="is another one"):
+        rig.client.submit(other)
+
+
+def test_a_job_cannot_name_the_address_of_another_job(rig: Rig) -> None:
+    """Finding 18: a reference is written by the manager and by nobody else."""
+    first = rig.client.submit(told("first"))
+    spec = spec_of(rig, first["id"])
+    with pytest.raises(UsageError, match="webhook's address is no URL"):
+        rig.client.submit(replace(job("second", token="second"), notify=spec.notify))
+
+
+def test_a_spec_of_the_first_release_is_read_as_before(rig: Rig) -> None:
+    """Finding 18: its addresses are in the spec itself."""
+    old = replace(told("old"), max_failures=0.0)  # as the API reads it
+    rig.run(rig.objects.put(naming.spec(old.id), definition.to_bytes(old)))
+    assert rig.client.rebuild() == 1
+    assert rig.run(rig.ledger.job(old.id)).job.notify == (TOPIC, HOOK)
+    assert rig.client.submit(old)["id"] == old.id
+
+
+def test_a_lost_address_keeps_no_job_from_its_end(rig: Rig) -> None:
+    """Finding 18: nothing is sent to a reference whose object does not exist."""
+    name = JobId(rig.client.submit(told("lost"))["id"])
+
+    async def lose() -> None:
+        keys = [one.key async for page in rig.objects.list("grid/addresses/") for one in page]
+        await rig.objects.delete(keys)
+
+    rig.run(lose())
+    assert rig.client.rebuild() == 1
+    (_, hook) = rig.run(rig.ledger.job(name)).job.notify
+    assert hook.to.startswith("grid:")
+    rig.client.cancel(name)
+    assert rig.ended(name)["state"] in ("CANCELLED", "FAILED")
