@@ -34,11 +34,16 @@ async def first(manager: Manager, job: JobId, wait_s: float) -> views.OutcomesVi
     if live := manager.lives.get(job):
         live.listeners += 1
         try:
-            while not (live.told or live.folds or live.record.state.ended or loop.time() >= end_s):
+            while not (
+                live.first_outcomes or live.folds or live.record.state.ended or loop.time() >= end_s
+            ):
                 await news(live, live.version, end_s - loop.time())
-            if live.told and not live.folds:
+            if live.first_outcomes and not live.folds:
                 key = await manager.ports.keys.of(live.job)
-                return {"outcomes": [_uncounted(one, key) for one in live.told], "ended": False}
+                return {
+                    "outcomes": [_uncounted(one, key) for one in live.first_outcomes],
+                    "ended": False,
+                }
         finally:
             live.listeners -= 1
             if not live.listeners:

@@ -148,6 +148,7 @@ class Adoption:
                 await asyncio.sleep(self._settings.lease_ttl_s)
         if self._lives.get(live.id) is live:
             del self._lives[live.id]
+            live.release_outcomes()
             self._starts.forget(live.id)
 
     async def drop_all(self) -> None:

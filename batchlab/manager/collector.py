@@ -14,6 +14,7 @@ from batchlab.manager.counts import Counts
 from batchlab.manager.folding import Folder, Key
 from batchlab.manager.live import LiveJob, Ports
 from batchlab.manager.registry import Registry
+from batchlab.manager.retained import Retained, RetainedOutcomes
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Completion, JobId, Outcome
 from batchlab.ports import MAX_BATCH, Message, QueueSpec
@@ -63,6 +64,7 @@ class Collector:
         self._quiet = quiet
         self._arrivals = arrivals
         self._counts = counts or Counts()
+        self._memory = RetainedOutcomes()
         self._folded: list[str] = []
         """Receipts of messages to delete."""
         self._is_folded = asyncio.Event()
@@ -166,7 +168,7 @@ class Collector:
     async def _take(self, messages: Sequence[Message]) -> None:
         taken: list[Events] = []
         completions: list[Completion] = []
-        whole: dict[Key, Outcome] = {}
+        whole: dict[Key, Retained] = {}
         for message in messages:
             try:
                 events = read_events_message(message.body)
@@ -183,7 +185,7 @@ class Collector:
             taken.append(events)
             completions += events.completions
             completions += done
-            whole |= {(o.bundle.job, o.bundle.stage, o.bundle.id): o for o in events.outcomes}
+            whole |= self._retained(events.outcomes, len(message.body))
         await self._arrivals.ended({one.bundle.job for one in completions})
         if self._tell(whole.values()):
             # A fold takes as long as all the rest here.
@@ -206,12 +208,20 @@ class Collector:
             await self._registry.hear(beat)
             self._named(beat)
 
-    def _tell(self, outcomes: Iterable[Outcome]) -> bool:
+    def _retained(self, outcomes: Sequence[Outcome], size_bytes: int) -> dict[Key, Retained]:
+        """Keep in memory the outcomes of a message of that size, for clients that wait for them."""
+        share_bytes = size_bytes // max(1, len(outcomes))
+        return {
+            (one.bundle.job, one.bundle.stage, one.bundle.id): self._memory.add(one, share_bytes)
+            for one in outcomes
+        }
+
+    def _tell(self, outcomes: Iterable[Retained]) -> bool:
         """Tell who waits for the first outcomes of a job, whether anybody does: they are committed,
         and what is counted later is only how far the job has come."""
         heard = False
         for one in outcomes:
-            live = self._lives.get(one.bundle.job)
+            live = self._lives.get(one.outcome.bundle.job) if one.outcome else None
             heard = bool(live and live.tell(one)) or heard
         return heard
 

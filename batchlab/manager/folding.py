@@ -15,7 +15,8 @@ from batchlab.errors import NotFound
 from batchlab.jobdef import JobDef
 from batchlab.manager.counts import Counts
 from batchlab.manager.live import LiveJob, Ports
-from batchlab.model import BundleId, Completion, Control, JobId, Outcome, StageName
+from batchlab.manager.retained import Retained
+from batchlab.model import BundleId, Completion, Control, JobId, StageName
 from batchlab.ports import BundleRecord, Folded, JobRecord, JobRows, Written
 from batchlab.protocol import settle
 from batchlab.tracing import NOBODY, Tracer
@@ -23,7 +24,7 @@ from batchlab.tracing import NOBODY, Tracer
 log = logging.getLogger(__name__)
 
 Key = tuple[JobId, StageName, BundleId]
-Whole = Mapping[Key, Outcome]
+Whole = Mapping[Key, Retained]
 """Outcomes that came whole, by their bundles."""
 Traces = Mapping[Key, str]
 """Where the traces of bundles go on, as traceparents."""

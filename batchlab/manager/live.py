@@ -15,6 +15,7 @@ from batchlab.costs.cap import Budget
 from batchlab.costs.meter import Account
 from batchlab.eta import Pace
 from batchlab.jobdef import JobDef, StageDef
+from batchlab.manager.retained import Retained
 from batchlab.model import (
     Bundle,
     BundleId,
@@ -109,13 +110,13 @@ class LiveJob:
     """Grows with every outcome that is folded here."""
     known_after: int | None = None
     """`recent` has every outcome folded after this seq; None where nothing is known of them."""
-    recent: deque[tuple[BundleRecord, Outcome | None]] = field(default_factory=deque)
+    recent: deque[tuple[BundleRecord, Retained | None]] = field(default_factory=deque)
     """The last outcomes folded: those who wait for results need not ask the ledger for them, nor
     the bucket for those that are small."""
     listeners: int = 0
     """How many wait for its first outcomes, who need not be counted for that."""
-    told: list[Outcome] = field(default_factory=list)
-    """Those first ones, while somebody waits and none has been folded."""
+    told: list[Retained] = field(default_factory=list)
+    """Those first ones, up to RECENT, while somebody waits and none has been folded."""
     early: dict[tuple[StageName, BundleId], None] = field(default_factory=dict)
     """The last bundles of which an outcome came before anybody had said that they were planned:
     short ones that follow from a bundle are quicker than its own event."""
@@ -174,19 +175,36 @@ class LiveJob:
         while self.version == version:
             await self._news.wait()
 
-    def tell(self, outcome: Outcome) -> bool:
+    def tell(self, outcome: Retained) -> bool:
         """Tell who waits for the first outcomes of one that is committed and not yet folded;
         whether anybody does."""
-        if not self.listeners or self.folds:
+        if not self.listeners or self.folds or len(self.told) >= RECENT:
             return False
         self.told.append(outcome)
         self.changed()
         return True
 
+    @property
+    def first_outcomes(self) -> list[Outcome]:
+        """The outcomes that were told and are still in memory."""
+        return [one.outcome for one in self.told if one.outcome]
+
+    @property
+    def has_news_of_outcomes(self) -> bool:
+        """Whether outcomes were told or folded, or none will be."""
+        return bool(self.first_outcomes or self.folds) or self.record.state.ended
+
     def forget_outcomes(self, seq: int) -> None:
         """Somebody else may have folded outcomes up to this seq."""
+        self.release_outcomes()
         self.recent.clear()
         self.known_after = seq
+
+    def release_outcomes(self) -> None:
+        """Remove the outcomes of the job from memory."""
+        for _, one in self.recent:
+            if one:
+                one.release()
 
     def timed(self, done: Completion) -> None:
         """Note how long the tasks of a completion took, and its attempts that failed."""
@@ -212,17 +230,24 @@ class LiveJob:
         """Note where in the trace an outcome of the stage was folded."""
         self.traced.setdefault(stage, deque(maxlen=LINKS)).append(context)
 
-    def remember(self, record: BundleRecord, outcome: Outcome | None) -> None:
+    def remember(self, record: BundleRecord, outcome: Retained | None) -> None:
         """What was folded just now, and the outcome itself where that is small."""
         self.recent.append((record, outcome))
         if len(self.recent) > RECENT:
-            self.known_after = self.recent.popleft()[0].seq
+            oldest, its = self.recent.popleft()
+            self.known_after = oldest.seq
+            if its:
+                its.release()
 
     def outcomes_after(self, seq: int | None) -> list[tuple[BundleRecord, Outcome | None]] | None:
         """What was folded after `seq`, None where only the ledger knows."""
         if self.known_after is None or (seq or 0) < self.known_after:
             return None
-        return [one for one in self.recent if (one[0].seq or 0) > (seq or 0)]
+        return [
+            (record, one.outcome if one else None)
+            for record, one in self.recent
+            if (record.seq or 0) > (seq or 0)
+        ]
 
     def expect(self, bundles: Iterable[tuple[Bundle, float]]) -> None:
         """Note (bundle, monotonic time it is due) as outstanding."""

@@ -1,0 +1,80 @@
+"""Finding 18: outcomes that workers send whole take a bounded part of the manager's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from batchlab.manager import retained
+from batchlab.manager.live import LiveJob
+from batchlab.manager.retained import RetainedOutcomes
+from batchlab.model import Bundle, JobId, Outcome, StageName, TaskSet
+from batchlab.protocol import wire
+from batchlab.protocol.messages import Events
+from tests.integration.api_rig import Rig, job
+from tests.integration.test_api_first import outcomes_of
+
+LARGE = "x" * 50_000
+MOST_BYTES = 200_000
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    monkeypatch.setattr(retained, "MOST_BYTES", MOST_BYTES)
+    with Rig() as made:
+        yield made
+
+
+def _has_folded(live: LiveJob, count: int) -> bool:
+    return live.folds == count
+
+
+def test_large_outcomes_of_several_jobs_leave_the_memory(rig: Rig) -> None:
+    """Finding 18: an honest worker sends only small outcomes whole; a compromised one sends any."""
+    jobs = [replace(job(name, token=name), items=4, input=None) for name in ("one", "two", "three")]
+    for one in jobs:
+        rig.client.submit(one, [1, 2, 3, 4])
+    for one in jobs:
+        for outcome in outcomes_of(rig, one.id, 4)[:3]:
+            large = replace(outcome, values=(LARGE,))
+            rig.run(rig._tell(Events(outcomes=(large,))))
+        live = rig.manager.lives[one.id]
+        rig.until(partial(_has_folded, live, 3), "the folds")
+    pages = [rig.client.outcomes(one.id)["outcomes"] for one in jobs]
+    held = [one["outcome"] is not None for page in pages for one in page]
+    assert len(held) == 9, "all of them are listed, in memory or not"
+    assert 1 <= sum(held) <= MOST_BYTES // len(LARGE)
+    assert held == sorted(held), "the oldest are released first"
+    assert rig.manager._collector._memory.size_bytes <= MOST_BYTES
+    # A client reads a released one from the bucket, where the honest commit counts.
+    released = pages[0][0]
+    stored = wire.outcome_from_json(wire.loads(rig.run(rig.objects.get(released["key"]))))
+    assert LARGE not in stored.values
+
+
+def test_a_job_that_has_ended_leaves_nothing_in_memory(rig: Rig) -> None:
+    """Finding 18: also where nobody has fetched its results."""
+    one = replace(job("ends"), items=1, input=None)
+    rig.client.submit(one, [1])
+    live = rig.manager.lives[one.id]
+    (outcome,) = outcomes_of(rig, one.id, 1)
+    rig.run(rig._tell(Events(outcomes=(outcome,))))
+    rig.ended(one.id)
+    rig.until(lambda: one.id not in rig.manager.lives, "the end of its conduct")
+    assert live.recent
+    assert [its.outcome for _, its in live.recent if its] == [None]
+
+
+def test_many_small_outcomes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finding 18: each of them takes more memory than its JSON has bytes."""
+    monkeypatch.setattr(retained, "MOST_BYTES", MOST_BYTES)
+    memory = RetainedOutcomes()
+    bundle = Bundle(JobId("j"), StageName("s"), TaskSet.of({0}), 1)
+    outcome = Outcome(bundle, "x", "w", 0.0, 1.0)
+    every = [memory.add(outcome, 1) for _ in range(1000)]
+    held = [one for one in every if one.outcome]
+    assert len(held) == MOST_BYTES // retained.LEAST_BYTES
+    assert held == every[-len(held) :]
