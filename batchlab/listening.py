@@ -17,7 +17,7 @@ from batchlab.home import Home
 log = logging.getLogger(__name__)
 
 LONGEST_PATH_BYTES = 100
-"""Of a Unix socket; macOS allows 103, Linux 107."""
+"""Longest path of a Unix socket. macOS allows 103 bytes, Linux 107."""
 _PREFIX, _NAME = "batchlab-", "manager.sock"
 
 
@@ -51,7 +51,7 @@ def listen_locally(home: Home) -> tuple[socket.socket, Path] | None:
         try:
             path.unlink(missing_ok=True)
             listener.bind(os.fspath(path))
-            # Nobody can connect before listen(), so the socket never has other permissions.
+            # A socket accepts no connection before listen(), so the permissions apply to each.
             path.chmod(0o600)
             listener.listen()
         except OSError as error:

@@ -41,6 +41,7 @@ settings.load_profile("batchlab")
 _ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(optionalhook=True)  # xdist may be off
 def pytest_xdist_auto_num_workers() -> int:
     """What `-n auto` means: three more than CPUs, since the longest tests mostly wait; else what
     xdist's own variable says."""

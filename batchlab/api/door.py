@@ -22,7 +22,7 @@ from batchlab import signatures
 from batchlab.signatures import PROOF, WINDOW_S, Signed
 
 MOST_BYTES = 64 * 1024**2
-"""Of a body; what is larger goes to the bucket, or comes as files, which are not read at once."""
+"""Limit of a body. A client puts more into the bucket, or sends it as files."""
 MOST_USED = 50_000
 """Signatures of requests that are kept, so that none is accepted twice."""
 PAGE = "/ui"
@@ -192,8 +192,9 @@ def name_of(host: str) -> str:
 
 
 def is_ours(headers: Headers) -> bool:
-    """Return whether a page of ours has sent the request. A browser says so itself; where it does
-    not, as for a name that is not this machine's, its origin must be ours."""
+    """Return whether a page of the manager has sent the request. A browser sends `Sec-Fetch-Site`
+    to a trusted origin. For another origin, such as a container's, the `Origin` must be the
+    manager's own."""
     site = headers.get("sec-fetch-site")
     if site is not None:
         return site == "same-origin"
@@ -206,8 +207,8 @@ def is_ours(headers: Headers) -> bool:
 def _refusal(headers: Headers, hosts: frozenset[str] | None) -> Response | None:
     """Return the answer to a request of another web page. `hosts` are the allowed names, or None
     for a request with the token, which no web page has."""
-    # A name that leads here by somebody else's DNS is another origin to the browser: its pages
-    # would read our answers (DNS rebinding). An address cannot be rebound.
+    # A foreign name may resolve to this machine. The browser would let its pages read the answers
+    # (DNS rebinding). An IP address cannot be rebound.
     if hosts is not None and not _is_named(name_of(headers.get("host", "")), hosts):
         return PlainTextResponse("The manager does not answer to that name.\n", 421)
     is_typed = "origin" not in headers and headers.get("sec-fetch-site", "none") == "none"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from batchlab.model import Outcome
 
 MOST_BYTES = 16 * 1024**2
-"""Of JSON, for all jobs together."""
+"""Limit for all jobs together, in bytes of JSON."""
 LEAST_BYTES = 1024
 """Counted for each outcome, so their number is bounded as well."""
 
