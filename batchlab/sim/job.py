@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from batchlab import submission
@@ -30,6 +31,7 @@ from batchlab.sim.world import World
 from batchlab.spec.jobfile import JobFile
 from batchlab.viewing import job_view, outcome_view
 from batchlab.views import JobView
+from batchlab.worker.inline_child import InlineChildren
 from batchlab.worker.inline_runner import InlineRunner
 from batchlab.worker.runner import Runner
 
@@ -59,15 +61,21 @@ def run_job(
     """Run the job to its end in virtual time and write its results to `out`, and its performance
     data to a folder in there."""
     loop = SimLoop(inline_executor=True)
-    return loop.run(_main(jobfile, pools, seed, out, setting))
+    with InlineChildren() as children:
+        return loop.run(_main(jobfile, pools, seed, out, setting, children))
 
 
 async def _main(
-    jobfile: JobFile, pools: Sequence[Pool], seed: int, out: Path, setting: Setting
+    jobfile: JobFile,
+    pools: Sequence[Pool],
+    seed: int,
+    out: Path,
+    setting: Setting,
+    children: InlineChildren,
 ) -> Simulated:
     world = World(
         *(seed, pools, calm(seed)),
-        make_runner=_real_handlers,
+        make_runner=partial(_real_handlers, children),
         logged=False,
         accounting=Accounting(),
         reports=Reports(),
@@ -112,6 +120,8 @@ async def _told(world: World, job: JobDef) -> tuple[JobView, list[Listed]]:
     return view, [Listed.of(outcome_view(row, key)) for row in rows]
 
 
-def _real_handlers(world: World, _die: Callable[[], None], objects: Objects) -> Runner:
+def _real_handlers(
+    children: InlineChildren, world: World, _die: Callable[[], None], objects: Objects
+) -> Runner:
     rng = world.rng("durations")
-    return InlineRunner(objects, world.clock, lambda _work, _task: rng.uniform(*TASK_S))
+    return InlineRunner(objects, world.clock, lambda _work, _task: rng.uniform(*TASK_S), children)

@@ -1,30 +1,28 @@
-"""Runs real handlers in the worker's own process, each taking as long as it is told to.
+"""Runs real handlers in child processes, each task taking as long as its caller says.
 
-For the simulator: with its loop, time is virtual and everything else is what a child process
-does. Invariant: nothing here uses threads, processes or the wall clock. A handler that ends its
-process ends the simulator, and what it prints goes where the simulator prints.
+For the simulator: with its loop, time is virtual and everything else is what a worker's child
+process does. Invariant: virtual time stands still while a child runs a task. What a task prints
+goes to the standard error of the simulator.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import shutil
-import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from batchlab.model import Failure, FailureKind, Json, Ran
 from batchlab.ports import Clock, Objects
 from batchlab.worker import materialise
-from batchlab.worker.bench import Bench
+from batchlab.worker.bench import Request
+from batchlab.worker.child import RequestLine
 from batchlab.worker.handlers import Fault, Problem, fault
+from batchlab.worker.inline_child import Answer, InlineChildren
 from batchlab.worker.library import Library
 from batchlab.worker.runner import Handle, Scratch, Work
 
@@ -40,8 +38,8 @@ async def _here(function: Callable[..., Any], *args: Any) -> Any:
 class _Run:
     work: Work
     handle: Handle
+    request: Request
     code: Path | None
-    bench: Bench
     inputs: materialise.Inputs
 
 
@@ -49,14 +47,18 @@ class InlineRunner:
     """`duration_s(work, task)` is how long that task takes; it is asked once for each start."""
 
     def __init__(
-        self, objects: Objects, clock: Clock, duration_s: Callable[[Work, int], float]
+        self,
+        objects: Objects,
+        clock: Clock,
+        duration_s: Callable[[Work, int], float],
+        children: InlineChildren,
     ) -> None:
         self._objects = objects
         self._clock = clock
         self._duration_s = duration_s
         self._scratch = Scratch(Path(tempfile.mkdtemp(prefix="batchlab-")))
         self._library = Library(objects, self._scratch, _here)
-        self._modules: dict[Path, dict[str, ModuleType]] = {}
+        self._children = children
 
     async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
         """See worker.runner."""
@@ -66,8 +68,6 @@ class InlineRunner:
             try:
                 one = await self._prepare(work, handle, folder)
             except Problem as problem:
-                if isinstance(problem.__cause__, KeyboardInterrupt):
-                    raise problem.__cause__ from None  # a person's, as below
                 for task in work.bundle.tasks:
                     yield _failed(task, problem.fault, 0.0)
                 return
@@ -93,11 +93,28 @@ class InlineRunner:
         key = materialise.function_key(work)
         function = await self._library.function(key) if key else None
         request = materialise.request(work, folder, function=function, code=code)
-        request["cwd"] = ""
-        with self._own_modules(code):
-            bench = Bench(request)
+        (folder / "cwd").mkdir(parents=True)
         inputs = materialise.Inputs(self._objects, folder, _here)
-        return _Run(work, handle, code, bench, inputs)
+        one = _Run(work, handle, request, code, inputs)
+        answer = self._ask(one, [])
+        if answer:
+            # Without a task, an answer says why the handler cannot be loaded.
+            problem = Problem(FailureKind.CRASH, "")
+            problem.fault = answer[1] if answer[0] == "import" else answer[3]
+            raise problem
+        return one
+
+    def _ask(self, one: _Run, items: list[tuple[int, Json]]) -> Answer | None:
+        folder, stage = Path(one.request["folder"]), one.work.stage
+        line = RequestLine(
+            request=one.request,
+            items=items,
+            log=str(folder / "log"),
+            left_s=None,
+            must_start=True,
+            memory_bytes=stage.memory_bytes,
+        )
+        return self._children.ask(stage, one.code, line)
 
     def _may_start(self, work: Work, handle: Handle, began_s: float, *, started: bool) -> bool:
         now_s = self._clock.monotonic_s()
@@ -119,15 +136,15 @@ class InlineRunner:
         if wanted_s > limit_s:
             reason = f"ran longer than its timeout of {limit_s:g} s"
             return _failed(task, fault(FailureKind.TIMEOUT, reason), run_s)
-        try:
-            with self._own_modules(one.code):
-                done = one.bench.run(task, ready)
-        except KeyboardInterrupt:
-            raise  # a person's, most likely, who wants the simulator to end
-        except BaseException as error:  # noqa: BLE001 - every way to fail is the task's failure
-            return _failed(task, one.bench.explain(error), run_s)
-        await materialise.upload(self._objects, done.uploads)
-        return Ran(task, run_s, json.loads(done.text))
+        answer = self._ask(one, [(task, ready)])
+        assert answer is not None
+        word, *_, payload, extra = answer
+        if word == "import":
+            payload = answer[1]
+        if word != "ok":
+            return _failed(task, payload, run_s)
+        await materialise.upload(self._objects, (extra or {}).get("uploads", []))
+        return Ran(task, run_s, payload)
 
     async def _pass(self, duration_s: float, handle: Handle) -> bool:
         """Let time pass, looking now and then whether somebody kills the task; False then."""
@@ -139,30 +156,6 @@ class InlineRunner:
                 return True
             await asyncio.sleep(min(left_s, look_s))
         return False
-
-    @contextmanager
-    def _own_modules(self, code: Path | None) -> Iterator[None]:
-        """Modules of a job's code folder, apart from those of the same names of other jobs."""
-        if code is None:
-            yield
-            return
-        tops = {path.name.partition(".")[0] for path in code.iterdir()} - {"batchlab"}
-        own = self._modules.setdefault(code, {})
-        hidden = _taken(tops)
-        sys.modules.update(own)
-        sys.path.insert(0, str(code))
-        try:
-            yield
-        finally:
-            sys.path.remove(str(code))
-            own.update(_taken(tops))
-            sys.modules.update(hidden)
-
-
-def _taken(tops: set[str]) -> dict[str, ModuleType]:
-    """The modules below these top-level names, taken out of sys.modules."""
-    names = [name for name in sys.modules if name.partition(".")[0] in tops]
-    return {name: sys.modules.pop(name) for name in names}
 
 
 def _failed(task: int, found: Fault, run_s: float) -> Ran:

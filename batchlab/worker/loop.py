@@ -24,7 +24,7 @@ from batchlab.protocol.sealing import UNSEALED
 from batchlab.protocol.sizing import BUDGET_S
 from batchlab.tally import Tally
 from batchlab.tracing import NOBODY, Tracer, span
-from batchlab.waits import both, heed_cancellation
+from batchlab.waits import both, heed_cancellation, set_within
 from batchlab.worker import lines
 from batchlab.worker.beats import Beats, Identity
 from batchlab.worker.closing import Closing
@@ -174,8 +174,10 @@ class Worker:
             waited_s = self._clock.monotonic_s() - asked_s
             if messages and self._busy >= self._slots.total and waited_s > HEAD_START_S:
                 # The queue was empty until now, so asking again would mostly find nothing, and hold
-                # up what is to run.
-                await asyncio.sleep(HEAD_START_S)
+                # up what is to run. A slot that becomes free ends the wait: its next bundle may
+                # already be in the queue.
+                self._room.clear()
+                await set_within(self._room, HEAD_START_S)
 
     @property
     def _busy(self) -> int:

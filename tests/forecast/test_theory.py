@@ -21,7 +21,7 @@ from batchlab.fleet.api import ScalingPolicy, TargetTracking
 from batchlab.forecast.simulate import simulate
 from batchlab.manager.autoscaler import Backlog, wanted
 from batchlab.model import GroupView, Instance, LifecycleState, Pool
-from batchlab.scenario.draws import Exponential
+from batchlab.scenario.draws import Constant, Exponential
 from batchlab.scenario.expand import expand
 from batchlab.scenario.model import Scenario
 from batchlab.scenario.record import Record
@@ -127,13 +127,13 @@ def test_a_trace_waits_as_two_independent_replays_say(
 QUICK = {("hpc2n-head", 16), ("hpc2n-head", 8)}
 
 
-def recursion(plan: Scenario, slots: int) -> Iterator[float]:
+def recursion(plan: Scenario, slots: int, task_s: float = 0.0) -> Iterator[float]:
     """How long each job waits, in order of arrival, by Kiefer's and Wolfowitz's recursion: until a
-    slot is free."""
+    slot is free. A job that names no run time takes `task_s`."""
     free_s = [0.0] * slots
     for job in expand(plan).jobs:
         begins_s = max(job.due_s, free_s[0])
-        heapreplace(free_s, begins_s + (job.task_s or 0.0))
+        heapreplace(free_s, begins_s + (job.task_s or task_s))
         yield begins_s - job.due_s
 
 
@@ -158,6 +158,22 @@ def test_a_busy_month_waits_as_the_recursion_says(shared_data: Path, slots: int)
     expected_s = list(recursion(plan, slots))
     assert [round(wait_s, 6) for wait_s in waits_of(record)] == [round(e, 6) for e in expected_s]
     assert sum(wait_s > 1 for wait_s in expected_s) > 100
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_jobs_of_milliseconds_wait_as_the_recursion_says(slots: int) -> None:
+    """Job by job: a slot that becomes free while its worker begins another job takes the next job
+    at once."""
+    arrivals = Poisson(template="job", per_hour=72_000.0 * slots, until_s=30.0)
+    plan = servers(arrivals, slots, Constant(0.04))
+    record = simulate(plan, like=LIKE, calibration=NOTHING, options=IN_ORDER)
+    expected_s = list(recursion(plan, slots, 0.04))
+    late = [
+        (round(wait_s, 6), round(right_s, 6))
+        for wait_s, right_s in zip(waits_of(record), expected_s, strict=True)
+        if abs(wait_s - right_s) > 1e-5
+    ]
+    assert not late
 
 
 # --- Erlang --------------------------------------------------------------------------------------

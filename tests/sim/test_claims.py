@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,15 +24,18 @@ from batchlab.sim.faults import Faults
 from batchlab.sim.loop import SimLoop
 from batchlab.sim.world import World
 from batchlab.spec.jobfile import load
+from batchlab.worker.inline_child import InlineChildren
 from batchlab.worker.inline_runner import InlineRunner
 from batchlab.worker.runner import Runner
 
 EXAMPLE = Path(__file__).resolve().parent.parent.parent / "examples" / "claims"
 
 
-def real_handlers(world: World, die: Callable[[], None], objects: Objects) -> Runner:
+def real_handlers(
+    children: InlineChildren, world: World, die: Callable[[], None], objects: Objects
+) -> Runner:
     rng = world.rng("durations")
-    return InlineRunner(objects, world.clock, lambda _work, _task: rng.uniform(0.1, 2.0))
+    return InlineRunner(objects, world.clock, lambda _work, _task: rng.uniform(0.1, 2.0), children)
 
 
 @pytest.mark.parametrize("crashes", [False, True])
@@ -42,9 +46,9 @@ def test_claims_in_virtual_time_add_up(tmp_path: Path, crashes: bool) -> None:
         Faults(random.Random(7), trial.CRASHES, budget=trial.BUDGET) if crashes else trial.calm(7)
     )
 
-    async def main() -> None:
+    async def main(children: InlineChildren) -> None:
         pools = (Pool("default", 0, 3, 1, boot_s=10.0),)
-        world = World(7, pools, faults=faults, make_runner=real_handlers)
+        world = World(7, pools, faults=faults, make_runner=partial(real_handlers, children))
         supervisor = asyncio.create_task(world.supervise())
         job = await submission.prepare(
             load(job_file, {}),
@@ -66,7 +70,8 @@ def test_claims_in_virtual_time_add_up(tmp_path: Path, crashes: bool) -> None:
         supervisor.cancel()
         await world.ledger.close()
 
-    SimLoop(inline_executor=True).run(main(), limit_s=100_000)
+    with InlineChildren() as children:
+        SimLoop(inline_executor=True).run(main(children), limit_s=100_000)
 
 
 def test_run_with_the_sim_backend_gives_the_same_results(tmp_path: Path) -> None:
@@ -91,3 +96,24 @@ def test_run_with_the_sim_backend_gives_the_same_results(tmp_path: Path) -> None
     assert {r["payer"]: r["claims"] for r in rows} == {
         payer: truth.claims for payer, truth in facts.payers.items()
     }
+
+
+def test_run_with_the_sim_backend_reports_a_handler_that_ends_its_process(tmp_path: Path) -> None:
+    (tmp_path / "handlers.py").write_text(
+        "import os\n\n\ndef run(item):\n    return os._exit(0) if '1' in item else item\n"
+    )
+    (tmp_path / "data.txt").write_text("0\n1\n2\n")
+    (tmp_path / "job.yaml").write_text(
+        "name: ending\ninput: {files: data.txt, split: lines, size: 1}\n"
+        "stages:\n  - {name: run, python: 'handlers:run', retry: 1}\n"
+    )
+    command = [sys.executable, "-m", "batchlab", "run", str(tmp_path / "job.yaml")]
+    ended = subprocess.run(
+        [*command, "--backend", "sim", "--out", str(tmp_path / "out"), "--json"],
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert ended.returncode == 1, ended.stderr
+    view = json.loads(ended.stdout)["job"]
+    assert view["state"] == "FAILED"

@@ -19,6 +19,7 @@ from batchlab.protocol import values
 from batchlab.sim.clocks import SimClock
 from batchlab.sim.loop import SimLoop
 from batchlab.worker import code
+from batchlab.worker.inline_child import InlineChildren
 from batchlab.worker.inline_runner import InlineRunner
 from batchlab.worker.runner import Handle, Work
 
@@ -57,7 +58,8 @@ class Sim:
         self.objects = objects or SimObjects()
         self.seconds = seconds
         self.asked: list[int] = []
-        self.runner = InlineRunner(self.objects, self.clock, self._duration_s)
+        self.children = InlineChildren()
+        self.runner = InlineRunner(self.objects, self.clock, self._duration_s, self.children)
         self.numbers = iter(range(1000))
 
     def _duration_s(self, work: Work, task: int) -> float:
@@ -71,7 +73,8 @@ class Sim:
             finally:
                 await self.runner.close()
 
-        return self.loop.run(whole())
+        with self.children:
+            return self.loop.run(whole())
 
     async def pack(self, tmp_path: Path, name: str = "ours") -> str:
         folder = tmp_path / name
@@ -247,3 +250,64 @@ def test_a_store_that_does_not_answer_propagates() -> None:
             await sim.run(sim.work([1], handler="pickle:fn"))
 
     sim.go(main())
+
+
+HARMFUL = """
+import os
+
+eaten = []
+
+def run(item):
+    if item == "exit":
+        os._exit(0)
+    if item == "loop":
+        while True:
+            pass
+    if item == "eat":
+        while True:
+            eaten.append(bytearray(1 << 24))
+    if item == "print":
+        print("said by a handler")
+    return item
+"""
+
+
+def test_a_handler_that_ends_its_process_loops_or_eats_memory_fails_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sim = Sim(seconds=0.1)
+
+    async def main() -> list[Ran]:
+        folder = tmp_path / "harmful"
+        folder.mkdir()
+        (folder / "harmful.py").write_text(HARMFUL)
+        data = code.pack(folder)
+        await sim.objects.put(code.key(data), data)
+        step: dict[str, Any] = {"code": code.key(data), "handler": "harmful:run"}
+        ran = await sim.run(sim.work(["exit", 1, "loop", "print"], **step, timeout_s=0.5))
+        return [*ran, *await sim.run(sim.work(["eat", 2], **step, memory_bytes=300 << 20))]
+
+    ran = sim.go(main())
+    kinds = [one.failure.kind if one.failure else one.value for one in ran]
+    assert kinds == [
+        *(FailureKind.CRASH, 1, FailureKind.TIMEOUT, "print"),
+        *(FailureKind.MEMORY, 2),
+    ]
+    assert ran[0].failure is not None
+    assert ran[0].failure.exit_code == 0
+    assert "said by a handler" in capsys.readouterr().err
+
+
+def test_a_module_that_ends_its_process_fails_every_task(tmp_path: Path) -> None:
+    sim = Sim()
+
+    async def main() -> list[Ran]:
+        folder = tmp_path / "ending"
+        folder.mkdir()
+        (folder / "ending.py").write_text("import os\nos._exit(3)\n")
+        data = code.pack(folder)
+        await sim.objects.put(code.key(data), data)
+        return await sim.run(sim.work([1, 2], code=code.key(data), handler="ending:run"))
+
+    ran = sim.go(main())
+    assert [one.failure.exit_code for one in ran if one.failure] == [3, 3]
