@@ -56,6 +56,7 @@ _AUTHORIZATION = re.compile(
 )
 _CREDENTIAL = re.compile(r"([^/]+)/([0-9]{8})/([a-z0-9-]+)/([a-z0-9-]+)/aws4_request")
 _SHA256 = re.compile("[0-9a-f]{64}")
+_PLAIN = re.compile(rb"[A-Za-z0-9/_.~-]*")
 _EXPIRES = re.compile("[0-9]{1,6}")
 
 
@@ -153,7 +154,8 @@ class Signed:
         self, scope: Event, headers: Mapping[bytes, bytes], receive: Receive
     ) -> Receive:
         """Return a source of the request's body; Refusal unless the request is signed."""
-        query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        asked_query = scope["query_string"].decode("latin-1")
+        query = parse_qsl(asked_query, keep_blank_values=True) if asked_query else []
         asked = _signature(headers, dict(query))
         if not hmac.compare_digest(asked.key.encode(), self._access_key.encode()):
             raise Refusal("InvalidAccessKeyId", "The access key is not a key of this grid.")
@@ -190,12 +192,10 @@ class Signed:
             for name, value in query
             if name != "X-Amz-Signature"
         )
-        path = scope["raw_path"]
         canonical = "\n".join(
             (
                 scope["method"],
-                # S3's clients encode a path once, all the others twice.
-                quote(unquote_to_bytes(path) if asked.service == "s3" else path, safe="/-_.~"),
+                _path(scope["raw_path"], asked.service),
                 "&".join(f"{name}={value}" for name, value in pairs),
                 *(
                     f"{name}:{headers.get(name.encode(), b'').decode('utf-8', 'surrogateescape')}"
@@ -210,7 +210,7 @@ class Signed:
         realm = f"{asked.date}/{asked.region}/{asked.service}/aws4_request"
         text = f"AWS4-HMAC-SHA256\n{asked.stamp}\n{realm}\n{digest}"
         key = self._signing_key(asked.date, asked.region, asked.service)
-        computed = hmac.new(key, text.encode(), "sha256").hexdigest()
+        computed = hmac.digest(key, text.encode(), "sha256").hex()
         if "host" not in names or not hmac.compare_digest(computed, asked.value):
             raise Refusal("SignatureDoesNotMatch", "The signature is not one of the grid's keys.")
 
@@ -254,13 +254,24 @@ def _signature(headers: Mapping[bytes, bytes], query: Mapping[str, str]) -> _Sig
 
 
 def _check_time(asked: _Signature) -> None:
-    try:
-        signed = datetime.strptime(asked.stamp, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
-    except ValueError as error:
-        raise Refusal("AccessDenied", "The request has no valid X-Amz-Date.") from error
-    age_s = time.time() - signed.timestamp()
+    age_s = time.time() - _epoch_s(asked.stamp)
     if not -MAX_SKEW_S <= age_s <= asked.expires_s or asked.stamp[:8] != asked.date:
         raise Refusal("RequestTimeTooSkewed", "The request's signature has expired.")
+
+
+@lru_cache(maxsize=64)  # a busy grid sends many requests each second
+def _epoch_s(stamp: str) -> float:
+    try:
+        return datetime.strptime(stamp, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()
+    except ValueError as error:
+        raise Refusal("AccessDenied", "The request has no valid X-Amz-Date.") from error
+
+
+def _path(raw: bytes, service: str) -> str:
+    """Return the path as the signature has it: S3's clients encode it once, the others twice."""
+    if _PLAIN.fullmatch(raw):
+        return raw.decode()
+    return quote(unquote_to_bytes(raw) if service == "s3" else raw, safe="/-_.~")
 
 
 def _derived(secret: str, date: str, region: str, service: str) -> bytes:
