@@ -184,7 +184,7 @@ class Placed(Descriptor):
         from batchlab.adapters.aws import create_bucket
 
         create_bucket(self.endpoint_at(home, place), place.bucket)
-        if place != home.place(self.name):  # in a container the folder is read-only
+        if self.runs_in != "containers":  # there `grid up` wrote it, and the folder is read-only
             home.of(self.name).mkdir(parents=True, exist_ok=True)
             home.write_place(self.name, place)
 
