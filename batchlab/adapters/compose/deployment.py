@@ -19,7 +19,7 @@ from batchlab.adapters import folders, keys
 from batchlab.adapters.aws import Endpoint
 from batchlab.errors import BackendError, UsageError
 from batchlab.home import Home
-from batchlab.whole import write_whole
+from batchlab.whole import PRIVATE_FOLDER, write_whole
 
 NAME = "localstack"
 """The backend whose folder in the home this is kept in."""
@@ -137,6 +137,7 @@ def write(home: Home, deployment: Deployment) -> None:
     """Keep it, with a password of its own where there is none yet; whole or not at all."""
     here = folder(home)
     here.mkdir(parents=True, exist_ok=True)
+    here.chmod(PRIVATE_FOLDER)  # the manager cannot: in its container the folder is read-only
     password = password_file(home)
     password.parent.mkdir(mode=0o700, exist_ok=True)
     if not password.exists():
