@@ -19,3 +19,19 @@ NEVER_EMPTY = ("code/", "grid/", "jobs/", "reports/")
 VOLATILE = re.compile(r"^(logs/|jobs/[^/]+/[^/]+/(running|starts)/)")
 """Keys of logs and markers. They say what a living worker does, so they need not outlive the
 machine."""
+
+
+def check_key(key: str) -> None:
+    """ValueError for a key that some backend cannot hold."""
+    if CONTROL.search(key):
+        raise ValueError(f"object key {key!r} holds a control character")
+    for segment in key.split("/"):
+        if segment in ("", ".", ".."):
+            raise ValueError(f"object key {key!r} has an empty, '.' or '..' segment")
+    if STAGED.search(key):
+        raise ValueError(f"object key {key!r} ends like a file that is still being written")
+
+
+def check_prefix(prefix: str) -> None:
+    """ValueError for a prefix that no key can have."""
+    check_key(f"{prefix}x")

@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 
 from batchlab.errors import TooLarge
-from batchlab.objectnames import CONTROL, STAGED
+from batchlab.objectnames import check_key as check_key
+from batchlab.objectnames import check_prefix as check_prefix
 from batchlab.ports import (
     MAX_BATCH,
     MAX_DELAY_S,
@@ -22,22 +23,6 @@ from batchlab.ports import (
 MAX_IN_FLIGHT = 120_000
 
 _QUEUE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
-
-
-def check_key(key: str) -> None:
-    """ValueError for a key that some backend cannot hold."""
-    if CONTROL.search(key):
-        raise ValueError(f"object key {key!r} holds a control character")
-    for segment in key.split("/"):
-        if segment in ("", ".", ".."):
-            raise ValueError(f"object key {key!r} has an empty, '.' or '..' segment")
-    if STAGED.search(key):
-        raise ValueError(f"object key {key!r} ends like a file that is still being written")
-
-
-def check_prefix(prefix: str) -> None:
-    """ValueError for a prefix that no key can have."""
-    check_key(f"{prefix}x")
 
 
 def check_queue_name(name: str) -> None:

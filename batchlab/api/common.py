@@ -48,6 +48,8 @@ LEADS_WITHIN_S = 3.0
 """How long a request waits for a manager that is about to lead, before it is told to come back."""
 LONGEST_WAIT_S = 60.0
 MOST = 1000
+LONGEST_ERROR = 10_000
+"""Characters of an error's sentence."""
 MISTAKES = 10
 """Of a job file, told besides the first."""
 
@@ -157,7 +159,9 @@ def of_our_version(doc: Any) -> Any:
     if not isinstance(doc, dict):
         return doc
     if doc.get("v") != wire.VERSION:
-        raise ValueError(f"this manager reads version {wire.VERSION} of a job, not {doc.get('v')}")
+        raise ValueError(
+            f"this manager reads version {wire.VERSION} of a job, not {doc.get('v')!r:.40}"
+        )
     return {key: value for key, value in doc.items() if key != "v"}
 
 
@@ -179,7 +183,14 @@ def answer(request: Request, error: Exception) -> JSONResponse:
 
 
 def problem_of(request: Request, error: Exception) -> tuple[int, views.ProblemView]:
-    """The error's status, and what to say of it."""
+    """The error's status, and what to say of it. A request's own text may be in that, so it is cut
+    to a length that a person reads, and a lone surrogate becomes a question mark."""
+    status, problem = _problem_of(request, error)
+    problem["error"] = problem["error"].encode(errors="replace").decode()[:LONGEST_ERROR]
+    return status, problem
+
+
+def _problem_of(request: Request, error: Exception) -> tuple[int, views.ProblemView]:
     status = 500
     problem: views.ProblemView = {
         "error": f"The manager failed: {type(error).__name__}: {error}",

@@ -83,7 +83,7 @@ async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> Writ
         # A job that is known stays accepted, though this grid would not accept it today.
         try:
             await manager.ports.ledger.job(job.id)
-        except NotFound:
+        except (NotFound, UnicodeEncodeError):  # or an id that no job can have
             raise error from None
     if items is not None and (job.items != len(items) or job.input is not None):
         raise UsageError(

@@ -6,15 +6,21 @@ Invariant: a job that is admitted names only pools that there are, with slots fo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from batchlab import notification
 from batchlab.directory import Directory
 from batchlab.errors import UsageError
 from batchlab.jobdef import JobDef, StageDef
+from batchlab.objectnames import check_key
+from batchlab.protocol import naming
 
 LONGEST_NAME = 200
 LONGEST_TAG = 1000
+LATEST_S = 1e11
+"""Bound of every time and duration in seconds: in the epoch that is the year 5138."""
+LARGEST = 2**31 - 1
+"""Bound of every count and priority: a column of the ledger holds no more."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -31,6 +37,9 @@ def admit(job: JobDef, pools: Mapping[str, int], directory: Directory | None = N
                 remedy="Use letters, digits, - and _, beginning with a letter or digit.",
             )
     _admit_texts(job)
+    _admit_numbers(job)
+    for key in job.input.keys if job.input else ():
+        _admit_key(key)
     earlier: set[str] = set()
     for stage in job.stages:
         _admit_stage(stage, earlier)
@@ -66,6 +75,51 @@ def _admit_texts(job: JobDef) -> None:
             )
 
 
+def _admit_numbers(job: JobDef) -> None:
+    """UsageError for a number that no clock, column or page could show."""
+    for what, number, least, most in _numbers(job):
+        if number is not None and not least <= number <= most:  # nor is NaN
+            raise UsageError(
+                f"{what} is {number!r:.40}.",
+                remedy=f"Write {least:g} to {most:g}, or leave it out.",
+            )
+
+
+def _numbers(job: JobDef) -> Iterator[tuple[str, float | None, float, float]]:
+    """Each number with what it is and its bounds."""
+    yield "The time of submission", job.submitted_s, 0, LATEST_S
+    yield "The time of the start", job.start_at_s, 0, LATEST_S
+    yield "`max_failures`", job.max_failures, 0, LARGEST
+    yield "The priority", job.priority, -LARGEST, LARGEST
+    yield "`items`", job.items, 0, LARGEST
+    if job.input:
+        yield "The size of a part of the input", job.input.size, 1, 2**53
+    for stage in job.stages:
+        of, retry = f"of stage {stage.name}", stage.retry
+        yield f"The timeout {of}", stage.timeout_s, 0, LATEST_S
+        yield f"The memory {of}", stage.memory_bytes, 0, 2**53
+        yield f"The bundle size {of}", stage.bundle, 1, LARGEST
+        yield f"The number of attempts {of}", retry.attempts, 0, LARGEST
+        yield f"The backoff {of}", retry.backoff_s, 0, LATEST_S
+        yield f"The longest backoff {of}", retry.max_backoff_s, 0, LATEST_S
+        yield f"The factor of the backoff {of}", retry.factor, 0, LARGEST
+        yield f"The jitter of the backoff {of}", retry.jitter, 0, LARGEST
+
+
+def _admit_key(key: str) -> None:
+    """UsageError for input that no bucket could hold, and for what is the manager's alone: a task
+    must not read that by way of its input."""
+    try:
+        check_key(key.removesuffix("/"))
+    except ValueError as error:
+        raise UsageError(f"The input names no object: {error}.", remedy="Mend the key.") from error
+    if key.startswith(naming.GRID):
+        raise UsageError(
+            f"The input names {key!r}, which is the grid's own.",
+            remedy="Let the job read its own data.",
+        )
+
+
 def _admit_stage(stage: StageDef, earlier: set[str]) -> None:
     if stage.name in earlier:
         raise UsageError(
@@ -81,11 +135,6 @@ def _admit_stage(stage: StageDef, earlier: set[str]) -> None:
         raise UsageError(
             f"Stage {stage.name} must have either a handler or a command.",
             remedy="Give it exactly one of the two.",
-        )
-    if stage.bundle is not None and stage.bundle < 1:
-        raise UsageError(
-            f"Stage {stage.name} asks for bundles of {stage.bundle} tasks.",
-            remedy="Write 1 or more, or leave it out.",
         )
 
 

@@ -16,7 +16,7 @@ from functools import partial
 
 from batchlab import control
 from batchlab.durability import of_single_call
-from batchlab.errors import AlreadyExists, BackendError, NotFound, Refused
+from batchlab.errors import AlreadyExists, BackendError, NotFound, Refused, UsageError
 from batchlab.jobdef import JobDef
 from batchlab.manager import addresses
 from batchlab.manager.arrivals import Arrivals
@@ -147,8 +147,15 @@ class Requests:
         """Commit the definition; answers with the one that counts, and whether it is this one."""
         objects, patience = self._ports.objects, self._ports.patience
         hidden = addresses.hidden(job)
+        key = naming.spec(job.id)
+        try:
+            data = definition.to_bytes(hidden, opening)
+        except ValueError as error:
+            raise UsageError(
+                f"Job {job.name} holds a value that JSON does not know: {error}.",
+                remedy="Leave out NaN, infinity and halves of UTF-16 pairs.",
+            ) from error
         await addresses.store(self._ports, job)
-        key, data = naming.spec(job.id), definition.to_bytes(hidden, opening)
         try:
             with of_single_call(job.is_single_call):
                 await patience(lambda: objects.put(key, data, if_absent=True))

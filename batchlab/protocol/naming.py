@@ -46,6 +46,9 @@ def _spread(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:2]
 
 
+GRID = "grid/"
+"""Prefix of what only the manager reads and writes."""
+
 COMMIT_SECRET = "grid/commit-secret.json"  # noqa: S105 - its name, not the secret
 """The secret from which the commit keys of all jobs are derived. Workers cannot read it."""
 
