@@ -24,14 +24,18 @@ LARGEST = 2**31 - 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
+def is_name(text: str) -> bool:
+    """Whether the text can name a job or a stage; a name becomes part of object keys."""
+    return _NAME.fullmatch(text) is not None
+
+
 def admit(job: JobDef, pools: Mapping[str, int], directory: Directory | None = None) -> None:
     """UsageError where the job could never run in a grid whose `pools` have so many slots, or
     names somebody to tell whom its `directory` does not let it name."""
     if not job.stages:
         raise UsageError(f"Job {job.name} has no stages.", remedy="Give it at least one.")
     for text in (job.id, *(stage.name for stage in job.stages)):
-        # They become parts of object keys.
-        if not _NAME.fullmatch(text):
+        if not is_name(text):
             raise UsageError(
                 f"{text!r} cannot name a job or a stage.",
                 remedy="Use letters, digits, - and _, beginning with a letter or digit.",

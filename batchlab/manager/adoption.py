@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from batchlab import logs
 from batchlab.errors import BackendError, NotFound, Throttled, Unreachable
 from batchlab.jobdef import JobDef
+from batchlab.manager import admission
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.live import LiveJob, Ports
 from batchlab.manager.rebuild import restore
@@ -23,6 +25,7 @@ from batchlab.manager.spending import Spending
 from batchlab.manager.starts import Starts
 from batchlab.model import JobId, JobState
 from batchlab.ports import BundleRecord, Written
+from batchlab.protocol import naming, wire
 from batchlab.tracing import trace_of
 from batchlab.waits import heed_cancellation
 
@@ -41,7 +44,10 @@ class Adoption:
         starts: Starts,
         spending: Spending | None,
         recorder: Recorder | None,
+        admit: Callable[[JobDef], None],
     ) -> None:
+        """`admit` raises UsageError for a job that this grid does not take."""
+        self._admit = admit
         self._ports = ports
         self._settings = settings
         self._lives = lives
@@ -112,8 +118,13 @@ class Adoption:
     async def restored(self, job: JobId, *, beside: bool = False) -> JobDef | None:
         """The job from the bucket, of which the ledger has nothing: who accepted it died on the
         way there, or somebody has taken the ledger away. None where the bucket has none that could
-        be read."""
+        be read, or one that this grid does not admit: a worker may name any job in an event."""
+        if not admission.is_name(job):
+            log.error("an event names a job that cannot exist")
+            return None
         try:
+            get = partial(self._ports.objects.get, naming.spec(job))
+            self._admit(wire.job_from_json(wire.loads(await self._ports.patience(get))))
             await restore(self._ports, job)
         except NotFound:
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 
 from batchlab.errors import BackendError, NotFound, Throttled, Unreachable
@@ -16,10 +16,12 @@ from batchlab.manager.live import LiveJob, Ports
 from batchlab.manager.registry import Registry
 from batchlab.manager.retained import Retained, RetainedOutcomes
 from batchlab.manager.settings import ManagerSettings
+from batchlab.manager.trust import Trust
 from batchlab.model import Completion, JobId, Outcome
 from batchlab.ports import MAX_BATCH, Message, QueueSpec
 from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.messages import Beat, Duplicate, Events, read_events_message
+from batchlab.protocol.proofs import split
 from batchlab.waits import STEP_BACK_S, heed_cancellation, set_within
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ class Collector:
         self._arrivals = arrivals
         self._counts = counts or Counts()
         self._memory = RetainedOutcomes()
+        self._trust = Trust(ports, arrivals, folder.job, self._counts)
         self._folded: list[str] = []
         """Receipts of messages to delete."""
         self._is_folded = asyncio.Event()
@@ -166,12 +169,13 @@ class Collector:
                     log.warning("events are not deleted: %s", error)
 
     async def _take(self, messages: Sequence[Message]) -> None:
-        taken: list[Events] = []
+        taken: list[tuple[Events, set[JobId]]] = []
         completions: list[Completion] = []
         whole: dict[Key, Retained] = {}
         for message in messages:
             try:
-                events = read_events_message(message.body)
+                text, proofs = split(message.body)
+                events, trusted = await self._trust.sift(read_events_message(text), text, proofs)
                 done = [settle.completion(outcome) for outcome in events.outcomes]
                 for key in events.committed:
                     done += await self._fetched(key)
@@ -182,7 +186,7 @@ class Collector:
                 size = len(message.body)
                 log.error("dropped an event of %d characters that cannot be read: %s", size, error)
                 continue
-            taken.append(events)
+            taken.append((events, trusted))
             completions += events.completions
             completions += done
             whole |= self._retained(events.outcomes, len(message.body))
@@ -191,22 +195,27 @@ class Collector:
             # A fold takes as long as all the rest here.
             await asyncio.sleep(STEP_BACK_S)
         traces: dict[Key, str] = {}
-        for events in taken:
+        for events, trusted in taken:
             traces |= {(job, stage, bundle): t for job, stage, bundle, t in events.traces}
-            await self._hear(events)
+            await self._hear(events, trusted)
         await self._folder.fold(completions, whole, traces)
 
-    async def _hear(self, events: Events) -> None:
-        """What workers say besides what has ended."""
+    async def _hear(self, events: Events, trusted: Collection[JobId]) -> None:
+        """What workers say besides what has ended. Their counts are believed by the key of the
+        beat that they come with."""
         if events.duplicates:
             self._met_twice(events.duplicates)
-        for told in events.told:
-            self._counts.told(told)
-        for asked in events.asked:
-            self._registry.told(asked)
+        heard: dict[str, str] = {}
         for beat in events.beats:
-            await self._registry.hear(beat)
-            self._named(beat)
+            if await self._registry.hear(beat, trusted):
+                heard[beat.worker] = beat.instance
+                self._named(beat, trusted)
+        for told in events.told:
+            if told.worker in heard:
+                self._counts.told(told)
+        for asked in events.asked:
+            if heard.get(asked.worker) == asked.instance:
+                self._registry.told(asked)
 
     def _retained(self, outcomes: Sequence[Outcome], size_bytes: int) -> dict[Key, Retained]:
         """Keep in memory the outcomes of a message of that size, for clients that wait for them."""
@@ -240,11 +249,11 @@ class Collector:
             for one in live.all_outstanding():
                 one.heard_s = max(one.heard_s, now_s)
 
-    def _named(self, beat: Beat) -> None:
+    def _named(self, beat: Beat, trusted: Collection[JobId]) -> None:
         """What a worker holds is not silent."""
         now_s = self._ports.clock.monotonic_s()
         for held in beat.held:
-            live = self._lives.get(held.job)
+            live = self._lives.get(held.job) if held.job in trusted else None
             waiting = live.outstanding.get(held.stage, {}) if live else {}
             one = waiting.get(held.bundle)
             if one:

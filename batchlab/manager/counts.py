@@ -80,6 +80,8 @@ class Counts:
     """Ticks that the backend did not let come to their end."""
     deliveries: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Tries to deliver a notification, by kind of target and "delivered", "failed", "given_up"."""
+    unproven: int = 0
+    """Facts in events that were dropped, since their sender has not the commit key of the job."""
     _heard: dict[str, Mapping[str, int]] = field(default_factory=dict)
 
     def folded(self, stage: StageDef, done: Completion) -> None:

@@ -95,7 +95,7 @@ class Folder:
         """Those that the ledger can take, with their jobs."""
         known: list[tuple[Completion, JobDef]] = []
         names = dict.fromkeys(one.bundle.job for one in completions)
-        jobs = {name: await self._job(name) for name in names}
+        jobs = {name: await self.job(name) for name in names}
         stages = {name: {stage.name for stage in job.stages} for name, job in jobs.items() if job}
         for one in completions:
             job = jobs[one.bundle.job]
@@ -178,7 +178,8 @@ class Folder:
             live.ended.set()  # what was conducted here has ended, and a retry has begun the next
         live.take(rows)
 
-    async def _job(self, job: JobId) -> JobDef | None:
+    async def job(self, job: JobId) -> JobDef | None:
+        """Return the definition of a job, from the bucket if the ledger has none of it."""
         live = self._lives.get(job)
         if live:
             return live.job

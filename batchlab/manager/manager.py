@@ -27,6 +27,7 @@ from batchlab.manager.conductor import Conductor
 from batchlab.manager.counts import Counts
 from batchlab.manager.cutting import Cutter
 from batchlab.manager.folding import Folder
+from batchlab.manager.kept import Kept
 from batchlab.manager.lease import Leadership
 from batchlab.manager.live import LiveJob, Ports, in_pool, move
 from batchlab.manager.notifying import Notifying, Outlets
@@ -107,6 +108,7 @@ class Manager:
         self._slots: dict[str, int] = {p.name: _soon(p) for p in pools}
         self._hurry = asyncio.Event()
         self.registry = Registry(ports, self.lives)
+        self._instances = Kept(ports, naming.INSTANCES)
         self._silence = Silence(ports, settings, self.registry)
         self.reports = reports or Reports()
         recorder = Recorder(ports, self.lives, self.registry) if reports and accounting else None
@@ -139,7 +141,7 @@ class Manager:
         self._starts = Starts(ports)
         self._adoption = Adoption(
             *(ports, settings, self.lives, self.conductor),
-            *(self._starts, self.spending, recorder),
+            *(self._starts, self.spending, recorder, self.admit),
         )
         arrivals = Arrivals()
         self.requests = Requests(
@@ -198,6 +200,7 @@ class Manager:
         await self._lease.take()
         try:
             await self._prepare()
+            await self.registry.instances.load(self._instances)
             if self.recorder:
                 await self.recorder.load()
             if self.spending:
@@ -344,6 +347,7 @@ class Manager:
         await self.registry.bury(await self.ports.fleet.tick())
         await self._starts.look(self.lives)
         described = await self.ports.fleet.describe()
+        await self.registry.see(described)
         there = [one for view in described for one in view.instances]
         self.registry.keep({one.id for one in there})
         self.registry.back({one.id for one in there if one.state in _LIVING})
@@ -356,7 +360,10 @@ class Manager:
         await self._silence.look(views)
         # What has just been decided is carried out in this tick, not in the next.
         await self.registry.bury(await self.ports.fleet.tick())
-        self.groups = {view.pool.name: view for view in await self.ports.fleet.describe()}
+        described = await self.ports.fleet.describe()
+        await self.registry.see(described)
+        await self.registry.instances.save(self._instances)
+        self.groups = {view.pool.name: view for view in described}
         self.autoscaler.boots.observe(list(self.groups.values()))
         for name, view in self.groups.items():
             if name not in self.pools:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 
 from batchlab.commit import address, send_all
 from batchlab.errors import BackendError, Refused
+from batchlab.manager.instances import Instances
 from batchlab.manager.live import LiveJob, Ports, Seen
-from batchlab.model import Bundle, Instance, JobId
+from batchlab.model import Bundle, GroupView, Instance, JobId
 from batchlab.ports import MAX_BATCH
+from batchlab.protocol import naming
 from batchlab.protocol.messages import Beat, Held
-from batchlab.tally import Asked
+from batchlab.tally import STEP_BYTES, Asked
 
 log = logging.getLogger(__name__)
 
 GONE_KEPT = 1000
 SPOT_KEPT = 20_000
+MOST_PER_S = 5_000.0
+"""Requests of one kind. No worker makes so many."""
+GRACE_S = 3_600.0
+"""Added to the age of an instance, since clocks differ."""
 LOST_S = 300.0
 """An idle worker beats five times meanwhile."""
 
@@ -44,6 +50,7 @@ class Registry:
     def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob]) -> None:
         self._ports = ports
         self._lives = lives
+        self.instances = Instances()
         self.workers: dict[str, Seen] = {}
         """By instance."""
         self.deaf_s: float | None = None
@@ -59,19 +66,23 @@ class Registry:
         """The last instances that left or died, in order: a late beat must not revive one, but
         another worker may come up on it."""
 
-    async def hear(self, beat: Beat) -> None:
-        """Take a beat; the first of an instance makes it InService, the last one removes it."""
+    async def hear(self, beat: Beat, trusted: Collection[JobId]) -> bool:
+        """Take a beat; the first of an instance makes it InService, the last one removes it. It may
+        hold bundles of the `trusted` jobs. False if it has not the key of its instance."""
+        if not self.instances.admits(beat, trusted):
+            return False
+        beat = replace(beat, held=self._believed(beat, trusted))
         known = self.workers.get(beat.instance)
         if known and known.beat.worker == beat.worker and known.beat.number > beat.number:
-            return  # the queue may deliver an older beat after a newer one
+            return True  # the queue may deliver an older beat after a newer one
         gone = self._gone.get(beat.instance)
         if gone and gone.worker in ("", beat.worker):
-            return
+            return True
         if beat.gone:
             if known is None or known.beat.worker == beat.worker:
                 self._leave(beat.instance)
                 self._gone[beat.instance] = _Gone(beat.worker, told=True)
-            return
+            return True
         now_s = self._ports.clock.monotonic_s()
         before = known.since_s if known else {}
         since_s = {one: before.get(one, now_s) for one in beat.held if one.running}
@@ -84,6 +95,28 @@ class Registry:
                 live.changed()
         if beat.instance not in self._ready:
             await self._told_ready(beat.instance)
+        return True
+
+    def _believed(self, beat: Beat, trusted: Collection[JobId]) -> tuple[Held, ...]:
+        """The bundles that the worker can hold: of jobs whose commit keys it has, in stages of its
+        pool. Their receipts are used on the task queue of that pool and no other."""
+        queue = naming.tasks_queue(beat.pool)
+        return tuple(
+            one
+            for one in beat.held
+            if one.queue == queue and one.job in trusted and self._is_in(one, beat.pool)
+        )
+
+    def _is_in(self, held: Held, pool: str) -> bool:
+        live = self._lives.get(held.job)
+        stages = live.job.stages if live else ()
+        return live is None or any(s.name == held.stage and s.pool == pool for s in stages)
+
+    async def see(self, views: Iterable[GroupView]) -> None:
+        """Note which instances there are, and hear those that began to beat before that."""
+        there = {one.id: one for view in views for one in view.instances}
+        for beat, trusted in self.instances.see(there):
+            await self.hear(beat, trusted)
 
     async def _told_ready(self, instance: str) -> None:
         """Tell the group; where it cannot be told, with the next beat, and what came along with
@@ -97,7 +130,16 @@ class Registry:
             self._ready.add(instance)
 
     def told(self, asked: Asked) -> None:
-        """Take what a worker tells of its requests."""
+        """Take what a worker tells of its requests, if it can have made so many."""
+        launched_s = self.instances.launched_s(asked.instance)
+        if launched_s is None:
+            return
+        most = MOST_PER_S * (GRACE_S + self._ports.clock.now_s() - launched_s)
+        made = replace(asked.requests, sqs_bytes=asked.requests.sqs_bytes / STEP_BYTES)
+        if not all(0 <= one <= most for one in astuple(made)):
+            about = {"instance": asked.instance}
+            log.error("a worker reports more requests than it can have made", extra=about)
+            return
         self.requests[asked.worker] = asked
         if asked.is_spot:
             self.spot[asked.instance] = None

@@ -7,7 +7,7 @@ one that is not is refused as a whole, so that nobody acts on half of it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from batchlab.model import Bundle, BundleId, Completion, JobId, Json, Outcome, StageName
@@ -105,6 +105,8 @@ class Beat:
     leaving: bool = False
     gone: bool = False
     """The last beat: it has given everything back."""
+    key: str = field(default="", repr=False)
+    """The key of its instance, a secret of its workers; "" for a worker of release 0.1.0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,10 @@ def events_message(e: Events) -> str:
 
 
 def _beat_to_json(b: Beat) -> dict[str, Json]:
-    return {**fields(b), "held": [fields(h) for h in b.held]}
+    doc = {**fields(b), "held": [fields(h) for h in b.held]}
+    if not b.key:
+        del doc["key"]
+    return doc
 
 
 def _beat_from_json(doc: Mapping[str, Any]) -> Beat:

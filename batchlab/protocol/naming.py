@@ -71,6 +71,10 @@ def used(job: JobId) -> str:
     return f"grid/used/{job}.json"
 
 
+INSTANCES = "grid/instances.json"
+"""Digests of the keys of the fleet's instances."""
+
+
 RECORD = "grid/record.json"
 """What the manager has seen of queues and fleet while jobs ran, for their reports."""
 

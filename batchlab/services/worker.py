@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import secrets
 import signal
 from collections.abc import Callable
 
@@ -56,7 +58,7 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
     objects = backend.open_objects(home, tally)
     runner = ProcessRunner(objects, Scratch(home.scratch / instance), clock, slots)
     worker = Worker(
-        Identity(me, instance, pool, slots),
+        Identity(me, instance, pool, slots, _instance_key(home, instance if imds else "")),
         objects,
         backend.open_queue(home, clock, tally),
         clock,
@@ -84,6 +86,26 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
         await tracer.close()
     if imds and (hook := backend.open_drain_hook(home, pool, imds)):
         await hook.complete(backends.patience())
+
+
+def _instance_key(home: Home, instance: str) -> str:
+    """Return the key of an instance, drawn once: a worker whose service restarts has the same one.
+    Without an instance whose services restart (a worker on this machine), draw a new one."""
+    drawn = secrets.token_hex(16)
+    if not instance:
+        return drawn
+    path = home.path / f"{instance}.key"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(made, "w") as file:
+            file.write(drawn)
+    except FileExistsError:
+        return path.read_text() or drawn
+    except OSError as error:
+        # The manager does not believe the next worker here, and its group replaces the instance.
+        log.warning("the key of this instance cannot be kept: %s", error)
+    return drawn
 
 
 async def _tell_environment(objects: Objects, worker: str, imds: Imds | None) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from batchlab.model import Bundle
-from batchlab.protocol import wire
+from batchlab.protocol import naming, wire
 
 Name = tuple[str, str, str]
 """(job, stage, bundle id)."""
@@ -46,10 +46,10 @@ def told_in(doc: Mapping[str, Any]) -> list[Name]:
     try:
         told = [wire.bundle_from_json(one["b"]) for one in doc.get("c", ())]
         told += [wire.bundle_from_json(one["bundle"]) for one in doc.get("o", ())]
-        keys = [key.split("/") for key in doc.get("k", ())]
+        keys = map(naming.outcome_key, doc.get("k", ()))
         return [
             *map(name_of_bundle, told),
-            *((key[1], key[2], key[-1].removesuffix(".json")) for key in keys),
+            *((key.job, key.stage, key.bundle) for key in keys if key),
         ]
     except Exception:  # noqa: BLE001 - as above
         return []

@@ -330,7 +330,7 @@ class SimWorker:
         rights = self.rights if world.watched else None
         objects = world._wrapped(world.objects, "objects", self.actor, rights)
         queue = world._wrapped(world.queue, "queue", self.actor, rights)
-        self.who = Identity(f"w-{instance}", instance, pool.name, pool.slots)
+        self.who = Identity(f"w-{instance}", instance, pool.name, pool.slots, f"key-{instance}")
         self.worker = Worker(
             self.who,
             objects,

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from batchlab.errors import BackendError
 from batchlab.ports import Clock
@@ -33,6 +33,8 @@ class Identity:
     instance: str
     pool: str
     slots: int
+    key: str = field(default="", repr=False)
+    """A random secret of the instance, by which the manager knows its workers again."""
 
 
 class Beats:
@@ -136,4 +138,5 @@ class Beats:
             self._number,
             leaving=self.leaving,
             gone=gone,
+            key=self._who.key,
         )

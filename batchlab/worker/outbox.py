@@ -21,6 +21,7 @@ from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, Outgoing, Queue
 from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.messages import Beat, Duplicate, Events, Told, Traces, events_message
+from batchlab.protocol.proofs import jobs_in, with_proofs
 from batchlab.protocol.sealing import UNSEALED, CommitKey
 from batchlab.tally import Asked, Tally
 from batchlab.waits import STEP_BACK_S
@@ -160,17 +161,21 @@ class Outbox:
         if along:
             events, beats = [*events, (along, "")], [along]
         packed = _pack(events, self._key_of)
+        # Where the beat is: the manager believes these counts by the key in it.
+        at = max((n for n, one in enumerate(packed) if one.beats), default=-1)
         if self._tally and beats and (made := self._tally.read()):
             last = beats[-1]
             asked = Asked(last.worker, last.instance, made, self._tally.is_spot)
-            packed[-1] = replace(packed[-1], asked=(asked,))
+            packed[at] = replace(packed[at], asked=(asked,))
         duplicates = self._duplicates[:DUPLICATES_AT_ONCE]
         if duplicates:
             packed[-1] = replace(packed[-1], duplicates=tuple(duplicates))
         deeds = self._deeds.news() if self._deeds and beats else {}
         if deeds:
-            packed[-1] = replace(packed[-1], told=(Told(beats[-1].worker, deeds),))
-        bodies = [Outgoing(events_message(e)) for e in packed]
+            packed[at] = replace(packed[at], told=(Told(beats[-1].worker, deeds),))
+        bodies = [
+            Outgoing(with_proofs(events_message(e), jobs_in(e), self._key_of)) for e in packed
+        ]
         await send_to(self._queue, naming.EVENTS, bodies, self._patience)
         # Only now. What is told twice counts once.
         del self._duplicates[: len(duplicates)]

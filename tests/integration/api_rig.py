@@ -38,6 +38,7 @@ from batchlab.patience import Patience
 from batchlab.ports import Outgoing
 from batchlab.protocol import naming, settle
 from batchlab.protocol.messages import Beat, Events, Held, events_message
+from batchlab.protocol.proofs import jobs_in, with_proofs
 from batchlab.views import JobView
 
 T = TypeVar("T")
@@ -235,10 +236,18 @@ class Rig:
             await commit(self.objects, outcome, self.manager.ports.patience, key)
             await self._tell(Events(completions=(settle.completion(outcome),)))
 
-    def beat(self, instance: str, *runs: Outstanding, pool: str = "default") -> None:
+    def beat(self, instance: str, *runs: Outstanding, pool: str = "default") -> Beat:
         """Let an instance's worker report that it runs these."""
         held = tuple(
-            Held("q", o.bundle.id, o.bundle.job, o.bundle.stage, o.bundle.id, True) for o in runs
+            Held(
+                naming.tasks_queue(pool),
+                o.bundle.id,
+                o.bundle.job,
+                o.bundle.stage,
+                o.bundle.id,
+                True,
+            )
+            for o in runs
         )
         beat = Beat(f"w-{instance}", instance, pool, time.time(), 2, len(held), held, 1)
         self.run(self._tell(Events(beats=(beat,))))
@@ -246,9 +255,13 @@ class Rig:
             lambda: (seen := self.manager.registry.workers.get(instance)) and seen.beat == beat,
             "the beat",
         )
+        return beat
 
     async def _tell(self, events: Events) -> None:
-        await self.queue.send(naming.EVENTS, [Outgoing(events_message(events))])
+        jobs, keys = jobs_in(events), self.manager.ports.keys
+        known = {job: await keys.of((await self.ledger.job(job)).job) for job in jobs}
+        body = with_proofs(events_message(events), jobs, lambda job: known[job])
+        await self.queue.send(naming.EVENTS, [Outgoing(body)])
 
     def ended(self, job: str) -> JobView:
         """The job, once it has ended."""

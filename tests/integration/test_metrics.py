@@ -73,10 +73,14 @@ def test_a_jobs_life_is_counted(rig: Rig) -> None:
 def test_what_workers_tell_is_counted_once(rig: Rig) -> None:
     from batchlab.protocol.messages import Events, Told
 
+    rig.submit(job("told", tasks=1))
+    (instance,) = rig.instances(1, "Pending")
+    beat = rig.beat(instance)
     before = samples(rig)
     for retried in (1, 3, 3, 2):  # the queue may deliver twice, and in any order
-        told = Told("w-9", {"retried.timeout": retried, "duplicate": 1, "retried.x\n": 5})
-        rig.run(rig._tell(Events(told=(told,))))
+        counts = {"retried.timeout": retried, "duplicate": 1, "retried.x\n": 5}
+        forged = Told("w-9", {"retried.timeout": 1000})
+        rig.run(rig._tell(Events(told=(Told(beat.worker, counts), forged), beats=(beat,))))
     labels = {"reason": "timeout", "followed": "retried"}
     was = at(before, "attempts_failed_total", **labels)
     rig.until(lambda: at(samples(rig), "attempts_failed_total", **labels) == was + 3, "the count")

@@ -13,12 +13,23 @@ from typing import Any
 
 import pytest
 
+from batchlab.commitkeys import CommitKeys
 from batchlab.errors import Throttled, Unreachable
 from batchlab.jobdef import RetryRule
-from batchlab.model import BundleId, Failure, FailureKind, JobId, JobState, Pool
+from batchlab.model import (
+    BundleId,
+    Failure,
+    FailureKind,
+    Instance,
+    JobId,
+    JobState,
+    LifecycleState,
+    Pool,
+)
 from batchlab.ports import MAX_MESSAGE_BYTES, Outgoing
 from batchlab.protocol import naming, sizing
 from batchlab.protocol.messages import Beat, Held, events_message, read_events_message
+from batchlab.protocol.proofs import jobs_in, with_proofs
 from batchlab.sim import invariants
 from batchlab.sim.runner import Play, Scene
 from batchlab.sim.world import MANAGER, World
@@ -173,7 +184,7 @@ def test_a_job_whose_split_was_never_heard_of_ends_with_a_ledger_equal_to_its_re
 
         async def send(real: Any, queue: str, messages: Sequence[Outgoing]) -> object:
             if queue == naming.EVENTS:
-                messages = [_without_splits(message, lost) for message in messages]
+                messages = [await _without_splits(world, one, lost) for one in messages]
             return await real(queue, messages)
 
         around(monkeypatch, world.queue, "send", send)
@@ -184,7 +195,7 @@ def test_a_job_whose_split_was_never_heard_of_ends_with_a_ledger_equal_to_its_re
     in_world(act, script=script)
 
 
-def _without_splits(message: Outgoing, lost: list[BundleId]) -> Outgoing:
+async def _without_splits(world: World, message: Outgoing, lost: list[BundleId]) -> Outgoing:
     events = read_events_message(message.body)
     lost += [c.bundle.id for c in events.completions if c.follows]
     lost += [o.bundle.id for o in events.outcomes if o.follows]
@@ -193,10 +204,16 @@ def _without_splits(message: Outgoing, lost: list[BundleId]) -> Outgoing:
         completions=tuple(c for c in events.completions if not c.follows),
         outcomes=tuple(o for o in events.outcomes if not o.follows),
     )
-    return replace(message, body=events_message(kept))
+    jobs = jobs_in(kept)
+    known = {job: await CommitKeys(world.objects).stored(job) for job in jobs}
+    body = with_proofs(events_message(kept), jobs, lambda job: known[job])
+    return replace(message, body=body)
 
 
 # --- Workers and their bundles -------------------------------------------------------------------
+
+
+JOBS = frozenset({JobId("j")})
 
 
 def _beat(number: int, at_s: float, *held: Held, gone: bool = False) -> Beat:
@@ -210,14 +227,16 @@ def test_a_worker_whose_clock_was_set_back_is_still_heard_and_a_late_beat_revive
 
     async def act(world: World) -> None:
         registry = (await leader(world)).registry
-        held = Held("q", "r", JobId("j"), A, BundleId("x"), True)
-        await registry.hear(_beat(1, 1000.0))
-        await registry.hear(_beat(2, 400.0, held))
+        there = {"i": Instance("i", "default", LifecycleState.IN_SERVICE, 0.0)}
+        registry.instances.see(there)
+        held = Held("tasks-default", "r", JobId("j"), A, BundleId("x"), True)
+        await registry.hear(_beat(1, 1000.0), JOBS)
+        await registry.hear(_beat(2, 400.0, held), JOBS)
         assert (registry.idle("default"), registry.busy("default")) == ([], ["i"])
-        await registry.hear(_beat(1, 1000.0))
+        await registry.hear(_beat(1, 1000.0), JOBS)
         assert registry.busy("default") == ["i"], "an older one changes nothing"
-        await registry.hear(_beat(4, 401.0, gone=True))
-        await registry.hear(_beat(3, 400.5, held))
+        await registry.hear(_beat(4, 401.0, gone=True), JOBS)
+        await registry.hear(_beat(3, 400.5, held), JOBS)
         assert list(registry.workers) == []
 
     in_world(act, script=takes(1.0))

@@ -109,10 +109,11 @@ class Scene:
             if second % 60 == 0:
                 self._number += 1
                 for one in heard:
-                    await self.registry.hear(
-                        Beat(f"w-{one}", one, "default", 1.0, 1, 0, (), self._number)
-                    )
-            await self.silence.look(await self.fleet.describe())
+                    beat = Beat(f"w-{one}", one, "default", 1.0, 1, 0, (), self._number)
+                    await self.registry.hear(beat, ())
+            described = await self.fleet.describe()
+            await self.registry.see(described)
+            await self.silence.look(described)
             await asyncio.sleep(1.0)
         return self.fleet.unhealthy
 

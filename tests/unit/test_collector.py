@@ -197,6 +197,7 @@ def test_what_is_no_event_is_dropped_and_what_came_with_it_is_not(
             Arrivals(),
             told.extend,
         )
+        await ledger.add_job(JOB, state=JobState.SUBMITTED)
         good = Duplicate(JOB.id, STAGE, "message", "w-1-1", 0.5)
         bodies = [
             '{"v":1,"d":[["backlog-0123456789","map","message",["w-1-1"],"long"]]}',

@@ -1,0 +1,218 @@
+"""Findings 4 and 5: events of a worker count only for its own jobs and its own instance."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from batchlab.model import Bundle, Completion, JobId, Outcome, TaskSet
+from batchlab.ports import Message
+from batchlab.protocol import definition, naming, settle, wire
+from batchlab.protocol.messages import Beat, Duplicate, Events, Held, Told, events_message
+from batchlab.protocol.proofs import jobs_in, with_proofs
+from batchlab.protocol.sealing import UNSEALED, CommitKey
+from batchlab.tally import Asked, Requests
+from tests.attacks.victim import Victim
+from tests.attacks.worker_rights import WorkerRights, worker_of
+from tests.integration.api_rig import MAP, Rig, job
+from tests.integration.conftest import Bring
+from tests.integration.local_grid import LocalGrid
+from tests.waiting import until
+
+OTHER_KEY = CommitKey("0f" * 16)
+
+
+def forged(bundle: Bundle, value: int = -1) -> Outcome:
+    return Outcome(bundle, "evil-1", "evil", 1.0, 2.0, bundle.tasks, (value,), (0.1,))
+
+
+def lies(bundle: Bundle) -> list[Events]:
+    """Every fact that an event can state about a bundle."""
+    done = settle.completion(forged(bundle))
+    failed = replace(done, succeeded=TaskSet(), failed=bundle.tasks)
+    cancelled = replace(done, succeeded=TaskSet(), cancelled=bundle.tasks)
+    return [
+        *(Events(completions=(one,)) for one in (done, failed, cancelled)),
+        Events(outcomes=(forged(bundle),)),
+        Events(committed=(naming.outcome(bundle, UNSEALED),)),
+        Events(committed=(naming.outcome(bundle, OTHER_KEY),)),
+        Events(duplicates=(Duplicate(bundle.job, bundle.stage, "execution", "evil-1", 1e9),)),
+        Events(traces=((bundle.job, bundle.stage, bundle.id, "00-x"),)),
+    ]
+
+
+def bodies(events: Events, keys: Mapping[JobId, CommitKey]) -> list[str]:
+    """The message without proofs, with the proofs that a worker with these keys can make, and with
+    such a proof under the name of another job."""
+    text = events_message(events)
+    mine = with_proofs(text, keys, lambda job: keys[job])
+    moved = json.loads(mine)
+    proofs = list(moved.pop("p").values())
+    of_others = json.dumps({"p": dict.fromkeys(jobs_in(events), proofs[0])})
+    return [text, mine, f"{of_others[:-1]},{text[1:]}"]
+
+
+def test_events_about_another_job_count_for_nothing(bring_up: Bring, tmp_path: Path) -> None:
+    """Finding 5: completions, outcomes, keys, duplicates, and traces need the proof of the job that
+    they are about; the proof of another job does not do."""
+    grid = bring_up()
+    victim = Victim(grid, tmp_path / "victim")
+    victim.submit()
+    own = {JobId("attacker-1"): OTHER_KEY}
+    before = grid.client.job(victim.id)["stages"]
+    with worker_of(grid) as worker:
+        for task in range(victim.tasks):
+            bundle = victim.bundle(task)
+            worker.put(naming.outcome(bundle, UNSEALED), wire.outcome_text(forged(bundle)))
+            for events in lies(bundle):
+                worker.send_events(*bodies(events, own))
+    victim.open_gate()
+    victim.check(tmp_path / "results")
+    assert before[0]["succeeded"] == 0
+
+
+def instances_of(grid: LocalGrid) -> dict[str, str]:
+    """The state of each instance."""
+    pools = grid.client.grid()["pools"]
+    return {one["id"]: one["state"] for pool in pools for one in pool["instances"]}
+
+
+def beat_of(instance: str, **changes: Any) -> Beat:
+    beat = Beat(f"w-{instance}", instance, "default", time.time(), 1, 0, (), 10**9)
+    return replace(beat, **changes)
+
+
+def test_beats_of_another_instance_are_not_heard(bring_up: Bring, tmp_path: Path) -> None:
+    """Finding 5: a beat without the key of its instance neither silences nor ends its worker, and
+    a beat of an instance that no group has leads to nothing."""
+    grid = bring_up()
+    victim = Victim(grid, tmp_path / "victim")
+    victim.submit()
+    until(lambda: len(victim.started()) == victim.tasks or victim.started())
+    there = until(lambda: {k: v for k, v in instances_of(grid).items() if v == "InService"})
+    unknown = [f"evil-{number}" for number in range(2000)]
+    with worker_of(grid) as worker:
+        for instance in there:
+            for changes in (
+                {"gone": True},
+                {"gone": True, "key": OTHER_KEY},
+                {"leaving": True, "worker": "w-evil", "key": OTHER_KEY},
+                {"busy": 1000, "key": OTHER_KEY},
+            ):
+                beat = beat_of(instance, **changes)
+                asked = Asked(beat.worker, instance, Requests(sqs=1e9))
+                told = Told(beat.worker, {"duplicate": 1000})
+                events = Events(beats=(beat,), asked=(asked,), told=(told,))
+                worker.send_events(events_message(events))
+        beats = [beat_of(one, gone=one[-1] in "13579") for one in unknown]
+        for start in range(0, len(beats), 500):
+            worker.send_events(events_message(Events(beats=tuple(beats[start : start + 500]))))
+    victim.open_gate()
+    victim.check(tmp_path / "results")
+    assert instances_of(grid).keys() >= there.keys()
+    assert not [one for one in instances_of(grid) if one.startswith("evil")]
+
+
+# --- A manager in this process -------------------------------------------------------------------
+
+
+def take(rig: Rig, *messages: str) -> None:
+    """Let the manager take event messages, and wait until it has."""
+    collector = rig.manager._collector
+    rig.run(collector._take([Message("m", one, "r", 1, 0.0, 0.0) for one in messages]))
+
+
+def test_only_the_first_key_of_an_instance_is_believed(rig: Rig) -> None:
+    """Finding 5: the first beat of an instance binds it to a key; a later beat needs that key, a
+    restarted worker has it, and the next leader knows it."""
+    rig.submit(job(tasks=1))
+    (instance,) = rig.instances(1, "Pending")
+    registry = rig.manager.registry
+    own = beat_of(instance, key="own", number=1)
+    take(rig, events_message(Events(beats=(own,))))
+    rig.until(lambda: instance in registry.workers, "the first beat")
+    for changes in ({}, {"gone": True}, {"worker": "w-evil"}):
+        for key in ("", "other"):
+            take(rig, events_message(Events(beats=(beat_of(instance, key=key, **changes),))))
+            assert registry.workers[instance].beat == own
+    again = replace(own, worker="w-fresh")
+    take(rig, events_message(Events(beats=(again,))))
+    assert registry.workers[instance].beat == again
+    rig.until(lambda: rig.run(rig.objects.head(naming.INSTANCES)), "the digests")
+    assert b"own" not in rig.run(rig.objects.get(naming.INSTANCES))
+    later = type(registry.instances)()
+    rig.run(later.load(rig.manager._instances))
+    later.see({one.id: one for view in rig.manager.groups.values() for one in view.instances})
+    assert later.admits(own)
+    assert not later.admits(beat_of(instance, key="other"))
+
+
+def test_what_a_beat_holds_is_of_jobs_and_queues_of_its_worker(rig: Rig) -> None:
+    """Finding 5: bundles of other jobs are not kept from being looked for, and receipts are not
+    used on other queues."""
+    name = JobId(rig.submit(job(tasks=2)))
+    one, two = rig.outstanding(name, 2)
+    (instance,) = rig.instances(1, "Pending")
+    rig.beat(instance)
+    tasks = naming.tasks_queue("default")
+
+    def held(queue: str, number: int) -> Held:
+        bundle = (one, two)[number].bundle
+        return Held(queue, "r", bundle.job, bundle.stage, bundle.id, True)
+
+    events = Events(beats=(beat_of(instance, held=(held(tasks, 0), held(naming.EVENTS, 1))),))
+    take(rig, events_message(events))
+    assert rig.manager.registry.workers[instance].beat.held == ()
+    key = rig.run(rig.manager.ports.keys.stored(name))
+    later = replace(events, beats=(replace(events.beats[0], number=10**9 + 1),))
+    take(rig, with_proofs(events_message(later), {name}, lambda _: key))
+    assert rig.manager.registry.workers[instance].beat.held == (held(tasks, 0),)
+    heard_s = two.heard_s
+    take(rig, with_proofs(events_message(later), {name}, lambda _: OTHER_KEY))
+    assert two.heard_s == heard_s
+
+
+def test_a_fact_of_two_jobs_is_a_fact_of_neither(rig: Rig) -> None:
+    """Finding 5: what follows from a bundle of one job is not a bundle of another one."""
+    mine, other = JobId(rig.submit(job(token="a"))), JobId(rig.submit(job(token="b")))
+    (bundle, *_) = (one.bundle for one in rig.outstanding(mine, 4))
+    follow = replace(rig.outstanding(other, 4)[0].bundle, attempt=7)
+    done = Completion(
+        *(bundle, "w", 1.0, 2.0, TaskSet(), TaskSet(), TaskSet(), 0.1),
+        follows=(wire._follow_from_json({"b": wire.bundle_to_json(follow), "d": 0.0}),),
+    )
+    key = rig.run(rig.manager.ports.keys.stored(mine))
+    text = events_message(Events(completions=(done,)))
+    take(rig, with_proofs(text, {mine}, lambda _: key))
+    assert len(rig.manager.lives[mine].all_outstanding()) == 4
+    assert rig.manager.counts.unproven == 1
+
+
+def test_a_definition_below_the_markers_of_a_job_is_not_restored(
+    rig: Rig, worker: WorkerRights
+) -> None:
+    """Finding 4: an event with the id `job/stage/running/x` makes no job of what a worker wrote
+    there, and a restored job passes admission."""
+    name = rig.submit(job(tasks=1))
+    sealed = wire.loads(worker.get(naming.spec(JobId(name))))
+    plain = {key: one for key, one in sealed.items() if key not in ("commit_hash", "needs")}
+    for forged_id in (f"{name}/map/running/x", f"{name}/map/starts/x"):
+        for says, spec in ((forged_id, sealed), (forged_id, plain), (name, plain)):
+            doc = {**spec, "id": says, "priority": 1000}
+            worker.put(naming.spec(JobId(forged_id)), json.dumps(doc))
+            bundle = Bundle(JobId(forged_id), MAP, TaskSet.of([0]))
+            take(rig, events_message(Events(completions=(settle.completion(forged(bundle)),))))
+    assert [one["id"] for one in rig.client.jobs()] == [name]
+
+
+def test_a_restored_job_passes_admission(rig: Rig) -> None:
+    """Finding 4: an event restores no job that the grid would not have accepted."""
+    made = job("wrong", pool="nowhere")
+    rig.run(rig.objects.put(naming.spec(made.id), definition.to_bytes(made)))
+    bundle = Bundle(made.id, MAP, TaskSet.of([0]))
+    take(rig, events_message(Events(completions=(settle.completion(forged(bundle)),))))
+    assert rig.client.jobs() == []
