@@ -131,6 +131,16 @@ def test_a_storage_that_forgets_ends_the_job_with_that_reason(
     assert "lost the job's objects" in view["reason"]
     again = write_job(tmp_path / "again", teller, 20, seconds=0.05)
     wait_for(partial(takes, grid, again), within_s=60)
+    # The same job may be submitted again, as the reason says, though the ledger has its end.
+    assert grid.submit(path, token="forgets")["id"] == job
+    wait_for(partial(begun_anew, grid, job), within_s=60)
+    grid.client.cancel(job)
+    assert grid.wait(job, within_s=90)["state"] == "CANCELLED"
+
+
+def begun_anew(grid: LocalGrid, job: str) -> bool:
+    view = grid.client.job(job)
+    return view["ended_s"] is None and any(stage["succeeded"] for stage in view["stages"])
 
 
 def acts(containers: Containers) -> list[tuple[str, Callable[[random.Random], None]]]:
