@@ -18,6 +18,7 @@ from batchlab.model import Json
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import values, wire
+from batchlab.protocol.references import Own
 from batchlab.task import name_problem
 from batchlab.words import size
 
@@ -87,6 +88,7 @@ class Files:
     objects: Objects
     out: Path
     patience: Patience
+    own: Own
     within: Within | None = None
     count: int = 0
     size_bytes: int = 0
@@ -133,9 +135,10 @@ class Files:
             if values.kind(reference) != "$value":
                 found[key] = await self._file(reference, names)
             elif depth:
-                data = await self._read(reference["$value"], left)
+                data = await self._read(self.own.key(reference), left)
                 self.value_bytes += len(data)
-                found[key] = await self._value(json.loads(data), names, left, depth - 1)
+                inner = self.own.value(reference, data)
+                found[key] = await self._value(inner, names, left, depth - 1)
             else:
                 raise UsageError(
                     f"A result refers to objects more than {_DEEPEST} deep.",
@@ -145,6 +148,7 @@ class Files:
 
     async def _file(self, reference: Json, names: Names) -> str:
         name, is_new = names.of(reference)
+        self.own.key(reference)
         if is_new:
             path = self.out / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from batchlab.model import JobId, Json, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import naming, values, wire
+from batchlab.protocol.references import Own
 from batchlab.result_files import VALUES_AT_ONCE, Files, Within, plain
 from batchlab.views import JobView, OutcomesView, OutcomeView
 
@@ -98,7 +99,7 @@ async def fetch(
     steps = _Steps(sum(len(found) for found in chosen.values()), progress)
     try:
         _make_room(out, chosen)
-        files = Files(objects, out, patience, within)
+        files = Files(objects, out, patience, Own.of(job), within)
         counts: dict[str, int] = {}
         for name, found in chosen.items():
             coming = in_task_order(objects, found, patience, steps.step, within)

@@ -23,6 +23,7 @@ from batchlab.manager.manager import Manager
 from batchlab.model import Bundle, JobId, Json, Outcome, StageName, TaskSet
 from batchlab.ports import BundleRecord
 from batchlab.protocol import values
+from batchlab.protocol.references import ForeignReference, Own
 from batchlab.tasknames import task_name
 
 router = guarded()
@@ -102,12 +103,15 @@ async def _input(manager: Manager, job: JobDef, bundle: Bundle, task: int) -> tu
         bundle.job, bundle.stage, TaskSet.of([task]), round=bundle.round, source=bundle.source
     )
     try:
-        return await _shown(manager, await task_input(ports.objects, job, one, ports.patience))
+        item = await task_input(ports.objects, job, one, ports.patience)
+        return await _shown(manager, item, Own.of(job))
     except NotFound as error:
         return f"It is not in the bucket any more: {error.message}", "", False
+    except ForeignReference as error:
+        return error.message, "", False
 
 
-async def _shown(manager: Manager, item: Json) -> tuple[str, str, bool]:
+async def _shown(manager: Manager, item: Json, own: Own) -> tuple[str, str, bool]:
     kind = values.kind(item)
     if kind == "$pickle":
         return "A pickled Python object, which only the task's own code can read.", "", False
@@ -115,7 +119,7 @@ async def _shown(manager: Manager, item: Json) -> tuple[str, str, bool]:
         start = item["start"] if kind == "$part" else 0
         stop = item["stop"] if kind == "$part" else start + SHOWN_BYTES + 1
         end = min(stop, start + SHOWN_BYTES + 1)
-        get = partial(manager.ports.objects.get_range, item[kind], start, end)
+        get = partial(manager.ports.objects.get_range, own.key(item), start, end)
         data = await manager.ports.patience(get) if end > start else b""
         text, is_cut = _text(data)
         return text, _of(item, kind), is_cut

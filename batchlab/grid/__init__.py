@@ -24,6 +24,7 @@ from batchlab.grid.outgoing import MAP, Outgoing, job_name
 from batchlab.home import find_home
 from batchlab.jobdef import JobDef, RetryRule, StageDef
 from batchlab.model import ENDED, Pool
+from batchlab.protocol.references import Own
 
 if TYPE_CHECKING:
     from batchlab.grid.executor import GridExecutor
@@ -160,12 +161,13 @@ class Grid:
             yield None
             return
         link, done = self._link, False
+        own = Own.of(job)
         incoming = Incoming(link, job.id, job.items or 0, ordered=ordered)
         try:
             yield None
             for first, encoded in incoming.runs():
                 tasks = range(first, first + len(encoded))
-                for value in decoded(link, job.id, MAP, tasks, encoded):
+                for value in decoded(link, job.id, MAP, tasks, encoded, own):
                     if isinstance(value, TaskFailed) and not return_exceptions:
                         raise value
                     yield value

@@ -27,7 +27,8 @@ from batchlab.grid.outgoing import MAP, Outgoing
 from batchlab.grid.packing import Call
 from batchlab.grid.sending import Sender
 from batchlab.grid.watch import Watch
-from batchlab.model import Json, Outcome
+from batchlab.model import JobId, Json, Outcome
+from batchlab.protocol.references import Own
 from batchlab.worker.calls import Initializer, Raised
 
 if TYPE_CHECKING:
@@ -287,8 +288,9 @@ class Dispatch:
 
     def _values(self, batch: Batch, tasks: Sequence[int], encoded: Sequence[Json]) -> None:
         left = iter(tasks)
+        own = Own(JobId(batch.job), is_python=True)
         try:
-            for value in decoded(self._link, batch.job, MAP, tasks, encoded):
+            for value in decoded(self._link, batch.job, MAP, tasks, encoded, own):
                 self._value(batch.open.pop(next(left), None), value)
         except (BackendError, UsageError) as error:
             told = f"The call's result cannot be fetched: {error}"

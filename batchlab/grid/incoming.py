@@ -15,10 +15,11 @@ from functools import partial
 from heapq import heappop, heappush
 from typing import Any
 
-from batchlab.errors import JobFailed, TaskFailed
+from batchlab.errors import BackendError, JobFailed, TaskFailed
 from batchlab.grid.link import POLL_S, Link
 from batchlab.model import Failure, Json, Outcome
-from batchlab.protocol import values, wire
+from batchlab.protocol import naming, values, wire
+from batchlab.protocol.references import Own
 from batchlab.task import File
 from batchlab.tasknames import task_name
 from batchlab.views import OutcomeView
@@ -120,9 +121,14 @@ def gap_s(watched_s: float, left: float = math.inf, *, most_s: float = GAP_S) ->
 async def fetched(link: Link, one: OutcomeView) -> Outcome:
     """The outcome that is listed so."""
     if one["outcome"]:
-        return wire.outcome_from_json(one["outcome"])
-    get = partial(link.objects.get, one["key"])
-    return wire.outcome_from_json(wire.loads(await link.patience(get)))
+        outcome = wire.outcome_from_json(one["outcome"])
+    else:
+        get = partial(link.objects.get, one["key"])
+        outcome = wire.outcome_from_json(wire.loads(await link.patience(get)))
+    said, bundle = naming.outcome_key(one["key"]), outcome.bundle
+    if said is None or (said.job, said.stage, said.bundle) != (bundle.job, bundle.stage, bundle.id):
+        raise BackendError(f"The outcome {one['key']} is one of another bundle.")
+    return outcome
 
 
 async def outcomes(link: Link, listed: Sequence[OutcomeView]) -> AsyncIterator[Outcome]:
@@ -166,10 +172,16 @@ def failed(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFail
 
 
 def decoded(
-    link: Link, where: str, stage: str, tasks: Sequence[int], encoded: Sequence[Json | TaskFailed]
+    link: Link,
+    where: str,
+    stage: str,
+    tasks: Sequence[int],
+    encoded: Sequence[Json | TaskFailed],
+    own: Own,
 ) -> Iterator[Any]:
     """The values of these tasks of a stage again, with what they refer to fetched into a folder of
-    the name `where`. A TaskFailed stays as it is, and stands for a value that cannot be read."""
+    the name `where`. A TaskFailed stays as it is, and stands for a value that cannot be read.
+    Pickled objects are read only for a job of the Python API."""
     if not any(type(one) is dict or type(one) is list for one in encoded):
         yield from encoded
         return
@@ -179,22 +191,22 @@ def decoded(
         needy = [(task, one) for task, one in some.items() if _refers(one)]
         if needy:
             folder = link.folder / where
-            fetching = materialise.Inputs(link.objects, folder, asyncio.to_thread).fetch(needy)
+            fetching = materialise.Inputs(link.objects, folder, asyncio.to_thread, own).fetch(needy)
             some |= dict(link.run(fetching))
         for task, one in some.items():
-            yield _decoded(stage, task, one)
+            yield _decoded(stage, task, one, pickles=own.is_python)
 
 
 def _refers(encoded: Json | TaskFailed) -> bool:
     return next(values.references(encoded), None) is not None
 
 
-def _decoded(stage: str, task: int, encoded: Json | Failure | TaskFailed) -> Any:
+def _decoded(stage: str, task: int, encoded: Json | Failure | TaskFailed, *, pickles: bool) -> Any:
     if isinstance(encoded, Failure):
         name = task_name(stage, task)
         return TaskFailed(f"The result of task {name} cannot be had: {encoded.reason}", task=task)
     try:
-        return values.decode(encoded, _file)
+        return values.decode(encoded, _file, pickles=pickles)
     except Exception as error:  # noqa: BLE001 - unpickling runs whatever code the value names
         name = task_name(stage, task)
         told = TaskFailed(

@@ -16,6 +16,7 @@ from batchlab.errors import JobFailed, TaskFailed, UsageError
 from batchlab.grid.incoming import decoded
 from batchlab.grid.link import Link
 from batchlab.model import JobId, JobState, Json, StageName
+from batchlab.protocol.references import Own
 from batchlab.results import Fetched, Listed
 
 if TYPE_CHECKING:
@@ -79,16 +80,16 @@ class JobResult:
                 f"Job {self.id} has no stage {stage!r}.", remedy=f"It has {', '.join(names)}."
             )
         chosen = results.final_stages(job) if stage is None else [StageName(stage)]
-        return self._values(chosen)
+        return self._values(chosen, Own.of(job))
 
-    def _values(self, stages: Sequence[StageName]) -> Iterator[Any]:
+    def _values(self, stages: Sequence[StageName], own: Own) -> Iterator[Any]:
         link = self._link
         for stage in stages:
             coming = self._encoded(stage, list_outcomes(link, self.id))
             while some := link.run(_some(coming, AT_ONCE)):
                 tasks, encoded = zip(*some, strict=True)
                 where = f"{self.id}/{stage}"
-                for value in decoded(link, where, stage, tasks, encoded):
+                for value in decoded(link, where, stage, tasks, encoded, own):
                     if isinstance(value, TaskFailed):
                         raise value
                     yield value

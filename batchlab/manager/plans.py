@@ -7,7 +7,6 @@ stage write the same parts, and the first manifest counts for both.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import partial
 
@@ -20,6 +19,7 @@ from batchlab.model import JobId, Json, StageCounts, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import BundleRecord, Cut, Objects
 from batchlab.protocol import definition, naming, values, wire
+from batchlab.protocol.references import Own
 from batchlab.tasknames import task_name
 from batchlab.worker.inputs import Manifest, is_gather
 
@@ -161,13 +161,13 @@ class Plans:
     async def _values(self, job: JobDef, counts: StageCounts) -> AsyncIterator[tuple[int, Json]]:
         """(task, encoded result) of every success of a stage, large results fetched."""
         stage = counts.stage
-        key = await self._ports.keys.of(job)
+        key, own = await self._ports.keys.of(job), Own.of(job)
         for record in await successes(self._ports, job.id, counts):
             name = naming.outcome(record.bundle, key)
             outcome = outcome_at(name, await self._result(stage, name), key)
             for task, value in zip(outcome.succeeded, outcome.values, strict=True):
-                if isinstance(value, dict) and set(value) == {"$value"}:
-                    yield task, json.loads(await self._result(stage, value["$value"]))
+                if values.kind(value) == "$value":
+                    yield task, own.value(value, await self._result(stage, own.key(value)))
                 else:
                     yield task, value
 

@@ -6,7 +6,7 @@ standard library and `batchlab.task` only.
 
     {"$file": key, "name": …, "size": …}                            an object, as a File
     {"$part": key, "start": …, "stop": …, "header": …, "name": …}   some bytes of it, as a File
-    {"$value": key}                                                 an encoded value in an object
+    {"$value": key, "sha256": …}                                    an encoded value in an object
     {"$pickle": base64, "files": […]}                               any Python object
 """
 
@@ -65,9 +65,9 @@ def part_ref(
     }
 
 
-def value_ref(key: str) -> Json:
-    """The object `key` holds the JSON of an encoded value."""
-    return {"$value": key}
+def value_ref(key: str, sha256: str | None = None) -> Json:
+    """The object `key` holds the JSON of an encoded value, of that hash where it is given."""
+    return {"$value": key, "sha256": sha256} if sha256 else {"$value": key}
 
 
 def kind(encoded: Json) -> str | None:
@@ -280,22 +280,30 @@ def _pickler() -> Any:
 # --- Decoding ------------------------------------------------------------------------------------
 
 
-def decode(encoded: Json, file: Callable[[Json], Any]) -> Any:
+def decode(encoded: Json, file: Callable[[Json], Any], *, pickles: bool) -> Any:
     """The value again; `file` gives what stands for a $file, $part or $value reference.
 
-    Raises whatever unpickling raises. It runs code of whoever wrote the value.
+    With `pickles`, for the Python API alone, it runs code of whoever wrote the value, and raises
+    whatever unpickling raises. Without, a pickled object is a NotAValue.
     """
     if type(encoded) is list:
-        return [decode(one, file) for one in encoded]
+        return [decode(one, file, pickles=pickles) for one in encoded]
     if type(encoded) is not dict:
         return encoded
     name = kind(encoded)
     if name is None:
         return {
-            key[1:] if key.startswith("$") else key: decode(one, file)
+            key[1:] if key.startswith("$") else key: decode(one, file, pickles=pickles)
             for key, one in encoded.items()
         }
-    return _unpickle(encoded, file) if name == "$pickle" else file(encoded)
+    if name != "$pickle":
+        return file(encoded)
+    if not pickles:
+        raise NotAValue(
+            "It is a pickled object, which a job from a job file never has.",
+            remedy="Somebody has forged it; see who may write the bucket and the queues.",
+        )
+    return _unpickle(encoded, file)
 
 
 def _unpickle(encoded: Json, file: Callable[[Json], Any]) -> Any:

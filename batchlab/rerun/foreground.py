@@ -187,7 +187,7 @@ def shell(told: Told, passed: Collection[str] = ()) -> Shell:
     told.clean()
     request = told.request
     try:
-        item: Any = decoded(told.item)
+        item: Any = decoded(told.item, pickles=told.request["objects"])
         call = commands.prepare(
             request["command"], request["stdout"], request["code"], item, told.context
         )

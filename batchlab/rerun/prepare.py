@@ -19,6 +19,7 @@ from batchlab.model import Bundle, Failure, FailureKind, JobId, Json, StageName
 from batchlab.patience import Patience
 from batchlab.ports import ObjectInfo, Objects
 from batchlab.protocol import naming
+from batchlab.protocol.references import Own
 from batchlab.rerun import readme
 from batchlab.rerun.folder import CODE, EXECUTION, README, RUN, TASK, Told, write
 from batchlab.tasknames import task_name
@@ -204,7 +205,7 @@ async def _fetched(
         raise _gone("code", bundle.stage, task, problem.fault["reason"]) from problem
     execution = layout.execution("")
     request = materialise.request(work, execution, function=function, code=code)
-    inputs = materialise.Inputs(reading, execution, asyncio.to_thread)
+    inputs = materialise.Inputs(reading, execution, asyncio.to_thread, Own.of(job))
     [(_, ready)] = await inputs.fetch([(task, item)])
     failure = attempt.failure if attempt else None
     if isinstance(ready, Failure):

@@ -6,6 +6,7 @@ the store. Imported by every child process: standard library only.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -64,6 +65,7 @@ class Bench:
 
     def __init__(self, request: Request) -> None:
         self._request = request
+        self._pickles = request["objects"]
         self.touched = False
         """Whether the last task has made itself a folder, which somebody has to remove."""
         handler = request["handler"]
@@ -80,7 +82,9 @@ class Bench:
         """Run one task. `item` is encoded, its references local. Raises whatever user code does."""
         ctx = context(self._request, task)
         try:
-            value = self._call(item if type(item) in _PLAIN else decoded(item), ctx)
+            value = self._call(
+                item if type(item) in _PLAIN else decoded(item, pickles=self._pickles), ctx
+            )
             if type(value) is int and not ctx.saved and -_SHORT < value < _SHORT:
                 return Done(str(value), _NOTHING)
             return self._keep(value, ctx)
@@ -129,10 +133,10 @@ def context(request: Request, task: int) -> Context:
     )
 
 
-def decoded(item: Json) -> Any:
+def decoded(item: Json, *, pickles: bool) -> Any:
     """The item as its handler gets it, Files for local references. Problem of kind "input"."""
     try:
-        return values.decode(item, _open)
+        return values.decode(item, _open, pickles=pickles)
     except Exception as error:
         reason = f"Its item cannot be read: {type(error).__name__}: {error}"
         raise handlers.Problem("input", reason, error=type(error).__name__) from error
@@ -180,7 +184,7 @@ class Outputs:
         path.write_text(text)
         key = f"{self._prefix}.value.json"
         self.uploads.append((str(path), key))
-        return _dumps(values.value_ref(key))
+        return _dumps(values.value_ref(key, hashlib.sha256(text.encode()).hexdigest()))
 
     def _name(self, file: File) -> str:
         """Where it lies below `out`, else its own name; made different from those before."""

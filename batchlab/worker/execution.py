@@ -21,6 +21,7 @@ from batchlab.errors import BackendError, NotFound
 from batchlab.model import Failure, FailureKind, Json, Ran
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming
+from batchlab.protocol.references import Own
 from batchlab.protocol.settle import LOSS_LIMIT
 from batchlab.worker import logs, materialise
 from batchlab.worker.bench import Request
@@ -83,7 +84,7 @@ class Execution:
         """Requests in a row that ended no task."""
         self._slain: Counter[int] = Counter()
         """How often each task's process was ended by SIGKILL, which no limit of ours had sent."""
-        self._inputs = materialise.Inputs(objects, folder, asyncio.to_thread)
+        self._inputs = materialise.Inputs(objects, folder, asyncio.to_thread, Own.of(work.job))
         self._storing: set[asyncio.Task[Ran]] = set()
         self._uploads = asyncio.Semaphore(_UPLOADS)
         handle.peek = self._peek

@@ -18,6 +18,7 @@ from typing import Any
 
 from batchlab.model import Failure, FailureKind, Json, Ran
 from batchlab.ports import Clock, Objects
+from batchlab.protocol.references import Own
 from batchlab.worker import materialise
 from batchlab.worker.bench import Request
 from batchlab.worker.child import RequestLine
@@ -94,7 +95,7 @@ class InlineRunner:
         function = await self._library.function(key) if key else None
         request = materialise.request(work, folder, function=function, code=code)
         (folder / "cwd").mkdir(parents=True)
-        inputs = materialise.Inputs(self._objects, folder, _here)
+        inputs = materialise.Inputs(self._objects, folder, _here, Own.of(work.job))
         one = _Run(work, handle, request, code, inputs)
         answer = self._ask(one, [])
         if answer:

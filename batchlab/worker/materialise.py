@@ -19,6 +19,7 @@ from batchlab.errors import BackendError, NotFound
 from batchlab.model import Failure, FailureKind, Json
 from batchlab.ports import Objects
 from batchlab.protocol import naming, values
+from batchlab.protocol.references import ForeignReference, Own
 from batchlab.task import name_problem
 from batchlab.worker.bench import Request, local_ref
 from batchlab.worker.handlers import Fault
@@ -95,8 +96,9 @@ def _bytes(reference: Json) -> int:
 class Inputs:
     """Fetches what the items of one execution refer to, into the tasks' own folders."""
 
-    def __init__(self, objects: Objects, folder: Path, off_loop: OffLoop) -> None:
+    def __init__(self, objects: Objects, folder: Path, off_loop: OffLoop, own: Own) -> None:
         self._objects = objects
+        self._own = own
         self._folder = folder
         self._off_loop = off_loop
         self._at_once = asyncio.Semaphore(_AT_ONCE)
@@ -125,7 +127,7 @@ class Inputs:
             # At once: the next bundle begins before this one's folder is cleaned.
             await self._off_loop(partial(shutil.rmtree, ignore_errors=True), folder)
             return task, _failure(task, f"Its input does not fit on the worker: {reason}", error)
-        except ValueError as error:
+        except (ValueError, ForeignReference) as error:
             return task, _failure(task, f"Its input cannot be read: {error}", error)
 
     async def _local(self, item: Json, folder: Path, depth: int) -> Json:
@@ -142,17 +144,17 @@ class Inputs:
         return values.replace(item, lambda ref: by_reference[json.dumps(ref, sort_keys=True)])
 
     async def _reference(self, reference: Json, folder: Path, depth: int) -> Json:
-        kind = values.kind(reference)
+        kind, key = values.kind(reference), self._own.key(reference)
         if kind == "$value":
             async with self._at_once:
-                text = await self._objects.get(reference["$value"])
-            return await self._local(json.loads(text), folder, depth - 1)
+                data = await self._objects.get(key)
+            return await self._local(self._own.value(reference, data), folder, depth - 1)
         name = reference["name"]
         async with self._at_once:
             if kind == "$part":
                 path = await self._part(reference, folder)
             else:
-                path = await self._whole(reference["$file"], name, folder)
+                path = await self._whole(key, name, folder)
         return local_ref(str(path), name, reference)
 
     async def _whole(self, key: str, name: str, folder: Path) -> Path:

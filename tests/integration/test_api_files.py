@@ -264,7 +264,8 @@ def grid() -> Iterator[Rig]:
 
 
 def forged(rig: Rig, token: str, value: Any, **objects: bytes) -> str:
-    """A job whose only result is `value`, in its outcome: a task can write there what it likes."""
+    """A job whose only result is `value`, in its outcome: a task can write there what it likes.
+    Keys below files/ become keys of the job's own files."""
     name = rig.submit(job(token=token, tasks=1))
     rig.work(name, 1)
     rig.ended(name)
@@ -273,9 +274,10 @@ def forged(rig: Rig, token: str, value: Any, **objects: bytes) -> str:
     key = viewing.outcome_view(row, rig.run(keys.stored(JobId(name))))["key"]
     outcome = wire.loads(rig.run(rig.objects.get(key)))
     assert outcome["values"] == [0]
-    rig.run(rig.objects.put(key, wire.to_bytes({**outcome, "values": [value]})))
+    own = json.loads(json.dumps(value).replace('"files/', f'"files/{name}/'))
+    rig.run(rig.objects.put(key, wire.to_bytes({**outcome, "values": [own]})))
     for last, data in objects.items():
-        rig.run(rig.objects.put(f"files/{last}", data))
+        rig.run(rig.objects.put(f"files/{name}/{last}", data))
     return name
 
 

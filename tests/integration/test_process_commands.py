@@ -33,7 +33,7 @@ async def stored(rig: Rig, ref: Json) -> str:
 def test_a_command_reads_its_input_and_its_only_output_is_its_value(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
-            files = [await put(rig, f"raw/{n}.txt", f"{n} words here\n") for n in range(3)]
+            files = [await put(rig, f"raw/j/{n}.txt", f"{n} words here\n") for n in range(3)]
             got = await rig.values(files, command=("cp", "{input}", "{output:copies/out.txt}"))
             assert [await stored(rig, ref) for ref in got] == [
                 f"{n} words here\n" for n in range(3)
@@ -73,7 +73,7 @@ def test_placeholders_become_arguments_without_a_shell(tmp_path: Path) -> None:
 def test_a_json_item_is_written_to_a_file_with_its_files_as_paths(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
-            file = await put(rig, "raw/a.txt", "A")
+            file = await put(rig, "raw/j/a.txt", "A")
             item = {"n": 1, "files": [file]}
             [ref] = await rig.values([item], command=("cat", "{input}"), stdout="out")
             read = json.loads(await stored(rig, ref))
@@ -86,7 +86,7 @@ def test_a_json_item_is_written_to_a_file_with_its_files_as_paths(tmp_path: Path
 def test_the_results_of_a_gather_become_arguments_or_a_list_in_order(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
-            a, b, c = [await put(rig, f"raw/{name}", name) for name in "abc"]
+            a, b, c = [await put(rig, f"raw/j/{name}", name) for name in "abc"]
             item = [a, {"k": 1}, [b, c]]
             command = ("cat", "{inputs}")
             [ref] = await rig.values([item], command=command, stdout="out")

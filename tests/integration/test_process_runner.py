@@ -257,7 +257,7 @@ def test_code_that_cannot_be_had_is_a_failure_of_the_tasks(tmp_path: Path, gone:
             elif gone == "damaged":
                 await rig.objects.put(work.job.code, b"junk")
             else:
-                object.__setattr__(work.job, "code", "raw/x")
+                object.__setattr__(work.job, "code", "raw/j/x")
             [ran] = [one async for one in rig.runner.run(work, Handle())]
             assert ran.failure is not None
             assert ran.failure.kind is FailureKind.IMPORT
@@ -276,7 +276,7 @@ def test_a_pickled_function_takes_and_gives_any_object(tmp_path: Path) -> None:
             await rig.objects.put("jobs/j/fn", cloudpickle.dumps(lambda x: x * factor))
             items = [values.encode_object(one) for one in (2, "ab", (1, 2), None)]
             got = await rig.run(items, handler="pickle:jobs/j/fn", folder=None)
-            decoded = [values.decode(one.value, lambda _: None) for one in got[:3]]
+            decoded = [values.decode(one.value, lambda _: None, pickles=True) for one in got[:3]]
             assert decoded == [6, "ababab", (1, 2) * 3]
             assert got[0].value == 6
             assert got[3].failure is not None

@@ -23,6 +23,7 @@ from batchlab.manager import plans, split
 from batchlab.model import Bundle, Failure, JobId, Json, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.protocol import values
+from batchlab.protocol.references import Own
 from batchlab.protocol.sealing import UNSEALED
 from batchlab.worker import materialise
 from batchlab.worker.inputs import Inputs
@@ -85,7 +86,7 @@ def read(files: Sequence[bytes], by: SplitBy, size: int, header: bool = False) -
 
 async def _local(objects: SimObjects, items: list[Json], folder: Path) -> list[tuple[str, Any]]:
     """(key, content) of what each task finds on its worker; an item has the first file's key."""
-    inputs = materialise.Inputs(objects, folder, asyncio.to_thread)
+    inputs = materialise.Inputs(objects, folder, asyncio.to_thread, Own(JOB, is_python=False))
     found: list[tuple[str, Any]] = []
     for (_, local), item in zip(await inputs.fetch(enumerate(items)), items, strict=True):
         assert not isinstance(local, Failure), local
@@ -93,7 +94,7 @@ async def _local(objects: SimObjects, items: list[Json], folder: Path) -> list[t
         if kind in ("$file", "$part"):
             found.append((item[kind], Path(local["$file"]).read_bytes()))
         else:
-            found.append((f"raw/{JOB}/0000000/", values.decode(local, _no_file)))
+            found.append((f"raw/{JOB}/0000000/", values.decode(local, _no_file, pickles=True)))
     return found
 
 

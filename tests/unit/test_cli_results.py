@@ -156,8 +156,8 @@ def test_only_stages_that_nothing_comes_after_are_fetched_unless_named(tmp_path:
 
 
 def test_files_are_fetched_and_values_name_them(bucket: Bucket, tmp_path: Path) -> None:
-    one = values.file_ref(bucket.put("f/1", b"one"), "chart.png", 3)
-    deep = values.file_ref(bucket.put("f/2", b"deep"), "parts/a.csv", 4)
+    one = values.file_ref(bucket.put(f"files/{JOB}/1", b"one"), "chart.png", 3)
+    deep = values.file_ref(bucket.put(f"files/{JOB}/2", b"deep"), "parts/a.csv", 4)
     bucket.outcome([7], {7: {"chart": one, "parts": [deep, 5]}})
     fetched = bucket.fetch(tmp_path / "out")
     value = lines(tmp_path / "out/parse.jsonl")[0]["value"]
@@ -171,7 +171,9 @@ def test_files_are_fetched_and_values_name_them(bucket: Bucket, tmp_path: Path) 
 
 def test_files_that_are_fetched_at_once_are_all_counted(bucket: Bucket, tmp_path: Path) -> None:
     refs = {
-        task: values.file_ref(bucket.put(f"f/{task}", b"x" * (70_000 + task)), "x", 70_000 + task)
+        task: values.file_ref(
+            bucket.put(f"files/{JOB}/{task}", b"x" * (70_000 + task)), "x", 70_000 + task
+        )
         for task in range(20)
     }
     bucket.outcome(range(20), refs)
@@ -180,16 +182,16 @@ def test_files_that_are_fetched_at_once_are_all_counted(bucket: Bucket, tmp_path
 
 
 def test_a_part_of_an_object_becomes_a_file_with_its_header(bucket: Bucket, tmp_path: Path) -> None:
-    key = bucket.put("raw/a.csv", b"name\none\ntwo\nthree\n")
+    key = bucket.put(f"raw/{JOB}/a.csv", b"name\none\ntwo\nthree\n")
     bucket.outcome([0], {0: values.part_ref(key, 9, 13, name="a.csv", header=(0, 5))})
     bucket.fetch(tmp_path / "out")
     assert (tmp_path / "out/files/parse/0/a.csv").read_bytes() == b"name\ntwo\n"
 
 
 def test_large_values_are_put_in_place_however_deep(bucket: Bucket, tmp_path: Path) -> None:
-    file = values.file_ref(bucket.put("f/1", b"x"), "x.bin", 1)
-    inner = bucket.put("v/2", json.dumps({"numbers": [1, 2], "file": file}).encode())
-    outer = bucket.put("v/1", json.dumps([values.value_ref(inner)]).encode())
+    file = values.file_ref(bucket.put(f"files/{JOB}/1", b"x"), "x.bin", 1)
+    inner = bucket.put(f"files/{JOB}/v/2", json.dumps({"numbers": [1, 2], "file": file}).encode())
+    outer = bucket.put(f"files/{JOB}/v/1", json.dumps([values.value_ref(inner)]).encode())
     bucket.outcome([0], {0: values.value_ref(outer)})
     bucket.fetch(tmp_path / "out")
     assert lines(tmp_path / "out/parse.jsonl")[0]["value"] == [
@@ -217,7 +219,7 @@ def test_pickled_objects_are_left_alone(bucket: Bucket, tmp_path: Path) -> None:
     ["../../evil", "/etc/evil", "a/../../evil", "..\\evil", "", ".", "..", "a\0b", "x" * 5000],
 )
 def test_no_name_leads_out_of_the_folder(bucket: Bucket, tmp_path: Path, name: str) -> None:
-    bucket.outcome([0], {0: values.file_ref(bucket.put("f/1", b"data"), name, 4)})
+    bucket.outcome([0], {0: values.file_ref(bucket.put(f"files/{JOB}/1", b"data"), name, 4)})
     before = tree(tmp_path / "bucket")
     bucket.fetch(tmp_path / "out")
     value = lines(tmp_path / "out/parse.jsonl")[0]["value"]
@@ -232,7 +234,7 @@ def test_no_name_leads_out_of_the_folder(bucket: Bucket, tmp_path: Path, name: s
 def test_files_of_one_task_never_replace_each_other(bucket: Bucket, tmp_path: Path) -> None:
     names = ["part.csv", "part.csv", "PART.csv", "a", "a/b", "b/c", "b"]
     refs = [
-        values.file_ref(bucket.put(f"f/{i}", str(i).encode()), name, 1)
+        values.file_ref(bucket.put(f"files/{JOB}/{i}", str(i).encode()), name, 1)
         for i, name in enumerate(names)
     ]
     bucket.outcome([0], {0: [*refs, refs[0]]})
@@ -247,7 +249,7 @@ def test_files_of_one_task_never_replace_each_other(bucket: Bucket, tmp_path: Pa
 def test_fetching_again_leaves_no_file_of_before(bucket: Bucket, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for task in range(3):
-        ref = values.file_ref(bucket.put(f"f/{task}", b"x"), "x", 1)
+        ref = values.file_ref(bucket.put(f"files/{JOB}/{task}", b"x"), "x", 1)
         bucket.outcome([task], {task: ref})
     bucket.fetch(out)
     (out / "notes.txt").write_text("mine")
@@ -288,8 +290,8 @@ def test_what_fails_half_way_leaves_the_results_of_before(bucket: Bucket, tmp_pa
     bucket.outcome([0], {0: "first"})
     bucket.fetch(tmp_path / "out")
     before = (tmp_path / "out/parse.jsonl").read_text()
-    bucket.outcome([1], {1: values.value_ref("v/gone")})
-    with pytest.raises(Exception, match="v/gone"):
+    bucket.outcome([1], {1: values.value_ref(f"files/{JOB}/v/gone")})
+    with pytest.raises(Exception, match=f"files/{JOB}/v/gone"):
         bucket.fetch(tmp_path / "out")
     assert (tmp_path / "out/parse.jsonl").read_text() == before
     assert not [name for name in tree(tmp_path / "out") if name.endswith(".part")]

@@ -41,7 +41,11 @@ def made(packed: Packed) -> list[Any]:
     """What a worker would make of them."""
     handler = pickle.loads(packed.handler)
     return [
-        handler([values.decode(part, no_file) for part in item] if type(item) is list else item)
+        handler(
+            [values.decode(part, no_file, pickles=True) for part in item]
+            if type(item) is list
+            else item
+        )
         for chunk in packed.chunks
         for item in chunk.items
     ]

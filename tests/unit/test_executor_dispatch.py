@@ -341,9 +341,9 @@ def test_what_is_listed_once_more_is_not_read_once_more(
     """The answer to a submission brings outcomes that are listed again when they are counted."""
     read: list[Sequence[int]] = []
 
-    def noting(link: Any, where: Any, stage: Any, tasks: Any, encoded: Any) -> Iterator[Any]:
+    def noting(link: Any, where: Any, stage: Any, tasks: Any, *rest: Any) -> Iterator[Any]:
         read.append(list(tasks))
-        yield from incoming.decoded(link, where, stage, tasks, encoded)
+        yield from incoming.decoded(link, where, stage, tasks, *rest)
 
     monkeypatch.setattr("batchlab.grid.dispatch.decoded", noting)
     futures = [CallFuture(), CallFuture()]

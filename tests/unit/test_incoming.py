@@ -11,7 +11,8 @@ from batchlab.adapters.sim.objects import SimObjects
 from batchlab.errors import TaskFailed
 from batchlab.grid.incoming import GAP_S, decoded, gap_s
 from batchlab.grid.link import Link
-from batchlab.model import Json
+from batchlab.model import JobId, Json
+from batchlab.protocol.references import Own
 
 
 class FakeLink:
@@ -24,7 +25,8 @@ class FakeLink:
 
 
 def told(folder: Path, encoded: Json) -> TaskFailed:
-    (value,) = decoded(cast(Link, FakeLink(folder)), "sums-1", "parse", [3], [encoded])
+    own = Own(JobId("sums-1"), is_python=True)
+    (value,) = decoded(cast(Link, FakeLink(folder)), "sums-1", "parse", [3], [encoded], own)
     assert isinstance(value, TaskFailed)
     assert value.task == 3
     return value

@@ -164,7 +164,7 @@ def test_items_come_back_equal_and_in_order(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(split, "READ_BYTES", read)
         found = tasks({"a": data}, SplitBy.ITEMS, size)
-    decoded = [values.decode(item, no_file) for item in found]
+    decoded = [values.decode(item, no_file, pickles=True) for item in found]
     if size > 1:
         assert all(len(group) == size for group in decoded[:-1])
         decoded = [value for group in decoded for value in group]

@@ -1,0 +1,144 @@
+"""Findings 2 and 11: what a result of a job may be, and which objects it may name."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.errors import TaskFailed
+from batchlab.grid.incoming import decoded
+from batchlab.grid.link import Link
+from batchlab.jobdef import InputDef, JobDef, StageDef
+from batchlab.model import Failure, JobId, Json, StageName
+from batchlab.protocol import values
+from batchlab.protocol.references import ForeignReference, Own
+from batchlab.worker import materialise
+from batchlab.worker.bench import decoded as item_of
+from batchlab.worker.handlers import Problem
+from tests.integration.api_rig import Rig
+from tests.integration.test_api_files import fetched, forged
+
+JOB = JobDef(
+    JobId("sums-1"),
+    "sums",
+    (StageDef(StageName("map"), handler="m:f"),),
+    1.0,
+    InputDef(("raw/shared/a.csv", "raw/shared/more/")),
+)
+PYTHON = replace(JOB, stages=(StageDef(StageName("map"), handler="pickle:code/x"),))
+FOREIGN = (
+    *("grid/notifications.json", "grid/commit-secret.json", "logs/sums-1/x", "reports/sums-1/x"),
+    *("files/other-1/x", "raw/other-1/x", "jobs/other-1/spec.json", "files/sums-1/../other-1/x"),
+    *("raw/shared/b.csv", "raw/shared/more/../b.csv", "files/sums-10/x", "", "/etc/passwd"),
+)
+OWN = (
+    *("files/sums-1/map/aa/x", "raw/sums-1/0", "jobs/sums-1/map/plan/0000/item-1.json"),
+    *("raw/shared/a.csv", "raw/shared/more/b.csv"),
+)
+
+
+class Touch:
+    """An object whose unpickling makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def pickled(path: Path) -> Json:
+    return {"$pickle": base64.b64encode(pickle.dumps(Touch(path))).decode()}
+
+
+class FakeLink:
+    """To a bucket in memory."""
+
+    def __init__(self, folder: Path, objects: SimObjects) -> None:
+        self.folder, self.objects, self.run = folder, objects, asyncio.run
+
+
+def test_a_pickled_result_of_a_job_file_is_not_unpickled(tmp_path: Path) -> None:
+    """Finding 2: a client refuses it at any depth and names the task; so does a worker."""
+    made = tmp_path / "made"
+    objects = SimObjects()
+    text = json.dumps(pickled(made)).encode()
+    asyncio.run(objects.put("files/sums-1/v", text))
+    inside = values.value_ref("files/sums-1/v", hashlib.sha256(text).hexdigest())
+    link = cast(Link, FakeLink(tmp_path, objects))
+    forms = [pickled(made), [pickled(made)], {"a": pickled(made)}, inside]
+    for form in forms:
+        (told,) = decoded(link, JOB.id, "map", [3], [form], Own.of(JOB))
+        assert isinstance(told, TaskFailed)
+        assert "map/3" in str(told)
+        assert "a job from a job file never has" in str(told)
+    for form in forms[:3]:
+        with pytest.raises(Problem, match="never has"):
+            item_of(form, pickles=False)
+    assert not made.exists()
+    list(decoded(link, JOB.id, "map", [3], [pickled(made)], Own.of(PYTHON)))
+    assert made.exists(), "the attack would have worked"
+
+
+def test_references_name_objects_of_their_own_job_alone() -> None:
+    """Finding 11: only files, raw data, and plans of the job, and the input that it names."""
+    own = Own.of(JOB)
+    for kind in ("$file", "$part", "$value"):
+        for key in OWN:
+            assert own.key({kind: key}) == key
+        odd: tuple[Json, ...] = (*FOREIGN, None, 7, ["files/sums-1/x"])
+        for name in odd:
+            with pytest.raises(ForeignReference):
+                own.key({kind: name})
+    passed_on = Own.of(PYTHON)
+    assert passed_on.key({"$file": "files/other-1/x"})
+    for key in ("grid/use.json", "logs/sums-1/x", "jobs/other-1/spec.json", "files/../grid/x"):
+        with pytest.raises(ForeignReference):
+            passed_on.key({"$value": key})
+
+
+def test_a_worker_fetches_no_foreign_object(tmp_path: Path) -> None:
+    """Finding 11: the task fails, and nothing is read."""
+    objects = SimObjects()
+    inputs = materialise.Inputs(objects, tmp_path, asyncio.to_thread, Own.of(JOB))
+    for number, key in enumerate(FOREIGN):
+        if key and ".." not in key:
+            asyncio.run(objects.put(key.lstrip("/"), b'"secret"'))
+        item = {"deep": [values.value_ref(key), values.file_ref(key, "x", 1)]}
+        [(task, got)] = asyncio.run(inputs.fetch([(number, item)]))
+        assert isinstance(got, Failure)
+        assert (task, "not an object of job sums-1" in got.reason) == (number, True)
+
+
+def test_a_large_value_that_was_written_over_is_refused(tmp_path: Path) -> None:
+    """Finding 2: a reference to a large value holds the hash of the object."""
+    objects = SimObjects()
+    text = b'{"n": 1}'
+    reference = values.value_ref("files/sums-1/v", hashlib.sha256(text).hexdigest())
+    old = values.value_ref("files/sums-1/v")
+    inputs = materialise.Inputs(objects, tmp_path, asyncio.to_thread, Own.of(JOB))
+    asyncio.run(objects.put("files/sums-1/v", text))
+    assert asyncio.run(inputs.fetch([(0, reference), (1, old)])) == [(0, {"n": 1}), (1, {"n": 1})]
+    asyncio.run(objects.put("files/sums-1/v", b'{"n": 2}'))
+    [(_, got)] = asyncio.run(inputs.fetch([(0, reference)]))
+    assert isinstance(got, Failure)
+    assert "not the one that a task stored there" in got.reason
+
+
+def test_an_archive_of_results_has_no_foreign_object(rig: Rig) -> None:
+    """Finding 11: the manager, which may read everything, reads nothing foreign for a result."""
+    for number, key in enumerate(("grid/commit-secret.json", "grid/use.json", "logs/x")):
+        for value in ({"$value": key}, {"$file": key, "name": "x", "size": 1}):
+            name = forged(rig, f"{number}{len(value)}", value)
+            answer = fetched(rig, name)
+            assert answer.status_code == 422
+            assert "is not an object of job" in answer.text
