@@ -140,6 +140,14 @@ class Adoption:
             await self.adopt(Written(rows, is_new=False), beside=beside)
         return rows.job.job
 
+    async def begin_anew(self, live: LiveJob) -> None:
+        """Restore a job from the bucket, since the ledger has counted what is not committed, and
+        conduct it again."""
+        await restore(self._ports, live.id)
+        live.ended.set()  # what was conducted here
+        rows = await self._ports.ledger.rows(live.id)
+        await self.adopt(Written(rows, is_new=False), beside=True)
+
     async def _conduct(self, live: LiveJob) -> None:
         logs.note(job=live.id, trace=trace_of(live.job.trace))
         while not live.ended.is_set():

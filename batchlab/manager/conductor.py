@@ -19,6 +19,7 @@ from batchlab.commit import Addressed, address, commit, committed, send_all
 from batchlab.durability import of_single_call
 from batchlab.errors import AlreadyExists, BackendError, NotFound, UsageError
 from batchlab.jobdef import JobDef, StageDef
+from batchlab.manager import endcheck
 from batchlab.manager.counts import Counts
 from batchlab.manager.cutting import Cutter
 from batchlab.manager.folding import Folder
@@ -57,11 +58,13 @@ class Conductor:
         counts: Counts | None = None,
         tracer: Tracer = NOBODY,
         on_end: Callable[[LiveJob, Ending], Awaitable[None]] | None = None,
+        on_missing: Callable[[LiveJob], Awaitable[None]] | None = None,
     ) -> None:
         """`on_plan` is called with the pool of a stage whose number of tasks has become known, so
         that capacity can be had for it; `on_end` with the end of a job that is committed and not in
-        the ledger yet."""
+        the ledger yet; `on_missing` with a job that has counted bundles without an outcome."""
         self._on_end = on_end
+        self._on_missing = on_missing or _keep
         self._counts = counts or Counts()
         self._tracer = tracer
         self._ports = ports
@@ -112,6 +115,11 @@ class Conductor:
         elif live.is_through and await self._accounted(live):
             if live.doubtful:
                 return  # until the next time, which heeds the word
+            if missing := await endcheck.uncommitted(self._ports, live):
+                about = {"job": live.id}
+                log.error("%d bundles were counted and not committed", len(missing), extra=about)
+                await self._on_missing(live)
+                return
             state = JobState.FAILED if verdict.failed else JobState.SUCCEEDED
             await self._finish(live, state, await self._explained(live, verdict), {})
 
@@ -450,6 +458,10 @@ class Conductor:
             if len(outcomes) < len(outstanding):
                 return False
         return True
+
+
+async def _keep(_: LiveJob) -> None:
+    """Leave a job as it is where nothing can restore it."""
 
 
 def _never_cut(live: LiveJob) -> Mapping[StageName, int]:

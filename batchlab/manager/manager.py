@@ -125,7 +125,8 @@ class Manager:
         on_end = self.notifying.ended if self.notifying else None
         cutter = Cutter(ports.clock, self.lives, self._slots, settings.window)
         self.conductor = Conductor(
-            ports, settings, folder, cutter, self._on_plan, counts, tracer, on_end
+            *(ports, settings, folder, cutter, self._on_plan, counts, tracer, on_end),
+            lambda live: self._adoption.begin_anew(live),
         )
         self.tails = Tails(ports, settings)
         self.spending = (

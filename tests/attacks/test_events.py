@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from batchlab.model import Bundle, Completion, JobId, Outcome, TaskSet
 from batchlab.ports import Message
 from batchlab.protocol import definition, naming, settle, wire
@@ -190,6 +192,24 @@ def test_a_fact_of_two_jobs_is_a_fact_of_neither(rig: Rig) -> None:
     take(rig, with_proofs(text, {mine}, lambda _: key))
     assert len(rig.manager.lives[mine].all_outstanding()) == 4
     assert rig.manager.counts.unproven == 1
+
+
+@pytest.mark.parametrize("tasks", [2, 12])
+def test_what_was_counted_and_not_committed_is_not_the_end(rig: Rig, tasks: int) -> None:
+    """Finding 5: completions of a worker that has the key, without outcome objects. The job begins
+    anew from the bucket, and ends with what is committed."""
+    name = JobId(rig.submit(job(tasks=tasks)))
+    bundles = [one.bundle for one in rig.outstanding(name, tasks)]
+    key = rig.run(rig.manager.ports.keys.stored(name))
+    forgeries = tuple(settle.completion(forged(one)) for one in bundles)
+    text = events_message(Events(completions=forgeries))
+    before = rig.manager.lives[name]
+    take(rig, with_proofs(text, {name}, lambda _: key))
+    rig.until(lambda: rig.manager.lives.get(name) not in (before, None), "the restored job")
+    assert rig.client.job(name)["stages"][0]["succeeded"] == 0
+    rig.work(name, tasks)
+    view = rig.ended(name)
+    assert (view["state"], view["stages"][0]["succeeded"]) == ("SUCCEEDED", tasks)
 
 
 def test_a_definition_below_the_markers_of_a_job_is_not_restored(
