@@ -1,7 +1,7 @@
 """A job's control object, which says whether its tasks may start: how it is read and written.
 
-Invariant: what was read is replaced only while it still stands, so that nobody undoes a word that
-has come meanwhile. Only a cancellation is written over whatever is there (`insist`).
+Invariant: every word is put under the condition that the word it replaces still stands, and names
+the round that it is for. So a request that arrives late never undoes a later word.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from batchlab.errors import AlreadyExists, NotFound
-from batchlab.model import JobId
+from batchlab.model import Control, JobId
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import naming, wire
@@ -63,6 +63,26 @@ async def say(
     return True
 
 
-async def insist(objects: Objects, job: JobId, word: Word, patience: Patience) -> None:
-    """Write it, whatever is there."""
-    await patience(partial(objects.put, naming.control(job), wire.word_to_bytes(word)))
+async def insist(objects: Objects, job: JobId, word: Word, patience: Patience) -> Word | None:
+    """Write a cancellation over every other word of its round or an earlier one, and return the
+    cancellation of that round which stands then: the first one stays. Return None, and write
+    nothing, where the bucket has a word of a later round."""
+    while True:
+        found = await spoken(objects, job, patience)
+        if found and found.word.round > word.round:
+            return None
+        if found and found.word.control is Control.CANCEL and found.word.round == word.round:
+            return found.word
+        if await say(objects, job, word, patience, over=found):
+            return word
+
+
+async def permit(objects: Objects, job: JobId, round: int, patience: Patience) -> None:
+    """Write the word that lets the tasks of a new round start, over the words of earlier rounds. A
+    word of that round or a later one stays."""
+    while True:
+        found = await spoken(objects, job, patience)
+        if found and found.word.round >= round:
+            return
+        if await say(objects, job, Word(Control.RUN, round=round), patience, over=found):
+            return

@@ -34,6 +34,7 @@ from batchlab.ports import (
     Past,
     Reopening,
     StageRecord,
+    Written,
 )
 from batchlab.protocol import wire
 
@@ -185,31 +186,39 @@ def begin(job: JobDef, state: JobState, cut: Cut | None = None) -> tuple[Book, l
     return book, rows or []
 
 
-def move(book: Book, state: JobState) -> bool:
-    if not may_move(book.state, state):
+def move(book: Book, state: JobState, round: int) -> bool:
+    if round != book.round or not may_move(book.state, state):
         return False
     book.state, book.reason = state, ""
     return True
 
 
-def set_control(book: Book, control: Control) -> bool:
-    if book.state.ended or book.control is control:
+def set_control(book: Book, control: Control, round: int) -> bool:
+    if round != book.round or book.state.ended or book.control in (control, Control.CANCEL):
         return False
     book.control = control
     return True
 
 
-def set_planned(book: Book, stage: StageName, planned: int) -> bool:
-    if book.stage(stage).planned is not None:
+def has_control(written: Written, control: Control, round: int) -> bool:
+    """Whether the job is in that round, has not ended, and has that control."""
+    job = written.rows.job
+    return job.round == round and not job.state.ended and job.control is control
+
+
+def set_planned(book: Book, stage: StageName, planned: int, round: int) -> bool:
+    if book.stage(stage).planned is not None or round != book.round:
         return False
     book.stage(stage).planned = planned
     return True
 
 
 def take_cut(book: Book, cut: Cut, known: Known) -> list[Row] | None:
-    """The bundles it plans; None for a cut that is known or old. `known` then has them too."""
+    """The bundles it plans; None for a cut that is known, old, or of another round than the job.
+    `known` then has them too."""
     stage = book.stage(cut.stage)
-    if (cut.round, cut.seq) <= (stage.plan_round, stage.cut_seq):
+    is_old = (cut.round, cut.seq) <= (stage.plan_round, stage.cut_seq)
+    if is_old or cut.round != book.round:
         return None
     stage.plan_round, stage.cut_seq, stage.uncut = cut.round, cut.seq, cut.left
     if cut.planned is not None:
@@ -322,7 +331,7 @@ def relive(past: Past, first_seq: int) -> tuple[Book, list[Row]]:
         for cut in one.cuts:
             _keep(rows, take_cut(book, cut, known) or [])
         for stage, planned in one.planned.items():
-            set_planned(book, stage, planned)
+            set_planned(book, stage, planned, number)
         numbered = [
             (seq + i, c, lost)
             for i, (c, lost) in enumerate(zip(one.completions, one.casualties, strict=True))
@@ -331,9 +340,9 @@ def relive(past: Past, first_seq: int) -> tuple[Book, list[Row]]:
         _keep(rows, fold(book, numbered, known)[1])
         if one.ending:
             finish(book, number, one.ending)
-    set_control(book, past.control)
+    set_control(book, past.control, book.round)
     if past.control is Control.PAUSE:
-        move(book, JobState.PAUSED)
+        move(book, JobState.PAUSED, book.round)
     return book, list(rows.values())
 
 

@@ -212,7 +212,7 @@ class Outgoing:
             data = wire.to_bytes(chunk.items[number])
             if len(data) <= ITEM_BYTES:
                 return
-            key = naming.item(job, MAP, 0, chunk.first + number)
+            key = naming.item(job, MAP, 0, naming.digest(data))
             async with limit:
                 await patience(partial(objects.put, key, data))
             chunk.items[number] = values.value_ref(key)

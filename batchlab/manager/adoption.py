@@ -16,7 +16,7 @@ from batchlab.errors import BackendError, NotFound, Throttled, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.manager import admission
 from batchlab.manager.conductor import Conductor
-from batchlab.manager.live import LiveJob, Ports
+from batchlab.manager.live import LiveJob, Ports, Superseded
 from batchlab.manager.rebuild import restore
 from batchlab.manager.recorder import Recorder
 from batchlab.manager.retries import cuts_of_round
@@ -153,6 +153,10 @@ class Adoption:
         while not live.ended.is_set():
             try:
                 await self._conductor.conduct(live)
+            except Superseded as error:
+                heed_cancellation()
+                log.info("%s", error, extra={"job": live.id})
+                live.end()
             except BackendError as error:
                 heed_cancellation()
                 # Patience ran out. The job is not lost, only late: its state is in the bucket.

@@ -23,7 +23,7 @@ from batchlab.manager import endcheck
 from batchlab.manager.counts import Counts
 from batchlab.manager.cutting import Cutter
 from batchlab.manager.folding import Folder
-from batchlab.manager.live import LiveJob, Ports, move
+from batchlab.manager.live import LiveJob, Ports, Superseded, move
 from batchlab.manager.plans import Plans
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Bundle, Control, JobState, Json, StageName, TaskSet
@@ -134,11 +134,11 @@ class Conductor:
             # dies in between would leave a stage that never ends.
             upstream = live.stages[stage.after[0]].counts.planned
             if upstream is not None:
-                set_planned = self._ports.ledger.set_planned
+                set_planned = partial(self._ports.ledger.set_planned, round=live.round)
                 await self._folder.write(live, partial(set_planned, live.id, stage.name, upstream))
             return
         # The raw input does not change from round to round; what is gathered may.
-        round_ = live.record.round if stage.after else 0
+        round_ = live.round if stage.after else 0
         if live.doubtful or any(not live.stages[u].counts.ended for u in stage.after):
             return
         if stage.gather is not None and self._doomed(live):
@@ -170,7 +170,7 @@ class Conductor:
         return TaskSet.span(0, manifest.count) - manifest.skipped
 
     async def _first_cut(self, live: LiveJob, stage: StageDef, tasks: TaskSet) -> None:
-        round_ = live.record.round
+        round_ = live.round
         bundles, left = self._cutter.wave(live, stage, tasks, round_)
         now_s = self._ports.clock.now_s()
         cut = Cut(live.id, stage.name, round_, 0, bundles, left, len(tasks), now_s)
@@ -206,7 +206,7 @@ class Conductor:
         """Commit and send bundles while there is room for them in the pool's queue."""
         while live.record.control is Control.RUN:
             record = live.stages[stage.name]
-            round_ = record.plan_round
+            round_ = live.round
             bundles, left = self._cutter.wave(live, stage, record.left, round_)
             if not bundles:
                 return
@@ -278,6 +278,8 @@ class Conductor:
         await self.forbid(live, word)
         closed = await self._seal(live)
         written = await control.word_of(self._ports.objects, live.id, self._ports.patience)
+        if written.round != live.round:
+            raise Superseded(live)
         await self._finish(live, written.state, written.reason, closed)
 
     async def abandon(self, live: LiveJob, reason: str) -> None:
@@ -289,15 +291,17 @@ class Conductor:
         """Write "cancel" where the workers look, and wait until none can start a task (I4).
 
         The first such word stays: a leader that takes over must not end the job as something else.
+        Superseded where the job is in a later round by now.
         """
         if live.forbidden:
             return
         async with live.control_lock:
             if live.record.control is not Control.CANCEL:
                 word = replace(word, round=live.round)
-                await control.insist(self._ports.objects, live.id, word, self._ports.patience)
-                await self._ports.ledger.set_control(live.id, Control.CANCEL)
-                live.record = replace(live.record, control=Control.CANCEL)
+                objects, patience = self._ports.objects, self._ports.patience
+                if not await control.insist(objects, live.id, word, patience):
+                    raise Superseded(live)
+                await self.record_control(live, Control.CANCEL)
         await asyncio.sleep(self._settings.control_lease_s * 1.1)
         live.forbidden = True
 
@@ -306,8 +310,17 @@ class Conductor:
         the job's first bundles do not wait for it."""
         objects, patience = self._ports.objects, self._ports.patience
         # There is one where the job was conducted before, and a cancellation must not be undone.
-        await control.say(objects, live.id, wire.Word(Control.RUN), patience, over=None)
+        run = wire.Word(Control.RUN, round=live.round)
+        await control.say(objects, live.id, run, patience, over=None)
         live.allowed = True
+
+    async def record_control(self, live: LiveJob, word: Control) -> None:
+        """Let the ledger and memory have the word that was written; Superseded."""
+        if await self._ports.ledger.set_control(live.id, word, round=live.round):
+            live.record = replace(live.record, control=word)
+            live.changed()
+        else:
+            await self._folder.refresh(live)
 
     async def _make_sure(self, live: LiveJob) -> None:
         live.doubtful = False  # first: a doubt that comes meanwhile stays
@@ -329,13 +342,16 @@ class Conductor:
                 word = await control.word_of(self._ports.objects, live.id, self._ports.patience)
             except NotFound:
                 return  # somebody has removed the job's objects
-            if word.control is live.record.control:
+            if word.control is Control.CANCEL and word.round < live.round:
+                # Only a manager of release 0.1.0, which wrote without a condition, leaves that.
+                objects, patience = self._ports.objects, self._ports.patience
+                await control.permit(objects, live.id, live.round, patience)
+                word = wire.Word(Control.RUN, round=live.round)
+            if word.control is live.record.control or word.round > live.round:
                 return
             about = {"job": live.id}
             log.warning("the word is %s, which the ledger did not know", word.control, extra=about)
-            await self._ports.ledger.set_control(live.id, word.control)
-            live.record = replace(live.record, control=word.control)
-            live.changed()
+            await self.record_control(live, word.control)
         if word.control is not Control.CANCEL:
             paused = word.control is Control.PAUSE
             await move(self._ports, live, JobState.PAUSED if paused else JobState.RUNNABLE)
@@ -355,7 +371,7 @@ class Conductor:
         for stage in live.job.stages:
             if stage.chained:
                 await self._plan(live, stage)
-        who = f"manager-{live.record.round}"
+        who = f"manager-{live.round}"
         key, patience = await self._ports.keys.of(live.job), self._ports.patience
         while outstanding := live.all_outstanding()[:SEALED_AT_ONCE]:
             now_s = self._ports.clock.now_s()
@@ -372,7 +388,7 @@ class Conductor:
     async def _close_cuts(self, live: LiveJob, stage: StageName, record: StageRecord) -> None:
         """Take the place of the next cut, so that a manager that was leader before us and has
         not noticed cannot cut any more; if it has just done so, its bundles are ours to seal."""
-        round_ = live.record.round
+        round_ = live.round
         seq = record.cut_seq + 1 if record.plan_round == round_ else 0
         while True:
             planned = 0 if record.counts.planned is None and seq == 0 else None

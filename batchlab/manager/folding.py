@@ -14,7 +14,7 @@ from typing import Any
 from batchlab.errors import NotFound
 from batchlab.jobdef import JobDef
 from batchlab.manager.counts import Counts
-from batchlab.manager.live import LiveJob, Ports
+from batchlab.manager.live import LiveJob, Ports, Superseded
 from batchlab.manager.retained import Retained
 from batchlab.model import BundleId, Completion, Control, JobId, StageName
 from batchlab.ports import BundleRecord, Folded, JobRecord, JobRows, Written
@@ -156,16 +156,20 @@ class Folder:
 
     async def write(self, live: LiveJob, call: Callable[[], Awaitable[Written]]) -> bool:
         """Change the job in the ledger; memory then says what the ledger says. Whether it was
-        new."""
+        new. Superseded where the job is in a later round by now."""
         before = live.record
         written = await call()
         await self._follow(live, before, written.rows)
+        if live.record.round > live.round:
+            raise Superseded(live)
         return written.is_new
 
     async def refresh(self, live: LiveJob) -> None:
-        """Read the job and its stages from the ledger again."""
+        """Read the job and its stages from the ledger again; Superseded as from `write`."""
         before = live.record
         await self._follow(live, before, await self._ports.ledger.rows(live.id))
+        if live.record.round > live.round:
+            raise Superseded(live)
 
     async def _follow(self, live: LiveJob, before: JobRecord | None, rows: JobRows) -> None:
         """Take these rows, for which the ledger was asked when the record was `before`."""
@@ -175,7 +179,7 @@ class Folder:
             before = live.record
             rows = await self._ports.ledger.rows(live.id)
         if rows.job.round > live.round:
-            live.ended.set()  # what was conducted here has ended, and a retry has begun the next
+            live.end()  # what was conducted here has ended, and a retry has begun the next
         live.take(rows)
 
     async def job(self, job: JobId) -> JobDef | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from batchlab.commitkeys import CommitKeys
 from batchlab.costs.cap import Budget
 from batchlab.costs.meter import Account
+from batchlab.errors import Refused
 from batchlab.eta import Pace
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.retained import Retained
@@ -157,6 +158,11 @@ class LiveJob:
         """Whether every task is terminal, as far as the ledger has heard."""
         return all(stage.counts.ended for stage in self.stages.values())
 
+    def end(self) -> None:
+        """Conduct it no more: this round is over."""
+        self.ended.set()
+        self.poke.set()
+
     def take(self, rows: JobRows) -> None:
         """What the ledger says now."""
         # Together: somebody who looks in between must not see an ended job with old counters.
@@ -300,13 +306,27 @@ class LiveJob:
         return False
 
 
+class Superseded(Refused):
+    """The round that is conducted here is over, and a retry has begun the next one."""
+
+    def __init__(self, live: LiveJob) -> None:
+        super().__init__(
+            f"Round {live.round} of job {live.id} has ended, and the job was retried since.",
+            remedy="`batchlab job show` tells how it is now.",
+        )
+
+
 async def move(ports: Ports, live: LiveJob, state: JobState) -> None:
     """Move the job to `state`, where it may; memory then says what the ledger says.
 
     "No" may be the answer to a second try, after the first one's answer was lost.
     """
-    if not await ports.ledger.move_job(live.id, state):
-        state = (await ports.ledger.job(live.id)).state
+    if not await ports.ledger.move_job(live.id, state, round=live.round):
+        record = await ports.ledger.job(live.id)
+        if record.round != live.round:
+            live.end()
+            return
+        state = record.state
     if live.record.state is not state:
         live.record = replace(live.record, state=state)
         live.changed()

@@ -309,7 +309,7 @@ class Manager:
                     "something is not there, so queues and groups are made again: %s", error
                 )
                 self.trouble = str(error)
-                with suppress(BackendError):  # the next tick comes here again
+                with suppress(BackendError, Refused):  # the next tick comes here again
                     await self._prepare()
                     await self._end_the_lost()
             except Refused as error:

@@ -1,7 +1,8 @@
 """A stage's plan: its inputs written in parts, committed by one conditional PUT of the manifest.
 
-Invariant: a plan is a function of what is committed upstream, so two managers that plan the same
-stage write the same parts, and the first manifest counts for both.
+Invariant: parts and large items are named by their content, and the manifest names its parts. So
+two managers that plan the same stage replace nothing of each other's plans, even where their inputs
+differ, and the first manifest counts for both.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import partial
+from operator import itemgetter
 
 from batchlab.commit import outcome_at
 from batchlab.errors import AlreadyExists, NotFound, Unreachable, UsageError
@@ -127,7 +129,9 @@ class Plans:
     ) -> AsyncIterator[Json]:
         groups: dict[str, list[Json]] = {}
         for upstream in stage.after:
-            async for task, value in self._values(job, counts[upstream]):
+            found = [one async for one in self._values(job, counts[upstream])]
+            # A bundle has tasks of several ranges, and a retried task is in a bundle of its own.
+            for task, value in sorted(found, key=itemgetter(0)):
                 for element in value if isinstance(value, list) else [value]:
                     if not isinstance(element, dict) or field not in element:
                         raise UsageError(
@@ -207,6 +211,7 @@ class PartWriter:
         self._stage = stage
         self._round = round
         self._starts: list[int] = []
+        self._parts: list[str] = []
         self._count = 0
         self._items: list[Json] = []
         self._bytes = 0
@@ -229,14 +234,15 @@ class PartWriter:
         data = wire.to_bytes(item)
         if len(data) <= ITEM_BYTES:
             return item, len(data)
-        key = naming.item(self._job, self._stage, self._round, self._count)
+        key = naming.item(self._job, self._stage, self._round, naming.digest(data))
         await self._patience(partial(self._objects.put, key, data))
         return values.value_ref(key), 0
 
     async def commit(self, skipped: TaskSet) -> Manifest:
         """The plan that counts: this one, or the one that was committed before it."""
         await self._flush()
-        made = Manifest(self._count, tuple(self._starts), skipped, self._round)
+        parts = tuple(self._parts)
+        made = Manifest(self._count, tuple(self._starts), skipped, self._round, parts)
         key = naming.manifest(self._job, self._stage, self._round)
         objects, patience = self._objects, self._patience
         try:
@@ -248,12 +254,12 @@ class PartWriter:
     async def _flush(self) -> None:
         if not self._items:
             return
-        number = len(self._starts) - 1
-        key = naming.part(self._job, self._stage, self._round, number)
         data = wire.to_bytes({"v": wire.VERSION, "items": self._items})
+        self._parts.append(naming.digest(data))
+        key = naming.part(self._job, self._stage, self._round, self._parts[-1])
         await self._patience(partial(self._objects.put, key, data))
         self._items, self._bytes = [], 0
-        if number % BREATHE == BREATHE - 1:
+        if len(self._parts) % BREATHE == 0:
             # Neither reading nor writing may have waited for anything, and others have work too.
             await asyncio.sleep(0)
 

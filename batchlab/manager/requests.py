@@ -23,7 +23,7 @@ from batchlab.manager.arrivals import Arrivals
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.counts import Counts
 from batchlab.manager.cutting import Cutter
-from batchlab.manager.live import LiveJob, Ports, move
+from batchlab.manager.live import LiveJob, Ports, Superseded, move
 from batchlab.manager.retries import Chosen, Retry, RetryPlanner
 from batchlab.model import Control, JobId, JobState, Json
 from batchlab.ports import MAX_BATCH, JobRecord, Written
@@ -201,9 +201,7 @@ class Requests:
     async def retry(self, job: JobId, chosen: Chosen | None = None) -> JobRecord:
         """Run again what did not succeed, in a new round; of what has failed only the `chosen`
         tasks. Refused while the job runs, or where that is nothing."""
-        # First: whatever word comes after the end that the ledger tells of is not ours to undo.
         objects, patience = self._ports.objects, self._ports.patience
-        found = await control.spoken(objects, job, patience)
         record = await self._ports.ledger.job(job)
         if not record.state.ended:
             raise Refused(f"Job {job} is still {record.state}.", remedy="Wait, or cancel it first.")
@@ -215,7 +213,7 @@ class Requests:
         round_ = record.round + 1
         made = await self._retries.plan(record, chosen)
         # Before the round: who finds that one in the bucket must not find it forbidden.
-        await control.say(objects, job, wire.Word(Control.RUN), patience, over=found)
+        await control.permit(objects, job, round_, patience)
         key = naming.retry(job, round_)
         self._begun.add(job)
         try:
@@ -262,6 +260,8 @@ class Requests:
         async with live.control_lock:
             while True:
                 found = await control.spoken(objects, live.id, patience)
+                if found and found.word.round > live.round:
+                    raise Superseded(live)
                 if found and found.word.control is Control.CANCEL:
                     live.doubtful = True  # another leader's, perhaps
                     live.poke.set()
@@ -270,11 +270,10 @@ class Requests:
                         f"Job {live.id} is being cancelled.",
                         remedy="Once it has ended, `batchlab job retry` runs what is left of it.",
                     )
-                if await control.say(objects, live.id, wire.Word(wanted), patience, over=found):
+                word = wire.Word(wanted, round=live.round)
+                if await control.say(objects, live.id, word, patience, over=found):
                     break
-            await self._ports.ledger.set_control(live.id, wanted)
-            live.record = replace(live.record, control=wanted)
-            live.changed()
+            await self._conductor.record_control(live, wanted)
 
 
 def _content(job: JobDef, opening: definition.Opening | None) -> bytes:

@@ -75,7 +75,7 @@ class Tails:
         objects, patience = self._ports.objects, self._ports.patience
         found = await control.spoken(objects, live.id, patience)
         # Where there is none, it comes when the job has run for a moment.
-        word = found.word if found else wire.Word(Control.RUN)
+        word = found.word if found else wire.Word(Control.RUN, round=live.round)
         if word.control is not live.record.control or word.control is Control.CANCEL:
             return False
         asked = replace(word, tail=word.tail + 1, tail_s=self._ports.clock.now_s())

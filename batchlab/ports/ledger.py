@@ -1,6 +1,7 @@
 """The ledger as a Protocol: a projection of the bucket, each call of which is one transaction.
 
-Invariant: every call may be repeated.
+Invariants: every call may be repeated. Every change names the round of the job that it is for, so
+a call of a manager that has stood still changes nothing of a later round.
 """
 
 from __future__ import annotations
@@ -50,12 +51,16 @@ class Ledger(Protocol):
         """Newest first by (submitted_s, id); `active` leaves out jobs that have ended; `before`
         is the id of the last row of the previous page."""
 
-    async def move_job(self, job: JobId, state: JobState) -> bool:
-        """Change state by the table of moves; False where it has no such arrow (or no change)."""
+    async def move_job(self, job: JobId, state: JobState, *, round: int) -> bool:
+        """Change state by the table of moves. Return False where the table has no such arrow, where
+        nothing changes, and where the job is in another round."""
 
-    async def set_control(self, job: JobId, control: Control) -> None:
-        """Record what the control object says; nothing is asked of a job that has ended, whatever
-        that says: there the call changes nothing, and the control is RUN."""
+    async def set_control(self, job: JobId, control: Control, *, round: int) -> bool:
+        """Record the word of the control object. Return whether the row has that control now.
+
+        The call changes nothing where the job is in another round or has ended (its control is
+        RUN then), and a cancellation is final within its round.
+        """
 
     async def rows(self, job: JobId) -> JobRows:
         """The job with its stages; NotFound."""
@@ -64,11 +69,15 @@ class Ledger(Protocol):
         """Record a cut and its bundles as planned, which makes a job RUNNABLE that was SUBMITTED
         or PENDING; a cut that is known, or older than one that is, changes nothing.
 
-        A stage whose `plan_round` is older than the cut's takes the cut's round.
+        A stage whose `plan_round` is older than the cut's takes the cut's round. A cut of another
+        round than the job's changes nothing.
         """
 
-    async def set_planned(self, job: JobId, stage: StageName, planned: int) -> Written:
-        """Set a stage's number of planned tasks where it is not known yet (chained stages)."""
+    async def set_planned(
+        self, job: JobId, stage: StageName, planned: int, *, round: int
+    ) -> Written:
+        """Set a stage's number of planned tasks where it is not known yet (chained stages), and
+        where the job is in that round."""
 
     async def fold(
         self, completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]

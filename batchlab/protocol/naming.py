@@ -142,14 +142,25 @@ def manifest(job: JobId, stage: StageName, round: int) -> str:
     return f"jobs/{job}/{stage}/plan/{round:04d}/manifest.json"
 
 
-def part(job: JobId, stage: StageName, round: int, number: int) -> str:
-    """One part of the inputs that a manifest points to."""
-    return f"jobs/{job}/{stage}/plan/{round:04d}/part-{number:06d}.json"
+def digest(data: bytes) -> str:
+    """The name of an object that is named by its content."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
-def item(job: JobId, stage: StageName, round: int, task: int) -> str:
-    """An input too large for its part."""
-    return f"jobs/{job}/{stage}/plan/{round:04d}/item-{task:08d}.json"
+def part(job: JobId, stage: StageName, round: int, name: str) -> str:
+    """One part of the inputs that a manifest points to, by the digest of its content. A planner
+    that has stood still cannot replace a part of another one's plan."""
+    return f"jobs/{job}/{stage}/plan/{round:04d}/part-{name}.json"
+
+
+def old_part(number: int) -> str:
+    """The name of a part in the plans of release 0.1.0, which numbered them."""
+    return f"{number:06d}"
+
+
+def item(job: JobId, stage: StageName, round: int, name: str) -> str:
+    """An input too large for its part, by the digest of its content."""
+    return f"jobs/{job}/{stage}/plan/{round:04d}/item-{name}.json"
 
 
 def cut(job: JobId, stage: StageName, round: int, seq: int) -> str:

@@ -308,8 +308,9 @@ def _stage_from_json(doc: dict[str, Any]) -> StageDef:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """The content of a control object. With CANCEL it says what the job ends as, and why, and which
-    round of it: a bucket whose ETags are hashes must tell one cancellation from the next. `tail`
+    """The content of a control object. With CANCEL it says what the job ends as, and why. `round`
+    is the job's round that it is for: a word of one round never stands in the place of a later
+    one's, and a bucket whose ETags are hashes tells the words of two rounds apart. `tail`
     grows each time somebody asks for what running tasks print, the last time at `tail_s` (epoch)
     (see worker.tails)."""
 
@@ -325,6 +326,8 @@ def word_to_bytes(word: Word) -> bytes:
     doc: dict[str, Any] = {"v": VERSION, "control": word.control.value}
     if word.control is Control.CANCEL:
         doc |= {"state": word.state.value, "reason": word.reason, "round": word.round}
+    elif word.round:
+        doc["round"] = word.round
     if word.tail:
         doc["tail"] = word.tail
         if word.tail_s is not None:

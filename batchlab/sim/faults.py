@@ -12,6 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from batchlab.sim.stalls import Hold
 
 LATENCY_S = (0.002, 0.020)
 DELAY_S = (1.0, 60.0)
@@ -199,6 +203,8 @@ class Faults:
         for label in sorted({kind.label for kind in FaultKind}):
             if sum(rates.rate(kind) for kind in FaultKind if kind.applies(label)) > 1:
                 raise ValueError(f"fault rates sum up to more than 1: {rates}")
+        self.hold: Hold | None = None
+        """The call that is held, where stall points are enumerated."""
         self.injected: list[Fault] = []
         """What has been injected, in order; from_list replays it."""
         self._seed = rng.getrandbits(64)

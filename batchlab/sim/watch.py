@@ -114,7 +114,7 @@ class Watch:
         if kind in ("starts", "running"):
             return
         self._require(before in (None, data), "I1", f"{key} has changed after its commit", job)
-        # Parts come before the manifest that commits them; whoever plans writes the same ones.
+        # Parts come before the manifest that commits them, and are named by their content.
         conditional = if_absent or parts[-1].startswith(("part-", "item-"))
         self._require(conditional, "I1", f"{key} is written without a condition")
         self._learn(kind, parts[-2], data)

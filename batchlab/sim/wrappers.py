@@ -135,6 +135,7 @@ class _Port:
             self._permit(label, shown[0], conditional)
             if faults is not None:
                 kind = faults.strike(point, CREATE if conditional else label)
+            target = self._held(target, label, point)
             if kind is None or faults is None:
                 result = await target(*args, **kwargs)
             else:
@@ -184,6 +185,17 @@ class _Port:
     def _permit(self, label: str, args: Sequence[Any], conditional: bool) -> None:
         if self._rights is not None:
             self._rights.check(label, args, conditional=conditional)
+
+    def _held(
+        self, target: Callable[..., Awaitable[Any]], label: str, point: Point
+    ) -> Callable[..., Awaitable[Any]]:
+        """`target` as a Hold performs it, where stall points are enumerated."""
+        hold = self._faults.hold if self._faults is not None else None
+        if hold is None:
+            return target
+        return lambda *args, **kwargs: hold.perform(
+            self._actor, point.call, label, partial(target, *args, **kwargs)
+        )
 
     def _disturbed(self, for_s: float) -> None:
         if self._watch is not None:

@@ -25,13 +25,21 @@ _PARTS_KEPT = 4
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A stage's plan: `count` tasks; part i holds the inputs from index `starts[i]` on."""
+    """A stage's plan: `count` tasks; part i holds the inputs from index `starts[i]` on.
+
+    `parts` has the name of each part. Plans of release 0.1.0 name none, and number their parts.
+    """
 
     count: int
     starts: tuple[int, ...]
     skipped: TaskSet = TaskSet()
     """Tasks that are cancelled from the start: something upstream did not succeed."""
     round: int = 0
+    parts: tuple[str, ...] = ()
+
+    def part(self, number: int) -> str:
+        """Return the name of that part (see naming.part)."""
+        return self.parts[number] if self.parts else naming.old_part(number)
 
     @classmethod
     def of(cls, items: Sequence[Json]) -> Manifest:
@@ -46,6 +54,7 @@ class Manifest:
                 "starts": self.starts,
                 "skipped": wire.tasks_to_json(self.skipped),
                 "round": self.round,
+                "parts": self.parts,
             }
         )
 
@@ -53,7 +62,11 @@ class Manifest:
     def from_bytes(cls, data: bytes) -> Manifest:
         doc = wire.loads(data)
         return cls(
-            doc["count"], tuple(doc["starts"]), wire.tasks_from_json(doc["skipped"]), doc["round"]
+            doc["count"],
+            tuple(doc["starts"]),
+            wire.tasks_from_json(doc["skipped"]),
+            doc["round"],
+            tuple(doc.get("parts", ())),
         )
 
 
@@ -80,7 +93,7 @@ class Inputs:
         for start, stop in bundle.tasks.ranges:
             while start < stop:
                 number = bisect_right(manifest.starts, start) - 1
-                part = await self._part(job, bundle, manifest.round, number)
+                part = await self._part(job, bundle, manifest, number)
                 offset = start - manifest.starts[number]
                 items = part[offset : offset + stop - start]
                 if not items:
@@ -148,8 +161,9 @@ class Inputs:
 
     def keep(self, job: JobId, stage: StageName, items: Sequence[Json]) -> Manifest:
         """Remember the items that came with a job's definition; their plan."""
-        self._keep_part(naming.part(job, stage, 0, 0), items)
-        return self._keep_manifest(job, stage, Manifest.of(items))
+        manifest = Manifest.of(items)
+        self._keep_part(naming.part(job, stage, 0, manifest.part(0)), items)
+        return self._keep_manifest(job, stage, manifest)
 
     def _keep_manifest(self, job: JobId, stage: StageName, manifest: Manifest) -> Manifest:
         self._manifests[(job, stage, manifest.round)] = manifest
@@ -157,8 +171,10 @@ class Inputs:
             self._manifests.popitem(last=False)
         return manifest
 
-    async def _part(self, job: JobDef, bundle: Bundle, round_: int, number: int) -> Sequence[Json]:
-        key = naming.part(bundle.job, bundle.stage, round_, number)
+    async def _part(
+        self, job: JobDef, bundle: Bundle, manifest: Manifest, number: int
+    ) -> Sequence[Json]:
+        key = naming.part(bundle.job, bundle.stage, manifest.round, manifest.part(number))
         if key not in self._parts:
             try:
                 data = await self._patience(partial(self._objects.get, key))

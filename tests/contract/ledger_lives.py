@@ -44,7 +44,7 @@ def anything(rng: Random) -> Call:
         for _ in range(rng.randint(1, 4))
     ]
     lost = [{TOTAL: rng.randint(0, 2)} for _ in completions]
-    state = rng.choice(list(JobState))
+    state, word = rng.choice(list(JobState)), rng.choice(list(Control))
     closed = {RESIZE: rng.randint(0, 3)}
     taken = [Reopening(stage, succeeded=1, replan=rng.random() < 0.5)]
 
@@ -57,10 +57,10 @@ def anything(rng: Random) -> Call:
     calls: list[Call] = [
         lambda of: of.add_job(job, state=JobState.SUBMITTED),
         lambda of: of.add_job(job, state=state, cut=replace(cuts, round=0)),
-        lambda of: of.move_job(job.id, state),
-        lambda of: of.set_control(job.id, rng.choice((Control.PAUSE, Control.PAUSE))),
+        lambda of: of.move_job(job.id, state, round=round_),
+        lambda of: of.set_control(job.id, word, round=round_),
         lambda of: of.add_cut(cuts),
-        lambda of: of.set_planned(job.id, stage, 7),
+        lambda of: of.set_planned(job.id, stage, 7, round=round_),
         folded,
         folded,
         folded,

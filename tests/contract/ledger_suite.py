@@ -276,10 +276,10 @@ def _end(ledger: Ledger, state: JobState, round: int, **closed: int) -> Awaitabl
 
 CALLS: Sequence[Callable[[Ledger], Awaitable[object]]] = (
     lambda of: of.add_job(JOB, state=JobState.SUBMITTED),
-    lambda of: of.set_control(JOB.id, Control.CANCEL),
+    lambda of: of.set_control(JOB.id, Control.CANCEL, round=0),
     lambda of: of.add_cut(replace(cut(0, bundle(0, 5)), planned=9)),
-    lambda of: of.set_planned(JOB.id, INDEX, 9),
-    lambda of: of.move_job(JOB.id, JobState.RUNNING),
+    lambda of: of.set_planned(JOB.id, INDEX, 9, round=0),
+    lambda of: of.move_job(JOB.id, JobState.RUNNING, round=0),
     lambda of: of.fold([done(bundle(0, 5), _CHAINED, failed=1)], [{INDEX: 1}]),
     lambda of: _end(of, JobState.FAILED, 0, resize=3, index=8),
     lambda of: of.reopen(JOB.id, 1, [Reopening(RESIZE, 0, 1, 4), Reopening(TOTAL, replan=True)]),

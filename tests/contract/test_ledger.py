@@ -84,10 +84,10 @@ async def test_a_job_that_is_not_there_is_not_found(ledger: DumpingLedger) -> No
     for call in (
         ledger.job(NOBODY),
         ledger.rows(NOBODY),
-        ledger.move_job(NOBODY, JobState.RUNNING),
-        ledger.set_control(NOBODY, Control.PAUSE),
-        ledger.set_planned(NOBODY, RESIZE, 1),
-        ledger.set_planned(JOB.id, StageName("elsewhere"), 1),
+        ledger.move_job(NOBODY, JobState.RUNNING, round=0),
+        ledger.set_control(NOBODY, Control.PAUSE, round=0),
+        ledger.set_planned(NOBODY, RESIZE, 1, round=0),
+        ledger.set_planned(JOB.id, StageName("elsewhere"), 1, round=0),
         ledger.add_cut(Cut(NOBODY, RESIZE, 0, 0, (stranger,), TaskSet())),
         ledger.reopen(NOBODY, 1, []),
         ledger.finish(NOBODY, JobState.FAILED, round=0, reason="", ended_s=1.0, closed={}),
@@ -102,8 +102,8 @@ async def test_a_job_that_is_not_there_is_not_found(ledger: DumpingLedger) -> No
 @on_every_ledger
 async def test_adding_a_job_again_answers_with_what_became_of_it(ledger: DumpingLedger) -> None:
     await submit(ledger)
-    await ledger.set_planned(JOB.id, RESIZE, 7)
-    await ledger.move_job(JOB.id, JobState.RUNNING)
+    await ledger.set_planned(JOB.id, RESIZE, 7, round=0)
+    await ledger.move_job(JOB.id, JobState.RUNNING, round=0)
     before = await ledger.dump()
     again = await ledger.add_job(replace(JOB, name="changed"), state=JobState.SCHEDULED)
     assert again.rows.job == JobRecord(JOB, JobState.RUNNING)
@@ -173,7 +173,7 @@ def test_a_job_moves_by_the_table_of_moves(before: JobState, tmp_path: Path) -> 
             for after in JobState:
                 job = replace(JOB, id=JobId(f"to-{after}"))
                 await ledger.add_job(job, state=before)
-                moved = await ledger.move_job(job.id, after)
+                moved = await ledger.move_job(job.id, after, round=0)
                 assert moved == may_move(before, after)
                 record = await ledger.job(job.id)
                 assert (record.state, record.reason) == (after if moved else before, "")
@@ -185,7 +185,7 @@ def test_a_job_moves_by_the_table_of_moves(before: JobState, tmp_path: Path) -> 
 async def test_the_control_says_what_it_was_last_set_to(ledger: DumpingLedger) -> None:
     await submit(ledger)
     for control in (Control.PAUSE, Control.PAUSE, Control.RUN, Control.CANCEL):
-        await ledger.set_control(JOB.id, control)
+        await ledger.set_control(JOB.id, control, round=0)
         assert (await ledger.job(JOB.id)).control is control
 
 
@@ -247,7 +247,13 @@ async def test_a_later_rounds_cut_takes_over_and_counts_from_its_own(
     await submit(ledger)
     await ledger.add_cut(replace(cut(0), planned=40))
     await ledger.add_cut(cut(7))
-    assert (await ledger.add_cut(cut(0, round=2, left=TaskSet.span(3, 9)))).is_new
+    later = cut(0, round=2, left=TaskSet.span(3, 9))
+    assert not (await ledger.add_cut(later)).is_new, "the job is not in that round"
+    await ledger.finish(
+        JOB.id, JobState.FAILED, round=0, reason="", ended_s=1.0, closed={RESIZE: 40}
+    )
+    assert await ledger.reopen(JOB.id, 2, [])
+    assert (await ledger.add_cut(later)).is_new
     record = await stage_of(ledger)
     assert (record.plan_round, record.cut_seq, record.left) == (2, 0, TaskSet.span(3, 9))
     assert record.counts.planned == 40, "a cut without `planned` leaves it"
@@ -268,8 +274,8 @@ async def test_a_cut_leaves_a_bundle_that_is_done_already(ledger: DumpingLedger)
 @on_every_ledger
 async def test_planned_is_set_where_it_is_not_known(ledger: DumpingLedger) -> None:
     await submit(ledger)
-    await ledger.set_planned(JOB.id, INDEX, 5)
-    await ledger.set_planned(JOB.id, INDEX, 6)
+    await ledger.set_planned(JOB.id, INDEX, 5, round=0)
+    await ledger.set_planned(JOB.id, INDEX, 6, round=0)
     assert (await counts_of(ledger, INDEX)).planned == 5
     assert (await counts_of(ledger, RESIZE)).planned is None
 

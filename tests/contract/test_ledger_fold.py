@@ -304,7 +304,7 @@ def test_the_order_of_events_leaves_no_trace(
         async with ledger_in(None) as plain:
             for ledger in (plain, rough):
                 await submit(ledger)
-                await ledger.set_planned(JOB.id, INDEX, tasks)
+                await ledger.set_planned(JOB.id, INDEX, tasks, round=0)
             for one in cuts:
                 await plain.add_cut(one)
             await fold_in_batches(plain, completions, lambda: 1)

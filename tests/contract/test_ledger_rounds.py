@@ -104,19 +104,47 @@ async def test_a_reason_may_hold_any_text(ledger: DumpingLedger) -> None:
 async def test_nothing_is_asked_of_a_job_that_has_ended(ledger: DumpingLedger) -> None:
     """A pause that comes too late must not show: whether it did depended on who was faster."""
     await submit(ledger)
-    await ledger.set_control(JOB.id, Control.CANCEL)
+    await ledger.set_control(JOB.id, Control.CANCEL, round=0)
     await _finish(ledger, JobState.CANCELLED)
-    await ledger.set_control(JOB.id, Control.PAUSE)
+    await ledger.set_control(JOB.id, Control.PAUSE, round=0)
     assert (await ledger.job(JOB.id)).control is Control.RUN
+
+
+@on_every_ledger
+async def test_a_change_for_another_round_changes_nothing(ledger: DumpingLedger) -> None:
+    """I. Trust, stale leaders: a call that was on its way while the job was retried comes too
+    late, and one for a round that the ledger does not know comes too early."""
+    await _failed_job(ledger)
+    await ledger.reopen(JOB.id, 1, [Reopening(RESIZE, 4, 1, 5), Reopening(INDEX, replan=True)])
+    before = await ledger.dump()
+    for round_ in (0, 2):
+        assert not await ledger.set_control(JOB.id, Control.CANCEL, round=round_)
+        assert not await ledger.move_job(JOB.id, JobState.PAUSED, round=round_)
+        assert not (await ledger.set_planned(JOB.id, INDEX, 3, round=round_)).is_new
+        assert not (await ledger.add_cut(cut(9, round=round_))).is_new
+        assert not await _finish(ledger, round=round_)
+    assert await ledger.dump() == before
+    assert await ledger.set_control(JOB.id, Control.CANCEL, round=1)
+    assert await ledger.set_control(JOB.id, Control.CANCEL, round=1), "a second try says the same"
+    assert (await ledger.set_planned(JOB.id, INDEX, 3, round=1)).is_new
+
+
+@on_every_ledger
+async def test_a_cancellation_is_final_within_its_round(ledger: DumpingLedger) -> None:
+    await submit(ledger)
+    assert await ledger.set_control(JOB.id, Control.PAUSE, round=0)
+    assert await ledger.set_control(JOB.id, Control.CANCEL, round=0)
+    assert not await ledger.set_control(JOB.id, Control.RUN, round=0)
+    assert (await ledger.job(JOB.id)).control is Control.CANCEL
 
 
 async def _failed_job(ledger: DumpingLedger) -> None:
     """10 planned: 4 succeeded, 1 failed, 5 cancelled; the two later stages alike or unplanned."""
     await submit(ledger)
-    await ledger.set_control(JOB.id, Control.CANCEL)
-    await ledger.move_job(JOB.id, JobState.RUNNING)
+    await ledger.set_control(JOB.id, Control.CANCEL, round=0)
+    await ledger.move_job(JOB.id, JobState.RUNNING, round=0)
     await ledger.add_cut(replace(cut(0, bundle(0, 5), left=TaskSet.span(5, 10)), planned=10))
-    await ledger.set_planned(JOB.id, INDEX, 10)
+    await ledger.set_planned(JOB.id, INDEX, 10, round=0)
     await fold(ledger, done(bundle(0, 5), failed=1), done(bundle(0, 4, stage=INDEX)))
     await _finish(ledger, resize=5, index=6)
 
@@ -242,15 +270,15 @@ async def _lived(ledger: DumpingLedger) -> None:
     first = PAST.rounds[0]
     await submit(ledger)
     await ledger.add_cut(first.cuts[0])
-    await ledger.set_planned(JOB.id, INDEX, 10)
+    await ledger.set_planned(JOB.id, INDEX, 10, round=0)
     await ledger.fold(first.completions, first.casualties)
     assert first.ending
     await ledger.finish(
         JOB.id, JobState.FAILED, round=0, reason="no luck", ended_s=50.0, closed=first.ending.closed
     )
     await ledger.reopen(JOB.id, 1, PAST.rounds[1].reopened)
-    await ledger.set_control(JOB.id, Control.PAUSE)
-    await ledger.move_job(JOB.id, JobState.PAUSED)
+    await ledger.set_control(JOB.id, Control.PAUSE, round=1)
+    await ledger.move_job(JOB.id, JobState.PAUSED, round=1)
 
 
 @on_every_ledger

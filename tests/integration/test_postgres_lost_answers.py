@@ -133,7 +133,7 @@ def test_a_client_that_is_gone_without_a_word_does_not_keep_the_lock(
                 await submit(other)
                 wire.cut = Cut.SILENT
                 began_s = time.monotonic()
-                going = asyncio.create_task(gone.move_job(JOB.id, JobState.RUNNING))
+                going = asyncio.create_task(gone.move_job(JOB.id, JobState.RUNNING, round=0))
                 while wire.cut:
                     await asyncio.sleep(0.01)
                 assert await fold(other, done(bundle(0, 1))) == [True]

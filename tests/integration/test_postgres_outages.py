@@ -178,17 +178,18 @@ def test_who_sleeps_in_a_transaction_loses_it(
     asleep, awake = threading.Event(), threading.Event()
     real = job_rows.set_control
 
-    def sleepy(connection: Connection, job: JobId, control: Control) -> None:
-        real(connection, job, control)
+    def sleepy(connection: Connection, job: JobId, control: Control, round: int) -> bool:
+        is_set = real(connection, job, control, round)
         asleep.set()
         awake.wait()
+        return is_set
 
     async def main() -> None:
         async with ledger_in(postgres) as ledger, ledger_in(postgres) as other:
             await submit(ledger)
             with monkeypatch.context() as patch:
                 patch.setattr(job_rows, "set_control", sleepy)
-                sleeping = asyncio.create_task(ledger.set_control(JOB.id, Control.CANCEL))
+                sleeping = asyncio.create_task(ledger.set_control(JOB.id, Control.CANCEL, round=0))
                 await asyncio.to_thread(asleep.wait)
                 try:
                     assert (await other.lease("leader", "b")).owner == "b"

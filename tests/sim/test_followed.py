@@ -35,7 +35,7 @@ def test_a_look_asks_again_once_something_was_written(monkeypatch: pytest.Monkey
         assert await ledger.find(made.id) is first
         assert await ledger.seen(made.id) is await ledger.seen(made.id)
         assert len(asked) == 2
-        await ledger.move_job(made.id, JobState.PENDING)
+        await ledger.move_job(made.id, JobState.PENDING, round=0)
         now, rows = await ledger.find(made.id), await ledger.seen(made.id)
         assert now is not None
         assert now.state is rows.job.state is JobState.PENDING
@@ -63,7 +63,7 @@ def test_what_is_written_while_a_look_is_under_way_is_seen_by_the_next(
         await ledger.add_job(made, state=JobState.SUBMITTED)
         look = asyncio.create_task(ledger.find(made.id))
         await asyncio.sleep(0)
-        await ledger.move_job(made.id, JobState.PENDING)
+        await ledger.move_job(made.id, JobState.PENDING, round=0)
         before, after = await look, await ledger.find(made.id)
         assert before is not None
         assert before.state is JobState.SUBMITTED

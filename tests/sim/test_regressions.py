@@ -157,15 +157,15 @@ def test_counters_are_right_when_the_leader_dies_before_feeding_a_stage_of_a_can
     async def act(world: World) -> None:
         died: list[int] = []
 
-        async def set_planned(real: Any, job_id: JobId, *rest: Any) -> object:
+        async def set_planned(real: Any, job_id: JobId, *rest: Any, **how: Any) -> object:
             if not died:
                 died.append(world.managers)
                 word = wire.Word(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
                 await world.objects.put(naming.control(job_id), wire.word_to_bytes(word))
-                await world.ledger.set_control(job_id, Control.CANCEL)
+                await world.ledger.set_control(job_id, Control.CANCEL, round=0)
                 kill_manager(world)
                 await asyncio.sleep(0)
-            return await real(job_id, *rest)
+            return await real(job_id, *rest, **how)
 
         around(monkeypatch, world.ledger, "set_planned", set_planned)
         made = job(stage(A), stage(B, A), items=30)
@@ -190,8 +190,8 @@ def test_a_job_stopped_for_a_wrong_plan_ends_failed_with_the_reason_though_the_l
     async def act(world: World) -> None:
         died: list[int] = []
 
-        async def set_control(real: Any, *args: Any) -> object:
-            answer = await real(*args)
+        async def set_control(real: Any, *args: Any, **how: Any) -> object:
+            answer = await real(*args, **how)
             if not died:
                 died.append(world.managers)
                 kill_manager(world)

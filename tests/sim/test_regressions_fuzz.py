@@ -288,7 +288,7 @@ def test_a_resume_that_only_the_workers_have_heard_of_reaches_the_leader() -> No
         await world.ask(lambda m: m.requests.pause(made.id), "pause")
         await asyncio.sleep(300)
         await _written(world, made, wire.Word(Control.RUN))
-        await world.ledger.set_control(made.id, Control.RUN)
+        await world.ledger.set_control(made.id, Control.RUN, round=0)
         await ended_well(world, made)
 
     in_world(act, script=takes(5.0))

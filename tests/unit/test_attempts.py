@@ -124,7 +124,7 @@ def test_a_task_is_given_what_its_worker_was_given() -> None:
             await given(NEXT, 2)
         with pytest.raises(NotFound, match="has no task map/3"):
             await given(MAP, 3)
-        await objects.put(naming.part(JOB.id, SUM, 0, 0), _part(objects))
+        await objects.put(naming.part(JOB.id, SUM, 0, naming.old_part(0)), _part(objects))
         await objects.put(naming.manifest(JOB.id, SUM, 0), Manifest(1, (0,)).to_bytes())
         assert await given(SUM, 0) == [10, 20]
 
@@ -140,7 +140,7 @@ def test_an_input_that_only_a_retry_has_gathered_is_found() -> None:
         with pytest.raises(NotFound):
             await attempts.task_input(objects, JOB, bundle, PATIENCE)
         await objects.put(naming.retry(JOB.id, 1), b"{}")
-        await objects.put(naming.part(JOB.id, SUM, 1, 0), _part(objects))
+        await objects.put(naming.part(JOB.id, SUM, 1, naming.old_part(0)), _part(objects))
         plan = Manifest(1, (0,), round=1)
         await objects.put(naming.manifest(JOB.id, SUM, 1), plan.to_bytes())
         bundle = await attempts.task_bundle(objects, JOB, SUM, 0, PATIENCE)

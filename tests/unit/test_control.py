@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -46,11 +47,27 @@ async def acts() -> None:
     assert not await control.say(objects, JOB, RUN, patience, over=first), "it was paused since"
 
     paused = await spoken()
-    await control.insist(objects, JOB, CANCEL, patience)
+    assert await control.insist(objects, JOB, CANCEL, patience) == CANCEL
     assert not await control.say(objects, JOB, RUN, patience, over=paused)
     found = await control.look(objects, JOB, paused.etag)
     assert found
     assert found.word == CANCEL
+
+    # The first cancellation of a round stays.
+    other = replace(CANCEL, reason="another reason")
+    assert await control.insist(objects, JOB, other, patience) == CANCEL
+    assert await control.word_of(objects, JOB, patience) == CANCEL
+
+    # A retry permits its round over the words of earlier ones, once.
+    await control.permit(objects, JOB, 3, patience)
+    allowed = Word(Control.RUN, round=3)
+    assert await control.word_of(objects, JOB, patience) == allowed
+    assert await control.insist(objects, JOB, CANCEL, patience) is None, "its round is over"
+    assert await control.word_of(objects, JOB, patience) == allowed
+    late = replace(CANCEL, round=3)
+    assert await control.insist(objects, JOB, late, patience) == late
+    await control.permit(objects, JOB, 3, patience)
+    assert await control.word_of(objects, JOB, patience) == late, "that round was cancelled since"
 
 
 def test_a_word_is_written_over_what_was_read_and_only_while_that_stands() -> None:

@@ -8,9 +8,12 @@ from random import Random
 import pytest
 
 from batchlab.adapters.sim.objects import SimObjects
+from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager import plans
-from batchlab.model import JobId, StageName, TaskSet
+from batchlab.model import Bundle, JobId, StageName, TaskSet
 from batchlab.patience import Patience
+from batchlab.protocol import wire
+from batchlab.worker.inputs import Inputs
 
 
 @pytest.mark.parametrize(("parts", "turns"), [(3, 0), (4, 1), (9, 2)])
@@ -39,3 +42,27 @@ def test_others_have_a_turn_after_every_few_parts(
         return meanwhile
 
     assert asyncio.run(main()) == turns
+
+
+def test_a_planner_that_stood_still_replaces_nothing_of_the_plan_that_counts() -> None:
+    """I. Trust, stale leaders: two managers list an input that has changed in between. The parts
+    of the first one land after the manifest of the second one. They were put under the same keys,
+    so one input ran twice and another one never."""
+    job = JobDef(JobId("j"), "j", (StageDef(StageName("s"), handler="a:b"),), 0.0)
+    bundle = Bundle(job.id, StageName("s"), TaskSet.span(0, 3))
+    large = "x" * (plans.ITEM_BYTES + 1)
+
+    async def main() -> None:
+        objects, patience = SimObjects(), Patience(Random(1))
+        stale, leader = (
+            plans.PartWriter(objects, patience, job.id, StageName("s"), 0) for _ in range(2)
+        )
+        await leader.add("b", "c", large + "d")
+        committed = await leader.commit(TaskSet())
+        await stale.add("a", "b", large + "c")
+        assert await stale.commit(TaskSet()) == committed
+        items = await Inputs(objects, patience).resolve(job, bundle)
+        assert list(items[:2]) == ["b", "c"]
+        assert await objects.get(items[2]["$value"]) == wire.to_bytes(large + "d")
+
+    asyncio.run(main())

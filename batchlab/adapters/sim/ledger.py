@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 from batchlab.adapters import book as books
@@ -146,11 +147,12 @@ class SimLedger:
     def _place(self, job: JobId) -> tuple[float, JobId]:
         return self._shelf(job).book.job.submitted_s, job
 
-    async def move_job(self, job: JobId, state: JobState) -> bool:
-        return self._change(self._shelf(job), lambda b: books.move(b, state)).is_new
+    async def move_job(self, job: JobId, state: JobState, *, round: int) -> bool:
+        return self._change(self._shelf(job), lambda b: books.move(b, state, round)).is_new
 
-    async def set_control(self, job: JobId, control: Control) -> None:
-        self._change(self._shelf(job), lambda b: books.set_control(b, control))
+    async def set_control(self, job: JobId, control: Control, *, round: int) -> bool:
+        set_control = partial(books.set_control, control=control, round=round)
+        return books.has_control(self._change(self._shelf(job), set_control), control, round)
 
     async def reopen(self, job: JobId, round: int, stages: Sequence[Reopening]) -> bool:
         """Also False for a job that has not ended, or SUCCEEDED."""
@@ -173,8 +175,10 @@ class SimLedger:
     async def rows(self, job: JobId) -> JobRows:
         return self._shelf(job).book.rows()
 
-    async def set_planned(self, job: JobId, stage: StageName, planned: int) -> Written:
-        return self._change(self._shelf(job), lambda b: books.set_planned(b, stage, planned))
+    async def set_planned(
+        self, job: JobId, stage: StageName, planned: int, *, round: int
+    ) -> Written:
+        return self._change(self._shelf(job), lambda b: books.set_planned(b, stage, planned, round))
 
     # --- Stages and bundles ----------------------------------------------------------------------
 

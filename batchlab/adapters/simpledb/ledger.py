@@ -98,11 +98,12 @@ class SimpleDbLedger:
 
         return await self._read(page)
 
-    async def move_job(self, job: JobId, state: JobState) -> bool:
-        return (await self._change(job, lambda book: books.move(book, state))).is_new
+    async def move_job(self, job: JobId, state: JobState, *, round: int) -> bool:
+        return (await self._change(job, lambda book: books.move(book, state, round))).is_new
 
-    async def set_control(self, job: JobId, control: Control) -> None:
-        await self._change(job, lambda book: books.set_control(book, control))
+    async def set_control(self, job: JobId, control: Control, *, round: int) -> bool:
+        written = await self._change(job, lambda book: books.set_control(book, control, round))
+        return books.has_control(written, control, round)
 
     async def reopen(self, job: JobId, round: int, stages: Sequence[Reopening]) -> bool:
         """Also False for a job that has not ended, or SUCCEEDED."""
@@ -125,8 +126,10 @@ class SimpleDbLedger:
     async def rows(self, job: JobId) -> JobRows:
         return await self._read(lambda: self._book(job).rows())
 
-    async def set_planned(self, job: JobId, stage: StageName, planned: int) -> Written:
-        return await self._change(job, lambda book: books.set_planned(book, stage, planned))
+    async def set_planned(
+        self, job: JobId, stage: StageName, planned: int, *, round: int
+    ) -> Written:
+        return await self._change(job, lambda book: books.set_planned(book, stage, planned, round))
 
     def _book(self, job: JobId) -> Book:
         head = self._heads.get(job, settle=False)

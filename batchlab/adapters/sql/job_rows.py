@@ -158,9 +158,9 @@ def page_of_jobs(
     return [_job_record(row) for row in connection.execute(query, values).mappings()]
 
 
-def move_job(connection: Connection, job: JobId, state: JobState) -> bool:
+def move_job(connection: Connection, job: JobId, state: JobState, round: int) -> bool:
     row = _job_row(connection, job)
-    if not may_move(JobState(row["state"]), state):
+    if row["round"] != round or not may_move(JobState(row["state"]), state):
         return False
     connection.execute(_move, {"b_job": job, "state": state.value})
     return True
@@ -178,9 +178,14 @@ def set_running(connection: Connection, found: Iterable[JobId]) -> dict[JobId, J
     return rows
 
 
-def set_control(connection: Connection, job: JobId, control: Control) -> None:
-    if not JobState(_job_row(connection, job)["state"]).ended:
-        connection.execute(_control, {"b_job": job, "control": control.value})
+def set_control(connection: Connection, job: JobId, control: Control, round: int) -> bool:
+    row = _job_row(connection, job)
+    if row["round"] != round or JobState(row["state"]).ended:
+        return False
+    if row["control"] == Control.CANCEL.value:
+        return control is Control.CANCEL
+    connection.execute(_control, {"b_job": job, "control": control.value})
+    return True
 
 
 def reopen(connection: Connection, job: JobId, round: int, reopened: Sequence[Reopening]) -> bool:
@@ -253,8 +258,11 @@ def _stages_of(connection: Connection, job: JobId) -> tuple[StageRecord, ...]:
     return tuple(_stage_record(row) for row in found)
 
 
-def set_planned(connection: Connection, job: JobId, stage: StageName, planned: int) -> Written:
+def set_planned(
+    connection: Connection, job: JobId, stage: StageName, planned: int, round: int
+) -> Written:
     is_new = _stage_row(connection, job, stage)["planned"] is None
+    is_new = is_new and _job_row(connection, job)["round"] == round
     if is_new:
         where = {"b_job": job, "b_stage": stage}
         connection.execute(_set_planned, {**where, "planned": planned})
@@ -262,9 +270,12 @@ def set_planned(connection: Connection, job: JobId, stage: StageName, planned: i
 
 
 def take_cut(connection: Connection, cut: Cut) -> bool:
-    """Note on the stage's row that `cut` has been made; False where it or a later one has been."""
+    """Note on the stage's row that `cut` has been made; False where it or a later one has been,
+    and where the job is in another round."""
     row = _stage_row(connection, cut.job, cut.stage)
     if (cut.round, cut.seq) <= (row["plan_round"], row["cut_seq"]):
+        return False
+    if _job_row(connection, cut.job)["round"] != cut.round:
         return False
     values: dict[str, Any] = {
         "b_job": cut.job,

@@ -144,12 +144,13 @@ class SqlLedger:
         """Also raises NotFound where `before` is not there any more."""
         return await self._read(lambda c: job_rows.page_of_jobs(c, active, limit, before))
 
-    async def move_job(self, job: JobId, state: JobState) -> bool:
-        return await self._write(lambda c: job_rows.move_job(c, job, state))
+    async def move_job(self, job: JobId, state: JobState, *, round: int) -> bool:
+        return await self._write(lambda c: job_rows.move_job(c, job, state, round))
 
-    async def set_control(self, job: JobId, control: Control) -> None:
-        await self._write(lambda c: job_rows.set_control(c, job, control))
+    async def set_control(self, job: JobId, control: Control, *, round: int) -> bool:
+        is_set = await self._write(lambda c: job_rows.set_control(c, job, control, round))
         await self._on_disk(None)
+        return is_set
 
     async def reopen(self, job: JobId, round: int, stages: Sequence[Reopening]) -> bool:
         """Also False for a job that has not ended, or SUCCEEDED."""
@@ -185,8 +186,10 @@ class SqlLedger:
             bundle_rows.plan(connection, self._upserts, cut.bundles)
         return Written(job_rows.rows_of(connection, cut.job), is_new)
 
-    async def set_planned(self, job: JobId, stage: StageName, planned: int) -> Written:
-        return await self._write(lambda c: job_rows.set_planned(c, job, stage, planned))
+    async def set_planned(
+        self, job: JobId, stage: StageName, planned: int, *, round: int
+    ) -> Written:
+        return await self._write(lambda c: job_rows.set_planned(c, job, stage, planned, round))
 
     async def fold(
         self, completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]

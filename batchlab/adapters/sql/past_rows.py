@@ -43,9 +43,10 @@ def restore(connection: Connection, upserts: Upserts, past: Past, over: str) -> 
         if number:
             job_rows.reopen(connection, job, number, one.reopened)
         _restore_round(connection, upserts, job, number, one)
-    job_rows.set_control(connection, job, past.control)
+    last = len(past.rounds) - 1
+    job_rows.set_control(connection, job, past.control, last)
     if past.control is Control.PAUSE:
-        job_rows.move_job(connection, job, JobState.PAUSED)
+        job_rows.move_job(connection, job, JobState.PAUSED, last)
     return True
 
 
@@ -56,7 +57,7 @@ def _restore_round(
         if job_rows.take_cut(connection, cut):
             bundle_rows.plan(connection, upserts, cut.bundles)
     for stage, planned in one.planned.items():
-        job_rows.set_planned(connection, job, stage, planned)
+        job_rows.set_planned(connection, job, stage, planned, number)
     for i in range(0, len(one.completions), _FOLDED_AT_ONCE):
         some = slice(i, i + _FOLDED_AT_ONCE)
         bundle_rows.fold(connection, upserts, one.completions[some], one.casualties[some])

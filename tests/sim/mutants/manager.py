@@ -68,7 +68,8 @@ def plan_without_conditional_put(plant: Plant) -> None:
     @plant.method(PartWriter, "commit")
     async def _commit(self: PartWriter, skipped: TaskSet) -> Manifest:
         await self._flush()
-        made = Manifest(self._count, tuple(self._starts), skipped, self._round)
+        parts = tuple(self._parts)
+        made = Manifest(self._count, tuple(self._starts), skipped, self._round, parts)
         key = naming.manifest(self._job, self._stage, self._round)
         await self._patience(lambda: self._objects.put(key, made.to_bytes()))
         return made
@@ -119,7 +120,7 @@ def chained_stage_planned_once(plant: Plant) -> None:
     async def _first_cut(self: Conductor, live: LiveJob, stage: StageDef, tasks: TaskSet) -> None:
         await first_cut(self, live, stage, tasks)
         for fed in live.job.fed_by(stage.name):
-            await self._ports.ledger.set_planned(live.id, fed.name, len(tasks))
+            await self._ports.ledger.set_planned(live.id, fed.name, len(tasks), round=live.round)
         await self._folder.refresh(live)
 
 
@@ -133,7 +134,7 @@ def cancel_that_only_marks_the_ledger(plant: Plant) -> None:
 
     @plant.method(Conductor, "forbid")
     async def forbid(self: Conductor, live: LiveJob, word: wire.Word) -> None:
-        await self._ports.ledger.set_control(live.id, Control.CANCEL)
+        await self._ports.ledger.set_control(live.id, Control.CANCEL, round=live.round)
         live.record = replace(live.record, control=Control.CANCEL)
 
 
