@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from batchlab.adapters import book as books
-from batchlab.errors import Refused
 from batchlab.jobdef import JobDef, RetryRule
 from batchlab.model import Control, Failure, FailureKind, JobState
 from batchlab.sim import invariants
@@ -43,18 +42,25 @@ async def checked(world: World, *jobs: JobDef) -> None:
         await invariants.check_results(world, one)
 
 
-def later(world: World, verb: str, made: JobDef) -> asyncio.Task[object]:
-    """Ask for it. The watch learns when the manager has acknowledged a cancellation."""
+def later(world: World, verb: str, made: JobDef) -> asyncio.Task[None]:
+    """Ask for it, and again where the manager dies, but cancel only once: a second cancellation
+    would be a request of its own. The watch learns when a cancellation is acknowledged."""
 
-    async def ask() -> object:
-        noted = {"cancel": world.watch.cancel_asked, "retry": world.watch.retry_asked}.get(verb)
-        acknowledged = noted(made.id) if noted else None
-        answer = await world.ask(lambda m: getattr(m.requests, verb)(made.id), verb)
-        if acknowledged and not (verb == "cancel" and isinstance(answer, Refused)):
+    async def cancel() -> None:
+        acknowledged = world.watch.cancel_asked(made.id)
+        assert world.post
+        request = world.post.actor.spawn(world.post.manager.requests.cancel(made.id), name=verb)
+        await asyncio.wait([request])
+        if not request.cancelled() and request.exception() is None:
             acknowledged()
-        return answer
 
-    return asyncio.create_task(ask(), name=verb)
+    async def ask() -> None:
+        answered = world.watch.retry_asked(made.id) if verb == "retry" else None
+        await world.ask(lambda m: getattr(m.requests, verb)(made.id), verb)
+        if answered:
+            answered()
+
+    return asyncio.create_task(cancel() if verb == "cancel" else ask(), name=verb)
 
 
 async def started(world: World, *, tasks: int = 1, round_: int = 0) -> None:

@@ -13,6 +13,7 @@ from batchlab.manager import plans
 from batchlab.model import Bundle, JobId, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.protocol import wire
+from batchlab.protocol.sealing import UNSEALED
 from batchlab.worker.inputs import Inputs
 
 
@@ -61,7 +62,7 @@ def test_a_planner_that_stood_still_replaces_nothing_of_the_plan_that_counts() -
         committed = await leader.commit(TaskSet())
         await stale.add("a", "b", large + "c")
         assert await stale.commit(TaskSet()) == committed
-        items = await Inputs(objects, patience).resolve(job, bundle)
+        items = await Inputs(objects, patience).resolve(job, bundle, UNSEALED)
         assert list(items[:2]) == ["b", "c"]
         assert await objects.get(items[2]["$value"]) == wire.to_bytes(large + "d")
 
