@@ -16,7 +16,7 @@ from batchlab.jobdef import JobDef
 from batchlab.model import Bundle, Follow, Json, Outcome
 from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, MAX_DELAY_S, MAX_MESSAGE_BYTES, Objects, Outgoing, Queue
-from batchlab.protocol import naming, wire
+from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.messages import TaskMessage, task_message
 from batchlab.protocol.sealing import CommitKey
 
@@ -125,8 +125,14 @@ def follow_ups(
             return None
         return [known[task] for task in follow.bundle.tasks]
 
+    def delay_s(follow: Follow) -> float:
+        if follow.bundle.due_s is None:
+            return follow.delay_s
+        # An outcome may be forwarded again long after its commit.
+        return min(follow.delay_s, settle.wait_s(job, follow.bundle, now_s))
+
     return [
-        address(job, f.bundle, key, items=inputs(f), delay_s=f.delay_s, now_s=now_s, trace=trace)
+        address(job, f.bundle, key, items=inputs(f), delay_s=delay_s(f), now_s=now_s, trace=trace)
         for f in outcome.follows
     ]
 

@@ -192,7 +192,8 @@ class Bundle(_Named):
     `round` counts the user's own `job retry` calls; `attempt` the automatic retries within one
     round, from 1. `losses` counts earlier deliveries that ended without an outcome; it makes the
     next worker careful (see worker.suspects) and is no part of the identity. `source` is the
-    upstream bundle whose outcome holds the inputs, None where the plan holds them.
+    upstream bundle whose outcome holds the inputs, None where the plan holds them. `due_s` (epoch)
+    is when the backoff of a retry ends; a manager that sends the bundle again keeps to it.
     """
 
     job: JobId
@@ -202,6 +203,7 @@ class Bundle(_Named):
     round: int = 0
     losses: int = 0
     source: BundleId | None = None
+    due_s: float | None = None
 
     @property
     def id(self) -> BundleId:

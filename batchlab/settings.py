@@ -30,8 +30,17 @@ _MAY_BE_0 = frozenset({"cooldown_in_s", "idle_s", "boot_pause_s"})
 
 def applied(backend: Backend, home: Home) -> Backend:
     """The backend with what the home says in place of its own; UsageError where the file says
-    something that is no setting."""
-    return replace(backend, manager=ManagerSettings(**{**asdict(backend.manager), **read(home)}))
+    something that is no setting, or a control lease shorter than the workers'."""
+    manager = ManagerSettings(**{**asdict(backend.manager), **read(home)})
+    workers_s = backend.worker.control_lease_s
+    if manager.control_lease_s < workers_s:
+        # A cancellation would be acknowledged while workers may still start tasks.
+        raise UsageError(
+            f"{home.settings_file} says control_lease_s = {manager.control_lease_s:g}, which is "
+            f"shorter than the lease of the workers ({workers_s:g} s).",
+            remedy=f"Write {workers_s:g} or more, or leave it out.",
+        )
+    return replace(backend, manager=manager)
 
 
 def read(home: Home) -> dict[str, float]:

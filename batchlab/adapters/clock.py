@@ -8,6 +8,8 @@ from __future__ import annotations
 import secrets
 import time
 
+from batchlab.worker.board import boot_s
+
 
 class WallClock:
     """The machine's clocks."""
@@ -17,8 +19,9 @@ class WallClock:
         return time.time()
 
     def monotonic_s(self) -> float:
-        """Seconds since an arbitrary start; never goes back."""
-        return time.monotonic()
+        """Seconds since an arbitrary start; never goes back. Where the system can tell, the time in
+        which the machine was suspended counts: a lease must not outlast a closed lid."""
+        return boot_s()
 
 
 class RandomIds:

@@ -16,7 +16,7 @@ from batchlab.errors import BackendError, NotFound, Throttled, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.manager import admission
 from batchlab.manager.conductor import Conductor
-from batchlab.manager.live import LiveJob, Ports, Superseded
+from batchlab.manager.live import LiveJob, Ports, Superseded, all_jobs
 from batchlab.manager.rebuild import restore
 from batchlab.manager.recorder import Recorder
 from batchlab.manager.retries import cuts_of_round
@@ -25,7 +25,7 @@ from batchlab.manager.spending import Spending
 from batchlab.manager.starts import Starts
 from batchlab.model import JobId, JobState
 from batchlab.ports import BundleRecord, Written
-from batchlab.protocol import naming, wire
+from batchlab.protocol import naming, settle, wire
 from batchlab.tracing import trace_of
 from batchlab.waits import heed_cancellation
 
@@ -63,7 +63,7 @@ class Adoption:
     async def adopt_active(self) -> None:
         """Conduct every job that has not ended."""
         self.asked_s = self._ports.clock.monotonic_s()
-        for record in await self._ports.ledger.jobs(active=True, limit=10_000):
+        async for record in all_jobs(self._ports, active=True):
             if record.job.id not in self._lives:
                 rows = await self._ports.ledger.rows(record.job.id)
                 await self.adopt(Written(rows, is_new=False))
@@ -98,7 +98,9 @@ class Adoption:
         if not found.is_new:
             # What a crashed leader planned but did not send is looked for well before `silence_s`.
             heard_s = self._ports.clock.monotonic_s() - 0.75 * self._settings.silence_s
-            live.expect((r.bundle, heard_s) for r in planned)
+            # A retry is not silent while it waits for the end of its backoff.
+            now_s = self._ports.clock.now_s()
+            live.expect((r.bundle, heard_s + settle.wait_s(job, r.bundle, now_s)) for r in planned)
         if self._spending:
             await self._spending.open(live, is_new=found.is_new)
         if self._recorder:

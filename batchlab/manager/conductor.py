@@ -264,7 +264,10 @@ class Conductor:
                     items = await self._inputs.resolve(job, bundle, key)
                 except NotFound:
                     items = None  # the worker finds the same, and says so in an outcome
-            messages.append(address(job, bundle, key, items=items, now_s=now_s, trace=trace))
+            wait_s = settle.wait_s(job, bundle, now_s)
+            messages.append(
+                address(job, bundle, key, items=items, delay_s=wait_s, now_s=now_s, trace=trace)
+            )
         with of_single_call(job.is_single_call):
             await send_all(self._ports.queue, messages, self._ports.patience)
 

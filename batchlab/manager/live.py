@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from batchlab.commitkeys import CommitKeys
 from batchlab.costs.cap import Budget
 from batchlab.costs.meter import Account
-from batchlab.errors import Refused
+from batchlab.errors import NotFound, Refused
 from batchlab.eta import Pace
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.retained import Retained
@@ -47,6 +47,8 @@ from batchlab.tracing import LINKS
 EARLY = 256
 UNKNOWN_TASK_S = 1.0
 """Assumed for a task before any has been measured, or as long as the first has run for."""
+PAGE = 1000
+"""Jobs that are read from the ledger at once."""
 RECENT = 32
 """Outcomes of a job kept in memory for those who wait for them."""
 
@@ -314,6 +316,23 @@ class Superseded(Refused):
             f"Round {live.round} of job {live.id} has ended, and the job was retried since.",
             remedy="`batchlab job show` tells how it is now.",
         )
+
+
+async def all_jobs(ports: Ports, *, active: bool = False) -> AsyncIterator[JobRecord]:
+    """The jobs of the ledger, newest first, read in pages; `active` leaves out those that ended.
+    Where the last job of a page ends or is forgotten meanwhile, the reading begins anew."""
+    last: JobId | None = None
+    while True:
+        try:
+            page = await ports.ledger.jobs(active=active, limit=PAGE, before=last)
+        except NotFound:
+            last = None
+            continue
+        for record in page:
+            yield record
+        if len(page) < PAGE:
+            return
+        last = page[-1].job.id
 
 
 async def move(ports: Ports, live: LiveJob, state: JobState) -> None:

@@ -23,7 +23,7 @@ from batchlab.manager.arrivals import Arrivals
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.counts import Counts
 from batchlab.manager.cutting import Cutter
-from batchlab.manager.live import LiveJob, Ports, Superseded, move
+from batchlab.manager.live import LiveJob, Ports, Superseded, all_jobs, move
 from batchlab.manager.retries import Chosen, Retry, RetryPlanner
 from batchlab.model import Control, JobId, JobState, Json
 from batchlab.ports import MAX_BATCH, JobRecord, Written
@@ -32,10 +32,6 @@ from batchlab.tracing import NOBODY, Subject, Tracer, ending
 from batchlab.waits import STEP_BACK_S
 
 log = logging.getLogger(__name__)
-
-LOOKED_BACK = 1000
-"""Jobs of which a new leader looks for a retry that was not finished: a request of S3 for each that
-did not succeed."""
 
 
 class Requests:
@@ -227,11 +223,11 @@ class Requests:
         return live.record
 
     async def look_back(self) -> None:
-        """Note the jobs of which the leader before us may have begun a retry: of the newest ones,
-        those that did not succeed."""
-        records = await self._ports.ledger.jobs(limit=LOOKED_BACK)
-        ended = (one for one in records if one.state.ended)
-        self._begun.update(one.job.id for one in ended if one.state is not JobState.SUCCEEDED)
+        """Note the jobs of which the leader before us may have begun a retry: those that have ended
+        and did not succeed."""
+        async for one in all_jobs(self._ports):
+            if one.state.ended and one.state is not JobState.SUCCEEDED:
+                self._begun.add(one.job.id)
 
     async def finish_retries(self) -> None:
         """Go on with retries that are in the bucket and not in the ledger, since whoever began one

@@ -51,13 +51,27 @@ def retries(rule: RetryRule, failure: Failure, attempt: int) -> bool:
 def backoff_s(rule: RetryRule, bundle: Bundle) -> float:
     """Wait before the try after `bundle`'s, seconds; the jitter is derived from the bundle's id,
     so that whoever computes it gets the same."""
-    try:
-        base = min(rule.max_backoff_s, rule.backoff_s * rule.factor ** (bundle.attempt - 1))
-    except OverflowError:
-        base = rule.max_backoff_s if rule.backoff_s else 0.0
+    base = _base_s(rule, bundle.attempt)
     digest = hashlib.sha256(f"{bundle.job}/{bundle.stage}/{bundle.id}".encode()).digest()
     unit = int.from_bytes(digest[:4]) / 2**32
     return float(base * (1 + rule.jitter * (2 * unit - 1)))
+
+
+def _base_s(rule: RetryRule, attempt: int) -> float:
+    try:
+        return min(rule.max_backoff_s, rule.backoff_s * rule.factor ** (attempt - 1))
+    except OverflowError:
+        return rule.max_backoff_s if rule.backoff_s else 0.0
+
+
+def wait_s(job: JobDef, bundle: Bundle, now_s: float) -> float:
+    """Return how long a retry still waits for the end of its backoff, seconds. It is never longer
+    than the backoff, whatever the clocks of two machines say."""
+    if bundle.due_s is None:
+        return 0.0
+    rule = job.stage(bundle.stage).retry
+    longest_s = _base_s(rule, bundle.attempt - 1) * (1 + rule.jitter)
+    return min(max(0.0, bundle.due_s - now_s), longest_s)
 
 
 def settle(
@@ -99,8 +113,7 @@ def settle(
             follows.append(Follow(replace(bundle, tasks=kept)))
         follows += _split(bundle, rest - kept)
         if again:
-            retried = replace(bundle, tasks=TaskSet.of(again), attempt=bundle.attempt + 1, losses=0)
-            follows.append(Follow(retried, backoff_s(stage.retry, bundle)))
+            follows.append(_again(bundle, TaskSet.of(again), stage.retry, ended_s))
         follows += chain(job, bundle, succeeded)
     return Outcome(
         bundle,
@@ -118,6 +131,13 @@ def settle(
         log,
         tuple(log_spans),
     )
+
+
+def _again(bundle: Bundle, tasks: TaskSet, rule: RetryRule, ended_s: float) -> Follow:
+    delay_s = backoff_s(rule, bundle)
+    due_s = round(ended_s + delay_s, 3) if delay_s else None
+    retried = replace(bundle, tasks=tasks, attempt=bundle.attempt + 1, losses=0, due_s=due_s)
+    return Follow(retried, delay_s)
 
 
 def _split(bundle: Bundle, rest: TaskSet) -> list[Follow]:

@@ -93,6 +93,8 @@ def bundle_to_json(b: Bundle) -> dict[str, Json]:
         doc["l"] = b.losses
     if b.source:
         doc["f"] = b.source
+    if b.due_s is not None:
+        doc["w"] = b.due_s
     return doc
 
 
@@ -106,6 +108,7 @@ def bundle_from_json(doc: dict[str, Any]) -> Bundle:
         whole(doc.get("r", 0)),
         whole(doc.get("l", 0)),
         BundleId(text(source)) if source else None,
+        figure(doc["w"]) if "w" in doc else None,
     )
 
 

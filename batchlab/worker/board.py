@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from pathlib import Path
 
 BOOTING = -3
@@ -19,8 +20,16 @@ _BYTES = 4096
 _TASK, _SINCE, _LOG_AT, _STOP, _UNTIL = range(5)
 
 
+def boot_s() -> float:
+    """Seconds since the machine started, with the time in which it was suspended where the system
+    can tell: a lease must not outlast a closed lid."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+
 class Board:
-    """Times are the system's monotonic clock, which all processes of a machine share."""
+    """Times are the system's monotonic clock, which all processes of a machine share. Tasks may be
+    started until a time of `boot_s`."""
 
     def __init__(self, path: str | Path, *, create: bool = False) -> None:
         """`create` makes the file anew. OSError where that is not possible."""
@@ -54,9 +63,9 @@ class Board:
         """Nothing of the user's runs."""
         self._ints[_TASK] = IDLE
 
-    def may_start(self, now_s: float) -> bool:
+    def may_start(self) -> bool:
         """Whether another task may be started."""
-        return not self._ints[_STOP] and now_s < self._floats[_UNTIL]
+        return not self._ints[_STOP] and boot_s() < self._floats[_UNTIL]
 
     # --- The worker's side ---
 
@@ -77,7 +86,7 @@ class Board:
                 return task, since_s
 
     def allow(self, *, stop: bool, until_s: float) -> None:
-        """Whether and until when further tasks may be started."""
+        """Whether further tasks may be started, and until when (`boot_s`)."""
         self._floats[_UNTIL] = until_s
         self._ints[_STOP] = stop
 

@@ -100,7 +100,7 @@ class Child:
         for task, item in asked["items"]:
             self._board.rest()
             now_s = time.monotonic()
-            if not self._board.may_start(now_s):
+            if not self._board.may_start():
                 return "stop"
             if now_s >= deadline_s and not must_start:
                 return "budget"

@@ -25,7 +25,7 @@ from batchlab.protocol.references import Own
 from batchlab.protocol.settle import LOSS_LIMIT
 from batchlab.worker import logs, materialise
 from batchlab.worker.bench import Request
-from batchlab.worker.board import IMPORTING
+from batchlab.worker.board import IMPORTING, boot_s
 from batchlab.worker.child import RequestLine
 from batchlab.worker.child_process import ChildProcess, describe_crash, monotonic_s
 from batchlab.worker.children import Children
@@ -269,7 +269,7 @@ class Execution:
 
     def _allow(self, child: ChildProcess) -> None:
         # In the child's clock, which need not be ours.
-        until_s = monotonic_s() + self._handle.until_s - self._clock.monotonic_s()
+        until_s = boot_s() + self._handle.until_s - self._clock.monotonic_s()
         child.board.allow(stop=self._told, until_s=until_s)
         task = child.board.task
         self._handle.running = task if task >= 0 else None

@@ -297,6 +297,10 @@ class Worker:
             if done:
                 await self._closing.forward_again(hand, job, done)
                 return
+        elif hand.bundle.attempt > 1 and (done := await self._suspects.outcome(hand)):
+            # A retry waits in the queue for its backoff, and a copy of it may have been sent since.
+            await self._closing.forward_again(hand, job, done)
+            return
         items: Sequence[Json]
         try:
             items = await self._items(hand, job)

@@ -88,11 +88,15 @@ class Suspects:
                     except BackendError as error:
                         log.warning("a start is not renewed: %s", error)
 
+    async def outcome(self, hand: Hand) -> Outcome | None:
+        """Return the committed outcome of the bundle."""
+        return await committed(self._objects, hand.bundle, self._patience, hand.key)
+
     async def verdict(self, hand: Hand) -> Outcome | None:
         """What has become of the bundle: its outcome if there is one or must be one now, None
         where it should be run. RunsElsewhereError where that is to be asked again later."""
         bundle = hand.bundle
-        done = await committed(self._objects, bundle, self._patience, hand.key)
+        done = await self.outcome(hand)
         if done:
             return done
         judged: Outcome | None = None

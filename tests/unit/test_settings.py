@@ -52,6 +52,16 @@ def test_what_is_no_setting_is_told_in_a_sentence(tmp_path: Path, text: str, tol
         settings.read(_home(tmp_path, text))
 
 
+def test_a_control_lease_shorter_than_the_workers_is_refused(tmp_path: Path) -> None:
+    """I. Trust: 31 tasks started after an acknowledged cancellation."""
+    backend = backends.load("local")
+    home = _home(tmp_path, "[manager]\ncontrol_lease_s = 0.2\n")
+    with pytest.raises(UsageError, match="shorter than the lease of the workers"):
+        settings.applied(backend, home)
+    longer = _home(tmp_path, "[manager]\ncontrol_lease_s = 3\n")
+    assert settings.applied(backend, longer).manager.control_lease_s == 3
+
+
 @pytest.mark.parametrize("before", [None, "# mine\n[manager]\nidle_s = 7\n"])
 def test_what_is_said_for_a_while_is_taken_back(tmp_path: Path, before: str | None) -> None:
     home = _home(tmp_path, before)
