@@ -28,7 +28,7 @@ from batchlab.costs import prices
 from batchlab.costs.meter import Account, Kind, Life
 from batchlab.home import Home
 from batchlab.jobdef import JobDef
-from batchlab.listening import listen
+from batchlab.listening import listen, listen_locally
 from batchlab.manager.live import Ports, Seen
 from batchlab.manager.manager import Manager
 from batchlab.manager.plans import Plans
@@ -80,7 +80,8 @@ class StillGrid:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="still")
         self._thread.start()
         assert self._ready.wait(DEADLINE_S)
-        self.client = Client(self.url, TOKEN)
+        # By its socket: signed requests need a clock that goes.
+        self.client = Client(self.url, TOKEN, self._socket)
         return self
 
     def __exit__(
@@ -120,9 +121,12 @@ class StillGrid:
         manager.is_leader.set()
         config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
         server = uvicorn.Server(config)
-        with listen("127.0.0.1", 0) as listener:
+        local = listen_locally(self.home)
+        assert local
+        with listen("127.0.0.1", 0) as listener, local[0]:
             self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            self._socket = local[1]
+            serving = asyncio.create_task(server.serve(sockets=[listener, local[0]]))
             self._ready.set()
             await self._stop.wait()
             server.should_exit = server.force_exit = True
