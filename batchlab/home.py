@@ -8,6 +8,7 @@ Invariant: everything in it survives SIGKILL and can be looked at with `ls`.
     manager.sock    its Unix socket (0600), and socket.json, where that is
     token           the API's bearer token (0600)
     scratch/        the workers' unpacked code and task folders
+    damaged/        objects that `doctor --repair` has moved away
     settings.toml   what the manager is told in place of what its backend says; optional
     notify.toml     whom the grid notifies of its jobs; optional
     fetched.jsonl   how much was read for results that were fetched to here
@@ -42,10 +43,12 @@ from batchlab.whole import make_folder, private, sync_folder, write_whole
 
 DEFAULT = ".batchlab"
 
-_BACKENDS = ("ministack", "localstack", "aws")
-_FOLDERS = ("objects", "fleet", "scratch", "wake", "records", "reports", *_BACKENDS)
+_FOLDERS = (
+    *("objects", "fleet", "scratch", "wake", "records", "reports", "damaged"),
+    *("ministack", "localstack", "aws"),
+)
 _FILES = re.compile(
-    r"\.gitignore|\.batchlab-made|token|manager\.(json|lock|log)|(ledger|queue)\.sqlite.*"
+    r"\.gitignore|\.batchlab-made|token|manager\.(json|lock|log|sock)|(ledger|queue)\.sqlite.*"
     r"|(settings|notify|prices)\.toml|fetched\.jsonl|sessions\.json|open-.*\.html"
 )
 """Names of the grid's own in its folder, whatever else the user keeps there."""
@@ -137,6 +140,11 @@ class Home:
     @property
     def manager_log(self) -> Path:
         return self.path / "manager.log"
+
+    @property
+    def damaged(self) -> Path:
+        """Damaged objects that `doctor --repair` has moved away, by their keys."""
+        return self.path / "damaged"
 
     def of(self, backend: str) -> Path:
         """What is one backend's alone. A ledger is of one bucket, so backends that share this

@@ -119,6 +119,22 @@ def locked(path: Path) -> Iterator[None]:
         os.close(folder)
 
 
+def damaged(root: Path) -> Iterator[tuple[str, str]]:
+    """Every damaged object that can be recognized: its key, and what is wrong with it."""
+    for prefix in NEVER_EMPTY:
+        for folder, _, names in os.walk(root / prefix):
+            for name in sorted(names):
+                key = (Path(folder) / name).relative_to(root).as_posix()
+                if STAGED.search(name):
+                    continue
+                try:
+                    problem = damage(root, key)
+                except FileNotFoundError:
+                    continue  # deleted meanwhile
+                if problem:
+                    yield key, problem
+
+
 class FileWriter:
     """Writes the objects of one bucket. With `durable` a call waits for the disk.
 

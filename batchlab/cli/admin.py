@@ -71,11 +71,15 @@ def doctor(
     home: HomeOption = None,
     backend: BackendOption = "local",
     endpoint: EndpointOption = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Move damaged objects of `local` away.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Check that a grid can run here.
 
     Each line is ok, warn or fail, with what to do; exit code 1 where anything fails.
+    Empty and torn objects in the grid's folder are named, and moved away with --repair.
 
     \b
     Example: batchlab doctor
@@ -83,7 +87,7 @@ def doctor(
     from batchlab.cli.checkup import examine
     from batchlab.cli.findings import Level
 
-    findings = examine(home_of(home), backend, endpoint)
+    findings = examine(home_of(home), backend, endpoint, repair=repair)
     if json:
         output.show_json([one.to_json() for one in findings])
     else:

@@ -37,15 +37,20 @@ FAIL_BELOW_BYTES = 200 * 2**20
 WARN_BELOW_BYTES = 2 * 2**30
 SANE_S = 1_700_000_000.0
 SKEW_S = 2.0
+MOST_NAMED = 20
+"""Damaged objects that are named one by one."""
 
 
-def examine(home: Home, backend: str, endpoint: str | None = None) -> list[Finding]:
-    """Every check, in order."""
+def examine(
+    home: Home, backend: str, endpoint: str | None = None, *, repair: bool = False
+) -> list[Finding]:
+    """Every check, in order. With `repair`, damaged objects are moved away."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("python", _python),
         ("extras", _extras),
         ("backend", lambda: _backend(home, backend, endpoint)),
         ("folder", lambda: _folder(home)),
+        ("objects", lambda: _objects(home, repair=repair)),
         ("sqlite", lambda: _sqlite(home)),
         ("port", _port),
         ("clock", lambda: _clock(home)),
@@ -201,6 +206,34 @@ def _folder(home: Home) -> Iterator[Finding]:
         yield Finding("folder", Level.WARN, text, "Little room for inputs and results.")
     else:
         yield Finding("folder", Level.OK, text)
+
+
+def _objects(home: Home, *, repair: bool) -> Iterator[Finding]:
+    """Damaged objects of the backend `local`; nothing where there is no bucket."""
+    from batchlab.adapters.folders import damaged
+
+    if not home.objects.is_dir():
+        return
+    found = list(damaged(home.objects))
+    if not found:
+        yield Finding("objects", Level.OK, "no object is empty or torn")
+    elif not repair:
+        for key, problem in found[:MOST_NAMED]:
+            yield Finding("objects", Level.FAIL, f"{home.objects / key} {problem}.")
+        yield Finding(
+            "objects",
+            Level.FAIL,
+            f"Damaged objects: {len(found)}.",
+            f"`batchlab doctor --repair` moves them to {home.damaged}. They then count as absent: "
+            "the grid makes them again where it can, and a submission does.",
+        )
+    else:
+        for key, _ in found:
+            target = home.damaged / key
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (home.objects / key).replace(target)
+        text = f"Damaged objects that were moved to {home.damaged}: {len(found)}."
+        yield Finding("objects", Level.WARN, text)
 
 
 def _sqlite(home: Home) -> Iterator[Finding]:

@@ -58,6 +58,8 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
         "Session Manager",
         "BATCHLAB_MINISTACK": "the program of an installed MiniStack, in place of one that is "
         "installed into the cache",
+        "BATCHLAB_SYNC": "the writes of a grid on `local` that wait for the disk: `jobs` (unless "
+        "set), `all` (single calls too), `none` ([durability](backends.md#durability))",
         "XDG_CACHE_HOME": "where that cache is; `~/.cache` unless set",
     },
     "Logs and traces": {
