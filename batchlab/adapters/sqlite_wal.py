@@ -32,11 +32,12 @@ class WalFlush:
         if self._next is None:
             # The flush under way may have begun before the caller's commit.
             self._next = asyncio.get_running_loop().create_task(self._flush_after(self._current))
+            self._next.add_done_callback(_noticed)
         # A caller that is cancelled must not take the flush from the others.
         await asyncio.shield(self._next)
 
     async def _flush_after(self, before: asyncio.Task[None] | None) -> None:
-        if before is not None:
+        if before is not None and not before.done():
             await asyncio.wait([before])
         self._current, self._next = self._next, None
         await asyncio.wrap_future(self._threads.submit(self._flush))
@@ -59,6 +60,12 @@ class WalFlush:
     def close(self) -> None:
         """End the thread once its flush has ended."""
         self._threads.shutdown(wait=False)
+
+
+def _noticed(flush: asyncio.Task[None]) -> None:
+    # Every caller may have been cancelled, and asyncio complains of an error that is not read.
+    if not flush.cancelled():
+        flush.exception()
 
 
 def make_private(path: Path) -> None:
