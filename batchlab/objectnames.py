@@ -13,12 +13,12 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 STAGED = re.compile(r"#\d+$")
 """What the local store calls a file that is still being written ends so."""
 
-NEVER_EMPTY = ("code/", "grid/", "jobs/", "reports/")
+NEVER_EMPTY = ("code/", "grid/", "jobs/", "logs/.workers/", "reports/")
 """Prefixes of documents and archives. An empty file there is the remains of a power cut."""
 
-VOLATILE = re.compile(r"^(logs/|jobs/[^/]+/[^/]+/(running|starts)/)")
-"""Keys of logs and markers. They say what a living worker does, so they need not outlive the
-machine."""
+VOLATILE = re.compile(r"^(logs/(\.workers|[^/]+/\.tails)/|jobs/[^/]+/[^/]+/(running|starts)/)")
+"""Keys of what is known of living workers, which need not outlive the machine: markers, their
+environment, and live logs."""
 
 
 def check_key(key: str) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from batchlab.commit import Addressed, address, commit, follow_ups, uncommitted
-from batchlab.durability import of_single_call
 from batchlab.errors import BackendError, TooNew
 from batchlab.jobdef import JobDef
 from batchlab.model import Bundle, Json, Outcome, Ran, TaskSet
@@ -71,7 +70,7 @@ class Closing:
         log = hand.handle.log, spans
         outcome = self._settled(hand, job, started_s, ran, log, cancelled=cancelled)
         lines.failures(outcome)
-        committed = await self._commit(hand, job, outcome)
+        committed = await self._commit(hand, outcome)
         if committed.execution != hand.execution:
             took_s = outcome.ended_s - outcome.started_s
             self._met_twice(hand, "execution", took_s * job.stage(hand.bundle.stage).slots)
@@ -92,7 +91,7 @@ class Closing:
         # It is stored when the run has ended.
         log = naming.log(hand.bundle, hand.execution) if spans else "", spans
         draft = self._settled(hand, job, started_s, ran, log, kept=kept.tasks)
-        outcome = await self._commit(hand, job, draft)
+        outcome = await self._commit(hand, draft)
         if outcome != draft:
             return False
         lines.failures(outcome)
@@ -127,11 +126,8 @@ class Closing:
             log_spans=log[1],
         )
 
-    async def _commit(self, hand: Hand, job: JobDef, draft: Outcome) -> Outcome:
-        with (
-            span(self._tracer, "commit", hand.trace, hand.bundle),
-            of_single_call(job.is_single_call),
-        ):
+    async def _commit(self, hand: Hand, draft: Outcome) -> Outcome:
+        with span(self._tracer, "commit", hand.trace, hand.bundle):
             committed = await commit(self._objects, draft, self._patience, hand.key)
         self._deeds.committed(draft, committed)
         return committed

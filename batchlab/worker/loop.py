@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from functools import partial
 
+from batchlab.durability import of_single_call
 from batchlab.errors import BackendError, NotFound, TooNew
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.model import Control, JobId, Json, Ran
@@ -309,7 +310,8 @@ class Worker:
             outcome = await self._closing.commit(hand, job, 0.0, gone)
             await self._closing.finish(hand, job, outcome)
             return
-        await self._in_slots(hand, job, stage, items)
+        with of_single_call(job.is_single_call):
+            await self._in_slots(hand, job, stage, items)
 
     async def _items(self, hand: Hand, job: JobDef) -> Sequence[Json]:
         if hand.task.items is not None:
