@@ -1,0 +1,104 @@
+"""Which writes of a `local` grid wait for the disk, and in which order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab.adapters.clock import WallClock
+from batchlab.adapters.local_objects import open_local
+from batchlab.adapters.sqlite_queue import SqliteQueue
+from batchlab.adapters.sqlite_wal import WalFlush
+from batchlab.durability import Sync, of_single_call, read_sync
+from batchlab.errors import UsageError
+from batchlab.ports import Outgoing, QueueSpec
+
+SPEC = "jobs/j-1/spec.json"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The system calls that write names, and that wait for the disk, in their order."""
+    found: list[str] = []
+
+    def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            result = call(*args, **kwargs)
+            found.append(name)
+            return result
+
+        return note
+
+    for name in ("fdatasync", "fsync", "link", "rename"):
+        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
+    return found
+
+
+def test_the_default_is_safe_for_jobs_and_fast_for_single_calls() -> None:
+    assert read_sync({}) is Sync.JOBS
+    assert read_sync({"BATCHLAB_SYNC": "all"}) is Sync.ALL
+    with pytest.raises(UsageError, match="BATCHLAB_SYNC"):
+        read_sync({"BATCHLAB_SYNC": "sometimes"})
+    with of_single_call(True):
+        assert [one.waits for one in (Sync.ALL, Sync.JOBS, Sync.NONE)] == [True, False, False]
+    with of_single_call(False):
+        assert [one.waits for one in (Sync.ALL, Sync.JOBS, Sync.NONE)] == [True, True, False]
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_answer(
+    tmp_path: Path, calls: list[str]
+) -> None:
+    objects = open_local(tmp_path)
+    asyncio.run(objects.put(SPEC, b"{}", if_absent=True))
+    # The folder, and the two above it, which are new.
+    assert calls == ["fdatasync", "link", "fsync", "fsync", "fsync"]
+    calls.clear()
+    asyncio.run(objects.put(SPEC, b"{ }"))
+    assert calls == ["fdatasync", "rename", "fsync"]
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_single_call_and_a_marker_do_not_wait(
+    tmp_path: Path, calls: list[str], size: int
+) -> None:
+    async def act() -> None:
+        objects = open_local(tmp_path)
+        await objects.put("jobs/j-1/map/running/0.json", b"x" * size)
+        await objects.put("logs/j-1/.tails/w-1.json", b"x" * size)
+        with of_single_call(True):
+            await objects.put(SPEC, b"x" * size, if_absent=True)
+
+    asyncio.run(act())
+    assert calls == ["rename", "rename", "link"]
+
+
+def test_a_task_message_waits_for_the_disk_and_an_event_does_not(
+    tmp_path: Path, calls: list[str]
+) -> None:
+    async def act() -> None:
+        queue = SqliteQueue(tmp_path / "queue.sqlite", WallClock(), sync=Sync.JOBS)
+        for name in ("events", "tasks-default"):
+            await queue.ensure(QueueSpec(name))
+            await queue.send(name, [Outgoing("body")])
+            calls.append(name)
+        await queue.close()
+
+    asyncio.run(act())
+    assert calls == ["events", "fdatasync", "fsync", "tasks-default"]
+
+
+def test_callers_that_wait_at_once_share_a_flush(tmp_path: Path, calls: list[str]) -> None:
+    (tmp_path / "a-wal").touch()
+
+    async def act() -> None:
+        flush = WalFlush(tmp_path / "a")
+        await asyncio.gather(*(flush() for _ in range(20)))
+        flush.close()
+
+    asyncio.run(act())
+    assert calls.count("fdatasync") == 1
