@@ -82,7 +82,7 @@ def etag_of(found: os.stat_result) -> str:
 
 
 def is_remains(key: str, size: int) -> bool:
-    """Return whether a file of that size is the remains of a power cut, which is no object."""
+    """Return whether a file of that size is the remains of a power cut, and counts as absent."""
     return not size and key.startswith(NEVER_EMPTY)
 
 
@@ -203,7 +203,7 @@ def _removed_on_error(staged: str) -> Iterator[None]:
 
 
 def _write(target: str, fill: Fill, *, durable: bool) -> tuple[str, str]:
-    """Write a new file with the content beside `target`; its name, and its ETag."""
+    """Write a new file with the content next to `target`; return its name and its ETag."""
     staged, file = _stage(target)
     with _removed_on_error(staged), file:
         fill(file)
@@ -214,7 +214,7 @@ def _write(target: str, fill: Fill, *, durable: bool) -> tuple[str, str]:
 
 
 def _stage(target: str) -> tuple[str, BinaryIO]:
-    """A new file beside `target`, of a name that no key has."""
+    """Open a new file next to `target`, with a name that cannot be a key."""
     for number in count(1):
         staged = f"{target}#{number}"
         try:

@@ -2,8 +2,7 @@
 
 Invariant: a key holds one whole object or none, whichever process ends while it writes, and a
 conditional create has one winner. An object that a job relies on is on the disk before its put
-returns. A damaged file is no object to a conditional create, and an empty document is no object at
-all.
+returns. A conditional create replaces a damaged file, and an empty document counts as absent.
 """
 
 from __future__ import annotations

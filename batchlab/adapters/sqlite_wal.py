@@ -71,8 +71,8 @@ def _noticed(flush: asyncio.Task[None]) -> None:
 def make_private(path: Path) -> None:
     """Make the file, empty, if it does not exist, so that only its user may read it.
 
-    SQLite gives its own files beside it the same permissions. It also reports why a file cannot be
-    opened, so that error is left to it.
+    SQLite gives the same permissions to the log and the index next to it. It also reports why a
+    file cannot be opened, so that error is left to it.
     """
     with suppress(OSError):
         os.close(private(path, os.O_CREAT | os.O_RDWR))

@@ -25,7 +25,7 @@ def write_job(folder: Path) -> Path:
 
 
 def test_a_job_runs_again_after_a_power_cut_has_emptied_its_objects(tmp_path: Path) -> None:
-    """Issue 32: the ledger had no job, its objects were empty, and it could never run again."""
+    """The ledger had lost the job, its objects were empty, and it could never run again."""
     path = write_job(tmp_path)
     grid = LocalGrid(tmp_path / "grid")
     view = grid.run(path)
@@ -47,7 +47,7 @@ def test_a_job_runs_again_after_a_power_cut_has_emptied_its_objects(tmp_path: Pa
 
 @pytest.mark.parametrize("content", [b"", b'{"v": 1, "torn', b"\0" * 512])
 def test_doctor_names_a_damaged_object_and_moves_it_away(tmp_path: Path, content: bytes) -> None:
-    """Issue 32: doctor said that all is well."""
+    """Doctor found nothing wrong with such a folder before."""
     home = Home(tmp_path / "grid")
     home.make()
     for key in ("jobs/j-1/spec.json", f"code/{'0' * 64}.zip"):

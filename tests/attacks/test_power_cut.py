@@ -1,4 +1,4 @@
-"""Power cuts on `local`: what a grid has acknowledged is there when its machine comes back."""
+"""Power cuts on `local`: a grid keeps everything that it has acknowledged."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ BACK_S = 60.0
 
 @dataclass
 class Acknowledged:
-    """What the grid has told its user, or a worker, up to a moment."""
+    """Everything that the grid has acknowledged to its user or to a worker so far."""
 
     submitted: set[JobId] = field(default_factory=set)
     cancelled: set[JobId] = field(default_factory=set)
@@ -195,7 +195,7 @@ async def _scale(grid: InProcess, told: Acknowledged) -> None:
         await asyncio.sleep(0.1)
 
 
-# --- What is there afterwards --------------------------------------------------------------------
+# --- After the power cut -------------------------------------------------------------------------
 
 
 async def check_comes_back(folder: Path, told: Acknowledged) -> None:
@@ -276,7 +276,7 @@ async def _cut_often(
 def test_what_is_acknowledged_outlives_a_power_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Issue 32: the power goes at 30 random moments of running jobs."""
+    """The power is cut at 30 random moments of running jobs."""
     gate = Gate(monkeypatch)
     few = asyncio.Semaphore(6)
 
