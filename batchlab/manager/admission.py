@@ -125,9 +125,16 @@ def _admit_key(key: str) -> None:
 
 
 def _admit_stage(stage: StageDef, earlier: set[str]) -> None:
-    if stage.name in earlier:
+    # Stages are folders of the job, and some file systems take "Map" and "map" for one.
+    if stage.name.casefold() in {name.casefold() for name in earlier}:
         raise UsageError(
-            f"Two stages are named {stage.name!r}.", remedy="Give each a name of its own."
+            f"Two stages are named {stage.name!r}.",
+            remedy="Give each a name of its own, upper and lower case apart.",
+        )
+    if stage.name.casefold() in naming.NO_STAGES:
+        raise UsageError(
+            f"{stage.name!r} cannot name a stage: the grid stores something of the job there.",
+            remedy="Give it another name.",
         )
     for upstream in stage.after:
         if upstream not in earlier:

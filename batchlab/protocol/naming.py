@@ -107,6 +107,10 @@ def committed(job: JobId) -> str:
     return f"{JOBS}{job}/"
 
 
+NO_STAGES = frozenset({"spec.json", "control.json"})
+"""Objects in the folder of a job, below which no key can be."""
+
+
 def spec(job: JobId) -> str:
     """The commit of a job's definition."""
     return f"jobs/{job}/spec.json"

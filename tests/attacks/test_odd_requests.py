@@ -135,6 +135,17 @@ def test_input_that_no_bucket_holds_or_that_is_the_grids_is_refused(rig: Rig, ke
     assert "The input names" in found.json()["error"]
 
 
+@pytest.mark.parametrize(
+    "names", [("map", "Map"), ("map", "map"), ("spec.json",), ("Control.json",)]
+)
+def test_stages_whose_folders_would_be_one_are_refused(rig: Rig, names: tuple[str, ...]) -> None:
+    """On a file system that ignores case, or where a file of the job has that name."""
+    stages = [{**document("t")["stages"][0], "name": name} for name in names]
+    found = post(rig, json.dumps({"job": {**document("stages"), "stages": stages}}))
+    assert found.status_code == 422, found.text
+    assert "named" in found.json()["error"] or "cannot name a stage" in found.json()["error"]
+
+
 PATHS = ("%ED%A0%80", "..%2F..%2Fx", "%00", "x" * 8000, "%1b[31m", "a%0d%0ab")
 
 
