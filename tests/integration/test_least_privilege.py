@@ -16,15 +16,18 @@ from pathlib import Path
 
 import httpx
 import pytest
+from botocore.exceptions import ClientError
 
 from batchlab.adapters.awsgrid.deployment import AwsDeployment
 from batchlab.home import Home
+from batchlab.model import JobId, StageName
 from batchlab.notified import NotificationView
+from batchlab.protocol import naming
 from tests import cfn
 from tests.aws_account import POOL, Account, opened
 from tests.http_front import standing
 from tests.integration.test_aws_backend import batchlab, job_of, total
-from tests.ministack_aws import ACCOUNT, REGION, Stack, served
+from tests.ministack_aws import ACCOUNT, REGION, Plane, Stack, served
 from tests.recording_front import RecordingFront
 from tests.stack_shapes import RELEASE
 from tests.waiting import until
@@ -71,6 +74,8 @@ class Trial:
     scaling: RecordingFront
     access: dict[str, str]
     """Access keys by role."""
+    stolen: Plane
+    """The account with the credentials of a worker's role."""
 
     def called(self, role: str) -> set[str]:
         key = self.access[role]
@@ -85,7 +90,8 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
         status = stack.create(cfn.for_ministack(cfn.load(), **SHAPE), **SHAPE)
         assert status == "CREATE_COMPLETE", stack.failures()
         root.client("sns").create_topic(Name="told")
-        keys = {role: root.role(stack.ids()[f"{role.title()}Role"]).keys for role in ROLES}
+        planes = {role: root.role(stack.ids()[f"{role.title()}Role"]) for role in ROLES}
+        keys = {role: plane.keys for role, plane in planes.items()}
         front, scaling = RecordingFront(root.url), RecordingFront()
         # Nobody pays by the minute here, nor by the request: most of the test would be waiting.
         manager = Home(folder / "account" / "manager")
@@ -102,7 +108,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
             ) as there:
                 there.write_templates(there.hasty_worker(visibility_s=9.0))
                 access = {role: given["aws_access_key_id"] for role, given in keys.items()}
-                yield Trial(there, front, scaling, access)
+                yield Trial(there, front, scaling, access, planes["worker"])
 
 
 ROLES = ("manager", "worker")
@@ -206,3 +212,31 @@ def test_the_grid_needs_what_its_roles_may_and_no_more(trial: Trial, tmp_path: P
         assert called <= may, (role, sorted(called - may))
         idle = may - called - elsewhere.keys()
         assert not idle, (role, "may and does not", json.dumps(sorted(idle)))
+
+
+def test_a_stolen_worker_role_reaches_no_secret_and_no_definition(trial: Trial) -> None:
+    """Findings 4 and 5: the commit secret, definitions, and finals are the manager's alone."""
+    bucket, s3 = trial.there.at.bucket, trial.stolen.client("s3")
+    for key in (naming.COMMIT_SECRET, naming.INSTANCES, naming.NOTIFICATIONS, naming.USE):
+        with pytest.raises(ClientError, match="AccessDenied"):
+            s3.get_object(Bucket=bucket, Key=key)
+    job = JobId("victim-0123456789")
+    manifest = naming.manifest(job, StageName("map"), 0)
+    for key in (
+        *(naming.COMMIT_SECRET, naming.INSTANCES, naming.spec(job), naming.control(job)),
+        *(
+            naming.retry(job, 1),
+            naming.final(job, 0),
+            manifest,
+            "code/x.zip",
+            naming.raw(job) + "x",
+        ),
+    ):
+        with pytest.raises(ClientError, match="AccessDenied"):
+            s3.put_object(Bucket=bucket, Key=key, Body=b"{}")
+        with pytest.raises(ClientError, match="AccessDenied"):
+            s3.delete_object(Bucket=bucket, Key=key)
+    sqs = trial.stolen.client("sqs")
+    events = sqs.get_queue_url(QueueName=f"{trial.there.at.prefix}{naming.EVENTS}")
+    with pytest.raises(ClientError, match="AccessDenied"):
+        sqs.receive_message(QueueUrl=events["QueueUrl"])
