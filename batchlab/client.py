@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         NewLogsView,
         OutcomesView,
         PoolView,
+        RebuiltView,
         SessionView,
         TailsView,
         TaskView,
@@ -68,7 +69,11 @@ class Client(ScheduleCalls):
 
     def rebuild(self) -> int:
         """Make the ledger anew from the bucket; answers how many jobs it found."""
-        return int(self._call("POST", "/v1/ledger/rebuild", answer_s=REBUILD_S)["jobs"])
+        return self.rebuild_ledger()["jobs"]
+
+    def rebuild_ledger(self) -> RebuiltView:
+        """Make the ledger anew from the bucket; return what was found there."""
+        return cast("RebuiltView", self._call("POST", "/v1/ledger/rebuild", answer_s=REBUILD_S))
 
     # --- Jobs ------------------------------------------------------------------------------------
 

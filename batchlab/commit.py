@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from batchlab.errors import AlreadyExists, BackendError, NotFound
+from batchlab.errors import AlreadyExists, Malformed, NotFound, TooLarge
 from batchlab.jobdef import JobDef
 from batchlab.model import Bundle, Follow, Json, Outcome
 from batchlab.patience import Patience
@@ -19,6 +19,7 @@ from batchlab.ports import MAX_BATCH, MAX_DELAY_S, MAX_MESSAGE_BYTES, Objects, O
 from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.messages import TaskMessage, task_message
 from batchlab.protocol.sealing import CommitKey
+from batchlab.protocol.values import OUTCOME_WEIGHT
 
 INLINE_BYTES = 60_000
 """Inputs up to this travel in the message; larger ones are fetched by the worker. SQS bills in
@@ -33,28 +34,47 @@ async def commit(objects: Objects, outcome: Outcome, patience: Patience, key: Co
         await patience(lambda: objects.put(name, data, if_absent=True))
     except AlreadyExists:
         # Somebody else's, or our own first try whose answer was lost: either way this counts.
-        return outcome_at(name, await patience(lambda: objects.get(name)), key)
+        found = await committed(objects, outcome.bundle, patience, key)
+        if found is None:
+            raise NotFound(f"No object {name!r}, though it exists.") from None
+        return found
     return outcome
 
 
 def outcome_at(name: str, data: bytes, key: CommitKey) -> Outcome:
-    """Read the outcome stored under `name`; BackendError if it is one of another bundle."""
-    outcome = wire.outcome_from_json(wire.loads(data))
+    """Return the outcome stored under `name`; Malformed if it cannot be read, or if `name` is not
+    sealed by `key`."""
+    outcome = wire.outcome_from_bytes(data, name)
     if naming.outcome(outcome.bundle, key) != name:
-        raise BackendError(f"The outcome {name} is one of another bundle.")
+        raise Malformed(f"The outcome {name} has a wrong seal.")
     return outcome
 
 
 async def committed(
     objects: Objects, bundle: Bundle, patience: Patience, key: CommitKey
 ) -> Outcome | None:
-    """The committed outcome of `bundle`, None while there is none."""
-    name = naming.outcome(bundle, key)
+    """The committed outcome of `bundle`, None while there is none. If its object cannot be read,
+    that is the replacement that the manager has committed, and Malformed without one."""
     try:
-        data = await patience(lambda: objects.get(name))
+        return await read_outcome(objects, naming.outcome(bundle, key), patience)
     except NotFound:
         return None
-    return outcome_at(name, data, key)
+    except Malformed:
+        try:
+            return await read_outcome(objects, naming.replacement(bundle), patience)
+        except NotFound:
+            pass
+        raise
+
+
+async def read_outcome(objects: Objects, name: str, patience: Patience) -> Outcome:
+    """Return the outcome in the object `name`. NotFound if there is no such object, Malformed if it
+    cannot be read or is one of another bundle. An object that is too large is not fetched."""
+    try:
+        data = await patience(lambda: objects.get(name, limit=OUTCOME_WEIGHT))
+    except TooLarge as error:
+        raise wire.unreadable(name, error) from error
+    return wire.outcome_from_bytes(data, name)
 
 
 async def uncommitted(

@@ -12,6 +12,7 @@ BatchlabError
 │   ├── AlreadyExists       a conditional create lost (HTTP 412)
 │   ├── TooLarge            over a limit of the service
 │   ├── TooNew              a later batchlab has written what this one is to read
+│   ├── Malformed           bytes of a message or an object that cannot be read
 │   ├── BrokenGridExecutor  grid: an executor that can run nothing any more
 │   └── StackFailed         deploy: CloudFormation could not do it
 ├── JobFailed               exit 1: the job ended FAILED or CANCELLED
@@ -99,6 +100,10 @@ class TooLarge(BackendError):
 
 class TooNew(BackendError):
     """A later batchlab has written it, and says or shows that this one does not know enough."""
+
+
+class Malformed(BackendError):
+    """A message or an object cannot be read: its bytes are not what its name or queue promises."""
 
 
 class JobFailed(BatchlabError):

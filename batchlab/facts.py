@@ -59,6 +59,8 @@ class Facts:
     """How far behind the manager is with what workers have told it."""
     said: tuple[float, str] | None = None
     """When (epoch) and what the manager's log last warned of, about this job."""
+    unreadable: str = ""
+    """Which of its messages and objects cannot be read, as a clause."""
     undelivered: str = ""
     """What keeps a notification of it from its target, as a clause."""
 
@@ -156,5 +158,6 @@ async def gather(manager: Manager, job: JobId) -> Facts:
         trouble=manager.trouble,
         lag_s=manager.counts.lag_s,
         said=manager.recent.of(job) if manager.recent else None,
+        unreadable=manager.quarantine.trouble(job),
         undelivered=manager.notifying.trouble(job) if manager.notifying else "",
     )

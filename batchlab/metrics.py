@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from batchlab import __version__
-from batchlab.manager.counts import STAGE_KINDS, stage_kind
+from batchlab.manager.counts import STAGE_KINDS, UNREADABLE_KINDS, stage_kind
 from batchlab.manager.live import LiveJob, Outstanding
 from batchlab.manager.manager import Manager
 from batchlab.model import ENDED, JobState, LifecycleState
@@ -237,6 +237,12 @@ def _heart(manager: Manager) -> Iterator[Metric]:
     counts = manager.counts
     yield _gauge("event_lag_seconds", "Age of the oldest event in the last receive.", counts.lag_s)
     yield _count("event_messages", "Messages received from the events queue.", {(): counts.events})
+    yield _count(
+        "unreadable",
+        "Messages and objects that could not be read, by kind.",
+        {(kind,): counts.unreadable[kind] for kind in UNREADABLE_KINDS},
+        ("kind",),
+    )
     yield _count("ticks_skipped", "Ticks that the backend cut short.", {(): counts.skipped})
     total, buckets = 0, []
     bounds = [*map(str, counts.ticks.bounds_s), "+Inf"]

@@ -23,14 +23,13 @@ from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import naming, values, wire
 from batchlab.protocol.references import Own
+from batchlab.protocol.values import OUTCOME_WEIGHT
 from batchlab.result_files import VALUES_AT_ONCE, Files, Within, plain
 from batchlab.views import JobView, OutcomesView, OutcomeView
 
 OUTCOMES_AT_ONCE = 8
 LIMITED_AT_ONCE = 2
 """Outcomes and results that are in memory together where they are within limits."""
-OUTCOME_BYTES = 64 * 1024 * 1024
-"""More than the values of a bundle come to that are not objects of their own."""
 
 Progress = Callable[[int, int], None]
 """Hears of outcomes read, of how many."""
@@ -221,10 +220,10 @@ async def _outcome(
     objects: Objects, key: str, patience: Patience, within: Within | None
 ) -> tuple[Outcome, int]:
     if within:
-        data = await within.read(objects, key, OUTCOME_BYTES, patience)
+        data = await within.read(objects, key, OUTCOME_WEIGHT, patience)
     else:
-        data = await patience(lambda: objects.get(key))
-    return wire.outcome_from_json(wire.loads(data)), len(data)
+        data = await patience(lambda: objects.get(key, limit=OUTCOME_WEIGHT))
+    return wire.outcome_from_bytes(data, key), len(data)
 
 
 async def _drop(tasks: Iterable[asyncio.Task[object]]) -> None:

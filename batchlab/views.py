@@ -244,7 +244,8 @@ class QueueView(TypedDict):
 
 
 class GridView(TypedDict):
-    """`settings` are the manager's, by name, most of them seconds."""
+    """`settings` are the manager's, by name, most of them seconds. `unreadable` counts the messages
+    and objects that it could not read."""
 
     backend: str
     leader: bool
@@ -252,6 +253,7 @@ class GridView(TypedDict):
     settings: dict[str, float]
     pools: list[PoolView]
     queues: list[QueueView]
+    unreadable: int
 
 
 class ActivityView(TypedDict):
@@ -313,10 +315,18 @@ class HealthView(TypedDict):
     leader: bool
 
 
+class UnreadableView(TypedDict):
+    """An object that could not be read, and why."""
+
+    key: str
+    reason: str
+
+
 class RebuiltView(TypedDict):
-    """How many jobs the ledger was made of."""
+    """How many jobs the ledger was made of, and the objects that could not be read."""
 
     jobs: int
+    unreadable: list[UnreadableView]
 
 
 class ProblemView(TypedDict):

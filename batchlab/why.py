@@ -365,16 +365,20 @@ def _warned(f: Facts, reason: Reason) -> str:
         return ""
     at_s, text = f.said
     age_s = f.now_s - at_s
-    if age_s > WARNED_S:
+    if age_s > WARNED_S or f.unreadable:
         return ""
     return f"the manager's log has said of it, {whole(age_s)} ago: {text.rstrip('.')}"
+
+
+def _unread(f: Facts, reason: Reason) -> str:  # noqa: ARG001 - it says so of any job
+    return f.unreadable
 
 
 def _undelivered(f: Facts, reason: Reason) -> str:  # noqa: ARG001 - it says so of any job
     return f"{f.undelivered} (`batchlab notify log` has more)" if f.undelivered else ""
 
 
-_BESIDE: tuple[Callable[[Facts, Reason], str], ...] = (_behind, _warned, _undelivered)
+_BESIDE: tuple[Callable[[Facts, Reason], str], ...] = (_behind, _warned, _unread, _undelivered)
 
 # --- Words ---------------------------------------------------------------------------------------
 

@@ -25,6 +25,12 @@ MAX_IN_FLIGHT = 120_000
 _QUEUE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
+def check_size(key: str, size: int, limit: int | None) -> None:
+    """TooLarge for an object of more than `limit` bytes."""
+    if limit is not None and size > limit:
+        raise TooLarge(f"Object {key!r} has {size} bytes, and {limit} are expected at most.")
+
+
 def check_queue_name(name: str) -> None:
     """ValueError for a name that SQS would refuse."""
     if not _QUEUE_NAME.fullmatch(name):

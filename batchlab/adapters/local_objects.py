@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from batchlab.adapters import folders
 from batchlab.adapters.folders import FileWriter
-from batchlab.adapters.limits import check_key, check_prefix
+from batchlab.adapters.limits import check_key, check_prefix, check_size
 from batchlab.durability import Sync
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Unreachable
 from batchlab.objectnames import VOLATILE
@@ -85,9 +85,10 @@ class LocalObjects:
                 raise AlreadyExists(f"Object {key!r} is another one by now.")
             return self._writer.replace(key, fill, durable=durable)
 
-    async def get(self, key: str) -> bytes:
+    async def get(self, key: str, *, limit: int | None = None) -> bytes:
         check_key(key)
         size = await self._do(key, partial(self._size, key), in_place=True)
+        check_size(key, size, limit)
         return await self._do(key, partial(self._read, key), in_place=size <= _IN_PLACE_BYTES)
 
     def _size(self, key: str) -> int:

@@ -27,7 +27,7 @@ from obstore.exceptions import (
     PreconditionError,
 )
 
-from batchlab.adapters.limits import check_key, check_prefix
+from batchlab.adapters.limits import check_key, check_prefix, check_size
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Throttled, Unreachable
 from batchlab.ports import ObjectInfo
 from batchlab.tally import Tally
@@ -119,10 +119,16 @@ class ObstoreObjects:
         self._tally.put(1 if mode != "overwrite" else _puts(len(data), _CHUNK_BYTES))
         return obstore.put(self._store, key, data, mode=mode, max_concurrency=_PARTS_AT_ONCE)
 
-    async def get(self, key: str) -> bytes:
+    async def get(self, key: str, *, limit: int | None = None) -> bytes:
         check_key(key)
         self._tally.get()
-        return await self._do(key, lambda: bytes(obstore.get(self._store, key).bytes()))
+        return await self._do(key, partial(self._get, key, limit))
+
+    def _get(self, key: str, limit: int | None) -> bytes:
+        result = obstore.get(self._store, key)
+        # The headers of the answer are here, and its body is not yet.
+        check_size(key, result.meta["size"], limit)
+        return bytes(result.bytes())
 
     async def get_range(self, key: str, start: int, stop: int) -> bytes:
         check_key(key)

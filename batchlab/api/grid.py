@@ -62,8 +62,13 @@ async def session_code(served: Given, name: str) -> views.CodeView:
 
 @router.post("/ledger/rebuild")
 async def rebuild(manager: Leader) -> views.RebuiltView:
-    """Make the ledger anew from the bucket alone."""
-    return {"jobs": await manager.rebuild_ledger()}
+    """Make the ledger anew from the bucket alone; go on past objects that cannot be read."""
+    rebuilt = await manager.rebuild_ledger()
+    told = rebuilt.unreadable.items()
+    return {
+        "jobs": rebuilt.jobs,
+        "unreadable": [{"key": key, "reason": why} for key, why in told],
+    }
 
 
 # --- Pools and queues ----------------------------------------------------------------------------
@@ -143,6 +148,7 @@ async def _grid(manager: Manager, backend_name: str) -> views.GridView:
         "settings": asdict(manager.settings),
         "pools": [_pool(manager, view) for view in groups.values()],
         "queues": [viewing.queue_view(*one) for one in zip(names, depths, strict=True)],
+        "unreadable": manager.counts.unreadable.total(),
     }
 
 

@@ -25,6 +25,7 @@ from batchlab.manager.manager import Manager
 from batchlab.model import JobId, StageName, TaskSet
 from batchlab.ports import JobRecord, Written
 from batchlab.protocol import wire
+from batchlab.protocol.checked import shallow
 from batchlab.why import why
 
 entrance = guarded()
@@ -85,6 +86,13 @@ async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> Writ
             await manager.ports.ledger.job(job.id)
         except (NotFound, UnicodeEncodeError):  # or an id that no job can have
             raise error from None
+    try:
+        shallow([*(items or ()), *(value for _, value in job.params)])
+    except ValueError as error:
+        raise UsageError(
+            f"An item or a parameter of job {job.id} cannot be used: {error}.",
+            remedy="Nest it less deeply, or store it as a file.",
+        ) from None
     if items is not None and (job.items != len(items) or job.input is not None):
         raise UsageError(
             f"Job {job.id} comes with {len(items)} items, but says otherwise.",

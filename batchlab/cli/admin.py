@@ -43,17 +43,23 @@ def ledger_() -> None:
 def rebuild(home: HomeOption = None, json: JsonOption = False) -> None:
     """Make the ledger anew from the bucket alone, which holds all that counts.
 
+    The rebuild goes on past objects that cannot be read, and lists them at its end.
+
     \b
     Example: batchlab ledger rebuild
     """
     from batchlab.cli.session import connect
 
     with connect(home_of(home)) as client:
-        jobs = client.rebuild()
+        view = client.rebuild_ledger()
+    # A manager of an earlier version stops at the first unreadable object instead.
+    unreadable = view.get("unreadable", [])
     if json:
-        output.show_json({"jobs": jobs})
-    else:
-        output.show(f"The ledger is made anew: {output.count(jobs, 'job')}.")
+        output.show_json({"jobs": view["jobs"], "unreadable": unreadable})
+        return
+    output.show(f"The ledger is made anew: {output.count(view['jobs'], 'job')}.")
+    for one in unreadable:
+        output.show(f"Not read: {one['key']}: {one['reason']}")
 
 
 def schema() -> None:

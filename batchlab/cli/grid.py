@@ -204,6 +204,7 @@ def _show_grid(
                 f"backend {view['backend']}, manager {view['owner']} {leads}{at}",
                 *bucket,
                 *([f"It {cost['text']}."] if cost else []),
+                *_unread(view.get("unreadable", 0)),
                 "",
                 output.table(_POOL_COLUMNS, map(_pool_row, view["pools"])),
                 *_troubles(view["pools"]),
@@ -212,6 +213,16 @@ def _show_grid(
             ]
         )
     )
+
+
+def _unread(number: int) -> list[str]:
+    """A sentence on what the manager could not read."""
+    if not number:
+        return []
+    return [
+        f"The manager could not read {number:,} of its messages and objects; its log names each, "
+        f"and `batchlab job why JOB` tells those of a job."
+    ]
 
 
 def _troubles(pools: Iterable[PoolView]) -> list[str]:

@@ -14,6 +14,7 @@ from batchlab.errors import UsageError
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.objectnames import check_key
 from batchlab.protocol import naming
+from batchlab.protocol.checked import handler
 
 LONGEST_NAME = 200
 LONGEST_TAG = 1000
@@ -147,6 +148,14 @@ def _admit_stage(stage: StageDef, earlier: set[str]) -> None:
             f"Stage {stage.name} must have either a handler or a command.",
             remedy="Give it exactly one of the two.",
         )
+    if stage.handler is not None:
+        try:
+            handler(stage.handler)
+        except ValueError as error:
+            raise UsageError(
+                f"Stage {stage.name} names the handler {stage.handler[:80]!r}: {error}.",
+                remedy="Write module:function.",
+            ) from None
 
 
 def _admit_to_pool(stage: StageDef, pools: Mapping[str, int]) -> None:

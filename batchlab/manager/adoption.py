@@ -12,12 +12,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from batchlab import logs
-from batchlab.errors import BackendError, NotFound, Throttled, Unreachable
+from batchlab.errors import (
+    BackendError,
+    Malformed,
+    NotFound,
+    Throttled,
+    TooNew,
+    Unreachable,
+    UsageError,
+)
 from batchlab.jobdef import JobDef
 from batchlab.manager import admission
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.live import LiveJob, Ports, Superseded, all_jobs
-from batchlab.manager.rebuild import restore
+from batchlab.manager.quarantine import Quarantine
+from batchlab.manager.rebuild import UnreadableJob, restore
 from batchlab.manager.recorder import Recorder
 from batchlab.manager.retries import cuts_of_round
 from batchlab.manager.settings import ManagerSettings
@@ -45,9 +54,11 @@ class Adoption:
         spending: Spending | None,
         recorder: Recorder | None,
         admit: Callable[[JobDef], None],
+        quarantine: Quarantine,
     ) -> None:
         """`admit` raises UsageError for a job that this grid does not take."""
         self._admit = admit
+        self._quarantine = quarantine
         self._ports = ports
         self._settings = settings
         self._lives = lives
@@ -64,9 +75,15 @@ class Adoption:
         """Conduct every job that has not ended."""
         self.asked_s = self._ports.clock.monotonic_s()
         async for record in all_jobs(self._ports, active=True):
-            if record.job.id not in self._lives:
-                rows = await self._ports.ledger.rows(record.job.id)
+            if record.job.id in self._lives:
+                continue
+            rows = await self._ports.ledger.rows(record.job.id)
+            try:
                 await self.adopt(Written(rows, is_new=False))
+            except (Malformed, TooNew) as error:
+                # The other jobs must not wait for this one, which is tried again later.
+                key = naming.committed(record.job.id)
+                self._quarantine.object(key, error, record.job.id, "object")
 
     async def adopt(self, found: Written, *, beside: bool = False) -> LiveJob:
         """Conduct a job: new, taken over from the leader before us, or re-opened; `beside` folds,
@@ -130,11 +147,20 @@ class Adoption:
             await restore(self._ports, job)
         except NotFound:
             return None
+        except UnreadableJob as error:
+            # It must not keep the completions of other jobs from being folded.
+            self._quarantine.object(error.key, error, job, "object")
+            return None
+        except (Malformed, TooNew) as error:
+            self._quarantine.object(naming.spec(job), error, job, "object")
+            return None
         except (Throttled, Unreachable):
             raise
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody's bytes
-            # It must not keep the completions of other jobs from being folded.
-            log.error("job %s cannot be restored: %s", job, error, extra={"job": job})
+        except UsageError as error:
+            log.error("job %s is not admitted: %s", job, error, extra={"job": job})
+            return None
+        except Exception:
+            log.exception("job %s cannot be restored", job, extra={"job": job})
             return None
         log.warning("the ledger did not know job %s", job, extra={"job": job})
         rows = await self._ports.ledger.rows(job)

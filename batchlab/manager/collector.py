@@ -5,23 +5,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 
-from batchlab.errors import BackendError, NotFound, Throttled, Unreachable
+from batchlab.commit import read_outcome
+from batchlab.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable
 from batchlab.manager.arrivals import Arrivals
 from batchlab.manager.counts import Counts
 from batchlab.manager.folding import Folder, Key
 from batchlab.manager.live import LiveJob, Ports
+from batchlab.manager.quarantine import Quarantine
 from batchlab.manager.registry import Registry
 from batchlab.manager.retained import Retained, RetainedOutcomes
 from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.trust import Trust
 from batchlab.model import Completion, JobId, Outcome
 from batchlab.ports import MAX_BATCH, Message, QueueSpec
-from batchlab.protocol import naming, settle, wire
+from batchlab.protocol import naming, settle
+from batchlab.protocol.checked import UNREADABLE
 from batchlab.protocol.messages import Beat, Duplicate, Events, read_events_message
 from batchlab.protocol.proofs import split
+from batchlab.protocol.wire import brief
 from batchlab.waits import STEP_BACK_S, heed_cancellation, set_within
 
 log = logging.getLogger(__name__)
@@ -34,10 +40,23 @@ FOLD_BYTES = 32 * 1024
 """Where messages lie in wait, a fold takes so much at once, about 100 completions: a transaction
 for each receive costs three times as much for each completion."""
 
+MOST_NAMED = 3
+"""Names of jobs in an unreadable event that are looked at, to say whose it is."""
+_JOB = re.compile(r'"(?:j|job)" ?: ?"([A-Za-z0-9][A-Za-z0-9_.-]{0,99})"')
+
 
 def events_queue(settings: ManagerSettings) -> QueueSpec:
     """The queue of completions and beats, as it is to be."""
     return QueueSpec(naming.EVENTS, visibility_s=settings.visibility_s)
+
+
+def _read(body: str) -> tuple[Events, str, Mapping[str, str]]:
+    """Return the facts in a message, its text without proofs, and the proofs."""
+    try:
+        text, proofs = split(body)
+    except UNREADABLE as error:
+        raise Malformed(f"The proofs of an event cannot be read: {brief(error)}.") from error
+    return read_events_message(text), text, proofs
 
 
 class Collector:
@@ -54,6 +73,7 @@ class Collector:
         arrivals: Arrivals,
         met_twice: Callable[[Sequence[Duplicate]], None] = lambda _: None,
         counts: Counts | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         """`quiet` is held while the ledger must not change under somebody's hands; `met_twice`
         hears of what workers have met twice."""
@@ -68,6 +88,7 @@ class Collector:
         self._counts = counts or Counts()
         self._memory = RetainedOutcomes()
         self._trust = Trust(ports, arrivals, folder.job, self._counts)
+        self._quarantine = quarantine or Quarantine(self._counts)
         self._folded: list[str] = []
         """Receipts of messages to delete."""
         self._is_folded = asyncio.Event()
@@ -174,18 +195,15 @@ class Collector:
         whole: dict[Key, Retained] = {}
         for message in messages:
             try:
-                text, proofs = split(message.body)
-                events, trusted = await self._trust.sift(read_events_message(text), text, proofs)
-                done = [settle.completion(outcome) for outcome in events.outcomes]
-                for key in events.committed:
-                    done += await self._fetched(key)
-            except (Throttled, Unreachable):
-                raise
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody's bytes
-                # Not what is in it, which may be a user's.
-                size = len(message.body)
-                log.error("dropped an event of %d characters that cannot be read: %s", size, error)
+                events, text, proofs = _read(message.body)
+            except (Malformed, TooNew) as error:
+                about = self._subject(message.body)
+                self._quarantine.message("event", message.id, len(message.body), error, job=about)
                 continue
+            events, trusted = await self._trust.sift(events, text, proofs)
+            done = [settle.completion(outcome) for outcome in events.outcomes]
+            for key in events.committed:
+                done += await self._fetched(key)
             taken.append((events, trusted))
             completions += events.completions
             completions += done
@@ -234,13 +252,26 @@ class Collector:
             heard = bool(live and live.tell(one)) or heard
         return heard
 
-    async def _fetched(self, key: str) -> list[Completion]:
-        get = partial(self._ports.objects.get, key)
+    def _subject(self, body: str) -> JobId | None:
+        """Return the first live job that the text of a message names, None if it names none."""
+        named = islice(_JOB.finditer(body), MOST_NAMED)
+        return next((job for one in named if (job := JobId(one[1])) in self._lives), None)
+
+    async def _fetched(self, name: str) -> list[Completion]:
+        """The completion of a committed outcome, none if it is not one of a known job."""
+        named = naming.outcome_key(name)
+        job = await self._folder.job(named.job) if named else None
+        if job is None or not naming.is_genuine(name, await self._ports.keys.of(job)):
+            return []  # its job has been removed meanwhile, or it is forged
         try:
-            data = await self._ports.patience(get)
+            outcome = await read_outcome(self._ports.objects, name, self._ports.patience)
+            return [settle.completion(outcome)]
         except NotFound:
-            return []  # its job has been removed meanwhile
-        return [settle.completion(wire.outcome_from_json(wire.loads(data)))]
+            return []
+        except (Malformed, TooNew) as error:
+            # The reconciler replaces the outcome once its bundle has been silent for long enough.
+            self._quarantine.object(name, error, job.id)
+            return []
 
     def _excuse_all(self) -> None:
         """While nobody can be heard, nobody is silent: what runs is not to be sent again."""

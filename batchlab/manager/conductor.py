@@ -15,9 +15,9 @@ from dataclasses import replace
 from functools import partial
 
 from batchlab import control
-from batchlab.commit import Addressed, address, commit, committed, send_all
+from batchlab.commit import Addressed, address, committed, send_all
 from batchlab.durability import of_single_call
-from batchlab.errors import AlreadyExists, BackendError, NotFound, UsageError
+from batchlab.errors import AlreadyExists, BackendError, Malformed, NotFound, TooNew, UsageError
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager import endcheck
 from batchlab.manager.counts import Counts
@@ -25,6 +25,7 @@ from batchlab.manager.cutting import Cutter
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, Ports, Superseded, move
 from batchlab.manager.plans import Plans
+from batchlab.manager.quarantine import Outcomes, Quarantine
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Bundle, Control, JobState, Json, StageName, TaskSet
 from batchlab.ports import Cut, Ending, StageRecord
@@ -59,6 +60,7 @@ class Conductor:
         tracer: Tracer = NOBODY,
         on_end: Callable[[LiveJob, Ending], Awaitable[None]] | None = None,
         on_missing: Callable[[LiveJob], Awaitable[None]] | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         """`on_plan` is called with the pool of a stage whose number of tasks has become known, so
         that capacity can be had for it; `on_end` with the end of a job that is committed and not in
@@ -72,6 +74,7 @@ class Conductor:
         self._folder = folder
         self._cutter = cutter
         self._on_plan = on_plan
+        self._outcomes = Outcomes(ports, quarantine or Quarantine(self._counts))
         self.plans = Plans(ports)
         self._inputs = Inputs(ports.objects, ports.patience)
 
@@ -375,7 +378,6 @@ class Conductor:
             if stage.chained:
                 await self._plan(live, stage)
         who = f"manager-{live.round}"
-        key, patience = await self._ports.keys.of(live.job), self._ports.patience
         while outstanding := live.all_outstanding()[:SEALED_AT_ONCE]:
             now_s = self._ports.clock.now_s()
             drafts = [
@@ -383,7 +385,7 @@ class Conductor:
                 for one in outstanding
             ]
             outcomes = await asyncio.gather(
-                *(commit(self._ports.objects, draft, patience, key) for draft in drafts)
+                *(self._outcomes.commit(live.job, draft) for draft in drafts)
             )
             await self._folder.fold([settle.completion(outcome) for outcome in outcomes])
         return _never_cut(live)
@@ -452,7 +454,10 @@ class Conductor:
         objects, patience = self._ports.objects, self._ports.patience
         for record in records:
             key = await self._ports.keys.of(live.job)
-            outcome = await committed(objects, record.bundle, patience, key)
+            try:
+                outcome = await committed(objects, record.bundle, patience, key)
+            except (Malformed, TooNew):
+                break  # it was read when it was counted
             for failure in outcome.failed if outcome else ():
                 if failure.final:
                     return with_task(
@@ -466,11 +471,9 @@ class Conductor:
         All tasks can be terminal without that: the halves of a split bundle may be heard of
         before it is, and the event of the split itself may never come (I3).
         """
-        objects, patience = self._ports.objects, self._ports.patience
-        key = await self._ports.keys.of(live.job)
         while outstanding := live.all_outstanding()[:SEALED_AT_ONCE]:
             found = await asyncio.gather(
-                *(committed(objects, one.bundle, patience, key) for one in outstanding)
+                *(self._outcomes.of(live.job, one.bundle) for one in outstanding)
             )
             outcomes = [outcome for outcome in found if outcome]
             await self._folder.fold([settle.completion(outcome) for outcome in outcomes])

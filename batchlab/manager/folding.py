@@ -183,11 +183,12 @@ class Folder:
         live.take(rows)
 
     async def job(self, job: JobId) -> JobDef | None:
-        """Return the definition of a job, from the bucket if the ledger has none of it."""
+        """Return the job of that id, restored from the bucket if the ledger does not have it; None
+        if the bucket does not have it either."""
         live = self._lives.get(job)
         if live:
             return live.job
         try:
             return (await self._ports.ledger.job(job)).job
         except NotFound:
-            return await self._restored(job)  # None: somebody has removed it, and does not wait
+            return await self._restored(job)

@@ -32,7 +32,8 @@ from batchlab.manager.lease import Leadership
 from batchlab.manager.live import LiveJob, Ports, in_pool, move
 from batchlab.manager.notifying import Notifying, Outlets
 from batchlab.manager.prewarm import Prewarm
-from batchlab.manager.rebuild import rebuild
+from batchlab.manager.quarantine import Quarantine
+from batchlab.manager.rebuild import Rebuilt, rebuild
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.recorder import Recorder
 from batchlab.manager.registry import Registry
@@ -92,6 +93,7 @@ class Manager:
         logged, for who asks why. With `schedules` it runs jobs when they are due."""
         self.recent = recent
         self.counts = counts = counts or Counts()
+        self.quarantine = quarantine = Quarantine(counts)
         ports = replace(ports, ledger=patiently(ports.ledger, ports.patience))
         self.ports = ports
         self.settings = settings
@@ -127,6 +129,7 @@ class Manager:
         self.conductor = Conductor(
             *(ports, settings, folder, cutter, self._on_plan, counts, tracer, on_end),
             lambda live: self._adoption.begin_anew(live),
+            quarantine,
         )
         self.tails = Tails(ports, settings)
         self.spending = (
@@ -142,7 +145,8 @@ class Manager:
         self._starts = Starts(ports)
         self._adoption = Adoption(
             *(ports, settings, self.lives, self.conductor),
-            *(self._starts, self.spending, recorder, self.admit),
+            *(self._starts, self.spending, recorder),
+            *(self.admit, quarantine),
         )
         arrivals = Arrivals()
         self.requests = Requests(
@@ -178,8 +182,11 @@ class Manager:
             *(ports, settings, self.lives, folder, self.registry, self._quiet, arrivals),
             recorder.told if recorder else _unheard,
             counts,
+            quarantine,
         )
-        self._reconciler = Reconciler(ports, settings, self.lives, folder, self.conductor)
+        self._reconciler = Reconciler(
+            ports, settings, self.lives, folder, self.conductor, quarantine
+        )
 
     async def known(self, job: JobId) -> JobRecord:
         """The job, also where only the bucket has it: its submission was told of an error, or of
@@ -422,16 +429,16 @@ class Manager:
 
     # --- Repairs ---------------------------------------------------------------------------------
 
-    async def rebuild_ledger(self) -> int:
-        """Make the ledger anew from the bucket; answers how many jobs it found."""
+    async def rebuild_ledger(self) -> Rebuilt:
+        """Make the ledger anew from the bucket; return what was found there."""
         async with self._quiet:
             await self._adoption.drop_all()
-            count = await rebuild(self.ports)
+            rebuilt = await rebuild(self.ports)
             # Somebody may have asked for a job meanwhile, and knows of it what the ledger knew.
             await self._adoption.drop_all()
             # Still in quiet: adopting writes, and a second rebuild may be waiting.
             await self._adoption.adopt_active()
-        return count
+        return rebuilt
 
 
 def _unheard(*_: object) -> None:

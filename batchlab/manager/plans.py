@@ -12,12 +12,12 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import partial
 from operator import itemgetter
 
-from batchlab.commit import outcome_at
-from batchlab.errors import AlreadyExists, NotFound, Unreachable, UsageError
+from batchlab.commit import read_outcome
+from batchlab.errors import AlreadyExists, Malformed, NotFound, Unreachable, UsageError
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager import split
 from batchlab.manager.live import Ports
-from batchlab.model import JobId, Json, StageCounts, StageName, TaskSet
+from batchlab.model import JobId, Json, Outcome, StageCounts, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import BundleRecord, Cut, Objects
 from batchlab.protocol import definition, naming, values, wire
@@ -167,22 +167,24 @@ class Plans:
         stage = counts.stage
         key, own = await self._ports.keys.of(job), Own.of(job)
         for record in await successes(self._ports, job.id, counts):
-            name = naming.outcome(record.bundle, key)
-            outcome = outcome_at(name, await self._result(stage, name), key)
+            outcome = await self._outcome(stage, naming.outcome(record.bundle, key))
             for task, value in zip(outcome.succeeded, outcome.values, strict=True):
                 if values.kind(value) == "$value":
                     yield task, own.value(value, await self._result(stage, own.key(value)))
                 else:
                     yield task, value
 
+    async def _outcome(self, stage: StageName, key: str) -> Outcome:
+        try:
+            return await read_outcome(self._ports.objects, key, self._ports.patience)
+        except (NotFound, Malformed) as error:
+            raise _no_results(stage, error) from error
+
     async def _result(self, stage: StageName, key: str) -> bytes:
         try:
             return await self._ports.patience(partial(self._ports.objects.get, key))
         except NotFound as error:
-            raise UsageError(
-                f"The results of stage {stage} have vanished from the bucket: {error}",
-                remedy="Submit the job again.",
-            ) from error
+            raise _no_results(stage, error) from error
 
     async def _write(
         self,
@@ -262,6 +264,14 @@ class PartWriter:
         if len(self._parts) % BREATHE == 0:
             # Neither reading nor writing may have waited for anything, and others have work too.
             await asyncio.sleep(0)
+
+
+def _no_results(stage: StageName, error: Exception) -> UsageError:
+    how = "have vanished from" if isinstance(error, NotFound) else "cannot be read from"
+    return UsageError(
+        f"The results of stage {stage} {how} the bucket: {error}",
+        remedy="Submit the job again.",
+    )
 
 
 async def _each(rows: Iterable[Json]) -> AsyncIterator[Json]:

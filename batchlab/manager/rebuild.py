@@ -8,39 +8,60 @@ another one leads, may do anything meanwhile: they see a job whole, as it was or
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from batchlab.commit import outcome_at
+from batchlab.commit import read_outcome
 from batchlab.control import word_of
-from batchlab.errors import BackendError, NotFound, Unreachable
+from batchlab.errors import Malformed, NotFound, TooNew, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.manager import addresses
 from batchlab.manager.live import Ports
 from batchlab.manager.retries import Retry
-from batchlab.model import Completion, Control, JobId, JobState, StageName
-from batchlab.ports import Cut, Ending, Past, Round
+from batchlab.model import Completion, Control, JobId, JobState, Outcome, StageName
+from batchlab.ports import Cut, Ending, ObjectInfo, Past, Round
 from batchlab.protocol import definition, naming, settle, wire
+from batchlab.protocol.sealing import CommitKey
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _PAGE = 1000
 _TRIES = 10
 
 
-async def rebuild(ports: Ports) -> int:
-    """Read every job from the bucket again, and forget those that are not there; answers how many
-    there are. Unreachable where somebody changes one of them all the time."""
+@dataclass(slots=True)
+class Rebuilt:
+    """A ledger made anew."""
+
+    jobs: int
+    """Jobs that were restored."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Why an object could not be read, by its key. A job with an unreadable outcome is restored
+    without it; a job with another unreadable object stays as the ledger had it."""
+
+
+async def rebuild(ports: Ports) -> Rebuilt:
+    """Read every job from the bucket again, and forget the jobs that are not there. Unreachable if
+    somebody changes one of them all the time."""
     known = await _in_ledger(ports)  # first: a job that comes meanwhile must not be forgotten
     found = await _in_bucket(ports)
     gone = sorted(known - found)
     if gone:
         await ports.ledger.forget(gone)
+    rebuilt = Rebuilt(0)
     for job in sorted(found):
-        await restore(ports, job)
-    return len(found)
+        try:
+            rebuilt.unreadable |= await restore(ports, job)
+            rebuilt.jobs += 1
+        except UnreadableJob as error:
+            rebuilt.unreadable[error.key] = error.message
+    for key, why in rebuilt.unreadable.items():
+        log.error("the rebuild went on without %s: %s", key, why)
+    return rebuilt
 
 
 async def _in_ledger(ports: Ports) -> set[JobId]:
@@ -62,13 +83,23 @@ async def _in_bucket(ports: Ports) -> set[JobId]:
     return found
 
 
-async def restore(ports: Ports, job: JobId) -> None:
-    """Read one job from the bucket again. NotFound where it is not there, Unreachable where
-    somebody changes it all the time."""
+class UnreadableJob(Malformed):
+    """An object cannot be read without which a job cannot be restored."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+async def restore(ports: Ports, job: JobId) -> dict[str, str]:
+    """Read one job from the bucket again; return why an outcome object could not be read, by its
+    key. NotFound if the job is not there, UnreadableJob if another object of it cannot be read,
+    Unreachable if somebody changes it all the time."""
     for _ in range(_TRIES):
         before = await ports.ledger.version(job)
-        if await ports.ledger.restore(await _past(ports, job), over=before):
-            return
+        past, unreadable = await _past(ports, job)
+        if await ports.ledger.restore(past, over=before):
+            return unreadable
     raise Unreachable(
         f"Job {job} changes faster than it is read from the bucket.",
         remedy="Ask for the rebuild again.",
@@ -82,32 +113,64 @@ class _Found:
 
     cuts: list[Cut] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Outcomes that cannot be read, by their keys."""
+
+    async def take(self, ports: Ports, info: ObjectInfo, key: CommitKey) -> None:
+        """Read one object, if it is a cut or an outcome."""
+        name = info.key
+        if naming.is_cut(name):
+            self.cuts.append(await _read(ports, name, wire.cut_from_json))
+        elif naming.is_genuine(name, key):
+            try:
+                outcome = await read_outcome(ports.objects, name, ports.patience)
+            except (Malformed, TooNew) as error:
+                self.unreadable[name] = error.message
+            else:
+                self.completions.append(settle.completion(outcome))
+        elif naming.is_outcome(name):
+            log.error("an outcome with a wrong seal is ignored: %s", name)
+
+    async def replace(self, ports: Ports, name: str, key: CommitKey) -> None:
+        """Read the outcome that replaces one that cannot be read, if it does."""
+        outcome = await _read_replacement(ports, name)
+        if self.unreadable.pop(naming.outcome(outcome.bundle, key), None) is not None:
+            self.completions.append(settle.completion(outcome))
+
+    def drop_strangers(self, job: JobDef, key: CommitKey) -> None:
+        """Drop the completions that name stages which the job does not have."""
+        stages = {stage.name for stage in job.stages}
+        for one in list(self.completions):
+            if not stages.issuperset({one.bundle.stage, *(f.bundle.stage for f in one.follows)}):
+                self.completions.remove(one)
+                name = naming.outcome(one.bundle, key)
+                self.unreadable[name] = "It is of a stage that its job does not have."
 
 
-async def _past(ports: Ports, job: JobId) -> Past:
+async def _past(ports: Ports, job: JobId) -> tuple[Past, dict[str, str]]:
     found = _Found()
-    doc = await _doc(ports, naming.spec(job))
-    spec, opening = wire.job_from_json(doc), definition.opening_in(doc)
+    spec, opening = await _read(ports, naming.spec(job), definition.from_json)
     if spec.id != job:
-        raise BackendError(f"The definition of job {job} is one of another job.")
+        raise UnreadableJob(naming.spec(job), f"It defines the job {spec.id}.")
     spec = await addresses.restored(ports, spec)
     if opening and opening.cut:
         found.cuts.append(opening.cut)
     key = await ports.keys.of(spec)
+    replacements: list[str] = []
     async for page in ports.objects.list(naming.committed(job)):
         for info in page:
-            if naming.is_cut(info.key):
-                found.cuts.append(wire.cut_from_json(await _doc(ports, info.key)))
-            elif naming.is_genuine(info.key, key):
-                get = partial(ports.objects.get, info.key)
-                outcome = outcome_at(info.key, await ports.patience(get), key)
-                found.completions.append(settle.completion(outcome))
-            elif naming.is_outcome(info.key):
-                log.error("an outcome with a wrong seal is ignored", extra={"job": job})
+            if naming.is_replacement(info.key):
+                replacements.append(info.key)
+            else:
+                await found.take(ports, info, key)
+    for name in replacements:
+        await found.replace(ports, name, key)
+    found.drop_strangers(spec, key)
     # What has been cut has started, though the clock may have been set back since.
     later = not found.cuts and (spec.start_at_s or 0.0) > ports.clock.now_s()
     state = JobState.SCHEDULED if later else JobState.SUBMITTED
-    return Past(spec, state, await _rounds(ports, spec, found), await _control(ports, job))
+    past = Past(spec, state, await _rounds(ports, spec, found), await _control(ports, job))
+    return past, found.unreadable
 
 
 async def _rounds(ports: Ports, job: JobDef, found: _Found) -> Sequence[Round]:
@@ -115,9 +178,9 @@ async def _rounds(ports: Ports, job: JobDef, found: _Found) -> Sequence[Round]:
     retry = Retry((), ())
     while True:
         rounds.append(await _round(ports, job, len(rounds), retry, found))
-        get = partial(ports.objects.get, naming.retry(job.id, len(rounds)))
+        key = naming.retry(job.id, len(rounds))
         try:
-            retry = Retry.from_bytes(await ports.patience(get))
+            retry = await _read(ports, key, Retry.from_json)
         except NotFound:
             return rounds
 
@@ -143,7 +206,7 @@ async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, found: _F
 
 async def _ending(ports: Ports, job: JobId, round_: int) -> Ending | None:
     try:
-        return wire.ending_from_json(await _doc(ports, naming.final(job, round_)))
+        return await _read(ports, naming.final(job, round_), wire.ending_from_json)
     except NotFound:
         return None
 
@@ -153,7 +216,19 @@ async def _control(ports: Ports, job: JobId) -> Control:
         return (await word_of(ports.objects, job, ports.patience)).control
     except NotFound:
         return Control.RUN
+    except (Malformed, TooNew) as error:
+        raise UnreadableJob(naming.control(job), error.message) from error
 
 
-async def _doc(ports: Ports, key: str) -> dict[str, Any]:
-    return wire.loads(await ports.patience(partial(ports.objects.get, key)))
+async def _read(ports: Ports, key: str, read: Callable[[dict[str, Any]], T]) -> T:
+    try:
+        return read(wire.loads(await ports.patience(partial(ports.objects.get, key))))
+    except (Malformed, TooNew) as error:
+        raise UnreadableJob(key, error.message) from error
+
+
+async def _read_replacement(ports: Ports, key: str) -> Outcome:
+    try:
+        return await read_outcome(ports.objects, key, ports.patience)
+    except (Malformed, TooNew) as error:
+        raise UnreadableJob(key, error.message) from error

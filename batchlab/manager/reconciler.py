@@ -13,18 +13,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
-from batchlab.commit import commit, committed, follow_ups, send_all
-from batchlab.errors import Throttled, TooNew, Unreachable
+from batchlab.commit import follow_ups, send_all
+from batchlab.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, Outstanding, Ports, in_pool
+from batchlab.manager.quarantine import Outcomes, Quarantine
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Bundle, Control, JobId, Outcome
 from batchlab.ports import MAX_BATCH, Depth, Message
 from batchlab.protocol import naming, settle
 from batchlab.protocol.messages import read_task_message
-from batchlab.protocol.sealing import CommitKey
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,10 @@ class Reconciler:
         lives: Mapping[JobId, LiveJob],
         folder: Folder,
         conductor: Conductor,
+        quarantine: Quarantine,
     ) -> None:
+        self._quarantine = quarantine
+        self._outcomes = Outcomes(ports, quarantine)
         self._ports = ports
         self._settings = settings
         self._lives = lives
@@ -74,7 +77,7 @@ class Reconciler:
                 elif limit_s is not None:
                     silent += [one for one in waiting.values() if now_s - one.heard_s > limit_s]
             if silent:
-                await self._recover(live, silent[:LOOKED_FOR_AT_ONCE])
+                await self._recover_alone(live, silent[:LOOKED_FOR_AT_ONCE])
 
     def _limit_s(self, pool: str, depth: Depth) -> float:
         """How long a bundle of this pool may be silent. For ever, while its queue has as many
@@ -86,16 +89,28 @@ class Reconciler:
             return math.inf
         return self._settings.silence_s * PATIENCE_WITH_A_FULL_QUEUE
 
+    async def _recover_alone(self, live: LiveJob, silent: list[Outstanding]) -> None:
+        """Recover a job's silent bundles. An error that only this job meets is its trouble, and the
+        tick goes on for all others."""
+        try:
+            await self._recover(live, silent)
+        except (Throttled, Unreachable, NotFound):
+            raise
+        except BackendError as error:
+            log.error("its silent bundles wait: %s", error, extra={"job": live.id})
+            live.trouble = str(error)
+            now_s = self._ports.clock.monotonic_s()
+            for one in silent:
+                one.heard_s = now_s
+
     async def _recover(self, live: LiveJob, silent: list[Outstanding]) -> None:
         await self.heed(live)
         if live.record.control is not Control.RUN:
             return  # workers drop its messages, so of course they are silent
         again: list[Bundle] = []
-        objects, patience = self._ports.objects, self._ports.patience
-        key = await self._ports.keys.of(live.job)
         for one in silent:
             try:
-                outcome = await committed(objects, one.bundle, patience, key)
+                outcome = await self._outcomes.of(live.job, one.bundle)
             except TooNew as error:
                 # The tick must go on for all others, until a manager comes that knows more.
                 about = {"job": live.id, "bundle": one.bundle.id}
@@ -153,21 +168,20 @@ class Reconciler:
             job = (await self._ports.ledger.job(bundle.job)).job
             job.stage(bundle.stage)  # KeyError where it has no such stage
             key = await self._ports.keys.of(job)
-        except (Throttled, Unreachable):
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody's bytes
-            log.error("dropped a dead letter that is no bundle of ours (%s)", error)
+        except (Malformed, TooNew, NotFound, KeyError) as error:
+            size = len(message.body)
+            self._quarantine.message("dead letter", message.id, size, error)
             return
         if job.commit_hash and task.key != key:
             log.error("dropped a dead letter with a wrong commit key", extra={"job": job.id})
             return
         try:
-            outcome = await committed(self._ports.objects, bundle, self._ports.patience, key)
+            outcome = await self._outcomes.of(job, bundle)
         except TooNew as error:
             log.error("an outcome waits for a newer manager: %s", error, extra={"job": job.id})
             return
         if outcome is None:
-            outcome = await self._condemned(bundle, message, key)
+            outcome = await self._condemned(job, bundle, message)
         if outcome is not None:
             await self.forward(job, outcome)
             return
@@ -176,7 +190,7 @@ class Reconciler:
         if live:
             await self._conductor.send(live.job, [again])
 
-    async def _condemned(self, bundle: Bundle, message: Message, key: CommitKey) -> Outcome | None:
+    async def _condemned(self, job: JobDef, bundle: Bundle, message: Message) -> Outcome | None:
         now_s = self._ports.clock.now_s()
         execution = f"dead-{message.id}"
         if len(bundle.tasks) > 1:
@@ -192,4 +206,4 @@ class Reconciler:
             draft = settle.poisoned(
                 bundle, reason, execution=execution, worker="manager", now_s=now_s
             )
-        return await commit(self._ports.objects, draft, self._ports.patience, key)
+        return await self._outcomes.commit(job, draft)

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
-from batchlab.errors import Refused, Unreachable
+from batchlab.errors import Malformed, Refused, Unreachable
 from batchlab.jobdef import StageDef
 from batchlab.manager.live import Ports
 from batchlab.manager.plans import Plans, successes
 from batchlab.model import Bundle, JobId, StageCounts, StageName, TaskSet
 from batchlab.ports import Cut, JobRecord, Reopening, StageRecord
 from batchlab.protocol import naming, wire
+from batchlab.protocol.checked import UNREADABLE, listed
 from batchlab.protocol.policy import judge
 from batchlab.tasknames import task_name
 
@@ -42,11 +44,18 @@ class Retry:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Retry:
-        doc = wire.loads(data)
-        return cls(
-            tuple(wire.reopening_from_json(r) for r in doc["reopened"]),
-            tuple(wire.cut_from_json(c) for c in doc["cuts"]),
-        )
+        return cls.from_json(wire.loads(data))
+
+    @classmethod
+    def from_json(cls, doc: dict[str, Any]) -> Retry:
+        """Return the retry in a document; Malformed if it is not one."""
+        try:
+            return cls(
+                tuple([wire.reopening_from_json(r) for r in listed(doc["reopened"])]),
+                tuple([wire.cut_from_json(c) for c in listed(doc["cuts"])]),
+            )
+        except UNREADABLE as error:
+            raise Malformed(f"A retry cannot be read: {wire.brief(error)}.") from error
 
     def redone(self, stage: StageName) -> TaskSet:
         """Tasks of the stage that it runs again, or plans anew with the stage itself."""

@@ -67,8 +67,9 @@ class Objects(Protocol):
         raise for it; where it cannot tell, AlreadyExists is right, and the caller reads.
         """
 
-    async def get(self, key: str) -> bytes:
-        """The whole object; NotFound where there is none."""
+    async def get(self, key: str, *, limit: int | None = None) -> bytes:
+        """The whole object; NotFound where there is none. TooLarge, before any of it is read, if it
+        has more than `limit` bytes."""
 
     async def get_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes `start` up to but not including `stop`, cut off at the end of the object."""

@@ -1,37 +1,169 @@
-"""The parts of a document that somebody else has written, each read as what it has to be.
+"""Checks of single values that another process has written.
 
-Invariant: what comes back is of the type it is said to be, or it is a ValueError; nothing is turned
-into that type.
+Invariant: each function returns the value unchanged and of the type that its name says, within the
+bounds given here, or raises ValueError. No value is converted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import isfinite
+import re
+from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any
+
+from batchlab.objectnames import check_key
+
+UNREADABLE = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""Exceptions that reading a malformed document raises; every reader turns them into Malformed."""
+
+MOST_TASKS = 1 << 40
+"""Bound of a task's index."""
+MOST_IN_BUNDLE = 1 << 16
+"""Bound of the tasks in one bundle. The planner cuts bundles of at most `sizing.CAP`."""
+MOST_COUNT = 1 << 53
+"""Bound of any counter: larger numbers are not exact in JSON, and SQL has no room for them."""
+MOST_S = 1e11
+"""Bound of every time in seconds: in the epoch that is the year 5138."""
+MOST_TEXT = 1 << 20
+MOST_KEY = 1024
+MOST_DEPTH = 256
+"""Nesting of a value. `values.encode` refuses values that are nested deeper than 200 levels."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@#-]{0,199}")
+_BUNDLE = re.compile(r"\d{8,13}-\d{8,13}\.\d{1,16}\.\d{1,16}")
+_LONGEST_NAME = 200
+_NUMBERS = frozenset({float, int})
+_CONTAINERS = frozenset({dict, list})
 
 
 def known(kind: Any, doc: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that this batchlab knows; a later one may have added some."""
+    """Return the fields that this batchlab knows. A later batchlab may have added others."""
     return {name: doc[name] for name in kind.__slots__ if name in doc}
 
 
-def text(value: Any) -> str:
-    """The same; ValueError where it is no text."""
+def text(value: Any, most: int = MOST_TEXT) -> str:
+    """Return `value`; ValueError if it is not a text of at most `most` characters."""
+    if type(value) is str and len(value) <= most:
+        return value
+    raise ValueError(f"a text of at most {most} characters is expected, not {_kind(value)}")
+
+
+@lru_cache(maxsize=4096)
+def _is_name(value: str) -> bool:
+    return _NAME.fullmatch(value) is not None
+
+
+@lru_cache(maxsize=4096)
+def _is_label(value: str) -> bool:
+    return _LABEL.fullmatch(value) is not None
+
+
+def name(value: Any) -> str:
+    """Return `value`; ValueError if it cannot name a job or a stage."""
+    # Texts from outside are not kept in the cache unless they are short.
+    if type(value) is str and len(value) <= _LONGEST_NAME and _is_name(value):
+        return value
+    raise ValueError(f"a name is expected, not {_kind(value)}")
+
+
+def label(value: Any) -> str:
+    """Return `value`; ValueError if it cannot name a worker, an instance, an execution, a pool or
+    a queue."""
+    if type(value) is str and len(value) <= _LONGEST_NAME and _is_label(value):
+        return value
+    raise ValueError(f"a label is expected, not {_kind(value)}")
+
+
+def bundle_name(value: Any) -> str:
+    """Return `value`; ValueError if it is not a bundle's id."""
+    if type(value) is str and len(value) <= _LONGEST_NAME and _BUNDLE.fullmatch(value):
+        return value
+    raise ValueError(f"a bundle's id is expected, not {_kind(value)}")
+
+
+def handler(value: Any) -> str:
+    """Return `value`; ValueError if it is neither module:function nor a pickled function's key."""
+    kind, _, rest = text(value, MOST_KEY).partition(":")
+    if kind == "pickle":
+        check_key(rest)
+        if not rest.startswith("code/"):
+            raise ValueError("the key of a pickled function is expected")
+    elif not all(part.isidentifier() for part in (*kind.split("."), *rest.split("."))):
+        raise ValueError("a handler module:function is expected")
+    return str(value)
+
+
+def flag(value: Any) -> bool:
+    """Return `value`; ValueError if it is neither True nor False."""
+    if type(value) is bool:
+        return value
+    raise ValueError(f"true or false is expected, not {_kind(value)}")
+
+
+def figure(value: Any, most: float = MOST_S) -> float:
+    """Return `value`; ValueError if it is not a number from 0 to `most`."""
+    if (type(value) is float or type(value) is int) and 0 <= value <= most:
+        return value
+    raise ValueError(f"a number from 0 to {most:g} is expected, not {_kind(value)}")
+
+
+def whole(value: Any, most: int = MOST_COUNT) -> int:
+    """Return `value`; ValueError if it is not a whole number from 0 to `most`."""
+    if type(value) is int and 0 <= value <= most:
+        return value
+    raise ValueError(f"a whole number from 0 to {most} is expected, not {_kind(value)}")
+
+
+def integer(value: Any, most: int = MOST_COUNT) -> int:
+    """Return `value`; ValueError if it is not a whole number from -`most` to `most`."""
+    if type(value) is int and -most <= value <= most:
+        return value
+    raise ValueError(f"a whole number is expected, not {_kind(value)}")
+
+
+def listed(value: Any) -> list[Any]:
+    """Return `value`; ValueError if it is not a list."""
+    if type(value) is list:
+        return value
+    raise ValueError(f"a list is expected, not {_kind(value)}")
+
+
+def figures(value: Any, most: float = MOST_S) -> tuple[float, ...]:
+    """Return the numbers in the list `value`; ValueError if one is not from 0 to `most`."""
+    found = tuple(listed(value))
+    if len(found) == 1:
+        figure(found[0], most)
+        return found
+    # Three passes in C are faster than one in Python. NaN has been refused by `wire.loads`.
+    if found and not (
+        _NUMBERS.issuperset(map(type, found)) and min(found) >= 0 and max(found) <= most
+    ):
+        raise ValueError(f"numbers from 0 to {most:g} are expected")
+    return found
+
+
+def shallow(values: Collection[Any]) -> None:
+    """Raise ValueError if one of these JSON values is nested deeper than MOST_DEPTH levels."""
+    layer = [one for one in values if type(one) in _CONTAINERS]
+    depth = 0
+    while layer:
+        depth += 1
+        if depth > MOST_DEPTH:
+            raise ValueError(f"a value is nested deeper than {MOST_DEPTH} levels")
+        parts = [one.values() if type(one) is dict else one for one in layer]
+        layer = [one for part in parts for one in part if type(one) in _CONTAINERS]
+
+
+def _kind(value: Any) -> str:
     if isinstance(value, str):
-        return value
-    raise ValueError(f"a text belongs there, and not {type(value).__name__}")
-
-
-def figure(value: Any) -> float:
-    """The same; ValueError where it is no finite number."""
-    if isinstance(value, int | float) and isfinite(value):
-        return value
-    raise ValueError(f"a finite number belongs there, and not {type(value).__name__}")
-
-
-def whole(value: Any) -> int:
-    """The same; ValueError where it is no whole number."""
-    if isinstance(value, int):
-        return value
-    raise ValueError(f"a whole number belongs there, and not {type(value).__name__}")
+        return f"a text of {len(value)} characters"
+    return f"{value:.6g}" if isinstance(value, float) else type(value).__name__

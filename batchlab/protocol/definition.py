@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from batchlab.errors import Malformed
 from batchlab.jobdef import JobDef
 from batchlab.model import Json
 from batchlab.ports import Cut
 from batchlab.protocol import wire
+from batchlab.protocol.checked import UNREADABLE, listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +35,20 @@ def to_bytes(job: JobDef, opening: Opening | None = None) -> bytes:
     return wire.to_bytes(doc)
 
 
+def from_json(doc: dict[str, Any]) -> tuple[JobDef, Opening | None]:
+    """Return the job and the opening in a spec object. TooNew if a later batchlab has written it,
+    Malformed if it cannot be read."""
+    return wire.job_from_json(doc), opening_in(doc)
+
+
 def opening_in(doc: dict[str, Any]) -> Opening | None:
-    """The opening in a spec object, None where there is none."""
+    """Return the opening in a spec object, None if there is none; Malformed if it cannot be
+    read."""
     found = doc.get("opening")
     if found is None:
         return None
-    return Opening(found["items"], wire.cut_from_json(found["cut"]) if found["cut"] else None)
+    try:
+        items = listed(found["items"])
+        return Opening(items, wire.cut_from_json(found["cut"]) if found["cut"] else None)
+    except UNREADABLE as error:
+        raise Malformed(f"A job's opening cannot be read: {wire.brief(error)}.") from error

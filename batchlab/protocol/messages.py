@@ -1,7 +1,7 @@
 """The messages on the queues: a bundle for a worker, and what workers tell the manager.
 
 Invariant: `read_x(x(m)) == m` for what its reader needs. A message is written in `wire`'s format;
-one that is not is refused as a whole, so that nobody acts on half of it.
+a reader refuses any other as a whole with Malformed, so nobody acts on half of it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
+from batchlab.errors import Malformed, TooNew
 from batchlab.model import Bundle, BundleId, Completion, JobId, Json, Outcome, StageName
-from batchlab.protocol.checked import figure, known, text, whole
+from batchlab.ports import MAX_MESSAGE_BYTES
+from batchlab.protocol import naming
+from batchlab.protocol.checked import (
+    UNREADABLE,
+    bundle_name,
+    figure,
+    flag,
+    label,
+    listed,
+    name,
+    shallow,
+    text,
+    whole,
+)
 from batchlab.protocol.sealing import UNSEALED, CommitKey
 from batchlab.protocol.wire import (
     VERSION,
+    brief,
     bundle_from_json,
     bundle_to_json,
     completion_from_json,
@@ -26,6 +41,14 @@ from batchlab.protocol.wire import (
     outcome_text,
 )
 from batchlab.tally import Asked, Requests
+
+MOST_SLOTS = 1 << 20
+MOST_REQUESTS = 1e15
+MOST_RECEIPT = 2048
+"""Characters. A receipt handle of SQS has at most 1,024."""
+MOST_TRACE = 200
+MOST_KEY = 1024
+_COUNTED = len(Requests.__slots__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +86,38 @@ def task_message(m: TaskMessage) -> str:
 
 
 def read_task_message(body: str) -> TaskMessage:
-    doc = loads(body)
+    """Return the task message with that body. TooNew if a later batchlab has sent it, Malformed if
+    it cannot be read."""
+    try:
+        _check_length(body)
+        return _task_message_from_json(loads(body))
+    except TooNew:
+        raise
+    except (Malformed, *UNREADABLE) as error:
+        raise Malformed(f"A task message cannot be read: {brief(error)}.") from error
+
+
+def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
+    bundle = bundle_from_json(doc["b"])
+    items, not_before_s = doc.get("in"), doc.get("nb")
+    if items is not None:
+        if len(listed(items)) != len(bundle.tasks):
+            raise ValueError("there is not one item for each task")
+        shallow(items)
     return TaskMessage(
-        bundle_from_json(doc["b"]),
-        doc.get("in"),
-        doc.get("nb"),
-        doc.get("wd", False),
-        doc.get("tp", ""),
-        CommitKey(text(doc.get("ck", UNSEALED))),
+        bundle,
+        items,
+        None if not_before_s is None else figure(not_before_s),
+        flag(doc.get("wd", False)),
+        text(doc.get("tp", ""), MOST_TRACE),
+        CommitKey(text(doc.get("ck", UNSEALED), MOST_TRACE)),
     )
+
+
+def _check_length(body: str) -> None:
+    # Characters, not bytes: encoding the text only to measure it would take time.
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"it has {len(body)} characters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,51 +232,85 @@ def _beat_to_json(b: Beat) -> dict[str, Json]:
 
 
 def _beat_from_json(doc: Mapping[str, Any]) -> Beat:
-    beat = Beat(**{**known(Beat, doc), "held": tuple(_held_from_json(h) for h in doc["held"])})
-    for one in (beat.worker, beat.instance, beat.pool):
-        text(one)
-    for number in (beat.slots, beat.busy, beat.number):
-        whole(number)
-    figure(beat.at_s)
-    return beat
-
-
-def _held_from_json(doc: Mapping[str, Any]) -> Held:
-    held = Held(**known(Held, doc))
-    for one in (held.queue, held.job, held.stage, held.bundle, held.receipt or ""):
-        text(one)
-    return held
-
-
-def _asked_from_json(doc: Sequence[Any]) -> Asked:
-    worker, instance, is_spot, *counts = doc
-    requests = Requests(*map(figure, counts[: len(Requests.__slots__)]))
-    return Asked(text(worker), text(instance), requests, bool(is_spot))
-
-
-def _duplicate_from_json(doc: Sequence[Any]) -> Duplicate:
-    job, stage, kind, execution, slot_s, *_ = doc
-    return Duplicate(
-        JobId(text(job)), StageName(text(stage)), text(kind), text(execution), figure(slot_s)
+    return Beat(
+        label(doc["worker"]),
+        label(doc["instance"]),
+        label(doc["pool"]),
+        figure(doc["at_s"]),
+        whole(doc["slots"], MOST_SLOTS),
+        whole(doc["busy"], MOST_SLOTS),
+        tuple([_held_from_json(h) for h in listed(doc["held"])]),
+        whole(doc["number"]),
+        flag(doc.get("leaving", False)),
+        flag(doc.get("gone", False)),
     )
 
 
+def _held_from_json(doc: Mapping[str, Any]) -> Held:
+    receipt = doc["receipt"]
+    return Held(
+        label(doc["queue"]),
+        None if receipt is None else text(receipt, MOST_RECEIPT),
+        JobId(name(doc["job"])),
+        StageName(name(doc["stage"])),
+        BundleId(bundle_name(doc["bundle"])),
+        flag(doc["running"]),
+    )
+
+
+def _asked_from_json(doc: Sequence[Any]) -> Asked:
+    worker, instance, is_spot, *counts = listed(doc)
+    requests = Requests(*[figure(one, MOST_REQUESTS) for one in counts[:_COUNTED]])
+    return Asked(label(worker), label(instance), requests, flag(is_spot))
+
+
+def _duplicate_from_json(doc: Sequence[Any]) -> Duplicate:
+    job, stage, kind, execution, slot_s, *_ = listed(doc)
+    return Duplicate(
+        JobId(name(job)), StageName(name(stage)), label(kind), label(execution), figure(slot_s)
+    )
+
+
+def _told_from_json(doc: Sequence[Any]) -> Told:
+    worker, counts = listed(doc)
+    return Told(label(worker), {label(key): whole(count) for key, count in counts.items()})
+
+
+def _trace_from_json(doc: Sequence[Any]) -> tuple[JobId, StageName, BundleId, str]:
+    job, stage, bundle, trace = listed(doc)
+    return (
+        *(JobId(name(job)), StageName(name(stage))),
+        *(BundleId(bundle_name(bundle)), text(trace, MOST_TRACE)),
+    )
+
+
+def _key_from_json(value: Any) -> str:
+    if naming.outcome_key(text(value, MOST_KEY)) is None:
+        raise ValueError("a key is not that of an outcome")
+    return str(value)
+
+
 def read_events_message(body: str) -> Events:
-    """What a worker tells; any error where it has another shape, and none afterwards."""
-    doc = loads(body)
+    """Return what a worker tells. TooNew if a later batchlab has sent it, Malformed if any part of
+    it cannot be read."""
+    try:
+        _check_length(body)
+        return _events_from_json(loads(body))
+    except TooNew:
+        raise
+    except (Malformed, *UNREADABLE) as error:
+        raise Malformed(f"An event cannot be read: {brief(error)}.") from error
+
+
+def _events_from_json(doc: dict[str, Any]) -> Events:
+    # Most messages have one or two of these parts, and an absent one should cost nothing.
     return Events(
-        tuple(completion_from_json(c) for c in doc.get("c", ())),
-        tuple(text(key) for key in doc.get("k", ())),
-        tuple(_beat_from_json(b) for b in doc.get("h", ())),
-        tuple(outcome_from_json(o) for o in doc.get("o", ())),
-        tuple(_asked_from_json(a) for a in doc.get("q", ())),
-        tuple(_duplicate_from_json(d) for d in doc.get("d", ())),
-        tuple(
-            Told(str(worker), {str(name): int(count) for name, count in counts.items()})
-            for worker, counts in doc.get("m", ())
-        ),
-        tuple(
-            (JobId(str(job)), StageName(str(stage)), BundleId(str(bundle)), str(trace))
-            for job, stage, bundle, trace in doc.get("tp", ())
-        ),
+        tuple([completion_from_json(c) for c in listed(doc["c"])]) if "c" in doc else (),
+        tuple([_key_from_json(key) for key in listed(doc["k"])]) if "k" in doc else (),
+        tuple([_beat_from_json(b) for b in listed(doc["h"])]) if "h" in doc else (),
+        tuple([outcome_from_json(o) for o in listed(doc["o"])]) if "o" in doc else (),
+        tuple([_asked_from_json(a) for a in listed(doc["q"])]) if "q" in doc else (),
+        tuple([_duplicate_from_json(d) for d in listed(doc["d"])]) if "d" in doc else (),
+        tuple([_told_from_json(t) for t in listed(doc["m"])]) if "m" in doc else (),
+        tuple([_trace_from_json(t) for t in listed(doc["tp"])]) if "tp" in doc else (),
     )

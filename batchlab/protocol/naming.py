@@ -16,9 +16,11 @@ EVENTS = "events"
 
 _CUT = re.compile(r"^jobs/[^/]+/[^/]+/plan/\d+/cuts/\d+\.json$")
 _OUTCOME = re.compile(r"^jobs/[^/]+/[^/]+/outcomes/")
+_REPLACEMENT = re.compile(r"^jobs/[^/]+/[^/]+/replaced/[0-9a-f]{2}/[^/]+$")
 _BUNDLE = re.compile(
-    r"^jobs/([^/]+)/([^/]+)/outcomes/[0-9a-f]{2}"
-    r"/((\d{8,16})-(\d{8,16})\.(\d{1,9})\.(\d{1,9}))(?:\.[0-9a-f]{32})?\.json$"
+    r"^jobs/([A-Za-z0-9][\w.-]{0,99})/([A-Za-z0-9][\w.-]{0,99})/outcomes/[0-9a-f]{2}"
+    r"/((\d{8,13})-(\d{8,13})\.(\d{1,16})\.(\d{1,16}))(?:\.[0-9a-f]{32})?\.json$",
+    re.ASCII,
 )
 
 MADE = ".batchlab-made"
@@ -188,6 +190,17 @@ def outcome(bundle: Bundle, key: CommitKey) -> str:
     return outcome_of(bundle.job, bundle.stage, bundle.id, key)
 
 
+def replacement(bundle: Bundle) -> str:
+    """The key of the outcome that counts if the object of `outcome(bundle)` cannot be read. Only a
+    manager writes it."""
+    return f"jobs/{bundle.job}/{bundle.stage}/replaced/{_spread(bundle.id)}/{bundle.id}.json"
+
+
+def is_replacement(key: str) -> bool:
+    """Whether a replacement is committed by that key."""
+    return _REPLACEMENT.match(key) is not None
+
+
 def files(bundle: Bundle, execution: str) -> str:
     """Prefix of the files of one execution; no other execution writes under it."""
     return f"files/{bundle.job}/{bundle.stage}/{_spread(bundle.id)}/{bundle.id}/{execution}/"
@@ -213,6 +226,11 @@ def tail(job: JobId, worker: str) -> str:
     return f"{tails(job)}{worker}.json"
 
 
+def logs(job: JobId) -> str:
+    """Prefix of what a job's tasks have printed."""
+    return f"logs/{job}/"
+
+
 def is_cut(key: str) -> bool:
     """Whether a cut was committed by that key."""
     return _CUT.match(key) is not None
@@ -234,6 +252,14 @@ class OutcomeKey:
     last: int
     round: int
     attempt: int
+
+
+def is_outcome_of(name: str, bundle: Bundle) -> bool:
+    """Whether `name` is the key of the outcome of `bundle`, with any seal, or of a replacement."""
+    found = outcome_key(name)
+    if found is None:
+        return name == replacement(bundle)
+    return (found.job, found.stage, found.bundle) == (bundle.job, bundle.stage, bundle.id)
 
 
 def outcome_key(key: str) -> OutcomeKey | None:

@@ -173,6 +173,17 @@ def poisoned(bundle: Bundle, reason: str, *, execution: str, worker: str, now_s:
     return Outcome(bundle, execution, worker, now_s, now_s, failed=failed)
 
 
+def unreadable(job: JobDef, bundle: Bundle, reason: str, *, now_s: float) -> Outcome:
+    """Return the outcome that replaces an object that cannot be read: its tasks have crashed for
+    that reason, and are tried again where the stage's retry rule allows it."""
+    ran = [
+        Ran(task, 0.0, failure=Failure(task, FailureKind.CRASH, reason, error="UnreadableOutcome"))
+        for task in bundle.tasks
+    ]
+    who = "manager"
+    return settle(job, bundle, ran, execution=who, worker=who, started_s=now_s, ended_s=now_s)
+
+
 def vanished(bundle: Bundle, error: str) -> list[Ran]:
     """How the tasks end whose input is not there."""
     reason = f"its input is gone: {error}"

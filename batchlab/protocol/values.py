@@ -31,6 +31,18 @@ _MAX_PATH = 12
 _MAX_INT_BITS = 14_000
 
 
+OUTCOME_WEIGHT = 32 * 1024 * 1024
+"""Bound of an outcome's weight. Workers write no heavier one, and nobody reads one."""
+BRACKET_WEIGHT = 24
+"""Weight of a list or a dict beside the byte of its bracket: in memory an empty one takes 64 bytes
+or more, so a bound of bytes alone would not bound the memory that a reader needs."""
+
+
+def weight(text: str) -> int:
+    """Return the length of a JSON text plus BRACKET_WEIGHT for each list and dict in it."""
+    return len(text) + BRACKET_WEIGHT * (text.count("[") + text.count("{"))
+
+
 class NotAValue(UsageError):
     """A value that cannot travel; the text says what it is and where it sits."""
 

@@ -9,11 +9,11 @@ pydantic.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from batchlab.errors import BackendError, TooNew
+from batchlab.errors import BatchlabError, Malformed, TooNew
 from batchlab.jobdef import InputDef, JobDef, NotifyDef, RetryRule, SplitBy, StageDef
 from batchlab.model import (
     Bundle,
@@ -31,7 +31,29 @@ from batchlab.model import (
     TaskSet,
 )
 from batchlab.ports import Cut, Ending, Reopening
-from batchlab.protocol.checked import figure, known, text, whole
+from batchlab.protocol import naming
+from batchlab.protocol.checked import (
+    MOST_COUNT,
+    MOST_IN_BUNDLE,
+    MOST_TASKS,
+    UNREADABLE,
+    bundle_name,
+    figure,
+    figures,
+    flag,
+    handler,
+    integer,
+    known,
+    label,
+    listed,
+    name,
+    shallow,
+    text,
+    whole,
+)
+from batchlab.protocol.values import BRACKET_WEIGHT, OUTCOME_WEIGHT, weight
+
+T = TypeVar("T")
 
 VERSION = 1
 PROTOCOL = 2
@@ -40,6 +62,7 @@ not raises it, and writes it as `needs` into the jobs that ask for that, and onl
 SEALED = 2
 """The protocol since which jobs have commit keys."""
 FAILURE_KINDS = frozenset(kind.value for kind in FailureKind)
+WORDS = frozenset(word.value for word in Control)
 NO_TASKS = TaskSet()
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
@@ -53,22 +76,54 @@ def to_bytes(value: Json) -> bytes:
     return dumps(value).encode()
 
 
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse).decode
+
+
+def is_too_heavy(data: bytes | str) -> bool:
+    """Whether a JSON text weighs more than an outcome may."""
+    # Counting brackets takes time, and most texts are too short to need it.
+    if len(data) * (1 + BRACKET_WEIGHT) <= OUTCOME_WEIGHT:
+        return False
+    return weight(data if isinstance(data, str) else data.decode("latin-1")) > OUTCOME_WEIGHT
+
+
 def loads(data: bytes | str) -> dict[str, Any]:
-    """A versioned document; TooNew where it is of a later version, BackendError where it is not one
-    of ours at all."""
+    """Return a versioned document; TooNew if a later version has written it, Malformed if it is not
+    a document of batchlab."""
     try:
-        doc = json.loads(data)
-    except ValueError:
-        doc = None
+        text = data if isinstance(data, str) else data.decode()
+        doc = _decode(text)
+        if "\\ud" in text or "\\uD" in text:
+            # An escaped half of a surrogate pair is JSON, but no text that could be stored or sent.
+            dumps(doc).encode()
+    except UNREADABLE as error:
+        raise Malformed(f"This is not a JSON text that batchlab reads: {brief(error)}.") from error
     version = doc.get("v") if isinstance(doc, dict) else None
-    if isinstance(doc, dict) and version == VERSION:
-        return doc
-    if isinstance(version, int) and version > VERSION:
-        raise TooNew(
-            f"A stored object is in format {version}, and this batchlab knows {VERSION}.",
-            remedy="It was written by a newer version.",
-        )
-    raise BackendError("A stored object is not in a format this batchlab knows.")
+    if isinstance(doc, dict) and type(version) is int:
+        if version == VERSION:
+            return doc
+        if version > VERSION:
+            raise TooNew(
+                f"A stored object is in format {version:.6g}, and this batchlab knows {VERSION}.",
+                remedy="It was written by a newer version.",
+            )
+    raise Malformed("A stored object is not in a format this batchlab knows.")
+
+
+def brief(error: Exception) -> str:
+    """Return what is wrong in at most 200 characters, without text that a worker has chosen."""
+    if isinstance(error, BatchlabError):
+        return error.message.rstrip(".")[:200]
+    if isinstance(error, KeyError):
+        return "a field is missing"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    told = str(error) if type(error) is ValueError else type(error).__name__
+    return told[:200]
 
 
 def fields(value: Any) -> dict[str, Json]:
@@ -82,7 +137,14 @@ def tasks_to_json(tasks: TaskSet) -> list[list[int]]:
 
 
 def tasks_from_json(doc: Sequence[Sequence[int]]) -> TaskSet:
-    return TaskSet(tuple([(int(start), int(stop)) for start, stop in doc])) if doc else NO_TASKS
+    if not listed(doc):
+        return NO_TASKS
+    ranges: list[tuple[int, int]] = []
+    for start, stop in doc:
+        if type(start) is not int or type(stop) is not int or stop > MOST_TASKS:
+            raise ValueError("a range of tasks is expected")
+        ranges.append((start, stop))
+    return TaskSet(tuple(ranges))
 
 
 def bundle_to_json(b: Bundle) -> dict[str, Json]:
@@ -100,14 +162,17 @@ def bundle_to_json(b: Bundle) -> dict[str, Json]:
 
 def bundle_from_json(doc: dict[str, Any]) -> Bundle:
     source = doc.get("f")
+    tasks = tasks_from_json(doc["t"])
+    if not 0 < len(tasks) <= MOST_IN_BUNDLE:
+        raise ValueError(f"a bundle of 1 to {MOST_IN_BUNDLE} tasks is expected")
     return Bundle(
-        JobId(text(doc["j"])),
-        StageName(text(doc["s"])),
-        tasks_from_json(doc["t"]),
+        JobId(name(doc["j"])),
+        StageName(name(doc["s"])),
+        tasks,
         whole(doc["a"]),
-        whole(doc.get("r", 0)),
-        whole(doc.get("l", 0)),
-        BundleId(text(source)) if source else None,
+        whole(doc["r"]) if "r" in doc else 0,
+        whole(doc["l"]) if "l" in doc else 0,
+        BundleId(bundle_name(source)) if source else None,
         figure(doc["w"]) if "w" in doc else None,
     )
 
@@ -120,8 +185,69 @@ def _follow_from_json(doc: dict[str, Any]) -> Follow:
     return Follow(bundle_from_json(doc["b"]), figure(doc["d"]))
 
 
+def _each(read: Callable[[Any], T], docs: Any) -> tuple[T, ...]:
+    """Return what `read` makes of each document in a list, which is empty most of the time."""
+    return tuple([read(doc) for doc in listed(docs)]) if docs != [] else ()
+
+
 def _failure_from_json(doc: dict[str, Any]) -> Failure:
-    return Failure(**{**known(Failure, doc), "kind": FailureKind(doc["kind"])})
+    code = doc.get("exit_code")
+    return Failure(
+        whole(doc["task"], MOST_TASKS),
+        FailureKind(doc["kind"]),
+        text(doc["reason"]),
+        text(doc.get("error", "")),
+        text(doc.get("traceback", "")),
+        None if code is None else integer(code),
+        figure(doc.get("run_s", 0.0)),
+        flag(doc.get("final", True)),
+    )
+
+
+def _span_from_json(doc: Sequence[Any]) -> tuple[int, int, int]:
+    task, start, stop = doc
+    if whole(start) > whole(stop):
+        raise ValueError("a span of a log ends before it begins")
+    return whole(task, MOST_TASKS), start, stop
+
+
+def _check_parts(
+    bundle: Bundle,
+    succeeded: TaskSet,
+    failed: TaskSet,
+    cancelled: TaskSet,
+    follows: Sequence[Follow],
+) -> None:
+    """Raise ValueError unless every task of the bundle went exactly one way: it succeeded, failed
+    for good, was cancelled, or goes on in one follow of the same stage (see `settle`)."""
+    if succeeded.ranges == bundle.tasks.ranges and not (
+        follows or failed.ranges or cancelled.ranges
+    ):
+        return
+    parts = [succeeded]
+    if failed.ranges:
+        parts.append(failed)
+    if cancelled.ranges:
+        parts.append(cancelled)
+    for follow in follows:
+        one = follow.bundle
+        if one.job != bundle.job or one.round != bundle.round:
+            raise ValueError("a follow is a bundle of another job or round")
+        if one.stage != bundle.stage:
+            inside = one.tasks.ranges == succeeded.ranges or not one.tasks - succeeded
+            if one.source != bundle.id or not inside:
+                raise ValueError("a follow in another stage is not fed by this bundle")
+            continue
+        again = one.attempt == bundle.attempt + 1
+        if not again and (one.attempt != bundle.attempt or one.tasks == bundle.tasks):
+            raise ValueError("a follow in the same stage has a wrong attempt")
+        if one.source != bundle.source:
+            raise ValueError("a follow in the same stage has another source")
+        parts.append(one.tasks)
+    if len(parts) == 1 and succeeded.ranges == bundle.tasks.ranges:
+        return
+    if sum(map(len, parts)) != len(bundle.tasks) or TaskSet.union(parts) != bundle.tasks:
+        raise ValueError("the tasks of its parts are not those of the bundle")
 
 
 def outcome_to_json(o: Outcome) -> dict[str, Json]:
@@ -153,22 +279,69 @@ def outcome_text(o: Outcome) -> str:
         return text
 
 
+def fitting(outcome: Outcome) -> Outcome:
+    """Return the outcome, without its tracebacks if it would be too heavy with them. Its values fit
+    in any case (see `worker.bench`)."""
+    if not is_too_heavy(outcome_text(outcome)):
+        return outcome
+    return replace(outcome, failed=tuple([replace(one, traceback="") for one in outcome.failed]))
+
+
 def outcome_from_json(doc: dict[str, Any]) -> Outcome:
+    """Return the outcome in a document; one of UNREADABLE if it is not one."""
+    bundle = bundle_from_json(doc["bundle"])
+    succeeded, cancelled = tasks_from_json(doc["succeeded"]), tasks_from_json(doc["cancelled"])
+    values, run_s = listed(doc["values"]), figures(doc["run_s"])
+    if not len(values) == len(run_s) == len(succeeded):
+        raise ValueError("there is not one value and one run time for each task that succeeded")
+    shallow(values)
+    failed = _each(_failure_from_json, doc["failed"])
+    final = TaskSet.of([f.task for f in failed if f.final]) if failed else NO_TASKS
+    follows = _each(_follow_from_json, doc["follows"])
+    _check_parts(bundle, succeeded, final, cancelled, follows)
+    if failed:
+        tasks = {f.task for f in failed}
+        if len(tasks) != len(failed) or TaskSet.of(tasks) - bundle.tasks:
+            raise ValueError("failures are not of one task of the bundle each")
+    log = text(doc["log"])
+    if log and not log.startswith(naming.logs(bundle.job)):
+        raise ValueError("the log is not a log of its job")
     return Outcome(
-        bundle_from_json(doc["bundle"]),
-        text(doc["execution"]),
-        text(doc["worker"]),
+        bundle,
+        label(doc["execution"]),
+        label(doc["worker"]),
         figure(doc["started_s"]),
         figure(doc["ended_s"]),
-        tasks_from_json(doc["succeeded"]),
-        tuple(doc["values"]),
-        tuple(doc["run_s"]),
-        tuple(_failure_from_json(f) for f in doc["failed"]),
-        tasks_from_json(doc["cancelled"]),
-        tuple(_follow_from_json(f) for f in doc["follows"]),
-        doc["log"],
-        tuple((a, b, c) for a, b, c in doc["log_spans"]),
+        succeeded,
+        tuple(values),
+        run_s,
+        failed,
+        cancelled,
+        follows,
+        log,
+        _each(_span_from_json, doc["log_spans"]),
     )
+
+
+def outcome_from_bytes(data: bytes, key: str) -> Outcome:
+    """Return the outcome in the object `key`, which is an outcome's or a replacement's. Malformed,
+    naming the key, if it cannot be read or is the outcome of another bundle."""
+    try:
+        if is_too_heavy(data):
+            raise ValueError(f"it is larger than an outcome may be ({len(data)} bytes)")
+        outcome = outcome_from_json(loads(data))
+        if not naming.is_outcome_of(key, outcome.bundle):
+            raise ValueError("it is the outcome of another bundle")
+    except TooNew:
+        raise
+    except (Malformed, *UNREADABLE) as error:
+        raise unreadable(key, error) from error
+    return outcome
+
+
+def unreadable(key: str, error: Exception) -> Malformed:
+    """Return the error that says which object cannot be read."""
+    return Malformed(f"The object {key} cannot be read: {brief(error)}.")
 
 
 def completion_to_json(c: Completion) -> dict[str, Json]:
@@ -187,17 +360,23 @@ def completion_to_json(c: Completion) -> dict[str, Json]:
 
 
 def completion_from_json(doc: dict[str, Any]) -> Completion:
+    """Return the completion in a document; one of UNREADABLE if it is not one."""
+    bundle = bundle_from_json(doc["b"])
+    succeeded, failed = tasks_from_json(doc["ok"]), tasks_from_json(doc["no"])
+    cancelled = tasks_from_json(doc["x"])
+    follows = _each(_follow_from_json, doc["next"])
+    _check_parts(bundle, succeeded, failed, cancelled, follows)
     return Completion(
-        bundle_from_json(doc["b"]),
-        text(doc["w"]),
+        bundle,
+        label(doc["w"]),
         figure(doc["t0"]),
         figure(doc["t1"]),
-        tasks_from_json(doc["ok"]),
-        tasks_from_json(doc["no"]),
-        tasks_from_json(doc["x"]),
+        succeeded,
+        failed,
+        cancelled,
         figure(doc["run"]),
-        tuple(_follow_from_json(f) for f in doc["next"]),
-        whole(doc["re"]),
+        follows,
+        whole(doc["re"], MOST_IN_BUNDLE),
     )
 
 
@@ -218,16 +397,21 @@ def cut_to_json(c: Cut) -> dict[str, Json]:
 
 
 def cut_from_json(doc: dict[str, Any]) -> Cut:
-    return Cut(
-        JobId(doc["j"]),
-        StageName(doc["s"]),
-        doc["round"],
-        doc["seq"],
-        tuple(bundle_from_json(b) for b in doc["bundles"]),
-        tasks_from_json(doc["left"]),
-        doc["planned"],
-        doc.get("at"),
-    )
+    """Return the cut in a document; Malformed if it is not one."""
+    try:
+        at_s, planned = doc.get("at"), doc["planned"]
+        return Cut(
+            JobId(name(doc["j"])),
+            StageName(name(doc["s"])),
+            whole(doc["round"]),
+            whole(doc["seq"]),
+            tuple([bundle_from_json(b) for b in listed(doc["bundles"])]),
+            tasks_from_json(doc["left"]),
+            None if planned is None else whole(planned, MOST_TASKS),
+            None if at_s is None else figure(at_s),
+        )
+    except UNREADABLE as error:
+        raise Malformed(f"A cut cannot be read: {brief(error)}.") from error
 
 
 def reopening_to_json(r: Reopening) -> dict[str, Json]:
@@ -235,7 +419,14 @@ def reopening_to_json(r: Reopening) -> dict[str, Json]:
 
 
 def reopening_from_json(doc: dict[str, Any]) -> Reopening:
-    return Reopening(**known(Reopening, doc))
+    """Return the reopening in a document; one of UNREADABLE if it is not one."""
+    return Reopening(
+        StageName(name(doc["stage"])),
+        whole(doc.get("succeeded", 0)),
+        whole(doc.get("failed", 0)),
+        whole(doc.get("cancelled", 0)),
+        flag(doc.get("replan", False)),
+    )
 
 
 def job_to_json(job: JobDef) -> dict[str, Json]:
@@ -292,6 +483,8 @@ def _job_from_json(doc: dict[str, Any]) -> JobDef:
 
 def _stage_from_json(doc: dict[str, Any]) -> StageDef:
     rule = doc["retry"]
+    if doc["handler"] is not None:
+        handler(doc["handler"])
     return StageDef(
         **{
             **known(StageDef, doc),
@@ -343,16 +536,20 @@ def word_from_bytes(data: bytes) -> Word:
     word that allows it."""
     doc = loads(data)
     try:
+        tail_s = doc.get("tail_s")
         return Word(
             Control(doc["control"]),
             JobState(doc.get("state", "CANCELLED")),
-            doc.get("reason", ""),
-            doc.get("round", 0),
-            doc.get("tail", 0),
-            doc.get("tail_s"),
+            text(doc.get("reason", "")),
+            whole(doc.get("round", 0)),
+            whole(doc.get("tail", 0)),
+            None if tail_s is None else figure(tail_s),
         )
-    except (KeyError, ValueError) as error:
-        raise TooNew(f"The word {doc.get('control')!r} is not known to this batchlab.") from error
+    except UNREADABLE as error:
+        said = doc.get("control")
+        if isinstance(said, str) and said not in WORDS:
+            raise TooNew(f"The word {said[:40]!r} is not known to this batchlab.") from error
+        raise Malformed(f"A control object cannot be read: {brief(error)}.") from error
 
 
 def ending_to_json(e: Ending) -> dict[str, Json]:
@@ -360,4 +557,10 @@ def ending_to_json(e: Ending) -> dict[str, Json]:
 
 
 def ending_from_json(doc: dict[str, Any]) -> Ending:
-    return Ending(JobState(doc["state"]), doc["reason"], doc["ended_s"], doc["closed"])
+    """Return the ending in a document; Malformed if it is not one."""
+    try:
+        closed = {StageName(name(k)): whole(v, MOST_COUNT) for k, v in doc["closed"].items()}
+        state = JobState(doc["state"])
+        return Ending(state, text(doc["reason"]), figure(doc["ended_s"]), closed)
+    except UNREADABLE as error:
+        raise Malformed(f"The end of a job cannot be read: {brief(error)}.") from error

@@ -40,8 +40,8 @@ class ReadOnly:
         self._objects = objects
         self._patience = patience
 
-    async def get(self, key: str) -> bytes:
-        return await self._patience(lambda: self._objects.get(key))
+    async def get(self, key: str, *, limit: int | None = None) -> bytes:
+        return await self._patience(lambda: self._objects.get(key, limit=limit))
 
     async def get_range(self, key: str, start: int, stop: int) -> bytes:
         return await self._patience(lambda: self._objects.get_range(key, start, stop))

@@ -22,6 +22,12 @@ Json = Any
 INLINE_BYTES = 32 * 1024
 """Encoded values up to this size stay inline; larger ones become objects of their own."""
 
+INLINE_WEIGHT = values.OUTCOME_WEIGHT // 4
+"""Weight of the values of one execution that stay inline together; further ones become objects. The
+rest of the outcome's bound is for failures, and for executions that need several processes."""
+LEAST_APART = 256
+"""Shorter values stay inline always: a reference is about as long."""
+
 _SHORT = 1 << 64
 _PLAIN = frozenset({type(None), bool, int, float, str})
 _NOTHING: list[tuple[str, str]] = []
@@ -66,6 +72,7 @@ class Bench:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._pickles = request["objects"]
+        self._room = INLINE_WEIGHT
         self.touched = False
         """Whether the last task has made itself a folder, which somebody has to remove."""
         handler = request["handler"]
@@ -115,8 +122,11 @@ class Bench:
             text = _dumps(self._encode(value, outputs.file))
         except values.NotAValue as error:
             raise handlers.Problem("result", str(error)) from error
-        if len(text) > INLINE_BYTES:
+        weight = values.weight(text)
+        if len(text) > INLINE_BYTES or (weight > self._room and len(text) > LEAST_APART):
             text = outputs.value(text)
+        else:
+            self._room -= weight
         return Done(text, outputs.uploads)
 
 

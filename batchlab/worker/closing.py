@@ -17,7 +17,7 @@ from batchlab.jobdef import JobDef
 from batchlab.model import Bundle, Json, Outcome, Ran, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Clock, Message, Objects, Outgoing, Queue
-from batchlab.protocol import naming, settle
+from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.messages import Duplicate
 from batchlab.tracing import Tracer, span
 from batchlab.worker import lines
@@ -112,7 +112,7 @@ class Closing:
         kept: TaskSet = TaskSet(),
     ) -> Outcome:
         now_s = self._clock.now_s()
-        return settle.settle(
+        settled = settle.settle(
             job,
             hand.bundle,
             ran,
@@ -125,6 +125,7 @@ class Closing:
             log=log[0],
             log_spans=log[1],
         )
+        return wire.fitting(settled)
 
     async def _commit(self, hand: Hand, draft: Outcome) -> Outcome:
         with span(self._tracer, "commit", hand.trace, hand.bundle):

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from batchlab.commit import outcome_at
-from batchlab.errors import NotFound
+from batchlab.commit import read_outcome
+from batchlab.errors import Malformed, NotFound
 from batchlab.jobdef import JobDef
-from batchlab.model import Bundle, BundleId, JobId, Json, StageName, TaskSet
+from batchlab.model import Bundle, BundleId, JobId, Json, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import definition, naming, wire
+from batchlab.protocol.checked import MOST_TASKS, UNREADABLE, listed, text, whole
 from batchlab.protocol.sealing import CommitKey
 from batchlab.tasknames import task_name
 from batchlab.words import count
@@ -60,14 +61,18 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
+        """Malformed if it is not a plan."""
         doc = wire.loads(data)
-        return cls(
-            doc["count"],
-            tuple(doc["starts"]),
-            wire.tasks_from_json(doc["skipped"]),
-            doc["round"],
-            tuple(doc.get("parts", ())),
-        )
+        try:
+            return cls(
+                whole(doc["count"], MOST_TASKS),
+                tuple([whole(start, MOST_TASKS) for start in listed(doc["starts"])]),
+                wire.tasks_from_json(doc["skipped"]),
+                whole(doc["round"]),
+                tuple([text(part) for part in listed(doc.get("parts", []))]),
+            )
+        except UNREADABLE as error:
+            raise Malformed(f"A stage's plan cannot be read: {wire.brief(error)}.") from error
 
 
 class NoSuchTask(NotFound):
@@ -114,7 +119,7 @@ class Inputs:
     ) -> list[Json]:
         """The committed results of `tasks` in that upstream bundle."""
         name = naming.outcome_of(job.id, stage, bundle, key)
-        outcome = outcome_at(name, await self._patience(partial(self._objects.get, name)), key)
+        outcome = await self._outcome(name)
         by_task = dict(zip(outcome.succeeded, outcome.values, strict=True))
         missing = [task for task in tasks if task not in by_task]
         if missing:
@@ -133,6 +138,13 @@ class Inputs:
             values.sort(key=lambda pair: pair[0])
             lists[stage] = [value for _, value in values]
         return next(iter(lists.values())) if len(lists) == 1 else lists
+
+    async def _outcome(self, name: str) -> Outcome:
+        try:
+            return await read_outcome(self._objects, name, self._patience)
+        except Malformed as error:
+            # As good as absent: the task fails with a reason that names the object.
+            raise NotFound(error.message) from error
 
     async def _manifest(self, job: JobDef, bundle: Bundle) -> Manifest:
         """The plan of the bundle's round, or of the latest round before it that made one."""

@@ -155,7 +155,7 @@ def test_a_child_that_cannot_start_is_nobodys_failure(
 
 
 class Silent(SimObjects):
-    async def get(self, key: str) -> bytes:
+    async def get(self, key: str, *, limit: int | None = None) -> bytes:
         raise Unreachable("nobody answers")
 
 

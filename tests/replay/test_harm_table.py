@@ -137,6 +137,7 @@ def grid(**pools: list[InstanceView]) -> GridView:
         "leader": True,
         "owner": "m",
         "queues": [],
+        "unreadable": 0,
         "settings": {},
         "pools": [
             {

@@ -231,7 +231,7 @@ def test_a_lost_ledger_is_rebuilt_equal_while_the_job_runs() -> None:
         await submitted(world, made)
         await asyncio.sleep(20)
         assert world.manager is not None
-        assert await world.manager.rebuild_ledger() == 1
+        assert (await world.manager.rebuild_ledger()).jobs == 1
         record = await world.ended(made.id)
         assert record.state is JobState.SUCCEEDED
         await invariants.check_all(world, [made.id])

@@ -320,7 +320,7 @@ def test_the_ledger_may_be_rebuilt_at_any_time_while_a_job_runs(
             with suppress(TimeoutError):  # the last times nothing is left to cut
                 await asyncio.wait_for(cutting.wait(), 2)
             assert not (await world.ledger.job(made.id)).state.ended
-            assert await (await leader(world)).rebuild_ledger() == 1
+            assert (await (await leader(world)).rebuild_ledger()).jobs == 1
             assert conducting(made.id) == 1
         record = await ended(world, made)
         assert (record.state, world.managers) == (JobState.SUCCEEDED, 1)

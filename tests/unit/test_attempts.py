@@ -15,7 +15,7 @@ from batchlab.adapters.sim.objects import SimObjects
 from batchlab.errors import NotFound, UsageError
 from batchlab.home import Home
 from batchlab.jobdef import JobDef, StageDef
-from batchlab.model import Bundle, Failure, FailureKind, JobId, Outcome, StageName, TaskSet
+from batchlab.model import Bundle, Failure, FailureKind, Follow, JobId, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.protocol import definition, naming, values, wire
 from batchlab.protocol.definition import Opening
@@ -55,6 +55,7 @@ async def a_bucket() -> SimObjects:
         objects,
         Outcome(
             *(first, "w-1-1", "w-1", 1.0, 2.0, TaskSet.of([0]), (10,), (0.25,), failures),
+            follows=(Follow(Bundle(JOB.id, MAP, TaskSet.of([1]), attempt=2)),),
             log=log,
             log_spans=spans,
         ),

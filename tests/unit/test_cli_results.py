@@ -313,12 +313,12 @@ class Counting(SimObjects):
         super().__init__()
         self.now = self.most = 0
 
-    async def get(self, key: str) -> bytes:
+    async def get(self, key: str, *, limit: int | None = None) -> bytes:
         self.now += 1
         self.most = max(self.most, self.now)
         await asyncio.sleep(0.002)
         self.now -= 1
-        return await super().get(key)
+        return await super().get(key, limit=limit)
 
 
 def test_outcomes_are_read_several_at_a_time_and_no_more_ahead(tmp_path: Path) -> None:

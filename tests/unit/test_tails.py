@@ -236,9 +236,9 @@ class Reads(SimObjects):
 
     gets = 0
 
-    async def get(self, key: str) -> bytes:
+    async def get(self, key: str, *, limit: int | None = None) -> bytes:
         self.gets += key.startswith(naming.tails(JOB))
-        return await super().get(key)
+        return await super().get(key, limit=limit)
 
 
 class Followed:

@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
-from batchlab.adapters.limits import check_key, check_prefix
+from batchlab.adapters.limits import check_key, check_prefix, check_size
 from batchlab.errors import AlreadyExists, NotFound
 from batchlab.ports import ObjectInfo
 
@@ -59,8 +59,10 @@ class SimObjects:
             raise NotFound(f"No object {key!r}.")
         return stored
 
-    async def get(self, key: str) -> bytes:
-        return self._stored(key)[0]
+    async def get(self, key: str, *, limit: int | None = None) -> bytes:
+        data = self._stored(key)[0]
+        check_size(key, len(data), limit)
+        return data
 
     async def get_range(self, key: str, start: int, stop: int) -> bytes:
         if start < 0:

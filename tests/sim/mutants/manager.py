@@ -273,6 +273,7 @@ def rebuild_over_what_has_happened_meanwhile(plant: Plant) -> None:
     retry or an end that came in between is lost to it (I3, I7)."""
 
     @plant.everywhere(rebuild.restore)
-    async def restore(ports: Ports, job: JobId) -> None:
-        past = await rebuild._past(ports, job)
+    async def restore(ports: Ports, job: JobId) -> dict[str, str]:
+        past, unreadable = await rebuild._past(ports, job)
         await ports.ledger.restore(past, over=await ports.ledger.version(job))
+        return unreadable

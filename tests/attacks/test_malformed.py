@@ -1,0 +1,488 @@
+"""Messages and objects that cannot be read, as a compromised worker can make them.
+
+BATCHLAB_MALFORMED is the number of generated examples of each property.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from batchlab.adapters.clock import RandomIds, WallClock
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.sim.queue import SimQueue
+from batchlab.adapters.sql import open_memory
+from batchlab.errors import Malformed, TooLarge, TooNew
+from batchlab.jobdef import JobDef, RetryRule, StageDef
+from batchlab.manager.arrivals import Arrivals
+from batchlab.manager.collector import Collector
+from batchlab.manager.counts import Counts
+from batchlab.manager.folding import Folder
+from batchlab.manager.live import LiveJob, Ports
+from batchlab.manager.quarantine import Outcomes, Quarantine
+from batchlab.manager.rebuild import rebuild
+from batchlab.manager.registry import Registry
+from batchlab.manager.settings import ManagerSettings
+from batchlab.model import Bundle, Failure, FailureKind, JobId, JobState, Ran, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import Cut, Message, QueueSpec
+from batchlab.protocol import definition, naming, settle, wire
+from batchlab.protocol.messages import (
+    Beat,
+    Duplicate,
+    Events,
+    Held,
+    TaskMessage,
+    Told,
+    events_message,
+    read_events_message,
+    read_task_message,
+    task_message,
+)
+from batchlab.protocol.sealing import UNSEALED
+from batchlab.protocol.values import OUTCOME_WEIGHT
+from batchlab.tally import Asked, Requests
+from batchlab.worker import bench, handlers
+from tests.attacks.worker_rights import WorkerRights
+from tests.integration import api_rig
+from tests.integration.api_rig import Rig, job
+from tests.no_fleet import NoFleet
+
+EXAMPLES = int(os.environ.get("BATCHLAB_MALFORMED", "150"))
+MAP, NEXT = StageName("map"), StageName("next")
+JOB = JobDef(
+    JobId("sums-0123456789"),
+    "sums",
+    (
+        StageDef(MAP, handler="m:f", retry=RetryRule(attempts=2)),
+        StageDef(NEXT, after=(MAP,), handler="m:g"),
+    ),
+    1.0,
+    items=10,
+)
+BUNDLE = Bundle(JOB.id, MAP, TaskSet.span(0, 10))
+FAILURE = Failure(0, FailureKind.EXCEPTION, "no", "ValueError", "Traceback", 1, 0.1)
+
+
+def _outcome() -> Any:
+    ran = [Ran(task, 0.25, {"x": [task, None]}) for task in range(6)]
+    ran += [Ran(6, 0.1, failure=FAILURE), Ran(7, 0.1, failure=FAILURE)]
+    log = naming.log(BUNDLE, "w-1-1")
+    return settle.settle(
+        *(JOB, BUNDLE, ran),
+        execution="w-1-1",
+        worker="w-1",
+        started_s=1.0,
+        ended_s=2.0,
+        log=log,
+        log_spans=[(0, 0, 5), (1, 5, 9)],
+    )
+
+
+OUTCOME = _outcome()
+HELD = Held("tasks-default", "receipt", JOB.id, MAP, BUNDLE.id, True)
+BEAT = Beat("w-1", "i-1", "default", 1.0, 2, 1, (HELD,), 7)
+EVENTS = Events(
+    (settle.completion(OUTCOME),),
+    (naming.outcome(BUNDLE, UNSEALED),),
+    (BEAT,),
+    (OUTCOME,),
+    (Asked("w-1", "i-1", Requests(10, 2, 3, 4, 5, 6)),),
+    (Duplicate(JOB.id, MAP, "message", "w-1-1", 0.5),),
+    (Told("w-1", {"retried.timeout": 2}),),
+    ((JOB.id, MAP, BUNDLE.id, "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),),
+)
+TASK = TaskMessage(BUNDLE, list(range(10)), 12.5, trace="00-x")
+
+# --- Malformed texts -----------------------------------------------------------------------------
+
+JUNK: st.SearchStrategy[Any] = st.sampled_from(
+    [
+        *(None, True, False, 0, -1, 1.5, 10**30, -(10**30), 1 << 63, 1e300, -1e300, 0.1),
+        *("", "\ud800", "x", "A/B/running/x", "../x", "\x00", "é" * 300, "x" * 5000, "lost"),
+        *([], {}, [[]], [[0, 10**12]], [[5, 2]], [[0, 3], [3, 5]], [[-1, 4]], [None], {"x": 1}),
+        *([[0, 1 << 39]], [0, 1, 2], [[0, 10]], ["raw/big.csv"], "jobs/a/b/outcomes/aa/x.json"),
+    ]
+)
+
+
+def _places(doc: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in a document, with each of its keys."""
+    if isinstance(doc, dict | list):
+        for key, value in list(doc.items() if isinstance(doc, dict) else enumerate(doc)):
+            yield doc, key
+            yield from _places(value)
+
+
+@st.composite
+def mutated(draw: st.DrawFn, text: str) -> str:
+    """A document with one to three places changed, or a text that is cut off or overwritten."""
+    how = draw(st.sampled_from(["tree", "tree", "tree", "tree", "cut", "bytes", "any", "deep"]))
+    if how == "cut":
+        return text[: draw(st.integers(0, len(text) - 1))]
+    if how == "bytes":
+        at = draw(st.integers(0, len(text) - 1))
+        return text[:at] + draw(st.text(max_size=6)) + text[at + draw(st.integers(0, 6)) :]
+    if how == "any":
+        return json.dumps(draw(JUNK | st.recursive(JUNK, lambda one: st.lists(one, max_size=3))))
+    if how == "deep":
+        depth = draw(st.sampled_from([300, 5_000, 50_000]))
+        return '{"v":1,"o":' + "[" * depth + "]" * depth + "}"
+    doc = json.loads(text)
+    for _ in range(draw(st.integers(1, 3))):
+        places = list(_places(doc))
+        holder, key = places[draw(st.integers(0, len(places) - 1))] if places else (doc, None)
+        if key is None:
+            break
+        match draw(st.sampled_from(["junk", "junk", "remove", "repeat"])):
+            case "remove":
+                del holder[key]
+            case "repeat" if isinstance(holder, list):
+                holder.insert(key, copy.deepcopy(holder[key]))
+            case _:
+                holder[key] = copy.deepcopy(draw(JUNK))
+    return json.dumps(doc)
+
+
+def outcome_text() -> str:
+    return wire.outcome_text(OUTCOME)
+
+
+many = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def outcome_of(text: str) -> Any:
+    return wire.outcome_from_bytes(
+        text.encode(errors="surrogatepass"), naming.outcome(BUNDLE, UNSEALED)
+    )
+
+
+READERS: Sequence[tuple[str, Callable[[str], Any], Callable[[Any], str]]] = [
+    (events_message(EVENTS), read_events_message, events_message),
+    (task_message(TASK), read_task_message, task_message),
+    (outcome_text(), outcome_of, wire.outcome_text),
+]
+
+
+@many
+@given(st.sampled_from(READERS).flatmap(lambda one: st.tuples(st.just(one), mutated(one[0]))))
+def test_a_reader_returns_a_value_that_can_be_written_again_or_raises_one_error(
+    given_: tuple[tuple[str, Callable[[str], Any], Callable[[Any], str]], str],
+) -> None:
+    """Findings 3, 6 and 12: no text raises another error, and no lone surrogate gets in."""
+    (_, read, write), text = given_
+    try:
+        value = read(text)
+    except (Malformed, TooNew):
+        return
+    again = write(value)
+    again.encode()
+    assert read(again) == value
+
+
+# --- The manager ---------------------------------------------------------------------------------
+
+
+class Desk:
+    """The parts of a manager that read what workers write, over services in memory."""
+
+    def __init__(self) -> None:
+        self.clock, self.ledger = WallClock(), open_memory()
+        self.objects, self.queue = SimObjects(), SimQueue(self.clock, Random(2))
+        patience = Patience(Random(1), limit_s=0.0)
+        self.ports = Ports(
+            *(self.objects, self.queue, NoFleet(), self.ledger, self.clock, RandomIds(), patience)
+        )
+        self.judge_anew()
+        self.lives: dict[JobId, LiveJob] = {}
+        self.duplicates: set[Duplicate] = set()
+        self.folder = Folder(self.ports, self.lives, self._nobody, counts=self.counts)
+        self.registry = Registry(self.ports, self.lives)
+        self.collector = Collector(
+            *(self.ports, ManagerSettings(), self.lives, self.folder, self.registry),
+            *(asyncio.Lock(), Arrivals(), self.duplicates.update, self.counts, self.quarantine),
+        )
+
+    def judge_anew(self) -> None:
+        """Forget what could not be read so far."""
+        self.counts = Counts()
+        self.quarantine = Quarantine(self.counts)
+        self.outcomes = Outcomes(self.ports, self.quarantine)
+
+    async def _nobody(self, job: JobId) -> JobDef | None:
+        return None
+
+    async def open(self) -> None:
+        await self.queue.ensure(QueueSpec(naming.tasks_queue("default")))
+        cut = Cut(JOB.id, MAP, 0, 0, (BUNDLE,), TaskSet(), 10)
+        spec = definition.to_bytes(JOB, definition.Opening(list(range(10)), cut))
+        await self.objects.put(naming.spec(JOB.id), spec)
+        written = await self.ledger.add_job(JOB, state=JobState.SUBMITTED, cut=cut)
+        live = LiveJob(written.rows.job, {s.counts.stage: s for s in written.rows.stages})
+        live.expect([(BUNDLE, 0.0)])
+        self.lives[JOB.id] = live
+
+    async def take(self, *bodies: str, first: int = 0) -> None:
+        """Let the collector take messages with these bodies."""
+        messages = [
+            Message(f"m-{first + n}", body, "r", 1, 0.0, 0.0) for n, body in enumerate(bodies)
+        ]
+        await self.collector._take(messages)
+
+
+def is_malformed(text: str) -> bool:
+    try:
+        read_events_message(text)
+    except (Malformed, TooNew):
+        return True
+    return False
+
+
+def test_the_manager_counts_nothing_of_malformed_events_and_reports_each_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Finding 3: each batch of malformed events comes twice, with an event that is well formed."""
+    seen = 0
+    caplog.set_level(logging.ERROR)
+    good = events_message(Events(duplicates=EVENTS.duplicates))
+
+    async def main() -> None:
+        desk = Desk()
+        await desk.open()
+        before = await desk.ledger.rows(JOB.id)
+        loop = asyncio.get_running_loop()
+
+        @many
+        @given(st.lists(mutated(events_message(EVENTS)), min_size=1, max_size=10))
+        def take(texts: list[str]) -> None:
+            nonlocal seen
+            bad = [text for text in texts if is_malformed(text)]
+            batch = [*bad[:5], good, *bad[5:]]
+            first, seen = seen, seen + len(batch)
+            reported = desk.counts.unreadable["event"]
+            caplog.clear()
+            for _ in range(2):
+                drive(loop, desk.take(*batch, first=first))
+            assert desk.counts.unreadable["event"] - reported == len(bad)
+            told = [one for one in caplog.records if "dropped an event" in one.getMessage()]
+            assert len(told) == len(bad)
+
+        await asyncio.to_thread(take)
+        assert await desk.ledger.rows(JOB.id) == before
+        assert desk.duplicates == {EVENTS.duplicates[0]}
+        assert desk.counts.bundles == desk.counts.repeated == 0
+        await desk.ledger.close()
+
+    asyncio.run(main())
+    assert seen
+
+
+def drive(loop: asyncio.AbstractEventLoop, work: Any) -> Any:
+    """Await `work` in `loop`, from the thread in which hypothesis runs."""
+    return asyncio.run_coroutine_threadsafe(work, loop).result(60)
+
+
+def test_an_unreadable_outcome_is_replaced_and_a_rebuild_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Findings 3 and I7: whatever is at an outcome's key, the job goes on, and a rebuild restores
+    the job with what its manager has counted."""
+    caplog.set_level(logging.ERROR)
+
+    key = naming.outcome(BUNDLE, UNSEALED)
+
+    async def main() -> None:
+        loop, desk = asyncio.get_running_loop(), Desk()
+        await desk.open()
+
+        @many
+        @given(mutated(outcome_text()).map(lambda text: text.encode(errors="surrogatepass")))
+        @example(b"")
+        @example(b'{"v":1}')
+        @example(b"\xff\xfe{\x00")
+        @example(b'{"v":1,"x":[' + b"[]," * 1000 + b"[]]}")
+        def replace_(data: bytes) -> None:
+            drive(loop, one(desk, data))
+
+        await asyncio.to_thread(replace_)
+        await desk.ledger.close()
+
+    async def one(desk: Desk, data: bytes) -> None:
+        await desk.objects.delete([key, naming.replacement(BUNDLE)])
+        await rebuild(desk.ports)  # as it was before
+        desk.judge_anew()
+        await desk.objects.put(key, data)
+        caplog.clear()
+        try:
+            outcome = await desk.outcomes.of(JOB, BUNDLE)
+        except TooNew:
+            return  # a newer manager will read it
+        assert outcome
+        assert await desk.outcomes.of(JOB, BUNDLE) == outcome
+        is_replaced = outcome.execution == "manager"
+        assert desk.counts.unreadable["outcome"] == is_replaced
+        told = [line for line in caplog.records if "went on without" in line.getMessage()]
+        assert len(told) == is_replaced
+        if is_replaced:
+            assert key in outcome.failed[0].reason
+            assert [f.bundle.attempt for f in outcome.follows] == [2]
+            assert key in desk.quarantine.trouble(JOB.id)
+        await desk.folder.fold([settle.completion(outcome)])
+        before = await desk.ledger.rows(JOB.id)
+        rebuilt = await rebuild(desk.ports)
+        assert (rebuilt.jobs, rebuilt.unreadable) == (1, {})
+        # The second stage is planned by a conductor, which this desk does not have.
+        assert (await desk.ledger.rows(JOB.id)).stages[0] == before.stages[0]
+
+    asyncio.run(main())
+
+
+def test_a_rebuild_names_each_unreadable_object_and_restores_every_other_job() -> None:
+    """I7: one bad object of a job does not keep the others, or the job, from being restored."""
+
+    async def main() -> None:
+        desk = Desk()
+        await desk.open()
+        other = replace(JOB, id=JobId("other-0123456789"))
+        broken = replace(JOB, id=JobId("broken-0123456789"))
+        for one in (other, broken):
+            await desk.objects.put(naming.spec(one.id), definition.to_bytes(one))
+        cut = naming.cut(broken.id, MAP, 0, 0)
+        await desk.objects.put(cut, b"{}")
+        await desk.objects.put(naming.outcome(BUNDLE, UNSEALED), b'{"v":1}')
+        rebuilt = await rebuild(desk.ports)
+        assert rebuilt.jobs == 2
+        assert set(rebuilt.unreadable) == {cut, naming.outcome(BUNDLE, UNSEALED)}
+        assert {one.job.id for one in await desk.ledger.jobs()} == {JOB.id, other.id}
+        await desk.ledger.close()
+
+    asyncio.run(main())
+
+
+def test_a_worker_names_only_outcomes_and_none_is_read_that_is_too_large() -> None:
+    """Finding 6: an event with the key of raw data is refused, and a heavy outcome is not read."""
+    with pytest.raises(Malformed):
+        read_events_message('{"v":1,"k":["raw/big.csv"]}')
+    heavy = b'{"v":1,"x":[' + b"[]," * (OUTCOME_WEIGHT // 25) + b"[]]}"
+    assert len(heavy) < OUTCOME_WEIGHT
+    with pytest.raises(Malformed, match="larger than an outcome may be"):
+        wire.outcome_from_bytes(heavy, naming.outcome(BUNDLE, UNSEALED))
+
+    async def main() -> None:
+        objects = SimObjects()
+        await objects.put("x", b"x" * 11)
+        with pytest.raises(TooLarge):
+            await objects.get("x", limit=10)
+        assert await objects.get("x", limit=11) == b"x" * 11
+
+    asyncio.run(main())
+
+
+def test_a_worker_writes_no_outcome_that_is_too_heavy_to_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finding 6: values beyond the bound are stored apart, and tracebacks are left out."""
+    monkeypatch.setattr(bench, "INLINE_WEIGHT", 2_000)
+    monkeypatch.setattr(handlers, "load", lambda *_: lambda item, _: "x" * item)
+    request = bench.Request(
+        handler="m:f",
+        function=None,
+        command=[],
+        stdout=None,
+        code="",
+        params_json="{}",
+        job=JOB.id,
+        stage=MAP,
+        attempt=1,
+        folder=str(tmp_path),
+        cwd="",
+        prefix="files/x/",
+        objects=False,
+    )
+    made = bench.Bench(request)
+    done = [made.run(task, 900) for task in range(4)] + [made.run(4, 3)]
+    assert [bool(one.uploads) for one in done] == [False, False, True, True, False]
+    long = replace(FAILURE, traceback="x" * 12_000, final=True)
+    ran = [Ran(task, 0.1, failure=long) for task in range(4096)]
+    bundle = replace(BUNDLE, tasks=TaskSet.span(0, 4096), attempt=2)
+    outcome = settle.settle(
+        *(JOB, bundle, ran), execution="w-1-1", worker="w-1", started_s=1.0, ended_s=2.0
+    )
+    assert wire.is_too_heavy(wire.outcome_text(outcome))
+    assert not wire.is_too_heavy(wire.outcome_text(wire.fitting(outcome)))
+
+
+# --- A whole manager -----------------------------------------------------------------------------
+
+BAD_EVENTS = [
+    *('{"v":1,"c":[{"b":{}}]}', '{"v":1,"c":1}', "[]", "null", "", "{", '{"v":true}', '{"v":99}'),
+    '{"v":1,"k":["raw/big.csv"]}',
+    '{"v":1,"k":["jobs/A/B/running/x/outcomes/00/00000000-00000000.0.1.json"]}',
+    '{"v":1,"o":' + "[" * 5_000 + "]" * 5_000 + "}",
+    '{"v":1,"h":[{"worker":"\\ud800"}]}',
+]
+
+
+def _forged(**changes: Any) -> str:
+    doc = wire.completion_to_json(settle.completion(OUTCOME)) | changes
+    return json.dumps({"v": 1, "c": [doc]})
+
+
+BAD_EVENTS += [
+    _forged(**{name: value})
+    for name in ("b", "t0", "t1", "ok", "no", "x", "run", "next", "re", "w")
+    for value in (10**30, 1e300, "\ud800", [[3, 1]], None, {"j": "A/B/running/x"})
+]
+BAD_EVENTS += [
+    _forged(b={"j": "A/B/running/x", "s": "map", "t": [[0, 1]], "a": 1}),
+    _forged(b={"j": JOB.id, "s": "map", "t": [], "a": 1}),
+    _forged(b={"j": JOB.id, "s": "map", "t": [[0, 1 << 39]], "a": 1}),
+]
+
+
+def test_the_manager_goes_on_whatever_a_worker_sends_and_stores(
+    rig: Rig, worker: WorkerRights
+) -> None:
+    """Findings 3, 4 and 6: bad events and a bad outcome object; both jobs come to their ends."""
+    spared = rig.submit(job("spared", tasks=2))
+    hurt = rig.submit(job("hurt", "u", tasks=1, retry=RetryRule(attempts=2, backoff_s=0.0)))
+    rig.outstanding(spared, 2)
+    live = rig.manager.lives[JobId(hurt)]
+    (bundle,) = (one.bundle for one in rig.outstanding(hurt, 1))
+    key = naming.outcome(bundle, rig.run(rig.manager.ports.keys.of(live.job)))
+    worker.put(key, b'{"v":1}', if_absent=True)
+    for body in BAD_EVENTS:
+        worker.send_events(body)
+    counts = rig.manager.counts
+    rig.until(lambda: counts.unreadable["event"] == len(BAD_EVENTS), "the report of each event")
+    # Its message is gone, and it has been silent for long.
+    rig.run(rig.queue.purge(naming.tasks_queue("default")))
+    live.outstanding[bundle.stage][bundle.id].heard_s = -1e9
+    rig.until(lambda: counts.unreadable["outcome"] == 1, "the report of the outcome")
+    assert key in rig.client.why(hurt)
+    rig.until(lambda: bundle.id not in live.outstanding[bundle.stage], "the replacement")
+    rig.work(hurt, 1)
+    rig.work(spared, 2)
+    assert rig.ended(hurt)["state"] == rig.ended(spared)["state"] == "SUCCEEDED"
+    assert rig.ended(spared)["stages"][0]["succeeded"] == 2
+    metrics = api_rig.get(rig, "/metrics").text
+    assert f'batchlab_unreadable_total{{kind="event"}} {len(BAD_EVENTS)}.0' in metrics
+    assert rig.client.grid()["unreadable"] == len(BAD_EVENTS) + 1
+    assert rig.client.rebuild_ledger() == {"jobs": 2, "unreadable": []}
