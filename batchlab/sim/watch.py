@@ -70,6 +70,8 @@ class Watch:
     frozen: Callable[[Actor], bool]
     visibility_s: float
     """What workers ask for to keep a message; see `_gives_back` for what they ask for otherwise."""
+    lease_s: float
+    """For how long after a look at the control object workers may start tasks of its job."""
     starts: list[Start] = field(default_factory=list)
     trust: Trust = field(init=False)
     _killed_s: dict[Actor, float] = field(default_factory=dict)
@@ -305,6 +307,23 @@ class Watch:
             f"{task_name(start.stage, start.task)} starts",
             start.job,
         )
+        since_s = self._stopped_s(start.job)
+        self._require(
+            start.at_s <= since_s + self.lease_s,
+            "lease",
+            f"{start.job} is stopped since {since_s}, and task "
+            f"{task_name(start.stage, start.task)} starts at {start.at_s}",
+            start.job,
+        )
+
+    def _stopped_s(self, job: JobId) -> float:
+        """Since when the job's control object allows no start; infinity where it allows one."""
+        since_s = math.inf
+        for at_s, word in reversed(self._words.get(job, [])):
+            if word is Control.RUN:
+                break
+            since_s = at_s
+        return since_s
 
     def killed(self, actor: Actor) -> None:
         """A worker has ended otherwise than by draining."""

@@ -119,7 +119,10 @@ class World:
         self.ledger = _sql_ledger() if self.sql else SimLedger()
         self.launcher = SimLauncher(self._boot, self.rng("boot"))
         visibility_s = self.worker_settings.visibility_s
-        self.watch = Watch(self.clock, self.queue, loop.fail, loop.is_frozen, visibility_s)
+        lease_s = self.worker_settings.control_lease_s
+        self.watch = Watch(
+            *(self.clock, self.queue, loop.fail, loop.is_frozen), visibility_s, lease_s
+        )
         if self.watched:
             self.objects.written = self.watch.written
             self.queue.lapsed = self.watch.lapsed
