@@ -243,6 +243,7 @@ def _beat_from_json(doc: Mapping[str, Any]) -> Beat:
         whole(doc["number"]),
         flag(doc.get("leaving", False)),
         flag(doc.get("gone", False)),
+        text(doc.get("key", ""), MOST_TRACE),
     )
 
 

@@ -191,7 +191,7 @@ def test_a_fact_of_two_jobs_is_a_fact_of_neither(rig: Rig) -> None:
     text = events_message(Events(completions=(done,)))
     take(rig, with_proofs(text, {mine}, lambda _: key))
     assert len(rig.manager.lives[mine].all_outstanding()) == 4
-    assert rig.manager.counts.unproven == 1
+    assert rig.manager.counts.unreadable["event"] == 1
 
 
 @pytest.mark.parametrize("tasks", [2, 12])

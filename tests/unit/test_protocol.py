@@ -259,7 +259,7 @@ def test_what_is_written_is_what_is_read() -> None:
         doc = wire.loads(definition.to_bytes(JOB, opening))
         assert (wire.job_from_json(doc), definition.opening_in(doc)) == (JOB, opening)
     held = Held("q", "r", JOB.id, A, BUNDLE.id, True)
-    beat = Beat("w", "i", "p", 1.0, 2, 1, (held,), 7)
+    beat = Beat("w", "i", "p", 1.0, 2, 1, (held,), 7, key="instance-key")
     events = Events((done,), (naming.outcome(BUNDLE, UNSEALED),), (beat,), (outcome,))
     assert read_events_message(events_message(events)) == events
     asked = (Asked("w", "i", Requests(10, 2, 3, 4, 5), is_spot=True),)
