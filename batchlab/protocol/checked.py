@@ -7,7 +7,7 @@ bounds given here, or raises ValueError. No value is converted.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -130,9 +130,9 @@ def integer(value: Any, most: int = MOST_COUNT) -> int:
     raise ValueError(f"a whole number is expected, not {_kind(value)}")
 
 
-def listed(value: Any) -> list[Any]:
-    """Return `value`; ValueError if it is not a list."""
-    if type(value) is list:
+def listed(value: Any) -> Sequence[Any]:
+    """Return `value`; ValueError if it is not a list, or a tuple as a document has in memory."""
+    if type(value) is list or type(value) is tuple:
         return value
     raise ValueError(f"a list is expected, not {_kind(value)}")
 

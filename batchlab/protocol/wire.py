@@ -137,9 +137,7 @@ def tasks_to_json(tasks: TaskSet) -> list[list[int]]:
 
 
 def tasks_from_json(doc: Sequence[Sequence[int]]) -> TaskSet:
-    if not isinstance(doc, list | tuple):  # a tuple comes from stored reports
-        raise ValueError("a list of ranges is expected")
-    if not doc:
+    if not listed(doc):
         return NO_TASKS
     ranges: list[tuple[int, int]] = []
     for start, stop in doc:
