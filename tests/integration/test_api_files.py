@@ -322,9 +322,9 @@ def test_a_value_is_read_no_further_than_memory_is_granted(
 
 
 def _no_whole(get: Any) -> Any:
-    async def only_of_ours(key: str) -> bytes:
+    async def only_of_ours(key: str, *, limit: int | None = None) -> bytes:
         assert not key.startswith("files/"), "read whole, whatever its size"
-        found: bytes = await get(key)
+        found: bytes = await get(key, limit=limit)
         return found
 
     return only_of_ours

@@ -85,9 +85,9 @@ def reads(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     get = rig.objects.get
 
-    async def counted(key: str) -> bytes:
+    async def counted(key: str, *, limit: int | None = None) -> bytes:
         found.append(key)
-        return await get(key)
+        return await get(key, limit=limit)
 
     monkeypatch.setattr(rig.objects, "get", counted)
     return found
