@@ -32,6 +32,7 @@ from batchlab.protocol.wire import (
     brief,
     bundle_from_json,
     bundle_to_json,
+    check_parts,
     completion_from_json,
     completion_to_json,
     dumps,
@@ -231,6 +232,12 @@ def _beat_to_json(b: Beat) -> dict[str, Json]:
     return doc
 
 
+def _completion_from_json(doc: dict[str, Any]) -> Completion:
+    one = completion_from_json(doc)
+    check_parts(one.bundle, one.succeeded, one.failed, one.cancelled, one.follows)
+    return one
+
+
 def _beat_from_json(doc: Mapping[str, Any]) -> Beat:
     return Beat(
         label(doc["worker"]),
@@ -306,7 +313,7 @@ def read_events_message(body: str) -> Events:
 def _events_from_json(doc: dict[str, Any]) -> Events:
     # Most messages have one or two of these parts, and an absent one should cost nothing.
     return Events(
-        tuple([completion_from_json(c) for c in listed(doc["c"])]) if "c" in doc else (),
+        tuple([_completion_from_json(c) for c in listed(doc["c"])]) if "c" in doc else (),
         tuple([_key_from_json(key) for key in listed(doc["k"])]) if "k" in doc else (),
         tuple([_beat_from_json(b) for b in listed(doc["h"])]) if "h" in doc else (),
         tuple([outcome_from_json(o) for o in listed(doc["o"])]) if "o" in doc else (),

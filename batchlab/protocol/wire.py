@@ -37,7 +37,6 @@ from batchlab.protocol.checked import (
     MOST_IN_BUNDLE,
     MOST_TASKS,
     UNREADABLE,
-    bundle_name,
     figure,
     figures,
     flag,
@@ -172,7 +171,7 @@ def bundle_from_json(doc: dict[str, Any]) -> Bundle:
         whole(doc["a"]),
         whole(doc["r"]) if "r" in doc else 0,
         whole(doc["l"]) if "l" in doc else 0,
-        BundleId(bundle_name(source)) if source else None,
+        BundleId(label(source)) if source else None,
         figure(doc["w"]) if "w" in doc else None,
     )
 
@@ -211,7 +210,7 @@ def _span_from_json(doc: Sequence[Any]) -> tuple[int, int, int]:
     return whole(task, MOST_TASKS), start, stop
 
 
-def _check_parts(
+def check_parts(
     bundle: Bundle,
     succeeded: TaskSet,
     failed: TaskSet,
@@ -298,7 +297,7 @@ def outcome_from_json(doc: dict[str, Any]) -> Outcome:
     failed = _each(_failure_from_json, doc["failed"])
     final = TaskSet.of([f.task for f in failed if f.final]) if failed else NO_TASKS
     follows = _each(_follow_from_json, doc["follows"])
-    _check_parts(bundle, succeeded, final, cancelled, follows)
+    check_parts(bundle, succeeded, final, cancelled, follows)
     if failed:
         tasks = {f.task for f in failed}
         if len(tasks) != len(failed) or TaskSet.of(tasks) - bundle.tasks:
@@ -360,22 +359,18 @@ def completion_to_json(c: Completion) -> dict[str, Json]:
 
 
 def completion_from_json(doc: dict[str, Any]) -> Completion:
-    """Return the completion in a document; one of UNREADABLE if it is not one."""
-    bundle = bundle_from_json(doc["b"])
-    succeeded, failed = tasks_from_json(doc["ok"]), tasks_from_json(doc["no"])
-    cancelled = tasks_from_json(doc["x"])
-    follows = _each(_follow_from_json, doc["next"])
-    _check_parts(bundle, succeeded, failed, cancelled, follows)
+    """Return the completion in a document; one of UNREADABLE if it is not one. Whether its parts
+    agree is checked where it comes from a worker (see `check_parts`)."""
     return Completion(
-        bundle,
+        bundle_from_json(doc["b"]),
         label(doc["w"]),
         figure(doc["t0"]),
         figure(doc["t1"]),
-        succeeded,
-        failed,
-        cancelled,
+        tasks_from_json(doc["ok"]),
+        tasks_from_json(doc["no"]),
+        tasks_from_json(doc["x"]),
         figure(doc["run"]),
-        follows,
+        _each(_follow_from_json, doc["next"]),
         whole(doc["re"], MOST_IN_BUNDLE),
     )
 

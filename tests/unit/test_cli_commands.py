@@ -413,8 +413,10 @@ def test_grid_up_with_other_pools_is_refused_while_one_is_up(
 
 
 def test_ledger_rebuild_says_how_many(manager: type[FakeClient], run: Run) -> None:
-    manager.answers = {"rebuild": 3}
-    assert run("ledger", "rebuild") == (0, "The ledger is made anew: 3 jobs.\n", "")
+    bad = {"key": "jobs/j/s/outcomes/aa/x.json", "reason": "a field is missing"}
+    manager.answers = {"rebuild_ledger": {"jobs": 3, "unreadable": [bad]}}
+    said = f"The ledger is made anew: 3 jobs.\nNot read: {bad['key']}: {bad['reason']}\n"
+    assert run("ledger", "rebuild") == (0, said, "")
 
 
 @pytest.mark.parametrize(
