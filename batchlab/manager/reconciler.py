@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
-from batchlab.commit import follow_ups, send_all
+from batchlab.commit import follow_ups, send_all, uncommitted
 from batchlab.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.manager.conductor import Conductor
@@ -134,9 +134,13 @@ class Reconciler:
             await self._conductor.heed(live)
 
     async def forward(self, job: JobDef, outcome: Outcome) -> None:
-        """Repeat steps 3 and 4 for an outcome whose worker may have died before them."""
+        """Repeat steps 3 and 4 for an outcome whose worker may have died before them. Follow-ups
+        that are committed are not sent again."""
         key = await self._ports.keys.of(job)
-        messages = follow_ups(job, outcome, key, now_s=self._ports.clock.now_s())
+        objects, patience = self._ports.objects, self._ports.patience
+        follows = await uncommitted(objects, outcome.follows, patience, key)
+        left = replace(outcome, follows=follows)
+        messages = follow_ups(job, left, key, now_s=self._ports.clock.now_s())
         await send_all(self._ports.queue, messages, self._ports.patience)
         await self._folder.fold([settle.completion(outcome)])
 

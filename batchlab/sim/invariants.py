@@ -64,8 +64,30 @@ async def check_trial(world: World, plan: Plan) -> None:
     for job in plan.jobs:
         if job.id not in trust.touched:
             await check_results(world, job)
+            await check_end(world, job)
             outcomes = await outcomes_of(world.objects, job.id, trust.forged)
             check_failures(world, fates, job, outcomes)
+
+
+async def check_end(world: World, job: JobDef) -> None:
+    """A job ends as its counters and its user's words say, and for nothing else.
+
+    This is a computation of its own: a number of failures is allowed per job, a percentage per
+    stage.
+    """
+    record = await world.ledger.job(job.id)
+    counts = [stage.counts for stage in (await world.ledger.rows(job.id)).stages]
+    if job.max_failures_percent:
+        over = any(c.failed * 100 > job.max_failures * (c.planned or 0) for c in counts)
+    else:
+        over = sum(c.failed for c in counts) > job.max_failures
+    right = {
+        JobState.SUCCEEDED: not over,
+        JobState.FAILED: over,
+        JobState.CANCELLED: world.watch.was_cancelled(job.id),
+    }
+    facts = ", ".join(f"{c.stage}: {c.failed} of {c.planned} failed" for c in counts)
+    _require(right[record.state], "ends", f"{job.id} is {record.state} ({record.reason}; {facts})")
 
 
 async def check_jobs(world: World, jobs: Sequence[JobDef]) -> None:
@@ -278,6 +300,8 @@ def check_failures(world: World, fates: Fates, job: JobDef, outcomes: Sequence[O
             meant = failure.kind is FailureKind.EXCEPTION and bundle.attempt <= fate.unlucky
             _require(meant, "I7", f"{name} failed: {failure.reason}")
             attempts = job.stage(bundle.stage).retry.attempts
+            told = f"{name} had attempt {bundle.attempt} of {attempts}"
+            _require(bundle.attempt <= attempts, "Attempts", told)
             spent = bundle.attempt >= attempts or world.watch.was_cancelled(job.id)
             told = f"{name} is FAILED after {bundle.attempt} of {attempts} attempts"
             _require(spent or not failure.final, "Attempts", told)

@@ -24,6 +24,9 @@ MOST_WORK_S = 600.0
 """A world's tasks take at most about this long on the instances that it has at most: faults are
 early, and what comes long after them is only more of the same."""
 
+PERCENT_SHARE, CHAIN_SHARE = 0.15, 0.1
+"""Of the jobs: those with a limit of failures in percent, and those of three chained stages."""
+
 LIMIT_S = 12_000.0
 LONG_LIMIT_S = 20 * 86_400.0
 
@@ -172,6 +175,25 @@ def _stage(
 
 
 def _job(seed: int, number: int, rng: random.Random, pools: Sequence[Pool]) -> JobDef:
+    return _varied(seed, number, _plain_job(seed, number, rng, pools), pools)
+
+
+def _varied(seed: int, number: int, job: JobDef, pools: Sequence[Pool]) -> JobDef:
+    """The job, in some seeds with a limit of failures in percent, or with three chained stages.
+
+    Its random source is its own, so that the other seeds keep their jobs.
+    """
+    rng = random.Random(f"{seed}/{number}/varied")  # noqa: S311 - simulation
+    if rng.random() < PERCENT_SHARE:
+        limit = rng.choice((4, 10, 34))
+        job = replace(job, max_failures=limit, max_failures_percent=True)
+    if rng.random() < CHAIN_SHARE:
+        first, second = _stage(A, rng, pools), _stage(B, rng, pools, A)
+        job = replace(job, stages=(first, second, _stage(C, rng, pools, B)))
+    return job
+
+
+def _plain_job(seed: int, number: int, rng: random.Random, pools: Sequence[Pool]) -> JobDef:
     def stage(name: StageName, *after: StageName, gather: str | None = None) -> StageDef:
         return _stage(name, rng, pools, *after, gather=gather)
 

@@ -29,16 +29,18 @@ def doc_of(body: str) -> Mapping[str, Any]:
     return doc if isinstance(doc, dict) else {}
 
 
-def name_in(body: str) -> Name | None:
+def bundle_in(doc: Mapping[str, Any]) -> Bundle | None:
     """The bundle that a task message carries; None where it is none of ours."""
-    return name_of(doc_of(body))
-
-
-def name_of(doc: Mapping[str, Any]) -> Name | None:
     try:
-        return name_of_bundle(wire.bundle_from_json(doc["b"]))
+        return wire.bundle_from_json(doc["b"])
     except Exception:  # noqa: BLE001 - as above
         return None
+
+
+def name_in(body: str) -> Name | None:
+    """The name of that bundle."""
+    bundle = bundle_in(doc_of(body))
+    return None if bundle is None else name_of_bundle(bundle)
 
 
 def told_in(doc: Mapping[str, Any]) -> list[Name]:

@@ -18,7 +18,8 @@ from batchlab.ports import MAX_VISIBILITY_S, Clock, Message, StageRecord
 from batchlab.protocol import definition, naming, wire
 from batchlab.sim.actors import CURRENT, Actor, SimulationError
 from batchlab.sim.faults import LATENCY_S
-from batchlab.sim.told import Name, doc_of, name_in, name_of, name_of_bundle, told_in
+from batchlab.sim.oracles import Oracles
+from batchlab.sim.told import Name, bundle_in, doc_of, name_in, name_of_bundle, told_in
 from batchlab.sim.trust import Trust
 from batchlab.tasknames import task_name
 from batchlab.worker.tenure import RETURN_S
@@ -28,6 +29,10 @@ TOLERANCE_S = 1.0
 BEGIN_S = 2 * LATENCY_S[1]
 """The longest from a written start to the task's, where nothing goes wrong: the answer of that
 write, and a look at the control object."""
+
+
+RECENT_S = 60.0
+"""A fault that hit a sender so long ago may still delay what it sends."""
 
 
 class Violated(SimulationError):
@@ -74,6 +79,7 @@ class Watch:
     """For how long after a look at the control object workers may start tasks of its job."""
     starts: list[Start] = field(default_factory=list)
     trust: Trust = field(init=False)
+    oracles: Oracles = field(init=False)
     _killed_s: dict[Actor, float] = field(default_factory=dict)
     """Workers that ended otherwise than by draining."""
     _written: dict[str, tuple[Actor, float]] = field(default_factory=dict)
@@ -90,6 +96,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         self.trust = Trust(self._require)
+        self.oracles = Oracles(self._require, self.lease_s)
 
     def _require(self, holds: bool, promise: str, facts: str, job: str | None = None) -> None:
         """Fail unless it `holds`, or the `job` is one that a lying worker has touched."""
@@ -108,8 +115,9 @@ class Watch:
             self._forged(key, job, parts, data)
             return
         if kind == "control.json":
-            word = wire.word_from_bytes(data).control
-            self._words.setdefault(job, []).append((self.clock.monotonic_s(), word))
+            word, now_s = wire.word_from_bytes(data).control, self.clock.monotonic_s()
+            self._words.setdefault(job, []).append((now_s, word))
+            self.oracles.said(job, word, now_s)
             return
         if kind not in ("spec.json", "retries", "final"):
             kind = parts[3]
@@ -137,6 +145,8 @@ class Watch:
             planned = name in self._planned
             self._require(planned, "I1", f"{name} is committed, but not planned", name[0])
             self._committed.add(name)
+            follows = [(follow.bundle, follow.delay_s) for follow in outcome.follows]
+            self.oracles.committed(outcome.bundle, follows, self.clock.monotonic_s())
             self._planned.update(name_of_bundle(follow.bundle) for follow in outcome.follows)
         elif kind == "spec.json":
             opening = definition.opening_in(wire.loads(data))
@@ -207,7 +217,10 @@ class Watch:
                         told[0],
                     )
                     self._settled_s[actor, told] = now_s
-            elif (name := name_of(doc)) is not None:
+            elif (bundle := bundle_in(doc)) is not None:
+                name = name_of_bundle(bundle)
+                disturbed = self._excused(actor, now_s - RECENT_S)
+                self.oracles.sent(actor.name, bundle, now_s, disturbed=disturbed)
                 self._require(
                     name in self._planned,
                     "step 3",

@@ -1,11 +1,12 @@
 """A bucket in memory, for the simulator.
 
-Invariant: no operation awaits anything, so each is atomic, and equal calls give equal answers
-(ETags count writes).
+Invariant: no operation awaits anything, so each is atomic, and equal calls give equal answers. An
+ETag is the MD5 of the content, as S3's.
 """
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -29,7 +30,6 @@ class SimObjects:
         self._keys: list[str] = []
         self._unsorted: list[str] = []
         self._gone = 0
-        self._writes = 0
         self.written: Callable[[str, bytes | None, bytes, bool], None] = lambda *_: None
         """Told (key, what was there before, data, if_absent) of each write."""
 
@@ -47,8 +47,8 @@ class SimObjects:
             raise AlreadyExists(f"Object {key!r} exists.")
         before = self._objects.get(key)
         self.written(key, before[0] if before else None, data, if_absent)
-        self._writes += 1
-        etag = f'"{self._writes:x}"'
+        # As S3's: a put of the same content gives the same ETag.
+        etag = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
         self._objects[key] = (bytes(data), etag)
         return etag
 

@@ -1,0 +1,79 @@
+"""Checks of promises about time and waste: control words, backoff, and needless work.
+
+Invariant: each check knows only the effects of port calls and the starts of tasks, and a job that a
+lying worker has touched is not checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from batchlab.model import Bundle, Control
+from batchlab.sim.told import Name, name_of_bundle
+
+Require = Callable[[bool, str, str, str], None]
+"""(holds, promise, facts, job)."""
+
+TOLERANCE_S = 0.5
+SETTLED_S = 5.0
+"""A manager that sends a bundle which was committed so long ago has not looked for its outcome."""
+
+
+@dataclass(slots=True)
+class Oracles:
+    """`lease_s` is how long a worker may rely on one look at a control object."""
+
+    require: Require
+    lease_s: float
+    _words: dict[str, tuple[float, Control]] = field(default_factory=dict)
+    _committed_s: dict[Name, float] = field(default_factory=dict)
+    _begins_s: dict[Name, float] = field(default_factory=dict)
+    """Earliest start of each bundle whose start is delayed."""
+
+    def said(self, job: str, word: Control, now_s: float) -> None:
+        """A control object has been written."""
+        before = self._words.get(job)
+        if before is None or before[1] is not word:
+            self._words[job] = now_s, word
+
+    def committed(
+        self, bundle: Bundle, follows: Iterable[tuple[Bundle, float]], now_s: float
+    ) -> None:
+        """An outcome has been committed, with its follow-ups and their delays in seconds."""
+        self._committed_s[name_of_bundle(bundle)] = now_s
+        for follow, delay_s in follows:
+            if delay_s > 0:
+                self._begins_s[name_of_bundle(follow)] = now_s + delay_s
+
+    def started(self, bundle: Bundle, now_s: float) -> None:
+        """A task of the bundle begins."""
+        name, job = name_of_bundle(bundle), bundle.job
+        at_s, word = self._words.get(job, (now_s, Control.RUN))
+        self.require(
+            word is Control.RUN or now_s <= at_s + self.lease_s + TOLERANCE_S,
+            "pause",
+            f"{name} starts {now_s - at_s:.1f} s after the word {word.value!r}, and the lease of "
+            f"workers is {self.lease_s:g} s",
+            job,
+        )
+        begins_s = self._begins_s.get(name, now_s)
+        self.require(
+            now_s >= begins_s - TOLERANCE_S,
+            "backoff",
+            f"{name} starts {begins_s - now_s:.1f} s before the end of its delay",
+            job,
+        )
+
+    def sent(self, who: str, bundle: Bundle, now_s: float, *, disturbed: bool) -> None:
+        """A task message has been sent. A sender that was `disturbed` may have looked before."""
+        if bundle.losses or disturbed or not who.startswith("manager"):
+            return
+        name = name_of_bundle(bundle)
+        since_s = self._committed_s.get(name, now_s)
+        self.require(
+            now_s - since_s <= SETTLED_S,
+            "waste",
+            f"{who} sends {name} as new work {now_s - since_s:.1f} s after its commit",
+            bundle.job,
+        )
