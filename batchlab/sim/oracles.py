@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from batchlab.model import Bundle, Control
+from batchlab.sim.actors import Actor
 from batchlab.sim.told import Name, name_of_bundle
 
 Require = Callable[[bool, str, str, str], None]
 """(holds, promise, facts, job)."""
 
 TOLERANCE_S = 0.5
+LEAVING_S = 1.0
+"""A bundle may begin so long after its worker was told to drain."""
 SETTLED_S = 5.0
 """A manager that sends a bundle which was committed so long ago has not looked for its outcome."""
 
@@ -30,6 +33,12 @@ class Oracles:
     _committed_s: dict[Name, float] = field(default_factory=dict)
     _begins_s: dict[Name, float] = field(default_factory=dict)
     """Earliest start of each bundle whose start is delayed."""
+    _leaves_s: dict[Actor, float] = field(default_factory=dict)
+    _begun: set[tuple[Actor, Name]] = field(default_factory=set)
+    _dead: dict[str, tuple[Name, float]] = field(default_factory=dict)
+    """Dead letters that a manager has received, by receipt."""
+    _sent_s: dict[Name, float] = field(default_factory=dict)
+    """When each bundle was last sent."""
 
     def said(self, job: str, word: Control, now_s: float) -> None:
         """A control object has been written."""
@@ -46,8 +55,14 @@ class Oracles:
             if delay_s > 0:
                 self._begins_s[name_of_bundle(follow)] = now_s + delay_s
 
-    def started(self, bundle: Bundle, now_s: float) -> None:
+    def leaves(self, actor: Actor, now_s: float) -> None:
+        """A worker has been told to drain."""
+        self._leaves_s.setdefault(actor, now_s)
+
+    def started(self, bundle: Bundle, now_s: float, actor: Actor | None) -> None:
         """A task of the bundle begins."""
+        if actor is not None:
+            self._begins(actor, bundle, now_s)
         name, job = name_of_bundle(bundle), bundle.job
         at_s, word = self._words.get(job, (now_s, Control.RUN))
         self.require(
@@ -65,8 +80,38 @@ class Oracles:
             job,
         )
 
+    def _begins(self, actor: Actor, bundle: Bundle, now_s: float) -> None:
+        name = name_of_bundle(bundle)
+        if (actor, name) in self._begun:
+            return
+        self._begun.add((actor, name))
+        leaves_s = self._leaves_s.get(actor, now_s)
+        self.require(
+            now_s - leaves_s <= LEAVING_S,
+            "I6",
+            f"{actor.name} begins {name} {now_s - leaves_s:.1f} s after it was told to drain",
+            bundle.job,
+        )
+
+    def dead_letter(self, receipt: str, bundle: Bundle, now_s: float) -> None:
+        """A manager has received a dead letter."""
+        self._dead[receipt] = name_of_bundle(bundle), now_s
+
+    def deleted(self, receipts: Iterable[str], *, is_live: Callable[[str], bool]) -> None:
+        """A manager has deleted dead letters: each is committed, or was sent again."""
+        for receipt in receipts:
+            name, since_s = self._dead.pop(receipt, (None, 0.0))
+            if name is not None and is_live(name[0]):
+                self.require(
+                    name in self._committed_s or self._sent_s.get(name, -1.0) >= since_s,
+                    "dead letters",
+                    f"{name} is deleted from the dead letters, and neither committed nor sent",
+                    name[0],
+                )
+
     def sent(self, who: str, bundle: Bundle, now_s: float, *, disturbed: bool) -> None:
         """A task message has been sent. A sender that was `disturbed` may have looked before."""
+        self._sent_s[name_of_bundle(bundle)] = now_s
         if bundle.losses or disturbed or not who.startswith("manager"):
             return
         name = name_of_bundle(bundle)

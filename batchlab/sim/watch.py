@@ -19,7 +19,7 @@ from batchlab.protocol import definition, naming, wire
 from batchlab.sim.actors import CURRENT, Actor, SimulationError
 from batchlab.sim.faults import LATENCY_S
 from batchlab.sim.oracles import Oracles
-from batchlab.sim.told import Name, bundle_in, doc_of, name_in, name_of_bundle, told_in
+from batchlab.sim.told import Name, bundle_in, doc_of, name_of_bundle, told_in
 from batchlab.sim.trust import Trust
 from batchlab.tasknames import task_name
 from batchlab.worker.tenure import RETURN_S
@@ -47,6 +47,7 @@ class Hold:
     actor: Actor
     bundle: Name
     receives: int
+    losses: int
     received_s: float
     asked_s: float
     given_back: bool = False
@@ -84,6 +85,8 @@ class Watch:
     """Workers that ended otherwise than by draining."""
     _written: dict[str, tuple[Actor, float]] = field(default_factory=dict)
     """By whom and when each start marker was first written; without those that were withdrawn."""
+    _ended: set[str] = field(default_factory=set)
+    """Jobs of which some round has ended."""
     _planned: set[Name] = field(default_factory=set)
     _committed: set[Name] = field(default_factory=set)
     _words: dict[str, list[tuple[float, Control]]] = field(default_factory=dict)
@@ -119,6 +122,8 @@ class Watch:
             self._words.setdefault(job, []).append((now_s, word))
             self.oracles.said(job, word, now_s)
             return
+        if kind == "final":
+            self._ended.add(job)
         if kind not in ("spec.json", "retries", "final"):
             kind = parts[3]
         if kind in ("starts", "running"):
@@ -190,14 +195,19 @@ class Watch:
 
     def _received(self, actor: Actor, queue: str, messages: Sequence[Message]) -> None:
         now_s = self.clock.monotonic_s()
-        if not _carries_tasks(queue):
+        if queue == naming.EVENTS:
             return
         for message in messages:
-            name = name_in(message.body)
-            if name is not None:
-                self.trust.received(actor, queue, name[0], message.body)
+            bundle = bundle_in(doc_of(message.body))
+            if bundle is None:
+                continue
+            name = name_of_bundle(bundle)
+            if not _carries_tasks(queue):
+                self.oracles.dead_letter(message.receipt, bundle, now_s)
+                continue
+            self.trust.received(actor, queue, name[0], message.body)
             if name in self._planned:
-                hold = Hold(actor, name, message.receive_count, now_s, now_s)
+                hold = Hold(actor, name, message.receive_count, bundle.losses, now_s, now_s)
                 self._holds[queue, message.receipt] = hold
 
     def _sends(self, actor: Actor, queue: str, messages: Sequence[Any]) -> None:
@@ -221,6 +231,7 @@ class Watch:
                 name = name_of_bundle(bundle)
                 disturbed = self._excused(actor, now_s - RECENT_S)
                 self.oracles.sent(actor.name, bundle, now_s, disturbed=disturbed)
+                self._keeps_losses(actor, bundle)
                 self._require(
                     name in self._planned,
                     "step 3",
@@ -229,7 +240,24 @@ class Watch:
                 )
                 self._settled_s[actor, name] = now_s
 
+    def _keeps_losses(self, actor: Actor, bundle: Bundle) -> None:
+        """A worker that sends its bundle again passes on how often that was lost."""
+        name = name_of_bundle(bundle)
+        least = [
+            hold.losses + hold.receives - 1
+            for hold in self._holds.values()
+            if hold.actor is actor and hold.bundle == name
+        ]
+        self._require(
+            not least or bundle.losses >= min(least),
+            "losses",
+            f"{actor.name} sends {name} with {bundle.losses} losses instead of {least}",
+            name[0],
+        )
+
     def _deletes(self, actor: Actor, queue: str, receipts: Sequence[str]) -> None:
+        if queue != naming.EVENTS and not _carries_tasks(queue):
+            self.oracles.deleted(receipts, is_live=lambda job: not self._is_stopped(job))
         for receipt in receipts:
             hold = self._holds.pop((queue, receipt), None)
             if hold is None:
@@ -247,6 +275,11 @@ class Watch:
                 f"{actor.name} deletes {hold.bundle}, and has neither told of it nor sent it again",
                 hold.bundle[0],
             )
+
+    def _is_stopped(self, job: str) -> bool:
+        """Whether its last word is not RUN, or it has ended."""
+        words = self._words.get(job, [])
+        return job in self._ended or (bool(words) and words[-1][1] is not Control.RUN)
 
     def _was_stopped(self, hold: Hold) -> bool:
         """Whether its job was to be cancelled or paused at some time since it was received."""

@@ -243,7 +243,7 @@ class World:
         job, stage = scene.job.id, scene.stage.name
         start = Start(now_s, CURRENT.get(), job, stage, scene.task, scene.bundle.round)
         self.watch.started(start)
-        self.watch.oracles.started(scene.bundle, now_s)
+        self.watch.oracles.started(scene.bundle, now_s, CURRENT.get())
 
         def ended() -> None:
             start.ended_s = self.clock.monotonic_s()
@@ -368,6 +368,7 @@ class SimWorker:
     def stop(self, grace_s: float) -> None:  # noqa: ARG002 - the launcher keeps the deadline
         """SIGTERM."""
         if self.ended is None:
+            self._world.watch.oracles.leaves(self.actor, self._world.clock.monotonic_s())
             self.worker.drain()
 
     def kill(self, reason: str) -> None:
