@@ -62,6 +62,7 @@ ALL = replace(
     manager_stopped=0.02,
     ledger_lost=0.008,
     ledger_rebuilt=0.015,
+    hung=0.01,
     varied=True,
 )
 """Everything that can happen; each seed chooses some of it, and how much."""
@@ -72,14 +73,18 @@ TIMED = replace(ALL, timed=True)
 LIES = replace(ALL, corrupted=0.15, lies=True)
 """Everything that can happen, in worlds where workers lie."""
 
-BUDGET = dict.fromkeys(FaultKind, 12) | {FaultKind.CORRUPTED: 3}
+BUDGET = dict.fromkeys(FaultKind, 12) | {FaultKind.CORRUPTED: 3, FaultKind.HUNG: 2}
 """After these many the weather is fair, so that a world comes to rest."""
 
 SQL_EVERY = 4
 """Each world whose seed this divides has every grid's ledger, the others SimLedger: both say the
 same to the word (a test compares), and SQL takes a third of a world's time."""
+NOTIFY_EVERY = 7
+"""In one of so many worlds each end of a job is notified."""
 STEPS = 5_000_000
 LOOK_S = 15.0
+REST_LOOKS = 1500
+"""Longer than a manager waits for a silent instance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +176,7 @@ async def _main(
         logged=logged or log is not None,
         sql=sql,
         schedules=timed,
+        notifies=seed % NOTIFY_EVERY == 3,
     )
     if world.log is not None and log is not None:
         world.log.lines = log
@@ -216,7 +222,7 @@ async def _rest(world: World, longest_s: float) -> None:
 
     A copy of what has long been committed may still run, and another one wait for its turn.
     """
-    for _ in range(600):
+    for _ in range(REST_LOOKS):
         manager = world.manager
         if manager and manager.is_leader.is_set() and not manager.lives:
             groups = await world.groups()

@@ -14,7 +14,7 @@ from typing import Any
 
 from batchlab.adapters.sim.queue import SimQueue
 from batchlab.model import Bundle, Control, JobId, StageCounts, StageName
-from batchlab.ports import MAX_VISIBILITY_S, Clock, Message, StageRecord
+from batchlab.ports import MAX_VISIBILITY_S, Clock, Ending, Message, StageRecord
 from batchlab.protocol import definition, naming, wire
 from batchlab.sim.actors import CURRENT, Actor, SimulationError
 from batchlab.sim.faults import LATENCY_S
@@ -339,6 +339,12 @@ class Watch:
                 f"{actor.name} has left, and {hold.bundle} waits for its timeout",
                 hold.bundle[0],
             )
+
+    def notified(self, job: str, moment: str, ending: Ending | None) -> None:
+        """A notification has arrived: it must tell of an end that is committed."""
+        state = ending.state.value.lower() if ending else "not ended"
+        facts = f"a target is notified that {job} is {moment}, and it is {state}"
+        self._require(state == moment, "notifications", facts, job)
 
     # --- Tasks -----------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ event log byte for byte.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,15 +20,19 @@ from batchlab.adapters.sim.ledger import SimLedger
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.adapters.sim.queue import SimQueue
 from batchlab.costs.meter import Accounting
+from batchlab.directory import Directory
 from batchlab.errors import BackendError, NotFound, Refused
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import Ports
 from batchlab.manager.manager import Manager
+from batchlab.manager.notifying import Outlets
 from batchlab.manager.reporting import Reports
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import GroupView, JobId, Pool
+from batchlab.notification import Notification, Target
 from batchlab.patience import Patience
 from batchlab.ports import Fleet, JobRecord, JobRows, Objects
+from batchlab.protocol import naming, wire
 from batchlab.sim.actors import CURRENT, Actor, ActorKilled
 from batchlab.sim.clocks import SimClock, SimIds, SkewedClock
 from batchlab.sim.faults import Faults
@@ -50,6 +55,8 @@ if TYPE_CHECKING:
 EPOCH_S = 1_700_000_000.0
 RESTART_S = 3.0
 """From the death of a manager to the start of the next, on average."""
+
+DIRECTORY = Directory((Target("everybody", "webhook", "https://target.invalid/"),))
 
 MANAGER = ManagerSettings(drain_target_s=10.0, silence_s=120.0, control_lease_s=4.0)
 WORKER = WorkerSettings(control_lease_s=4.0)
@@ -78,7 +85,8 @@ class World:
     `accounting` the managers keep an account of what the grid uses, and with `reports` too record
     what those need. The ledger is that of every
     grid, in a SQLite that lives in memory; without `sql` it is SimLedger, which answers the same
-    for a tenth of the time. With `schedules` the managers run jobs when they are due."""
+    for a tenth of the time. With `schedules` the managers run jobs when they are due. With
+    `notifies` they notify a target of each job's end."""
 
     seed: int
     pools: Sequence[Pool]
@@ -94,6 +102,7 @@ class World:
     reports: Reports | None = None
     sql: bool = True
     schedules: bool = False
+    notifies: bool = False
     log: EventLog | None = field(init=False)
     objects: SimObjects = field(init=False)
     queue: SimQueue = field(init=False)
@@ -189,6 +198,7 @@ class World:
             *(ports, self.manager_settings, self.pools, owner),
             accounting=self.accounting,
             reports=self.reports,
+            outlets=Outlets(lambda: DIRECTORY, self._notified) if self.notifies else None,
             schedules=self.schedules,
         )
         fleet.registry = manager.registry
@@ -197,6 +207,14 @@ class World:
         self.posts.append(post)
         task.add_done_callback(lambda _: self._ended(post))
         return task
+
+    async def _notified(self, _target: Target, one: Notification) -> None:
+        """A target has received a notification, whose fact must be in the bucket by then."""
+        round_ = json.loads(one.body)["job"]["round"]
+        key = naming.final(JobId(one.job), round_)
+        there = await self.objects.head(key)
+        ending = wire.ending_from_json(wire.loads(await self.objects.get(key))) if there else None
+        self.watch.notified(one.job, one.moment, ending)
 
     def _ended(self, post: Post) -> None:
         """Whether killed, stopped or deposed: its process is gone, with all that it was asked."""
