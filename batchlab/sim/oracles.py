@@ -1,4 +1,4 @@
-"""Checks of promises about time and waste: control words, backoff, and needless work.
+"""Checks of promises about time and waste: control words, drains, dead letters, and needless work.
 
 Invariant: each check knows only the effects of port calls and the starts of tasks, and a job that a
 lying worker has touched is not checked.
@@ -17,7 +17,7 @@ Require = Callable[[bool, str, str, str], None]
 """(holds, promise, facts, job)."""
 
 TOLERANCE_S = 0.5
-LEAVING_S = 1.0
+LEAVING_S = 0.2
 """A bundle may begin so long after its worker was told to drain."""
 SETTLED_S = 5.0
 """A manager that sends a bundle which was committed so long ago has not looked for its outcome."""
@@ -31,8 +31,6 @@ class Oracles:
     lease_s: float
     _words: dict[str, tuple[float, Control]] = field(default_factory=dict)
     _committed_s: dict[Name, float] = field(default_factory=dict)
-    _begins_s: dict[Name, float] = field(default_factory=dict)
-    """Earliest start of each bundle whose start is delayed."""
     _leaves_s: dict[Actor, float] = field(default_factory=dict)
     _begun: set[tuple[Actor, Name]] = field(default_factory=set)
     _dead: dict[str, tuple[Name, float]] = field(default_factory=dict)
@@ -46,22 +44,19 @@ class Oracles:
         if before is None or before[1] is not word:
             self._words[job] = now_s, word
 
-    def committed(
-        self, bundle: Bundle, follows: Iterable[tuple[Bundle, float]], now_s: float
-    ) -> None:
-        """An outcome has been committed, with its follow-ups and their delays in seconds."""
-        self._committed_s[name_of_bundle(bundle)] = now_s
-        for follow, delay_s in follows:
-            if delay_s > 0:
-                self._begins_s[name_of_bundle(follow)] = now_s + delay_s
+    def committed(self, name: Name, now_s: float) -> None:
+        """An outcome has been committed."""
+        self._committed_s[name] = now_s
 
     def leaves(self, actor: Actor, now_s: float) -> None:
         """A worker has been told to drain."""
         self._leaves_s.setdefault(actor, now_s)
 
-    def started(self, bundle: Bundle, now_s: float, actor: Actor | None) -> None:
-        """A task of the bundle begins."""
-        if actor is not None:
+    def started(
+        self, bundle: Bundle, now_s: float, actor: Actor | None, *, disturbed: bool
+    ) -> None:
+        """A task of the bundle begins. A `disturbed` worker may have been on its way to it."""
+        if actor is not None and not disturbed:
             self._begins(actor, bundle, now_s)
         name, job = name_of_bundle(bundle), bundle.job
         at_s, word = self._words.get(job, (now_s, Control.RUN))
@@ -70,13 +65,6 @@ class Oracles:
             "pause",
             f"{name} starts {now_s - at_s:.1f} s after the word {word.value!r}, and the lease of "
             f"workers is {self.lease_s:g} s",
-            job,
-        )
-        begins_s = self._begins_s.get(name, now_s)
-        self.require(
-            now_s >= begins_s - TOLERANCE_S,
-            "backoff",
-            f"{name} starts {begins_s - now_s:.1f} s before the end of its delay",
             job,
         )
 

@@ -150,8 +150,7 @@ class Watch:
             planned = name in self._planned
             self._require(planned, "I1", f"{name} is committed, but not planned", name[0])
             self._committed.add(name)
-            follows = [(follow.bundle, follow.delay_s) for follow in outcome.follows]
-            self.oracles.committed(outcome.bundle, follows, self.clock.monotonic_s())
+            self.oracles.committed(name, self.clock.monotonic_s())
             self._planned.update(name_of_bundle(follow.bundle) for follow in outcome.follows)
         elif kind == "spec.json":
             opening = definition.opening_in(wire.loads(data))
@@ -376,6 +375,12 @@ class Watch:
                 break
             since_s = at_s
         return since_s
+
+    def begins(self, bundle: Bundle, actor: Actor | None) -> None:
+        """A task of this bundle starts."""
+        now_s = self.clock.monotonic_s()
+        disturbed = actor is not None and self._excused(actor, now_s - RECENT_S)
+        self.oracles.started(bundle, now_s, actor, disturbed=disturbed)
 
     def killed(self, actor: Actor) -> None:
         """A worker has ended otherwise than by draining."""

@@ -261,7 +261,7 @@ class World:
         job, stage = scene.job.id, scene.stage.name
         start = Start(now_s, CURRENT.get(), job, stage, scene.task, scene.bundle.round)
         self.watch.started(start)
-        self.watch.oracles.started(scene.bundle, now_s, CURRENT.get())
+        self.watch.begins(scene.bundle, start.actor)
 
         def ended() -> None:
             start.ended_s = self.clock.monotonic_s()

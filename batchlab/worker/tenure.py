@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from batchlab.commit import address
 from batchlab.errors import BackendError
@@ -100,9 +101,10 @@ class Tenure:
         if hand.handed_over:
             return
         job = await job_of(hand.bundle.job, hand.task.key)
+        losses = hand.bundle.losses + hand.message.receive_count - 1
         message = address(
             job,
-            hand.bundle,
+            replace(hand.bundle, losses=losses),
             hand.key,
             delay_s=self._settings.watchdog_s,
             now_s=self._clock.now_s(),
