@@ -25,7 +25,7 @@ from batchlab.worker.hand import Hand
 from tests.sim.mutants.kit import Plant, planted
 
 
-@planted("I7")
+@planted("I7", "losses")
 def retry_under_the_same_id(plant: Plant) -> None:
     """A bundle's id does not say which attempt it is. A retry finds its first attempt's outcome
     and forwards that, again and again (I7)."""
@@ -47,7 +47,7 @@ def round_without_an_id(plant: Plant) -> None:
         return BundleId(f"{t.first:08d}-{t.last:08d}.{self.attempt}")
 
 
-@planted("I1", "I2", "I3", "I7")
+@planted("I1", "I2", "I3", "I7", "losses")
 def id_by_the_first_task(plant: Plant) -> None:
     """A bundle's id names its first task only. The first half of a split bundle is taken for the
     bundle itself (I7)."""

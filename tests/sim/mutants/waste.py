@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from batchlab.jobdef import JobDef
 from batchlab.manager import plans
 from batchlab.manager.live import Ports
 from batchlab.manager.reconciler import Reconciler
-from batchlab.model import JobId, Json, StageCounts
+from batchlab.model import BundleId, JobId, Json, StageCounts, StageName
 from batchlab.ports import BundleRecord, Message
+from batchlab.protocol import wire
+from batchlab.protocol.sealing import CommitKey
 from batchlab.worker.closing import Closing
 from batchlab.worker.hand import Hand
+from batchlab.worker.inputs import Inputs
 from tests.sim.mutants.kit import Plant, planted
 
 
@@ -39,6 +43,17 @@ def results_gathered_as_they_come(plant: Plant) -> None:
     async def successes(ports: Ports, job: JobId, counts: StageCounts) -> list[BundleRecord]:
         found = await original(ports, job, counts)
         return sorted(found, key=lambda r: r.completion.ended_s if r.completion else 0.0)
+
+    @plant.method(Inputs, "_gathered")
+    async def _gathered(self: Inputs, job: JobDef, item: dict[str, Any], key: CommitKey) -> Json:
+        lists: dict[str, list[Json]] = {}
+        for stage, bundles in item["$gather"].items():
+            lists[stage] = []
+            for name, ranges in bundles:
+                tasks = wire.tasks_from_json(ranges)
+                found = await self.values(job, StageName(stage), BundleId(name), tasks, key)
+                lists[stage] += found
+        return next(iter(lists.values())) if len(lists) == 1 else lists
 
 
 @planted("losses")

@@ -31,7 +31,7 @@ from tests.sim.mutants.kit import Plant, planted
 # --- The commit ----------------------------------------------------------------------------------
 
 
-@planted("I1", "I2", "I3")
+@planted("I1", "I2", "I3", "role")
 def unconditional_commit(plant: Plant) -> None:
     """The outcome is put without If-None-Match, so the last writer wins. The ledger and the
     follow-ups know the first one (I3); where two executions split differently, tasks end twice."""
