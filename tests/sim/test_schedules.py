@@ -361,9 +361,9 @@ def test_one_due_time_comes_although_the_clock_was_set_back_by_a_day() -> None:
         world.clock.jump(-24 * HOUR)
         await asyncio.sleep(HOUR)
         assert states(await shown(world)) == ["10:00 SUCCEEDED"]
-        writes = world.objects._writes
+        writes = world.objects.writes
         await asyncio.sleep(HOUR)
-        assert world.objects._writes == writes
+        assert world.objects.writes == writes
         await asyncio.sleep(24 * HOUR)
         assert states(await shown(world)) == ["10:00 SUCCEEDED"]
 

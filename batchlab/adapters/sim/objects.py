@@ -30,6 +30,8 @@ class SimObjects:
         self._keys: list[str] = []
         self._unsorted: list[str] = []
         self._gone = 0
+        self.writes = 0
+        """Puts that have taken effect."""
         self.written: Callable[[str, bytes | None, bytes, bool], None] = lambda *_: None
         """Told (key, what was there before, data, if_absent) of each write."""
 
@@ -47,6 +49,7 @@ class SimObjects:
             raise AlreadyExists(f"Object {key!r} exists.")
         before = self._objects.get(key)
         self.written(key, before[0] if before else None, data, if_absent)
+        self.writes += 1
         # As S3's: a put of the same content gives the same ETag.
         etag = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
         self._objects[key] = (bytes(data), etag)
