@@ -58,7 +58,13 @@ class Fates:
         if scene.bundle.attempt <= fate.unlucky and not scene.bundle.round:
             failure = Failure(scene.task, FailureKind.EXCEPTION, "no luck", error="Luck")
             return Play(fate.run_s, failure=failure)
-        return Play(fate.run_s, value_of(scene.stage.name, scene.item))
+        try:
+            value = value_of(scene.stage.name, scene.item)
+        except (KeyError, TypeError):
+            # Only a lie brings such an item, and a handler would fail at it.
+            failure = Failure(scene.task, FailureKind.EXCEPTION, "an odd item", error="Odd")
+            return Play(fate.run_s, failure=failure)
+        return Play(fate.run_s, value)
 
 
 def inputs_of(

@@ -148,7 +148,7 @@ class Liar:
 
     def _beat(self, worker: str, **changes: Any) -> Doc:
         """A heartbeat like this worker's own last one, with its secrets, for another worker."""
-        own = [beat for doc in self._remembered(events=True) for beat in doc.get("h", ())]
+        own = [one for doc in self._remembered(events=True) for one in dicts(doc) if "slots" in one]
         beat: Doc = {
             **(own[-1] if own else {}),
             "worker": worker,

@@ -29,6 +29,8 @@ class Trust:
     """Keys that exist only because a lie names them. No job owns one."""
     forged: set[str] = field(default_factory=set)
     """Keys of untouched jobs that a lying worker has written."""
+    lied: set[str] = field(default_factory=set)
+    """Bodies of messages that lying workers have sent."""
     denied: int = 0
     """Calls of lying workers that their role does not allow."""
     _liars: set[Actor] = field(default_factory=set)
@@ -73,7 +75,9 @@ class Trust:
     def sent(self, actor: Actor, queue: str, body: str, doc: Mapping[str, Any]) -> None:
         """A worker has sent a message. `doc` is its JSON."""
         self._remember(actor, queue, body)
-        if queue == naming.EVENTS and actor not in self._liars:
+        if actor in self._liars:
+            self.lied.add(body)
+        elif queue == naming.EVENTS:
             for beat in doc.get("h", ()):
                 _, said = self._beats.setdefault(beat["instance"], (actor, {}))
                 said[beat["worker"], beat["number"]] = (beat["gone"], beat["held"])

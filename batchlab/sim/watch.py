@@ -205,7 +205,8 @@ class Watch:
                 self.oracles.dead_letter(message.receipt, bundle, now_s)
                 continue
             self.trust.received(actor, queue, name[0], message.body)
-            if name in self._planned:
+            # A lie may be deleted without more.
+            if name in self._planned and message.body not in self.trust.lied:
                 hold = Hold(actor, name, message.receive_count, bundle.losses, now_s, now_s)
                 self._holds[queue, message.receipt] = hold
 
