@@ -1,4 +1,4 @@
-"""Checks of promises about time and waste: control words, drains, dead letters, and needless work.
+"""Checks of promises about waste: drains, dead letters, and needless work.
 
 Invariant: each check knows only the effects of port calls and the starts of tasks, and a job that a
 lying worker has touched is not checked.
@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from batchlab.model import Bundle, Control
+from batchlab.model import Bundle
 from batchlab.sim.actors import Actor
 from batchlab.sim.told import Name, name_of_bundle
 
 Require = Callable[[bool, str, str, str], None]
 """(holds, promise, facts, job)."""
 
-TOLERANCE_S = 0.5
 LEAVING_S = 0.2
 """A bundle may begin so long after its worker was told to drain."""
 SETTLED_S = 5.0
@@ -25,11 +24,9 @@ SETTLED_S = 5.0
 
 @dataclass(slots=True)
 class Oracles:
-    """`lease_s` is how long a worker may rely on one look at a control object."""
+    """What has been committed, sent, and given up, and the workers that drain."""
 
     require: Require
-    lease_s: float
-    _words: dict[str, tuple[float, Control]] = field(default_factory=dict)
     _committed_s: dict[Name, float] = field(default_factory=dict)
     _leaves_s: dict[Actor, float] = field(default_factory=dict)
     _begun: set[tuple[Actor, Name]] = field(default_factory=set)
@@ -37,12 +34,6 @@ class Oracles:
     """Dead letters that a manager has received, by receipt."""
     _sent_s: dict[Name, float] = field(default_factory=dict)
     """When each bundle was last sent."""
-
-    def said(self, job: str, word: Control, now_s: float) -> None:
-        """A control object has been written."""
-        before = self._words.get(job)
-        if before is None or before[1] is not word:
-            self._words[job] = now_s, word
 
     def committed(self, name: Name, now_s: float) -> None:
         """An outcome has been committed."""
@@ -58,15 +49,6 @@ class Oracles:
         """A task of the bundle begins. A `disturbed` worker may have been on its way to it."""
         if actor is not None and not disturbed:
             self._begins(actor, bundle, now_s)
-        name, job = name_of_bundle(bundle), bundle.job
-        at_s, word = self._words.get(job, (now_s, Control.RUN))
-        self.require(
-            word is Control.RUN or now_s <= at_s + self.lease_s + TOLERANCE_S,
-            "pause",
-            f"{name} starts {now_s - at_s:.1f} s after the word {word.value!r}, and the lease of "
-            f"workers is {self.lease_s:g} s",
-            job,
-        )
 
     def _begins(self, actor: Actor, bundle: Bundle, now_s: float) -> None:
         name = name_of_bundle(bundle)

@@ -99,7 +99,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         self.trust = Trust(self._require)
-        self.oracles = Oracles(self._require, self.lease_s)
+        self.oracles = Oracles(self._require)
 
     def _require(self, holds: bool, promise: str, facts: str, job: str | None = None) -> None:
         """Fail unless it `holds`, or the `job` is one that a lying worker has touched."""
@@ -120,7 +120,6 @@ class Watch:
         if kind == "control.json":
             word, now_s = wire.word_from_bytes(data).control, self.clock.monotonic_s()
             self._words.setdefault(job, []).append((now_s, word))
-            self.oracles.said(job, word, now_s)
             return
         if kind == "final":
             self._ended.add(job)
