@@ -88,7 +88,6 @@ class FaultKind(StrEnum):
     RESUBMITTED = "resubmitted", USER, "a user submits a job again under its token"
     # The last: kinds before it keep the draws that they had without it.
     CORRUPTED = "corrupted", SKY, "a worker begins to lie, within the rights of its role"
-    HUNG = "hung", SKY, "a worker freezes and never goes on, and its instance stays"
 
     def applies(self, label: str) -> bool:
         """Whether it can happen at a call or look of that label."""
@@ -140,7 +139,6 @@ class Weather:
     retried: float = 0.0
     resubmitted: float = 0.0
     corrupted: float = 0.0
-    hung: float = 0.0
     varied: bool = False
     timed: bool = False
     lies: bool = False

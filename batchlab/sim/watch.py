@@ -88,6 +88,8 @@ class Watch:
     _ended: set[str] = field(default_factory=set)
     """Jobs of which some round has ended."""
     _planned: set[Name] = field(default_factory=set)
+    _following: set[Name] = field(default_factory=set)
+    """Planned bundles that follow from an outcome."""
     _committed: set[Name] = field(default_factory=set)
     _words: dict[str, list[tuple[float, Control]]] = field(default_factory=dict)
     _holds: dict[tuple[str, str], Hold] = field(default_factory=dict)
@@ -150,7 +152,9 @@ class Watch:
             self._require(planned, "I1", f"{name} is committed, but not planned", name[0])
             self._committed.add(name)
             self.oracles.committed(name, self.clock.monotonic_s())
-            self._planned.update(name_of_bundle(follow.bundle) for follow in outcome.follows)
+            follows = [name_of_bundle(follow.bundle) for follow in outcome.follows]
+            self._planned.update(follows)
+            self._following.update(follows)
         elif kind == "spec.json":
             opening = definition.opening_in(wire.loads(data))
             if opening and opening.cut:
@@ -240,7 +244,8 @@ class Watch:
                 self._settled_s[actor, name] = now_s
 
     def _keeps_losses(self, actor: Actor, bundle: Bundle) -> None:
-        """A worker that sends its bundle again passes on how often that was lost."""
+        """A worker that sends its bundle again passes on how often that was lost. A follow-up may
+        also be sent for its outcome, and then it is new."""
         name = name_of_bundle(bundle)
         least = [
             hold.losses + hold.receives - 1
@@ -248,7 +253,7 @@ class Watch:
             if hold.actor is actor and hold.bundle == name
         ]
         self._require(
-            not least or bundle.losses >= min(least),
+            not least or name in self._following or bundle.losses >= min(least),
             "losses",
             f"{actor.name} sends {name} with {bundle.losses} losses instead of {least}",
             name[0],

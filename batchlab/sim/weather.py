@@ -66,7 +66,6 @@ class Sky:
             FaultKind.LEDGER_LOST: self._lose_ledger,
             FaultKind.LEDGER_REBUILT: self._rebuild_ledger,
             FaultKind.CORRUPTED: self._corrupt,
-            FaultKind.HUNG: self._hang,
         }
 
     async def change(self) -> None:
@@ -178,13 +177,6 @@ class Sky:
         if worker is None:
             return None
         worker.begin_to_lie(rng, self._pace)
-        return worker.actor.name
-
-    async def _hang(self, rng: random.Random) -> str | None:
-        worker = _one(rng, self._workers())
-        if worker is None:
-            return None
-        worker.actor.freeze()
         return worker.actor.name
 
     # --- Instances -------------------------------------------------------------------------------
