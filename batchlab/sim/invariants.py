@@ -84,7 +84,7 @@ async def check_end(world: World, job: JobDef) -> None:
     right = {
         JobState.SUCCEEDED: not over,
         JobState.FAILED: over,
-        JobState.CANCELLED: world.watch.was_cancelled(job.id),
+        JobState.CANCELLED: world.watch.controls.was_cancelled(job.id),
     }
     facts = ", ".join(f"{c.stage}: {c.failed} of {c.planned} failed" for c in counts)
     _require(right[record.state], "ends", f"{job.id} is {record.state} ({record.reason}; {facts})")
@@ -302,7 +302,7 @@ def check_failures(world: World, fates: Fates, job: JobDef, outcomes: Sequence[O
             attempts = job.stage(bundle.stage).retry.attempts
             told = f"{name} had attempt {bundle.attempt} of {attempts}"
             _require(bundle.attempt <= attempts, "Attempts", told)
-            spent = bundle.attempt >= attempts or world.watch.was_cancelled(job.id)
+            spent = bundle.attempt >= attempts or world.watch.controls.was_cancelled(job.id)
             told = f"{name} is FAILED after {bundle.attempt} of {attempts} attempts"
             _require(spent or not failure.final, "Attempts", told)
 

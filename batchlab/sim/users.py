@@ -124,7 +124,7 @@ class User:
         return self._start(lambda m: getattr(m.requests, verb)(job), verb, lambda _: None)
 
     def _cancel(self) -> asyncio.Task[object]:
-        job, acknowledged = self._job.id, self._world.watch.cancel_asked(self._job.id)
+        job, acknowledged = self._job.id, self._world.watch.controls.cancel_asked(self._job.id)
 
         def told(answer: object) -> None:
             if not isinstance(answer, Refused):
@@ -133,7 +133,7 @@ class User:
         return self._start(lambda m: m.requests.cancel(job), "cancel", told)
 
     def _retry(self) -> asyncio.Task[object]:
-        job, answered = self._job.id, self._world.watch.retry_asked(self._job.id)
+        job, answered = self._job.id, self._world.watch.controls.retry_asked(self._job.id)
         return self._start(lambda m: m.requests.retry(job), "retry", lambda _: answered())
 
     def _start(

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchlab.adapters.sim.queue import SimQueue
-from batchlab.model import Bundle, Control, JobId, StageCounts, StageName
+from batchlab.model import Bundle, JobId, StageCounts, StageName
 from batchlab.ports import MAX_VISIBILITY_S, Clock, Ending, Message, StageRecord
 from batchlab.protocol import definition, naming, wire
 from batchlab.sim.actors import CURRENT, Actor, SimulationError
+from batchlab.sim.controls import JobControls
 from batchlab.sim.faults import LATENCY_S
 from batchlab.sim.oracles import Oracles
 from batchlab.sim.told import Name, bundle_in, doc_of, name_of_bundle, told_in
@@ -81,27 +82,24 @@ class Watch:
     starts: list[Start] = field(default_factory=list)
     trust: Trust = field(init=False)
     oracles: Oracles = field(init=False)
+    controls: JobControls = field(init=False)
     _killed_s: dict[Actor, float] = field(default_factory=dict)
     """Workers that ended otherwise than by draining."""
     _written: dict[str, tuple[Actor, float]] = field(default_factory=dict)
     """By whom and when each start marker was first written; without those that were withdrawn."""
-    _ended: set[str] = field(default_factory=set)
-    """Jobs of which some round has ended."""
     _planned: set[Name] = field(default_factory=set)
     _following: set[Name] = field(default_factory=set)
     """Planned bundles that follow from an outcome."""
     _committed: set[Name] = field(default_factory=set)
-    _words: dict[str, list[tuple[float, Control]]] = field(default_factory=dict)
     _holds: dict[tuple[str, str], Hold] = field(default_factory=dict)
     _settled_s: dict[tuple[Actor, Name], float] = field(default_factory=dict)
     _disturbed_s: dict[Actor, float] = field(default_factory=dict)
-    _forbidden: dict[JobId, float] = field(default_factory=dict)
-    _retries: dict[JobId, list[int]] = field(default_factory=dict)
     _counts: dict[tuple[JobId, StageName], tuple[int, StageCounts]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.trust = Trust(self._require)
         self.oracles = Oracles(self._require)
+        self.controls = JobControls(self.clock)
 
     def _require(self, holds: bool, promise: str, facts: str, job: str | None = None) -> None:
         """Fail unless it `holds`, or the `job` is one that a lying worker has touched."""
@@ -120,11 +118,10 @@ class Watch:
             self._forged(key, job, parts, data)
             return
         if kind == "control.json":
-            word, now_s = wire.word_from_bytes(data).control, self.clock.monotonic_s()
-            self._words.setdefault(job, []).append((now_s, word))
+            self.controls.written(job, wire.word_from_bytes(data).control)
             return
         if kind == "final":
-            self._ended.add(job)
+            self.controls.ended(job)
         if kind not in ("spec.json", "retries", "final"):
             kind = parts[3]
         if kind in ("starts", "running"):
@@ -261,7 +258,7 @@ class Watch:
 
     def _deletes(self, actor: Actor, queue: str, receipts: Sequence[str]) -> None:
         if queue != naming.EVENTS and not _carries_tasks(queue):
-            self.oracles.deleted(receipts, is_live=lambda job: not self._is_stopped(job))
+            self.oracles.deleted(receipts, is_live=self.controls.is_live)
         for receipt in receipts:
             hold = self._holds.pop((queue, receipt), None)
             if hold is None:
@@ -274,23 +271,11 @@ class Watch:
             told_s = self._settled_s.get((hold.actor, hold.bundle), -1.0)
             done = done or (hold.actor is not actor and told_s >= hold.received_s)
             self._require(
-                done or self._was_stopped(hold),
+                done or self.controls.was_stopped(hold.bundle[0], hold.received_s),
                 "step 4",
                 f"{actor.name} deletes {hold.bundle}, and has neither told of it nor sent it again",
                 hold.bundle[0],
             )
-
-    def _is_stopped(self, job: str) -> bool:
-        """Whether its last word is not RUN, or it has ended."""
-        words = self._words.get(job, [])
-        return job in self._ended or (bool(words) and words[-1][1] is not Control.RUN)
-
-    def _was_stopped(self, hold: Hold) -> bool:
-        """Whether its job was to be cancelled or paused at some time since it was received."""
-        words = self._words.get(hold.bundle[0], [])
-        last = [word for at_s, word in words if at_s <= hold.received_s][-1:]
-        later = [word for at_s, word in words if at_s > hold.received_s]
-        return any(word is not Control.RUN for word in (*last, *later))
 
     def _extends(self, queue: str, changes: Sequence[tuple[str, float]]) -> None:
         now_s = self.clock.monotonic_s()
@@ -355,7 +340,7 @@ class Watch:
     def started(self, start: Start) -> None:
         """I4: no task starts after its job's cancellation has been acknowledged."""
         self.starts.append(start)
-        forbidden_s = self._forbidden.get(start.job)
+        forbidden_s = self.controls.forbidden_s.get(start.job)
         self._require(
             forbidden_s is None,
             "I4",
@@ -363,7 +348,7 @@ class Watch:
             f"{task_name(start.stage, start.task)} starts",
             start.job,
         )
-        since_s = self._stopped_s(start.job)
+        since_s = self.controls.stopped_s(start.job)
         self._require(
             start.at_s <= since_s + self.lease_s,
             "lease",
@@ -371,15 +356,6 @@ class Watch:
             f"{task_name(start.stage, start.task)} starts at {start.at_s}",
             start.job,
         )
-
-    def _stopped_s(self, job: JobId) -> float:
-        """Since when the job's control object allows no start; infinity where it allows one."""
-        since_s = math.inf
-        for at_s, word in reversed(self._words.get(job, [])):
-            if word is Control.RUN:
-                break
-            since_s = at_s
-        return since_s
 
     def begins(self, bundle: Bundle, actor: Actor | None) -> None:
         """A task of this bundle starts."""
@@ -415,34 +391,6 @@ class Watch:
     def _came_to_grief(self, start: Start) -> bool:
         actor = start.actor
         return actor is not None and (actor in self._killed_s or self._excused(actor, start.at_s))
-
-    def cancel_asked(self, job: JobId) -> Callable[[], None]:
-        """A user asks; what this returns is to be called once the cancellation is acknowledged.
-
-        It counts only where no retry was asked for meanwhile: then nobody can tell what came last.
-        """
-        before = list(self._retries.setdefault(job, [0, 0]))
-
-        def acknowledged() -> None:
-            if self._retries[job] == before and before[0] == before[1]:
-                self._forbidden[job] = self.clock.monotonic_s()
-
-        return acknowledged
-
-    def was_cancelled(self, job: JobId) -> bool:
-        """Whether it was ever to be cancelled, by a user or for its failures."""
-        return any(word is Control.CANCEL for _, word in self._words.get(job, []))
-
-    def retry_asked(self, job: JobId) -> Callable[[], None]:
-        """A user asks to run a job again; what this returns is called when that is answered."""
-        counts = self._retries.setdefault(job, [0, 0])
-        counts[0] += 1
-        self._forbidden.pop(job, None)
-
-        def answered() -> None:
-            counts[1] += 1
-
-        return answered
 
     # --- The ledger ------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ def later(world: World, verb: str, made: JobDef) -> asyncio.Task[None]:
     would be a request of its own. The watch learns when a cancellation is acknowledged."""
 
     async def cancel() -> None:
-        acknowledged = world.watch.cancel_asked(made.id)
+        acknowledged = world.watch.controls.cancel_asked(made.id)
         assert world.post
         request = world.post.actor.spawn(world.post.manager.requests.cancel(made.id), name=verb)
         await asyncio.wait([request])
@@ -55,7 +55,7 @@ def later(world: World, verb: str, made: JobDef) -> asyncio.Task[None]:
             acknowledged()
 
     async def ask() -> None:
-        answered = world.watch.retry_asked(made.id) if verb == "retry" else None
+        answered = world.watch.controls.retry_asked(made.id) if verb == "retry" else None
         await world.ask(lambda m: getattr(m.requests, verb)(made.id), verb)
         if answered:
             answered()

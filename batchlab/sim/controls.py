@@ -1,0 +1,90 @@
+"""The control words of simulated jobs, and the requests of their users.
+
+Invariant: this module only records what has taken effect. It changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from batchlab.model import Control, JobId
+from batchlab.ports import Clock
+
+
+@dataclass(slots=True)
+class JobControls:
+    """The control words, cancellations, retries, and ends of all jobs of a world."""
+
+    clock: Clock
+    forbidden_s: dict[JobId, float] = field(default_factory=dict)
+    """When the cancellation of each job was acknowledged, without jobs that were retried since."""
+    _words: dict[str, list[tuple[float, Control]]] = field(default_factory=dict)
+    _ended: set[str] = field(default_factory=set)
+    """Jobs of which some round has ended."""
+    _retries: dict[JobId, list[int]] = field(default_factory=dict)
+    """The number of retries that users asked for, and the number that were answered."""
+
+    # --- Control words ---------------------------------------------------------------------------
+
+    def written(self, job: str, word: Control) -> None:
+        """Record a control word, as the bucket has it from now on."""
+        self._words.setdefault(job, []).append((self.clock.monotonic_s(), word))
+
+    def ended(self, job: str) -> None:
+        """Record that a round of the job has ended."""
+        self._ended.add(job)
+
+    def is_live(self, job: str) -> bool:
+        """Return whether no round of the job has ended and its last control word is RUN."""
+        words = self._words.get(job, [])
+        return job not in self._ended and (not words or words[-1][1] is Control.RUN)
+
+    def was_stopped(self, job: str, since_s: float) -> bool:
+        """Return whether the job was cancelled or paused at any time after `since_s`."""
+        words = self._words.get(job, [])
+        last = [word for at_s, word in words if at_s <= since_s][-1:]
+        later = [word for at_s, word in words if at_s > since_s]
+        return any(word is not Control.RUN for word in (*last, *later))
+
+    def stopped_s(self, job: JobId) -> float:
+        """Return since when the control object allows no start, or infinity if it allows one."""
+        since_s = math.inf
+        for at_s, word in reversed(self._words.get(job, [])):
+            if word is Control.RUN:
+                break
+            since_s = at_s
+        return since_s
+
+    def was_cancelled(self, job: JobId) -> bool:
+        """Return whether the job was ever cancelled, by a user or because of its failures."""
+        return any(word is Control.CANCEL for _, word in self._words.get(job, []))
+
+    # --- Requests of users -----------------------------------------------------------------------
+
+    def cancel_asked(self, job: JobId) -> Callable[[], None]:
+        """Record that a user cancels the job. The caller calls the returned function once the
+        cancellation is acknowledged.
+
+        A cancellation that overlaps a retry does not count, because their order is unknown.
+        """
+        before = list(self._retries.setdefault(job, [0, 0]))
+
+        def acknowledged() -> None:
+            if self._retries[job] == before and before[0] == before[1]:
+                self.forbidden_s[job] = self.clock.monotonic_s()
+
+        return acknowledged
+
+    def retry_asked(self, job: JobId) -> Callable[[], None]:
+        """Record that a user retries the job. The caller calls the returned function once the
+        retry is answered."""
+        counts = self._retries.setdefault(job, [0, 0])
+        counts[0] += 1
+        self.forbidden_s.pop(job, None)
+
+        def answered() -> None:
+            counts[1] += 1
+
+        return answered
