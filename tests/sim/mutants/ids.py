@@ -33,7 +33,7 @@ def retry_under_the_same_id(plant: Plant) -> None:
     @plant.property(Bundle, "id")
     def id_(self: Bundle) -> BundleId:
         t = self.tasks
-        return BundleId(f"{t.first:08d}-{t.last:08d}.{self.round}")
+        return BundleId(f"{t.first:08d}-{t.last:08d}.{self.round}.1")
 
 
 @planted("I7")
@@ -44,7 +44,7 @@ def round_without_an_id(plant: Plant) -> None:
     @plant.property(Bundle, "id")
     def id_(self: Bundle) -> BundleId:
         t = self.tasks
-        return BundleId(f"{t.first:08d}-{t.last:08d}.{self.attempt}")
+        return BundleId(f"{t.first:08d}-{t.last:08d}.0.{self.attempt}")
 
 
 @planted("I1", "I2", "I3", "I7", "losses")
@@ -54,7 +54,8 @@ def id_by_the_first_task(plant: Plant) -> None:
 
     @plant.property(Bundle, "id")
     def id_(self: Bundle) -> BundleId:
-        return BundleId(f"{self.tasks.first:08d}.{self.round}.{self.attempt}")
+        first = f"{self.tasks.first:08d}"
+        return BundleId(f"{first}-{first}.{self.round}.{self.attempt}")
 
 
 @planted("Attempts")
@@ -86,6 +87,7 @@ def retry_counts_worker_loss(plant: Plant) -> None:
 def split_off_task_run_as_well(plant: Plant) -> None:
     """What is split off begins with the task that ended last, to be sure that none is left out.
     That task ends twice (I1, I2)."""
+    plant.unchecked_parts()
     original = settle._split
 
     @plant.everywhere(original)
@@ -99,6 +101,7 @@ def split_off_task_run_as_well(plant: Plant) -> None:
 def rest_of_a_bundle_forgotten(plant: Plant) -> None:
     """A bundle that was stopped early commits what has run, and nobody follows for the rest.
     Those tasks never end (I7)."""
+    plant.unchecked_parts()
 
     @plant.everywhere(settle._split)
     def _split(bundle: Bundle, rest: TaskSet) -> list[Follow]:
@@ -109,6 +112,7 @@ def rest_of_a_bundle_forgotten(plant: Plant) -> None:
 def chain_hands_on_failed_tasks(plant: Plant) -> None:
     """The next stage's bundle has all tasks of this one's. Those that failed are counted as
     cancelled there and run as well (I2)."""
+    plant.unchecked_parts()
     original = settle.chain
 
     @plant.everywhere(original)

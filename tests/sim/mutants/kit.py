@@ -10,7 +10,7 @@ import inspect
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -20,6 +20,8 @@ from typing import Any, TypeVar, cast
 
 import pytest
 
+from batchlab.model import Bundle, Follow, TaskSet
+from batchlab.protocol import wire
 from batchlab.sim import fuzz, trial
 from batchlab.sim.fuzz import Failure
 from batchlab.sim.loop import SimLoop
@@ -89,6 +91,22 @@ class Plant:
             return made
 
         return put
+
+    def unchecked_parts(self) -> None:
+        """Let readers accept outcomes whose parts do not add up to their bundle.
+
+        Otherwise the reader refuses the mutant's outcomes, which proves nothing about the promises.
+        """
+
+        @self.everywhere(wire._check_parts)
+        def _check_parts(
+            bundle: Bundle,
+            succeeded: TaskSet,
+            failed: TaskSet,
+            cancelled: TaskSet,
+            follows: Sequence[Follow],
+        ) -> None:
+            pass
 
     def _fitted(self, made: F, original: Callable[..., Any]) -> F:
         if inspect.iscoroutinefunction(made) != inspect.iscoroutinefunction(original):

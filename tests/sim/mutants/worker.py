@@ -252,7 +252,7 @@ def poison_without_a_limit(plant: Plant) -> None:
 
     @plant.method(Reconciler, "_condemned")
     async def _condemned(
-        self: Reconciler, bundle: Bundle, message: Message, key: CommitKey
+        self: Reconciler, job: JobDef, bundle: Bundle, message: Message
     ) -> Outcome | None:
         return None
 
@@ -307,6 +307,7 @@ def receives_counted_as_starts(plant: Plant) -> None:
 @planted("I1", "I2", "I3", "I7")
 def halves_that_overlap(plant: Plant) -> None:
     """A bundle is halved with the middle in both parts. A task of it ends twice (I1, I2)."""
+    plant.unchecked_parts()
     original = settle.bisect
 
     @plant.everywhere(settle.bisect)
