@@ -148,11 +148,12 @@ Planting = Callable[[Plant], None]
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """One planted bug. `shows` are the promises by which it may be caught."""
+    """One planted bug. `shows` are the promises by which it may be caught, in worlds of `weather`."""
 
     name: str
     plant: Planting
     shows: frozenset[str]
+    weather: str = "all"
 
     @property
     def broken(self) -> str:
@@ -163,11 +164,12 @@ class Mutant:
 MUTANTS: list[Mutant] = []
 
 
-def planted(*shows: str) -> Callable[[Planting], Planting]:
+def planted(*shows: str, weather: str = "all") -> Callable[[Planting], Planting]:
     """Decorator: notes the function as a mutant under its own name."""
 
     def note(plant: Planting) -> Planting:
-        MUTANTS.append(Mutant(plant.__name__.replace("_", " "), plant, frozenset(shows)))
+        name = plant.__name__.replace("_", " ")
+        MUTANTS.append(Mutant(name, plant, frozenset(shows), weather))
         return plant
 
     return note
@@ -198,25 +200,25 @@ class Look:
 
 
 @cache
-def unmutated(seed: int) -> Look:
+def unmutated(seed: int, weather: str = "all") -> Look:
     """The product as it is."""
     with pytest.MonkeyPatch.context() as patch:
-        return _look(patch, seed)
+        return _look(patch, seed, weather)
 
 
 def mutated(mutant: Mutant, seed: int) -> Look:
     """The product with the mutant in it; Unfit where the mutant does not fit it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "STEPS", PATIENT * unmutated(seed).steps + AND_MORE)
+        patch.setattr(trial, "STEPS", PATIENT * unmutated(seed, mutant.weather).steps + AND_MORE)
         plant = Plant(patch)
         mutant.plant(plant)
-        seen = _look(patch, seed)
+        seen = _look(patch, seed, mutant.weather)
     if plant.slips:
         raise Unfit(f"{mutant.name} at seed {seed}") from plant.slips[0]
     return seen
 
 
-def _look(patch: pytest.MonkeyPatch, seed: int) -> Look:
+def _look(patch: pytest.MonkeyPatch, seed: int, weather: str) -> Look:
     loops: list[SimLoop] = []
 
     class Counting(SimLoop):
@@ -226,7 +228,7 @@ def _look(patch: pytest.MonkeyPatch, seed: int) -> Look:
 
     patch.setattr(trial, "SimLoop", Counting)
     with fuzz.silence():
-        failure = fuzz.try_seed(seed, "all").failure
+        failure = fuzz.try_seed(seed, weather).failure
     return Look(failure, sum(loop.steps for loop in loops))
 
 
@@ -245,7 +247,7 @@ def hunt(mutant: Mutant, seeds: Iterable[int]) -> Hunt:
     others: list[Failure] = []
     for seed in seeds:
         failure = mutated(mutant, seed).failure
-        if failure is None or unmutated(seed).failure is not None:
+        if failure is None or unmutated(seed, mutant.weather).failure is not None:
             continue
         if failure.promise in mutant.shows:
             return Hunt(failure, tuple(others))
