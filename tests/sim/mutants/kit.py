@@ -148,7 +148,7 @@ Planting = Callable[[Plant], None]
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """One planted bug. `shows` are the promises by which it may be caught, in worlds of `weather`."""
+    """One planted bug. In worlds of `weather`, one of the promises in `shows` may catch it."""
 
     name: str
     plant: Planting
