@@ -134,6 +134,7 @@ def casualties_not_counted(plant: Plant) -> None:
 def failure_final_and_retried(plant: Plant) -> None:
     """A failed attempt is counted as the task's end although a retry follows. The task ends
     twice (I1, I2)."""
+    plant.unchecked_parts()
     original = settle.completion
 
     @plant.everywhere(original)

@@ -98,8 +98,8 @@ class Plant:
         Otherwise the reader refuses the mutant's outcomes, which proves nothing about the promises.
         """
 
-        @self.everywhere(wire._check_parts)
-        def _check_parts(
+        @self.everywhere(wire.check_parts)
+        def check_parts(
             bundle: Bundle,
             succeeded: TaskSet,
             failed: TaskSet,

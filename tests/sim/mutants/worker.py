@@ -46,7 +46,7 @@ def unconditional_commit(plant: Plant) -> None:
         return outcome
 
 
-@planted("I1", "I2", "I3")
+@planted("I1", "I2", "I3", "step 3")
 def loser_forwards_its_own_outcome(plant: Plant) -> None:
     """On 412 the worker goes on with what it has computed itself. What follows, and what the
     ledger counts, is then not what was committed (I1, I3)."""
