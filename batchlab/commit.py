@@ -147,7 +147,7 @@ def follow_ups(
 
     def delay_s(follow: Follow) -> float:
         if follow.bundle.due_s is None:
-            return follow.delay_s
+            return settle.delay_s(job, follow)
         # An outcome may be forwarded again long after its commit.
         return min(follow.delay_s, settle.wait_s(job, follow.bundle, now_s))
 

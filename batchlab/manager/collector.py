@@ -212,6 +212,7 @@ class Collector:
         if self._tell(whole.values()):
             # A fold takes as long as all the rest here.
             await asyncio.sleep(STEP_BACK_S)
+        await self._registry.instances.bind(beat for events, _ in taken for beat in events.beats)
         traces: dict[Key, str] = {}
         for events, trusted in taken:
             traces |= {(job, stage, bundle): t for job, stage, bundle, t in events.traces}

@@ -75,6 +75,7 @@ class Conductor:
         self._cutter = cutter
         self._on_plan = on_plan
         self._outcomes = Outcomes(ports, quarantine or Quarantine(self._counts))
+        self._lost = endcheck.Lost(ports, settings.silence_s)
         self.plans = Plans(ports)
         self._inputs = Inputs(ports.objects, ports.patience)
 
@@ -125,6 +126,20 @@ class Conductor:
                 return
             state = JobState.FAILED if verdict.failed else JobState.SUCCEEDED
             await self._finish(live, state, await self._explained(live, verdict), {})
+        else:
+            await self._end_lost(live)
+
+    async def _end_lost(self, live: LiveJob) -> None:
+        """End a job some tasks of which are in no bundle, unless the bucket knows of more (I7)."""
+        step = self._lost.step(live)
+        if step is endcheck.Step.RESTORE:
+            about = {"job": live.id}
+            log.error("its bundles have ended, but not all of its tasks", extra=about)
+            await self._on_missing(live)
+        elif step is endcheck.Step.FAIL:
+            lost = sum(_never_cut(live).values())
+            reason = f"{lost} tasks are in no bundle: an outcome lacks what follows from it"
+            await self.stop(live, wire.Word(Control.CANCEL, JobState.FAILED, reason))
 
     # --- Planning --------------------------------------------------------------------------------
 
@@ -487,8 +502,9 @@ async def _keep(_: LiveJob) -> None:
 
 
 def _never_cut(live: LiveJob) -> Mapping[StageName, int]:
-    """How many tasks of each stage have come to no end, once no bundle is outstanding."""
+    """How many tasks of each stage have come to no end, once no bundle is outstanding. Forged
+    outcomes of a worker that has the job's commit key may count more tasks than were planned."""
     return {
-        name: (record.counts.planned or 0) - record.counts.terminal
+        name: max(0, (record.counts.planned or 0) - record.counts.terminal)
         for name, record in live.stages.items()
     }

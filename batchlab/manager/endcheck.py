@@ -1,22 +1,26 @@
-"""The last check before a job ends: what was counted is what is committed.
+"""The last checks of a job: what was counted is what is committed, and is all that was planned.
 
-Invariant: a sealed job ends only when each bundle that the ledger has counted has its outcome in
+Invariants: a sealed job ends only when each bundle that the ledger has counted has its outcome in
 the bucket, under its sealed name. A worker with the job's commit key can prove events of outcomes
-that it never committed.
+that it never committed. A job whose bundles have all ended before its tasks ends too (I7): such a
+worker can commit outcomes without the bundles that follow from them.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
+from enum import Enum, auto
 from functools import partial
 
 from batchlab.manager.live import LiveJob, Ports
-from batchlab.model import Bundle
+from batchlab.model import Bundle, JobId
 from batchlab.protocol import naming
 
 FEW = 8
 """So many bundles are asked for one by one, which is faster than a listing."""
 _PAGE = 2_000
+KEPT_JOBS = 1_000
 
 
 async def uncommitted(ports: Ports, live: LiveJob) -> list[Bundle]:
@@ -40,3 +44,44 @@ async def uncommitted(ports: Ports, live: LiveJob) -> list[Bundle]:
             for info in page:
                 named.pop(info.key, None)
     return list(named.values())
+
+
+class Step(Enum):
+    """The answer to a job whose bundles have all ended before its tasks."""
+
+    NONE = auto()
+    RESTORE = auto()
+    """From the bucket, where only what is committed counts."""
+    FAIL = auto()
+    """The bucket says the same."""
+
+
+class Lost:
+    """Jobs with tasks that are in no bundle and never will be."""
+
+    def __init__(self, ports: Ports, wait_s: float) -> None:
+        """A job must stay so for `wait_s`: its counters and its bundles change one by one."""
+        self._clock = ports.clock
+        self._wait_s = wait_s
+        self._since_s: OrderedDict[tuple[JobId, int], float] = OrderedDict()
+        self._restored: OrderedDict[tuple[JobId, int], None] = OrderedDict()
+
+    def step(self, live: LiveJob) -> Step:
+        """Return what has to be done about the job now."""
+        name = live.id, live.round
+        if not live.lacks_bundles:
+            self._since_s.pop(name, None)
+            return Step.NONE
+        now_s = self._clock.monotonic_s()
+        since_s = self._since_s.setdefault(name, now_s)
+        if len(self._since_s) > KEPT_JOBS:
+            self._since_s.popitem(last=False)
+        if now_s - since_s < self._wait_s:
+            return Step.NONE
+        del self._since_s[name]
+        if name in self._restored:
+            return Step.FAIL
+        self._restored[name] = None
+        if len(self._restored) > KEPT_JOBS:
+            self._restored.popitem(last=False)
+        return Step.RESTORE

@@ -143,7 +143,7 @@ class Folder:
                 # Or not new, but to us: the ledger's first answer was lost, and we asked again.
                 if folded.new[n] or one.bundle.id in live.outstanding.get(one.bundle.stage, {}):
                     live.expect(
-                        (f.bundle, now_s + f.delay_s)
+                        (f.bundle, now_s + settle.delay_s(live.job, f))
                         for f in one.follows
                         if (f.bundle.stage, f.bundle.id) not in live.early
                     )

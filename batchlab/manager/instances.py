@@ -2,21 +2,23 @@
 
 Invariant: a beat counts only for an instance that the fleet describes, in that instance's pool, and
 with the key of its first beat. A beat of another instance waits here until the fleet describes it,
-and leads to nothing before. A leader writes down the digests of the keys, so that the next one
-does not bind an instance to whoever is faster.
+and leads to nothing before. The digest of a key is in the bucket before a beat with that key
+counts, so the next leader does not bind an instance to another key.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
-from batchlab.errors import BackendError
+from batchlab.errors import BackendError, Malformed, TooNew
 from batchlab.manager.kept import Kept
 from batchlab.model import Instance, JobId
 from batchlab.protocol import wire
+from batchlab.protocol.checked import UNREADABLE
 from batchlab.protocol.messages import Beat
 
 log = logging.getLogger(__name__)
@@ -30,28 +32,42 @@ Waiting = tuple[Beat, Collection[JobId]]
 class Instances:
     """Of one leader."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Kept) -> None:
+        self._kept = kept
         self._there: Mapping[str, Instance] = {}
         self._digests: dict[str, str] = {}
         """Of each instance's key; "" where a worker of release 0.1.0 has none."""
+        self._unsaved: dict[str, str] = {}
+        """Digests of first beats that the bucket may not have yet."""
         self._strangers: dict[str, Waiting] = {}
-        self._is_new = False
+        self._are_fewer = False
+        """Instances are gone whose digests the bucket still has."""
+        self._saving = asyncio.Lock()
+
+    async def bind(self, beats: Iterable[Beat]) -> None:
+        """Bind each described instance that has no key yet to the key of its first beat, and store
+        the digests. Where they cannot be stored, these beats do not count yet."""
+        for beat in beats:
+            instance = self._there.get(beat.instance)
+            if instance is not None and instance.pool == beat.pool:
+                digest = _digest(beat.key)
+                known = self._digests.get(beat.instance)
+                if known is None or (not known and digest):
+                    self._unsaved.setdefault(beat.instance, digest)
+        if self._unsaved:
+            await self.save()
 
     def admits(self, beat: Beat, trusted: Collection[JobId] = ()) -> bool:
-        """Whether the beat counts now; the first one of an instance binds it to its key."""
+        """Whether the beat counts now: it has the key that its instance is bound to."""
         instance = self._there.get(beat.instance)
-        if instance is None:
+        known = self._digests.get(beat.instance)
+        if instance is None or (known is None and instance.pool == beat.pool):
             self._keep(beat, trusted)
             return False
         if instance.pool != beat.pool:
             log.error("a beat names another pool than that of its instance")
             return False
-        digest = _digest(beat.key)
-        known = self._digests.get(beat.instance, "")
-        if not known:
-            self._is_new |= known != digest
-            self._digests[beat.instance] = digest
-        elif not hmac.compare_digest(known, digest):
+        if known is None or not hmac.compare_digest(known, _digest(beat.key)):
             log.error("a beat has another key than its instance", extra={"instance": beat.instance})
             return False
         return True
@@ -71,39 +87,57 @@ class Instances:
     def see(self, there: Mapping[str, Instance]) -> list[Waiting]:
         """Take the instances that the fleet describes; return the beats of those that were not
         described when they came."""
-        gone = self._digests.keys() - there.keys()
-        for instance in gone:
-            del self._digests[instance]
-        self._is_new |= bool(gone)
+        for digests in (self._digests, self._unsaved):
+            for instance in digests.keys() - there.keys():
+                del digests[instance]
+                self._are_fewer = True
         self._there = there
         return [self._strangers.pop(one) for one in list(self._strangers) if one in there]
 
-    async def load(self, kept: Kept) -> None:
-        """Take over the digests that the leader before has written down."""
+    async def load(self) -> None:
+        """Take over the digests that the leader before has stored; BackendError."""
         try:
-            data = await kept.read()
-            if data is not None:
-                self._digests = {str(k): str(v) for k, v in wire.loads(data)["keys"].items()}
-        except (BackendError, AttributeError, KeyError) as error:
-            log.warning("the keys of instances cannot be read and are bound anew: %s", error)
+            data = await self._kept.read()
+            self._digests = {} if data is None else _from_bytes(data)
+        except (Malformed, TooNew, *UNREADABLE) as error:
+            # Only a manager may write the object.
+            log.error("the keys of instances cannot be read and are bound anew: %s", error)
 
-    async def save(self, kept: Kept) -> None:
-        """Write down the digests, if they have changed."""
-        if not self._is_new:
-            return
-        self._is_new = False
-        try:
-            await kept.write(self._to_bytes, self._take_in)
-        except BackendError as error:
-            self._is_new = True
-            log.warning("the keys of instances are not written down yet: %s", error)
+    async def save(self) -> None:
+        """Store the digests if they have changed."""
+        async with self._saving:
+            if not self._unsaved and not self._are_fewer:
+                return
+            self._are_fewer = False
+            saved = dict(self._unsaved)
+            try:
+                await self._kept.write(self._to_bytes, self._take_in)
+            except BackendError as error:
+                self._are_fewer = True
+                log.warning("the keys of instances are not stored yet: %s", error)
+                return
+            for instance in saved.keys() & self._unsaved.keys():
+                self._digests[instance] = self._unsaved.pop(instance)
 
     def _to_bytes(self) -> bytes:
-        return wire.to_bytes({"v": wire.VERSION, "keys": self._digests})
+        return wire.to_bytes({"v": wire.VERSION, "keys": self._digests | self._unsaved})
 
-    def _take_in(self, _there: bytes) -> bool:
-        # Another leader's, of which some may be older than ours: the fleet is asked at each tick.
+    def _take_in(self, there: bytes) -> bool:
+        # Another leader's: a beat with such a key may have counted there. Some may be older than
+        # ours: the fleet is asked at each tick.
+        try:
+            stored = _from_bytes(there)
+        except (Malformed, TooNew, *UNREADABLE) as error:
+            log.error("the keys of instances cannot be read and are replaced: %s", error)
+            return True
+        self._digests |= stored
+        for instance in stored.keys() & self._unsaved.keys():
+            del self._unsaved[instance]
         return True
+
+
+def _from_bytes(data: bytes) -> dict[str, str]:
+    return {str(k): str(v) for k, v in wire.loads(data)["keys"].items()}
 
 
 def _digest(key: str) -> str:

@@ -296,6 +296,15 @@ class LiveJob:
                 return True
         return False
 
+    @property
+    def lacks_bundles(self) -> bool:
+        """Whether no bundle is outstanding or left to cut, though planned tasks have not ended."""
+        if any(self.outstanding.values()):
+            return False
+        stages = (self.stages[stage.name] for stage in self.job.stages)
+        first = next((one for one in stages if not one.counts.ended), None)
+        return first is not None and first.counts.planned is not None and not first.left
+
     def cut_tasks(self, stage: StageName) -> int:
         """Tasks of a stage that are in outstanding bundles."""
         return sum(len(one.bundle.tasks) for one in self.outstanding.get(stage, {}).values())

@@ -27,7 +27,6 @@ from batchlab.manager.conductor import Conductor
 from batchlab.manager.counts import Counts
 from batchlab.manager.cutting import Cutter
 from batchlab.manager.folding import Folder
-from batchlab.manager.kept import Kept
 from batchlab.manager.lease import Leadership
 from batchlab.manager.live import LiveJob, Ports, in_pool, move
 from batchlab.manager.notifying import Notifying, Outlets
@@ -110,7 +109,6 @@ class Manager:
         self._slots: dict[str, int] = {p.name: _soon(p) for p in pools}
         self._hurry = asyncio.Event()
         self.registry = Registry(ports, self.lives)
-        self._instances = Kept(ports, naming.INSTANCES)
         self._silence = Silence(ports, settings, self.registry)
         self.reports = reports or Reports()
         recorder = Recorder(ports, self.lives, self.registry) if reports and accounting else None
@@ -208,7 +206,7 @@ class Manager:
         await self._lease.take()
         try:
             await self._prepare()
-            await self.registry.instances.load(self._instances)
+            await self.registry.instances.load()
             if self.recorder:
                 await self.recorder.load()
             if self.spending:
@@ -370,7 +368,7 @@ class Manager:
         await self.registry.bury(await self.ports.fleet.tick())
         described = await self.ports.fleet.describe()
         await self.registry.see(described)
-        await self.registry.instances.save(self._instances)
+        await self.registry.instances.save()
         self.groups = {view.pool.name: view for view in described}
         self.autoscaler.boots.observe(list(self.groups.values()))
         for name, view in self.groups.items():

@@ -10,6 +10,7 @@ from functools import partial
 from batchlab.commit import address, send_all
 from batchlab.errors import BackendError, Refused
 from batchlab.manager.instances import Instances
+from batchlab.manager.kept import Kept
 from batchlab.manager.live import LiveJob, Ports, Seen
 from batchlab.model import Bundle, GroupView, Instance, JobId
 from batchlab.ports import MAX_BATCH
@@ -50,7 +51,7 @@ class Registry:
     def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob]) -> None:
         self._ports = ports
         self._lives = lives
-        self.instances = Instances()
+        self.instances = Instances(Kept(ports, naming.INSTANCES))
         self.workers: dict[str, Seen] = {}
         """By instance."""
         self.deaf_s: float | None = None
@@ -69,6 +70,7 @@ class Registry:
     async def hear(self, beat: Beat, trusted: Collection[JobId]) -> bool:
         """Take a beat; the first of an instance makes it InService, the last one removes it. It may
         hold bundles of the `trusted` jobs. False if it has not the key of its instance."""
+        await self.instances.bind([beat])
         if not self.instances.admits(beat, trusted):
             return False
         beat = replace(beat, held=self._believed(beat, trusted))
@@ -115,7 +117,9 @@ class Registry:
     async def see(self, views: Iterable[GroupView]) -> None:
         """Note which instances there are, and hear those that began to beat before that."""
         there = {one.id: one for view in views for one in view.instances}
-        for beat, trusted in self.instances.see(there):
+        waiting = self.instances.see(there)
+        await self.instances.bind(beat for beat, _ in waiting)
+        for beat, trusted in waiting:
             await self.hear(beat, trusted)
 
     async def _told_ready(self, instance: str) -> None:

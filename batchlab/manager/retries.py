@@ -148,7 +148,9 @@ class RetryPlanner:
             kept = walk.kept.get(stage.name, TaskSet())
             walk.out[stage.name] = TaskSet.union((upstream, kept))
             counts = before.counts
-            failed, cancelled = counts.failed - len(kept), counts.cancelled - len(upstream)
+            # Forged outcomes may have counted more tasks than there are.
+            failed = max(0, counts.failed - len(kept))
+            cancelled = max(0, counts.cancelled - len(upstream))
             if counts.planned is not None and not failed and not cancelled:
                 continue
             walk.redone.add(stage.name)

@@ -59,7 +59,8 @@ def backoff_s(rule: RetryRule, bundle: Bundle) -> float:
 
 def _base_s(rule: RetryRule, attempt: int) -> float:
     try:
-        return min(rule.max_backoff_s, rule.backoff_s * rule.factor ** (attempt - 1))
+        # As a float: a whole factor to the power of a forged attempt would fill the memory.
+        return min(rule.max_backoff_s, rule.backoff_s * float(rule.factor) ** (attempt - 1))
     except OverflowError:
         return rule.max_backoff_s if rule.backoff_s else 0.0
 
@@ -69,9 +70,18 @@ def wait_s(job: JobDef, bundle: Bundle, now_s: float) -> float:
     than the backoff, whatever the clocks of two machines say."""
     if bundle.due_s is None:
         return 0.0
+    return min(max(0.0, bundle.due_s - now_s), _longest_s(job, bundle))
+
+
+def delay_s(job: JobDef, follow: Follow) -> float:
+    """Return the delay of a follow, seconds. It is never longer than the backoff, whatever the
+    outcome says."""
+    return min(follow.delay_s, _longest_s(job, follow.bundle)) if follow.delay_s else 0.0
+
+
+def _longest_s(job: JobDef, bundle: Bundle) -> float:
     rule = job.stage(bundle.stage).retry
-    longest_s = _base_s(rule, bundle.attempt - 1) * (1 + rule.jitter)
-    return min(max(0.0, bundle.due_s - now_s), longest_s)
+    return _base_s(rule, bundle.attempt - 1) * (1 + rule.jitter)
 
 
 def settle(

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from batchlab.manager.instances import Instances
+from batchlab.manager.kept import Kept
 from batchlab.model import Bundle, Completion, JobId, Outcome, TaskSet
 from batchlab.ports import Message
 from batchlab.protocol import definition, naming, settle, wire
@@ -144,10 +146,9 @@ def test_only_the_first_key_of_an_instance_is_believed(rig: Rig) -> None:
     again = replace(own, worker="w-fresh")
     take(rig, events_message(Events(beats=(again,))))
     assert registry.workers[instance].beat == again
-    rig.until(lambda: rig.run(rig.objects.head(naming.INSTANCES)), "the digests")
     assert b"own" not in rig.run(rig.objects.get(naming.INSTANCES))
-    later = type(registry.instances)()
-    rig.run(later.load(rig.manager._instances))
+    later = Instances(Kept(rig.manager.ports, naming.INSTANCES))
+    rig.run(later.load())
     later.see({one.id: one for view in rig.manager.groups.values() for one in view.instances})
     assert later.admits(own)
     assert not later.admits(beat_of(instance, key="other"))
