@@ -87,8 +87,8 @@ class Collector:
         self._arrivals = arrivals
         self._counts = counts or Counts()
         self._memory = RetainedOutcomes()
-        self._trust = Trust(ports, arrivals, folder.job, self._counts)
         self._quarantine = quarantine or Quarantine(self._counts)
+        self._trust = Trust(ports, arrivals, folder.job, self._quarantine)
         self._folded: list[str] = []
         """Receipts of messages to delete."""
         self._is_folded = asyncio.Event()
@@ -200,7 +200,7 @@ class Collector:
                 about = self._subject(message.body)
                 self._quarantine.message("event", message.id, len(message.body), error, job=about)
                 continue
-            events, trusted = await self._trust.sift(events, text, proofs)
+            events, trusted = await self._trust.sift(events, text, proofs, message.id)
             done = [settle.completion(outcome) for outcome in events.outcomes]
             for key in events.committed:
                 done += await self._fetched(key)

@@ -24,7 +24,7 @@ DEEDS = frozenset(
     {DUPLICATE, *(f"{what}.{k}" for what in ("retried", "failed") for k in wire.FAILURE_KINDS)}
 )
 """Names of what workers tell of (see worker.deeds); they may be other programs than we think."""
-UNREADABLE_KINDS = ("event", "dead letter", "outcome", "object")
+UNREADABLE_KINDS = ("event", "unproven event", "dead letter", "outcome", "object")
 STAGE_KINDS = ("input", "chain", "join", "gather")
 
 
@@ -81,8 +81,6 @@ class Counts:
     """Ticks that the backend did not let come to their end."""
     deliveries: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Tries to deliver a notification, by kind of target and "delivered", "failed", "given_up"."""
-    unproven: int = 0
-    """Facts in events that were dropped, since their sender has not the commit key of the job."""
     unreadable: Counter[str] = field(default_factory=Counter)
     """Messages and objects that could not be read, by kind (see UNREADABLE_KINDS)."""
     _heard: dict[str, Mapping[str, int]] = field(default_factory=dict)

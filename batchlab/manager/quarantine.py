@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from batchlab.commit import commit, committed, follow_ups, read_outcome, send_all
 from batchlab.errors import AlreadyExists, BackendError, Malformed, TooNew
@@ -48,6 +48,15 @@ class Quarantine:
             log.error("dropped %s %s that cannot be read: %s", article, told, why, extra=about)
         if job:
             self._note(job, f"{kind} {id_}", f"a {told}: {wire.brief(error)}")
+
+    def unproven(self, id_: str, facts: int, jobs: Collection[JobId]) -> None:
+        """Report an event with so many facts about these jobs without the proof of their keys."""
+        why = f"its sender has not proved {facts} facts with the job's key"
+        if self._is_new("unproven event", f"unproven {id_}"):
+            about = {"job": min(jobs)} if jobs else {}
+            log.error("dropped a part of an event: %s", why, extra=about)
+        for job in jobs:
+            self._note(job, f"unproven {id_}", f"an event: {why}")
 
     def object(self, key: str, error: BackendError, job: JobId, kind: str = "outcome") -> None:
         """Report an object that cannot be read; `kind` is its label in the metrics."""

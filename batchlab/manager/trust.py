@@ -6,21 +6,18 @@ key. A job of release 0.1.0 has no commit key, and its facts count as they alway
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
 from batchlab.jobdef import JobDef
 from batchlab.manager.arrivals import Arrivals
-from batchlab.manager.counts import Counts
 from batchlab.manager.live import Ports
+from batchlab.manager.quarantine import Quarantine
 from batchlab.model import Bundle, Follow, JobId
 from batchlab.protocol import naming
 from batchlab.protocol.messages import Events
 from batchlab.protocol.proofs import jobs_in
 from batchlab.protocol.sealing import UNSEALED, proves, summary
-
-log = logging.getLogger(__name__)
 
 
 class Trust:
@@ -31,27 +28,30 @@ class Trust:
         ports: Ports,
         arrivals: Arrivals,
         job_of: Callable[[JobId], Awaitable[JobDef | None]],
-        counts: Counts,
+        quarantine: Quarantine,
     ) -> None:
         self._ports = ports
         self._arrivals = arrivals
         self._job_of = job_of
-        self._counts = counts
+        self._quarantine = quarantine
 
     async def sift(
-        self, events: Events, text: str, proofs: Mapping[str, str]
+        self, events: Events, text: str, proofs: Mapping[str, str], id_: str
     ) -> tuple[Events, set[JobId]]:
-        """Return the facts in a message that its sender may assert, and their jobs."""
+        """Return the facts in the message `id_` that its sender may assert, and their jobs."""
         jobs = jobs_in(events)
         if not jobs:
             return events, jobs
         trusted = await self._proven(jobs, text, proofs)
         genuine = set(trusted)  # of a key, the seal counts
+        untrue: set[JobId] = set()
         for job in sorted(jobs - trusted):
             await self._arrivals.ended({job})
             known = await self._job_of(job)
             if known and not known.commit_hash:
                 trusted.add(job)
+            elif known:
+                untrue.add(job)
         sifted = replace(
             events,
             completions=tuple(
@@ -67,8 +67,7 @@ class Trust:
             traces=tuple(one for one in events.traces if one[0] in trusted),
         )
         if dropped := _count(events) - _count(sifted):
-            self._counts.unproven += dropped
-            log.error("dropped %d facts about jobs whose keys their sender has not", dropped)
+            self._quarantine.unproven(id_, dropped, untrue)
         return sifted, trusted
 
     async def _proven(self, jobs: set[JobId], text: str, proofs: Mapping[str, str]) -> set[JobId]:

@@ -176,7 +176,15 @@ class Sky:
         worker = _one(rng, honest)
         if worker is None:
             return None
-        worker.begin_to_lie(rng, self._pace)
+        lies = worker.begin_to_lie(rng, self._pace)
+
+        async def end_it() -> None:
+            """It only pretends to be idle, and a person ends its instance."""
+            await asyncio.wait([lies])
+            if worker.rights.deaf:
+                self._world.launcher.crash(worker.instance)
+
+        self._later(end_it(), f"end {worker.actor.name}")
         return worker.actor.name
 
     # --- Instances -------------------------------------------------------------------------------

@@ -365,7 +365,7 @@ class SimWorker:
         life = self.actor.spawn(self.worker.run(), name=f"worker {instance}")
         life.add_done_callback(self._over)
 
-    def begin_to_lie(self, rng: random.Random, pace: float) -> None:
+    def begin_to_lie(self, rng: random.Random, pace: float) -> asyncio.Task[None]:
         """From now on the worker also lies; in half the cases it no longer receives messages."""
         world = self._world
         world.watch.trust.begins_to_lie(self.actor)
@@ -381,7 +381,7 @@ class SimWorker:
             world.objects,
             rng,
         )
-        self.actor.spawn(liar.lie(pace), name=f"liar {self.instance}")
+        return self.actor.spawn(liar.lie(pace), name=f"liar {self.instance}")
 
     def stop(self, grace_s: float) -> None:  # noqa: ARG002 - the launcher keeps the deadline
         """SIGTERM."""
