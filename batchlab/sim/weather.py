@@ -181,7 +181,7 @@ class Sky:
         async def end_it() -> None:
             """It only pretends to be idle, and a person ends its instance."""
             await asyncio.wait([lies])
-            if worker.rights.deaf:
+            if worker.rights.deaf and worker.ended is None:
                 self._world.launcher.crash(worker.instance)
 
         self._later(end_it(), f"end {worker.actor.name}")
