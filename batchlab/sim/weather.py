@@ -179,9 +179,9 @@ class Sky:
         lies = worker.begin_to_lie(rng, self._pace)
 
         async def end_it() -> None:
-            """It only pretends to be idle, and a person ends its instance."""
+            """It may pretend to be idle or busy for ever, until a person ends its instance."""
             await asyncio.wait([lies])
-            if worker.rights.deaf and worker.ended is None:
+            if worker.ended is None:
                 self._world.launcher.crash(worker.instance)
 
         self._later(end_it(), f"end {worker.actor.name}")

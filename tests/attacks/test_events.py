@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
+from batchlab.errors import Unreachable
 from batchlab.manager.instances import Instances
 from batchlab.manager.kept import Kept
 from batchlab.model import Bundle, Completion, JobId, Outcome, TaskSet
@@ -152,6 +154,27 @@ def test_only_the_first_key_of_an_instance_is_believed(rig: Rig) -> None:
     later.see({one.id: one for view in rig.manager.groups.values() for one in view.instances})
     assert later.admits(own)
     assert not later.admits(beat_of(instance, key="other"))
+
+
+def test_a_first_beat_counts_once_its_key_is_stored(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finding 5: a manager that dies between a first beat and the store of its key has not acted on
+    that beat, so the next one may bind the instance to the same key or to none."""
+    rig.submit(job(tasks=1))
+    (instance,) = rig.instances(1, "Pending")
+    registry = rig.manager.registry
+    kept = registry.instances._kept
+    out = Unreachable("The bucket cannot be reached.")
+    with monkeypatch.context() as patched:
+        patched.setattr(kept, "write", AsyncMock(side_effect=out))
+        own = beat_of(instance, key="own", number=1)
+        take(rig, events_message(Events(beats=(own,))))
+        take(rig, events_message(Events(beats=(replace(own, gone=True, key="other"),))))
+        assert instance not in registry.workers
+        assert not registry.said_goodbye(instance)
+    rig.until(lambda: instance in registry.workers, "the first beat")
+    assert registry.workers[instance].beat == own
 
 
 def test_what_a_beat_holds_is_of_jobs_and_queues_of_its_worker(rig: Rig) -> None:

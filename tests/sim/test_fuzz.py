@@ -27,6 +27,7 @@ from batchlab.sim.world import World
 FIRST = int(os.environ.get("BATCHLAB_FROM", "0"))
 SEEDS = int(os.environ.get("BATCHLAB_SEEDS", "500"))
 AT_ONCE = 10
+LIES = 20
 QUICK_S = 20.0
 
 
@@ -40,6 +41,16 @@ def test_no_promise_is_broken_in_any_weather(first: int) -> None:
                 found = fuzz.fewest(failure, "all", time.monotonic, limit_s=QUICK_S)
                 command = fuzz.command(failure, "all", found.parts if found else None)
                 pytest.fail(f"seed {seed}: {failure.text}\n{command}\n{failure.trace}")
+
+
+@pytest.mark.parametrize("first", range(0, LIES, AT_ONCE))
+def test_no_promise_is_broken_by_lying_workers(first: int) -> None:
+    """I8, and for each job that no lying worker had messages of, I1 to I7."""
+    for seed in range(first, first + AT_ONCE):
+        with fuzz.silence():
+            failure = fuzz.try_seed(seed, "lies").failure
+        if failure:
+            pytest.fail(f"seed {seed}: {failure.text}\n{fuzz.command(failure, 'lies', None)}")
 
 
 def test_every_kind_of_fault_happens() -> None:

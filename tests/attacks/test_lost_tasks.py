@@ -1,0 +1,66 @@
+"""Finding 5: a worker that has the key of a job commits outcomes that do not account for its tasks.
+
+The job is the worker's to spoil, but it ends, and the manager goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from batchlab.commit import commit
+from batchlab.jobdef import RetryRule, StageDef
+from batchlab.model import Bundle, Follow, JobId, Outcome, StageName, TaskSet
+from batchlab.protocol import settle
+from batchlab.protocol.messages import Events, events_message
+from batchlab.protocol.proofs import with_proofs
+from tests.attacks.test_events import forged, take
+from tests.integration.api_rig import MAP, Rig, job
+
+
+def commit_and_tell(rig: Rig, name: JobId, *outcomes: Outcome) -> None:
+    """Do what a worker with the key of the job can do: commit outcomes, and send their events."""
+    key = rig.run(rig.manager.ports.keys.stored(name))
+    for one in outcomes:
+        rig.run(commit(rig.objects, one, rig.manager.ports.patience, key))
+    done = tuple(settle.completion(one) for one in outcomes)
+    take(rig, with_proofs(events_message(Events(completions=done)), {name}, lambda _: key))
+
+
+def test_a_job_whose_outcomes_lack_what_follows_ends_as_failed(rig: Rig) -> None:
+    """Finding 5: nothing hands the results on to the next stage. The manager looks into the bucket
+    once, and then the job fails."""
+    rig.manager.conductor._lost._wait_s = 0.0
+    follower = StageDef(StageName("next"), (MAP,), handler="m:f")
+    name = JobId(rig.submit(job(tasks=2, after=[follower])))
+    bundles = [one.bundle for one in rig.outstanding(name, 2)]
+    before = rig.manager.lives[name]
+    commit_and_tell(rig, name, *(forged(one) for one in bundles))
+    view = rig.ended(name)
+    assert before.ended.is_set()
+    assert (view["state"], view["stages"][1]["cancelled"]) == ("FAILED", 2)
+    assert "2 tasks are in no bundle" in view["reason"]
+
+
+def test_a_job_with_more_results_than_tasks_can_be_cancelled(rig: Rig) -> None:
+    """Finding 5: outcomes of bundles that nobody has planned count tasks twice. What was never cut
+    is then no negative number, which nobody could read back."""
+    name = JobId(rig.submit(job(tasks=2)))
+    rig.outstanding(name, 2)
+    both = Bundle(name, MAP, TaskSet.of([0, 1]))
+    made = replace(forged(both), values=(-1, -1), run_s=(0.1, 0.1))
+    commit_and_tell(rig, name, made, replace(made, bundle=replace(both, attempt=2)))
+    rig.client.cancel(name)
+    assert rig.ended(name)["ended_s"]
+    other = rig.submit(job("other", "other", tasks=1))
+    rig.work(other, 1)
+    assert rig.ended(other)["state"] == "SUCCEEDED"
+
+
+def test_a_follow_waits_no_longer_than_the_backoff() -> None:
+    """Finding 5: a bundle that is due in 3,000 years would never be looked for."""
+    rule = RetryRule(attempts=3, backoff_s=10.0, factor=2, max_backoff_s=60.0, jitter=0.0)
+    made = job(retry=rule)
+    again = Bundle(made.id, MAP, TaskSet.of([0]), attempt=2)
+    assert settle.delay_s(made, Follow(again, 1e11)) == 10.0
+    assert settle.delay_s(made, Follow(again, 5.0)) == 5.0
+    assert settle.delay_s(made, Follow(replace(again, attempt=1 << 50), 1e11)) == 60.0
