@@ -10,7 +10,7 @@ from dataclasses import replace
 from batchlab.commit import commit
 from batchlab.jobdef import RetryRule, StageDef
 from batchlab.model import Bundle, Follow, JobId, Outcome, StageName, TaskSet
-from batchlab.protocol import settle
+from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.messages import Events, events_message
 from batchlab.protocol.proofs import with_proofs
 from tests.attacks.test_events import forged, take
@@ -41,7 +41,7 @@ def test_a_job_whose_outcomes_lack_what_follows_ends_as_failed(rig: Rig) -> None
     assert "2 tasks are in no bundle" in view["reason"]
 
 
-def test_a_job_with_more_results_than_tasks_can_be_cancelled(rig: Rig) -> None:
+def test_a_job_with_more_results_than_tasks_can_be_cancelled_and_retried(rig: Rig) -> None:
     """Finding 5: outcomes of bundles that nobody has planned count tasks twice. What was never cut
     is then no negative number, which nobody could read back."""
     name = JobId(rig.submit(job(tasks=2)))
@@ -50,7 +50,11 @@ def test_a_job_with_more_results_than_tasks_can_be_cancelled(rig: Rig) -> None:
     made = replace(forged(both), values=(-1, -1), run_s=(0.1, 0.1))
     commit_and_tell(rig, name, made, replace(made, bundle=replace(both, attempt=2)))
     rig.client.cancel(name)
-    assert rig.ended(name)["ended_s"]
+    assert rig.ended(name)["state"] == "CANCELLED"
+    final = rig.run(rig.objects.get(naming.final(name, 0)))
+    assert wire.ending_from_json(wire.loads(final)).state == "CANCELLED"
+    rig.client.retry(name)
+    assert rig.ended(name)["round"] == 1
     other = rig.submit(job("other", "other", tasks=1))
     rig.work(other, 1)
     assert rig.ended(other)["state"] == "SUCCEEDED"
