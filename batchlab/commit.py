@@ -136,6 +136,8 @@ def follow_ups(
     they are at hand, so that retries and splits need not fetch them again; `trace` as `address`."""
     if not outcome.follows:
         return []
+    if not settle.fits(job, outcome.bundle, outcome.follows):
+        raise Malformed(f"The outcome of bundle {outcome.bundle.id} does not fit job {job.id}.")
     values = dict(zip(outcome.succeeded, outcome.values, strict=True))
 
     def inputs(follow: Follow) -> Sequence[Json] | None:

@@ -96,13 +96,11 @@ class Folder:
         known: list[tuple[Completion, JobDef]] = []
         names = dict.fromkeys(one.bundle.job for one in completions)
         jobs = {name: await self.job(name) for name in names}
-        stages = {name: {stage.name for stage in job.stages} for name, job in jobs.items() if job}
         for one in completions:
             job = jobs[one.bundle.job]
             if job is None:
                 continue
-            named = {one.bundle.stage, *(f.bundle.stage for f in one.follows)}
-            if not stages[job.id].issuperset(named):
+            if not settle.fits(job, one.bundle, one.follows):
                 # The ledger would refuse it, and with it all that came in the same batch.
                 about = {"job": job.id, "bundle": one.bundle.id}
                 log.error("dropped a completion of a stage that the job does not have", extra=about)

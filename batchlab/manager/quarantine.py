@@ -18,6 +18,7 @@ from batchlab.manager.counts import Counts
 from batchlab.manager.live import Ports
 from batchlab.model import Bundle, JobId, Outcome
 from batchlab.protocol import naming, settle, wire
+from batchlab.protocol.sealing import CommitKey
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ class Outcomes:
         be read, commit a replacement, by which its tasks fail or are tried again."""
         try:
             key = await self._ports.keys.of(job)
-            return await committed(self._ports.objects, bundle, self._ports.patience, key)
+            found = await committed(self._ports.objects, bundle, self._ports.patience, key)
+            return _fitting(job, found, key) if found else None
         except Malformed as error:
             draft = settle.unreadable(job, bundle, error.message, now_s=self._ports.clock.now_s())
             return await self._replaced(job, draft, error)
@@ -118,7 +120,8 @@ class Outcomes:
         cannot be read is replaced by `draft`."""
         try:
             key = await self._ports.keys.of(job)
-            return await commit(self._ports.objects, draft, self._ports.patience, key)
+            found = await commit(self._ports.objects, draft, self._ports.patience, key)
+            return _fitting(job, found, key)
         except (Malformed, TooNew) as error:
             return await self._replaced(job, draft, error)
 
@@ -135,3 +138,10 @@ class Outcomes:
         messages = follow_ups(job, draft, key, now_s=self._ports.clock.now_s())
         await send_all(self._ports.queue, messages, patience)
         return draft
+
+
+def _fitting(job: JobDef, outcome: Outcome, key: CommitKey) -> Outcome:
+    if settle.fits(job, outcome.bundle, outcome.follows):
+        return outcome
+    name = naming.outcome(outcome.bundle, key)
+    raise Malformed(f"The object {name} cannot be read: it does not fit the stages of its job.")

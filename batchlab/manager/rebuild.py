@@ -138,13 +138,13 @@ class _Found:
             self.completions.append(settle.completion(outcome))
 
     def drop_strangers(self, job: JobDef, key: CommitKey) -> None:
-        """Drop the completions that name stages which the job does not have."""
-        stages = {stage.name for stage in job.stages}
-        for one in list(self.completions):
-            if not stages.issuperset({one.bundle.stage, *(f.bundle.stage for f in one.follows)}):
-                self.completions.remove(one)
-                name = naming.outcome(one.bundle, key)
-                self.unreadable[name] = "It is of a stage that its job does not have."
+        """Drop the completions that cannot be of the job."""
+        fits = partial(settle.fits, job)
+        strangers = [one for one in self.completions if not fits(one.bundle, one.follows)]
+        for one in strangers:
+            self.completions.remove(one)
+            name = naming.outcome(one.bundle, key)
+            self.unreadable[name] = "It does not fit the stages of its job."
 
 
 async def _past(ports: Ports, job: JobId) -> tuple[Past, dict[str, str]]:
@@ -163,9 +163,9 @@ async def _past(ports: Ports, job: JobId) -> tuple[Past, dict[str, str]]:
                 replacements.append(info.key)
             else:
                 await found.take(ports, info, key)
+    found.drop_strangers(spec, key)
     for name in replacements:
         await found.replace(ports, name, key)
-    found.drop_strangers(spec, key)
     # What has been cut has started, though the clock may have been set back since.
     later = not found.cuts and (spec.start_at_s or 0.0) > ports.clock.now_s()
     state = JobState.SCHEDULED if later else JobState.SUBMITTED

@@ -7,8 +7,10 @@ bounds given here, or raises ValueError. No value is converted.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
+from math import isfinite
 from typing import Any
 
 from batchlab.objectnames import check_key
@@ -151,16 +153,21 @@ def figures(value: Any, most: float = MOST_S) -> tuple[float, ...]:
     return found
 
 
-def shallow(values: Collection[Any]) -> None:
-    """Raise ValueError if one of these JSON values is nested deeper than MOST_DEPTH levels."""
-    layer = [one for one in values if type(one) in _CONTAINERS]
-    depth = 0
+def shallow(values: Sequence[Any]) -> None:
+    """Raise ValueError if one of these JSON values is nested deeper than MOST_DEPTH levels, or
+    holds a number that is not finite, as 1e999 is read."""
+    layer, depth = values, 0
     while layer:
+        kinds = set(map(type, layer))
+        if float in kinds and not all(isfinite(one) for one in layer if type(one) is float):
+            raise ValueError("a value holds a number that is not finite")
+        if kinds.isdisjoint(_CONTAINERS):
+            return
         depth += 1
         if depth > MOST_DEPTH:
             raise ValueError(f"a value is nested deeper than {MOST_DEPTH} levels")
-        parts = [one.values() if type(one) is dict else one for one in layer]
-        layer = [one for part in parts for one in part if type(one) in _CONTAINERS]
+        inner = [one for one in layer if type(one) in _CONTAINERS]
+        layer = [*chain.from_iterable(one.values() if type(one) is dict else one for one in inner)]
 
 
 def _kind(value: Any) -> str:

@@ -155,6 +155,14 @@ def _split(bundle: Bundle, rest: TaskSet) -> list[Follow]:
     return [Follow(replace(bundle, tasks=part)) for part in parts if part]
 
 
+def fits(job: JobDef, bundle: Bundle, follows: Sequence[Follow]) -> bool:
+    """Whether an outcome of `bundle` with these follows can be one of the job: each follow is in
+    the bundle's own stage, or in a stage that is fed by it item by item."""
+    stages = {bundle.stage, *(stage.name for stage in job.chained_after(bundle.stage))}
+    known = any(stage.name == bundle.stage for stage in job.stages)
+    return known and all(follow.bundle.stage in stages for follow in follows)
+
+
 def chain(job: JobDef, bundle: Bundle, succeeded: TaskSet) -> list[Follow]:
     """The bundles that hand `succeeded` on to each stage that follows item by item."""
     if not succeeded:

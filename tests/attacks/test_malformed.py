@@ -24,6 +24,7 @@ from batchlab.adapters.clock import RandomIds, WallClock
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.adapters.sim.queue import SimQueue
 from batchlab.adapters.sql import open_memory
+from batchlab.commit import follow_ups
 from batchlab.errors import Malformed, TooLarge, TooNew
 from batchlab.jobdef import JobDef, RetryRule, StageDef
 from batchlab.manager.arrivals import Arrivals
@@ -350,6 +351,33 @@ def test_an_unreadable_outcome_is_replaced_and_a_rebuild_goes_on(
         assert (rebuilt.jobs, rebuilt.unreadable) == (1, {})
         # The second stage is planned by a conductor, which this desk does not have.
         assert (await desk.ledger.rows(JOB.id)).stages[0] == before.stages[0]
+
+    asyncio.run(main())
+
+
+def test_a_number_beyond_all_floats_and_a_foreign_stage_are_not_taken() -> None:
+    """Finding 3: 1e999 is read as infinity, which nobody can write again; a follow in a stage that
+    its job does not have ended the manager with a KeyError."""
+    infinite = outcome_text().replace('{"x":[0,null]}', '{"x":[1e999,null]}')
+    assert infinite != outcome_text()
+    with pytest.raises(Malformed):
+        outcome_of(infinite)
+    foreign = outcome_of(outcome_text().replace('"s":"next"', '"s":"foreign"'))
+    assert foreign != OUTCOME
+    with pytest.raises(Malformed):
+        follow_ups(JOB, foreign, UNSEALED, now_s=1.0)
+
+    async def main() -> None:
+        desk = Desk()
+        await desk.open()
+        text = wire.outcome_text(foreign)
+        await desk.objects.put(naming.outcome(BUNDLE, UNSEALED), text.encode())
+        found = await desk.outcomes.of(JOB, BUNDLE)
+        assert found
+        assert found.execution == "manager"
+        await desk.take(events_message(Events((settle.completion(foreign),))))
+        assert desk.counts.bundles == 0
+        await desk.ledger.close()
 
     asyncio.run(main())
 
