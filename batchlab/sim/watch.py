@@ -201,12 +201,14 @@ class Watch:
             if bundle is None:
                 continue
             name = name_of_bundle(bundle)
+            # A lie, and a bundle that nobody has planned, may be deleted without more.
+            is_work = name in self._planned and message.body not in self.trust.lied
             if not _carries_tasks(queue):
-                self.oracles.dead_letter(message.receipt, bundle, now_s)
+                if is_work:
+                    self.oracles.dead_letter(message.receipt, bundle, now_s)
                 continue
             self.trust.received(actor, queue, name[0], message.body)
-            # A lie may be deleted without more.
-            if name in self._planned and message.body not in self.trust.lied:
+            if is_work:
                 hold = Hold(actor, name, message.receive_count, bundle.losses, now_s, now_s)
                 self._holds[queue, message.receipt] = hold
 
