@@ -32,7 +32,8 @@ def rows(found: dict[str, Known]) -> str:
     lines = ["| mutant | what is broken | promise | seed |", "| --- | --- | --- | ---: |"]
     for mutant in MUTANTS:
         one = found[mutant.name]
-        lines.append(f"| {mutant.name} | {mutant.broken} | {one.promise} | {one.seed} |")
+        seed = f"{one.seed}" if mutant.weather == "all" else f"{one.seed} {mutant.weather}"
+        lines.append(f"| {mutant.name} | {mutant.broken} | {one.promise} | {seed} |")
     return "\n".join(lines)
 
 

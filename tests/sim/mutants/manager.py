@@ -265,15 +265,3 @@ def rebuild_forgets_casualties(plant: Plant) -> None:
     ) -> Round:
         whole = await original(ports, job, number, retry, found)
         return replace(whole, casualties=[{} for _ in whole.casualties])
-
-
-@planted("I1", "I2", "I3", "I7")
-def rebuild_over_what_has_happened_meanwhile(plant: Plant) -> None:
-    """A job is restored as the bucket was read, whatever the ledger has heard of it since. A cut, a
-    retry or an end that came in between is lost to it (I3, I7)."""
-
-    @plant.everywhere(rebuild.restore)
-    async def restore(ports: Ports, job: JobId) -> dict[str, str]:
-        past, unreadable = await rebuild._past(ports, job)
-        await ports.ledger.restore(past, over=await ports.ledger.version(job))
-        return unreadable

@@ -5,17 +5,20 @@ Each docstring says what somebody would have written, and then which promise tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from batchlab.jobdef import JobDef
 from batchlab.manager import plans
-from batchlab.manager.live import Ports
+from batchlab.manager.adoption import Adoption
+from batchlab.manager.conductor import Conductor
+from batchlab.manager.live import LiveJob, Ports
 from batchlab.manager.reconciler import Reconciler
-from batchlab.model import BundleId, JobId, Json, StageCounts, StageName
-from batchlab.ports import BundleRecord, Message
-from batchlab.protocol import wire
+from batchlab.model import BundleId, JobId, JobState, Json, StageCounts, StageName
+from batchlab.ports import BundleRecord, Ending, Message, Written
+from batchlab.protocol import policy, wire
+from batchlab.protocol.policy import Verdict
 from batchlab.protocol.sealing import CommitKey
 from batchlab.worker.closing import Closing
 from batchlab.worker.hand import Hand
@@ -75,3 +78,52 @@ def losses_forgotten(plant: Plant) -> None:
         hand.message = replace(hand.message, receive_count=1)
         hand.task = replace(hand.task, bundle=replace(hand.task.bundle, losses=0))
         await original(self, hand, job, items=items, delay_s=delay_s, watchdog=watchdog)
+
+
+@planted("waste")
+def new_leader_sends_all_again(plant: Plant) -> None:
+    """A new leader sends the outstanding bundles of its jobs at once, as new work. A bundle that
+    is committed, but whose event was lost, runs again (waste)."""
+    original = Adoption.adopt
+
+    @plant.method(Adoption, "adopt")
+    async def adopt(self: Adoption, found: Written, *, beside: bool = False) -> LiveJob:
+        live = await original(self, found, beside=beside)
+        if not found.is_new:
+            bundles = [one.bundle for one in live.all_outstanding()]
+            await self._conductor.send(live.job, bundles)
+        return live
+
+
+@planted("ends")
+def percentage_of_the_whole_job(plant: Plant) -> None:
+    """A limit of failures in percent is compared with the tasks of all stages together. A stage
+    that has failed almost whole does not fail its job (ends)."""
+
+    @plant.everywhere(policy.judge)
+    def judge(job: JobDef, stages: Sequence[StageCounts]) -> Verdict:
+        failed = sum(one.failed for one in stages)
+        planned = sum(one.planned or 0 for one in stages)
+        over = failed > job.max_failures
+        if job.max_failures_percent:
+            over = failed * 100 > job.max_failures * planned
+        return Verdict(over, over and job.fail_fast, f"{failed} tasks failed" if failed else "")
+
+
+@planted("notifications")
+def notification_before_the_commit(plant: Plant) -> None:
+    """The end of a job is notified, and then its final object is put. Where another manager has
+    put another one, the notification is wrong (notifications)."""
+    original = Conductor._end
+
+    @plant.method(Conductor, "_end")
+    async def _end(
+        self: Conductor,
+        live: LiveJob,
+        state: JobState,
+        reason: str,
+        closed: Mapping[StageName, int],
+    ) -> None:
+        if self._on_end:
+            await self._on_end(live, Ending(state, reason, self._ports.clock.now_s(), {}))
+        await original(self, live, state, reason, closed)
