@@ -78,8 +78,12 @@ def test_ctrl_c_ends_a_simulated_run_whatever_it_hits(
     capsys: pytest.CaptureFixture[str],
     place: str,
 ) -> None:
-    """The job's code runs in this process, and whatever that raises is a task's failure."""
-    code = f"import signal\ndef one(item):\n    pass\n{place}signal.raise_signal(signal.SIGINT)\n"
+    """The command waits for a task process at that moment. What that process raises is a failure
+    of its task, and ends no command."""
+    code = (
+        "import os, signal, time\ndef one(item):\n    pass\n"
+        f"{place}os.kill(os.getppid(), signal.SIGINT); time.sleep(60)\n"
+    )
     files = {"job.yaml": jobfiles.MINIMAL, "work.py": code, "data/a": "1"}
     jobfiles.write(tmp_path, files)
     run = runner(monkeypatch, capsys)
