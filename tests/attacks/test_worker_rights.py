@@ -9,6 +9,7 @@ from batchlab.protocol import naming
 from tests.attacks.worker_rights import Forbidden, WorkerRights, worker_of
 from tests.integration.api_rig import Rig, job
 from tests.integration.conftest import Bring
+from tests.waiting import until
 
 JOB = "sums-0123456789"
 WRITES = (
@@ -70,6 +71,7 @@ def test_a_worker_uses_task_queues_and_only_sends_events(rig: Rig, worker: Worke
 @pytest.mark.parametrize("backend", ["local", "ministack"])
 def test_a_real_grid_can_be_attacked(bring_up: Bring, backend: str) -> None:
     grid = bring_up(backend=backend)
+    until(lambda: grid.client.health()["leader"])  # it has made the queues
     with worker_of(grid) as worker:
         worker.put(f"files/{JOB}/x", b"x")
         assert worker.list("files/") == [f"files/{JOB}/x"]
