@@ -25,7 +25,7 @@ from batchlab.worker.hand import Hand
 from tests.sim.mutants.kit import Plant, planted
 
 
-@planted("I7", "losses")
+@planted("I7", "losses", "ends")
 def retry_under_the_same_id(plant: Plant) -> None:
     """A bundle's id does not say which attempt it is. A retry finds its first attempt's outcome
     and forwards that, again and again (I7)."""
@@ -36,7 +36,7 @@ def retry_under_the_same_id(plant: Plant) -> None:
         return BundleId(f"{t.first:08d}-{t.last:08d}.{self.round}.1")
 
 
-@planted("I7")
+@planted("I7", "ends")
 def round_without_an_id(plant: Plant) -> None:
     """A bundle's id does not say which of the user's retries it belongs to. The new round finds
     the old outcomes and nothing runs again (I7)."""
@@ -47,7 +47,7 @@ def round_without_an_id(plant: Plant) -> None:
         return BundleId(f"{t.first:08d}-{t.last:08d}.0.{self.attempt}")
 
 
-@planted("I1", "I2", "I3", "I7", "losses")
+@planted("I1", "I2", "I3", "I7", "losses", "ends")
 def id_by_the_first_task(plant: Plant) -> None:
     """A bundle's id names its first task only. The first half of a split bundle is taken for the
     bundle itself (I7)."""
@@ -97,7 +97,7 @@ def split_off_task_run_as_well(plant: Plant) -> None:
         return original(bundle, rest)
 
 
-@planted("I1", "I2", "I3", "I7")
+@planted("I1", "I2", "I3", "I7", "ends")
 def rest_of_a_bundle_forgotten(plant: Plant) -> None:
     """A bundle that was stopped early commits what has run, and nobody follows for the rest.
     Those tasks never end (I7)."""
@@ -120,7 +120,7 @@ def chain_hands_on_failed_tasks(plant: Plant) -> None:
         return original(job, bundle, bundle.tasks if succeeded else succeeded)
 
 
-@planted("I7")
+@planted("I7", "ends")
 def casualties_not_counted(plant: Plant) -> None:
     """Only tasks that ran are counted. Where one has failed, the stage after it waits for its
     result for ever (I7)."""

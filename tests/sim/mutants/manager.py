@@ -186,7 +186,7 @@ def retry_runs_all_again(plant: Plant) -> None:
         return TaskSet()
 
 
-@planted("I7")
+@planted("I7", "ends")
 def retry_forgotten_by_the_next_leader(plant: Plant) -> None:
     """A retry re-opens the job in the ledger, and then sends its bundles. A manager that dies in
     between leaves a running job without a bundle (I7)."""
@@ -238,7 +238,7 @@ def reconciler_that_gives_up(plant: Plant) -> None:
             await self.forward(live.job, outcome)
 
 
-@planted("I3", "I7")
+@planted("I3", "I7", "ends")
 def new_leader_expects_nothing(plant: Plant) -> None:
     """A new leader conducts its jobs from what it hears. What is outstanding and was lost under
     the old one is not looked for (I7)."""
