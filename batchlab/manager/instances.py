@@ -116,11 +116,13 @@ class Instances:
                 self._are_fewer = True
                 log.warning("the keys of instances are not stored yet: %s", error)
                 return
-            for instance in saved.keys() & self._unsaved.keys():
+            for instance in sorted(saved.keys() & self._unsaved.keys()):
                 self._digests[instance] = self._unsaved.pop(instance)
 
     def _to_bytes(self) -> bytes:
-        return wire.to_bytes({"v": wire.VERSION, "keys": self._digests | self._unsaved})
+        return wire.to_bytes(
+            {"v": wire.VERSION, "keys": dict(sorted((self._digests | self._unsaved).items()))}
+        )
 
     def _take_in(self, there: bytes) -> bool:
         # Another leader's: a beat with such a key may have counted there. Some may be older than

@@ -76,7 +76,7 @@ class Trust:
         of_text = summary(text)
         return {
             job
-            for job in jobs
+            for job in sorted(jobs)
             if (given := proofs.get(job))
             and proves(await self._ports.keys.new(job), of_text, given)
         }
