@@ -34,6 +34,24 @@ Fill = Callable[[BinaryIO], object]
 """Writes an object's content into its file."""
 
 
+_downloads = count()
+
+
+def download_whole(path: Path, write: Callable[[Path], object]) -> int:
+    """Have `write` fill a staged file, rename it to `path`, and return its size in bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Others may fetch to the same place: another process, or a call of ours whose caller was
+    # cancelled. Each stages its own, and the last one wins.
+    staged = path.with_name(f"{path.name}.{os.getpid()}-{next(_downloads)}.part")
+    try:
+        write(staged)
+        size = staged.stat().st_size
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+    return size
+
+
 def head(root: Path, key: str) -> ObjectInfo | None:
     """The object `key`, None where there is none."""
     return _info(f"{root}/{key}", key)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,7 +49,6 @@ class LocalObjects:
         self._root = root
         self._sync = sync
         self._writer = FileWriter(root)
-        self._staged = count()
         """Numbers the files that are being fetched."""
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="objects")
 
@@ -147,7 +146,7 @@ class LocalObjects:
             try:
                 (self._root / key).unlink(missing_ok=True)
             except (NotADirectoryError, IsADirectoryError):
-                # A key below an object, or above one: there is no such object.
+                # The key is below an object, or above one, so the object does not exist.
                 continue
 
     async def upload(self, key: str, path: Path) -> int:
@@ -165,17 +164,7 @@ class LocalObjects:
         return await self._do(key, partial(self._download, key, path))
 
     def _download(self, key: str, path: Path) -> int:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Others may fetch to the same place: another process, or a call of ours whose caller was
-        # cancelled. Each stages its own, and the last one wins.
-        staged = path.with_name(f"{path.name}.{os.getpid()}-{next(self._staged)}.part")
-        try:
-            folders.copy_out(self._root / key, staged)
-            size = staged.stat().st_size
-            staged.replace(path)
-        finally:
-            staged.unlink(missing_ok=True)
-        return size
+        return folders.download_whole(path, partial(folders.copy_out, self._root / key))
 
     def local_path(self, key: str) -> Path | None:
         check_key(key)

@@ -7,7 +7,6 @@ create has one winner.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,6 +26,7 @@ from obstore.exceptions import (
     PreconditionError,
 )
 
+from batchlab.adapters.folders import download_whole
 from batchlab.adapters.limits import check_key, check_prefix, check_size
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Throttled, Unreachable
 from batchlab.ports import ObjectInfo
@@ -77,7 +77,6 @@ class ObstoreObjects:
         self._tally = tally or Tally()
         self._made = 0
         self._making = threading.Lock()
-        self._staged = count()
         """Numbers the files that are being fetched."""
         # Not obstore's own async calls: their futures are completed by Rust threads, which abort
         # the process (SIGABRT) if it ends just then; a process that exits right after a put did
@@ -225,20 +224,13 @@ class ObstoreObjects:
         return await self._do(key, partial(self._download, key, path))
 
     def _download(self, key: str, path: Path) -> int:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Others may fetch to the same place: another process, or a call of ours whose caller was
-        # cancelled. Each stages its own, and the last one wins.
-        staged = path.with_name(f"{path.name}.{os.getpid()}-{next(self._staged)}.part")
-        try:
+        def write(staged: Path) -> None:
             self._tally.get()
             chunks = obstore.get(self._store, key).stream(min_chunk_size=_PART_BYTES)
             with staged.open("wb") as file:
                 file.writelines(chunks)
-            size = staged.stat().st_size
-            staged.replace(path)
-        finally:
-            staged.unlink(missing_ok=True)
-        return size
+
+        return download_whole(path, write)
 
     def local_path(self, key: str) -> Path | None:
         check_key(key)

@@ -29,7 +29,7 @@ KEPT_OF_A_JOB = 20
 
 
 class Quarantine:
-    """What one manager process could not read."""
+    """Messages and objects that one manager process could not read."""
 
     def __init__(self, counts: Counts) -> None:
         self._counts = counts

@@ -1,4 +1,4 @@
-"""Who may assert a fact that an event message states.
+"""Check of who may assert a fact in an event message.
 
 Invariant: a fact about a sealed job counts only with the proof that the sender has the job's commit
 key. A job of release 0.1.0 has no commit key, and its facts count as they always did.

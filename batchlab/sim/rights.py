@@ -23,7 +23,7 @@ WRITES = (
 )
 DELETES = ("jobs/*/*/starts/*",)
 CONDITIONAL = ("jobs/*/*/outcomes/*",)
-"""Keys that the bucket's policy lets nobody overwrite."""
+"""Keys that the bucket's policy protects from overwriting."""
 
 
 def _matcher(patterns: Sequence[str]) -> Callable[[str], object]:
