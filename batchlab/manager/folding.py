@@ -42,9 +42,11 @@ class Folder:
         repeated: Callable[[JobId, StageName], None] = lambda *_: None,
         counts: Counts | None = None,
         tracer: Tracer = NOBODY,
+        on_author: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`restored` brings a job back that the ledger does not know; `repeated` hears of outcomes
-        that had been counted before."""
+        that had been counted before. `on_author` is called with the worker of each new outcome."""
+        self._on_author = on_author
         self._restored = restored
         self._repeated = repeated
         self._tracer = tracer
@@ -73,6 +75,7 @@ class Folder:
         for (one, job), is_new in zip(known, folded.new, strict=True):
             if is_new:
                 self._counts.folded(job.stage(one.bundle.stage), one)
+                self._on_author(one.worker)
             else:
                 self._counts.repeated += 1
         if traces:

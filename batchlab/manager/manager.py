@@ -26,6 +26,7 @@ from batchlab.manager.collector import Collector, events_queue
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.counts import Counts
 from batchlab.manager.cutting import Cutter
+from batchlab.manager.evidence import Evidence
 from batchlab.manager.folding import Folder
 from batchlab.manager.lease import Leadership
 from batchlab.manager.live import LiveJob, Ports, in_pool, move
@@ -109,13 +110,20 @@ class Manager:
         self._slots: dict[str, int] = {p.name: _soon(p) for p in pools}
         self._hurry = asyncio.Event()
         self.registry = Registry(ports, self.lives)
-        self._silence = Silence(ports, settings, self.registry)
+        evidence = Evidence(ports, self.registry, self.lives, self.depths, self.known)
+        self._silence = Silence(ports, settings, self.registry, evidence)
         self.reports = reports or Reports()
         recorder = Recorder(ports, self.lives, self.registry) if reports and accounting else None
         self.recorder = recorder
         repeated = recorder.repeated if recorder else _unheard
         folder = Folder(
-            ports, self.lives, lambda job: self._adoption.restored(job), repeated, counts, tracer
+            ports,
+            self.lives,
+            lambda job: self._adoption.restored(job),
+            repeated,
+            counts,
+            tracer,
+            evidence.authors.add,
         )
         self.notifying = (
             Notifying(ports, self.lives, self.registry.workers, outlets, counts, self._caps_of)

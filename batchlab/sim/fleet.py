@@ -24,6 +24,8 @@ from batchlab.sim.watch import Violated
 Fail = Callable[[SimulationError], None]
 BusyAndIdle = Callable[[str], tuple[set[str], set[str]]]
 """Instances of a pool, as the registry of its manager has them."""
+OnReplace = Callable[[str, str], None]
+"""Called with an instance and the reason for which a manager has it replaced."""
 
 
 class FleetState:
@@ -67,12 +69,14 @@ class SimFleet:
         *,
         drain_s: float,
         fail: Fail,
+        on_replace: OnReplace = lambda *_: None,
     ) -> None:
         self.registry: Registry | None = None
         """Who the manager believes to be busy; it is made after its fleet."""
         self._made: _Watched | None = None
         self._launcher, self._clock, self._ids = launcher, clock, ids
         self._state, self._drain_s, self._fail = state, drain_s, fail
+        self._on_replace = on_replace
 
     def __getattr__(self, name: str) -> Any:
         if self._made is None:
@@ -84,6 +88,7 @@ class SimFleet:
                 drain_s=self._drain_s,
                 fail=self._fail,
                 busy_and_idle=self._busy_and_idle,
+                on_replace=self._on_replace,
             )
         return getattr(self._made, name)
 
@@ -110,12 +115,18 @@ class _Watched(ManagedFleet):
         drain_s: float,
         fail: Fail,
         busy_and_idle: BusyAndIdle,
+        on_replace: OnReplace,
     ) -> None:
         super().__init__(launcher, clock, ids, store, drain_s=drain_s)
-        self._fail = fail
+        self._fail, self._on_replace = fail, on_replace
         dead = self._changes.dead
         self._changes = _WatchedChanges(self._changes.log, clock, ids, fail, busy_and_idle)
         self._changes.dead = dead
+
+    async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None:
+        """As the port says. The world looks at each instance that a manager has replaced."""
+        self._on_replace(instance, cause)
+        await super().set_health(instance, healthy=healthy, cause=cause)
 
     def _save(self) -> None:
         super()._save()

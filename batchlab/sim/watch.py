@@ -369,6 +369,16 @@ class Watch:
         """A worker has ended otherwise than by draining."""
         self._killed_s[actor] = self.clock.monotonic_s()
 
+    def replaced(self, actor: Actor, cause: str) -> None:
+        """I8: a manager replaces the instance of an honest worker only if nothing was heard of it,
+        or a fault has hit it."""
+        recent_s = self.clock.monotonic_s() - RECENT_S
+        self._require(
+            self.trust.is_liar(actor) or "silent" in cause or self._excused(actor, recent_s),
+            "I8",
+            f"the instance of {actor.name}, which tells the truth, is replaced: {cause}",
+        )
+
     def lost_starts(self, bundle: Bundle, task: int) -> int:
         """How many workers started the task of this bundle and were killed, or disturbed since.
 

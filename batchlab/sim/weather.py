@@ -176,15 +176,7 @@ class Sky:
         worker = _one(rng, honest)
         if worker is None:
             return None
-        lies = worker.begin_to_lie(rng, self._pace)
-
-        async def end_it() -> None:
-            """It may pretend to be idle or busy for ever, until a person ends its instance."""
-            await asyncio.wait([lies])
-            if worker.ended is None:
-                self._world.launcher.crash(worker.instance)
-
-        self._later(end_it(), f"end {worker.actor.name}")
+        worker.begin_to_lie(rng, self._pace)
         return worker.actor.name
 
     # --- Instances -------------------------------------------------------------------------------

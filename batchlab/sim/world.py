@@ -184,6 +184,7 @@ class World:
             self._state,
             drain_s=self.worker_settings.drain_s + 5.0,
             fail=self.watch.fail,
+            on_replace=self._replaced,
         )
         ports = Ports(
             self._wrapped(self.objects, "objects", actor),
@@ -215,6 +216,12 @@ class World:
         there = await self.objects.head(key)
         ending = wire.ending_from_json(wire.loads(await self.objects.get(key))) if there else None
         self.watch.notified(one.job, one.moment, ending)
+
+    def _replaced(self, instance: str, cause: str) -> None:
+        """A manager has called an instance unhealthy."""
+        worker = self.workers.get(instance)
+        if worker is not None:
+            self.watch.replaced(worker.actor, cause)
 
     def _ended(self, post: Post) -> None:
         """Whether killed, stopped or deposed: its process is gone, with all that it was asked."""

@@ -8,12 +8,14 @@ import math
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.adapters.sql import open_memory
 from batchlab.errors import BackendError, BatchlabError, Refused
+from batchlab.manager.evidence import Evidence
 from batchlab.manager.live import Ports
 from batchlab.manager.registry import LOST_S, Registry
 from batchlab.manager.settings import ManagerSettings
@@ -100,7 +102,8 @@ class Scene:
             Patience(rng),
         )
         self.registry = Registry(ports, {})
-        self.silence = Silence(ports, ManagerSettings(silence_s=30.0), self.registry)
+        evidence = Evidence(ports, self.registry, {}, {}, AsyncMock())
+        self.silence = Silence(ports, ManagerSettings(silence_s=30.0), self.registry, evidence)
         self._number = 0
 
     async def looks(self, seconds: int, *heard: str) -> list[str]:

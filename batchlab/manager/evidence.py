@@ -1,0 +1,100 @@
+"""Evidence of work: what shows that an instance does what its worker reports.
+
+Invariant: a worker's word is no evidence. Evidence is an outcome that was counted, or a held bundle
+of a job whose commit key the worker has, while that bundle is outstanding. Each bundle has one
+outcome, so a worker that lies runs out of evidence once the jobs that it was given have ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Mapping
+
+from batchlab.errors import Malformed, NotFound
+from batchlab.manager.live import LiveJob, Ports
+from batchlab.manager.registry import Registry
+from batchlab.model import Control, JobId
+from batchlab.ports import Depth, JobRecord
+from batchlab.protocol.messages import Beat, Held
+
+IDLE = "its worker has taken no work"
+BUSY = "its worker reports work of which the manager knows nothing"
+
+
+class Evidence:
+    """What one manager knows of its workers' work at one look."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        registry: Registry,
+        lives: Mapping[JobId, LiveJob],
+        depths: Mapping[str, Depth],
+        known: Callable[[JobId], Awaitable[JobRecord]],
+    ) -> None:
+        """`known` returns a job that may be in the bucket alone; NotFound."""
+        self._ports = ports
+        self._registry = registry
+        self._lives = lives
+        self._depths = depths
+        self._known = known
+        self.authors: set[str] = set()
+        """Workers of outcomes that were counted since the last look."""
+
+    def missing(self, pools: Mapping[str, str]) -> dict[str, str]:
+        """Return the instances among these (by pool) whose work is not shown by any evidence, with
+        the reason. An idle instance needs none while no work waits in its pool."""
+        waits = {pool: self._waits(pool) for pool in dict.fromkeys(pools.values())}
+        lacking: dict[str, str] = {}
+        for instance, pool in pools.items():
+            seen = self._registry.workers.get(instance)
+            if seen is None or self._is_shown(seen.beat):
+                continue
+            if seen.beat.busy or seen.beat.held:
+                lacking[instance] = BUSY
+            elif waits[pool]:
+                lacking[instance] = IDLE
+        self.authors.clear()
+        return lacking
+
+    async def is_refuted(self, instance: str) -> bool:
+        """Whether none of the held bundles is of a job that goes on. This reads the ledger and the
+        bucket: a manager may have died before it had written a job to the ledger. BackendError."""
+        seen = self._registry.workers.get(instance)
+        for job in sorted({one.job for one in seen.beat.held} - self._lives.keys() if seen else ()):
+            try:
+                if not (await self._known(job)).state.ended:
+                    return False
+            except (Malformed, NotFound):
+                continue
+        return True
+
+    def _is_shown(self, beat: Beat) -> bool:
+        return beat.worker in self.authors or any(map(self._is_outstanding, beat.held))
+
+    def _is_outstanding(self, held: Held) -> bool:
+        live = self._lives.get(held.job)
+        return live is not None and held.bundle in live.outstanding.get(held.stage, ())
+
+    def _waits(self, pool: str) -> bool:
+        """Whether the queue of the pool has messages, and a bundle is due that no worker holds.
+        Messages alone do not count: any worker can send some that nobody can run."""
+        depth = self._depths.get(pool)
+        if depth is None or not depth.visible:
+            return False
+        held = {
+            (one.job, one.stage, one.bundle)
+            for seen in self._registry.workers.values()
+            for one in seen.beat.held
+        }
+        return any(self._has_due(live, pool, held) for live in self._lives.values())
+
+    def _has_due(self, live: LiveJob, pool: str, held: Collection[tuple[str, str, str]]) -> bool:
+        if live.record.control is not Control.RUN:
+            return False  # workers drop its messages
+        now_s = self._ports.clock.monotonic_s()
+        return any(
+            one.heard_s <= now_s and (live.id, stage, bundle) not in held
+            for stage, waiting in live.outstanding.items()
+            if live.job.stage(stage).pool == pool
+            for bundle, one in waiting.items()
+        )

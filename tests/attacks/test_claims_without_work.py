@@ -1,0 +1,144 @@
+"""A worker that claims to be idle, or busy, for ever keeps neither a job nor an instance."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+
+import pytest
+
+from batchlab.adapters.sim.queue import SimQueue
+from batchlab.manager.evidence import BUSY, IDLE
+from batchlab.model import BundleId, JobState, Pool
+from batchlab.ports import Depth, Outgoing
+from batchlab.protocol import naming
+from batchlab.protocol.messages import Beat, Events, Held, events_message
+from batchlab.protocol.proofs import with_proofs
+from batchlab.sim.world import SimWorker, World
+from tests.sim import scenes
+
+ONE = (Pool("default", 0, 1, 1),)
+LONG_S = 2_000.0
+QUEUE = naming.tasks_queue("default")
+
+
+async def liar_of(world: World) -> SimWorker:
+    """The first worker of the world, which no longer receives messages."""
+    while not world.workers:
+        await asyncio.sleep(0.1)
+    liar = next(iter(world.workers.values()))
+    world.watch.trust.begins_to_lie(liar.actor)
+    liar.rights.deaf = True
+    return liar
+
+
+async def beat(world: World, liar: SimWorker, held: Iterable[Held], number: int) -> None:
+    """Report that the instance runs one bundle, with the proofs of the jobs in `held`."""
+    who, held = liar.who, tuple(held)
+    one = Beat(
+        *(who.worker, who.instance, who.pool, world.clock.now_s(), 1, 1, held, number),
+        key=who.key,
+    )
+    text = events_message(Events(beats=(one,)))
+    if held:
+        assert world.manager is not None
+        keys = {h.job: await world.manager.ports.keys.stored(h.job) for h in held}
+        text = with_proofs(text, keys, lambda job: keys[job])
+    await world.queue.send(naming.EVENTS, [Outgoing(text)])
+
+
+async def claim_for_ever(world: World, liar: SimWorker, held: Iterable[Held]) -> None:
+    for number in range(10**6, 2 * 10**6):
+        await beat(world, liar, held, number)
+        await asyncio.sleep(10.0)
+
+
+async def causes(world: World) -> str:
+    assert world.manager is not None
+    return "\n".join(one.cause for one in await world.manager.ports.fleet.activities())
+
+
+async def comes_down(world: World) -> None:
+    async with asyncio.timeout(LONG_S):
+        while (await world.groups())[0].desired or (await world.groups())[0].instances:
+            await asyncio.sleep(5.0)
+
+
+def test_a_worker_that_says_that_it_is_idle_holds_up_no_job() -> None:
+    """Finding 5: the only instance of a pool reports that it is idle and receives nothing."""
+
+    async def act(world: World) -> str:
+        made = scenes.job(scenes.stage(scenes.A))
+        await scenes.submitted(world, made)
+        await liar_of(world)
+        await scenes.ended_well(world, made)
+        return await causes(world)
+
+    assert IDLE in scenes.in_world(act, script=scenes.takes(1.0), pools=ONE)
+
+
+@pytest.mark.parametrize("of_a_job", [False, True])
+def test_a_worker_that_says_that_it_is_busy_keeps_no_instance(of_a_job: bool) -> None:
+    """Finding 5: an instance reports for ever that it runs a bundle, of no job or of a job that it
+    was given and that has ended. It counts as busy, and scale-in spares the busy."""
+
+    async def act(world: World) -> str:
+        made = scenes.job(scenes.stage(scenes.A), items=1)
+        await scenes.submitted(world, made)
+        await scenes.ended(world, made)
+        liar = await liar_of(world)
+        held = Held(QUEUE, "1.1", made.id, scenes.A, BundleId("00000000-00000000.0.1"), True)
+        lying = liar.actor.spawn(claim_for_ever(world, liar, [held] * of_a_job), name="lies")
+        await comes_down(world)
+        lying.cancel()
+        return await causes(world)
+
+    assert BUSY in scenes.in_world(act, script=scenes.takes(1.0), pools=ONE)
+
+
+def test_a_worker_that_runs_one_task_for_long_keeps_its_instance() -> None:
+    """The manager asks for no evidence beyond a bundle that is outstanding."""
+
+    async def act(world: World) -> int:
+        await scenes.ends_well(world, scenes.job(scenes.stage(scenes.A), items=1))
+        return len(world.workers)
+
+    assert scenes.in_world(act, script=scenes.takes(LONG_S), pools=ONE) == 1
+
+
+def test_messages_that_nobody_can_run_cost_no_idle_instance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker keeps a queue full of messages that nobody can run, while another instance is idle:
+    only a due bundle that no worker holds counts as waiting work."""
+
+    async def full(_original: Callable[..., Awaitable[Depth]], *_: object) -> Depth:
+        return Depth(visible=10, in_flight=0, delayed=0)
+
+    async def act(world: World) -> int:
+        await scenes.ends_well(world, scenes.job(scenes.stage(scenes.A), items=1))
+        return len(world.workers)
+
+    scenes.around(monkeypatch, SimQueue, "depth", full)
+    pools = (Pool("default", 2, 2, 1),)
+    assert scenes.in_world(act, script=scenes.takes(LONG_S), pools=pools) == 2
+
+
+def test_a_job_that_only_the_bucket_has_counts_as_work() -> None:
+    """A manager died between the first bundles of a job and the ledger. The instance that runs one
+    of them is not replaced, and the job is found."""
+
+    async def act(world: World) -> tuple[int, JobState]:
+        made = scenes.job(scenes.stage(scenes.A), items=1)
+        manager = await scenes.leader(world)
+        await scenes.submitted(world, made)
+        while not manager.registry.busy("default"):
+            await asyncio.sleep(0.5)
+        await world.ledger.forget()
+        await manager._adoption.drop_all()
+        assert not manager.lives
+        ended = await scenes.ended(world, made, within_s=2 * LONG_S)
+        return len(world.workers), ended.state
+
+    found = scenes.in_world(act, script=scenes.takes(LONG_S), pools=ONE)
+    assert found == (1, JobState.SUCCEEDED)
