@@ -220,8 +220,8 @@ def _unread(number: int) -> list[str]:
     if not number:
         return []
     return [
-        f"The manager could not read {number:,} of its messages and objects; its log names each, "
-        f"and `batchlab job why JOB` tells those of a job."
+        f"The manager could not read, or did not believe, {number:,} of its messages and objects; "
+        "its log names each, and `batchlab job why JOB` tells those of a job."
     ]
 
 

@@ -24,7 +24,8 @@ DEEDS = frozenset(
     {DUPLICATE, *(f"{what}.{k}" for what in ("retried", "failed") for k in wire.FAILURE_KINDS)}
 )
 """Names of what workers tell of (see worker.deeds); they may be other programs than we think."""
-UNREADABLE_KINDS = ("event", "unproven event", "dead letter", "outcome", "object")
+BEAT = "heartbeat"
+UNREADABLE_KINDS = ("event", "unproven event", BEAT, "dead letter", "outcome", "object")
 STAGE_KINDS = ("input", "chain", "join", "gather")
 
 

@@ -2,7 +2,10 @@
 
 Invariant: a beat counts only for an instance that the fleet describes, in that instance's pool, and
 with the key of its first beat. A beat of another instance waits here until the fleet describes it,
-and leads to nothing before. The digest of a key is in the bucket before a beat with that key
+and leads to nothing before. The first key wins: no worker can know the id of an instance before
+that instance has beaten, since ids are random and a worker's role lists no instances. A rule by
+which a second key ends the instance would let a worker end others whose ids it learns later. The
+digest of a key is in the bucket before a beat with that key
 counts, so the next leader does not bind an instance to another key.
 """
 
@@ -12,7 +15,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from batchlab.errors import BackendError, Malformed, TooNew
 from batchlab.manager.kept import Kept
@@ -32,8 +35,10 @@ Waiting = tuple[Beat, Collection[JobId]]
 class Instances:
     """Of one leader."""
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: Kept, refused: Callable[[str, str], None]) -> None:
+        """`refused` is called with the instance of each beat that does not count, and with why."""
         self._kept = kept
+        self._refused = refused
         self._there: Mapping[str, Instance] = {}
         self._digests: dict[str, str] = {}
         """Of each instance's key; "" where a worker of release 0.1.0 has none."""
@@ -65,10 +70,10 @@ class Instances:
             self._keep(beat, trusted)
             return False
         if instance.pool != beat.pool:
-            log.error("a beat names another pool than that of its instance")
+            self._refused(beat.instance, "it names another pool than that of its instance")
             return False
         if known is None or not hmac.compare_digest(known, _digest(beat.key)):
-            log.error("a beat has another key than its instance", extra={"instance": beat.instance})
+            self._refused(beat.instance, "it has another key than its instance")
             return False
         return True
 

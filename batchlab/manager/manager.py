@@ -109,7 +109,7 @@ class Manager:
         """Why the last tick was skipped."""
         self._slots: dict[str, int] = {p.name: _soon(p) for p in pools}
         self._hurry = asyncio.Event()
-        self.registry = Registry(ports, self.lives)
+        self.registry = Registry(ports, self.lives, quarantine)
         evidence = Evidence(ports, self.registry, self.lives, self.depths, self.known)
         self._silence = Silence(ports, settings, self.registry, evidence)
         self.reports = reports or Reports()

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from batchlab.commit import commit, committed, follow_ups, read_outcome, send_all
 from batchlab.errors import AlreadyExists, BackendError, Malformed, TooNew
 from batchlab.jobdef import JobDef
-from batchlab.manager.counts import Counts
+from batchlab.manager.counts import BEAT, Counts
 from batchlab.manager.live import Ports
 from batchlab.model import Bundle, JobId, Outcome
 from batchlab.protocol import naming, settle, wire
@@ -58,6 +58,14 @@ class Quarantine:
             log.error("dropped a part of an event: %s", why, extra=about)
         for job in jobs:
             self._note(job, f"unproven {id_}", f"an event: {why}")
+
+    def beat(self, instance: str, why: str) -> None:
+        """Report a beat that does not count, by the instance that it names. Each is counted, and
+        the first with this reason is logged."""
+        if not self._is_new(BEAT, f"beat {instance} {why}"):
+            self._counts.unreadable[BEAT] += 1
+            return
+        log.error("dropped a heartbeat: %s", why, extra={"instance": instance})
 
     def object(self, key: str, error: BackendError, job: JobId, kind: str = "outcome") -> None:
         """Report an object that cannot be read; `kind` is its label in the metrics."""

@@ -9,9 +9,11 @@ from functools import partial
 
 from batchlab.commit import address, send_all
 from batchlab.errors import BackendError, Refused
+from batchlab.manager.counts import Counts
 from batchlab.manager.instances import Instances
 from batchlab.manager.kept import Kept
 from batchlab.manager.live import LiveJob, Ports, Seen
+from batchlab.manager.quarantine import Quarantine
 from batchlab.model import Bundle, GroupView, Instance, JobId
 from batchlab.ports import MAX_BATCH
 from batchlab.protocol import naming
@@ -48,10 +50,16 @@ class Registry:
     heard of it for `LOST_S`, they are back already.
     """
 
-    def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob]) -> None:
+    def __init__(
+        self,
+        ports: Ports,
+        lives: Mapping[JobId, LiveJob],
+        quarantine: Quarantine | None = None,
+    ) -> None:
         self._ports = ports
         self._lives = lives
-        self.instances = Instances(Kept(ports, naming.INSTANCES))
+        self._quarantine = quarantine or Quarantine(Counts())
+        self.instances = Instances(Kept(ports, naming.INSTANCES), self._quarantine.beat)
         self.workers: dict[str, Seen] = {}
         """By instance."""
         self.deaf_s: float | None = None
@@ -141,8 +149,8 @@ class Registry:
         most = MOST_PER_S * (GRACE_S + self._ports.clock.now_s() - launched_s)
         made = replace(asked.requests, sqs_bytes=asked.requests.sqs_bytes / STEP_BYTES)
         if not all(0 <= one <= most for one in astuple(made)):
-            about = {"instance": asked.instance}
-            log.error("a worker reports more requests than it can have made", extra=about)
+            why = "its worker reports more requests than it can have made"
+            self._quarantine.beat(asked.instance, why)
             return
         self.requests[asked.worker] = asked
         if asked.is_spot:

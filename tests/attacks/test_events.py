@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +13,9 @@ from unittest.mock import AsyncMock
 
 import pytest
 
+from batchlab.adapters.clock import RandomIds
 from batchlab.errors import Unreachable
+from batchlab.manager.counts import BEAT
 from batchlab.manager.instances import Instances
 from batchlab.manager.kept import Kept
 from batchlab.model import Bundle, Completion, JobId, Outcome, TaskSet
@@ -23,7 +26,7 @@ from batchlab.protocol.proofs import jobs_in, with_proofs
 from batchlab.protocol.sealing import UNSEALED, CommitKey
 from batchlab.tally import Asked, Requests
 from tests.attacks.victim import Victim
-from tests.attacks.worker_rights import WorkerRights, worker_of
+from tests.attacks.worker_rights import WorkerRights, actions, worker_of
 from tests.integration.api_rig import MAP, Rig, job
 from tests.integration.conftest import Bring
 from tests.integration.local_grid import LocalGrid
@@ -121,6 +124,21 @@ def test_beats_of_another_instance_are_not_heard(bring_up: Bring, tmp_path: Path
     victim.check(tmp_path / "results")
     assert instances_of(grid).keys() >= there.keys()
     assert not [one for one in instances_of(grid) if one.startswith("evil")]
+    assert grid.client.grid()["unreadable"] >= 4 * len(there)
+    with worker_of(grid) as worker:
+        names, readable = " ".join(worker.list()), b"".join(worker.readable().values())
+    assert victim.id in names
+    assert not [one for one in there if one in names or one.encode() in readable]
+
+
+def test_no_worker_learns_the_id_of_a_new_instance() -> None:
+    """Finding 5: the first key of an instance counts, so no other worker may know its id before.
+    Ids of `local` and the containers' groups are random, and a worker's role on AWS lists none."""
+    ids = {RandomIds().fresh("w") for _ in range(100)}
+    assert len(ids) == 100
+    assert all(re.fullmatch("w-[0-9a-f]{16}", one) for one in ids)
+    listing = {one for one in actions() if re.search(":(Describe|List|[*])", one)}
+    assert listing == {"s3:ListBucket"}
 
 
 # --- A manager in this process -------------------------------------------------------------------
@@ -132,9 +150,12 @@ def take(rig: Rig, *messages: str) -> None:
     rig.run(collector._take([Message("m", one, "r", 1, 0.0, 0.0) for one in messages]))
 
 
-def test_only_the_first_key_of_an_instance_is_believed(rig: Rig) -> None:
+def test_only_the_first_key_of_an_instance_is_believed(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
     """Finding 5: the first beat of an instance binds it to a key; a later beat needs that key, a
-    restarted worker has it, and the next leader knows it."""
+    restarted worker has it, and the next leader knows it. Beats with other keys are logged once and
+    counted."""
     rig.submit(job(tasks=1))
     (instance,) = rig.instances(1, "Pending")
     registry = rig.manager.registry
@@ -145,15 +166,19 @@ def test_only_the_first_key_of_an_instance_is_believed(rig: Rig) -> None:
         for key in ("", "other"):
             take(rig, events_message(Events(beats=(beat_of(instance, key=key, **changes),))))
             assert registry.workers[instance].beat == own
+    assert rig.manager.counts.unreadable[BEAT] == 6
+    assert caplog.text.count("dropped a heartbeat") == 1
     again = replace(own, worker="w-fresh")
     take(rig, events_message(Events(beats=(again,))))
     assert registry.workers[instance].beat == again
     assert b"own" not in rig.run(rig.objects.get(naming.INSTANCES))
-    later = Instances(Kept(rig.manager.ports, naming.INSTANCES))
+    refused: list[tuple[str, str]] = []
+    later = Instances(Kept(rig.manager.ports, naming.INSTANCES), lambda *one: refused.append(one))
     rig.run(later.load())
     later.see({one.id: one for view in rig.manager.groups.values() for one in view.instances})
     assert later.admits(own)
     assert not later.admits(beat_of(instance, key="other"))
+    assert [one for one, _ in refused] == [instance]
 
 
 def test_a_first_beat_counts_once_its_key_is_stored(

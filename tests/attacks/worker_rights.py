@@ -40,18 +40,24 @@ class WorkerRights:
 
     def get(self, key: str) -> bytes:
         """Return an object; NotFound if it does not exist."""
-        _check("s3:GetObject", f"<Bucket.Arn>/{key}")
+        _check("s3:GetObject", _object_arn(key))
         return self._await(self._objects.get(key))
+
+    def readable(self) -> dict[str, bytes]:
+        """Return all objects that the role may read, by key."""
+        return {
+            one: self.get(one) for one in self.list() if _allows("s3:GetObject", _object_arn(one))
+        }
 
     def put(self, key: str, data: bytes | str, *, if_absent: bool = False) -> None:
         """Store an object; AlreadyExists if it exists and `if_absent`."""
-        _check("s3:PutObject", f"<Bucket.Arn>/{key}")
+        _check("s3:PutObject", _object_arn(key))
         content = data.encode() if isinstance(data, str) else data
         self._await(self._objects.put(key, content, if_absent=if_absent))
 
     def remove(self, key: str) -> None:
         """Delete an object."""
-        _check("s3:DeleteObject", f"<Bucket.Arn>/{key}")
+        _check("s3:DeleteObject", _object_arn(key))
         self._await(self._objects.delete([key]))
 
     def list(self, prefix: str = "") -> list[str]:
@@ -99,6 +105,15 @@ class WorkerRights:
         return found
 
 
+def actions() -> set[str]:
+    """The actions that the role allows on any resource."""
+    return {
+        action
+        for action, statements in _rights().items()
+        if any(effect == "Allow" for effect, _ in statements)
+    }
+
+
 @contextmanager
 def worker_of(grid: LocalGrid) -> Iterator[WorkerRights]:
     """A compromised worker of a real grid, on any backend."""
@@ -111,11 +126,19 @@ def worker_of(grid: LocalGrid) -> Iterator[WorkerRights]:
 
 
 def _check(action: str, resource: str) -> None:
+    if not _allows(action, resource):
+        raise Forbidden(f"{action} on {resource}")
+
+
+def _allows(action: str, resource: str) -> bool:
     effects = {
         effect for effect, pattern in _rights().get(action, ()) if pattern.fullmatch(resource)
     }
-    if effects != {"Allow"}:
-        raise Forbidden(f"{action} on {resource}")
+    return effects == {"Allow"}
+
+
+def _object_arn(key: str) -> str:
+    return f"<Bucket.Arn>/{key}"
 
 
 def _queue_arn(queue: str) -> str:
