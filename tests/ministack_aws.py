@@ -23,6 +23,7 @@ REGION = "us-east-1"
 ACCOUNT = "000000000000"
 ROOT = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
 END_S = 30.0
+CONDITIONS = Path(__file__).with_name("ministack_conditions.py")
 INLINE_BYTES = 51_200
 """So much of a template a request holds."""
 
@@ -78,7 +79,8 @@ class _TlsServer(Server):
 
 @contextmanager
 def served(folder: Path, *, enforces: bool = False, tls: bool = False) -> Iterator[Plane]:
-    """MiniStack; with `enforces` it holds everybody but the root user to IAM policies."""
+    """MiniStack; with `enforces` it holds everybody but the root user to IAM policies, with the
+    condition keys of `ministack_conditions`."""
     port = free_port()
     env = {
         "GATEWAY_PORT": str(port),
@@ -87,7 +89,7 @@ def served(folder: Path, *, enforces: bool = False, tls: bool = False) -> Iterat
         "LOG_LEVEL": "WARNING",
         "AUTH": str(enforces).lower(),
     }
-    command = [str(ministack_python()), "-m", "ministack"]
+    command = [str(ministack_python()), "-I", str(CONDITIONS)]
     if tls:
         cert, key = folder / "cert.pem", folder / "key.pem"
         folder.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,8 @@ _BUNDLE = re.compile(
     re.ASCII,
 )
 
+_STARTED = re.compile(r"(.+?-\d+)(?:\.(\d+|withdrawn))?", re.ASCII | re.DOTALL)
+
 MADE = ".batchlab-made"
 """A file that marks a local folder as batchlab's own (a grid's home, fetched results): wherever it
 lies, it is no part of a job's code."""
@@ -291,18 +293,26 @@ def starts(bundle: Bundle) -> str:
     return f"jobs/{bundle.job}/{bundle.stage}/starts/{bundle.id}/"
 
 
-def start(bundle: Bundle, execution: str, key: CommitKey) -> str:
-    """The marker that this execution has started a suspect."""
-    sealed = f".{seal(key, 'start', bundle.stage, bundle.id, execution)}" if key else ""
-    return f"{starts(bundle)}{execution}{sealed}"
+WITHDRAWN = "withdrawn"
+"""The end of the name of a marker that takes back a start."""
 
 
-def started_by(bundle: Bundle, name: str, key: CommitKey) -> str | None:
-    """The execution whose start marker has this name; None where its seal is wrong."""
-    execution = name.removeprefix(starts(bundle))
+def start(bundle: Bundle, execution: str, key: CommitKey, then: str = "") -> str:
+    """Return the key of the marker that this execution has started a suspect. `then` is the number
+    of a renewal, or WITHDRAWN. No marker is ever written over or deleted."""
+    label = f"{execution}.{then}" if then else execution
+    sealed = f".{seal(key, 'start', bundle.stage, bundle.id, label)}" if key else ""
+    return f"{starts(bundle)}{label}{sealed}"
+
+
+def started_by(bundle: Bundle, name: str, key: CommitKey) -> tuple[str, str] | None:
+    """Return the execution whose start marker has this name, and what follows it in the name (see
+    `start`); None if the seal is wrong."""
+    label = name.removeprefix(starts(bundle))
     if key:
-        execution = execution.rpartition(".")[0]
-    return execution if execution and start(bundle, execution, key) == name else None
+        label = label.rpartition(".")[0]
+    found = _STARTED.fullmatch(label)
+    return (found[1], found[2] or "") if found and start(bundle, label, key) == name else None
 
 
 def running(bundle: Bundle, key: CommitKey) -> str:

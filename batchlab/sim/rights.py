@@ -13,7 +13,20 @@ from typing import Any
 from batchlab.errors import BackendError
 from batchlab.protocol import naming
 
-READS = ("boot/*", "code/*", "files/*", "jobs/*", "raw/*")
+READS = (
+    "boot/*",
+    "code/*",
+    "files/*",
+    "jobs/*/spec.json",
+    "jobs/*/control.json",
+    "jobs/*/*/plan/*/manifest.json",
+    "jobs/*/*/plan/*/part-*",
+    "jobs/*/*/plan/*/item-*",
+    "jobs/*/*/outcomes/*",
+    "jobs/*/*/replaced/*",
+    "jobs/*/*/running/*",
+    "raw/*",
+)
 WRITES = (
     "files/*",
     "logs/*",
@@ -21,8 +34,7 @@ WRITES = (
     "jobs/*/*/running/*",
     "jobs/*/*/starts/*",
 )
-DELETES = ("jobs/*/*/starts/*",)
-CONDITIONAL = ("jobs/*/*/outcomes/*",)
+CONDITIONAL = ("jobs/*/*/outcomes/*", "jobs/*/*/starts/*")
 """Keys that the bucket's policy protects from overwriting."""
 
 
@@ -32,37 +44,30 @@ def _matcher(patterns: Sequence[str]) -> Callable[[str], object]:
     return re.compile("|".join(texts), re.DOTALL).fullmatch
 
 
-_may_read, _may_write = _matcher(READS), _matcher(WRITES)
-_may_delete, _is_conditional = _matcher(DELETES), _matcher(CONDITIONAL)
+_may_read, _may_write, _is_conditional = map(_matcher, (READS, WRITES, CONDITIONAL))
 
 
-def _reads(args: Sequence[Any], _conditional: bool) -> bool:
-    return bool(_may_read(args[0]))
+def _reads(key: str, _pool: str, _conditional: bool) -> bool:
+    return bool(_may_read(key))
 
 
-def _puts(args: Sequence[Any], conditional: bool) -> bool:
-    key = args[0]
+def _puts(key: str, _pool: str, conditional: bool) -> bool:
     return bool(_may_write(key)) and (conditional or not _is_conditional(key))
 
 
-def _deletes(args: Sequence[Any], _conditional: bool) -> bool:
-    return all(map(_may_delete, args[0]))
+def _takes(queue: str, pool: str, _conditional: bool) -> bool:
+    return queue == naming.tasks_queue(pool)
 
 
-def _takes(args: Sequence[Any], _conditional: bool) -> bool:
-    queue = args[0]
-    return queue.startswith("tasks-") and not queue.endswith("-dead")
+def _sends(queue: str, _pool: str, _conditional: bool) -> bool:
+    return queue == naming.EVENTS or (queue.startswith("tasks-") and not queue.endswith("-dead"))
 
 
-def _sends(args: Sequence[Any], conditional: bool) -> bool:
-    return args[0] == naming.EVENTS or _takes(args, conditional)
-
-
-def _anything(_args: Sequence[Any], _conditional: bool) -> bool:
+def _anything(_name: str, _pool: str, _conditional: bool) -> bool:
     return True
 
 
-_ALLOWED: dict[str, Callable[[Sequence[Any], bool], bool]] = {
+_ALLOWED: dict[str, Callable[[str, str, bool], bool]] = {
     "objects.get": _reads,
     "objects.get_range": _reads,
     "objects.get_if_changed": _reads,
@@ -71,7 +76,6 @@ _ALLOWED: dict[str, Callable[[Sequence[Any], bool], bool]] = {
     "objects.list": _anything,
     "objects.put": _puts,
     "objects.upload": _puts,
-    "objects.delete": _deletes,
     "queue.receive": _takes,
     "queue.delete": _takes,
     "queue.change_visibility": _takes,
@@ -84,14 +88,15 @@ class AccessDenied(BackendError):
 
 
 class Rights:
-    """The rights of one simulated worker.
+    """The rights of one simulated worker of a pool.
 
     `denied` is called with each refused call. `deaf` refuses receives: a lying worker may stop its
     honest part from receiving.
     """
 
-    def __init__(self, denied: Callable[[str], None]) -> None:
+    def __init__(self, denied: Callable[[str], None], pool: str) -> None:
         self._denied = denied
+        self._pool = pool
         self.deaf = False
 
     def check(self, label: str, args: Sequence[Any], *, conditional: bool) -> None:
@@ -99,7 +104,7 @@ class Rights:
         if self.deaf and label == "queue.receive":
             raise AccessDenied("This worker no longer receives messages.")
         allowed = _ALLOWED.get(label)
-        if allowed is not None and allowed(args, conditional):
+        if allowed is not None and allowed(args[0], self._pool, conditional):
             return
         call = f"{label}({', '.join(map(repr, args[:1]))})"
         self._denied(call)

@@ -183,14 +183,21 @@ class Watch:
         elif label == "queue.change_visibility":
             self._extends(args[0], args[1])
         elif label == "objects.put" and "/starts/" in args[0]:
-            self._written.setdefault(args[0], (actor, self.clock.monotonic_s()))
+            self._marks(actor, args[0])
         elif label == "objects.get":
             self.trust.reads(actor, args[0])
         elif label == "objects.delete" and not self.trust.is_liar(actor):
-            for key in args[0]:
-                self._written.pop(key, None)
-            gone = [key for key in args[0] if "/starts/" not in key]
-            self._require(not gone, "I1", f"{actor.name} deletes {gone}")
+            self._require(False, "I1", f"{actor.name} deletes {args[0]}")
+
+    def _marks(self, actor: Actor, key: str) -> None:
+        """Note when an execution first marked its start of a suspect; forget a withdrawn one."""
+        folder, _, label = key.rpartition("/")
+        execution, *then = label.split(".")
+        start = f"{folder}/{execution}"
+        if naming.WITHDRAWN in then:
+            self._written.pop(start, None)
+        else:
+            self._written.setdefault(start, (actor, self.clock.monotonic_s()))
 
     def _received(self, actor: Actor, queue: str, messages: Sequence[Message]) -> None:
         now_s = self.clock.monotonic_s()

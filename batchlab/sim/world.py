@@ -355,7 +355,7 @@ class SimWorker:
         self._world = world
         rng = world.rng(f"worker/{instance}")
         self.clock = world._clock_of(rng)
-        self.rights = Rights(partial(world.watch.trust.deny, self.actor))
+        self.rights = Rights(partial(world.watch.trust.deny, self.actor), pool.name)
         rights = self.rights if world.watched else None
         objects = world._wrapped(world.objects, "objects", self.actor, rights)
         queue = world._wrapped(world.queue, "queue", self.actor, rights)
@@ -377,7 +377,7 @@ class SimWorker:
         world = self._world
         world.watch.trust.begins_to_lie(self.actor)
         self.rights.deaf = rng.random() < 0.5
-        rights = Rights(partial(world.watch.trust.deny, self.actor))
+        rights = Rights(partial(world.watch.trust.deny, self.actor), self.who.pool)
         liar = Liar(
             self.actor,
             self.who,

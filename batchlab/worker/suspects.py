@@ -12,10 +12,12 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
+from itertools import count
 
 from batchlab.commit import commit, committed
-from batchlab.errors import BackendError, NotFound
+from batchlab.errors import AlreadyExists, BackendError, NotFound
 from batchlab.model import Bundle, Json, Outcome
 from batchlab.patience import Patience
 from batchlab.ports import Clock, Objects
@@ -69,24 +71,21 @@ class Suspects:
         self._worker = worker
         self._stale_s = stale_s
         self._leaving = leaving
-        self._begun: dict[str, CommitKey] = {}
-        """The starts that this worker has written and not come to an end with, by their names."""
-        self._renewing = asyncio.Lock()
+        self._begun: dict[str, Hand] = {}
+        """The starts that this worker has written and not come to an end with, by execution."""
 
     async def keep(self) -> None:
         """Renew the starts of what runs, for ever."""
-        while True:
+        for number in count(1):
             heed_cancellation()
             await asyncio.sleep(self._stale_s / 4)
-            for name, key in list(self._begun.items()):
-                # Under the lock: written after its withdrawal it would stay, as a death's does.
-                async with self._renewing:
-                    if name not in self._begun:
-                        continue
-                    try:
-                        await self._write(name, key)
-                    except BackendError as error:
-                        log.warning("a start is not renewed: %s", error)
+            for execution, hand in list(self._begun.items()):
+                if execution not in self._begun:
+                    continue
+                try:
+                    await self._write(hand, str(number))
+                except BackendError as error:
+                    log.warning("a start is not renewed: %s", error)
 
     async def outcome(self, hand: Hand) -> Outcome | None:
         """Return the committed outcome of the bundle."""
@@ -138,18 +137,26 @@ class Suspects:
         return len(dead)
 
     async def _starts(self, bundle: Bundle, key: CommitKey) -> Mapping[str, frozenset[str]]:
-        """Versions of the starts by worker, without forged ones, and without those that this
-        worker itself knows to have come to nothing."""
-        found: dict[str, frozenset[str]] = defaultdict(frozenset)
+        """Return the versions of the starts by worker. Forged and withdrawn starts do not count,
+        and this worker's own starts only while they run."""
+        versions: dict[str, frozenset[str]] = defaultdict(frozenset)
+        withdrawn: set[str] = set()
         async for page in self._objects.list(naming.starts(bundle)):
             for info in page:
-                execution = naming.started_by(bundle, info.key, key)
-                if execution is None:
+                marked = naming.started_by(bundle, info.key, key)
+                if marked is None:
                     log.warning("a start marker has a wrong seal and counts for nothing")
                     continue
-                worker = execution.rpartition("-")[0]
-                if worker != self._worker or info.key in self._begun:
-                    found[worker] |= {info.etag}
+                execution, then = marked
+                if then == naming.WITHDRAWN:
+                    withdrawn.add(execution)
+                # Workers of release 0.1.0 renew a marker by writing over it.
+                versions[execution] |= {f"{then} {info.etag}"}
+        found: dict[str, frozenset[str]] = defaultdict(frozenset)
+        for execution, seen in versions.items():
+            worker = execution.rpartition("-")[0]
+            if execution not in withdrawn and (worker != self._worker or execution in self._begun):
+                found[worker] |= seen
         return found
 
     async def begin(self, hand: Hand) -> None:
@@ -158,16 +165,19 @@ class Suspects:
         A worker that dies in between counts as one that has started it: nobody can tell.
         """
         if len(hand.bundle.tasks) == 1:
-            name = _start(hand)
-            self._begun[name] = hand.key
-            await self._patience(partial(self._write, name, hand.key))
+            self._begun[hand.execution] = hand
+            await self._patience(partial(self._write, hand))
 
-    async def _write(self, name: str, key: CommitKey) -> None:
-        await self._objects.put(name, marker(self._worker, self._clock.now_s(), name, key))
+    async def _write(self, hand: Hand, then: str = "") -> None:
+        name = naming.start(hand.bundle, hand.execution, hand.key, then)
+        data = marker(self._worker, self._clock.now_s(), name, hand.key)
+        # If it exists, an earlier try of this call has written it: only this worker knows the name.
+        with suppress(AlreadyExists):
+            await self._objects.put(name, data, if_absent=True)
 
     def end(self, hand: Hand) -> None:
         """It has ended, in whatever way but the death of this worker."""
-        self._begun.pop(_start(hand), None)
+        self._begun.pop(hand.execution, None)
 
     async def withdraw(self, hand: Hand) -> None:
         """The start came to nothing through no fault of the task: the worker is leaving, or a
@@ -175,8 +185,7 @@ class Suspects:
         self.end(hand)
         if hand.suspicion and len(hand.bundle.tasks) == 1:
             try:
-                async with self._renewing:
-                    await self._objects.delete([_start(hand)])
+                await self._write(hand, naming.WITHDRAWN)
             except BackendError as error:
                 # One start too many is counted; it takes three to condemn.
                 log.warning("its start is not taken back: %s", error)
@@ -192,7 +201,3 @@ class Suspects:
         if at_s is None:
             log.warning("a running marker has a wrong seal and counts for nothing")
         return at_s is not None and self._clock.now_s() - at_s < stale_s
-
-
-def _start(hand: Hand) -> str:
-    return naming.start(hand.bundle, hand.execution, hand.key)

@@ -19,6 +19,7 @@ WRITES = (
     f"jobs/{JOB}/map/running/x.json",
     f"jobs/{JOB}/map/starts/x",
 )
+WRITE_ONCE = (f"jobs/{JOB}/map/outcomes/aa/x.json", f"jobs/{JOB}/map/starts/x")
 NOT_WRITTEN = (
     f"jobs/{JOB}/spec.json",
     f"jobs/{JOB}/control.json",
@@ -36,7 +37,9 @@ def test_a_worker_writes_its_own_prefixes_and_no_others(worker: WorkerRights) ->
         worker.put(key, b"x", if_absent=True)
         with pytest.raises(AlreadyExists):
             worker.put(key, b"y", if_absent=True)
-        if key.startswith(("files/", "jobs/")):
+        with pytest.raises(Forbidden):
+            worker.remove(key)
+        if key.startswith("files/") or "/outcomes/" in key or "/running/" in key:
             assert worker.get(key) == b"x"
     for key in NOT_WRITTEN:
         with pytest.raises(Forbidden):
@@ -48,7 +51,9 @@ def test_a_worker_writes_its_own_prefixes_and_no_others(worker: WorkerRights) ->
             worker.get(key)
     listed = [key for key in worker.list("") if not key.startswith("grid/")]
     assert sorted(listed) == sorted(WRITES)
-    worker.remove(f"jobs/{JOB}/map/starts/x")
+    for key in WRITE_ONCE:
+        with pytest.raises(Forbidden):
+            worker.put(key, b"y")
 
 
 def test_a_worker_uses_task_queues_and_only_sends_events(rig: Rig, worker: WorkerRights) -> None:
@@ -61,7 +66,8 @@ def test_a_worker_uses_task_queues_and_only_sends_events(rig: Rig, worker: Worke
     worker.delete(tasks, again.receipt)
     worker.send(tasks, again.body)
     worker.send_events("{}")
-    for queue in (naming.EVENTS, naming.dead_letters("default"), "other"):
+    others = (naming.EVENTS, naming.dead_letters("default"), naming.tasks_queue("gpu"), "other")
+    for queue in others:
         with pytest.raises(Forbidden):
             worker.receive(queue)
     with pytest.raises(Forbidden):

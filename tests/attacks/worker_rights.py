@@ -1,4 +1,5 @@
-"""A compromised worker: the bucket and the queues of a grid, with the rights of a worker's role.
+"""A compromised worker of the pool `default`: the bucket and the queues of a grid, with the rights
+of a worker's role.
 
 The rights are read from the stack template, so an attack that a role allows on AWS is allowed on
 every backend, and an attack that a role forbids raises Forbidden.
@@ -52,6 +53,8 @@ class WorkerRights:
     def put(self, key: str, data: bytes | str, *, if_absent: bool = False) -> None:
         """Store an object; AlreadyExists if it exists and `if_absent`."""
         _check("s3:PutObject", _object_arn(key))
+        if not if_absent and any(one.fullmatch(_object_arn(key)) for one in _write_once()):
+            raise Forbidden(f"s3:PutObject without a condition on {key}")
         content = data.encode() if isinstance(data, str) else data
         self._await(self._objects.put(key, content, if_absent=if_absent))
 
@@ -73,7 +76,7 @@ class WorkerRights:
 
     def send(self, queue: str, *bodies: str) -> None:
         """Send messages."""
-        _check("sqs:SendMessage", _queue_arn(queue))
+        _check("sqs:SendMessage", *_queue_arns(queue))
 
         async def sent() -> None:
             for body in bodies:
@@ -87,17 +90,17 @@ class WorkerRights:
 
     def receive(self, queue: str, *, wait_s: float = 0.0, most: int = 10) -> Sequence[Message]:
         """Receive messages."""
-        _check("sqs:ReceiveMessage", _queue_arn(queue))
+        _check("sqs:ReceiveMessage", *_queue_arns(queue))
         return self._await(self._queue.receive(queue, max_messages=most, wait_s=wait_s))
 
     def delete(self, queue: str, *receipts: str) -> None:
         """Delete received messages."""
-        _check("sqs:DeleteMessage", _queue_arn(queue))
+        _check("sqs:DeleteMessage", *_queue_arns(queue))
         self._await(self._queue.delete(queue, receipts))
 
     def release(self, queue: str, *receipts: str) -> None:
         """Make received messages visible again at once."""
-        _check("sqs:ChangeMessageVisibility", _queue_arn(queue))
+        _check("sqs:ChangeMessageVisibility", *_queue_arns(queue))
         self._await(self._queue.change_visibility(queue, [(one, 0.0) for one in receipts]))
 
     def _await(self, work: Coroutine[Any, Any, T]) -> T:
@@ -125,14 +128,16 @@ def worker_of(grid: LocalGrid) -> Iterator[WorkerRights]:
             runner.run(queue.close())
 
 
-def _check(action: str, resource: str) -> None:
-    if not _allows(action, resource):
-        raise Forbidden(f"{action} on {resource}")
+def _check(action: str, *resources: str) -> None:
+    if not _allows(action, *resources):
+        raise Forbidden(f"{action} on {resources[0]}")
 
 
-def _allows(action: str, resource: str) -> bool:
+def _allows(action: str, *resources: str) -> bool:
     effects = {
-        effect for effect, pattern in _rights().get(action, ()) if pattern.fullmatch(resource)
+        effect
+        for effect, pattern in _rights().get(action, ())
+        if any(map(pattern.fullmatch, resources))
     }
     return effects == {"Allow"}
 
@@ -141,16 +146,30 @@ def _object_arn(key: str) -> str:
     return f"<Bucket.Arn>/{key}"
 
 
-def _queue_arn(queue: str) -> str:
-    if queue == naming.EVENTS:
-        return "<EventsQueue.Arn>"
-    return f"arn:aws:sqs:us-east-1:123456789012:batchlab-{queue}"
+def _queue_arns(queue: str) -> tuple[str, ...]:
+    """The names of a queue in the template's policies."""
+    arn = f"arn:aws:sqs:us-east-1:123456789012:batchlab-{queue}"
+    references = {naming.EVENTS: "EventsQueue", naming.tasks_queue("default"): "PoolTasks"}
+    return (arn, f"<{references[queue]}.Arn>") if queue in references else (arn,)
+
+
+@cache
+def _write_once() -> list[re.Pattern[str]]:
+    """The names of objects that the bucket's policy protects from overwriting."""
+    policy = cfn.Rendered(cfn.load(), Release=RELEASE).properties("BucketPolicy")["PolicyDocument"]
+    (found,) = (one for one in policy["Statement"] if one["Sid"] == "CommitsAreConditional")
+    return [_pattern(resource) for resource in cfn.as_list(found["Resource"])]
+
+
+def _pattern(resource: str) -> re.Pattern[str]:
+    text = re.escape(resource).replace(r"\*", ".*").replace(r"\?", ".")
+    return re.compile(text, re.DOTALL)
 
 
 @cache
 def _rights() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
     """Effects and resources of the worker role's statements, by action; `*` is any text."""
-    role = cfn.Rendered(cfn.load(), Release=RELEASE).properties("WorkerRole")
+    role = cfn.Rendered(cfn.load(), Release=RELEASE).properties("PoolRole")
     rights: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
     for statement in cfn.statements(role):
         actions = cfn.as_list(statement["Action"])
@@ -158,6 +177,5 @@ def _rights() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
             actions = [action for action in rights if action.startswith("sqs:")]
         for action in actions:
             for resource in cfn.as_list(statement["Resource"]):
-                pattern = re.compile(".*".join(map(re.escape, resource.split("*"))), re.DOTALL)
-                rights.setdefault(action, []).append((statement["Effect"], pattern))
+                rights.setdefault(action, []).append((statement["Effect"], _pattern(resource)))
     return rights

@@ -10,6 +10,7 @@ from typing import Any
 from tests.ministack_aws import ACCOUNT, REGION, Plane
 
 TOPIC = f"arn:aws:sns:{REGION}:{ACCOUNT}:told"
+OTHER_POOLS = "batchlab-tasks-gpu"
 OTHER_TOPIC = f"arn:aws:sns:{REGION}:{ACCOUNT}:somebody-elses"
 
 
@@ -40,10 +41,21 @@ class Site:
 
     def received(self, logical: str) -> dict[str, str]:
         """A message that is there, as the role receives it."""
-        url = self.queue(logical)
-        self.root.client("sqs").send_message(QueueUrl=url, MessageBody="m")
-        (message,) = self.sqs.receive_message(QueueUrl=url)["Messages"]
-        return {"QueueUrl": url, "ReceiptHandle": message["ReceiptHandle"]}
+        return _received(self.queue(logical), self.root, self.plane)
+
+    def anothers(self) -> str:
+        """The task queue of another pool."""
+        return str(self.root.client("sqs").get_queue_url(QueueName=OTHER_POOLS)["QueueUrl"])
+
+    def stolen_receipt(self) -> dict[str, str]:
+        """A message of another pool, with the receipt that a worker of that pool has."""
+        return _received(self.anothers(), self.root, self.root)
+
+
+def _received(url: str, sender: Plane, receiver: Plane) -> dict[str, str]:
+    sender.client("sqs").send_message(QueueUrl=url, MessageBody="m")
+    (message,) = receiver.client("sqs").receive_message(QueueUrl=url)["Messages"]
+    return {"QueueUrl": url, "ReceiptHandle": message["ReceiptHandle"]}
 
 
 Call = Callable[[Site], object]
@@ -84,9 +96,10 @@ def multipart(site: Site, key: str) -> object:
     return site.s3.abort_multipart_upload(**named)
 
 
-def marked_and_removed(site: Site) -> object:
-    site.put("jobs/j/s/starts/b/w-1")
-    return site.s3.delete_object(Bucket=site.bucket, Key="jobs/j/s/starts/b/w-1")
+def overwritten(site: Site, key: str) -> object:
+    """Another worker's object, which exists, is put again."""
+    site.root.client("s3").put_object(Bucket=site.bucket, Key=key, Body=b"0", IfNoneMatch="*")
+    return site.put(key)
 
 
 # --- What they need ------------------------------------------------------------------------------
@@ -103,7 +116,7 @@ WORKER_MAY: dict[str, Call] = {
     "write tails": lambda it: it.put("logs/j/.tails/w.json"),
     "tell its environment": lambda it: it.put("logs/.workers/w.json"),
     "say that it still runs": lambda it: it.put("jobs/j/s/running/b.json"),
-    "mark a start, and take it back": marked_and_removed,
+    "mark a start": lambda it: it.put("jobs/j/s/starts/b/w-1", IfNoneMatch="*"),
     "list starts": lambda it: it.s3.list_objects_v2(Bucket=it.bucket, Prefix="jobs/j/s/starts/"),
     "find its queue": lambda it: it.sqs.get_queue_url(QueueName="batchlab-tasks-default"),
     "delete a message": lambda it: it.sqs.delete_message(**it.received("PoolTasks")),
@@ -116,6 +129,9 @@ WORKER_MAY: dict[str, Call] = {
     ),
     "send follow-on tasks": lambda it: it.sqs.send_message_batch(
         QueueUrl=it.queue("PoolTasks"), Entries=[{"Id": "0", "MessageBody": "m"}]
+    ),
+    "send tasks of the next stage to another pool": lambda it: it.sqs.send_message_batch(
+        QueueUrl=it.anothers(), Entries=[{"Id": "0", "MessageBody": "m"}]
     ),
     "send events": lambda it: it.sqs.send_message(
         QueueUrl=it.queue("EventsQueue"), MessageBody="m"
@@ -195,8 +211,17 @@ WORKER_MUST_NOT: dict[str, Call] = {
     "change the release": lambda it: it.put("boot/a.tar.gz"),
     "change raw data": lambda it: it.put("raw/j/0"),
     "read what others printed": lambda it: it.get("logs/j/s/0"),
+    "read a choice of tasks to retry": lambda it: it.get("jobs/j/retries/0001.json"),
+    "read how a job ended": lambda it: it.get("jobs/j/final/0000.json"),
+    "read a cut": lambda it: it.get("jobs/j/s/plan/0000/cuts/00000000.json"),
+    "read a start marker": lambda it: it.get("jobs/j/s/starts/b/w-1"),
     "delete an outcome": lambda it: it.s3.delete_object(
         Bucket=it.bucket, Key="jobs/j/s/outcomes/ab/b1.json"
+    ),
+    "overwrite an outcome": lambda it: overwritten(it, "jobs/j/s/outcomes/ab/b9.json"),
+    "overwrite a start marker": lambda it: overwritten(it, "jobs/j/s/starts/b/w-9"),
+    "delete a start marker": lambda it: it.s3.delete_object(
+        Bucket=it.bucket, Key="jobs/j/s/starts/b/w-1"
     ),
     "delete files": lambda it: it.s3.delete_object(Bucket=it.bucket, Key="files/j/s/0"),
     "lift the bucket's policy": lambda it: it.s3.delete_bucket_policy(Bucket=it.bucket),
@@ -217,6 +242,11 @@ WORKER_MUST_NOT: dict[str, Call] = {
         QueueUrl=elses(it), Entries=[{"Id": "0", "MessageBody": "m"}]
     ),
     "take from another queue": lambda it: it.sqs.receive_message(QueueUrl=elses(it)),
+    "take tasks of another pool": lambda it: it.sqs.receive_message(QueueUrl=it.anothers()),
+    "delete a task of another pool": lambda it: it.sqs.delete_message(**it.stolen_receipt()),
+    "hold a task of another pool": lambda it: it.sqs.change_message_visibility(
+        **it.stolen_receipt(), VisibilityTimeout=43_200
+    ),
     "purge its queue": lambda it: it.sqs.purge_queue(QueueUrl=it.queue("PoolTasks")),
     "delete its queue": lambda it: it.sqs.delete_queue(QueueUrl=it.queue("PoolTasks")),
     "make a queue": lambda it: it.sqs.create_queue(QueueName="batchlab-tasks-mine"),
@@ -228,13 +258,14 @@ WORKER_MUST_NOT: dict[str, Call] = {
     ),
     "see groups": lambda it: it.autoscaling.describe_auto_scaling_groups(),
     "complete another group's hook": lambda it: complete(it, "batchlab-manager"),
+    "complete the hook of another pool": lambda it: complete(it, "batchlab-pool-gpu"),
     "launch an instance": lambda it: it.ec2.run_instances(ImageId="ami-1", MinCount=1, MaxCount=1),
     "know the token": lambda it: it.secretsmanager.get_secret_value(SecretId=it.ids["TokenSecret"]),
     "know another secret": lambda it: it.secretsmanager.get_secret_value(SecretId="somebody-elses"),
     "read a parameter": lambda it: it.ssm.get_parameter(Name="/somebody/elses"),
     "tell a topic": lambda it: it.sns.publish(TopicArn=TOPIC, Message="m"),
     "give itself more": lambda it: it.iam.put_role_policy(
-        RoleName=it.ids["WorkerRole"], PolicyName="more", PolicyDocument="{}"
+        RoleName=it.ids["PoolRole"], PolicyName="more", PolicyDocument="{}"
     ),
     "become the manager": lambda it: it.sts.assume_role(
         RoleArn=f"arn:aws:iam::000000000000:role/{it.ids['ManagerRole']}", RoleSessionName="me"

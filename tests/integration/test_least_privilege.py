@@ -48,7 +48,6 @@ ELSEWHERE = {
 }
 """What is allowed, and called by something that does not run here, or not on a good day."""
 WORKERS_ELSEWHERE = {
-    "s3:DeleteObject": "a worker that leaves while it holds a suspect",
     "autoscaling:CompleteLifecycleAction": "a worker that drains (test_boot.py)",
 }
 
@@ -90,7 +89,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
         status = stack.create(cfn.for_ministack(cfn.load(), **SHAPE), **SHAPE)
         assert status == "CREATE_COMPLETE", stack.failures()
         root.client("sns").create_topic(Name="told")
-        planes = {role: root.role(stack.ids()[f"{role.title()}Role"]) for role in ROLES}
+        planes = {role: root.role(stack.ids()[name]) for role, name in ROLES.items()}
         keys = {role: plane.keys for role, plane in planes.items()}
         front, scaling = RecordingFront(root.url), RecordingFront()
         # Nobody pays by the minute here, nor by the request: most of the test would be waiting.
@@ -111,7 +110,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
                 yield Trial(there, front, scaling, access, planes["worker"])
 
 
-ROLES = ("manager", "worker")
+ROLES = {"manager": "ManagerRole", "worker": "PoolRole"}
 
 
 def environment(keys: Mapping[str, str]) -> dict[str, str]:
@@ -137,7 +136,7 @@ def allowed(role: str) -> set[str]:
     rendered = cfn.Rendered(cfn.load(), **SHAPE)
     return {
         action
-        for statement in cfn.statements(rendered.properties(f"{role.title()}Role"))
+        for statement in cfn.statements(rendered.properties(ROLES[role]))
         if statement["Effect"] == "Allow"
         for action in cfn.as_list(statement["Action"])
     }

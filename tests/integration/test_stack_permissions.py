@@ -1,9 +1,9 @@
 """The stack's roles held to their policies: MiniStack with enforcement, over TLS, as an instance
 with the role's profile would call.
 
-MiniStack does not hold AssumeRole to the role's trust (only EC2 may, see the unit tests), knows
-nothing of conditional headers in a bucket's policy, has no SimpleDB, and takes a batch's call for
-an action of its own, so it is given those (see `cfn.for_ministack`).
+MiniStack does not hold AssumeRole to the role's trust (only EC2 may, see the unit tests), has no
+SimpleDB, and takes a batch's call for an action of its own, so it is given those (see
+`cfn.for_ministack`). The condition keys of conditional writes come from `ministack_conditions`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tests import cfn
 from tests.integration.stack_calls import (
     MANAGER_MAY,
     MANAGER_MUST_NOT,
+    OTHER_POOLS,
     OTHER_TOPIC,
     TOPIC,
     USER_MAY,
@@ -48,12 +49,14 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Site]]
             root.client("s3").put_object(Bucket=ids["Bucket"], Key=key, Body=b"1")
         root.client("s3").create_bucket(Bucket="somebody-elses")
         root.client("s3").put_object(Bucket="somebody-elses", Key="a", Body=b"1")
-        root.client("sqs").create_queue(QueueName="somebody-elses")
+        for name in ("somebody-elses", OTHER_POOLS):
+            root.client("sqs").create_queue(QueueName=name)
         for topic in (TOPIC, OTHER_TOPIC):
             root.client("sns").create_topic(Name=topic.rpartition(":")[2])
         root.client("secretsmanager").create_secret(Name="somebody-elses", SecretString="x")
         root.client("ssm").put_parameter(Name="/somebody/elses", Value="x", Type="String")
-        made = {who: Site(root, ids, root.role(ids[f"{who}Role"])) for who in ("Worker", "Manager")}
+        roles = {"Worker": "PoolRole", "Manager": "ManagerRole"}
+        made = {who: Site(root, ids, root.role(ids[role])) for who, role in roles.items()}
         yield {**made, "User": Site(root, ids, user_of(root, stack))}
 
 
@@ -159,7 +162,7 @@ def test_everything_is_refused_without_tls(tmp_path_factory: pytest.TempPathFact
         stack = Stack(root)
         assert stack.create(cfn.for_ministack(cfn.load(), **SHAPE), **SHAPE) == "CREATE_COMPLETE"
         ids = stack.ids()
-        worker = Site(root, ids, root.role(ids["WorkerRole"]))
+        worker = Site(root, ids, root.role(ids["PoolRole"]))
         calls: list[Call] = [
             lambda it: it.put("files/j/s/ab/b/w/0/a.csv"),
             lambda it: it.s3.list_objects_v2(Bucket=it.bucket),

@@ -17,6 +17,7 @@ from batchlab.patience import Patience
 from batchlab.ports import Message
 from batchlab.protocol import naming
 from batchlab.protocol.messages import TaskMessage
+from batchlab.protocol.settle import LOSS_LIMIT
 from batchlab.sim import invariants
 from batchlab.sim.actors import CURRENT, Actor
 from batchlab.sim.fates import Fates, value_of
@@ -34,43 +35,46 @@ def suspect(task: int) -> Bundle:
     return Bundle(JobId("job"), A, TaskSet.of([task]), losses=1)
 
 
-def in_hand(bundle: Bundle) -> Hand:
+def in_hand(bundle: Bundle, execution: str) -> Hand:
     message = Message("m", "", "receipt", 1, 0.0, 0.0)
-    return Hand("tasks", message, TaskMessage(bundle), f"w-{bundle.id}", 0.0, 0.0, "receipt")
+    return Hand("tasks", message, TaskMessage(bundle), execution, 0.0, 0.0, "receipt")
+
+
+def beginner(world: World, worker: str) -> Suspects:
+    patience = Patience(random.Random(1))
+    return Suspects(world.objects, world.clock, patience, worker, STALE_S, asyncio.Event())
 
 
 def test_a_start_that_is_withdrawn_while_it_is_renewed_does_not_come_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The renewal was written after the delete. What was left looked like the start of a worker
+    """The renewal was written after the withdrawal. What was left looked like the start of a worker
     that has died: three of them, and an innocent task was FAILED as poison."""
+    bundle = suspect(0)
 
     async def act(world: World) -> None:
-        written: list[str] = []
-        renewed: list[str] = []
+        renewing: list[str] = []
 
         async def put(real: Any, key: str, *args: Any, **options: Any) -> object:
-            if key in written:
-                renewed.append(key)
+            if key.endswith("-1.1"):
+                renewing.append(key)
                 await asyncio.sleep(3)
-            written.append(key)
             return await real(key, *args, **options)
 
         around(monkeypatch, world.objects, "put", put)
-        suspects = Suspects(
-            world.objects, world.clock, Patience(random.Random(1)), "w", STALE_S, asyncio.Event()
-        )
-        under_way, next_in_turn = in_hand(suspect(0)), in_hand(suspect(1))
-        for hand in (under_way, next_in_turn):
+        for number in range(LOSS_LIMIT):
+            renewing.clear()
+            suspects, hand = beginner(world, f"w{number}"), in_hand(bundle, f"w{number}-1")
             await suspects.begin(hand)
-        keeper = asyncio.create_task(suspects.keep())
-        while not renewed:
-            await asyncio.sleep(1)
-        await asyncio.gather(suspects.withdraw(under_way), suspects.withdraw(next_in_turn))
-        await asyncio.sleep(STALE_S)
-        keeper.cancel()
-        assert [one.key async for page in world.objects.list("jobs/") for one in page] == []
-        assert renewed == [naming.starts(under_way.bundle) + under_way.execution]
+            keeper = asyncio.create_task(suspects.keep())
+            while not renewing:
+                await asyncio.sleep(1)
+            await suspects.withdraw(hand)
+            await asyncio.sleep(STALE_S)
+            keeper.cancel()
+        keys = [one.key async for page in world.objects.list("jobs/") for one in page]
+        assert len(keys) == 3 * LOSS_LIMIT, "a start, a renewal, and a withdrawal of each"
+        assert await beginner(world, "w").verdict(in_hand(bundle, "w-1")) is None
 
     in_world(act, script=takes(1.0))
 
@@ -115,7 +119,7 @@ def test_a_start_counts_only_where_its_worker_died_at_once() -> None:
             actor, key = Actor(worker), naming.starts(bundle) + worker
             world.watch.called(actor, "objects.put", (key, b""), '"1"')
             if withdrawn:
-                world.watch.called(actor, "objects.delete", ([key],), None)
+                world.watch.called(actor, "objects.put", (f"{key}.{naming.WITHDRAWN}", b""), '"2"')
             await asyncio.sleep(after_s)
             world.watch.killed(actor)
             return world.watch.lost_starts(bundle, 0)

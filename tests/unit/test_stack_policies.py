@@ -93,14 +93,15 @@ def actions(role: str) -> set[str]:
 
 
 def test_a_worker_may_do_nothing_to_the_fleet_the_stack_or_secrets() -> None:
-    services = {action.split(":")[0] for action in actions("WorkerRole")}
+    services = {action.split(":")[0] for action in actions("PoolRole")}
     assert services == {"s3", "sqs", "autoscaling", "logs", "ecr"}
-    scaling = {a for a in actions("WorkerRole") if a.startswith("autoscaling")}
+    assert not {a for a in actions("PoolRole") if a.startswith("s3:Delete")}
+    scaling = {a for a in actions("PoolRole") if a.startswith("autoscaling")}
     assert scaling == {"autoscaling:CompleteLifecycleAction"}
 
 
 def test_nobody_makes_or_removes_queues_groups_and_buckets() -> None:
-    for role in ("WorkerRole", "ManagerRole"):
+    for role in ("PoolRole", "ManagerRole"):
         for action in actions(role):
             name = action.split(":")[1]
             assert not name.startswith(("CreateQueue", "DeleteQueue", "Purge", "CreateAuto"))
@@ -108,7 +109,7 @@ def test_nobody_makes_or_removes_queues_groups_and_buckets() -> None:
 
 
 def test_of_what_there_is_only_the_limits_of_pools_may_be_changed() -> None:
-    changes = {a for role in ("WorkerRole", "ManagerRole") for a in actions(role) if ":Update" in a}
+    changes = {a for role in ("PoolRole", "ManagerRole") for a in actions(role) if ":Update" in a}
     assert changes == {"ssm:UpdateInstanceInformation", "autoscaling:UpdateAutoScalingGroup"}
 
 
@@ -154,10 +155,10 @@ def test_no_other_text_names_topics(text: str, fits: bool) -> None:
 
 def test_bounds_and_further_policies_are_attached_where_they_are_asked_for() -> None:
     own, plain = SHOWN["own-network"], SHOWN["empty"]
-    for role in ("WorkerRole", "ManagerRole"):
+    for role in ("PoolRole", "ManagerRole"):
         assert own.properties(role)["PermissionsBoundary"].endswith(":policy/boundary")
         assert "PermissionsBoundary" not in plain.properties(role)
-    assert own.properties("WorkerRole")["ManagedPolicyArns"] == [
+    assert own.properties("PoolRole")["ManagedPolicyArns"] == [
         "arn:aws:iam::aws:policy/AmazonS3ReadOnlyAccess"
     ]
     assert "ManagedPolicyArns" not in own.properties("ManagerRole"), "tasks do not run there"
@@ -205,7 +206,7 @@ KINDS = {
     "outcome": (True, True),
     "files": (False, True),
     "log": (False, True),
-    "starts": (False, True),
+    "starts": (True, True),
     "running": (False, True),
 }
 """Each kind of key that naming knows: whether it is a commit, whether workers write it."""
@@ -228,14 +229,12 @@ def test_commits_are_protected_and_nothing_else_is(
         if key.endswith("/"):
             key += "w-1" if kind == "starts" else f"0/{file}"
         assert must_be_conditional(key) == is_commit, (kind, key)
-        assert may("WorkerRole", "s3:PutObject", key) == is_workers, (kind, key)
+        assert may("PoolRole", "s3:PutObject", key) == is_workers, (kind, key)
         assert may("ManagerRole", "s3:PutObject", key) == key.startswith("jobs/"), (kind, key)
-        removes = may("WorkerRole", "s3:DeleteObject", key)
-        assert removes == (kind == "starts"), (kind, key)
     for key in (f"{naming.raw(job)}{file}", "code/0123.zip", "boot/0123.tar.gz"):
         assert not must_be_conditional(key)
-        assert may("WorkerRole", "s3:GetObject", key)
-        assert not may("WorkerRole", "s3:PutObject", key)
+        assert may("PoolRole", "s3:GetObject", key)
+        assert not may("PoolRole", "s3:PutObject", key)
         # A job that comes by the page is put into the bucket by the manager.
         assert may("ManagerRole", "s3:PutObject", key) != key.startswith("boot/")
     of_the_grid = (naming.USE, naming.used(job), naming.NOTIFICATIONS, naming.RECORD)
@@ -243,7 +242,7 @@ def test_commits_are_protected_and_nothing_else_is(
     for key in (*of_the_grid, *of_schedules, naming.reports(job) + "report.json"):
         assert may("ManagerRole", "s3:PutObject", key)
         assert may("ManagerRole", "s3:GetObject", key)
-        assert not may("WorkerRole", "s3:PutObject", key)
+        assert not may("PoolRole", "s3:PutObject", key)
         assert not must_be_conditional(key)
 
 
@@ -260,22 +259,29 @@ def test_a_multipart_upload_is_held_to_the_condition_at_its_end_only() -> None:
 
 
 @pytest.mark.parametrize("pool", ["default", "gpu", "dead", "my-dead"])
-def test_workers_take_from_queues_of_pools_and_never_from_dead_letters(pool: str) -> None:
+def test_workers_send_to_queues_of_pools_and_never_to_dead_letters(pool: str) -> None:
     arn = "arn:aws:sqs:us-east-1:123456789012:batchlab-"
     denied = [
         statement["Resource"]
-        for statement in cfn.statements(SHOWN["empty"].properties("WorkerRole"))
+        for statement in cfn.statements(SHOWN["empty"].properties("PoolRole"))
         if statement["Effect"] == "Deny"
     ]
 
-    def takes(queue: str) -> bool:
-        given = resources("WorkerRole", "sqs:ReceiveMessage")
-        found = any(matches(one, arn + queue) for one in given)
+    allowed_to = resources("PoolRole", "sqs:SendMessage")
+
+    def sends(queue: str) -> bool:
+        found = any(matches(one, arn + queue) for one in allowed_to)
         return found and not any(matches(one, arn + queue) for one in denied)
 
-    assert takes(naming.tasks_queue(pool)) != pool.endswith("-dead")
-    assert not takes(naming.dead_letters(pool))
-    assert not takes(naming.EVENTS)
+    assert sends(naming.tasks_queue(pool)) != pool.endswith("-dead")
+    assert not sends(naming.dead_letters(pool))
+
+
+def test_workers_take_from_the_queue_of_their_pool_only() -> None:
+    for action in ("ReceiveMessage", "DeleteMessage", "ChangeMessageVisibility"):
+        assert resources("PoolRole", f"sqs:{action}") == ["<PoolTasks.Arn>"]
+    (group,) = resources("PoolRole", "autoscaling:CompleteLifecycleAction")
+    assert group.endswith(":autoScalingGroupName/batchlab-pool-default")
 
 
 def test_users_may_open_a_way_to_the_manager_and_no_shell_on_it() -> None:

@@ -1,0 +1,43 @@
+"""MiniStack with the S3 condition keys of conditional writes, which its IAM does not know.
+
+AWS documents them in "Enforce conditional writes on Amazon S3 buckets": `s3:if-none-match` is in a
+request with that header, and `s3:ObjectCreationOperation` is true for a request that creates an
+object and false for a request that uploads a part of one.
+
+MiniStack's own Python runs this file: it imports nothing of batchlab.
+"""
+
+from __future__ import annotations
+
+import importlib
+import runpy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Context = Callable[..., dict[str, Any]]
+
+
+def with_conditional_writes(known: Context) -> Context:
+    """Return MiniStack's function of a request's condition keys, with two more keys."""
+
+    def context(
+        action: str,
+        query: Mapping[str, Any] | None,
+        path: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
+        found = known(action, query, path, headers)
+        if action == "s3:PutObject":
+            is_part = bool({"partNumber", "uploads"} & (query or {}).keys())
+            found["s3:ObjectCreationOperation"] = str(not is_part).lower()
+            if condition := (headers or {}).get("if-none-match"):
+                found["s3:if-none-match"] = condition
+        return found
+
+    return context
+
+
+if __name__ == "__main__":
+    actions: Any = importlib.import_module("ministack.core.iam_actions")
+    actions.s3_service_context = with_conditional_writes(actions.s3_service_context)
+    runpy.run_module("ministack", run_name="__main__")
