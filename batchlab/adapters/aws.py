@@ -44,6 +44,7 @@ _THROTTLED = {
     "KmsThrottled",
     "OverLimit",
     "QueueDeletedRecently",
+    "ConditionalRequestConflict",
     "RequestLimitExceeded",
     "RequestThrottled",
     "ResourceContention",
@@ -239,7 +240,7 @@ def _refusal(what: str, error: ClientError) -> BatchlabError:
         return NotFound(text)
     if code in _TOO_LARGE:
         return TooLarge(text)
-    if code == "AlreadyExists":
+    if code in ("AlreadyExists", "PreconditionFailed"):
         return AlreadyExists(text)
     if code == "ValidationError":
         return Refused(text)

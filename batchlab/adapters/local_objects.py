@@ -149,13 +149,14 @@ class LocalObjects:
                 # The key is below an object, or above one, so the object does not exist.
                 continue
 
-    async def upload(self, key: str, path: Path) -> int:
+    async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
         check_key(key)
         durable = self._is_durable(key)
         # An error of the file is the caller's to handle, an error of the bucket is translated.
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            copy = partial(self._writer.replace, key, folders.copy_into(file), durable=durable)
+            write = self._writer.create if if_absent else self._writer.replace
+            copy = partial(write, key, folders.copy_into(file), durable=durable)
             await self._do(key, copy, in_place=not durable and size <= _IN_PLACE_BYTES)
         return size
 

@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -33,6 +33,7 @@ from batchlab.ports import ObjectInfo
 from batchlab.tally import Tally
 
 if TYPE_CHECKING:
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
     from obstore import ObjectMeta, PutMode, PutResult
     from obstore.store import ClientConfig, ObjectStore, S3Config
 
@@ -68,11 +69,15 @@ class ObstoreObjects:
         self,
         store: ObjectStore,
         *,
+        create_in_parts: Callable[[str, Path, int], None] | None = None,
         make_bucket: Callable[[], None] | None = None,
         tally: Tally | None = None,
     ) -> None:
-        """Requests are counted in `tally`, but for those that obstore makes again by itself."""
+        """`create_in_parts` uploads a file in parts of so many bytes; AlreadyExists. obstore cannot
+        do that on a condition. Requests are counted in `tally`, but for those that obstore makes
+        again by itself."""
         self._store = store
+        self._create_in_parts = create_in_parts
         self._make_bucket = make_bucket
         self._tally = tally or Tally()
         self._made = 0
@@ -92,7 +97,7 @@ class ObstoreObjects:
         made = self._made
         try:
             return call()
-        except (FileNotFoundError, BaseError) as error:
+        except (FileNotFoundError, BaseError, NotFound) as error:
             if self._make_bucket is None or _NO_BUCKET not in str(error):
                 raise
         with self._making:
@@ -202,21 +207,25 @@ class ObstoreObjects:
             some = keys[start : start + PAGE]
             await self._do(keys[start], partial(obstore.delete, self._store, some))
 
-    async def upload(self, key: str, path: Path) -> int:
+    async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
         check_key(key)
         size = await asyncio.to_thread(lambda: path.stat().st_size)
         chunk_bytes = max(_PART_BYTES, size // _MAX_PARTS + 1)
         self._tally.put(_puts(size, chunk_bytes))
-        await self._do(
-            key,
-            lambda: obstore.put(
+        if not if_absent:
+            call = partial(
+                obstore.put,
                 self._store,
                 key,
                 path,
                 chunk_size=chunk_bytes,
                 max_concurrency=_PARTS_AT_ONCE,
-            ),
-        )
+            )
+            await self._do(key, call)
+        elif size <= chunk_bytes or self._create_in_parts is None:
+            await self._do(key, lambda: obstore.put(self._store, key, path, mode="create"))
+        else:
+            await self._do(key, partial(self._create_in_parts, key, path, chunk_bytes))
         return size
 
     async def download(self, key: str, path: Path) -> int:
@@ -272,7 +281,43 @@ def open_s3(endpoint: Endpoint, bucket: str, tally: Tally | None = None) -> Obst
         credential_provider=aws.credentials(endpoint),
     )
     make = partial(aws.create_bucket, endpoint, bucket) if endpoint.url else None
-    return ObstoreObjects(store, make_bucket=make, tally=tally)
+    in_parts = partial(_create_in_parts, endpoint, bucket)
+    return ObstoreObjects(store, create_in_parts=in_parts, make_bucket=make, tally=tally)
+
+
+def _create_in_parts(
+    endpoint: Endpoint, bucket: str, key: str, path: Path, part_bytes: int
+) -> None:
+    """Upload a file in parts. AlreadyExists if there is such an object at the end."""
+    from batchlab.adapters import aws
+
+    def upload(number: int) -> CompletedPartTypeDef:
+        with path.open("rb") as file:
+            file.seek((number - 1) * part_bytes)
+            data = file.read(part_bytes)
+        part = s3.upload_part(
+            Bucket=bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=data
+        )
+        return {"PartNumber": number, "ETag": part["ETag"]}
+
+    with (
+        closing(aws.client(endpoint, "s3", connections=_PARTS_AT_ONCE)) as s3,
+        aws.translated(f"Object {key!r}"),
+        ThreadPoolExecutor(_PARTS_AT_ONCE) as threads,
+    ):
+        upload_id = s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+        try:
+            parts = [*threads.map(upload, range(1, -(-path.stat().st_size // part_bytes) + 1))]
+            s3.complete_multipart_upload(
+                Bucket=bucket,
+                Key=key,
+                UploadId=upload_id,
+                MultipartUpload={"Parts": parts},
+                IfNoneMatch="*",
+            )
+        except BaseException:
+            s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
+            raise
 
 
 def _puts(size_bytes: int, chunk_bytes: int) -> int:
@@ -288,7 +333,7 @@ def _info(meta: ObjectMeta) -> ObjectInfo:
 def _translated(key: str) -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotFound) as error:
         if _NO_BUCKET in str(error):
             raise BackendError("The bucket is not there.") from error
         raise NotFound(f"No object {key!r}.") from error

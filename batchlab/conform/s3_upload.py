@@ -139,12 +139,12 @@ def multipart_wrong_part(site: Site) -> None:
 
 @S3_UPLOAD.check(
     "s3-multipart-create-taken",
-    NOTED,
+    NEEDED,
     rule="CompleteMultipartUpload with If-None-Match: * on a key that was taken meanwhile answers"
     " 412 PreconditionFailed and leaves the object alone.",
     source="S3 User Guide, conditional writes",
-    promise="none yet: what is committed is put in one piece",
-    otherwise="outcomes must never be uploaded in parts",
+    promise="a large file of a task is stored once, and never overwritten",
+    otherwise="a worker can overwrite a file of another job",
 )
 def multipart_create_taken(site: Site) -> None:
     upload = _begun(site, "a")
@@ -155,11 +155,11 @@ def multipart_create_taken(site: Site) -> None:
 
 @S3_UPLOAD.check(
     "s3-multipart-create-free",
-    NOTED,
+    NEEDED,
     rule="CompleteMultipartUpload with If-None-Match: * on a key that is free stores the object.",
     source="S3 User Guide, conditional writes",
-    promise="none yet: what is committed is put in one piece",
-    otherwise="outcomes must never be uploaded in parts",
+    promise="a large file of a task is stored once, and never overwritten",
+    otherwise="a task with a large file fails",
 )
 def multipart_create_free(site: Site) -> None:
     _begun(site, "a").complete(if_absent=True).accepted()

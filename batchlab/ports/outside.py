@@ -86,8 +86,9 @@ class Objects(Protocol):
     async def delete(self, keys: Sequence[str]) -> None:
         """Remove these; a key that is not there is no error."""
 
-    async def upload(self, key: str, path: Path) -> int:
-        """Store a local file by streaming (multipart), return its size in bytes."""
+    async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
+        """Store a local file by streaming (multipart), return its size in bytes. AlreadyExists if
+        the key is taken and `if_absent`."""
 
     async def download(self, key: str, path: Path) -> int:
         """Fetch into a local file by streaming, return its size in bytes; NotFound as `get`."""

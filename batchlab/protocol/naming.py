@@ -203,14 +203,20 @@ def is_replacement(key: str) -> bool:
     return _REPLACEMENT.match(key) is not None
 
 
-def files(bundle: Bundle, execution: str) -> str:
+def _execution(kind: str, bundle: Bundle, execution: str, key: CommitKey) -> str:
+    # Sealed, so that no other worker can write the name first: these objects are written once.
+    sealed = f".{seal(key, kind, bundle.stage, bundle.id, execution)}" if key else ""
+    return f"{bundle.job}/{bundle.stage}/{_spread(bundle.id)}/{bundle.id}/{execution}{sealed}"
+
+
+def files(bundle: Bundle, execution: str, key: CommitKey) -> str:
     """Prefix of the files of one execution; no other execution writes under it."""
-    return f"files/{bundle.job}/{bundle.stage}/{_spread(bundle.id)}/{bundle.id}/{execution}/"
+    return f"files/{_execution('files', bundle, execution, key)}/"
 
 
-def log(bundle: Bundle, execution: str) -> str:
+def log(bundle: Bundle, execution: str, key: CommitKey) -> str:
     """What the tasks of one execution printed."""
-    return f"logs/{bundle.job}/{bundle.stage}/{_spread(bundle.id)}/{bundle.id}/{execution}.log"
+    return f"logs/{_execution('log', bundle, execution, key)}.log"
 
 
 def environment(worker: str) -> str:

@@ -70,8 +70,8 @@ class ReadOnly:
         del data, if_absent, if_match
         raise _only_reads(key)
 
-    async def upload(self, key: str, path: Path) -> int:
-        del path
+    async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
+        del path, if_absent
         raise _only_reads(key)
 
     async def delete(self, keys: Sequence[str]) -> None:

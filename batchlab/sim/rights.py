@@ -34,7 +34,7 @@ WRITES = (
     "jobs/*/*/running/*",
     "jobs/*/*/starts/*",
 )
-CONDITIONAL = ("jobs/*/*/outcomes/*", "jobs/*/*/starts/*")
+CONDITIONAL = ("files/*", "logs/*.log", "jobs/*/*/outcomes/*", "jobs/*/*/starts/*")
 """Keys that the bucket's policy protects from overwriting."""
 
 

@@ -89,7 +89,7 @@ class Closing:
         stays. False where somebody else's outcome counts: the run meets that at its end too."""
         spans = [s for s in hand.handle.log_spans if s[0] not in kept.tasks]
         # It is stored when the run has ended.
-        log = naming.log(hand.bundle, hand.execution) if spans else "", spans
+        log = naming.log(hand.bundle, hand.execution, hand.key) if spans else "", spans
         draft = self._settled(hand, job, started_s, ran, log, kept=kept.tasks)
         outcome = await self._commit(hand, draft)
         if outcome != draft:

@@ -409,8 +409,8 @@ class Execution:
             for task in self._storing:
                 task.cancel()
         if self._handle.log_spans and self._log.is_file():
-            key = naming.log(self._work.bundle, self._work.execution)
-            await self._objects.upload(key, self._log)
+            key = naming.log(self._work.bundle, self._work.execution, self._work.key)
+            await materialise.upload(self._objects, [(str(self._log), key)])
             self._handle.log = key
 
 

@@ -382,7 +382,7 @@ class Worker:
         hand.running = True
         self._beats.due()
         budget_s = BUDGET_S if stage.bundle is None else None
-        work = Work(job, stage, hand.bundle, hand.execution, items, budget_s)
+        work = Work(job, stage, hand.bundle, hand.execution, items, budget_s, hand.key)
         runs = self._runner.run(work, hand.handle)
         if not hand.trace:
             return await self._ran(hand, job, items, started_s, runs, budget_s)

@@ -11,11 +11,12 @@ import errno
 import json
 import shutil
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from batchlab.errors import BackendError, NotFound
+from batchlab.errors import AlreadyExists, BackendError, NotFound
 from batchlab.model import Failure, FailureKind, Json
 from batchlab.ports import Objects
 from batchlab.protocol import naming, values
@@ -50,7 +51,7 @@ def request(work: Work, folder: Path, *, function: Path | None, code: Path | Non
         attempt=work.bundle.attempt,
         folder=str(folder),
         cwd=str(folder / "cwd"),
-        prefix=naming.files(work.bundle, work.execution),
+        prefix=naming.files(work.bundle, work.execution, work.key),
         objects=function_key(work) is not None,
     )
 
@@ -237,6 +238,8 @@ def no_room(error: BaseException) -> str | None:
 
 
 async def upload(objects: Objects, uploads: Iterable[tuple[str, str]]) -> None:
-    """Store each (path, key)."""
+    """Store each (path, key). The keys are of this execution only."""
     for path, key in uploads:
-        await objects.upload(key, Path(path))
+        # If the key exists, an earlier try of this request has written it, whose answer was lost.
+        with suppress(AlreadyExists):
+            await objects.upload(key, Path(path), if_absent=True)

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.model import Bundle, Json, Ran
+from batchlab.protocol.sealing import UNSEALED, CommitKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class Work:
     execution: str
     items: Sequence[Json]
     budget_s: float | None = None
+    key: CommitKey = UNSEALED
+    """The commit key of the job: the names of files and logs are sealed with it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
@@ -76,7 +77,8 @@ def test_events_about_another_job_count_for_nothing(bring_up: Bring, tmp_path: P
     with worker_of(grid) as worker:
         for task in range(victim.tasks):
             bundle = victim.bundle(task)
-            worker.put(naming.outcome(bundle, UNSEALED), wire.outcome_text(forged(bundle)))
+            text = wire.outcome_text(forged(bundle))
+            worker.put(naming.outcome(bundle, UNSEALED), text, if_absent=True)
             for events in lies(bundle):
                 worker.send_events(*bodies(events, own))
     victim.open_gate()
@@ -269,12 +271,13 @@ def test_a_definition_below_the_markers_of_a_job_is_not_restored(
     name = rig.submit(job(tasks=1))
     sealed = wire.loads(worker.get(naming.spec(JobId(name))))
     plain = {key: one for key, one in sealed.items() if key not in ("commit_hash", "needs")}
-    for forged_id in (f"{name}/map/running/x", f"{name}/map/starts/x"):
-        for says, spec in ((forged_id, sealed), (forged_id, plain), (name, plain)):
-            doc = {**spec, "id": says, "priority": 1000}
-            worker.put(naming.spec(JobId(forged_id)), json.dumps(doc))
-            bundle = Bundle(JobId(forged_id), MAP, TaskSet.of([0]))
-            take(rig, events_message(Events(completions=(settle.completion(forged(bundle)),))))
+    for folder, number in product(("running", "starts"), range(3)):
+        forged_id = f"{name}/map/{folder}/x{number}"
+        says, spec = ((forged_id, sealed), (forged_id, plain), (name, plain))[number]
+        doc = {**spec, "id": says, "priority": 1000}
+        worker.put(naming.spec(JobId(forged_id)), json.dumps(doc), if_absent=True)
+        bundle = Bundle(JobId(forged_id), MAP, TaskSet.of([0]))
+        take(rig, events_message(Events(completions=(settle.completion(forged(bundle)),))))
     assert [one["id"] for one in rig.client.jobs()] == [name]
 
 

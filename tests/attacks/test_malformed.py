@@ -80,7 +80,7 @@ FAILURE = Failure(0, FailureKind.EXCEPTION, "no", "ValueError", "Traceback", 1, 
 def _outcome() -> Any:
     ran = [Ran(task, 0.25, {"x": [task, None]}) for task in range(6)]
     ran += [Ran(6, 0.1, failure=FAILURE), Ran(7, 0.1, failure=FAILURE)]
-    log = naming.log(BUNDLE, "w-1-1")
+    log = naming.log(BUNDLE, "w-1-1", UNSEALED)
     return settle.settle(
         *(JOB, BUNDLE, ran),
         execution="w-1-1",

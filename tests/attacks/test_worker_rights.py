@@ -14,12 +14,17 @@ from tests.waiting import until
 JOB = "sums-0123456789"
 WRITES = (
     f"files/{JOB}/x",
-    f"logs/{JOB}/x",
+    f"logs/{JOB}/x.log",
     f"jobs/{JOB}/map/outcomes/aa/x.json",
     f"jobs/{JOB}/map/running/x.json",
     f"jobs/{JOB}/map/starts/x",
 )
-WRITE_ONCE = (f"jobs/{JOB}/map/outcomes/aa/x.json", f"jobs/{JOB}/map/starts/x")
+WRITE_ONCE = (
+    f"files/{JOB}/x",
+    f"logs/{JOB}/x.log",
+    f"jobs/{JOB}/map/outcomes/aa/x.json",
+    f"jobs/{JOB}/map/starts/x",
+)
 NOT_WRITTEN = (
     f"jobs/{JOB}/spec.json",
     f"jobs/{JOB}/control.json",
@@ -46,7 +51,7 @@ def test_a_worker_writes_its_own_prefixes_and_no_others(worker: WorkerRights) ->
             worker.put(key, b"x")
         with pytest.raises(Forbidden):
             worker.remove(key)
-    for key in ("grid/commit-secret.json", f"reports/{JOB}/x", f"logs/{JOB}/x"):
+    for key in ("grid/commit-secret.json", f"reports/{JOB}/x", f"logs/{JOB}/x.log"):
         with pytest.raises(Forbidden):
             worker.get(key)
     listed = [key for key in worker.list("") if not key.startswith("grid/")]
@@ -79,7 +84,7 @@ def test_a_real_grid_can_be_attacked(bring_up: Bring, backend: str) -> None:
     grid = bring_up(backend=backend)
     until(lambda: grid.client.health()["leader"])  # it has made the queues
     with worker_of(grid) as worker:
-        worker.put(f"files/{JOB}/x", b"x")
+        worker.put(f"files/{JOB}/x", b"x", if_absent=True)
         assert worker.list("files/") == [f"files/{JOB}/x"]
         worker.send_events('{"v":1}')
         with pytest.raises(Forbidden):

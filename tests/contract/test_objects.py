@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from functools import partial
 from itertools import pairwise
@@ -264,6 +265,19 @@ async def test_an_upload_replaces_the_object(world: ObjectsWorld) -> None:
     await world.objects.put("raw/a", b"older")
     assert await world.objects.upload("raw/a", source) == 3
     assert await world.objects.get("raw/a") == b"new"
+
+
+@on_every_bucket
+async def test_a_conditional_upload_replaces_nothing(world: ObjectsWorld) -> None:
+    source = world.folder / "source"
+    for key, size in (("files/whole", 3), ("files/in-parts", 9 * 1024 * 1024)):
+        stored = random.Random(1).randbytes(size)
+        source.write_bytes(stored)
+        assert await world.objects.upload(key, source, if_absent=True) == size
+        source.write_bytes(b"x" * size)
+        with pytest.raises(AlreadyExists):
+            await world.objects.upload(key, source, if_absent=True)
+        assert await world.objects.get(key) == stored
 
 
 @on_every_bucket

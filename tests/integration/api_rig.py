@@ -39,6 +39,7 @@ from batchlab.ports import Outgoing
 from batchlab.protocol import naming, settle
 from batchlab.protocol.messages import Beat, Events, Held, events_message
 from batchlab.protocol.proofs import jobs_in, with_proofs
+from batchlab.protocol.sealing import UNSEALED
 from batchlab.views import JobView
 
 T = TypeVar("T")
@@ -213,7 +214,7 @@ class Rig:
             bundle = one.bundle
             now_s = time.time()
             texts = {task: f"task {task}, try {bundle.attempt}\n".encode() for task in bundle.tasks}
-            log = naming.log(bundle, "x")
+            log = naming.log(bundle, "x", UNSEALED)
             await self.objects.put(log, b"".join(texts.values()))
             spans, at = [], 0
             for task, text in texts.items():

@@ -96,6 +96,14 @@ def multipart(site: Site, key: str) -> object:
     return site.s3.abort_multipart_upload(**named)
 
 
+def in_parts(site: Site, key: str, **condition: str) -> object:
+    begun = site.s3.create_multipart_upload(Bucket=site.bucket, Key=key)
+    named = {"Bucket": site.bucket, "Key": key, "UploadId": begun["UploadId"]}
+    part = site.s3.upload_part(**named, PartNumber=1, Body=b"1")
+    parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+    return site.s3.complete_multipart_upload(**named, MultipartUpload=parts, **condition)
+
+
 def overwritten(site: Site, key: str) -> object:
     """Another worker's object, which exists, is put again."""
     site.root.client("s3").put_object(Bucket=site.bucket, Key=key, Body=b"0", IfNoneMatch="*")
@@ -110,9 +118,10 @@ WORKER_MAY: dict[str, Call] = {
     "read raw data": lambda it: it.get("raw/j/0"),
     "read interim results": lambda it: it.get("files/j/s/0"),
     "commit": lambda it: it.put("jobs/j/s/outcomes/ab/b1.json", IfNoneMatch="*"),
-    "write files": lambda it: it.put("files/j/s/ab/b/w/0/a.csv"),
+    "write files": lambda it: it.put("files/j/s/ab/b/w/0/a.csv", IfNoneMatch="*"),
+    "write a file in parts": lambda it: in_parts(it, "files/j/s/ab/b/w/0/large", IfNoneMatch="*"),
     "upload in parts": lambda it: multipart(it, "files/j/s/ab/b/w/0/big"),
-    "write logs": lambda it: it.put("logs/j/s/ab/b/w.log"),
+    "write logs": lambda it: it.put("logs/j/s/ab/b/w.log", IfNoneMatch="*"),
     "write tails": lambda it: it.put("logs/j/.tails/w.json"),
     "tell its environment": lambda it: it.put("logs/.workers/w.json"),
     "say that it still runs": lambda it: it.put("jobs/j/s/running/b.json"),
@@ -219,6 +228,9 @@ WORKER_MUST_NOT: dict[str, Call] = {
         Bucket=it.bucket, Key="jobs/j/s/outcomes/ab/b1.json"
     ),
     "overwrite an outcome": lambda it: overwritten(it, "jobs/j/s/outcomes/ab/b9.json"),
+    "overwrite a file": lambda it: overwritten(it, "files/j/s/ab/b/w/0/taken.csv"),
+    "overwrite a file in parts": lambda it: in_parts(it, "files/j/s/0"),
+    "overwrite a log": lambda it: overwritten(it, "logs/j/s/ab/b/taken.log"),
     "overwrite a start marker": lambda it: overwritten(it, "jobs/j/s/starts/b/w-9"),
     "delete a start marker": lambda it: it.s3.delete_object(
         Bucket=it.bucket, Key="jobs/j/s/starts/b/w-1"

@@ -39,6 +39,7 @@ from batchlab.patience import Patience
 from batchlab.ports import Cut, Fleet, Queue
 from batchlab.protocol import naming, settle
 from batchlab.protocol.messages import Beat, Held
+from batchlab.protocol.sealing import UNSEALED
 from batchlab.schedule.model import Definition, Run, RunState, When
 from batchlab.tally import Requests, Tally
 from tests.integration.still_tables import (
@@ -192,7 +193,7 @@ class StillGrid:
     async def _outcome(
         self, ports: Ports, job: JobDef, bundle: Bundle, start_s: float, run_s: float, bad: range
     ) -> None:
-        log = naming.log(bundle, "x")
+        log = naming.log(bundle, "x", UNSEALED)
         spans, at, text = [], 0, b""
         if len(bundle.tasks) == 1:
             for task in bundle.tasks:

@@ -294,9 +294,9 @@ def test_files_of_the_same_name_do_not_overwrite_each_other(tmp_path: Path) -> N
 
 def test_an_output_that_is_gone_before_it_is_stored_is_a_failure(tmp_path: Path) -> None:
     class Late(SimObjects):
-        async def upload(self, key: str, path: Path) -> int:
+        async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
             path.unlink(missing_ok=True)
-            return await super().upload(key, path)
+            return await super().upload(key, path, if_absent=if_absent)
 
     async def main() -> None:
         async with opened(tmp_path, Late()) as rig:
@@ -309,7 +309,7 @@ def test_an_output_that_is_gone_before_it_is_stored_is_a_failure(tmp_path: Path)
 
 def test_a_store_that_fails_while_storing_gives_the_bundle_back(tmp_path: Path) -> None:
     class Down(SimObjects):
-        async def upload(self, key: str, path: Path) -> int:
+        async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
             raise Unreachable("nobody answers")
 
     async def main() -> None:
@@ -323,7 +323,7 @@ def test_a_store_that_fails_while_storing_gives_the_bundle_back(tmp_path: Path) 
 
 def test_a_kill_does_not_wait_for_results_that_are_still_being_stored(tmp_path: Path) -> None:
     class Stuck(SimObjects):
-        async def upload(self, key: str, path: Path) -> int:
+        async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
             await asyncio.sleep(60)
             return 0
 

@@ -164,7 +164,7 @@ def test_everything_is_refused_without_tls(tmp_path_factory: pytest.TempPathFact
         ids = stack.ids()
         worker = Site(root, ids, root.role(ids["PoolRole"]))
         calls: list[Call] = [
-            lambda it: it.put("files/j/s/ab/b/w/0/a.csv"),
+            lambda it: it.put("files/j/s/ab/b/w/0/a.csv", IfNoneMatch="*"),
             lambda it: it.s3.list_objects_v2(Bucket=it.bucket),
             lambda it: it.sqs.get_queue_url(QueueName="batchlab-tasks-default"),
             lambda it: it.sqs.get_queue_url(QueueName="batchlab-events"),

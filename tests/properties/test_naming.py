@@ -52,8 +52,8 @@ def keys_of(job: JobId, stage: StageName, number: int, bundle: Bundle) -> list[s
         naming.item(job, stage, number, f"{number:032x}"),
         naming.cut(job, stage, number, number),
         naming.outcome(bundle, KEY),
-        naming.files(bundle, "w-1"),
-        naming.log(bundle, "w-1"),
+        naming.files(bundle, "w-1", KEY),
+        naming.log(bundle, "w-1", KEY),
         naming.starts(bundle),
         naming.running(bundle, KEY),
     ]
@@ -78,7 +78,7 @@ def test_keys_are_distinct_and_stay_below_their_job(
             what = (kind, name, stage if kind >= 4 else "", which)
             assert seen.setdefault(key, what) == what, f"{key} is of two things"
         # Without its slash the prefix of one bundle would be that of another as well.
-        for prefix in (naming.raw(job), naming.files(bundle, "w-1"), naming.starts(bundle)):
+        for prefix in (naming.raw(job), naming.files(bundle, "w-1", KEY), naming.starts(bundle)):
             assert prefix.endswith("/")
     prefixes = [key for key in seen if key.endswith("/")]
     for prefix, key in product(prefixes, seen):

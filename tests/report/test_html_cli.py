@@ -79,7 +79,7 @@ async def _commit(objects: Objects, case: Case, log: bytes | None) -> None:
         JobId(JOB), StageName(case.stage), TaskSet.span(first, last + 1), attempt=case.attempt
     )
     assert bundle.id == case.bundle
-    key = naming.log(bundle, case.execution)
+    key = naming.log(bundle, case.execution, UNSEALED)
     failure = Failure(
         case.task, FailureKind.EXCEPTION, "no price", "ValueError", traceback="In <price>: line 7"
     )

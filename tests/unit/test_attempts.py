@@ -44,7 +44,7 @@ async def a_bucket() -> SimObjects:
     opening = Opening(["a", "b", {"c": 1}])
     await objects.put(naming.spec(JOB.id), definition.to_bytes(JOB, opening))
     first = Bundle(JOB.id, MAP, TaskSet.span(0, 3))
-    log = naming.log(first, "w-1-1")
+    log = naming.log(first, "w-1-1", UNSEALED)
     await objects.put(log, b"hello\nodd\n")
     failures = tuple(
         Failure(task, FailureKind.EXCEPTION, "no", "ValueError", run_s=0.5, final=final)

@@ -126,7 +126,7 @@ def test_what_is_shed_is_committed_told_of_and_traced_as_a_whole_bundle_is(
         outcome = await committed(rig.objects, BUNDLE, rig.patience, UNSEALED)
         assert outcome
         assert (outcome.succeeded, [one.task for one in outcome.failed]) == (TaskSet.of([0]), [1])
-        assert outcome.log == naming.log(BUNDLE, "w-1-1")
+        assert outcome.log == naming.log(BUNDLE, "w-1-1", UNSEALED)
         assert KEPT in [follow.bundle for follow in outcome.follows]
         pairs = [zip(m.bundle.tasks, m.items or (), strict=True) for m in rig.sent.tasks]
         told = {task: item for pair in pairs for task, item in pair}

@@ -204,8 +204,8 @@ KINDS = {
     "item": (False, False),
     "cut": (True, False),
     "outcome": (True, True),
-    "files": (False, True),
-    "log": (False, True),
+    "files": (True, True),
+    "log": (True, True),
     "starts": (True, True),
     "running": (False, True),
 }

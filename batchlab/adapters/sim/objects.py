@@ -124,10 +124,10 @@ class SimObjects:
                 self._objects[key] = None
                 self._gone += 1
 
-    async def upload(self, key: str, path: Path) -> int:
+    async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
         check_key(key)
         data = _read(path)
-        await self.put(key, data)
+        await self.put(key, data, if_absent=if_absent)
         return len(data)
 
     async def download(self, key: str, path: Path) -> int:
