@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from batchlab.errors import AlreadyExists, NotFound
+from batchlab.errors import AlreadyExists, Malformed, NotFound, TooNew
 from batchlab.model import Control, JobId
 from batchlab.patience import Patience
 from batchlab.ports import Objects
@@ -32,11 +32,19 @@ async def look(objects: Objects, job: JobId, etag: str | None) -> Spoken | None:
 
 
 async def spoken(objects: Objects, job: JobId, patience: Patience) -> Spoken | None:
-    """The word, to write another one over it; None where there is none."""
+    """Return the word, to write another one over it; None if there is no object. An object that
+    cannot be read, or has an unknown word, counts as permission of the first round, which every
+    word may replace."""
     try:
-        return await patience(partial(look, objects, job, None))
+        found = await patience(partial(objects.get_if_changed, naming.control(job), None))
     except NotFound:
         return None
+    assert found
+    data, etag = found
+    try:
+        return Spoken(wire.word_from_bytes(data), etag)
+    except (Malformed, TooNew):
+        return Spoken(Word(Control.RUN), etag)
 
 
 async def word_of(objects: Objects, job: JobId, patience: Patience) -> Word:
@@ -75,6 +83,19 @@ async def insist(objects: Objects, job: JobId, word: Word, patience: Patience) -
             return found.word
         if await say(objects, job, word, patience, over=found):
             return word
+
+
+async def mend(
+    objects: Objects, job: JobId, control: Control, round: int, patience: Patience
+) -> None:
+    """Write the word of the ledger if the object of the word is gone or cannot be read. A word that
+    another manager has written meanwhile stays."""
+    try:
+        await word_of(objects, job, patience)
+        return
+    except (Malformed, NotFound):
+        found = await spoken(objects, job, patience)
+    await say(objects, job, Word(control, round=round), patience, over=found)
 
 
 async def permit(objects: Objects, job: JobId, round: int, patience: Patience) -> None:

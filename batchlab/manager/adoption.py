@@ -25,15 +25,15 @@ from batchlab.jobdef import JobDef
 from batchlab.manager import admission
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.live import LiveJob, Ports, Superseded, all_jobs
-from batchlab.manager.quarantine import Quarantine
-from batchlab.manager.rebuild import UnreadableJob, restore
+from batchlab.manager.quarantine import Quarantine, UnreadableObject
+from batchlab.manager.rebuild import restore
 from batchlab.manager.recorder import Recorder
 from batchlab.manager.retries import cuts_of_round
 from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.spending import Spending
 from batchlab.manager.starts import Starts
 from batchlab.model import JobId, JobState
-from batchlab.ports import BundleRecord, Written
+from batchlab.ports import BundleRecord, Cut, JobRecord, Written
 from batchlab.protocol import naming, settle, wire
 from batchlab.tracing import trace_of
 from batchlab.waits import heed_cancellation
@@ -80,7 +80,7 @@ class Adoption:
             rows = await self._ports.ledger.rows(record.job.id)
             try:
                 await self.adopt(Written(rows, is_new=False))
-            except (Malformed, TooNew) as error:
+            except (Malformed, TooNew, NotFound) as error:
                 # The other jobs must not wait for this one, which is tried again later.
                 key = naming.committed(record.job.id)
                 self._quarantine.object(key, error, record.job.id, "object")
@@ -91,7 +91,7 @@ class Adoption:
         ledger, rows = self._ports.ledger, found.rows
         job = rows.job.job
         # A retry is two steps in the ledger; the leader before us may have died between them.
-        cuts = await cuts_of_round(self._ports, rows.job)
+        cuts, unreadable = await self._cuts(rows.job)
         for cut in cuts:
             rows = (await ledger.add_cut(cut)).rows
         planned: Sequence[BundleRecord] = ()
@@ -109,6 +109,7 @@ class Adoption:
             {s.counts.stage: s for s in rows.stages},
             version=int(self._ports.clock.now_s() * 1000),
             doubtful=not found.is_new,
+            unreadable=unreadable,
             retried_s=min((cut.at_s for cut in cuts if cut.at_s is not None), default=None),
             known_after=0 if found.is_new else None,
         )
@@ -134,6 +135,16 @@ class Adoption:
             live.conducting = self.group.create_task(self._conduct(live), name=f"job {job.id}")
         return live
 
+    async def _cuts(self, record: JobRecord) -> tuple[Sequence[Cut], UnreadableObject | None]:
+        """Return the cuts of the retry that began the round, or the error of its object."""
+        try:
+            return await cuts_of_round(self._ports, record), None
+        except UnreadableObject as error:
+            return (), error
+        except NotFound as error:
+            key = naming.retry(record.job.id, record.round)
+            return (), UnreadableObject(key, error.message)
+
     async def restored(self, job: JobId, *, beside: bool = False) -> JobDef | None:
         """The job from the bucket, of which the ledger has nothing: who accepted it died on the
         way there, or somebody has taken the ledger away. None where the bucket has none that could
@@ -147,7 +158,7 @@ class Adoption:
             await restore(self._ports, job)
         except NotFound:
             return None
-        except UnreadableJob as error:
+        except UnreadableObject as error:
             # It must not keep the completions of other jobs from being folded.
             self._quarantine.object(error.key, error, job, "object")
             return None
@@ -176,15 +187,33 @@ class Adoption:
         rows = await self._ports.ledger.rows(live.id)
         await self.adopt(Written(rows, is_new=False), beside=True)
 
+    async def _give_up(self, live: LiveJob, error: Malformed) -> None:
+        """End a job that can never go on; try again later if the backend does not answer."""
+        try:
+            await self._conductor.give_up(live, error)
+        except Superseded:
+            live.end()
+        except BackendError as later:
+            heed_cancellation()
+            log.warning("job %s waits for the backend: %s", live.id, later)
+            await asyncio.sleep(self._settings.tick_s)
+
     async def _conduct(self, live: LiveJob) -> None:
         logs.note(job=live.id, trace=trace_of(live.job.trace))
         while not live.ended.is_set():
             try:
+                if live.unreadable:
+                    raise live.unreadable
                 await self._conductor.conduct(live)
             except Superseded as error:
                 heed_cancellation()
                 log.info("%s", error, extra={"job": live.id})
                 live.end()
+            except Malformed as error:
+                heed_cancellation()
+                log.error("job %s is given up: %s", live.id, error, extra={"job": live.id})
+                live.trouble = str(error)
+                await self._give_up(live, error)
             except BackendError as error:
                 heed_cancellation()
                 # Patience ran out. The job is not lost, only late: its state is in the bucket.

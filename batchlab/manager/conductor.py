@@ -25,7 +25,7 @@ from batchlab.manager.cutting import Cutter
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, Ports, Superseded, move
 from batchlab.manager.plans import Plans
-from batchlab.manager.quarantine import Outcomes, Quarantine
+from batchlab.manager.quarantine import Outcomes, Quarantine, UnreadableObject, read_stored
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Bundle, Control, JobState, Json, StageName, TaskSet
 from batchlab.ports import Cut, Ending, StageRecord
@@ -74,7 +74,8 @@ class Conductor:
         self._folder = folder
         self._cutter = cutter
         self._on_plan = on_plan
-        self._outcomes = Outcomes(ports, quarantine or Quarantine(self._counts))
+        self._quarantine = quarantine or Quarantine(self._counts)
+        self._outcomes = Outcomes(ports, self._quarantine)
         self._lost = endcheck.Lost(ports, settings.silence_s)
         self.plans = Plans(ports)
         self._inputs = Inputs(ports.objects, ports.patience)
@@ -181,8 +182,10 @@ class Conductor:
             counts = {u: live.stages[u].counts for u in stage.after}
             manifest = await self.plans.of_stages(live.job, stage, round_, counts)
         if manifest is None:
+            plan, spec = naming.manifest(live.id, stage.name, round_), naming.spec(live.id)
             raise UsageError(
-                f"Job {live.id} says it brings its own items, but they are not there.",
+                f"Job {live.id} says it brings its own items, but neither {plan} nor {spec} has "
+                f"them.",
                 remedy="Submit it through the Python API, or give it an input.",
             )
         return TaskSet.span(0, manifest.count) - manifest.skipped
@@ -248,7 +251,12 @@ class Conductor:
                 lambda: objects.put(key, wire.to_bytes(wire.cut_to_json(cut)), if_absent=True)
             )
         except AlreadyExists:
-            cut = wire.cut_from_json(wire.loads(await patience(lambda: objects.get(key))))
+            found = await read_stored(
+                self._ports, key, lambda data: wire.cut_from_json(wire.loads(data))
+            )
+            if (found.job, found.stage, found.round) != (cut.job, cut.stage, cut.round):
+                raise UnreadableObject(key, "It is a cut of another job or stage.") from None
+            return found
         return cut
 
     async def _commit_and_send(self, live: LiveJob, cut: Cut) -> None:
@@ -298,10 +306,23 @@ class Conductor:
         """
         await self.forbid(live, word)
         closed = await self._seal(live)
-        written = await control.word_of(self._ports.objects, live.id, self._ports.patience)
-        if written.round != live.round:
+        # It is written again if the store has lost it meanwhile.
+        objects, patience = self._ports.objects, self._ports.patience
+        written = await control.insist(objects, live.id, replace(word, round=live.round), patience)
+        if written is None:
             raise Superseded(live)
         await self._finish(live, written.state, written.reason, closed)
+
+    async def give_up(self, live: LiveJob, error: Malformed) -> None:
+        """End a job of which an object cannot be read that commits a decision, such as a plan or a
+        cut. If the bucket does not let it end, end it in the ledger alone."""
+        key = error.key if isinstance(error, UnreadableObject) else naming.committed(live.id)
+        self._quarantine.object(key, error, live.id, "object")
+        reason = f"the stored object {key} cannot be read: {error.message}"
+        try:
+            await self.stop(live, wire.Word(Control.CANCEL, JobState.FAILED, reason))
+        except (Malformed, NotFound):
+            await self.abandon(live, reason)
 
     async def abandon(self, live: LiveJob, reason: str) -> None:
         """End a job of which the bucket has nothing left, in the ledger alone."""
@@ -359,10 +380,9 @@ class Conductor:
         async with live.control_lock:
             if live.record.control is Control.CANCEL:
                 return
-            try:
-                word = await control.word_of(self._ports.objects, live.id, self._ports.patience)
-            except NotFound:
-                return  # somebody has removed the job's objects
+            word = await self._word(live)
+            if word is None:
+                return
             if word.control is Control.CANCEL and word.round < live.round:
                 # Only a manager of release 0.1.0, which wrote without a condition, leaves that.
                 objects, patience = self._ports.objects, self._ports.patience
@@ -377,6 +397,21 @@ class Conductor:
             paused = word.control is Control.PAUSE
             await move(self._ports, live, JobState.PAUSED if paused else JobState.RUNNABLE)
         live.poke.set()
+
+    async def _word(self, live: LiveJob) -> wire.Word | None:
+        """Return the word that the workers follow, None if there is none. If the store has lost or
+        damaged its object, write the word of the ledger again."""
+        objects, patience = self._ports.objects, self._ports.patience
+        try:
+            return await control.word_of(objects, live.id, patience)
+        except NotFound:
+            # Without an object the workers run the job.
+            if live.record.control is Control.RUN:
+                return None
+        except Malformed as error:
+            self._quarantine.object(naming.control(live.id), error, live.id, "object")
+        await control.mend(objects, live.id, live.record.control, live.round, patience)
+        return None
 
     async def _seal(self, live: LiveJob) -> Mapping[StageName, int]:
         """Commit CANCELLED for every outstanding bundle; whoever committed before us counts.
@@ -436,7 +471,10 @@ class Conductor:
             with of_single_call(live.job.is_single_call):
                 await patience(lambda: objects.put(key, data, if_absent=True))
         except AlreadyExists:
-            ending = wire.ending_from_json(wire.loads(await patience(lambda: objects.get(key))))
+            try:
+                ending = wire.ending_from_json(wire.loads(await patience(lambda: objects.get(key))))
+            except Malformed as error:
+                self._quarantine.object(key, error, live.id, "object")
         await self._record(live, ending)
 
     async def _record(self, live: LiveJob, ending: Ending) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from batchlab.commitkeys import CommitKeys
 from batchlab.costs.cap import Budget
 from batchlab.costs.meter import Account
-from batchlab.errors import NotFound, Refused
+from batchlab.errors import Malformed, NotFound, Refused
 from batchlab.eta import Pace
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.retained import Retained
@@ -79,6 +79,8 @@ class Outstanding:
     heard_s: float
     since_s: float = 0.0
     """Monotonic; when this manager has sent it, heard of it, or found it."""
+    copies: int = 0
+    """How often it was sent again because nothing was heard of it."""
 
 
 @dataclass(slots=True)
@@ -105,6 +107,8 @@ class LiveJob:
     cancel tasks of it though nobody has asked us to."""
     trouble: str = ""
     """What the backend answered when the job was last conducted, where that failed."""
+    unreadable: Malformed | None = None
+    """The error of an object without which the job cannot go on."""
     retried_s: float | None = None
     """When its round was asked for (seconds of the epoch), where it is a retry that says so."""
     version: int = 0

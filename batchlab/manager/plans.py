@@ -17,6 +17,7 @@ from batchlab.errors import AlreadyExists, Malformed, NotFound, Unreachable, Usa
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager import split
 from batchlab.manager.live import Ports
+from batchlab.manager.quarantine import read_stored
 from batchlab.model import JobId, Json, Outcome, StageCounts, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import BundleRecord, Cut, Objects
@@ -63,12 +64,11 @@ class Plans:
         """The committed plan of that round, None while there is none."""
         key = naming.manifest(job.id, stage, round)
         try:
-            data = await self._ports.patience(partial(self._ports.objects.get, key))
+            return await read_stored(self._ports, key, Manifest.from_bytes)
         except NotFound:
             # A few items come with the job's definition.
             came = job.items is not None and round == 0 and not job.stage(stage).after
             return await self._brought(job) if came else None
-        return Manifest.from_bytes(data)
 
     async def _brought(self, job: JobDef) -> Manifest | None:
         opening = await self._opening(job)
@@ -84,11 +84,13 @@ class Plans:
         return found if found and found.stage == cut.stage else None
 
     async def _opening(self, job: JobDef) -> definition.Opening | None:
+        def opening(data: bytes) -> definition.Opening | None:
+            return definition.opening_in(wire.loads(data))
+
         try:
-            data = await self._ports.patience(partial(self._ports.objects.get, naming.spec(job.id)))
+            return await read_stored(self._ports, naming.spec(job.id), opening)
         except NotFound:
             return None
-        return definition.opening_in(wire.loads(data))
 
     async def of_input(self, job: JobDef, stage: StageDef) -> Manifest:
         """Plan a root stage from the job's raw input; UsageError where that is malformed."""

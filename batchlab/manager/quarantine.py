@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import TypeVar
 
 from batchlab.commit import commit, committed, follow_ups, read_outcome, send_all
 from batchlab.errors import AlreadyExists, BackendError, Malformed, TooNew
@@ -21,6 +23,8 @@ from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.sealing import CommitKey
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 KEPT = 20_000
 """Messages and objects that are remembered, so a second delivery is not reported again."""
@@ -103,6 +107,23 @@ class Quarantine:
         first = next(iter(found.values()))
         more = " or more" if len(found) == KEPT_OF_A_JOB else ""
         return f"{len(found)}{more} of its messages and objects cannot be read, the first: {first}"
+
+
+class UnreadableObject(Malformed):
+    """An object of a job cannot be read that commits a decision, such as a plan or a cut."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+async def read_stored(ports: Ports, key: str, read: Callable[[bytes], T]) -> T:
+    """Return what `read` makes of an object; NotFound, or UnreadableObject with its key."""
+    data = await ports.patience(partial(ports.objects.get, key))
+    try:
+        return read(data)
+    except (Malformed, TooNew) as error:
+        raise UnreadableObject(key, error.message) from error
 
 
 class Outcomes:

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 
 from batchlab.commit import read_outcome
 from batchlab.control import word_of
-from batchlab.errors import Malformed, NotFound, TooNew, Unreachable
+from batchlab.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.manager import addresses
 from batchlab.manager.live import Ports
+from batchlab.manager.quarantine import UnreadableObject, read_stored
 from batchlab.manager.retries import Retry
 from batchlab.model import Completion, Control, JobId, JobState, Outcome, StageName
 from batchlab.ports import Cut, Ending, ObjectInfo, Past, Round
@@ -40,8 +41,9 @@ class Rebuilt:
     jobs: int
     """Jobs that were restored."""
     unreadable: dict[str, str] = field(default_factory=dict)
-    """Why an object could not be read, by its key. A job with an unreadable outcome is restored
-    without it; a job with another unreadable object stays as the ledger had it."""
+    """Why an object could not be read, by its key. A job with an unreadable outcome or end is
+    restored without it, and a job with an unreadable control word as paused. A job with another
+    unreadable object stays as the ledger had it."""
 
 
 async def rebuild(ports: Ports) -> Rebuilt:
@@ -57,8 +59,12 @@ async def rebuild(ports: Ports) -> Rebuilt:
         try:
             rebuilt.unreadable |= await restore(ports, job)
             rebuilt.jobs += 1
-        except UnreadableJob as error:
-            rebuilt.unreadable[error.key] = error.message
+        except (Throttled, Unreachable):
+            raise
+        except BackendError as error:
+            # The other jobs must not wait for this one.
+            key = error.key if isinstance(error, UnreadableObject) else naming.committed(job)
+            rebuilt.unreadable[key] = error.message
     for key, why in rebuilt.unreadable.items():
         log.error("the rebuild went on without %s: %s", key, why)
     return rebuilt
@@ -83,17 +89,9 @@ async def _in_bucket(ports: Ports) -> set[JobId]:
     return found
 
 
-class UnreadableJob(Malformed):
-    """An object cannot be read without which a job cannot be restored."""
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(message)
-        self.key = key
-
-
 async def restore(ports: Ports, job: JobId) -> dict[str, str]:
     """Read one job from the bucket again; return why an outcome object could not be read, by its
-    key. NotFound if the job is not there, UnreadableJob if another object of it cannot be read,
+    key. NotFound if the job is not there, UnreadableObject if another object of it cannot be read,
     Unreachable if somebody changes it all the time."""
     for _ in range(_TRIES):
         before = await ports.ledger.version(job)
@@ -114,7 +112,7 @@ class _Found:
     cuts: list[Cut] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
-    """Outcomes that cannot be read, by their keys."""
+    """The errors of objects without which the job is restored, by their keys."""
 
     async def take(self, ports: Ports, info: ObjectInfo, key: CommitKey) -> None:
         """Read one object, if it is a cut or an outcome."""
@@ -151,11 +149,11 @@ async def _past(ports: Ports, job: JobId) -> tuple[Past, dict[str, str]]:
     found = _Found()
     spec, opening = await _read(ports, naming.spec(job), definition.from_json)
     if spec.id != job:
-        raise UnreadableJob(naming.spec(job), f"It defines the job {spec.id}.")
+        raise UnreadableObject(naming.spec(job), f"It defines the job {spec.id}.")
     spec = await addresses.restored(ports, spec)
     if opening and opening.cut:
         found.cuts.append(opening.cut)
-    key = await ports.keys.of(spec)
+    key = await _key_of(ports, spec)
     replacements: list[str] = []
     async for page in ports.objects.list(naming.committed(job)):
         for info in page:
@@ -169,8 +167,19 @@ async def _past(ports: Ports, job: JobId) -> tuple[Past, dict[str, str]]:
     # What has been cut has started, though the clock may have been set back since.
     later = not found.cuts and (spec.start_at_s or 0.0) > ports.clock.now_s()
     state = JobState.SCHEDULED if later else JobState.SUBMITTED
-    past = Past(spec, state, await _rounds(ports, spec, found), await _control(ports, job))
+    past = Past(spec, state, await _rounds(ports, spec, found), await _control(ports, job, found))
     return past, found.unreadable
+
+
+async def _key_of(ports: Ports, job: JobDef) -> CommitKey:
+    """Return the commit key of a job; UnreadableObject if its definition has the hash of another
+    key, as a damaged one may."""
+    try:
+        return await ports.keys.of(job)
+    except (Throttled, Unreachable, NotFound):
+        raise
+    except BackendError as error:
+        raise UnreadableObject(naming.spec(job.id), error.message) from error
 
 
 async def _rounds(ports: Ports, job: JobDef, found: _Found) -> Sequence[Round]:
@@ -183,6 +192,10 @@ async def _rounds(ports: Ports, job: JobDef, found: _Found) -> Sequence[Round]:
             retry = await _read(ports, key, Retry.from_json)
         except NotFound:
             return rounds
+        if rounds[-1].ending is None:
+            final = naming.final(job.id, len(rounds) - 1)
+            why = found.unreadable.get(final, "It is gone, and a retry follows it.")
+            raise UnreadableObject(final, why)
 
 
 async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, found: _Found) -> Round:
@@ -193,6 +206,11 @@ async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, found: _F
     for cut in cuts:
         if cut.planned is not None:
             planned |= {stage.name: cut.planned for stage in job.fed_by(cut.stage)}
+    stages = {stage.name for stage in job.stages}
+    for cut in (*retry.cuts, *cuts):
+        if cut.job != job.id or cut.stage not in stages:
+            key = naming.cut(job.id, cut.stage, cut.round, cut.seq)
+            raise UnreadableObject(key, "It is a cut of another job or stage.")
     completions = [one for one in found.completions if one.bundle.round == number]
     return Round(
         retry.reopened,
@@ -200,35 +218,40 @@ async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, found: _F
         planned,
         completions,
         [settle.casualties(job, one) for one in completions],
-        await _ending(ports, job.id, number),
+        await _ending(ports, job.id, number, found),
     )
 
 
-async def _ending(ports: Ports, job: JobId, round_: int) -> Ending | None:
+async def _ending(ports: Ports, job: JobId, round_: int, found: _Found) -> Ending | None:
     try:
         return await _read(ports, naming.final(job, round_), wire.ending_from_json)
     except NotFound:
         return None
+    except UnreadableObject as error:
+        # The manager comes to an end again from the counters.
+        found.unreadable[error.key] = error.message
+        return None
 
 
-async def _control(ports: Ports, job: JobId) -> Control:
+async def _control(ports: Ports, job: JobId, found: _Found) -> Control:
     try:
         return (await word_of(ports.objects, job, ports.patience)).control
     except NotFound:
         return Control.RUN
-    except (Malformed, TooNew) as error:
-        raise UnreadableJob(naming.control(job), error.message) from error
+    except Malformed as error:
+        # It may have been a cancellation. The user can resume the job.
+        found.unreadable[naming.control(job)] = error.message
+        return Control.PAUSE
+    except TooNew as error:
+        raise UnreadableObject(naming.control(job), error.message) from error
 
 
 async def _read(ports: Ports, key: str, read: Callable[[dict[str, Any]], T]) -> T:
-    try:
-        return read(wire.loads(await ports.patience(partial(ports.objects.get, key))))
-    except (Malformed, TooNew) as error:
-        raise UnreadableJob(key, error.message) from error
+    return await read_stored(ports, key, lambda data: read(wire.loads(data)))
 
 
 async def _read_replacement(ports: Ports, key: str) -> Outcome:
     try:
         return await read_outcome(ports.objects, key, ports.patience)
     except (Malformed, TooNew) as error:
-        raise UnreadableJob(key, error.message) from error
+        raise UnreadableObject(key, error.message) from error

@@ -19,11 +19,11 @@ from batchlab.jobdef import JobDef
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, Outstanding, Ports, in_pool
-from batchlab.manager.quarantine import Outcomes, Quarantine
+from batchlab.manager.quarantine import Outcomes, Quarantine, UnreadableObject, read_stored
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Bundle, Control, JobId, Outcome
 from batchlab.ports import MAX_BATCH, Depth, Message
-from batchlab.protocol import naming, settle
+from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.messages import read_task_message
 
 log = logging.getLogger(__name__)
@@ -107,6 +107,8 @@ class Reconciler:
         await self.heed(live)
         if live.record.control is not Control.RUN:
             return  # workers drop its messages, so of course they are silent
+        if any(one.copies for one in silent) and not await self._is_defined(live):
+            return
         again: list[Bundle] = []
         for one in silent:
             try:
@@ -124,9 +126,24 @@ class Reconciler:
                 # A copy: its worker looks for an outcome before it runs it.
                 again.append(replace(one.bundle, losses=max(1, one.bundle.losses)))
                 one.heard_s = self._ports.clock.monotonic_s()
+                one.copies += 1
         if again:
             log.warning("%d silent bundles are sent again", len(again), extra={"job": live.id})
             await self._conductor.send(live.job, again)
+
+    async def _is_defined(self, live: LiveJob) -> bool:
+        """Whether the bucket has the job's definition. Workers drop the messages of a job without
+        one, so such a job is ended."""
+        key = naming.spec(live.id)
+        try:
+            await read_stored(self._ports, key, lambda data: wire.job_from_json(wire.loads(data)))
+        except UnreadableObject as error:
+            await self._conductor.give_up(live, error)
+            return False
+        except NotFound as error:
+            await self._conductor.give_up(live, UnreadableObject(key, error.message))
+            return False
+        return True
 
     async def heed(self, live: LiveJob) -> None:
         """As the conductor's, but never waiting for a user's word that is being written."""
@@ -169,7 +186,7 @@ class Reconciler:
         try:
             task = read_task_message(message.body)
             bundle = task.bundle
-            job = (await self._ports.ledger.job(bundle.job)).job
+            job = await self._job(bundle.job)
             job.stage(bundle.stage)  # KeyError where it has no such stage
             key = await self._ports.keys.of(job)
         except (Malformed, TooNew, NotFound, KeyError) as error:
@@ -193,6 +210,16 @@ class Reconciler:
         live = self._lives.get(bundle.job)
         if live:
             await self._conductor.send(live.job, [again])
+
+    async def _job(self, name: JobId) -> JobDef:
+        """Return the job, restored from the bucket if the ledger has lost it; NotFound."""
+        try:
+            return (await self._ports.ledger.job(name)).job
+        except NotFound:
+            job = await self._folder.job(name)
+            if job is None:
+                raise
+            return job
 
     async def _condemned(self, job: JobDef, bundle: Bundle, message: Message) -> Outcome | None:
         now_s = self._ports.clock.now_s()

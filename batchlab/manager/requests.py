@@ -24,6 +24,7 @@ from batchlab.manager.conductor import Conductor
 from batchlab.manager.counts import Counts
 from batchlab.manager.cutting import Cutter
 from batchlab.manager.live import LiveJob, Ports, Superseded, all_jobs, move
+from batchlab.manager.quarantine import UnreadableObject, read_stored
 from batchlab.manager.retries import Chosen, Retry, RetryPlanner
 from batchlab.model import Control, JobId, JobState, Json
 from batchlab.ports import MAX_BATCH, JobRecord, Written
@@ -156,8 +157,14 @@ class Requests:
             with of_single_call(job.is_single_call):
                 await patience(lambda: objects.put(key, data, if_absent=True))
         except AlreadyExists:
-            doc = wire.loads(await patience(lambda: objects.get(key)))
-            known, its = wire.job_from_json(doc), definition.opening_in(doc)
+            try:
+                known, its = await read_stored(self._ports, key, _defined)
+            except UnreadableObject as error:
+                raise Refused(
+                    f"A job with the id {job.id} is in the bucket, and its definition cannot be "
+                    f"read: {error.message}",
+                    remedy=f"Remove the object {key}, or submit the job under another name.",
+                ) from error
             if _content(addresses.hidden(known), its) != _content(hidden, opening):
                 by = "client token" if job.token else "id"
                 raise Refused(
@@ -270,6 +277,11 @@ class Requests:
                 if await control.say(objects, live.id, word, patience, over=found):
                     break
             await self._conductor.record_control(live, wanted)
+
+
+def _defined(data: bytes) -> tuple[JobDef, definition.Opening | None]:
+    doc = wire.loads(data)
+    return wire.job_from_json(doc), definition.opening_in(doc)
 
 
 def _content(job: JobDef, opening: definition.Opening | None) -> bytes:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from batchlab.errors import Malformed, Refused, Unreachable
 from batchlab.jobdef import StageDef
 from batchlab.manager.live import Ports
 from batchlab.manager.plans import Plans, successes
+from batchlab.manager.quarantine import read_stored
 from batchlab.model import Bundle, JobId, StageCounts, StageName, TaskSet
 from batchlab.ports import Cut, JobRecord, Reopening, StageRecord
 from batchlab.protocol import naming, wire
@@ -73,8 +73,7 @@ async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
 
 
 async def _retry(ports: Ports, record: JobRecord, round_: int) -> Retry:
-    get = partial(ports.objects.get, naming.retry(record.job.id, round_))
-    return Retry.from_bytes(await ports.patience(get))
+    return await read_stored(ports, naming.retry(record.job.id, round_), Retry.from_bytes)
 
 
 @dataclass(frozen=True, slots=True)

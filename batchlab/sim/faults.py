@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from batchlab.sim.stalls import Hold
@@ -86,8 +86,11 @@ class FaultKind(StrEnum):
     RESUMED = "resumed", USER, "a user resumes a job"
     RETRIED = "retried", USER, "a user retries a job"
     RESUBMITTED = "resubmitted", USER, "a user submits a job again under its token"
-    # The last: kinds before it keep the draws that they had without it.
+    # New kinds come last: the kinds before them keep the draws that they had.
     CORRUPTED = "corrupted", SKY, "a worker begins to lie, within the rights of its role"
+    TORN = "torn", SKY, "the store keeps only the beginning of an object"
+    MISSING = "missing", SKY, "the store loses an object"
+    ROTTED = "rotted", SKY, "the store changes one bit of an object"
 
     def applies(self, label: str) -> bool:
         """Whether it can happen at a call or look of that label."""
@@ -102,6 +105,7 @@ class Weather:
 
     With `varied` each seed chooses which kinds it has, and how heavily. With `timed` its worlds
     have a schedule too. With `lies` every seed has CORRUPTED, and jobs beside those of its plan.
+    With `storage` every seed has damaged objects, and also such jobs.
     """
 
     kill_before: float = 0.0
@@ -139,9 +143,13 @@ class Weather:
     retried: float = 0.0
     resubmitted: float = 0.0
     corrupted: float = 0.0
+    torn: float = 0.0
+    missing: float = 0.0
+    rotted: float = 0.0
     varied: bool = False
     timed: bool = False
     lies: bool = False
+    storage: bool = False
 
     def rate(self, kind: FaultKind) -> float:
         rate: float = getattr(self, kind.value)
@@ -151,10 +159,20 @@ class Weather:
         """This weather as one seed has it: `varied` chooses kinds, and how often they happen."""
         if not self.varied:
             return self
-        rates = {k.value: self.rate(k) * rng.choice(_SHARES) * heaviness for k in FaultKind}
-        drawn = replace(self, **rates, varied=False, timed=self.timed, lies=self.lies)
-        return replace(drawn, corrupted=self.corrupted) if self.lies else drawn
+        rates: dict[str, Any] = {
+            k.value: self.rate(k) * rng.choice(_SHARES) * heaviness for k in FaultKind
+        }
+        drawn = replace(self, **rates, varied=False)
+        if self.lies:
+            drawn = replace(drawn, corrupted=self.corrupted)
+        if self.storage:
+            damages: dict[str, Any] = {kind.value: self.rate(kind) for kind in DAMAGES}
+            drawn = replace(drawn, **damages)
+        return drawn
 
+
+DAMAGES = (FaultKind.TORN, FaultKind.MISSING, FaultKind.ROTTED)
+"""The kinds by which the store damages an object."""
 
 _SHARES = (0.0, 0.0, 0.3, 1.0, 2.0)
 

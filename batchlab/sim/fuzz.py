@@ -31,6 +31,7 @@ WEATHERS: Mapping[str, Weather] = {
     "all": trial.ALL,
     "crashes": trial.CRASHES,
     "lies": trial.LIES,
+    "storage": trial.STORAGE,
     "storm": trial.STORM,
     "timed": trial.TIMED,
 }

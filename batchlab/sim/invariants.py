@@ -15,12 +15,13 @@ from batchlab.commitkeys import CommitKeys
 from batchlab.fleet.state import COUNTED
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import Ports
-from batchlab.manager.rebuild import rebuild
+from batchlab.manager.rebuild import Rebuilt, rebuild
 from batchlab.model import FailureKind, GroupView, Instance, JobId, JobState, Json, Outcome
 from batchlab.patience import Patience
 from batchlab.ports import Fleet, Ledger, Objects
 from batchlab.protocol import naming, settle
 from batchlab.sim.clocks import SimIds
+from batchlab.sim.damaged import check_damaged
 from batchlab.sim.fates import Fates, inputs_of, value_of
 from batchlab.sim.watch import Violated
 from batchlab.tasknames import task_name
@@ -42,6 +43,8 @@ async def check_all(world: World, jobs: Sequence[JobId]) -> None:
     touched, only its end is checked."""
     trust = world.watch.trust
     for job in jobs:
+        if job in world.damage.jobs:
+            continue  # see damaged.py
         await check_ended(world.ledger, job)
         if job in trust.touched:
             continue
@@ -50,7 +53,7 @@ async def check_all(world: World, jobs: Sequence[JobId]) -> None:
         check_attempts(job, outcomes)
         await check_listed(world.ledger, job)
         await check_counts(world.ledger, job)
-    await check_rebuild(world)
+    await check_damaged(world, jobs, await check_rebuild(world))
 
 
 async def check_trial(world: World, plan: Plan) -> None:
@@ -172,7 +175,7 @@ async def check_counts(ledger: Ledger, job: JobId) -> None:
         )
 
 
-async def check_rebuild(world: World) -> None:
+async def check_rebuild(world: World) -> Rebuilt:
     """I3: a ledger rebuilt from the bucket equals the one that grew."""
     again = open_memory()
     rng = world.rng("rebuild")
@@ -180,7 +183,7 @@ async def check_rebuild(world: World) -> None:
     no_fleet = cast(Fleet, None)
     ids, patience = SimIds(rng), Patience(rng)
     ports = Ports(world.objects, world.queue, no_fleet, again, world.clock, ids, patience)
-    await rebuild(ports)
+    rebuilt_jobs = await rebuild(ports)
     touched = world.watch.trust.touched
     grown = _untouched(await world.ledger.dump(), touched)
     rebuilt = _untouched(await again.dump(), touched)
@@ -191,6 +194,7 @@ async def check_rebuild(world: World) -> None:
             f"table {table} (grown, rebuilt): {_differences(grown[table], rebuilt[table])}",
         )
     await again.close()
+    return rebuilt_jobs
 
 
 def _untouched(

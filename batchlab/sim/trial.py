@@ -10,10 +10,10 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from batchlab.model import JobState
+from batchlab.model import JobId, JobState
 from batchlab.sim import invariants
 from batchlab.sim.fates import Fates
-from batchlab.sim.faults import Fault, FaultKind, Faults, Weather
+from batchlab.sim.faults import DAMAGES, Fault, FaultKind, Faults, Weather
 from batchlab.sim.loop import SimLoop, TimeLimit
 from batchlab.sim.plans import LIMIT_S, Plan, draw, with_bystanders
 from batchlab.sim.schedules import Keeper
@@ -72,7 +72,10 @@ TIMED = replace(ALL, timed=True)
 LIES = replace(ALL, corrupted=0.15, lies=True)
 """Everything that can happen, in worlds where workers lie."""
 
-BUDGET = dict.fromkeys(FaultKind, 12) | {FaultKind.CORRUPTED: 3}
+STORAGE = replace(ALL, torn=0.1, missing=0.1, rotted=0.05, storage=True)
+"""Everything that can happen, in worlds where the store damages objects."""
+
+BUDGET = dict.fromkeys(FaultKind, 12) | dict.fromkeys((FaultKind.CORRUPTED, *DAMAGES), 3)
 """After these many the weather is fair, so that a world comes to rest."""
 
 SQL_EVERY = 4
@@ -145,9 +148,12 @@ def run(
     loop = SimLoop(inline_executor=True)
     # A world of many hours has tasks that are longer than any schedule's period.
     timed = weather.timed and plan.limit_s == LIMIT_S
-    if weather.lies and plan.limit_s == LIMIT_S:
+    vulnerable = {job.id for job in plan.jobs} if weather.storage else set()
+    if (weather.lies or weather.storage) and plan.limit_s == LIMIT_S:
         plan = with_bystanders(seed, plan)
-    main = _main(seed, plan, chosen, logged=logged, log=log, sql=sql, timed=timed)
+    main = _main(
+        seed, plan, chosen, logged=logged, log=log, sql=sql, timed=timed, vulnerable=vulnerable
+    )
     try:
         return loop.run(main, limit_s=plan.limit_s, limit_steps=STEPS)
     except TimeLimit as error:
@@ -163,6 +169,7 @@ async def _main(
     log: list[str] | None,
     sql: bool,
     timed: bool,
+    vulnerable: set[JobId],
 ) -> Report:
     world = World(
         seed,
@@ -179,6 +186,7 @@ async def _main(
     )
     if world.log is not None and log is not None:
         world.log.lines = log
+    world.damage.vulnerable |= vulnerable
     supervisor = asyncio.create_task(world.supervise(), name="supervisor")
     watcher = asyncio.create_task(_watch_ledger(world, plan), name="watcher")
     sky = Sky(world, faults, plan.pace)
@@ -190,7 +198,7 @@ async def _main(
     await _rest(world, max(plan.run_s))
     await invariants.check_trial(world, plan)
     supervisor.cancel()
-    records = [await world.ledger.job(job.id) for job in plan.jobs]
+    records = [record for job in plan.jobs if (record := await world.find(job.id))]
     await world.ledger.close()
     return Report(
         seed,

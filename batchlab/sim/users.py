@@ -9,8 +9,9 @@ import asyncio
 import random
 from collections.abc import Callable
 from functools import partial
+from inspect import isawaitable
 
-from batchlab.errors import Refused
+from batchlab.errors import Malformed, NotFound, Refused
 from batchlab.jobdef import JobDef
 from batchlab.manager.manager import Manager
 from batchlab.manager.plans import PartWriter
@@ -99,7 +100,9 @@ class User:
         if rng.random() < 0.7:
             await request
 
-    async def _see_to_the_end(self) -> JobState:
+    async def _see_to_the_end(self) -> JobState | None:
+        """Wait for the end of the job; None if the ledger cannot have it, since the store has
+        damaged it."""
         waited_s = 0.0
         while True:
             record = await self._world.find(self._job.id)
@@ -109,11 +112,22 @@ class User:
                 # A lying worker may hold up a job that it was given, until its user cancels it.
                 waited_s += max(LOOK_S, self._pace / 10)
                 if waited_s > PATIENCE_S * self._pace:
-                    waited_s = 0.0
-                    await self._cancel()
+                    is_damaged = self._job.id in self._world.damage.jobs
+                    if record is None and is_damaged:
+                        return None
+                    if not is_damaged or self._is_explained():
+                        waited_s = 0.0
+                        await self._cancel()
             if record is not None and record.control is Control.PAUSE:
                 await self._ask("resume")
             await asyncio.sleep(max(LOOK_S, self._pace / 10))
+
+    def _is_explained(self) -> bool:
+        """Whether `job why` names trouble of the job. A job that hangs without a cause breaks I7,
+        so its user does not help it."""
+        manager = self._world.manager
+        live = manager.lives.get(self._job.id) if manager else None
+        return bool(manager and (manager.quarantine.of(self._job.id) or (live and live.trouble)))
 
     def _submit(self) -> asyncio.Task[object]:
         job, items = self._job, few_items(self._job)
@@ -142,8 +156,17 @@ class User:
         verb: str,
         told: Callable[[object], None],
     ) -> asyncio.Task[object]:
+        async def asked(manager: Manager) -> object:
+            try:
+                answer = call(manager)
+                return await answer if isawaitable(answer) else answer
+            except (Malformed, NotFound) as error:
+                if self._job.id not in self._world.damage.jobs:
+                    raise
+                return Refused(str(error))  # the user reads which object is damaged
+
         async def ask() -> object:
-            answer = await self._world.ask(call, f"{verb} {self._job.id}")
+            answer = await self._world.ask(asked, f"{verb} {self._job.id}")
             told(answer)
             return answer
 

@@ -10,13 +10,14 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 from batchlab.errors import BackendError, Refused
 from batchlab.manager import by_hand
 from batchlab.sim.actors import Actor
 from batchlab.sim.clocks import SkewedClock
-from batchlab.sim.faults import SKY, FaultKind, Faults
+from batchlab.sim.faults import DAMAGES, SKY, FaultKind, Faults
 from batchlab.sim.world import SimWorker, World
 
 T = TypeVar("T")
@@ -66,6 +67,7 @@ class Sky:
             FaultKind.LEDGER_LOST: self._lose_ledger,
             FaultKind.LEDGER_REBUILT: self._rebuild_ledger,
             FaultKind.CORRUPTED: self._corrupt,
+            **{kind: partial(self._damage, kind) for kind in DAMAGES},
         }
 
     async def change(self) -> None:
@@ -178,6 +180,9 @@ class Sky:
             return None
         worker.begin_to_lie(rng, self._pace)
         return worker.actor.name
+
+    async def _damage(self, kind: FaultKind, rng: random.Random) -> str | None:
+        return self._world.damage.strike(kind, rng)
 
     # --- Instances -------------------------------------------------------------------------------
 

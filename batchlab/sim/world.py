@@ -35,6 +35,7 @@ from batchlab.ports import Fleet, JobRecord, JobRows, Objects
 from batchlab.protocol import naming, wire
 from batchlab.sim.actors import CURRENT, Actor, ActorKilled
 from batchlab.sim.clocks import SimClock, SimIds, SkewedClock
+from batchlab.sim.damage import Damage
 from batchlab.sim.faults import Faults
 from batchlab.sim.fleet import FleetState, SimFleet
 from batchlab.sim.liar import Liar
@@ -110,6 +111,7 @@ class World:
     clock: SimClock = field(init=False)
     launcher: SimLauncher = field(init=False)
     watch: Watch = field(init=False)
+    damage: Damage = field(init=False)
     posts: list[Post] = field(init=False, default_factory=list)
     """Managers that run, oldest first."""
     workers: dict[str, SimWorker] = field(init=False, default_factory=dict)
@@ -132,6 +134,7 @@ class World:
         self.watch = Watch(
             *(self.clock, self.queue, loop.fail, loop.is_frozen), visibility_s, lease_s
         )
+        self.damage = Damage(self.objects, self.watch.trust.touched)
         if self.watched:
             self.objects.written = self.watch.written
             self.queue.lapsed = self.watch.lapsed

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from batchlab.commit import read_outcome
-from batchlab.errors import Malformed, NotFound
+from batchlab.errors import Malformed, NotFound, TooNew
 from batchlab.jobdef import JobDef
 from batchlab.model import Bundle, BundleId, JobId, Json, Outcome, StageName, TaskSet
 from batchlab.patience import Patience
@@ -20,6 +20,8 @@ from batchlab.protocol.checked import MOST_TASKS, UNREADABLE, listed, text, whol
 from batchlab.protocol.sealing import CommitKey
 from batchlab.tasknames import task_name
 from batchlab.words import count
+
+T = TypeVar("T")
 
 _PARTS_KEPT = 4
 
@@ -157,18 +159,22 @@ class Inputs:
                 data = await self._patience(partial(self._objects.get, key))
             except NotFound:
                 continue
-            return self._keep_manifest(bundle.job, bundle.stage, Manifest.from_bytes(data))
-        return await self._brought(job, bundle)
+            manifest = _whole(key, data, Manifest.from_bytes)
+            return self._keep_manifest(bundle.job, bundle.stage, manifest)
+        return await self._brought(job, bundle, key)
 
-    async def _brought(self, job: JobDef, bundle: Bundle) -> Manifest:
-        """The plan of items that came with the job's definition: they are its root's."""
+    async def _brought(self, job: JobDef, bundle: Bundle, lost: str) -> Manifest:
+        """Return the plan of items that came with the job's definition: they are its root's. `lost`
+        is the key of the object that is not there."""
         if job.stage(bundle.stage).after:
             what = f"Stage {bundle.stage} of job {bundle.job}"
-            raise NotFound(f"{what} has no plan yet, or its plan is gone.")
-        data = await self._patience(partial(self._objects.get, naming.spec(bundle.job)))
-        opening = definition.opening_in(wire.loads(data))
+            raise NotFound(f"{what} has no plan yet, or its plan is gone: {lost}.")
+        key = naming.spec(bundle.job)
+        data = await self._patience(partial(self._objects.get, key))
+        opening = _whole(key, data, lambda data: definition.opening_in(wire.loads(data)))
         if opening is None:
-            raise NotFound(f"The plan of stage {bundle.stage} of job {bundle.job} is gone.")
+            what = f"The plan of stage {bundle.stage} of job {bundle.job}"
+            raise NotFound(f"{what} is gone: {lost}.")
         return self.keep(bundle.job, bundle.stage, opening.items)
 
     def keep(self, job: JobId, stage: StageName, items: Sequence[Json]) -> Manifest:
@@ -191,9 +197,9 @@ class Inputs:
             try:
                 data = await self._patience(partial(self._objects.get, key))
             except NotFound:
-                await self._brought(job, bundle)
+                await self._brought(job, bundle, key)
             else:
-                self._keep_part(key, wire.loads(data)["items"])
+                self._keep_part(key, _whole(key, data, partial(_items, manifest.part(number))))
         self._parts.move_to_end(key)
         return self._parts[key]
 
@@ -201,6 +207,25 @@ class Inputs:
         self._parts[key] = items
         while len(self._parts) > _PARTS_KEPT:
             self._parts.popitem(last=False)
+
+
+def _whole(key: str, data: bytes, read: Callable[[bytes], T]) -> T:
+    """Return what `read` makes of an object. One that cannot be read is as good as absent: its
+    tasks fail with a reason that names it."""
+    try:
+        return read(data)
+    except (Malformed, TooNew) as error:
+        raise NotFound(f"The object {key} cannot be read: {error.message}") from error
+
+
+def _items(name: str, data: bytes) -> Sequence[Json]:
+    """Return the items of the part of a plan with that name, which is the digest of its content."""
+    if len(name) == len(naming.digest(b"")) and naming.digest(data) != name:
+        raise Malformed("It is not the content that it is named by.")
+    try:
+        return listed(wire.loads(data)["items"])
+    except UNREADABLE as error:
+        raise Malformed(f"It is not a part of a plan: {wire.brief(error)}.") from error
 
 
 def _no_such_task(bundle: Bundle, task: int, manifest: Manifest) -> NoSuchTask:

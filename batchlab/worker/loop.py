@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 
 from batchlab.durability import of_single_call
-from batchlab.errors import BackendError, NotFound, TooNew
+from batchlab.errors import BackendError, Malformed, NotFound, TooNew
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.model import Control, JobId, Json, Ran
 from batchlab.patience import Patience
@@ -268,7 +268,8 @@ class Worker:
                 job, _ = await both(self._jobs.of(name, key), self._patience(look))
         except NotFound:
             return None  # somebody has removed the job
-        except WrongKeyError as error:
+        except (Malformed, WrongKeyError) as error:
+            # The manager finds the bundle silent, and then looks at the objects of the job.
             log.warning("message %s is dropped: %s", hand.message.id, error)
             return None
         hand.key = key if job.commit_hash else UNSEALED

@@ -50,8 +50,7 @@ class SimObjects:
         before = self._objects.get(key)
         self.written(key, before[0] if before else None, data, if_absent)
         self.writes += 1
-        # As S3's: a put of the same content gives the same ETag.
-        etag = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
+        etag = _etag(data)
         self._objects[key] = (bytes(data), etag)
         return etag
 
@@ -136,6 +135,29 @@ class SimObjects:
     def local_path(self, key: str) -> Path | None:
         check_key(key)
         return None
+
+    # --- What a test sees and does ---------------------------------------------------------------
+
+    def names(self) -> Sequence[str]:
+        """Return the keys of all objects, in order."""
+        return sorted(key for key, stored in self._objects.items() if stored is not None)
+
+    def content(self, key: str) -> bytes | None:
+        """Return the content of an object, None if there is none."""
+        stored = self._objects.get(key)
+        return stored[0] if stored else None
+
+    def damage(self, key: str, data: bytes | None) -> None:
+        """A fault: the object has this content, or is lost if `data` is None. `written` is not
+        called."""
+        assert self._objects[key] is not None
+        self._gone += data is None
+        self._objects[key] = None if data is None else (data, _etag(data))
+
+
+def _etag(data: bytes) -> str:
+    # As S3's: a put of the same content gives the same ETag.
+    return f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
 
 
 def _read(path: Path) -> bytes:

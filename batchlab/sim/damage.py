@@ -1,0 +1,82 @@
+"""Objects that the store has damaged, and the promises that hold in spite of it.
+
+Invariant: the store damages objects of vulnerable jobs alone. Every promise is checked for all
+other jobs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.model import JobId
+from batchlab.sim.faults import FaultKind
+
+
+@dataclass(slots=True)
+class Damage:
+    """The damaged objects of one world. `touched` collects the jobs that have one."""
+
+    objects: SimObjects
+    touched: set[str]
+    vulnerable: set[JobId] = field(default_factory=set)
+    hit: dict[str, tuple[FaultKind, bytes | None]] = field(default_factory=dict)
+    """The kind of damage, and the content since then, by key."""
+
+    def strike(self, kind: FaultKind, rng: random.Random) -> str | None:
+        """Damage an object of a vulnerable job; return its key, None if there is none."""
+        groups: dict[str, list[str]] = {}
+        for key in self.objects.names():
+            parts = key.split("/")
+            if parts[0] == "jobs" and parts[1] in self.vulnerable and key not in self.hit:
+                groups.setdefault(group_of(key), []).append(key)
+        if not groups:
+            return None
+        # Outcomes are many, and the definition of a job is one.
+        key = rng.choice(groups[rng.choice(sorted(groups))])
+        before = self.objects.content(key)
+        assert before is not None
+        after = _damaged(kind, before, rng)
+        self.objects.damage(key, after)
+        self.hit[key] = kind, after
+        self.touched.add(job_of(key))
+        return key
+
+    @property
+    def jobs(self) -> set[str]:
+        """The jobs with objects that were damaged."""
+        return {job_of(key) for key in self.hit}
+
+    def standing(self, kinds: Collection[FaultKind]) -> list[str]:
+        """Return the keys whose object is still as damage of one of these kinds has left it."""
+        return [
+            key
+            for key, (kind, data) in self.hit.items()
+            if kind in kinds and self.objects.content(key) == data
+        ]
+
+
+def job_of(key: str) -> JobId:
+    """Return the job that the object belongs to."""
+    return JobId(key.split("/")[1])
+
+
+def group_of(key: str) -> str:
+    """Return the group of objects that a key of a job belongs to, such as "outcomes"."""
+    _, _, first, *rest = key.split("/")
+    if not rest or first in ("final", "retries"):
+        return first
+    if rest[0] != "plan":
+        return rest[0]
+    return "cuts" if rest[2] == "cuts" else rest[2].partition("-")[0]
+
+
+def _damaged(kind: FaultKind, data: bytes, rng: random.Random) -> bytes | None:
+    if kind is FaultKind.MISSING:
+        return None
+    if kind is FaultKind.TORN or not data:
+        return data[: rng.randrange(len(data) + 1 if not data else len(data))]
+    place, bit = rng.randrange(len(data)), rng.randrange(8)
+    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]

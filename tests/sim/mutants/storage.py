@@ -1,0 +1,100 @@
+"""Bugs in the answer to damaged objects, shown by a store that tears, loses, and changes them.
+
+Each docstring says what somebody would have written, and then which promise that breaks.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from batchlab import control
+from batchlab.commit import committed
+from batchlab.control import Spoken
+from batchlab.errors import Malformed, NotFound
+from batchlab.jobdef import JobDef
+from batchlab.manager import rebuild as rebuilding
+from batchlab.manager.adoption import Adoption
+from batchlab.manager.live import LiveJob, Ports, all_jobs
+from batchlab.manager.quarantine import Outcomes, UnreadableObject
+from batchlab.manager.rebuild import Rebuilt, restore
+from batchlab.manager.reconciler import Reconciler
+from batchlab.manager.retries import cuts_of_round
+from batchlab.model import Bundle, JobId, Outcome
+from batchlab.patience import Patience
+from batchlab.ports import Cut, JobRecord, Objects, Written
+from tests.sim.mutants.kit import Plant, planted
+
+
+@planted("I7", "UnreadableObject", "I3", weather="storage")
+def rebuild_stops_at_the_first_bad_object(plant: Plant) -> None:
+    """A rebuild raises the error of an object that it cannot read. The jobs after it are not
+    restored (I3), and the rebuild never ends (I7)."""
+
+    @plant.everywhere(rebuilding.rebuild)
+    async def rebuild(ports: Ports) -> Rebuilt:
+        known = await rebuilding._in_ledger(ports)
+        found = await rebuilding._in_bucket(ports)
+        if gone := sorted(known - found):
+            await ports.ledger.forget(gone)
+        rebuilt = Rebuilt(0)
+        for job in sorted(found):
+            rebuilt.unreadable |= await restore(ports, job)
+            rebuilt.jobs += 1
+        return rebuilt
+
+
+@planted("I7", weather="storage")
+def torn_word_stands(plant: Plant) -> None:
+    """A control object is read before it is written, and its reader raises an error. No other word
+    can replace a torn one, so the user cannot cancel the job (I7)."""
+
+    @plant.everywhere(control.spoken)
+    async def spoken(objects: Objects, job: JobId, patience: Patience) -> Spoken | None:
+        try:
+            return await patience(partial(control.look, objects, job, None))
+        except NotFound:
+            return None
+
+
+@planted("I7", weather="storage")
+def definition_taken_for_granted(plant: Plant) -> None:
+    """A silent bundle is sent again, whatever the bucket has of its job. Workers drop the messages
+    of a job without a definition, so it never ends (I7)."""
+
+    @plant.method(Reconciler, "_is_defined")
+    async def _is_defined(self: Reconciler, live: LiveJob) -> bool:
+        return True
+
+
+@planted("I7", "Crashed", weather="storage")
+def adoption_ends_at_a_lost_retry(plant: Plant) -> None:
+    """A leader that adopts a job reads its retry, and ends by the error if there is none. So does
+    each leader after it, and no job of the grid goes on (I7)."""
+
+    @plant.method(Adoption, "_cuts")
+    async def _cuts(
+        self: Adoption, record: JobRecord
+    ) -> tuple[tuple[Cut, ...], UnreadableObject | None]:
+        return await cuts_of_round(self._ports, record), None
+
+    @plant.method(Adoption, "adopt_active")
+    async def adopt_active(self: Adoption) -> None:
+        self.asked_s = self._ports.clock.monotonic_s()
+        async for record in all_jobs(self._ports, active=True):
+            if record.job.id not in self._lives:
+                rows = await self._ports.ledger.rows(record.job.id)
+                await self.adopt(Written(rows, is_new=False))
+
+
+@planted("I7", "causes", "ends", weather="storage")
+def torn_outcome_counts_as_none(plant: Plant) -> None:
+    """An outcome that cannot be read is none, so its bundle is sent again. Its key stays taken, and
+    no worker can commit the bundle (I7)."""
+
+    @plant.method(Outcomes, "of")
+    async def of(self: Outcomes, job: JobDef, bundle: Bundle) -> Outcome | None:
+        key = await self._ports.keys.of(job)
+        try:
+            return await committed(self._ports.objects, bundle, self._ports.patience, key)
+        except Malformed:
+            return None
