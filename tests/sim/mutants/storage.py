@@ -8,18 +8,16 @@ from __future__ import annotations
 from functools import partial
 
 from batchlab import control
-from batchlab.commit import committed
 from batchlab.control import Spoken
-from batchlab.errors import Malformed, NotFound
-from batchlab.jobdef import JobDef
+from batchlab.errors import NotFound
 from batchlab.manager import rebuild as rebuilding
 from batchlab.manager.adoption import Adoption
 from batchlab.manager.live import LiveJob, Ports, all_jobs
-from batchlab.manager.quarantine import Outcomes, UnreadableObject
+from batchlab.manager.quarantine import UnreadableObject
 from batchlab.manager.rebuild import Rebuilt, restore
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.retries import cuts_of_round
-from batchlab.model import Bundle, JobId, Outcome
+from batchlab.model import JobId
 from batchlab.patience import Patience
 from batchlab.ports import Cut, JobRecord, Objects, Written
 from tests.sim.mutants.kit import Plant, planted
@@ -84,17 +82,3 @@ def adoption_ends_at_a_lost_retry(plant: Plant) -> None:
             if record.job.id not in self._lives:
                 rows = await self._ports.ledger.rows(record.job.id)
                 await self.adopt(Written(rows, is_new=False))
-
-
-@planted("I7", "causes", "ends", weather="storage")
-def torn_outcome_counts_as_none(plant: Plant) -> None:
-    """An outcome that cannot be read is none, so its bundle is sent again. Its key stays taken, and
-    no worker can commit the bundle (I7)."""
-
-    @plant.method(Outcomes, "of")
-    async def of(self: Outcomes, job: JobDef, bundle: Bundle) -> Outcome | None:
-        key = await self._ports.keys.of(job)
-        try:
-            return await committed(self._ports.objects, bundle, self._ports.patience, key)
-        except Malformed:
-            return None
