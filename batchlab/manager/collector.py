@@ -269,7 +269,7 @@ class Collector:
             return [settle.completion(outcome)]
         except NotFound:
             return []
-        except (Malformed, TooNew) as error:
+        except Malformed as error:
             # The reconciler replaces the outcome once its bundle has been silent for long enough.
             self._quarantine.object(name, error, job.id)
             return []

@@ -17,7 +17,7 @@ from functools import partial
 from batchlab import control
 from batchlab.commit import Addressed, address, committed, send_all
 from batchlab.durability import of_single_call
-from batchlab.errors import AlreadyExists, BackendError, Malformed, NotFound, TooNew, UsageError
+from batchlab.errors import AlreadyExists, BackendError, Malformed, NotFound, UsageError
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager import endcheck
 from batchlab.manager.counts import Counts
@@ -509,7 +509,7 @@ class Conductor:
             key = await self._ports.keys.of(live.job)
             try:
                 outcome = await committed(objects, record.bundle, patience, key)
-            except (Malformed, TooNew):
+            except Malformed:
                 break  # it was read when it was counted
             for failure in outcome.failed if outcome else ():
                 if failure.final:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TypeVar
 
 from batchlab.commit import commit, committed, follow_ups, read_outcome, send_all
-from batchlab.errors import AlreadyExists, BackendError, Malformed, TooNew
+from batchlab.errors import AlreadyExists, BackendError, Malformed
 from batchlab.jobdef import JobDef
 from batchlab.manager.counts import BEAT, Counts
 from batchlab.manager.live import Ports
@@ -151,7 +151,7 @@ class Outcomes:
             key = await self._ports.keys.of(job)
             found = await commit(self._ports.objects, draft, self._ports.patience, key)
             return _fitting(job, found, key)
-        except (Malformed, TooNew) as error:
+        except Malformed as error:
             return await self._replaced(job, draft, error)
 
     async def _replaced(self, job: JobDef, draft: Outcome, error: BackendError) -> Outcome:

@@ -122,7 +122,7 @@ class _Found:
         elif naming.is_genuine(name, key):
             try:
                 outcome = await read_outcome(ports.objects, name, ports.patience)
-            except (Malformed, TooNew) as error:
+            except Malformed as error:
                 self.unreadable[name] = error.message
             else:
                 self.completions.append(settle.completion(outcome))
@@ -253,5 +253,5 @@ async def _read(ports: Ports, key: str, read: Callable[[dict[str, Any]], T]) -> 
 async def _read_replacement(ports: Ports, key: str) -> Outcome:
     try:
         return await read_outcome(ports.objects, key, ports.patience)
-    except (Malformed, TooNew) as error:
+    except Malformed as error:
         raise UnreadableObject(key, error.message) from error

@@ -111,15 +111,7 @@ class Reconciler:
             return
         again: list[Bundle] = []
         for one in silent:
-            try:
-                outcome = await self._outcomes.of(live.job, one.bundle)
-            except TooNew as error:
-                # The tick must go on for all others, until a manager comes that knows more.
-                about = {"job": live.id, "bundle": one.bundle.id}
-                log.error("an outcome waits for a newer manager: %s", error, extra=about)
-                live.trouble = str(error)
-                one.heard_s = self._ports.clock.monotonic_s()
-                continue
+            outcome = await self._outcomes.of(live.job, one.bundle)
             if outcome:
                 await self.forward(live.job, outcome)
             else:
@@ -196,11 +188,7 @@ class Reconciler:
         if job.commit_hash and task.key != key:
             log.error("dropped a dead letter with a wrong commit key", extra={"job": job.id})
             return
-        try:
-            outcome = await self._outcomes.of(job, bundle)
-        except TooNew as error:
-            log.error("an outcome waits for a newer manager: %s", error, extra={"job": job.id})
-            return
+        outcome = await self._outcomes.of(job, bundle)
         if outcome is None:
             outcome = await self._condemned(job, bundle, message)
         if outcome is not None:

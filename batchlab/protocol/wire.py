@@ -324,16 +324,18 @@ def outcome_from_json(doc: dict[str, Any]) -> Outcome:
 
 def outcome_from_bytes(data: bytes, key: str) -> Outcome:
     """Return the outcome in the object `key`, which is an outcome's or a replacement's. Malformed,
-    naming the key, if it cannot be read or is the outcome of another bundle."""
+    naming the key, if it cannot be read or is the outcome of another bundle.
+
+    A later format is unreadable too: outcomes of a job whose definition can be read have the format
+    of this release (see PROTOCOL), so a worker cannot hold up a job by naming another one.
+    """
     try:
         if is_too_heavy(data):
             raise ValueError(f"it is larger than an outcome may be ({len(data)} bytes)")
         outcome = outcome_from_json(loads(data))
         if not naming.is_outcome_of(key, outcome.bundle):
             raise ValueError("it is the outcome of another bundle")
-    except TooNew:
-        raise
-    except (Malformed, *UNREADABLE) as error:
+    except (Malformed, TooNew, *UNREADABLE) as error:
         raise unreadable(key, error) from error
     return outcome
 

@@ -13,7 +13,7 @@ import pytest
 
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.adapters.sim.queue import SimQueue
-from batchlab.commit import address, committed
+from batchlab.commit import Addressed, address, committed
 from batchlab.commitkeys import CommitKeys
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.model import Bundle, JobId, Outcome, Ran, StageName, TaskSet
@@ -31,6 +31,7 @@ from batchlab.worker.suspects import marker
 from tests.attacks.victim import Victim, messages_left
 from tests.attacks.worker_rights import worker_of
 from tests.integration.conftest import Bring
+from tests.integration.local_grid import LocalGrid
 from tests.waiting import until
 
 OTHER_KEY = CommitKey("0f" * 16)
@@ -83,6 +84,54 @@ def test_forged_messages_of_another_job_are_dropped(bring_up: Bring, tmp_path: P
     until(lambda: messages_left(grid) == 0)
     victim.check(tmp_path / "results")
     assert not touched.exists()
+
+
+def test_a_worker_of_one_job_changes_nothing_of_another_on_ministack(
+    bring_up: Bring, tmp_path: Path
+) -> None:
+    """Findings 2, 4, and 5, over the real S3 and SQS APIs: a worker that has the commit key of its
+    own job forges outcomes of another job, swaps the jobs in task messages, and replays messages
+    of both jobs after their ends."""
+    grid = bring_up(backend="ministack")
+    jobs = {name: Victim(grid, tmp_path / name) for name in ("victim", "own")}
+    keys = {name: key_of(grid, one.submit(name, name)) for name, one in jobs.items()}
+    with worker_of(grid) as worker:
+        specs = {
+            name: wire.job_from_json(wire.loads(worker.get(naming.spec(one.id))))
+            for name, one in jobs.items()
+        }
+
+        def message(job: str, task: int, key: CommitKey, item: int) -> Addressed:
+            return address(specs[job], jobs[job].bundle(task), key, items=[item], now_s=1.0)
+
+        for task in range(3):
+            bundle = jobs["victim"].bundle(task)
+            own = jobs["own"].bundle(task)
+            worker.put(naming.outcome(bundle, keys["own"]), forged(bundle, -1), if_absent=True)
+            worker.put(naming.outcome(bundle, UNSEALED), forged(own, -1), if_absent=True)
+            for job, other in (("victim", "own"), ("own", "victim")):
+                sent = message(job, task, keys[other], -1)
+                worker.send(sent.queue, sent.message.body)
+        for one in jobs.values():
+            one.open_gate()
+        for name, one in jobs.items():
+            one.check(tmp_path / f"results-{name}")
+        until(lambda: messages_left(grid) == 0)
+        ended = {name: grid.client.job(one.id) for name, one in jobs.items()}
+        for name in jobs:
+            sent = message(name, 0, keys[name], -1)
+            worker.send(sent.queue, sent.message.body)
+        until(lambda: messages_left(grid) == 0)
+    for name, one in jobs.items():
+        after = grid.client.job(one.id)
+        assert (after["state"], after["stages"]) == (ended[name]["state"], ended[name]["stages"])
+        results = grid.results(after, tmp_path / f"again-{name}")
+        assert results["triple"] == [0, 3, 6]
+
+
+def key_of(grid: LocalGrid, job: JobId) -> CommitKey:
+    """The commit key that a worker of the job has."""
+    return asyncio.run(CommitKeys(grid.objects).stored(job))
 
 
 # --- In virtual time -----------------------------------------------------------------------------
