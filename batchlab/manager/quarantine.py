@@ -14,7 +14,7 @@ from functools import partial
 from typing import TypeVar
 
 from batchlab.commit import commit, committed, follow_ups, read_outcome, send_all
-from batchlab.errors import AlreadyExists, BackendError, Malformed
+from batchlab.errors import AlreadyExists, BackendError, Malformed, TooNew
 from batchlab.jobdef import JobDef
 from batchlab.manager.counts import BEAT, Counts
 from batchlab.manager.live import Ports
