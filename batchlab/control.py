@@ -1,12 +1,13 @@
 """A job's control object, which says whether its tasks may start: how it is read and written.
 
 Invariant: every word is put under the condition that the word it replaces still stands, and names
-the round that it is for. So a request that arrives late never undoes a later word.
+the round that it is for. A word has the number of words before it, since equal contents have equal
+ETags on S3. So a request that arrives late never undoes a later word.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from batchlab.errors import AlreadyExists, Malformed, NotFound, TooNew
@@ -57,10 +58,11 @@ async def say(
 ) -> bool:
     """Write it in the place of the one that was read; False where another one, such as a
     cancellation, has taken that meanwhile, or ours has and its answer was lost."""
+    numbered = replace(word, number=over.word.number + 1 if over else 0)
     put = partial(
         objects.put,
         naming.control(job),
-        wire.word_to_bytes(word),
+        wire.word_to_bytes(numbered),
         if_absent=over is None,
         if_match=over.etag if over else None,
     )

@@ -2,6 +2,8 @@
 
 Invariant: it is written over nothing but what was read. A leader that was killed between two
 writes, or stood still while another one led, finds what is there by then, and takes that in first.
+On S3 equal contents have equal ETags. That does no harm: the content is the whole state, so a write
+over an equal content takes in all that is there.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 from batchlab.errors import AlreadyExists, BackendError, NotFound, UsageError
@@ -67,7 +68,8 @@ class Shelf:
         """Write the schedule over what was read; False where it is another one by now, which has
         then been read."""
         name, objects = schedule.name, self._ports.objects
-        etag = self._etags.get(name)
+        etag, before = self._etags.get(name), self.schedules.get(name)
+        schedule = replace(schedule, number=before.number + 1 if before else 0)
         put = partial(
             objects.put,
             naming.schedule(name),

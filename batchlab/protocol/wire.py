@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from batchlab.errors import BatchlabError, Malformed, TooNew
@@ -505,7 +505,7 @@ class Word:
     is the job's round that it is for: a word of one round never stands in the place of a later
     one's, and a bucket whose ETags are hashes tells the words of two rounds apart. `tail`
     grows each time somebody asks for what running tasks print, the last time at `tail_s` (epoch)
-    (see worker.tails)."""
+    (see worker.tails). `number` counts the words before it, so no two words of a job are equal."""
 
     control: Control
     state: JobState = JobState.CANCELLED
@@ -513,6 +513,7 @@ class Word:
     round: int = 0
     tail: int = 0
     tail_s: float | None = None
+    number: int = field(default=0, compare=False)
 
 
 def word_to_bytes(word: Word) -> bytes:
@@ -525,6 +526,8 @@ def word_to_bytes(word: Word) -> bytes:
         doc["tail"] = word.tail
         if word.tail_s is not None:
             doc["tail_s"] = word.tail_s
+    if word.number:
+        doc["number"] = word.number
     return to_bytes(doc)
 
 
@@ -541,6 +544,7 @@ def word_from_bytes(data: bytes) -> Word:
             whole(doc.get("round", 0)),
             whole(doc.get("tail", 0)),
             None if tail_s is None else figure(tail_s),
+            whole(doc.get("number", 0)),
         )
     except UNREADABLE as error:
         said = doc.get("control")

@@ -6,7 +6,7 @@ names the same run, and the job of the same token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -126,7 +126,8 @@ class Run:
 class Schedule:
     """A schedule as it stands. Each due time up to `through_s` has been decided on. `generation`
     tells it from one of the same name that was removed before it; `runs` are in the order in which
-    they were decided on."""
+    they were decided on. `number` counts the changes before it: no two contents of its object are
+    equal, so a late write over an earlier one is refused by its ETag."""
 
     definition: Definition
     generation: int
@@ -135,6 +136,7 @@ class Schedule:
     paused: bool = False
     removed: bool = False
     runs: tuple[Run, ...] = ()
+    number: int = field(default=0, compare=False)
 
     @property
     def name(self) -> str:
@@ -220,6 +222,7 @@ def from_bytes(data: bytes) -> Schedule:
         doc["paused"],
         doc["removed"],
         tuple(_run_from_json(one) for one in doc["runs"]),
+        doc.get("number", 0),
     )
 
 
@@ -250,6 +253,7 @@ def _schedule_to_json(schedule: Schedule) -> dict[str, Json]:
             {name: value for name, value in wire.fields(one).items() if value is not None}
             for one in schedule.runs
         ],
+        "number": schedule.number,
     }
 
 

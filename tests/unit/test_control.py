@@ -72,3 +72,19 @@ async def acts() -> None:
 
 def test_a_word_is_written_over_what_was_read_and_only_while_that_stands() -> None:
     asyncio.run(acts())
+
+
+def test_a_late_word_changes_nothing_although_the_same_word_stands_again() -> None:
+    """An ETag of S3 is the same for the same content: a late pause must not undo a resume."""
+
+    async def main() -> None:
+        objects, patience = SimObjects(), Patience(Random(1), limit_s=0.0)
+        assert await control.say(objects, JOB, RUN, patience, over=None)
+        read = await control.spoken(objects, JOB, patience)
+        for word in (PAUSE, RUN):
+            found = await control.spoken(objects, JOB, patience)
+            assert await control.say(objects, JOB, word, patience, over=found)
+        assert not await control.say(objects, JOB, PAUSE, patience, over=read)
+        assert await control.word_of(objects, JOB, patience) == RUN
+
+    asyncio.run(main())

@@ -1,0 +1,36 @@
+"""The schedules in the bucket: nobody overwrites another one's decision."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from random import Random
+from typing import Any, cast
+
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.manager.live import Ports
+from batchlab.manager.shelf import Shelf
+from batchlab.patience import Patience
+from batchlab.schedule.model import Definition, Schedule, When
+
+SCHEDULE = Schedule(
+    Definition("daily", "sums", When("0 2 * * *"), "grid/templates/x.json"), 1, 0, 0
+)
+
+
+def test_a_late_change_is_refused_although_the_schedule_is_as_it_was_again() -> None:
+    """An ETag of S3 is the same for the same content: a late pause must not undo a resume."""
+    nothing = cast(Any, None)
+    patience = Patience(Random(1), limit_s=0.0)
+    ports = Ports(SimObjects(), nothing, nothing, nothing, nothing, nothing, patience)
+
+    async def main() -> None:
+        late, other = Shelf(ports), Shelf(ports)
+        assert await other.put(SCHEDULE)
+        await late.load()
+        for paused in (True, False):
+            assert await other.put(replace(other.schedules["daily"], paused=paused))
+        assert not await late.put(replace(late.schedules["daily"], paused=True))
+        assert late.schedules == {"daily": SCHEDULE}
+
+    asyncio.run(main())
