@@ -1,7 +1,8 @@
 """A bucket that is a folder: its objects in key order, and files written whole.
 
 Invariant: a name appears with all of its content or not at all. Where the writer waits for the
-disk, the content is on the disk before the name appears, and the name before the call returns.
+disk, the content and the folders above it are on the disk before the name appears, and the name
+before the call returns.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -29,6 +31,8 @@ _COPY_BYTES = 256 * 1024
 
 _DIGEST = re.compile(r"^(?:code|grid/templates)/([0-9a-f]{64})\.")
 _KNOWN_FOLDERS = 10_000
+_FLUSHES = 8
+"""Threads that flush the names of new folders."""
 
 Fill = Callable[[BinaryIO], object]
 """Writes an object's content into its file."""
@@ -156,27 +160,29 @@ def damaged(root: Path) -> Iterator[tuple[str, str]]:
 class FileWriter:
     """Writes the objects of one bucket. With `durable` a call waits for the disk.
 
-    Calls in several threads share the disk's flushes: the file system commits them together.
+    Flushes of the disk that wait at the same time are shared: the file system commits them
+    together. So the names of new folders are flushed beside the content, not after it.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = str(root)
+        self._threads = ThreadPoolExecutor(_FLUSHES, thread_name_prefix="folders")
         self._on_disk: set[str] = {self._root}
         """Folders whose names are on the disk."""
 
     def replace(self, key: str, fill: Fill, *, durable: bool) -> str:
         """Give the object this content; returns its ETag."""
         target = f"{self._root}/{key}"
-        staged, etag = _write(target, fill, durable=durable)
+        staged, etag = self._write(target, fill, durable=durable)
         with _removed_on_error(staged):
             os.rename(staged, target)  # noqa: PTH104 - a Path costs as much again
-        self._settle(target, durable=durable)
+        _settle(target, durable=durable)
         return etag
 
     def create(self, key: str, fill: Fill, *, durable: bool) -> str:
         """As `replace`; AlreadyExists if there is an object, unless it is damaged."""
         target = f"{self._root}/{key}"
-        staged, etag = _write(target, fill, durable=durable)
+        staged, etag = self._write(target, fill, durable=durable)
         with _removed_on_error(staged):
             try:
                 os.link(staged, target)
@@ -184,7 +190,7 @@ class FileWriter:
                 self._replace_damaged(key, staged, target)
             else:
                 os.unlink(staged)  # noqa: PTH108
-        self._settle(target, durable=durable)
+        _settle(target, durable=durable)
         return etag
 
     def _replace_damaged(self, key: str, staged: str, target: str) -> None:
@@ -194,20 +200,38 @@ class FileWriter:
                 raise AlreadyExists(f"Object {key!r} exists.")
             os.rename(staged, target)  # noqa: PTH104
 
-    def _settle(self, target: str, *, durable: bool) -> None:
-        """Wait until the name is on the disk, and the names of the folders above it."""
-        if not durable:
-            return
-        folder = os.path.dirname(target)  # noqa: PTH120
-        sync_folder(folder)
+    def _write(self, target: str, fill: Fill, *, durable: bool) -> tuple[str, str]:
+        """Write a new file with the content next to `target`; return its name and its ETag."""
+        staged, file = _stage(target)
+        with _removed_on_error(staged), file:
+            fill(file)
+            file.flush()
+            if durable:
+                self._flush(file.fileno(), os.path.dirname(target))  # noqa: PTH120
+            return staged, etag_of(os.fstat(file.fileno()))
+
+    def _flush(self, file: int, folder: str) -> None:
+        """Wait until the file's content is on the disk, and the names of the folders above it."""
         fresh = []
         while folder not in self._on_disk:
             fresh.append(folder)
             folder = os.path.dirname(folder)  # noqa: PTH120
-            sync_folder(folder)
+        names = [self._threads.submit(sync_folder, os.path.dirname(one)) for one in fresh]  # noqa: PTH120
+        try:
+            os.fdatasync(file)
+        finally:
+            wait(names)
+        for name in names:
+            name.result()
         if len(self._on_disk) > _KNOWN_FOLDERS:
             self._on_disk = {self._root}
         self._on_disk.update(fresh)
+
+
+def _settle(target: str, *, durable: bool) -> None:
+    """Wait until the name is on the disk."""
+    if durable:
+        sync_folder(os.path.dirname(target))  # noqa: PTH120
 
 
 @contextmanager
@@ -218,17 +242,6 @@ def _removed_on_error(staged: str) -> Iterator[None]:
     except BaseException:
         os.unlink(staged)  # noqa: PTH108
         raise
-
-
-def _write(target: str, fill: Fill, *, durable: bool) -> tuple[str, str]:
-    """Write a new file with the content next to `target`; return its name and its ETag."""
-    staged, file = _stage(target)
-    with _removed_on_error(staged), file:
-        fill(file)
-        file.flush()
-        if durable:
-            os.fdatasync(file.fileno())
-        return staged, etag_of(os.fstat(file.fileno()))
 
 
 def _stage(target: str) -> tuple[str, BinaryIO]:

@@ -2,6 +2,10 @@
 
 Invariant: a message that is visible is never left lying beside a sleeping receiver for longer
 than `LOOK_S`, whoever was killed while waking it, and mostly for about a millisecond.
+
+No call waits for the disk. A power cut may undo the calls of the last seconds, all after some
+moment. A received or deleted message then comes back, as after its visibility timeout. The manager
+sends a lost message again: it knows from the bucket which bundles are outstanding.
 """
 
 from __future__ import annotations
@@ -23,13 +27,10 @@ from batchlab.adapters.limits import (
     check_send,
 )
 from batchlab.adapters.sqlite_messages import SqliteMessages, Taken
-from batchlab.adapters.sqlite_wal import WalFlush
 from batchlab.adapters.threads import OneThread
 from batchlab.adapters.wake import EVERYBODY, listen, ring
-from batchlab.durability import Sync
 from batchlab.errors import Throttled
 from batchlab.ports import Clock, Depth, Message, Outgoing, QueueSpec
-from batchlab.protocol import naming
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,18 +50,7 @@ class SqliteQueue:
     the way to another thread and back takes as long; otherwise on one thread of this object.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        clock: Clock,
-        *,
-        max_in_flight: int = MAX_IN_FLIGHT,
-        sync: Sync = Sync.NONE,
-    ) -> None:
-        """With `sync` a send waits for the disk. Nothing else does: a receive or a delete that a
-        power cut undoes brings a message back, as its visibility timeout would."""
-        self._sync = sync
-        self._flush = WalFlush(path)
+    def __init__(self, path: Path, clock: Clock, *, max_in_flight: int = MAX_IN_FLIGHT) -> None:
         self._messages = SqliteMessages(path, clock, max_in_flight=max_in_flight)
         self._wake = path.parent / "wake"
         self._thread = OneThread("sqlite-queue")
@@ -68,7 +58,6 @@ class SqliteQueue:
     async def close(self) -> None:
         """Close the file and end the thread, after what it still has to do."""
         await self._thread.close(self._messages.close)
-        self._flush.close()
 
     async def _run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of a short call."""
@@ -94,9 +83,6 @@ class SqliteQueue:
         is_short = sum(len(one.body) for one in messages) <= SHORT_CHARACTERS
         run = self._run if is_short else self._at_length
         await run(self._send, queue, messages)
-        # An event only reports what is in the bucket.
-        if self._sync.waits and queue != naming.EVENTS:
-            await self._flush()
 
     def _send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         self._messages.send(queue, messages)

@@ -126,7 +126,7 @@ class Backend(Placed):
             from batchlab.adapters.sqlite_queue import SqliteQueue
 
             home.make()
-            return SqliteQueue(home.queue_file, clock, sync=read_sync())
+            return SqliteQueue(home.queue_file, clock)
         _only("queue", self.queue, "sqs")
         self.check_installed("boto3")
         from batchlab.adapters.aws import Endpoint

@@ -294,8 +294,7 @@ class Conductor:
             messages.append(
                 address(job, bundle, key, items=items, delay_s=wait_s, now_s=now_s, trace=trace)
             )
-        with of_single_call(job.is_single_call):
-            await send_all(self._ports.queue, messages, self._ports.patience)
+        await send_all(self._ports.queue, messages, self._ports.patience)
 
     # --- Ending ----------------------------------------------------------------------------------
 

@@ -43,6 +43,8 @@ class Trust:
         if not jobs:
             return events, jobs
         trusted = await self._proven(jobs, text, proofs)
+        if trusted == jobs and not events.committed:
+            return events, trusted  # a reader of events refuses follows of another job
         genuine = set(trusted)  # of a key, the seal counts
         untrue: set[JobId] = set()
         for job in sorted(jobs - trusted):

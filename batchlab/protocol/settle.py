@@ -30,6 +30,7 @@ LOSS_LIMIT = 3
 """Starts of a task alone that ended without an outcome before it is FAILED as poison."""
 
 _task = attrgetter("task")
+_NO_TASKS = TaskSet()
 _HOPELESS = frozenset({FailureKind.IMPORT, FailureKind.RESULT, FailureKind.LOST})
 
 
@@ -158,9 +159,11 @@ def _split(bundle: Bundle, rest: TaskSet) -> list[Follow]:
 def fits(job: JobDef, bundle: Bundle, follows: Sequence[Follow]) -> bool:
     """Whether an outcome of `bundle` with these follows can be one of the job: each follow is in
     the bundle's own stage, or in a stage that is fed by it item by item."""
-    stages = {bundle.stage, *(stage.name for stage in job.chained_after(bundle.stage))}
-    known = any(stage.name == bundle.stage for stage in job.stages)
-    return known and all(follow.bundle.stage in stages for follow in follows)
+    unknown = {bundle.stage, *[follow.bundle.stage for follow in follows]}
+    for stage in job.stages:
+        if stage.name == bundle.stage or (stage.chained and stage.after == (bundle.stage,)):
+            unknown.discard(stage.name)
+    return not unknown
 
 
 def chain(job: JobDef, bundle: Bundle, succeeded: TaskSet) -> list[Follow]:
@@ -224,7 +227,7 @@ def completion(outcome: Outcome) -> Completion:
         outcome.started_s,
         outcome.ended_s,
         outcome.succeeded,
-        TaskSet.of(f.task for f in outcome.failed if f.final),
+        TaskSet.of([f.task for f in outcome.failed if f.final]) if outcome.failed else _NO_TASKS,
         outcome.cancelled,
         sum(outcome.run_s),
         outcome.follows,

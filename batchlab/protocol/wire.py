@@ -46,6 +46,7 @@ from batchlab.protocol.checked import (
     label,
     listed,
     name,
+    new_label,
     shallow,
     text,
     whole,
@@ -53,6 +54,8 @@ from batchlab.protocol.checked import (
 from batchlab.protocol.values import BRACKET_WEIGHT, OUTCOME_WEIGHT, weight
 
 T = TypeVar("T")
+Known = tuple[Any, TaskSet]
+"""A document of tasks, and what was read from it."""
 
 VERSION = 1
 PROTOCOL = 2
@@ -63,7 +66,10 @@ SEALED = 2
 FAILURE_KINDS = frozenset(kind.value for kind in FailureKind)
 WORDS = frozenset(word.value for word in Control)
 NO_TASKS = TaskSet()
-_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+# Values are checked for cycles where they are encoded.
+_encode = json.JSONEncoder(
+    separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
+).encode
 
 
 def dumps(value: Json) -> str:
@@ -96,7 +102,7 @@ def loads(data: bytes | str) -> dict[str, Any]:
     try:
         text = data if isinstance(data, str) else data.decode()
         doc = _decode(text)
-        if "\\ud" in text or "\\uD" in text:
+        if "\\u" in text and ("\\ud" in text or "\\uD" in text):
             # An escaped half of a surrogate pair is JSON, but no text that could be stored or sent.
             dumps(doc).encode()
     except UNREADABLE as error:
@@ -135,7 +141,10 @@ def tasks_to_json(tasks: TaskSet) -> list[list[int]]:
     return [[start, stop] for start, stop in tasks.ranges]
 
 
-def tasks_from_json(doc: Sequence[Sequence[int]]) -> TaskSet:
+def tasks_from_json(doc: Sequence[Sequence[int]], known: Known | None = None) -> TaskSet:
+    """Return the tasks in a document, which are most of the time those of its bundle (`known`)."""
+    if known and doc == known[0]:
+        return known[1]
     if not listed(doc):
         return NO_TASKS
     ranges: list[tuple[int, int]] = []
@@ -159,9 +168,9 @@ def bundle_to_json(b: Bundle) -> dict[str, Json]:
     return doc
 
 
-def bundle_from_json(doc: dict[str, Any]) -> Bundle:
+def bundle_from_json(doc: dict[str, Any], known: Known | None = None) -> Bundle:
     source = doc.get("f")
-    tasks = tasks_from_json(doc["t"])
+    tasks = tasks_from_json(doc["t"], known)
     if not 0 < len(tasks) <= MOST_IN_BUNDLE:
         raise ValueError(f"a bundle of 1 to {MOST_IN_BUNDLE} tasks is expected")
     return Bundle(
@@ -171,7 +180,7 @@ def bundle_from_json(doc: dict[str, Any]) -> Bundle:
         whole(doc["a"]),
         whole(doc["r"]) if "r" in doc else 0,
         whole(doc["l"]) if "l" in doc else 0,
-        BundleId(label(source)) if source else None,
+        BundleId(new_label(source)) if source else None,
         figure(doc["w"]) if "w" in doc else None,
     )
 
@@ -180,8 +189,12 @@ def _follow_to_json(f: Follow) -> dict[str, Json]:
     return {"b": bundle_to_json(f.bundle), "d": f.delay_s}
 
 
-def _follow_from_json(doc: dict[str, Any]) -> Follow:
-    return Follow(bundle_from_json(doc["b"]), figure(doc["d"]))
+def _follow_from_json(doc: dict[str, Any], known: Known | None = None) -> Follow:
+    return Follow(bundle_from_json(doc["b"], known), figure(doc["d"]))
+
+
+def _follows_from_json(docs: Any, known: Known) -> tuple[Follow, ...]:
+    return tuple([_follow_from_json(doc, known) for doc in listed(docs)]) if docs else ()
 
 
 def _each(read: Callable[[Any], T], docs: Any) -> tuple[T, ...]:
@@ -289,14 +302,16 @@ def fitting(outcome: Outcome) -> Outcome:
 def outcome_from_json(doc: dict[str, Any]) -> Outcome:
     """Return the outcome in a document; one of UNREADABLE if it is not one."""
     bundle = bundle_from_json(doc["bundle"])
-    succeeded, cancelled = tasks_from_json(doc["succeeded"]), tasks_from_json(doc["cancelled"])
+    known = doc["bundle"]["t"], bundle.tasks
+    succeeded = tasks_from_json(doc["succeeded"], known)
+    cancelled = tasks_from_json(doc["cancelled"])
     values, run_s = listed(doc["values"]), figures(doc["run_s"])
     if not len(values) == len(run_s) == len(succeeded):
         raise ValueError("there is not one value and one run time for each task that succeeded")
     shallow(values)
     failed = _each(_failure_from_json, doc["failed"])
     final = TaskSet.of([f.task for f in failed if f.final]) if failed else NO_TASKS
-    follows = _each(_follow_from_json, doc["follows"])
+    follows = _follows_from_json(doc["follows"], known)
     check_parts(bundle, succeeded, final, cancelled, follows)
     if failed:
         tasks = {f.task for f in failed}
@@ -307,7 +322,7 @@ def outcome_from_json(doc: dict[str, Any]) -> Outcome:
         raise ValueError("the log is not a log of its job")
     return Outcome(
         bundle,
-        label(doc["execution"]),
+        new_label(doc["execution"]),
         label(doc["worker"]),
         figure(doc["started_s"]),
         figure(doc["ended_s"]),
@@ -363,16 +378,18 @@ def completion_to_json(c: Completion) -> dict[str, Json]:
 def completion_from_json(doc: dict[str, Any]) -> Completion:
     """Return the completion in a document; one of UNREADABLE if it is not one. Whether its parts
     agree is checked where it comes from a worker (see `check_parts`)."""
+    bundle = bundle_from_json(doc["b"])
+    known = doc["b"]["t"], bundle.tasks
     return Completion(
-        bundle_from_json(doc["b"]),
+        bundle,
         label(doc["w"]),
         figure(doc["t0"]),
         figure(doc["t1"]),
-        tasks_from_json(doc["ok"]),
+        tasks_from_json(doc["ok"], known),
         tasks_from_json(doc["no"]),
         tasks_from_json(doc["x"]),
         figure(doc["run"]),
-        _each(_follow_from_json, doc["next"]),
+        _follows_from_json(doc["next"], known),
         whole(doc["re"], MOST_IN_BUNDLE),
     )
 

@@ -102,7 +102,7 @@ async def grid_in(folder: Path, sync: Sync, told: Acknowledged) -> AsyncIterator
     home.make()
     told.token = home.token()
     objects = Recorded(home.objects, sync, told)
-    queue = SqliteQueue(home.queue_file, clock, sync=sync)
+    queue = SqliteQueue(home.queue_file, clock)
     ledger = open_sqlite(home.ledger_file, sync)
     launcher = SimLauncher(lambda pool, instance: Machine(), random.Random(1))
     fleet = ManagedFleet(launcher, clock, ids, StateFile(home.fleet / "groups.json"))

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Select, bindparam, case, or_, select, update
 
 from batchlab.adapters.sql.job_rows import US, set_running
 from batchlab.adapters.sql.tables import bundles, stages
-from batchlab.adapters.sql.upserts import Upserts
+from batchlab.adapters.sql.upserts import BundleRow, Upserts
 from batchlab.model import Bundle, Completion, JobId, StageName
 from batchlab.ports import BundleRecord, Folded
 from batchlab.protocol import wire
@@ -89,17 +89,12 @@ class _Growth:
 
 def plan(connection: Connection, upserts: Upserts, planned: Iterable[Bundle]) -> None:
     """Insert these as planned; one that is there stays as it is."""
-    rows = [
-        {
-            **_key(bundle),
-            "seq": None,
-            "failed": 0,
-            "body": wire.dumps(wire.bundle_to_json(bundle)),
-        }
-        for bundle in planned
+    rows: list[BundleRow] = [
+        (one.job, one.stage, one.id, None, 0, wire.dumps(wire.bundle_to_json(one)))
+        for one in planned
     ]
     if rows:
-        connection.execute(upserts.plan, upserts.parameters(rows))
+        upserts.plan(connection, rows)
 
 
 def fold(
@@ -132,30 +127,17 @@ def _complete(
     connection: Connection, upserts: Upserts, completions: Sequence[Completion], first_seq: int
 ) -> list[bool]:
     """Make the rows done; answers which completions did."""
-    rows: dict[tuple[str, str, str], tuple[int, dict[str, Any]]] = {}
+    numbers: dict[tuple[str, str, str], int] = {}
+    rows: list[BundleRow] = []
     for i, c in enumerate(completions):
-        key = _key(c.bundle)
-        rows.setdefault(
-            tuple(key.values()),
-            (
-                i,
-                {
-                    **key,
-                    "seq": first_seq + i,
-                    "failed": len(c.failed),
-                    "body": wire.dumps(wire.completion_to_json(c)),
-                },
-            ),
-        )
+        key = c.bundle.job, c.bundle.stage, c.bundle.id
+        if numbers.setdefault(key, i) == i:
+            body = wire.dumps(wire.completion_to_json(c))
+            rows.append((*key, first_seq + i, len(c.failed), body))
     new = [False] * len(completions)
-    parameters = upserts.parameters([row for _, row in rows.values()])
-    for done in connection.execute(upserts.complete, parameters):
-        new[rows[tuple(done)][0]] = True
+    for job, stage, name in upserts.complete(connection, rows):
+        new[numbers[job, stage, name]] = True
     return new
-
-
-def _key(bundle: Bundle) -> dict[str, Any]:
-    return {"job": bundle.job, "stage": bundle.stage, "id": bundle.id}
 
 
 def select_bundles(

@@ -5,17 +5,22 @@ Invariant: each decides and answers within one statement, so no second writer co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-from sqlalchemy import JSON, Insert, Select, and_, bindparam, column, func, or_, select
+from sqlalchemy import JSON, Connection, Select, and_, bindparam, column, func, or_, select
 from sqlalchemy.sql.dml import ReturningInsert
 
 from batchlab.adapters.sql.tables import bundles, counters, jobs, leases
 
 BUNDLE = ("job", "stage", "id", "seq", "failed", "body")
 """The columns of a bundle that are written together."""
+BundleRow = tuple[str, str, str, int | None, int, str]
+"""Values of these columns."""
+_ROWS_AT_ONCE = 100
+"""SQLite allows 32,766 parameters in a statement."""
 
 NOBODY = ""
 """Owner of a lease that was given back: its row stays, so that its beat never starts again."""
@@ -27,12 +32,10 @@ class Upserts:
 
     add_job: ReturningInsert[Any]
     """Unless the id or the token is taken."""
-    plan: Insert
-    """Bundles, unless they are there; see `parameters`."""
-    complete: ReturningInsert[Any]
-    """Bundles that are absent or planned become done; returns their keys. See `parameters`."""
-    parameters: Callable[[Sequence[Mapping[str, Any]]], Any]
-    """Rows of bundles, each with all of BUNDLE, as what `plan` and `complete` take."""
+    plan: Callable[[Connection, Sequence[BundleRow]], object]
+    """Insert bundles, unless they exist."""
+    complete: Callable[[Connection, Sequence[BundleRow]], Iterable[Sequence[Any]]]
+    """Make bundles done that are absent or planned; returns the keys of these."""
     take_seqs: ReturningInsert[Any]
     """Reserve `count` sequence numbers; returns the last."""
     take_lease: ReturningInsert[Any]
@@ -43,22 +46,23 @@ class Upserts:
     def of(cls, dialect: str) -> Upserts:
         """For the dialect of that name: "sqlite" or "postgresql"."""
         insert = _insert(dialect)
-        plan, complete, parameters = insert(bundles), insert(bundles), _as_they_are
+        plan, complete, executing = insert(bundles), insert(bundles), _executing
         if dialect == "postgresql":
             # One statement, whose text is always the same, whatever the number of rows.
             plan, complete = (one.from_select(BUNDLE, _unpacked()) for one in (plan, complete))
-            parameters = _as_one
+            executing = _executing_as_one
         take_seqs = insert(counters).values(name="seq", value=bindparam("count"))
         lease = insert(leases)
         return cls(
             insert(jobs).on_conflict_do_nothing().returning(jobs.c.id),
-            plan.on_conflict_do_nothing(),
-            complete.on_conflict_do_update(
-                index_elements=[*bundles.primary_key],
-                set_={name: complete.excluded[name] for name in ("seq", "failed", "body")},
-                where=bundles.c.seq.is_(None),
-            ).returning(*bundles.primary_key),
-            parameters,
+            executing(plan.on_conflict_do_nothing()),
+            executing(
+                complete.on_conflict_do_update(
+                    index_elements=[*bundles.primary_key],
+                    set_={name: complete.excluded[name] for name in ("seq", "failed", "body")},
+                    where=bundles.c.seq.is_(None),
+                ).returning(*bundles.primary_key)
+            ),
             take_seqs.on_conflict_do_update(
                 index_elements=[*counters.primary_key],
                 set_={"value": counters.c.value + take_seqs.excluded.value},
@@ -99,9 +103,30 @@ def _unpacked() -> Select[Any]:
     return select(rows.render_derived(with_types=True))
 
 
-def _as_they_are(rows: Sequence[Mapping[str, Any]]) -> Any:
-    return rows
+def _executing(insert: Any) -> Callable[[Connection, Sequence[BundleRow]], Iterable[Any]]:
+    """Return a function that executes the insert of many rows on SQLite. SQLAlchemy would take a
+    third of the time for the parameters of each row."""
+    from sqlalchemy.dialects import sqlite
+
+    text = str(insert.compile(dialect=sqlite.dialect(), column_keys=BUNDLE))
+    one = f"({', '.join('?' * len(BUNDLE))})"
+    before, after = text.split(one)
+
+    def execute(connection: Connection, rows: Sequence[BundleRow]) -> list[Any]:
+        returned: list[Any] = []
+        for at in range(0, len(rows), _ROWS_AT_ONCE):
+            some = rows[at : at + _ROWS_AT_ONCE]
+            statement = f"{before}{', '.join([one] * len(some))}{after}"
+            result = connection.exec_driver_sql(statement, tuple(chain.from_iterable(some)))
+            if result.returns_rows:
+                returned += result
+        return returned
+
+    return execute
 
 
-def _as_one(rows: Sequence[Mapping[str, Any]]) -> Any:
-    return {"rows": rows}
+def _executing_as_one(insert: Any) -> Callable[[Connection, Sequence[BundleRow]], Iterable[Any]]:
+    """Return a function that executes the insert of many rows on PostgreSQL."""
+    return lambda connection, rows: connection.execute(
+        insert, {"rows": [dict(zip(BUNDLE, row, strict=True)) for row in rows]}
+    )
