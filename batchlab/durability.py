@@ -18,6 +18,7 @@ from batchlab.errors import UsageError
 VARIABLE = "BATCHLAB_SYNC"
 
 _single_call: ContextVar[bool] = ContextVar("single_call", default=False)
+_repeated: ContextVar[bool] = ContextVar("repeated", default=False)
 
 
 class Sync(StrEnum):
@@ -32,6 +33,8 @@ class Sync(StrEnum):
     @property
     def waits(self) -> bool:
         """Whether a write in the current context waits for the disk."""
+        if _repeated.get():
+            return False
         return self is Sync.ALL or (self is Sync.JOBS and not _single_call.get())
 
 
@@ -50,8 +53,22 @@ def read_sync(environ: Mapping[str, str] = os.environ) -> Sync:
 @contextmanager
 def of_single_call(is_call: bool) -> Iterator[None]:
     """Mark the writes inside, also of tasks that start inside, as those of a single call."""
-    token = _single_call.set(is_call)
+    with _set(_single_call, is_call):
+        yield
+
+
+@contextmanager
+def repeated() -> Iterator[None]:
+    """Mark the writes inside as writes that the next manager repeats if a power cut undoes them.
+    They wait for no disk."""
+    with _set(_repeated, True):
+        yield
+
+
+@contextmanager
+def _set(variable: ContextVar[bool], value: bool) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _single_call.reset(token)
+        variable.reset(token)

@@ -161,7 +161,7 @@ class FileWriter:
     """Writes the objects of one bucket. With `durable` a call waits for the disk.
 
     Flushes of the disk that wait at the same time are shared: the file system commits them
-    together. So the names of new folders are flushed beside the content, not after it.
+    together. So the names of new folders are flushed at the same time as the content, not after it.
     """
 
     def __init__(self, root: Path) -> None:

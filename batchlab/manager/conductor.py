@@ -14,9 +14,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from batchlab import control
+from batchlab import control, durability
 from batchlab.commit import Addressed, address, committed, send_all
-from batchlab.durability import of_single_call
 from batchlab.errors import AlreadyExists, BackendError, Malformed, NotFound, UsageError
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager import endcheck
@@ -352,7 +351,8 @@ class Conductor:
         objects, patience = self._ports.objects, self._ports.patience
         # There is one where the job was conducted before, and a cancellation must not be undone.
         run = wire.Word(Control.RUN, round=live.round)
-        await control.say(objects, live.id, run, patience, over=None)
+        with durability.repeated():
+            await control.say(objects, live.id, run, patience, over=None)
         live.allowed = True
 
     async def record_control(self, live: LiveJob, word: Control) -> None:
@@ -467,7 +467,7 @@ class Conductor:
         key = naming.final(live.id, live.round)
         objects, patience = self._ports.objects, self._ports.patience
         try:
-            with of_single_call(live.job.is_single_call):
+            with durability.of_single_call(live.job.is_single_call):
                 await patience(lambda: objects.put(key, data, if_absent=True))
         except AlreadyExists:
             try:
@@ -489,8 +489,7 @@ class Conductor:
             ended_s=ending.ended_s,
             closed=ending.closed,
         )
-        with of_single_call(live.job.is_single_call):
-            is_new = await self._folder.write(live, finish)
+        is_new = await self._folder.write(live, finish)
         if is_new:
             self._counts.ended(ending.state)
             # Not the reason: it may be in a user's own words.

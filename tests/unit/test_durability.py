@@ -12,7 +12,7 @@ import pytest
 
 from batchlab.adapters.local_objects import open_local
 from batchlab.adapters.sqlite_wal import WalFlush
-from batchlab.durability import Sync, of_single_call, read_sync
+from batchlab.durability import Sync, of_single_call, read_sync, repeated
 from batchlab.errors import UsageError
 
 SPEC = "jobs/j-1/spec.json"
@@ -85,3 +85,14 @@ def test_callers_that_wait_at_once_share_a_flush(tmp_path: Path, calls: list[str
 
     asyncio.run(act())
     assert calls.count("fdatasync") == 1
+
+
+def test_a_write_that_the_next_manager_repeats_waits_for_no_disk(
+    tmp_path: Path, calls: list[str]
+) -> None:
+    async def act() -> None:
+        with repeated():
+            await open_local(tmp_path, Sync.ALL).put(SPEC, b"{}", if_absent=True)
+
+    asyncio.run(act())
+    assert calls == ["link"]

@@ -170,7 +170,8 @@ class SqlLedger:
     ) -> Written:
         """Changes nothing either where the job is in another round: then it is not its end."""
         end = Ending(state, reason, ended_s, closed)
-        return await self._on_disk(await self._write(lambda c: job_rows.finish(c, job, round, end)))
+        # It does not wait for the disk: the end is in the bucket, where the next manager finds it.
+        return await self._write(lambda c: job_rows.finish(c, job, round, end))
 
     # --- Stages and bundles ----------------------------------------------------------------------
 
