@@ -39,12 +39,20 @@ log = logging.getLogger(__name__)
 
 _ENV = "env:"
 KEYS = (*KINDS, "on", "secret", "failures", "stuck_after", "jobs")
+CONTAINERS = "localstack"
+"""The backend whose manager runs in a container, and its folder in a home."""
 JOBS = "jobs"
 """The table that is no target."""
 
 
-def read(home: Home, environ: Mapping[str, str] = os.environ) -> Directory:
-    """What the file says, nothing where there is none; UsageError where something is wrong."""
+def read(
+    home: Home, environ: Mapping[str, str] = os.environ, *, in_container: bool = False
+) -> Directory:
+    """What the file says, nothing where there is none; UsageError where something is wrong.
+
+    Outside a container, commands are refused in a folder that a manager in a container has had: it
+    can write the file, and must not choose a command of its user.
+    """
     path = home.notify_file
     try:
         doc = tomllib.loads(path.read_bytes().decode())
@@ -57,13 +65,19 @@ def read(home: Home, environ: Mapping[str, str] = os.environ) -> Directory:
         ) from error
     local, secrets = _of_jobs(str(path), doc.pop(JOBS, {}))
     found = [_target(str(path), name, fields, environ) for name, fields in doc.items()]
+    if not in_container and home.of(CONTAINERS).exists() and any(one.command for one in found):
+        raise UsageError(
+            f"{path} names a command, and a manager in a container could have written it.",
+            remedy=f"Name another folder with --home, or read the file and delete "
+            f"{home.of(CONTAINERS)}.",
+        )
     return Directory(tuple(found), local, secrets)
 
 
 def variables(home: Home, environ: Mapping[str, str] = os.environ) -> list[str]:
     """The names of the variables that the manager needs for its notifications, as far as they are
     set: those that the grid's targets name, and those that jobs may name. UsageError as `read`."""
-    read(home, environ)
+    read(home, environ, in_container=True)
     doc = tomllib.loads(home.notify_file.read_text()) if home.notify_file.exists() else {}
     texts = [text for fields in doc.values() for text in fields.values() if isinstance(text, str)]
     named = {text.removeprefix(_ENV) for text in texts if text.startswith(_ENV)}
@@ -114,10 +128,10 @@ def _origins(where: str, given: Any) -> frozenset[str]:
     return frozenset(found)
 
 
-def watched(home: Home) -> Callable[[], Directory]:
+def watched(home: Home, *, in_container: bool = False) -> Callable[[], Directory]:
     """The same as it is at each call. What has become wrong is told once, and what was, holds."""
     seen: tuple[int, int] | None = None
-    known = read(home)
+    known = read(home, in_container=in_container)
 
     def now() -> Directory:
         nonlocal seen, known
@@ -129,7 +143,7 @@ def watched(home: Home) -> Callable[[], Directory]:
         if state != seen:
             seen = state
             try:
-                known = read(home)
+                known = read(home, in_container=in_container)
             except UsageError as error:
                 log.warning("the targets stay what they were: %s", error)
         return known

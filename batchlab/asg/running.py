@@ -47,6 +47,8 @@ class AsgSettings:
     """What containers are named and labelled with."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """More labels for them."""
+    images: tuple[str, ...] = ()
+    """The only images of containers, none of which may then be root's; any without names."""
     scale: float = 1.0
     """A container's share of its instance type's processors and memory."""
     metadata_port: int | None = None

@@ -18,7 +18,7 @@ import base64
 import binascii
 import hashlib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -104,9 +104,11 @@ def template_id(name: str) -> str:
 class TemplateFile:
     """The Templates of a file, and what a launcher needs beyond them."""
 
-    def __init__(self, path: Path) -> None:
-        """UsageError where the file cannot be read."""
+    def __init__(self, path: Path, images: Collection[str] = ()) -> None:
+        """UsageError where the file cannot be read. With `images`, a version is refused unless its
+        image is one of them, and it has neither root's user nor a machine's rights."""
         self._path = path
+        self._images = frozenset(images)
         self._stamp = (0, 0)
         self._named: Mapping[str, _Named] = {}
         self._read()
@@ -138,13 +140,23 @@ class TemplateFile:
         """The version that an instance of the pool is launched from."""
         self._look()
         name, _, number = dict(pool.env)[VARIABLE].rpartition(":")
-        return self._named[name].version[int(number) - 1]
+        return self._version(name, int(number))
 
     def referred(self, reference: LaunchTemplate) -> Version:
         """The version that is referred to; ValidationError where there is none."""
         self._look()
         name = self._name(reference)
-        return self._named[name].version[self._number(name, reference.version) - 1]
+        return self._version(name, self._number(name, reference.version))
+
+    def _version(self, name: str, number: int) -> Version:
+        found = self._named[name].version[number - 1]
+        is_root = found.user.partition(":")[0] in ("", "0", "root")
+        if self._images and (found.image not in self._images or found.system or is_root):
+            raise ValidationError(
+                f"This endpoint does not launch version {number} of template {name}: its image, "
+                "user, or system is not allowed here. `asg serve --image` names the images."
+            )
+        return found
 
     def _name(self, reference: LaunchTemplate) -> str:
         if name := reference.launch_template_name:

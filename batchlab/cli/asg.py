@@ -75,6 +75,15 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image",
+            metavar="NAME",
+            help="Launch only containers of this image, and none as root; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     scale: Annotated[
         float,
         typer.Option(
@@ -144,6 +153,7 @@ def serve(
         drain_s=seconds_of("--drain", drain),
         grid=grid,
         labels=_labels(label or ()),
+        images=tuple(image or ()),
         scale=scale,
         metadata_port=metadata_port,
     )

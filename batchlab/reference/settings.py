@@ -97,6 +97,7 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
         "BATCHLAB_LOCALSTACK_READ_ONLY": "whether its root is read-only",
         "BATCHLAB_POSTGRES_IMAGE": "PostgreSQL's image",
         "BATCHLAB_DOCKER_SOCKET": "what the Auto Scaling endpoint speaks to",
+        "BATCHLAB_WORKER_IMAGE": "one more image that launch templates may name",
         "BATCHLAB_INSTANCE_IMAGE": "an image that boots a whole system, for launch templates; set "
         "by `compose/offline/build.sh`",
         "BATCHLAB_DEBIAN_MIRROR": "where `compose/offline/build.sh` takes Debian from",

@@ -31,7 +31,8 @@ def asg_main(settings: AsgSettings, on_up: Callable[[str], None]) -> None:
 
 
 async def _serve_asg(settings: AsgSettings, on_up: Callable[[str], None]) -> None:
-    clock, templates, facts = WallClock(), TemplateFile(settings.templates), Facts()
+    clock, facts = WallClock(), Facts()
+    templates = TemplateFile(settings.templates, settings.images)
     launcher = backends.open_asg_launcher(settings, templates, clock, facts.signals)
     groups = StateFile(settings.state / "groups.json")
     metrics = MetricStore(clock)

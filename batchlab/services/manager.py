@@ -137,7 +137,10 @@ async def _lead(
     fresh = partial(
         Manager,
         *(ports, backend.manager, pools, owner, accounting, reports, counts, tracer),
-        outlets=Outlets(targets.watched(home), backend.open_deliveries(home, clock)),
+        outlets=Outlets(
+            targets.watched(home, in_container=backend.runs_in == "containers"),
+            backend.open_deliveries(home, clock),
+        ),
         recent=recent,
         schedules=True,
     )

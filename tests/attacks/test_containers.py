@@ -12,10 +12,12 @@ import pytest
 import yaml
 from botocore.exceptions import ClientError
 
-from batchlab import package_data
+from batchlab import package_data, targets
 from batchlab.adapters.aws import Endpoint
 from batchlab.adapters.compose import deployment
 from batchlab.adapters.compose.images import docker
+from batchlab.errors import UsageError
+from batchlab.home import Home
 from tests.integration.containers_grid import need_containers
 from tests.integration.local_grid import LocalGrid
 from tests.waiting import until
@@ -76,6 +78,34 @@ def test_the_manager_cannot_choose_what_docker_starts(
     assert "worker-default" in (ours / "templates.toml").read_text()
 
 
+def test_the_endpoint_launches_no_image_of_another(
+    grid: LocalGrid, at: deployment.Deployment
+) -> None:
+    """Finding 10: a writer of templates.toml chooses neither image nor rights of a container. Here
+    the host's user writes what a manager would write."""
+    path = deployment.folder(grid.home) / "templates.toml"
+    template = path.read_text()
+    scaling: Any = aws(deployment.autoscaling(grid.home, at), "autoscaling")
+    try:
+        for forged in (
+            template.replace(at.image, "alpine"),
+            template.replace("slots = ", "system = true\nslots = "),
+            template.replace(f"user = {json.dumps(at.user)}", 'user = "0:0"'),
+        ):
+            assert forged != template
+            path.write_text(forged)
+            with pytest.raises(ClientError, match="does not launch version 1 of template"):
+                scaling.create_auto_scaling_group(
+                    AutoScalingGroupName="mine",
+                    LaunchTemplate={"LaunchTemplateName": "worker-default"},
+                    AvailabilityZones=["us-east-1a"],
+                    MinSize=1,
+                    MaxSize=1,
+                )
+    finally:
+        path.write_text(template)
+
+
 def test_only_signed_requests_change_groups(grid: LocalGrid, at: deployment.Deployment) -> None:
     """Finding 16: a worker's container could start and end every instance of the grid."""
     own = deployment.autoscaling(grid.home, at)
@@ -129,6 +159,21 @@ def test_only_signed_requests_change_groups(grid: LocalGrid, at: deployment.Depl
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
     told = docker("inspect", f"{at.project}-asg-1", f"{at.project}-manager-1").stdout
     assert own.secret_key not in told
+
+
+def test_a_manager_on_the_host_runs_no_command_that_a_container_has_written(tmp_path: Path) -> None:
+    """Finding 10: a compromised manager's container writes a command into notify.toml, and waits
+    for a manager on the host in the same folder."""
+    home = Home(tmp_path / "home")
+    home.make()
+    home.notify_file.write_text('[mine]\ncommand = ["touch", "/tmp/x"]\n')
+    assert targets.read(home).targets[0].command
+    deployment.folder(home).mkdir()  # the manager's container cannot remove it
+    with pytest.raises(UsageError, match="a manager in a container could have written it"):
+        targets.read(home)
+    assert targets.read(home, in_container=True).targets[0].command
+    home.notify_file.write_text('[mine]\nwebhook = "https://hooks.example.org"\n')
+    assert not targets.read(home).targets[0].command
 
 
 def test_no_service_publishes_a_port() -> None:
