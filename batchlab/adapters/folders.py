@@ -187,6 +187,9 @@ class FileWriter:
             try:
                 os.link(staged, target)
             except FileExistsError:
+                # The other writer may not have waited for the name yet, and who loses against an
+                # object goes on from it.
+                self._settle(target, durable=durable)
                 self._replace_damaged(key, staged, target)
             else:
                 os.unlink(staged)  # noqa: PTH108

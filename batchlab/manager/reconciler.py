@@ -127,8 +127,14 @@ class Reconciler:
         """Whether the bucket has the job's definition. Workers drop the messages of a job without
         one, so such a job is ended."""
         key = naming.spec(live.id)
+
+        def defined(data: bytes) -> None:
+            found = wire.job_from_json(wire.loads(data))
+            if (found.id, found.commit_hash) != (live.id, live.job.commit_hash):
+                raise Malformed("It defines another job.")
+
         try:
-            await read_stored(self._ports, key, lambda data: wire.job_from_json(wire.loads(data)))
+            await read_stored(self._ports, key, defined)
         except UnreadableObject as error:
             await self._conductor.give_up(live, error)
             return False

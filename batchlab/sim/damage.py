@@ -6,10 +6,13 @@ other jobs.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
+from batchlab.adapters.sim.ledger import SimLedger
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.model import JobId
 from batchlab.sim.faults import FaultKind
@@ -20,10 +23,26 @@ class Damage:
     """The damaged objects of one world. `touched` collects the jobs that have one."""
 
     objects: SimObjects
+    ledger: object
     touched: set[str]
+    jobs: set[str]
+    """The jobs with objects that were damaged."""
     vulnerable: set[JobId] = field(default_factory=set)
     hit: dict[str, tuple[FaultKind, bytes | None]] = field(default_factory=dict)
     """The kind of damage, and the content since then, by key."""
+
+    _flushed: dict[str, Any] | None = None
+    """The state of the ledger after its last transaction that waited for the disk."""
+
+    def save_ledger(self) -> None:
+        """Remember the ledger as it is: its log has reached the disk."""
+        if isinstance(self.ledger, SimLedger):
+            self._flushed = copy.deepcopy(vars(self.ledger))
+
+    def lose_folds(self) -> None:
+        """Give the ledger back the state that has reached the disk."""
+        if isinstance(self.ledger, SimLedger) and self._flushed is not None:
+            vars(self.ledger).update(copy.deepcopy(self._flushed))
 
     def strike(self, kind: FaultKind, rng: random.Random) -> str | None:
         """Damage an object of a vulnerable job; return its key, None if there is none."""
@@ -42,12 +61,8 @@ class Damage:
         self.objects.damage(key, after)
         self.hit[key] = kind, after
         self.touched.add(job_of(key))
+        self.jobs.add(job_of(key))
         return key
-
-    @property
-    def jobs(self) -> set[str]:
-        """The jobs with objects that were damaged."""
-        return {job_of(key) for key in self.hit}
 
     def standing(self, kinds: Collection[FaultKind]) -> list[str]:
         """Return the keys whose object is still as damage of one of these kinds has left it."""

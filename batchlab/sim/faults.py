@@ -91,6 +91,10 @@ class FaultKind(StrEnum):
     TORN = "torn", SKY, "the store keeps only the beginning of an object"
     MISSING = "missing", SKY, "the store loses an object"
     ROTTED = "rotted", SKY, "the store changes one bit of an object"
+    UNSYNCED = (
+        *("unsynced", SKY),
+        "the power fails: every process ends, and unacknowledged writes may be lost",
+    )
 
     def applies(self, label: str) -> bool:
         """Whether it can happen at a call or look of that label."""
@@ -146,6 +150,7 @@ class Weather:
     torn: float = 0.0
     missing: float = 0.0
     rotted: float = 0.0
+    unsynced: float = 0.0
     varied: bool = False
     timed: bool = False
     lies: bool = False
@@ -166,7 +171,9 @@ class Weather:
         if self.lies:
             drawn = replace(drawn, corrupted=self.corrupted)
         if self.storage:
-            damages: dict[str, Any] = {kind.value: self.rate(kind) for kind in DAMAGES}
+            damages: dict[str, Any] = {
+                kind.value: self.rate(kind) for kind in (*DAMAGES, FaultKind.UNSYNCED)
+            }
             drawn = replace(drawn, **damages)
         return drawn
 

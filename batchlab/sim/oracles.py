@@ -39,6 +39,10 @@ class Oracles:
         """An outcome has been committed."""
         self._committed_s[name] = now_s
 
+    def uncommitted(self, name: Name) -> None:
+        """A power cut has taken the outcome away."""
+        self._committed_s.pop(name, None)
+
     def leaves(self, actor: Actor, now_s: float) -> None:
         """A worker has been told to drain."""
         self._leaves_s.setdefault(actor, now_s)

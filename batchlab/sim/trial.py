@@ -72,7 +72,7 @@ TIMED = replace(ALL, timed=True)
 LIES = replace(ALL, corrupted=0.15, lies=True)
 """Everything that can happen, in worlds where workers lie."""
 
-STORAGE = replace(ALL, torn=0.1, missing=0.1, rotted=0.05, storage=True)
+STORAGE = replace(ALL, torn=0.1, missing=0.1, rotted=0.05, unsynced=0.04, storage=True)
 """Everything that can happen, in worlds where the store damages objects."""
 
 BUDGET = dict.fromkeys(FaultKind, 12) | dict.fromkeys((FaultKind.CORRUPTED, *DAMAGES), 3)
@@ -187,6 +187,8 @@ async def _main(
     if world.log is not None and log is not None:
         world.log.lines = log
     world.damage.vulnerable |= vulnerable
+    if vulnerable:
+        world.watch.flushed = world.damage.save_ledger
     supervisor = asyncio.create_task(world.supervise(), name="supervisor")
     watcher = asyncio.create_task(_watch_ledger(world, plan), name="watcher")
     sky = Sky(world, faults, plan.pace)

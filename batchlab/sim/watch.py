@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchlab.adapters.sim.queue import SimQueue
-from batchlab.model import Bundle, JobId, StageCounts, StageName
+from batchlab.model import Bundle, Control, JobId, StageCounts, StageName
 from batchlab.ports import MAX_VISIBILITY_S, Clock, Ending, Message, StageRecord
 from batchlab.protocol import definition, naming, wire
 from batchlab.sim.actors import CURRENT, Actor, SimulationError
@@ -26,6 +26,12 @@ from batchlab.tasknames import task_name
 from batchlab.worker.tenure import RETURN_S
 
 TOLERANCE_S = 1.0
+
+FLUSHED = frozenset(f"ledger.{name}" for name in ("add_job", "finish", "reopen", "set_control"))
+"""Calls whose transaction waits for the disk before it is acknowledged."""
+
+SYNC_S = 0.1
+"""A write has reached the disk after so long, although its writer may not know that yet."""
 
 BEGIN_S = 2 * LATENCY_S[1]
 """The longest from a written start to the task's, where nothing goes wrong: the answer of that
@@ -80,9 +86,15 @@ class Watch:
     lease_s: float
     """For how long after a look at the control object workers may start tasks of its job."""
     starts: list[Start] = field(default_factory=list)
+    flushed: Callable[[], None] = lambda: None
+    """Called after each call of FLUSHED."""
+    damaged: set[str] = field(default_factory=set)
+    """Jobs of which the store has damaged an object."""
     trust: Trust = field(init=False)
     oracles: Oracles = field(init=False)
     controls: JobControls = field(init=False)
+    _unsynced: dict[str, tuple[bytes | None, float]] = field(default_factory=dict)
+    """The content before the first unacknowledged write, and its time, by key."""
     _killed_s: dict[Actor, float] = field(default_factory=dict)
     """Workers that ended otherwise than by draining."""
     _written: dict[str, tuple[Actor, float]] = field(default_factory=dict)
@@ -113,6 +125,8 @@ class Watch:
         parts = key.split("/")
         if parts[0] != "jobs":
             return
+        if CURRENT.get() is not None:  # else a client's, which waits for it
+            self._unsynced.setdefault(key, (before, self.clock.monotonic_s()))
         job, kind = parts[1], parts[2]
         if self.trust.is_liar(CURRENT.get()):
             self._forged(key, job, parts, data)
@@ -131,6 +145,29 @@ class Watch:
         conditional = if_absent or parts[-1].startswith(("part-", "item-"))
         self._require(conditional, "I1", f"{key} is written without a condition")
         self._learn(kind, parts[-2], data)
+
+    def acknowledged(self, key: str) -> None:
+        """A writer of the object knows that it has reached the disk."""
+        self._unsynced.pop(key, None)
+
+    def unsynced(self) -> dict[str, bytes | None]:
+        """Return what a power cut may take back now: the content before each write, by key."""
+        since_s = self.clock.monotonic_s() - SYNC_S
+        self._unsynced = {k: one for k, one in self._unsynced.items() if one[1] > since_s}
+        return {key: before for key, (before, _) in self._unsynced.items()}
+
+    def taken_back(self, key: str, before: bytes | None) -> None:
+        """A power cut has taken a write back."""
+        parts = key.split("/")
+        if parts[2] == "control.json":
+            word = wire.word_from_bytes(before).control if before else Control.RUN
+            self.controls.written(parts[1], word)
+        elif naming.is_outcome(key):
+            found = naming.outcome_key(key)
+            assert found
+            name = found.job, found.stage, found.bundle
+            self._committed.discard(name)
+            self.oracles.uncommitted(name)
 
     def _forged(self, key: str, job: str, parts: Sequence[str], data: bytes) -> None:
         """A lying worker has written an object, which may commit a bundle that it was given."""
@@ -182,6 +219,8 @@ class Watch:
             self._deletes(actor, args[0], args[1])
         elif label == "queue.change_visibility":
             self._extends(args[0], args[1])
+        elif label in FLUSHED:
+            self.flushed()
         elif label == "objects.put" and "/starts/" in args[0]:
             self._marks(actor, args[0])
         elif label == "objects.get":
@@ -378,10 +417,16 @@ class Watch:
 
     def replaced(self, actor: Actor, cause: str) -> None:
         """I8: a manager replaces the instance of an honest worker only if nothing was heard of it,
-        or a fault has hit it."""
+        a fault has hit it, or it works for a job that ended because its objects were damaged."""
+        damaged = any(
+            hold.actor is actor and hold.bundle[0] in self.damaged for hold in self._holds.values()
+        )
         recent_s = self.clock.monotonic_s() - RECENT_S
         self._require(
-            self.trust.is_liar(actor) or "silent" in cause or self._excused(actor, recent_s),
+            damaged
+            or self.trust.is_liar(actor)
+            or "silent" in cause
+            or self._excused(actor, recent_s),
             "I8",
             f"the instance of {actor.name}, which tells the truth, is replaced: {cause}",
         )

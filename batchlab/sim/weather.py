@@ -32,6 +32,8 @@ JUMPS_S = (-86_400.0, -3_600.0, -30.0, -2.0, 2.0, 30.0, 3_600.0, 86_400.0)
 SHORTAGE_S = (10.0, 120.0)
 LOST_S = (0.5, 20.0)
 HELD_S = (5.0, 60.0)
+MOMENTS, MOMENT_S = 2_000, 0.004
+"""A power cut waits for a moment with an unacknowledged write, at most for so long."""
 AGES_S = (0.0, 10.0, 60.0)
 
 Act = Callable[[random.Random], Awaitable[str | None]]
@@ -67,6 +69,7 @@ class Sky:
             FaultKind.LEDGER_LOST: self._lose_ledger,
             FaultKind.LEDGER_REBUILT: self._rebuild_ledger,
             FaultKind.CORRUPTED: self._corrupt,
+            FaultKind.UNSYNCED: self._cut_power,
             **{kind: partial(self._damage, kind) for kind in DAMAGES},
         }
 
@@ -184,6 +187,28 @@ class Sky:
     async def _damage(self, kind: FaultKind, rng: random.Random) -> str | None:
         return self._world.damage.strike(kind, rng)
 
+    async def _cut_power(self, rng: random.Random) -> str | None:
+        """End every process. Any of the unacknowledged writes may be lost, and folds of the
+        ledger, whose transactions do not wait for the disk."""
+        world, watch = self._world, self._world.watch
+        for _ in range(MOMENTS):
+            if watch.unsynced():
+                break
+            await asyncio.sleep(MOMENT_S)
+        lost = {key: data for key, data in watch.unsynced().items() if rng.random() < 0.7}
+        for post in list(world.posts):
+            post.actor.kill()
+        for instance, ended in (await world.launcher.running()).items():
+            if ended is None:
+                world.launcher.crash(instance)
+        for key, before in lost.items():
+            world.objects.damage(key, before)
+            watch.taken_back(key, before)
+        if rng.random() < 0.5:
+            world.damage.lose_folds()
+            watch.forget_counts()
+        return f"without {', '.join(lost) or 'a lost write'}"
+
     # --- Instances -------------------------------------------------------------------------------
 
     async def _an_instance(self, rng: random.Random) -> str | None:
@@ -281,6 +306,7 @@ class Sky:
     async def _lose_ledger(self, rng: random.Random) -> str | None:
         seconds = rng.uniform(*LOST_S)
         await self._world.ledger.forget()
+        self._world.damage.save_ledger()
         self._later(self._rebuild(seconds), "rebuild the ledger")
         return f"for {seconds:.3f} s"
 

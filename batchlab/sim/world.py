@@ -134,7 +134,9 @@ class World:
         self.watch = Watch(
             *(self.clock, self.queue, loop.fail, loop.is_frozen), visibility_s, lease_s
         )
-        self.damage = Damage(self.objects, self.watch.trust.touched)
+        self.damage = Damage(
+            self.objects, self.ledger, self.watch.trust.touched, self.watch.damaged
+        )
         if self.watched:
             self.objects.written = self.watch.written
             self.queue.lapsed = self.watch.lapsed

@@ -158,6 +158,7 @@ class _Port:
         if point.answer_s or extra_s:
             taken = result if label == "queue.receive" and kind is not FaultKind.ANSWER_LOST else []
             await self._answer(point.answer_s, extra_s, args, taken)
+        self._acknowledge(label, args)
         if kind is not None:
             self._disturbed(0.0)
         if kind is FaultKind.ANSWER_LOST:
@@ -165,6 +166,11 @@ class _Port:
         if error is not None:
             raise error
         return result
+
+    def _acknowledge(self, label: str, args: Sequence[Any]) -> None:
+        # A writer that finds another one's object has waited for that to reach the disk, too.
+        if label == "objects.put" and self._watch is not None:
+            self._watch.acknowledged(args[0])
 
     async def _answer(
         self, takes_s: float, extra_s: float, args: tuple[Any, ...], taken: Sequence[Any]

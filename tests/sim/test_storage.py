@@ -12,6 +12,7 @@ from batchlab.protocol import naming
 from batchlab.sim import fuzz, trial
 from batchlab.sim.damage import Damage, group_of
 from batchlab.sim.faults import DAMAGES, FaultKind
+from batchlab.sim.weather import Sky
 from batchlab.sim.world import World
 from tests.sim import scenes
 
@@ -173,8 +174,30 @@ def test_only_objects_of_vulnerable_jobs_are_damaged() -> None:
     assert {kind for kind, _ in damage.hit.values()} == set(DAMAGES)
 
 
+def test_a_power_cut_takes_back_only_what_nobody_knows_to_be_written() -> None:
+    """The put is on its way back when the power fails."""
+
+    async def act(world: World) -> tuple[object, object]:
+        loop = asyncio.get_running_loop()
+        await scenes.submitted(world, JOB)
+        await scenes.submitted(world, OTHER)
+        known = {key for key in world.objects.names() if key not in world.watch.unsynced()}
+        writes = loop.time()
+        while not world.watch.unsynced():
+            await asyncio.sleep(0.001)
+            assert loop.time() < writes + 100.0
+        lost = world.watch.unsynced()
+        assert not known & {key for key, before in lost.items() if before is None}
+        await Sky(world, trial.calm(1), 1.0)._cut_power(random.Random(3))
+        first = [await scenes.ended(world, one) for one in (JOB, OTHER)]
+        return tuple(one.state for one in first), world.managers
+
+    states = (JobState.SUCCEEDED, JobState.SUCCEEDED)
+    assert scenes.in_world(act, script=scenes.takes(3.0)) == (states, 2)
+
+
 def test_every_world_of_the_weather_may_have_damage() -> None:
-    for kind in DAMAGES:
+    for kind in (*DAMAGES, FaultKind.UNSYNCED):
         assert {trial.weather_of(n, trial.STORAGE).rate(kind) for n in range(20)} == {
             trial.STORAGE.rate(kind)
         }

@@ -10,6 +10,7 @@ from typing import BinaryIO
 import pytest
 
 from batchlab.adapters import folders
+from batchlab.errors import AlreadyExists
 
 
 class Torn(io.BytesIO):
@@ -80,3 +81,16 @@ def test_a_put_leaves_alone_what_another_writer_stages_meanwhile(
     copy_in(io.BytesIO(b"ours"), tmp_path, "key")
     assert (tmp_path / "key").read_bytes() == b"ours"
     assert (tmp_path / "key#1").read_bytes() == b"another's"
+
+
+def test_a_writer_that_finds_an_object_waits_until_its_name_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on from what it found, which a power cut must not take away afterwards."""
+    waits: list[str] = []
+    writer = folders.FileWriter(tmp_path)
+    writer.create("jobs/x", folders.copy_into(io.BytesIO(b"{}")), durable=False)
+    monkeypatch.setattr(folders, "sync_folder", waits.append)
+    with pytest.raises(AlreadyExists):
+        writer.create("jobs/x", folders.copy_into(io.BytesIO(b"[]")), durable=True)
+    assert str(tmp_path / "jobs") in waits
