@@ -22,6 +22,7 @@ from batchlab.sim.faults import LATENCY_S
 from batchlab.sim.oracles import Oracles
 from batchlab.sim.told import Name, bundle_in, doc_of, name_of_bundle, told_in
 from batchlab.sim.trust import Trust
+from batchlab.sim.unsynced import Unsynced
 from batchlab.tasknames import task_name
 from batchlab.worker.tenure import RETURN_S
 
@@ -29,9 +30,6 @@ TOLERANCE_S = 1.0
 
 FLUSHED = frozenset(f"ledger.{name}" for name in ("add_job", "finish", "reopen", "set_control"))
 """Calls whose transaction waits for the disk before it is acknowledged."""
-
-SYNC_S = 0.1
-"""A write has reached the disk after so long, although its writer may not know that yet."""
 
 BEGIN_S = 2 * LATENCY_S[1]
 """The longest from a written start to the task's, where nothing goes wrong: the answer of that
@@ -93,8 +91,7 @@ class Watch:
     trust: Trust = field(init=False)
     oracles: Oracles = field(init=False)
     controls: JobControls = field(init=False)
-    _unsynced: dict[str, tuple[bytes | None, float]] = field(default_factory=dict)
-    """The content before the first unacknowledged write, and its time, by key."""
+    unsynced: Unsynced = field(init=False)
     _killed_s: dict[Actor, float] = field(default_factory=dict)
     """Workers that ended otherwise than by draining."""
     _written: dict[str, tuple[Actor, float]] = field(default_factory=dict)
@@ -112,6 +109,7 @@ class Watch:
         self.trust = Trust(self._require)
         self.oracles = Oracles(self._require)
         self.controls = JobControls(self.clock)
+        self.unsynced = Unsynced(self.clock)
 
     def _require(self, holds: bool, promise: str, facts: str, job: str | None = None) -> None:
         """Fail unless it `holds`, or the `job` is one that a lying worker has touched."""
@@ -126,7 +124,7 @@ class Watch:
         if parts[0] != "jobs":
             return
         if CURRENT.get() is not None:  # else a client's, which waits for it
-            self._unsynced.setdefault(key, (before, self.clock.monotonic_s()))
+            self.unsynced.written(key, before)
         job, kind = parts[1], parts[2]
         if self.trust.is_liar(CURRENT.get()):
             self._forged(key, job, parts, data)
@@ -145,16 +143,6 @@ class Watch:
         conditional = if_absent or parts[-1].startswith(("part-", "item-"))
         self._require(conditional, "I1", f"{key} is written without a condition")
         self._learn(kind, parts[-2], data)
-
-    def acknowledged(self, key: str) -> None:
-        """A writer of the object knows that it has reached the disk."""
-        self._unsynced.pop(key, None)
-
-    def unsynced(self) -> dict[str, bytes | None]:
-        """Return what a power cut may take back now: the content before each write, by key."""
-        since_s = self.clock.monotonic_s() - SYNC_S
-        self._unsynced = {k: one for k, one in self._unsynced.items() if one[1] > since_s}
-        return {key: before for key, (before, _) in self._unsynced.items()}
 
     def taken_back(self, key: str, before: bytes | None) -> None:
         """A power cut has taken a write back."""

@@ -192,10 +192,10 @@ class Sky:
         ledger, whose transactions do not wait for the disk."""
         world, watch = self._world, self._world.watch
         for _ in range(MOMENTS):
-            if watch.unsynced():
+            if watch.unsynced.before():
                 break
             await asyncio.sleep(MOMENT_S)
-        lost = {key: data for key, data in watch.unsynced().items() if rng.random() < 0.7}
+        lost = {key: data for key, data in watch.unsynced.before().items() if rng.random() < 0.7}
         for post in list(world.posts):
             post.actor.kill()
         for instance, ended in (await world.launcher.running()).items():

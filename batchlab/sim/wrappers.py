@@ -170,7 +170,7 @@ class _Port:
     def _acknowledge(self, label: str, args: Sequence[Any]) -> None:
         # A writer that finds another one's object has waited for that to reach the disk, too.
         if label == "objects.put" and self._watch is not None:
-            self._watch.acknowledged(args[0])
+            self._watch.unsynced.acknowledged(args[0])
 
     async def _answer(
         self, takes_s: float, extra_s: float, args: tuple[Any, ...], taken: Sequence[Any]

@@ -181,12 +181,12 @@ def test_a_power_cut_takes_back_only_what_nobody_knows_to_be_written() -> None:
         loop = asyncio.get_running_loop()
         await scenes.submitted(world, JOB)
         await scenes.submitted(world, OTHER)
-        known = {key for key in world.objects.names() if key not in world.watch.unsynced()}
+        known = {key for key in world.objects.names() if key not in world.watch.unsynced.before()}
         writes = loop.time()
-        while not world.watch.unsynced():
+        while not world.watch.unsynced.before():
             await asyncio.sleep(0.001)
             assert loop.time() < writes + 100.0
-        lost = world.watch.unsynced()
+        lost = world.watch.unsynced.before()
         assert not known & {key for key, before in lost.items() if before is None}
         await Sky(world, trial.calm(1), 1.0)._cut_power(random.Random(3))
         first = [await scenes.ended(world, one) for one in (JOB, OTHER)]
