@@ -189,7 +189,7 @@ class FileWriter:
             except FileExistsError:
                 # The other writer may not have waited for the name yet, and who loses against an
                 # object goes on from it.
-                self._settle(target, durable=durable)
+                _settle(target, durable=durable)
                 self._replace_damaged(key, staged, target)
             else:
                 os.unlink(staged)  # noqa: PTH108
