@@ -13,7 +13,7 @@ from functools import partial
 from operator import itemgetter
 
 from batchlab.commit import read_outcome
-from batchlab.errors import AlreadyExists, Malformed, NotFound, Unreachable, UsageError
+from batchlab.errors import AlreadyExists, Malformed, NotFound, TooLarge, Unreachable, UsageError
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager import split
 from batchlab.manager.live import Ports
@@ -22,6 +22,7 @@ from batchlab.model import JobId, Json, Outcome, StageCounts, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import BundleRecord, Cut, Objects
 from batchlab.protocol import definition, naming, values, wire
+from batchlab.protocol.checked import UNREADABLE
 from batchlab.protocol.references import Own
 from batchlab.tasknames import task_name
 from batchlab.worker.inputs import Manifest, is_gather
@@ -38,6 +39,10 @@ it reads again should a worker be lost."""
 ITEM_BYTES = 100_000
 """A larger item (a record of 100 MB, a gathered group) is an object of its own, so that a part
 stays small, and only the worker that needs it holds it in memory."""
+
+RESULT_WEIGHT = 4 * values.OUTCOME_WEIGHT
+"""Bound of the weight of one large result that the manager reads to gather by a field or to join.
+"""
 
 
 async def successes(ports: Ports, job: JobId, counts: StageCounts) -> list[BundleRecord]:
@@ -172,7 +177,7 @@ class Plans:
             outcome = await self._outcome(stage, naming.outcome(record.bundle, key))
             for task, value in zip(outcome.succeeded, outcome.values, strict=True):
                 if values.kind(value) == "$value":
-                    yield task, own.value(value, await self._result(stage, own.key(value)))
+                    yield task, await self._result(stage, own, value)
                 else:
                     yield task, value
 
@@ -182,11 +187,20 @@ class Plans:
         except (NotFound, Malformed) as error:
             raise _no_results(stage, error) from error
 
-    async def _result(self, stage: StageName, key: str) -> bytes:
+    async def _result(self, stage: StageName, own: Own, reference: Json) -> Json:
+        """Return the value in the object of a reference. A worker wrote it, so it may be of any
+        size and anything at all."""
+        key = own.key(reference)
+        get = partial(self._ports.objects.get, key, limit=RESULT_WEIGHT)
         try:
-            return await self._ports.patience(partial(self._ports.objects.get, key))
+            data = await self._ports.patience(get)
+            if values.weight(data.decode("latin-1")) > RESULT_WEIGHT:
+                raise TooLarge(f"its {len(data)} bytes need too much memory")
+            return own.value(reference, data)
         except NotFound as error:
             raise _no_results(stage, error) from error
+        except (TooLarge, *UNREADABLE) as error:
+            raise _no_results(stage, wire.unreadable(key, error)) from error
 
     async def _write(
         self,

@@ -29,6 +29,8 @@ MOST_TASKS = 1 << 40
 """Bound of a task's index."""
 MOST_IN_BUNDLE = 1 << 16
 """Bound of the tasks in one bundle. The planner cuts bundles of at most `sizing.CAP`."""
+MOST_ROUNDS = 10_000
+"""Bound of a job's rounds. A worker looks for the plan of a bundle's round, then of each before."""
 MOST_COUNT = 1 << 53
 """Bound of any counter: larger numbers are not exact in JSON, and SQL has no room for them."""
 MOST_S = 1e11

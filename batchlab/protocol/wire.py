@@ -35,6 +35,7 @@ from batchlab.protocol import naming
 from batchlab.protocol.checked import (
     MOST_COUNT,
     MOST_IN_BUNDLE,
+    MOST_ROUNDS,
     MOST_TASKS,
     UNREADABLE,
     figure,
@@ -178,7 +179,7 @@ def bundle_from_json(doc: dict[str, Any], known: Known | None = None) -> Bundle:
         StageName(name(doc["s"])),
         tasks,
         whole(doc["a"]),
-        whole(doc["r"]) if "r" in doc else 0,
+        whole(doc["r"], MOST_ROUNDS) if "r" in doc else 0,
         whole(doc["l"]) if "l" in doc else 0,
         BundleId(new_label(source)) if source else None,
         figure(doc["w"]) if "w" in doc else None,

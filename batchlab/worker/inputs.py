@@ -91,10 +91,16 @@ class Inputs:
         self._manifests: OrderedDict[tuple[str, str, int], Manifest] = OrderedDict()
 
     async def resolve(self, job: JobDef, bundle: Bundle, key: CommitKey) -> Sequence[Json]:
-        """One encoded input per task of `bundle`; NotFound where an object it needs is gone."""
+        """One encoded input per task of `bundle`; NotFound where an object it needs is gone,
+        Malformed if the bundle cannot be one of its stage."""
         if bundle.source is not None:
-            upstream = job.stage(bundle.stage).after[0]
-            return await self.values(job, upstream, bundle.source, bundle.tasks, key)
+            stage = job.stage(bundle.stage)
+            if not stage.chained:
+                raise Malformed(
+                    f"Bundle {bundle.id} of job {job.id} names a source, and stage {stage.name} "
+                    "does not follow another stage item by item."
+                )
+            return await self.values(job, stage.after[0], bundle.source, bundle.tasks, key)
         manifest = await self._manifest(job, bundle)
         found: list[Json] = []
         for start, stop in bundle.tasks.ranges:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from batchlab.adapters.sim.queue import SimQueue
 from batchlab.commit import Addressed, address, committed
 from batchlab.commitkeys import CommitKeys
 from batchlab.jobdef import JobDef, StageDef
-from batchlab.model import Bundle, JobId, Outcome, Ran, StageName, TaskSet
+from batchlab.model import Bundle, JobId, Json, Outcome, Ran, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import QueueSpec
 from batchlab.protocol import definition, naming, wire
@@ -268,3 +269,28 @@ def test_a_key_of_a_spec_that_a_worker_wrote_opens_no_job() -> None:
         assert not scene.runner.ran
 
     SimLoop().run(main())
+
+
+@pytest.mark.parametrize("odd", [{"f": "00000000-00000000.0.1"}, {"r": 10**9}])
+def test_an_impossible_bundle_ends_no_worker(odd: Mapping[str, Json]) -> None:
+    """Finding 3: a worker sends a message with the right commit key, whose bundle has a source in a
+    stage that follows no other, or is of a round that no job comes to. Each worker that received
+    the first ended with an error; the second made it look for the plans of 10⁹ rounds."""
+
+    async def main() -> None:
+        scene = Scene()
+        job, key = await scene.prepare()
+        bundle = Bundle(job.id, WORK, TaskSet.of([0]))
+        right = address(job, bundle, key, now_s=1.0).message
+        doc = json.loads(right.body)
+        doc["b"] |= odd
+        good = address(job, bundle, key, items=[7], now_s=1.0).message
+        await scene.queue.send(TASKS, [replace(right, body=json.dumps(doc)), good])
+        running = asyncio.create_task(scene.worker.run())
+        await asyncio.sleep(10.0)
+        assert not running.done()
+        scene.worker.drain()
+        await running
+        assert scene.runner.ran == [(job.id, bundle.id)]
+
+    SimLoop().run(main(), limit_steps=1_000_000)

@@ -15,11 +15,12 @@ from unittest.mock import AsyncMock
 import pytest
 
 from batchlab.adapters.clock import RandomIds
+from batchlab.commit import commit
 from batchlab.errors import Unreachable
 from batchlab.manager.counts import BEAT
 from batchlab.manager.instances import Instances
 from batchlab.manager.kept import Kept
-from batchlab.model import Bundle, Completion, JobId, Outcome, TaskSet
+from batchlab.model import Bundle, Completion, Failure, FailureKind, JobId, Outcome, TaskSet
 from batchlab.ports import Message
 from batchlab.protocol import definition, naming, settle, wire
 from batchlab.protocol.messages import Beat, Duplicate, Events, Held, Told, events_message
@@ -243,6 +244,30 @@ def test_a_fact_of_two_jobs_is_a_fact_of_neither(rig: Rig) -> None:
     take(rig, with_proofs(text, {mine}, lambda _: key))
     assert len(rig.manager.lives[mine].all_outstanding()) == 4
     assert rig.manager.counts.unreadable["event"] == 1
+
+
+def test_events_that_a_worker_repeats_count_once(rig: Rig) -> None:
+    """Finding 5: a worker sends its own proven event again, also after the user has retried the
+    job: what it says is of the round before."""
+    name = JobId(rig.submit(job(tasks=1)))
+    (bundle,) = (one.bundle for one in rig.outstanding(name, 1))
+    key = rig.run(rig.manager.ports.keys.stored(name))
+    failed = Outcome(
+        *(bundle, "evil-1", "evil", 1.0, 2.0),
+        failed=(Failure(0, FailureKind.EXCEPTION, "no"),),
+    )
+    text = events_message(Events(completions=(settle.completion(failed),)))
+    old = with_proofs(text, {name}, lambda _: key)
+    rig.run(commit(rig.objects, failed, rig.manager.ports.patience, key))
+    take(rig, old, old)
+    take(rig, old)
+    assert rig.ended(name)["stages"][0]["failed"] == 1
+    rig.client.retry(name)
+    rig.outstanding(name, 1)
+    take(rig, old)
+    (stage,) = rig.client.job(name)["stages"]
+    assert (stage["failed"], stage["planned"]) == (0, 1)
+    assert len(rig.manager.lives[name].all_outstanding()) == 1
 
 
 @pytest.mark.parametrize("tasks", [2, 12])

@@ -9,18 +9,25 @@ import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any, cast
 
 import pytest
 
 from batchlab.adapters.sim.objects import SimObjects
-from batchlab.errors import TaskFailed
+from batchlab.commit import commit
+from batchlab.errors import TaskFailed, UsageError
 from batchlab.grid.incoming import decoded
 from batchlab.grid.link import Link
 from batchlab.jobdef import InputDef, JobDef, StageDef
-from batchlab.model import Failure, JobId, Json, StageName
-from batchlab.protocol import values
+from batchlab.manager import plans
+from batchlab.manager.live import Ports
+from batchlab.model import Bundle, Failure, JobId, Json, Outcome, StageCounts, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import BundleRecord
+from batchlab.protocol import settle, values
 from batchlab.protocol.references import ForeignReference, Own
+from batchlab.protocol.sealing import UNSEALED
 from batchlab.worker import materialise
 from batchlab.worker.bench import decoded as item_of
 from batchlab.worker.handlers import Problem
@@ -142,3 +149,46 @@ def test_an_archive_of_results_has_no_foreign_object(rig: Rig) -> None:
             answer = fetched(rig, name)
             assert answer.status_code == 422
             assert "is not an object of job" in answer.text
+
+
+# --- Large results that the manager reads --------------------------------------------------------
+
+
+class OneOutcome:
+    """A ledger with one outcome of a stage."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self._outcome = outcome
+
+    async def bundles(self, *_: Any, **__: Any) -> list[BundleRecord]:
+        return [BundleRecord(self._outcome.bundle, settle.completion(self._outcome), 1)]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b'"' + b"x" * 2_000 + b'"', b"[" + b",".join([b"[]"] * 100) + b"]", b"[" * 600, b"{", b"\xff"],
+)
+def test_a_large_result_is_bounded_and_may_be_unreadable(
+    monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    """Finding 6: a result that a worker stored as an object of its own, and that the manager reads
+    to gather by a field, is as large or as odd as the worker likes. The stage fails."""
+    monkeypatch.setattr(plans, "RESULT_WEIGHT", 1_500)
+    gather = StageDef(StageName("sum"), (StageName("map"),), "key", handler="m:f")
+    job = replace(JOB, stages=(*JOB.stages, gather))
+    bundle = Bundle(job.id, StageName("map"), TaskSet.of([0]))
+    reference = {"$value": "files/sums-1/map/x"}
+    outcome = Outcome(bundle, "e-1", "w", 1.0, 2.0, bundle.tasks, (reference,), (1.0,))
+
+    async def main() -> None:
+        objects, patience = SimObjects(), Patience(Random(1))
+        await objects.put(reference["$value"], data)
+        await commit(objects, outcome, patience, UNSEALED)
+        ledger = cast(Any, OneOutcome(outcome))
+        nothing = cast(Any, None)
+        ports = Ports(objects, nothing, nothing, ledger, nothing, nothing, patience)
+        counts = {StageName("map"): StageCounts(StageName("map"), 1, succeeded=1)}
+        with pytest.raises(UsageError, match="cannot be read"):
+            await plans.Plans(ports).of_stages(job, gather, 0, counts)
+
+    asyncio.run(main())
