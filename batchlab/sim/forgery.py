@@ -6,6 +6,7 @@ Invariant: nothing here uses the product's readers or writers, so none of their 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,9 @@ UNREADABLE: tuple[str | bytes, ...] = (
     *('{"v":1}', "", "{", "[" * 5_000, '{"v":9}', "null", b"\xff\xfe"),
 )
 NUMBERS: tuple[Any, ...] = (10**9, 10**30, 1, 0, -1, 1e300, "7")
+
+
+_OUTCOME = re.compile(r"jobs/([^/]+)/([^/]+)/outcomes/../(\d+)-(\d+)\.(\d+)\.(\d+)\..*")
 
 
 def loaded(body: str) -> Doc:
@@ -61,3 +65,23 @@ def some_tasks(bundle: Doc) -> list[int]:
         return list(range(bundle["t"][0][0], min(bundle["t"][0][1], bundle["t"][0][0] + 3)))
     except (IndexError, TypeError, ValueError):
         return [0]
+
+
+def guesses(keys: list[str]) -> list[Doc]:
+    """Bundles that may exist beside those with these outcomes: the next tasks, the next attempt,
+    and the same tasks in the next stage."""
+    found: list[Doc] = []
+    for key in keys:
+        parts = _OUTCOME.fullmatch(key)
+        if parts is None:
+            continue
+        job, stage = parts[1], parts[2]
+        first, last, round_, attempt = map(int, parts.groups()[2:])
+        same: Doc = {"j": job, "s": stage, "t": [[first, last + 1]], "r": round_, "a": attempt}
+        length = last + 1 - first
+        found += [
+            {**same, "t": [[last + 1, last + 1 + length]]},
+            {**same, "a": attempt + 1},
+            {**same, "s": chr(ord(stage[0]) + 1)},
+        ]
+    return found

@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from batchlab.errors import BackendError
@@ -20,9 +21,11 @@ from batchlab.sim.actors import Actor
 from batchlab.sim.forgery import (
     NUMBERS,
     ODD,
+    UNREADABLE,
     Doc,
     bundle_id,
     dicts,
+    guesses,
     loaded,
     some_tasks,
     tasks_in,
@@ -37,29 +40,51 @@ LEARN_EVERY = 6
 """A liar lists the bucket again after so many lies."""
 
 
-class Liar:
-    """The lying part of one worker. `bucket` creates the baits and bypasses the role."""
+@dataclass(slots=True)
+class Means:
+    """The ports and the identity of a lying worker. `bucket` bypasses its role, for baits."""
 
-    def __init__(
-        self,
-        actor: Actor,
-        who: Identity,
-        objects: Objects,
-        queue: Queue,
-        clock: Clock,
-        trust: Trust,
-        bucket: Objects,
-        rng: random.Random,
-    ) -> None:
-        self._actor, self._who = actor, who
-        self._objects, self._queue, self._clock = objects, queue, clock
-        self._trust, self._bucket, self._rng = trust, bucket, rng
-        self._keys: list[str] = []
+    actor: Actor
+    who: Identity
+    objects: Objects
+    queue: Queue
+    clock: Clock
+    trust: Trust
+    bucket: Objects
+    baits: int = 0
+
+    def bodies(self) -> Sequence[tuple[str, str]]:
+        """The (queue, body) pairs of the last messages that the worker received or sent."""
+        return self.trust.bodies(self.actor)
+
+    async def send(self, queue: str, body: str) -> None:
+        """Send one message."""
+        await self.queue.send(queue, [Outgoing(body)])
+
+    async def bait(self, rng: random.Random) -> str:
+        """Return the key of a new object that belongs to no job of this worker."""
+        self.baits += 1
+        name = f"bait-{self.who.instance}-{self.baits}.json"
+        folder = rng.choice(("grid/", "raw/nobody/", "code/", "boot/", "reports/nobody/"))
+        key = folder + name
+        await self.bucket.put(key, b'{"v":1}')
+        self.trust.baits.add(key)
+        return key
+
+
+class Liar:
+    """The lying part of one worker, which needs no commit key of any job."""
+
+    def __init__(self, means: Means, rng: random.Random) -> None:
+        self._means, self._rng = means, rng
+        self._who, self._clock = means.who, means.clock
+        self._objects, self._queue = means.objects, means.queue
+        self.keys: list[str] = []
+        """Keys of objects, as the bucket was listed last."""
         self._bundles: list[Doc] = []
         self._jobs: list[str] = []
-        self._pools = {who.pool}
+        self._pools = {means.who.pool}
         self._workers: list[str] = []
-        self._baits = 0
         self._lies: Sequence[Callable[[], Awaitable[None]]] = (
             *(self._beat_of_another, self._beat_of_another, self._beat_of_nobody),
             *(self._hold_what_others_have, self._completion, self._outcome_event, self._keys_event),
@@ -82,13 +107,13 @@ class Liar:
     # --- Knowledge -------------------------------------------------------------------------------
 
     async def _learn(self) -> None:
-        """Read what the role may read: every job's spec, cuts, and outcomes."""
+        """Read what the role may read: every job's spec, and outcomes. Guess other bundles."""
         keys: list[str] = []
         async for page in self._objects.list(naming.JOBS):
             keys += [info.key for info in page]
-        self._keys = keys
+        self.keys = keys
         self._jobs = sorted({key.split("/")[1] for key in keys})
-        chosen = [key for key in keys if "/cuts/" in key or key.endswith("/spec.json")]
+        chosen = [key for key in keys if key.endswith("/spec.json")]
         outcomes = [key for key in keys if "/outcomes/" in key]
         chosen += self._rng.sample(outcomes, min(5, len(outcomes)))
         for key in chosen[-20:]:
@@ -100,15 +125,22 @@ class Liar:
             self._pools |= {one["pool"] for one in dicts(doc) if isinstance(one.get("pool"), str)}
             if isinstance(doc, dict) and isinstance(doc.get("worker"), str):
                 self._workers.append(doc["worker"])
+        self._bundles += guesses(self._rng.sample(outcomes, min(5, len(outcomes))))
         self._bundles = self._bundles[-200:]
         self._workers = self._workers[-50:]
+
+    def open_bundles(self) -> list[Doc]:
+        """The known bundles that had no outcome when the bucket was listed last."""
+        done = {key.rpartition("/")[2] for key in self.keys if "/outcomes/" in key}
+        names = {".".join(name.split(".")[:3]) for name in done}
+        return [one for one in self._bundles if bundle_id(one) not in names]
 
     @property
     def _job(self) -> str:
         return self._rng.choice(self._jobs) if self._jobs else "job-0"
 
-    @property
-    def _bundle(self) -> Doc:
+    def a_bundle(self) -> Doc:
+        """A bundle of any job."""
         if self._bundles and self._rng.random() < 0.9:
             return self._rng.choice(self._bundles)
         return {"j": self._job, "s": self._rng.choice("abcd"), "t": [[0, 1]], "a": 1}
@@ -119,34 +151,22 @@ class Liar:
         return self._rng.choice(self._workers) if self._workers else self._who.worker
 
     def _remembered(self, *, events: bool) -> list[Doc]:
-        bodies = self._trust.bodies(self._actor)
+        bodies = self._means.bodies()
         docs = [loaded(body) for queue, body in bodies if (queue == naming.EVENTS) is events]
         return [doc for doc in docs if doc]
-
-    async def _bait(self) -> str:
-        """The key of a new object that belongs to no job of this worker."""
-        self._baits += 1
-        name = f"bait-{self._who.instance}-{self._baits}.json"
-        folder = self._rng.choice(("grid/", "raw/nobody/", "code/", "boot/", "reports/nobody/"))
-        key = folder + name
-        await self._bucket.put(key, b'{"v":1}')
-        self._trust.baits.add(key)
-        return key
 
     # --- Sending ---------------------------------------------------------------------------------
 
     async def _event(self, **parts: Any) -> None:
-        await self._send(naming.EVENTS, json.dumps({"v": 1, **parts}))
+        await self._means.send(naming.EVENTS, json.dumps({"v": 1, **parts}))
 
-    async def _send(self, queue: str, body: str) -> None:
-        await self._queue.send(queue, [Outgoing(body)])
-
-    def _tasks_queue(self) -> str:
+    def tasks_queue(self) -> str:
+        """The task queue of any pool that is known."""
         return naming.tasks_queue(self._rng.choice(sorted(self._pools)))
 
     # --- Heartbeats ------------------------------------------------------------------------------
 
-    def _beat(self, worker: str, **changes: Any) -> Doc:
+    def beat(self, worker: str, **changes: Any) -> Doc:
         """A heartbeat like this worker's own last one, with its secrets, for another worker."""
         own = [one for doc in self._remembered(events=True) for one in dicts(doc) if "slots" in one]
         beat: Doc = {
@@ -168,40 +188,40 @@ class Liar:
         changes = self._rng.choice(
             ({"gone": True}, {"leaving": True}, {}, {"busy": 10**6}, {"at_s": 1e18}, {"slots": -3})
         )
-        beat = self._beat(self._victim, **changes)
+        beat = self.beat(self._victim, **changes)
         if self._rng.random() < 0.3:
             beat["worker"] = f"w-{self._rng.getrandbits(32):08x}"
         await self._event(h=[beat])
 
     async def _beat_of_nobody(self) -> None:
         name = f"w-{self._rng.getrandbits(32):08x}"
-        await self._event(h=[self._beat(name, pool=self._rng.choice(("default", "none", "a/b")))])
+        await self._event(h=[self.beat(name, pool=self._rng.choice(("default", "none", "a/b")))])
 
     async def _hold_what_others_have(self) -> None:
         """Claim to hold bundles, so that nobody looks for them, with receipts of other queues."""
         held = [
             {
-                "queue": self._rng.choice((naming.EVENTS, self._tasks_queue(), "tasks-none")),
+                "queue": self._rng.choice((naming.EVENTS, self.tasks_queue(), "tasks-none")),
                 "receipt": f"{self._rng.randrange(400)}.1",
                 "job": one["j"],
                 "stage": one["s"],
                 "bundle": bundle_id(one),
                 "running": self._rng.random() < 0.7,
             }
-            for one in (self._bundle for _ in range(self._rng.choice((1, 5, 30))))
+            for one in (self.a_bundle() for _ in range(self._rng.choice((1, 5, 30))))
         ]
-        await self._event(h=[self._beat(self._who.worker, held=held, busy=len(held))])
+        await self._event(h=[self.beat(self._who.worker, held=held, busy=len(held))])
 
     # --- Facts about bundles ---------------------------------------------------------------------
 
     def _follows(self) -> list[Doc]:
-        return [{"b": self._bundle, "d": self._rng.choice((0.0, 1e9, -5.0))}]
+        return [{"b": self.a_bundle(), "d": self._rng.choice((0.0, 1e9, -5.0))}]
 
-    async def _completion(self) -> None:
-        bundle = self._bundle
+    def completion(self, bundle: Doc) -> Doc:
+        """A forged completion of the bundle."""
         ways = [bundle["t"], [], []]
         self._rng.shuffle(ways)
-        done = {
+        return {
             "b": bundle,
             "w": self._victim,
             "t0": 0.0,
@@ -213,9 +233,12 @@ class Liar:
             "re": self._rng.choice((0, 0, 10**9)),
             "next": self._rng.choice(([], self._follows())),
         }
-        await self._event(c=[done])
 
-    def _outcome(self, bundle: Doc) -> Doc:
+    async def _completion(self) -> None:
+        await self._event(c=[self.completion(self.a_bundle())])
+
+    def outcome(self, bundle: Doc) -> Doc:
+        """A forged outcome of the bundle."""
         now_s, count = self._clock.now_s(), tasks_in(bundle)
         forged: Doc = {
             "v": 1,
@@ -233,6 +256,11 @@ class Liar:
             "log": "",
             "log_spans": [],
         }
+        return forged
+
+    def odd_outcome(self, bundle: Doc) -> Doc:
+        """A forged outcome of the bundle with an odd part, or with none."""
+        forged, count = self.outcome(bundle), tasks_in(bundle)
         odd = self._rng.random()
         if odd < 0.2:
             forged["values"] = [{"$value": "grid/notifications.json"}] * count
@@ -245,28 +273,28 @@ class Liar:
         return forged
 
     async def _outcome_event(self) -> None:
-        await self._event(o=[self._outcome(self._bundle)])
+        await self._event(o=[self.odd_outcome(self.a_bundle())])
 
     async def _keys_event(self) -> None:
         """Name keys that the manager must not read: baits, and other jobs' objects."""
-        keys = [await self._bait()]
-        if self._keys:
-            keys += self._rng.sample(self._keys, min(3, len(self._keys)))
-        bundle = self._bundle
+        keys = [await self._means.bait(self._rng)]
+        if self.keys:
+            keys += self._rng.sample(self.keys, min(3, len(self.keys)))
+        bundle = self.a_bundle()
         keys.append(f"jobs/{bundle['j']}/{bundle['s']}/outcomes/../../../{keys[0]}")
         self._rng.shuffle(keys)
         for key in keys:
             await self._event(k=[key])
 
     async def _counters(self) -> None:
-        job, stage = self._bundle["j"], self._bundle["s"]
+        job, stage = self.a_bundle()["j"], self.a_bundle()["s"]
         name = f"x-{self._rng.getrandbits(32)}"
         await self._rng.choice(
             (
                 lambda: self._event(d=[[job, stage, "execution", name, 1e300]]),
                 lambda: self._event(m=[[self._victim, {name: 10**30, "duplicate": -5}]]),
                 lambda: self._event(q=[[self._victim, "i-x", True, *[1e300] * 7]]),
-                lambda: self._event(tp=[[job, stage, bundle_id(self._bundle), "00-x"]]),
+                lambda: self._event(tp=[[job, stage, bundle_id(self.a_bundle()), "00-x"]]),
             )
         )()
 
@@ -277,20 +305,20 @@ class Liar:
         name = bundle_id(bundle)
         spread = hashlib.sha256(name.encode()).hexdigest()[:2]
         key = f"jobs/{bundle['j']}/{bundle['s']}/outcomes/{spread}/{name}"
-        forms = [one for one in self._keys if "/outcomes/" in one]
+        forms = [one for one in self.keys if "/outcomes/" in one]
         if forms and self._rng.random() < 0.5:
             form = self._rng.choice(forms).rpartition("/")[2]
             return key + form[len(name) :]
         return f"{key}.json"
 
     async def _outcome_object(self) -> None:
-        bundle = self._bundle
-        text: str | bytes = json.dumps(self._outcome(bundle))
+        bundle = self.a_bundle()
+        if self._rng.random() < 0.7 and (waiting := self.open_bundles()):
+            bundle = self._rng.choice(waiting)
+        text: str | bytes = json.dumps(self.odd_outcome(bundle))
         odd = self._rng.random()
         if odd < 0.3:
-            text = self._rng.choice(
-                ('{"v":1}', "", "{", "[" * 5_000, '{"v":9}', "null", b"\xff\xfe")
-            )
+            text = self._rng.choice(UNREADABLE)
         data = text if isinstance(text, bytes) else text.encode()
         await self._objects.put(self._outcome_key(bundle), data, if_absent=True)
 
@@ -298,18 +326,21 @@ class Liar:
         """Write a spec where the role can write one, and name the job that it would define."""
         folder = self._rng.choice(("outcomes", "running", "starts"))
         job = f"forged/{self._rng.choice('ab')}/{folder}/x{self._rng.getrandbits(16)}"
-        specs = [one for one in self._keys if one.endswith("/spec.json")]
+        specs = [one for one in self.keys if one.endswith("/spec.json")]
         spec = {"v": 1}
         if specs:
             spec = json.loads(await self._objects.get(self._rng.choice(specs)))
             spec["id"] = job
+            if self._rng.random() < 0.7:
+                # As of release 0.1.0, whose jobs have no commit key.
+                spec |= {"commit_hash": "", "needs": 1}
         await self._objects.put(f"jobs/{job}/spec.json", json.dumps(spec).encode(), if_absent=True)
-        bundle = {**self._bundle, "j": job}
-        await self._event(o=[self._outcome(bundle)])
+        bundle = {**self.a_bundle(), "j": job}
+        await self._event(o=[self.outcome(bundle)])
 
     async def _markers(self) -> None:
         """Pretend that a bundle runs, or that three workers have started it and died."""
-        bundle = self._bundle
+        bundle = self.a_bundle()
         prefix = f"jobs/{bundle['j']}/{bundle['s']}"
         at_s: Any = self._rng.choice((self._clock.now_s(), 1e18, "never", None))
         data = json.dumps({"v": 1, "worker": self._victim, "at_s": at_s}).encode()
@@ -322,10 +353,10 @@ class Liar:
             alone = bundle_id({**bundle, "t": [[task, task + 1]]})
             for number in range(3):
                 key = f"{prefix}/starts/{alone}/w-forged{number}-1"
-                await self._objects.put(key, data)
+                await self._objects.put(key, data, if_absent=True)
 
     async def _unmark(self) -> None:
-        starts = [key for key in self._keys if "/starts/" in key]
+        starts = [key for key in self.keys if "/starts/" in key]
         if starts:
             await self._objects.delete(self._rng.sample(starts, min(5, len(starts))))
 
@@ -333,7 +364,7 @@ class Liar:
 
     async def _task(self) -> None:
         """Order work that no manager has planned, or with inputs that no plan has."""
-        bundle = dict(self._bundle)
+        bundle = dict(self.a_bundle())
         if self._rng.random() < 0.5:
             bundle[self._rng.choice(("a", "r", "l"))] = self._rng.choice((1, 2, 5, 10**9))
         own = self._remembered(events=False)
@@ -343,26 +374,26 @@ class Liar:
             doc["nb"] = self._rng.choice((1e18, "soon", -1.0))
         if self._rng.random() < 0.2:
             doc["wd"] = True
-        await self._send(self._tasks_queue(), json.dumps(doc))
+        await self._means.send(self.tasks_queue(), json.dumps(doc))
 
     async def _replay(self) -> None:
-        bodies = self._trust.bodies(self._actor)
+        bodies = self._means.bodies()
         for queue, body in self._rng.sample(list(bodies), min(3, len(bodies))):
-            await self._send(queue, body)
+            await self._means.send(queue, body)
 
     async def _swap(self) -> None:
         """A message of this worker, with the names of another job and another bundle."""
         events = self._rng.random() < 0.5
         own = self._remembered(events=events)
         if own:
-            doc, other = self._rng.choice(own), self._bundle
+            doc, other = self._rng.choice(own), self.a_bundle()
             for one in dicts(doc):
                 if {"j", "s", "t"} <= one.keys():
                     one.update(other)
                 if {"job", "stage", "bundle"} <= one.keys():
                     one.update(job=other["j"], stage=other["s"], bundle=bundle_id(other))
-            queue = naming.EVENTS if events else self._tasks_queue()
-            await self._send(queue, json.dumps(doc))
+            queue = naming.EVENTS if events else self.tasks_queue()
+            await self._means.send(queue, json.dumps(doc))
 
     async def _mutate(self) -> None:
         """A message of this worker, with odd values in some places."""
@@ -372,22 +403,22 @@ class Liar:
             doc = self._rng.choice(own)
             for one in self._rng.choices(list(dicts(doc)), k=2):
                 one[self._rng.choice(sorted(one) or ["x"])] = self._rng.choice(ODD)
-            await self._send(naming.EVENTS if events else self._tasks_queue(), json.dumps(doc))
+            await self._means.send(naming.EVENTS if events else self.tasks_queue(), json.dumps(doc))
 
     async def _noise(self) -> None:
-        queue = self._rng.choice((naming.EVENTS, self._tasks_queue()))
+        queue = self._rng.choice((naming.EVENTS, self.tasks_queue()))
         letters = [chr(self._rng.randrange(32, 255)) for _ in range(self._rng.choice((1, 40, 900)))]
         deep = "[" * self._rng.choice((100, 5_000, 60_000))
         body = self._rng.choice(
             ("".join(letters), deep, f'{{"v":1,"h":{deep}', '{"v":1e999}', '{"v":1,"o":{}}', "{}")
         )
-        await self._send(queue, body)
+        await self._means.send(queue, body)
 
     async def _steal(self) -> None:
         """Receive messages of any pool, and delete, keep or release them. It touches their jobs."""
         if self._rng.random() < 0.5:
             return  # or no job would remain untouched
-        queue = self._tasks_queue()
+        queue = self.tasks_queue()
         taken: Sequence[Message] = await self._queue.receive(queue, max_messages=2, wait_s=0.0)
         receipts = [message.receipt for message in taken]
         if receipts and self._rng.random() < 0.3:
@@ -399,7 +430,7 @@ class Liar:
     async def _trespass(self) -> None:
         """Make a call that the role does not allow. The service must refuse it."""
         job = self._job
-        outcomes = [key for key in self._keys if "/outcomes/" in key]
+        outcomes = [key for key in self.keys if "/outcomes/" in key]
         word = b'{"v":1,"control":"cancel","state":"CANCELLED"}'
         calls: list[Callable[[], Awaitable[object]]] = [
             lambda: self._objects.put(f"jobs/{job}/control.json", word),
@@ -408,7 +439,7 @@ class Liar:
             lambda: self._objects.get("grid/notifications.json"),
             lambda: self._objects.delete(outcomes[:MAX_BATCH] or [f"jobs/{job}/spec.json"]),
             lambda: self._queue.receive(naming.EVENTS, wait_s=0.0),
-            lambda: self._queue.purge(self._tasks_queue()),
+            lambda: self._queue.purge(self.tasks_queue()),
             lambda: self._queue.send(naming.dead_letters(self._who.pool), [Outgoing("x")]),
         ]
         if outcomes:

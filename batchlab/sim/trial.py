@@ -69,7 +69,7 @@ ALL = replace(
 TIMED = replace(ALL, timed=True)
 """Everything that can happen, in worlds with a schedule."""
 
-LIES = replace(ALL, corrupted=0.15, lies=True)
+LIES = replace(ALL, corrupted=0.3, lies=True)
 """Everything that can happen, in worlds where workers lie."""
 
 STORAGE = replace(ALL, torn=0.1, missing=0.1, rotted=0.05, unsynced=0.04, storage=True)

@@ -13,6 +13,8 @@ from typing import Any
 
 from batchlab.manager.registry import Registry
 from batchlab.protocol import naming
+from batchlab.protocol.sealing import CommitKey
+from batchlab.protocol.values import OUTCOME_WEIGHT
 from batchlab.sim.actors import Actor
 
 REMEMBERED = 24
@@ -36,6 +38,8 @@ class Trust:
     _liars: set[Actor] = field(default_factory=set)
     _jobs: dict[Actor, set[str]] = field(default_factory=dict)
     _bodies: dict[Actor, deque[tuple[str, str]]] = field(default_factory=dict)
+    _keys: dict[str, CommitKey] = field(default_factory=dict)
+    """Commit keys of jobs, as managers have sent them."""
     _beats: dict[str, tuple[Actor, dict[tuple[str, int], Any]]] = field(default_factory=dict)
     """By instance: its worker's process, and the bundles held according to each heartbeat."""
 
@@ -77,6 +81,8 @@ class Trust:
         self._remember(actor, queue, body)
         if actor in self._liars:
             self.lied.add(body)
+        elif actor.name.startswith("manager") and "ck" in doc:
+            self._keys[doc["b"]["j"]] = CommitKey(doc["ck"])
         elif queue == naming.EVENTS:
             for beat in doc.get("h", ()):
                 _, said = self._beats.setdefault(beat["instance"], (actor, {}))
@@ -88,8 +94,22 @@ class Trust:
             bodies = self._bodies[actor] = deque(maxlen=REMEMBERED)
         bodies.append((queue, body))
 
-    def reads(self, actor: Actor, key: str) -> None:
-        """A manager or an honest worker has read an object."""
+    def commits(self, key: str, job: str) -> bool:
+        """A manager or an honest worker has written an outcome. Its key has the seal of its job,
+        whatever commit key came with a message. Return whether it has."""
+        known = self._keys.get(job)
+        right = naming.outcome_key(key) is not None
+        right = right and (known is None or naming.is_genuine(key, known))
+        self.require(right, "I8", f"{key} is written, which has not the seal of {job}")
+        return right
+
+    def reads(self, actor: Actor, key: str, size: int) -> None:
+        """A manager or an honest worker has read so many bytes of an object."""
+        self.require(
+            size <= OUTCOME_WEIGHT or actor in self._liars,
+            "I8",
+            f"{actor.name} reads {key} whole, which has {size} bytes",
+        )
         self.require(
             key not in self.baits or actor in self._liars,
             "I8",
@@ -99,18 +119,23 @@ class Trust:
     # --- What a manager believes -----------------------------------------------------------------
 
     def check_registry(self, registry: Registry) -> None:
-        """A manager may believe of an honest worker only the heartbeats that this worker sent."""
+        """A manager may believe of an honest worker only the heartbeats that this worker sent, and
+        of a lying one only that it holds bundles of jobs whose messages it received."""
         if not self._liars:
             return
         for instance, (actor, said) in self._beats.items():
-            if actor in self._liars:
-                continue
             seen = registry.workers.get(instance)
+            if actor in self._liars:
+                held = {one.job for one in seen.beat.held} if seen else set()
+                others = sorted(held - self._jobs.get(actor, set()))
+                told = f"a manager believes that {instance} holds bundles of {others}"
+                self.require(not others, "I8", told)
+                continue
             if seen is not None:
-                held = said.get((seen.beat.worker, seen.beat.number))
+                sent = said.get((seen.beat.worker, seen.beat.number))
                 # A manager drops the bundles of jobs whose key the worker does not have.
                 self.require(
-                    held is not None and len(seen.beat.held) <= len(held[1]),
+                    sent is not None and len(seen.beat.held) <= len(sent[1]),
                     "I8",
                     f"{instance} never sent the heartbeat that a manager believes: {seen.beat}",
                 )

@@ -138,6 +138,8 @@ class Watch:
             kind = parts[3]
         if kind in ("starts", "running"):
             return
+        if kind == "outcomes" and not self.trust.commits(key, job):
+            return
         self._require(before in (None, data), "I1", f"{key} has changed after its commit", job)
         # Parts come before the manifest that commits them, and are named by their content.
         conditional = if_absent or parts[-1].startswith(("part-", "item-"))
@@ -174,7 +176,11 @@ class Watch:
             self._require(planned, "I1", f"{name} is committed, but not planned", name[0])
             self._committed.add(name)
             self.oracles.committed(name, self.clock.monotonic_s())
-            follows = [name_of_bundle(follow.bundle) for follow in outcome.follows]
+            follows = [
+                name_of_bundle(follow.bundle)
+                for follow in outcome.follows
+                if follow.bundle.job == outcome.bundle.job  # else it is a lie
+            ]
             self._planned.update(follows)
             self._following.update(follows)
         elif kind == "spec.json":
@@ -212,7 +218,7 @@ class Watch:
         elif label == "objects.put" and "/starts/" in args[0]:
             self._marks(actor, args[0])
         elif label == "objects.get":
-            self.trust.reads(actor, args[0])
+            self.trust.reads(actor, args[0], len(result))
         elif label == "objects.delete" and not self.trust.is_liar(actor):
             self._require(False, "I1", f"{actor.name} deletes {args[0]}")
 

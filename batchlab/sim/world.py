@@ -38,7 +38,8 @@ from batchlab.sim.clocks import SimClock, SimIds, SkewedClock
 from batchlab.sim.damage import Damage
 from batchlab.sim.faults import Faults
 from batchlab.sim.fleet import FleetState, SimFleet
-from batchlab.sim.liar import Liar
+from batchlab.sim.insider import Insider
+from batchlab.sim.liar import Liar, Means
 from batchlab.sim.log import EventLog
 from batchlab.sim.loop import Crashed, SimLoop
 from batchlab.sim.rights import Rights
@@ -377,13 +378,13 @@ class SimWorker:
         life = self.actor.spawn(self.worker.run(), name=f"worker {instance}")
         life.add_done_callback(self._over)
 
-    def begin_to_lie(self, rng: random.Random, pace: float) -> asyncio.Task[None]:
+    def begin_to_lie(self, rng: random.Random, pace: float) -> None:
         """From now on the worker also lies; in half the cases it no longer receives messages."""
         world = self._world
         world.watch.trust.begins_to_lie(self.actor)
         self.rights.deaf = rng.random() < 0.5
         rights = Rights(partial(world.watch.trust.deny, self.actor), self.who.pool)
-        liar = Liar(
+        means = Means(
             self.actor,
             self.who,
             world._wrapped(world.objects, "objects", self.actor, rights),
@@ -391,9 +392,11 @@ class SimWorker:
             world.clock,
             world.watch.trust,
             world.objects,
-            rng,
         )
-        return self.actor.spawn(liar.lie(pace), name=f"liar {self.instance}")
+        liar = Liar(means, rng)
+        insider = Insider(means, liar, world.rng(f"insider/{self.instance}"))
+        self.actor.spawn(liar.lie(pace), name=f"liar {self.instance}")
+        self.actor.spawn(insider.lie(pace), name=f"insider {self.instance}")
 
     def stop(self, grace_s: float) -> None:  # noqa: ARG002 - the launcher keeps the deadline
         """SIGTERM."""

@@ -5,17 +5,27 @@ Each docstring says what somebody would have written, and then which promise tha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from batchlab.commit import read_outcome
 from batchlab.errors import Malformed, NotFound, TooNew
+from batchlab.jobdef import JobDef
+from batchlab.manager import admission
 from batchlab.manager.collector import Collector
+from batchlab.manager.evidence import Evidence
 from batchlab.manager.instances import Instances
+from batchlab.manager.registry import Registry
 from batchlab.manager.trust import Trust
-from batchlab.model import Completion, JobId
-from batchlab.protocol import messages, settle
-from batchlab.protocol.messages import Beat
+from batchlab.model import BundleId, Completion, JobId, Json, Outcome, StageName
+from batchlab.patience import Patience
+from batchlab.ports import Objects
+from batchlab.protocol import checked, messages, naming, sealing, settle, values, wire
+from batchlab.protocol.messages import Beat, Events, Held
+from batchlab.protocol.references import Own
+from batchlab.protocol.sealing import CommitKey
+from batchlab.worker.jobs import Jobs
 from tests.sim.mutants.kit import Plant, planted
 
 
@@ -60,3 +70,105 @@ def keys_of_events_unchecked(plant: Plant) -> None:
         except (Malformed, NotFound, TooNew):
             return []
         return [settle.completion(outcome)]
+
+
+@planted("I8", weather="lies")
+def references_unchecked(plant: Plant) -> None:
+    """A reference in a result may name any object. Any worker can make a manager read any object of
+    the bucket (I8)."""
+
+    @plant.method(Own, "key")
+    def key(self: Own, reference: Json) -> str:
+        return str(reference.get(values.kind(reference) or ""))
+
+
+@planted("I1", "I2", "I3", "I7", "I8", "step 3", "ends", weather="lies")
+def outcome_names_unsealed(plant: Plant) -> None:
+    """The name of an outcome follows from its bundle. Any worker can take the place of any outcome
+    that is not committed yet (I1)."""
+
+    @plant.everywhere(naming.outcome_of)
+    def outcome_of(job: JobId, stage: StageName, bundle: BundleId, key: CommitKey) -> str:
+        return f"{naming.outcomes(job, stage)}{naming._spread(bundle)}/{bundle}.json"
+
+
+@planted("I8", weather="lies")
+def job_names_unchecked(plant: Plant) -> None:
+    """A job in an event may have any name. A worker can name a job whose definition would be below
+    the markers of another job, where the worker may write one (I8)."""
+
+    @plant.everywhere(checked.name)
+    def name(value: Any) -> str:
+        return str(value)
+
+    @plant.everywhere(admission.is_name)
+    def is_name(text: str) -> bool:
+        return True
+
+
+@planted("I8", weather="lies")
+def outcomes_read_whole(plant: Plant) -> None:
+    """An outcome is read whole, however large it is. A worker that names a huge object fills the
+    memory of the manager (I8)."""
+
+    @plant.everywhere(read_outcome)
+    async def read_whole(objects: Objects, name: str, patience: Patience) -> Outcome:
+        return wire.outcome_from_bytes(await patience(lambda: objects.get(name)), name)
+
+
+@planted("AttributeError", "ExceptionGroup", "KeyError", "TypeError", "ValueError", weather="lies")
+def events_that_cannot_be_read_end_the_manager(plant: Plant) -> None:
+    """Events come from workers of the same release, so nothing can be wrong with them. An event
+    that cannot be read ends the manager (I8)."""
+
+    @plant.everywhere(messages.read_events_message)
+    def read_events_message(body: str) -> Events:
+        return messages._events_from_json(json.loads(body))
+
+
+@planted("I8", weather="lies")
+def commit_key_unchecked_by_workers(plant: Plant) -> None:
+    """A worker runs each message that it receives. Any worker can let another one run and commit
+    what no manager has ordered (I8)."""
+
+    @plant.method(Jobs, "_known")
+    def _known(self: Jobs, job: JobId, key: CommitKey) -> JobDef | None:
+        return self._jobs.get(job)
+
+    @plant.everywhere(sealing.opens)
+    def opens(key: CommitKey, job: JobDef) -> bool:
+        return True
+
+
+@planted("I8", weather="lies")
+def held_without_a_proof(plant: Plant) -> None:
+    """A worker holds the bundles that it names. Bundles of any job are then not looked for, and
+    their messages are deleted with the worker's instance (I8)."""
+
+    @plant.method(Registry, "_believed")
+    def _believed(self: Registry, beat: Beat, trusted: Collection[JobId]) -> tuple[Held, ...]:
+        return beat.held
+
+
+@planted("I5", "I7", weather="lies")
+def claims_are_evidence(plant: Plant) -> None:
+    """A worker that beats is at work, or would be if there was any. One that claims to be idle or
+    busy for ever holds up its pool (I7), or keeps its instance (I5)."""
+
+    @plant.method(Evidence, "missing")
+    def missing(self: Evidence, pools: Mapping[str, str]) -> dict[str, str]:
+        return {}
+
+
+@planted("I8", weather="lies")
+def next_leader_binds_anew(plant: Plant) -> None:
+    """A leader binds each instance to the key of the first heartbeat that it hears. After a change
+    of leaders another worker can come first (I8)."""
+
+    @plant.method(Instances, "load")
+    async def load(self: Instances) -> None:
+        self._digests = {}
+
+    @plant.method(Instances, "_take_in")
+    def _take_in(self: Instances, there: bytes) -> bool:
+        return True
