@@ -247,7 +247,7 @@ class Home:
             return None
         # Else the next manager's lock would vouch for the record of the one before it, and a
         # SIGTERM go to a process that is long gone.
-        return record if holder == str(record.pid).encode() and self._is_locked() else None
+        return record if holder == str(record.pid).encode() and self.is_locked else None
 
     @property
     def socket_file(self) -> Path:
@@ -330,7 +330,9 @@ class Home:
             else:
                 return
 
-    def _is_locked(self) -> bool:
+    @property
+    def is_locked(self) -> bool:
+        """Whether a manager runs or starts here."""
         try:
             with (self.path / "manager.lock").open("a") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

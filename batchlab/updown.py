@@ -107,15 +107,16 @@ def _awaited(
     within_s: float,
     say: Callable[[str], None] | None = None,
 ) -> ManagerRecord | None:
-    """The record of `process`, or of another command's that was faster; None where it has ended
-    without one, or the time is over. `say` is told once that it takes long."""
+    """Return the record of `process`, or of a manager that another command has started meanwhile;
+    None if no manager starts within that time. `say` is called once if it takes long."""
     begun_s = time.monotonic()
     while (waited_s := time.monotonic() - begun_s) < within_s:
+        has_ended = process.poll() is not None
         record = home.record()
-        if record and record.pid == process.pid:
+        if record and (has_ended or record.pid == process.pid):
             return record
-        if process.poll() is not None:
-            return record
+        if has_ended and not home.is_locked:
+            return home.record()
         if say and waited_s > LONG_S:
             say("The manager is not up yet: an instance takes some minutes to boot.")
             say = None

@@ -9,6 +9,11 @@ from batchlab.views import FailureView
 Cause = tuple[str, str]
 """A stage and a fingerprint."""
 
+MOST_CAUSES = 500
+"""Causes of a job that are told apart. Failures of further causes are one group for each stage."""
+OTHERS = "others"
+"""The fingerprint of that group."""
+
 
 @dataclass(slots=True)
 class Groups:
@@ -22,5 +27,9 @@ class Groups:
 
     def add(self, failure: FailureView) -> None:
         cause = failure["stage"], failure["fingerprint"]
+        if cause not in self.first and len(self.first) >= MOST_CAUSES:
+            cause = failure["stage"], OTHERS
+            reason = f"other causes, the first: {failure['reason'] or failure['error']}"
+            failure = {**failure, "fingerprint": OTHERS, "reason": reason}
         self.tasks.setdefault(cause, set()).add(failure["task"])
         self.first.setdefault(cause, failure)

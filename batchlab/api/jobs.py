@@ -76,9 +76,19 @@ async def submit(
     return view
 
 
+def _refuse_capitals(job: JobDef) -> None:
+    # On a disk that ignores case, the objects of two jobs would be the same files.
+    if job.id != job.id.lower():
+        raise UsageError(
+            f"{job.id!r} cannot be the id of a new job: it has capital letters.",
+            remedy="Use small letters.",
+        )
+
+
 async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> Written:
     """Submit the job where this grid could run it; UsageError where not."""
     try:
+        _refuse_capitals(job)
         manager.admit(job)
     except UsageError as error:
         # A job that is known stays accepted, though this grid would not accept it today.

@@ -16,6 +16,10 @@ from batchlab.deploy.settings import RELEASE
 from batchlab.deploy.stack import Stack
 from batchlab.errors import BackendError
 from batchlab.home import Home
+from batchlab.protocol import naming
+
+ALARMS = ("waits", "dead-letters", "down", "does-not-collect")
+"""What follows the name of a group in the names of its alarms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +111,8 @@ def look(stack: Stack, state: State, home: Home) -> Status:
         found,
         tuple(drift(home, found)) if found else (),
         tuple(_groups(account, names)),
-        tuple(_queues(account, found.prefix)) if found else (),
-        tuple(_alarms(account, f"{stack.name}-")) if found else (),
+        tuple(_queues(account, found)) if found else (),
+        tuple(_alarms(account, found)) if found else (),
     )
 
 
@@ -163,22 +167,32 @@ def _groups(account: Account, names: list[str]) -> Iterator[Group]:
         )
 
 
-def _queues(account: Account, prefix: str) -> Iterator[Queue]:
+def _queues(account: Account, found: AwsDeployment) -> Iterator[Queue]:
+    pools = [pool.name for pool in found.pools]
+    ours = [naming.EVENTS, *map(naming.tasks_queue, pools), *map(naming.dead_letters, pools)]
+    names = {f"{found.prefix}{one}" for one in ours}
     sqs = account.client("sqs")
     counts = (
         "ApproximateNumberOfMessages",
         "ApproximateNumberOfMessagesNotVisible",
         "ApproximateNumberOfMessagesDelayed",
     )
-    for url in account.pages("sqs", "list_queues", "QueueUrls", QueueNamePrefix=prefix):
+    for url in account.pages("sqs", "list_queues", "QueueUrls", QueueNamePrefix=found.prefix):
+        # A stack whose name begins alike has queues with this prefix too.
+        if url.rpartition("/")[2] not in names:
+            continue
         with asked(f"Queue {url!r}"):
             told = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=list(counts))
         figures = [int(told["Attributes"].get(name, 0)) for name in counts]
         yield Queue(url.rpartition("/")[2], *figures)
 
 
-def _alarms(account: Account, prefix: str) -> Iterator[Alarm]:
+def _alarms(account: Account, found: AwsDeployment) -> Iterator[Alarm]:
+    groups = [found.manager_group, *(f"{found.groups_prefix}{pool.name}" for pool in found.pools)]
+    names = {f"{group}-{what}" for group in groups for what in ALARMS}
     for told in account.pages(
-        "cloudwatch", "describe_alarms", "MetricAlarms", AlarmNamePrefix=prefix
+        "cloudwatch", "describe_alarms", "MetricAlarms", AlarmNamePrefix=found.prefix
     ):
+        if told["AlarmName"] not in names:
+            continue
         yield Alarm(told["AlarmName"], told["StateValue"], told.get("StateReason", ""))

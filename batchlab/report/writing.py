@@ -93,7 +93,8 @@ class Writer:
         return Index(gathered.round, gathered.ending is not None, rows, sizes)
 
     async def publish(self, job: JobId, folder: Path, index: Index) -> None:
-        """Put a folder's files into the bucket."""
+        """Put a folder's files into the bucket, without a condition: only managers may write there.
+        A reader compares each file's size with the index, which comes last."""
         prefix = naming.reports(job)
         for table in TABLES:
             upload = partial(self._objects.upload, prefix + table.file, folder / table.file)

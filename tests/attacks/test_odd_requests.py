@@ -176,3 +176,12 @@ def test_no_query_fails_the_manager(rig: Rig, value: str) -> None:
         for name in names:
             found = get(rig, f"{path}?{name}={value}")
             assert found.status_code < 500, (path, name, found.text)
+
+
+def test_an_id_that_differs_from_another_in_case_only_is_refused(rig: Rig) -> None:
+    """On a disk that ignores case, the two jobs would share their objects."""
+    known = rig.submit(job("victim", "case"))
+    doc = wire.job_to_json(job("victim", "case"))
+    refused = post(rig, json.dumps({"job": {**doc, "id": known.upper()}}))
+    assert refused.status_code == 422, refused.text
+    assert "has capital letters" in refused.text

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 
+from batchlab.api.grouping import MOST_CAUSES, OTHERS, Groups
 from batchlab.manager import retained
 from batchlab.manager.live import LiveJob
 from batchlab.manager.retained import RetainedOutcomes
@@ -78,3 +79,28 @@ def test_many_small_outcomes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) ->
     held = [one for one in every if one.outcome]
     assert len(held) == MOST_BYTES // retained.LEAST_BYTES
     assert held == every[-len(held) :]
+
+
+def test_failures_of_many_causes_are_told_apart_up_to_a_bound() -> None:
+    """A compromised worker fails each task for a cause of its own, with a long traceback."""
+    groups = Groups(0)
+    for task in range(2 * MOST_CAUSES):
+        cause = f"{task:016x}"
+        groups.add(
+            {
+                "seq": task,
+                "stage": "map",
+                "task": task,
+                "attempt": 1,
+                "kind": "exception",
+                "reason": f"reason {task}",
+                "error": "ValueError",
+                "traceback": "x" * 1000,
+                "exit_code": None,
+                "fingerprint": cause,
+            }
+        )
+    assert len(groups.first) == len(groups.tasks) == MOST_CAUSES + 1
+    assert groups.tasks["map", OTHERS] == set(range(MOST_CAUSES, 2 * MOST_CAUSES))
+    told = groups.first["map", OTHERS]["reason"]
+    assert told == f"other causes, the first: reason {MOST_CAUSES}"

@@ -300,3 +300,25 @@ def test_ctrl_c_cancels_the_job(grid: Grid, home: Path, tmp_path: Path) -> None:
     assert errors.splitlines()[-1] == "KeyboardInterrupt"
     (job,) = (one for one in grid.client.jobs() if one["name"] == "interrupted")
     assert grid.wait(job["id"]).state == "CANCELLED"
+
+
+def test_commands_that_start_a_grid_at_once_share_one_manager(tmp_path: Path) -> None:
+    """The commands that came second failed: their managers found the lock taken, and the record of
+    the first manager was not there yet."""
+    home = Home(tmp_path / "home")
+    batchlab = [sys.executable, "-P", "-m", "batchlab", "grid"]
+    up = [*batchlab, "up", "--pool", "default:0-1x1", "--home", str(home.path)]
+    begun = [
+        subprocess.Popen(up, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(3)
+    ]
+    try:
+        said = [one.communicate(timeout=60)[0] for one in begun]
+        assert [one.returncode for one in begun] == [0] * 3, said
+        record = home.record()
+        assert record
+        assert [pid for pid, words in processes_of(home.path).items() if "manager" in words] == [
+            record.pid
+        ]
+    finally:
+        subprocess.run([*batchlab, "down", "--home", str(home.path)], check=True, timeout=60)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from batchlab import backends
+from batchlab.deploy.status import ALARMS
 from batchlab.manager.collector import events_queue
 from batchlab.ports import MAX_MESSAGE_BYTES, QueueSpec
 from batchlab.protocol import naming
@@ -373,3 +374,11 @@ def test_what_can_be_tagged_says_whose_it_is(shape: cfn.Rendered) -> None:
         found = one["Properties"]
         tags = found.get("Tags") or found["TagSpecifications"][0]["Tags"]
         assert "batchlab" in [t["Value"] for t in tags if t["Key"] == "batchlab.stack"], name
+
+
+def test_status_knows_the_names_of_the_alarms() -> None:
+    for shown in SHOWN.values():
+        for alarm in shown.of_type("AWS::CloudWatch::Alarm").values():
+            name = alarm["AlarmName"]
+            assert name.startswith(("batchlab-pool-default-", "batchlab-manager-"))
+            assert name.endswith(tuple(f"-{what}" for what in ALARMS)), name

@@ -23,6 +23,17 @@ def test_status_shows_groups_queues_and_alarms(deploy: Run, tmp_path: Path) -> N
         QueueUrl=sqs.get_queue_url(QueueName="batchlab-tasks-default")["QueueUrl"],
         MessageBody="x",
     )
+    sqs.create_queue(QueueName="batchlab-two-tasks-default")
+    client("cloudwatch").put_metric_alarm(
+        AlarmName="batchlab-two-manager-down",
+        MetricName="m",
+        Namespace="n",
+        Statistic="Sum",
+        Period=60,
+        EvaluationPeriods=1,
+        Threshold=1.0,
+        ComparisonOperator="LessThanThreshold",
+    )
     client("autoscaling").set_desired_capacity(
         AutoScalingGroupName="batchlab-manager", DesiredCapacity=1
     )
@@ -33,8 +44,11 @@ def test_status_shows_groups_queues_and_alarms(deploy: Run, tmp_path: Path) -> N
     assert f"manager {instance['InstanceId']}" in out
     assert re.search(r"^batchlab-tasks-default +1 +0 +0$", out, re.M)
     assert re.search(r"^batchlab-manager +1 +1 +1 +1 +0", out, re.M)
-    assert re.search(r"^batchlab-default-dead-letters +INSUFFICIENT_DATA", out, re.M)
+    assert re.search(r"^batchlab-pool-default-dead-letters +INSUFFICIENT_DATA", out, re.M)
+    assert "batchlab-two" not in out, "of a stack whose name begins alike"
     found = json.loads(deploy("status", "--json")[1])
+    assert len(found["queues"]) == 3
+    assert len(found["alarms"]) == 1
     assert found["manager"] == instance["InstanceId"]
     assert found["drift"] == []
     assert {one["name"] for one in found["groups"]} == {
