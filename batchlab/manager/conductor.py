@@ -262,9 +262,13 @@ class Conductor:
         above = live.spans.get(cut.stage) or live.job.trace
         about = Subject(live.id, cut.stage)
         with span(self._tracer, "cut", above, about, bundles=len(cut.bundles)) as cutting:
-            cut = await self._commit_cut(live, cut)
-        trace = cutting.context
-        await self.send(live.job, cut.bundles, trace=trace)
+            counts = await self._commit_cut(live, cut)
+        bundles = counts.bundles
+        if counts is not cut:
+            # A manager before us may have sent them, and the ledger has lost that in a power cut.
+            # As copies, which look for an outcome first.
+            bundles = tuple(replace(one, losses=1) for one in bundles)
+        await self.send(live.job, bundles, trace=cutting.context)
 
     async def send(
         self,

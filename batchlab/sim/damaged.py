@@ -47,12 +47,20 @@ async def check_damaged(world: World, jobs: Sequence[JobId], rebuilt: Rebuilt) -
             lost = world.objects.content(naming.spec(job)) is None
             _require(named or lost, "I3", f"the ledger lacks {job}, and no bad key says why")
             continue
-        # A job whose end and whose word were lost is restored as paused, and its user is gone.
-        paused = record.control is Control.PAUSE and naming.control(job) in world.damage.hit
-        _require(record.state.ended or paused, "I7", f"{job} is still {record.state}")
+        lost = await is_lost(world, job)
+        _require(record.state.ended or lost, "I7", f"{job} is still {record.state}")
         if record.state.ended and not _is_rotted(world, job):
             await _check_end(world, record)
             await _check_outcomes(world, record.job)
+
+
+async def is_lost(world: World, job: JobId) -> bool:
+    """Whether the job may wait for ever: its end was lost, so it is restored after its user has
+    left, and its word is lost too, so it is paused, or is a word of no release."""
+    record = await world.find(job)
+    if record is None or record.state.ended or naming.control(job) not in world.damage.hit:
+        return False
+    return record.control is Control.PAUSE or _is_rotted(world, job)
 
 
 def _is_rotted(world: World, job: JobId) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchlab.adapters.sim.queue import SimQueue
+from batchlab.errors import Malformed, TooNew
 from batchlab.model import Bundle, Control, JobId, StageCounts, StageName
 from batchlab.ports import MAX_VISIBILITY_S, Clock, Ending, Message, StageRecord
 from batchlab.protocol import definition, naming, wire
@@ -28,7 +29,8 @@ from batchlab.worker.tenure import RETURN_S
 
 TOLERANCE_S = 1.0
 
-FLUSHED = frozenset(f"ledger.{name}" for name in ("add_job", "finish", "reopen", "set_control"))
+_FLUSHED = ("add_job", "reopen", "set_control", "restore", "forget")
+FLUSHED = frozenset(f"ledger.{name}" for name in _FLUSHED)
 """Calls whose transaction waits for the disk before it is acknowledged."""
 
 BEGIN_S = 2 * LATENCY_S[1]
@@ -150,7 +152,9 @@ class Watch:
         """A power cut has taken a write back."""
         parts = key.split("/")
         if parts[2] == "control.json":
-            word = wire.word_from_bytes(before).control if before else Control.RUN
+            word = Control.RUN
+            with suppress(Malformed, TooNew):  # the store had damaged it before
+                word = wire.word_from_bytes(before or b"").control
             self.controls.written(parts[1], word)
         elif naming.is_outcome(key):
             found = naming.outcome_key(key)

@@ -34,6 +34,8 @@ LOST_S = (0.5, 20.0)
 HELD_S = (5.0, 60.0)
 MOMENTS, MOMENT_S = 2_000, 0.004
 """A power cut waits for a moment with an unacknowledged write, at most for so long."""
+MOST_LOST = 3
+"""A power cut takes at most so many messages of a queue."""
 AGES_S = (0.0, 10.0, 60.0)
 
 Act = Callable[[random.Random], Awaitable[str | None]]
@@ -188,8 +190,8 @@ class Sky:
         return self._world.damage.strike(kind, rng)
 
     async def _cut_power(self, rng: random.Random) -> str | None:
-        """End every process. Any of the unacknowledged writes may be lost, and folds of the
-        ledger, whose transactions do not wait for the disk."""
+        """End every process. Any of the unacknowledged writes may be lost, and what does not wait
+        for the disk: messages, and folds and ends in the ledger."""
         world, watch = self._world, self._world.watch
         for _ in range(MOMENTS):
             if watch.unsynced.before():
@@ -204,6 +206,9 @@ class Sky:
         for key, before in lost.items():
             world.objects.damage(key, before)
             watch.taken_back(key, before)
+        for name in world.queue.names():
+            for _ in range(rng.randint(0, MOST_LOST)):
+                world.queue.drop(name, rng)
         if rng.random() < 0.5:
             world.damage.lose_folds()
             watch.forget_counts()

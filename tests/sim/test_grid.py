@@ -18,10 +18,12 @@ import pytest
 
 from batchlab.errors import Unreachable
 from batchlab.jobdef import RetryRule
+from batchlab.manager import live
 from batchlab.model import Failure, FailureKind, JobId, JobState, LifecycleState, Pool
 from batchlab.ports import Outgoing
 from batchlab.protocol import naming
 from batchlab.sim import invariants
+from batchlab.sim.fates import value_of
 from batchlab.sim.runner import Play, Scene
 from batchlab.sim.world import WORKER, World
 from tests.sim.scenes import (
@@ -29,8 +31,12 @@ from tests.sim.scenes import (
     A,
     B,
     around,
+    ended,
+    ends_well,
     in_world,
     job,
+    kill_manager,
+    leader,
     looked_for,
     run_to_end,
     stage,
@@ -276,3 +282,41 @@ def test_jobs_of_equal_priority_share() -> None:
         assert counts.succeeded < 400
 
     in_world(act, script=takes(1.0), pools=(Pool("default", 0, 2, 1),))
+
+
+def test_a_gather_by_field_gets_results_in_the_order_of_tasks_whatever_was_retried() -> None:
+    """Task 0 succeeds last, in a bundle of its own, and is still the first of its group."""
+    made = job(stage(A, bundle=6, retry=RetryRule(2, 0.5)), stage(B, A, gather="key"), items=6)
+
+    def script(scene: Scene) -> Play:
+        if scene.stage.name == A and scene.task in (0, 3) and scene.bundle.attempt == 1:
+            return Play(0.1, failure=Failure(scene.task, FailureKind.EXCEPTION, "no luck"))
+        return Play(0.1, value_of(scene.stage.name, scene.item))
+
+    async def act(world: World) -> None:
+        await ends_well(world, made)
+        # A group in another order has another sum.
+        await invariants.check_results(world, made)
+        rows = await world.ledger.bundles(made.id, stage=A, done=True)
+        tasks = [list(row.completion.succeeded) for row in rows if row.completion]
+        assert tasks == [[1, 2, 4, 5], [0, 3]]
+
+    in_world(act, script=script)
+
+
+def test_a_new_leader_adopts_jobs_of_every_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """I. Trust, adoption: it read one page, so older jobs waited until newer ones had ended."""
+    monkeypatch.setattr(live, "PAGE", 2)
+    several = [job(stage(A), id=JobId(f"job-{n}"), token=f"{n}", items=1) for n in range(5)]
+
+    async def act(world: World) -> None:
+        for one in several:
+            await submitted(world, one)
+        kill_manager(world)
+        manager = await leader(world)
+        assert {*manager.lives} == {one.id for one in several}
+        for one in several:
+            assert (await ended(world, one)).state is JobState.SUCCEEDED
+        await invariants.check_all(world, [one.id for one in several])
+
+    in_world(act, script=takes(100.0))

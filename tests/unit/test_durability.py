@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 
 from batchlab.adapters.local_objects import open_local
+from batchlab.adapters.sql.ledger import open_sqlite
 from batchlab.adapters.sqlite_wal import WalFlush
 from batchlab.durability import Sync, of_single_call, read_sync, repeated
 from batchlab.errors import UsageError
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.model import Control, JobId, JobState, StageName
+from batchlab.ports import Past
 
 SPEC = "jobs/j-1/spec.json"
 
@@ -96,3 +100,24 @@ def test_a_write_that_the_next_manager_repeats_waits_for_no_disk(
 
     asyncio.run(act())
     assert calls == ["link"]
+
+
+def test_a_job_that_is_restored_or_forgotten_is_so_after_a_power_cut(
+    tmp_path: Path, calls: list[str]
+) -> None:
+    """A rebuild of the ledger is acknowledged when it has ended."""
+    job = JobDef(JobId("sums"), "sums", (StageDef(StageName("s"), handler="a:b"),), 0.0, items=1)
+
+    async def act() -> list[int]:
+        ledger = open_sqlite(tmp_path / "ledger.db", Sync.JOBS)
+        flushes = []
+        await ledger.version(job.id)
+        calls.clear()
+        await ledger.restore(Past(job, JobState.SUBMITTED, [], Control.RUN), over="")
+        flushes.append(calls.count("fdatasync"))
+        await ledger.forget([job.id])
+        flushes.append(calls.count("fdatasync"))
+        await ledger.close()
+        return flushes
+
+    assert asyncio.run(act()) == [1, 2]

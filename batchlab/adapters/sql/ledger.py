@@ -235,12 +235,15 @@ class SqlLedger:
         return await self._read(lambda c: past_rows.version(c, job))
 
     async def restore(self, past: Past, *, over: str) -> bool:
-        return await self._write(
-            lambda c: past_rows.restore(c, self._upserts, past, over), quick=False
+        return await self._on_disk(
+            await self._write(
+                lambda c: past_rows.restore(c, self._upserts, past, over), quick=False
+            )
         )
 
     async def forget(self, jobs: Sequence[JobId] | None = None) -> None:
         await self._write(lambda c: past_rows.forget(c, jobs), quick=False)
+        await self._on_disk(None)
 
     async def dump(self) -> dict[str, Json]:
         """Everything the ledger says of its jobs: equal for two ledgers that have seen the same,

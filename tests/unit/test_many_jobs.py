@@ -1,0 +1,44 @@
+"""More active jobs than any page of the ledger has."""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+from typing import Any, cast
+
+from sqlalchemy import text
+
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.sql.ledger import open_memory
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.manager.live import Ports, all_jobs
+from batchlab.model import JobId, JobState, StageName
+from batchlab.patience import Patience
+
+JOBS = 10_200
+JOB = JobDef(JobId("job-00000"), "job", (StageDef(StageName("s"), handler="a:b"),), 0.0, items=1)
+
+COPIES = """
+    WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < :last)
+    INSERT INTO jobs (id, token, submitted_s, spec, state, reason, control, round, ended_s)
+    SELECT printf('job-%05d', n), NULL, submitted_s + n,
+           replace(spec, 'job-00000', printf('job-%05d', n)), state, reason, control, round, ended_s
+    FROM jobs, numbers
+"""
+
+
+def test_a_leader_reads_every_active_job_of_a_ledger_with_more_than_10_000() -> None:
+    """I. Trust, adoption: it read at most the 10,000 newest."""
+    ledger, nothing = open_memory(), cast(Any, None)
+    patience = Patience(Random(1))
+    ports = Ports(SimObjects(), nothing, nothing, ledger, nothing, nothing, patience)
+
+    async def main() -> set[str]:
+        await ledger.add_job(JOB, state=JobState.SUBMITTED)
+        with ledger._engine.begin() as connection:
+            connection.execute(text(COPIES), {"last": JOBS - 1})
+        found = {one.job.id async for one in all_jobs(ports, active=True)}
+        await ledger.close()
+        return set(found)
+
+    assert asyncio.run(main()) == {f"job-{n:05d}" for n in range(JOBS)}
