@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from functools import partial
@@ -110,8 +110,13 @@ class _Port:
     ) -> AsyncIterator[Any]:
         # Each page is a request of its own, hence a fault point of its own.
         step = partial(anext, inner, _Mark.END)
-        while (page := await self._perform(label, step, (), {}, shown)) is not _Mark.END:
-            yield page
+        try:
+            while (page := await self._perform(label, step, (), {}, shown)) is not _Mark.END:
+                yield page
+        finally:
+            # Closed by the garbage collector, it would need a loop that may have ended.
+            if isinstance(inner, AsyncGenerator):
+                await inner.aclose()
 
     async def _perform(
         self,
