@@ -1,8 +1,10 @@
-"""Evidence of work: what shows that an instance does what its worker reports.
+"""Evidence that an instance does what its worker reports.
 
-Invariant: a worker's word is no evidence. Evidence is an outcome that was counted, or a held bundle
+Invariant: a report alone is not evidence. Evidence is an outcome that was counted, or a held bundle
 of a job whose commit key the worker has, while that bundle is outstanding. Each bundle has one
-outcome, so a worker that lies runs out of evidence once the jobs that it was given have ended.
+outcome, so a worker that lies runs out of evidence once the jobs that it was given have ended. An
+honest worker that runs nothing but copies of bundles that have ended has none either: its results
+would be thrown away.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ BUSY = "its worker reports work of which the manager knows nothing"
 
 
 class Evidence:
-    """What one manager knows of its workers' work at one look."""
+    """Evidence of each worker of a grid, as one manager has it."""
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class Evidence:
 
     def _waits(self, pool: str) -> bool:
         """Whether the queue of the pool has messages, and a bundle is due that no worker holds.
-        Messages alone do not count: any worker can send some that nobody can run."""
+        Messages alone do not count: any worker can send some that no worker can run."""
         depth = self._depths.get(pool)
         if depth is None or not depth.visible:
             return False

@@ -25,7 +25,7 @@ LIES = 24
 GAP_S = (0.1, 6.0)
 """Seconds between two lies."""
 TAKING_SHARE = 0.3
-"""Of the insiders: those that also receive messages, of which nothing but lies comes."""
+"""Share of the insiders that also receive messages. They answer these with lies only."""
 KNOWN = 40
 """Task messages that an insider remembers."""
 FORGED_STARTS = 3
@@ -104,7 +104,7 @@ class Insider:
         await self._proven({bundle["j"]: key}, **parts)
 
     async def _foreign_reference(self) -> None:
-        """Let results of several bundles refer to an object of nobody."""
+        """Let results of several bundles refer to an object that belongs to no job."""
         reference = {"$value": await self._means.bait(self._rng)}
         for doc in self._tasks[-5:]:
             bundle = doc["b"]

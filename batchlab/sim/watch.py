@@ -14,6 +14,7 @@ from typing import Any
 
 from batchlab.adapters.sim.queue import SimQueue
 from batchlab.errors import Malformed, TooNew
+from batchlab.manager.evidence import BUSY
 from batchlab.model import Bundle, Control, JobId, StageCounts, StageName
 from batchlab.ports import MAX_VISIBILITY_S, Clock, Ending, Message, StageRecord
 from batchlab.protocol import definition, naming, wire
@@ -94,6 +95,8 @@ class Watch:
     oracles: Oracles = field(init=False)
     controls: JobControls = field(init=False)
     unsynced: Unsynced = field(init=False)
+    _begun: dict[Actor, set[Name]] = field(default_factory=dict)
+    """The bundles of which a worker has started tasks."""
     _killed_s: dict[Actor, float] = field(default_factory=dict)
     """Workers that ended otherwise than by draining."""
     _written: dict[str, tuple[Actor, float]] = field(default_factory=dict)
@@ -406,6 +409,8 @@ class Watch:
     def begins(self, bundle: Bundle, actor: Actor | None) -> None:
         """A task of this bundle starts."""
         now_s = self.clock.monotonic_s()
+        if actor is not None:
+            self._begun.setdefault(actor, set()).add(name_of_bundle(bundle))
         disturbed = actor is not None and self._excused(actor, now_s - RECENT_S)
         self.oracles.started(bundle, now_s, actor, disturbed=disturbed)
 
@@ -415,15 +420,17 @@ class Watch:
 
     def replaced(self, actor: Actor, cause: str) -> None:
         """I8: a manager replaces the instance of an honest worker only if nothing was heard of it,
-        a fault has hit it, or it works for a job that ended because its objects were damaged."""
-        damaged = any(
-            hold.actor is actor and hold.bundle[0] in self.damaged for hold in self._holds.values()
+        a fault has hit it, or it runs nothing but copies of bundles that have ended, with or
+        without an outcome."""
+        is_needed = any(
+            name not in self._committed and self.controls.is_live(name[0])
+            for name in self._begun.get(actor, ())
         )
         recent_s = self.clock.monotonic_s() - RECENT_S
         self._require(
-            damaged
-            or self.trust.is_liar(actor)
+            self.trust.is_liar(actor)
             or "silent" in cause
+            or (cause.startswith(BUSY) and not is_needed)
             or self._excused(actor, recent_s),
             "I8",
             f"the instance of {actor.name}, which tells the truth, is replaced: {cause}",
