@@ -8,16 +8,21 @@ in memory is bounded, and dropped soon after the last one has looked.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from batchlab import control
+from batchlab.errors import Malformed, TooNew
 from batchlab.manager.live import LiveJob, Ports
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import BundleId, Control, JobId, StageName
+from batchlab.ports import ObjectInfo
 from batchlab.protocol import naming, wire
 from batchlab.worker.tails import ASKED_S, Tail, from_bytes
+
+log = logging.getLogger(__name__)
 
 JOB_BYTES = 8 * 1024 * 1024
 ALL_BYTES = 8 * JOB_BYTES
@@ -112,15 +117,22 @@ class Tails:
                     if info.size > left:
                         continue  # of so many workers some are enough
                     get = partial(self._ports.objects.get, info.key)
-                    known = _Stored(
-                        info.etag, info.size, from_bytes(await self._ports.patience(get))
-                    )
+                    known = _stored(info, await self._ports.patience(get))
                 elif not _running(live, known.tails):
                     known = _Stored(info.etag, 0, ())  # it has ended, or its worker has
                 if known.size <= left:
                     stored[info.key] = known
                     left -= known.size
         looked.stored = stored
+
+
+def _stored(info: ObjectInfo, data: bytes) -> _Stored:
+    """Return what a worker has stored; nothing, if it cannot be read."""
+    try:
+        return _Stored(info.etag, info.size, from_bytes(data))
+    except (Malformed, TooNew) as error:
+        log.error("went on without %s: %s", info.key, error.message)
+        return _Stored(info.etag, 0, ())
 
 
 def _running(live: LiveJob, tails: Sequence[Tail]) -> list[Tail]:

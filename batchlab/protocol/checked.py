@@ -10,9 +10,12 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import isfinite
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from batchlab.objectnames import check_key
+
+T = TypeVar("T")
 
 UNREADABLE = (
     AttributeError,
@@ -44,6 +47,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@#-]{0,199}")
 _BUNDLE = re.compile(r"\d{8,13}-\d{8,13}\.\d{1,16}\.\d{1,16}")
 _LONGEST_NAME = 200
+_known_hints: dict[Any, dict[str, Any]] = {}
 _NUMBERS = frozenset({float, int})
 _CONTAINERS = frozenset({dict, list})
 
@@ -162,6 +166,44 @@ def figures(value: Any, most: float = MOST_S) -> tuple[float, ...]:
     ):
         raise ValueError(f"numbers from 0 to {most:g} are expected")
     return found
+
+
+def fitted(value: T) -> T:
+    """Return `value`, an instance of a dataclass; ValueError if one of its fields has a value that
+    its annotation or the bounds given here do not allow."""
+    for field, hint in _hints(type(value)).items():
+        if not _fits(getattr(value, field), hint):
+            raise ValueError(f"{field} has a value that it cannot have")
+    return value
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    found = _known_hints.get(kind)
+    if found is None:
+        found = _known_hints[kind] = get_type_hints(kind)
+    return found
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is Any:
+        shallow([value])
+        return True
+    kinds, simple = get_args(hint), getattr(hint, "__supertype__", hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, one) for one in kinds)
+    if get_origin(hint) is tuple:
+        if type(value) is not tuple:
+            return False
+        if kinds[1:] == (...,):
+            kinds = kinds[:1] * len(value)
+        return len(kinds) == len(value) and all(map(_fits, value, kinds))
+    if simple is float:
+        return type(value) in _NUMBERS and abs(value) <= MOST_S
+    if simple is int:
+        return type(value) is int and abs(value) <= MOST_COUNT
+    if simple is str:
+        return type(value) is str and len(value) <= MOST_TEXT
+    return isinstance(value, get_origin(hint) or simple)
 
 
 def shallow(values: Sequence[Any]) -> None:

@@ -40,6 +40,7 @@ from batchlab.protocol.checked import (
     UNREADABLE,
     figure,
     figures,
+    fitted,
     flag,
     handler,
     integer,
@@ -475,8 +476,9 @@ def job_from_json(doc: dict[str, Any]) -> JobDef:
         )
     try:
         return _job_from_json(doc)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise TooNew(f"The job's definition cannot be read by this batchlab: {error!r}.") from error
+    except UNREADABLE as error:
+        why = brief(error)
+        raise TooNew(f"The job's definition cannot be read by this batchlab: {why}.") from error
 
 
 def _job_from_json(doc: dict[str, Any]) -> JobDef:
@@ -488,32 +490,39 @@ def _job_from_json(doc: dict[str, Any]) -> JobDef:
     made = None
     if source is not None:
         split = SplitBy(source["split"])
-        made = InputDef(tuple(source["keys"]), split, source["size"], source["header"])
+        made = fitted(InputDef(tuple(source["keys"]), split, source["size"], source["header"]))
     notify = tuple(
-        NotifyDef(**{**known(NotifyDef, one), "on": tuple(one["on"])})
+        fitted(NotifyDef(**{**known(NotifyDef, one), "on": tuple(one["on"])}))
         for one in fields.pop("notify", ())
     )
-    return JobDef(**fields, stages=stages, input=made, params=params, tags=tags, notify=notify)
+    name(fields["id"])
+    return fitted(
+        JobDef(**fields, stages=stages, input=made, params=params, tags=tags, notify=notify)
+    )
 
 
 def _stage_from_json(doc: dict[str, Any]) -> StageDef:
     rule = doc["retry"]
     if doc["handler"] is not None:
         handler(doc["handler"])
-    return StageDef(
+    name(doc["name"])
+    retry = RetryRule(
         **{
-            **known(StageDef, doc),
-            "after": tuple(doc["after"]),
-            "command": tuple(doc["command"]),
-            "retry": RetryRule(
-                **{
-                    **known(RetryRule, rule),
-                    "kinds": tuple(FailureKind(k) for k in rule["kinds"]),
-                    "exit_codes": tuple(rule["exit_codes"]),
-                    "exceptions": tuple(rule["exceptions"]),
-                }
-            ),
+            **known(RetryRule, rule),
+            "kinds": tuple(FailureKind(k) for k in rule["kinds"]),
+            "exit_codes": tuple(rule["exit_codes"]),
+            "exceptions": tuple(rule["exceptions"]),
         }
+    )
+    return fitted(
+        StageDef(
+            **{
+                **known(StageDef, doc),
+                "after": tuple(doc["after"]),
+                "command": tuple(doc["command"]),
+                "retry": fitted(retry),
+            }
+        )
     )
 
 

@@ -11,9 +11,11 @@ from enum import StrEnum
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from batchlab.errors import Malformed
 from batchlab.jobdef import JobDef
 from batchlab.model import JobId, Json
 from batchlab.protocol import naming, wire
+from batchlab.protocol.checked import UNREADABLE, figure, fitted, flag, listed, whole
 from batchlab.schedule import times
 
 KEPT = 50
@@ -212,28 +214,35 @@ def to_bytes(schedule: Schedule) -> bytes:
 
 
 def from_bytes(data: bytes) -> Schedule:
-    """BackendError where it is not one of ours."""
+    """Return the schedule in an object; TooNew if a later batchlab has written it, Malformed if it
+    cannot be read."""
     doc = wire.loads(data)
-    return Schedule(
-        _definition_from_json(doc["definition"]),
-        doc["generation"],
-        doc["added_s"],
-        doc["through_s"],
-        doc["paused"],
-        doc["removed"],
-        tuple(_run_from_json(one) for one in doc["runs"]),
-        doc.get("number", 0),
-    )
+    try:
+        schedule = Schedule(
+            _definition_from_json(doc["definition"]),
+            whole(doc["generation"]),
+            figure(doc["added_s"]),
+            figure(doc["through_s"]),
+            flag(doc["paused"]),
+            flag(doc["removed"]),
+            tuple([_run_from_json(one) for one in listed(doc["runs"])]),
+            whole(doc.get("number", 0)),
+        )
+    except UNREADABLE as error:
+        raise Malformed(f"A schedule cannot be read: {wire.brief(error)}.") from error
+    return schedule
 
 
 def _definition_from_json(doc: dict[str, Any]) -> Definition:
-    return Definition(
-        **{
-            **{_RENAMED.get(name, name): value for name, value in doc.items()},
-            "when": When(**doc["when"]),
-            "missed": Missed(doc["missed"]),
-            "overlap": Overlap(doc["overlap"]),
-        }
+    return fitted(
+        Definition(
+            **{
+                **{_RENAMED.get(name, name): value for name, value in doc.items()},
+                "when": fitted(When(**doc["when"])),
+                "missed": Missed(doc["missed"]),
+                "overlap": Overlap(doc["overlap"]),
+            }
+        )
     )
 
 
@@ -259,4 +268,4 @@ def _schedule_to_json(schedule: Schedule) -> dict[str, Json]:
 
 def _run_from_json(doc: dict[str, Any]) -> Run:
     peak = tuple((pool, count) for pool, count in doc.get("peak", ()))
-    return Run(**{**doc, "state": RunState(doc["state"]), "peak": peak})
+    return fitted(Run(**{**doc, "state": RunState(doc["state"]), "peak": peak}))

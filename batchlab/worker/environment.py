@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from batchlab.errors import NotFound
+from batchlab.errors import Malformed, NotFound, TooNew
 from batchlab.model import Json
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import naming, wire
-from batchlab.protocol.checked import known
+from batchlab.protocol.checked import UNREADABLE, fitted, known
 
 SETTINGS = (
     *("LANG", "LC_ALL", "TZ", "OMP_NUM_THREADS", "MALLOC_ARENA_MAX"),
@@ -151,12 +151,13 @@ async def record(
 
 
 async def of(objects: Objects, worker: str, patience: Patience) -> Environment | None:
-    """That of a worker; None where it has stored none, or it has expired."""
+    """Return the environment of a worker; None if it has stored none that can be read, or it has
+    expired."""
     try:
         data = await patience(partial(objects.get, naming.environment(worker)))
-    except NotFound:
+        return from_json(wire.loads(data))
+    except (NotFound, Malformed, TooNew):
         return None
-    return from_json(wire.loads(data))
 
 
 def to_json(environment: Environment) -> dict[str, Json]:
@@ -164,9 +165,17 @@ def to_json(environment: Environment) -> dict[str, Json]:
 
 
 def from_json(doc: Mapping[str, Any]) -> Environment:
-    """What a later batchlab has added is passed over."""
-    fields = known(Environment, doc)
-    return Environment(**{**fields, "variables": tuple(fields.get("variables", ()))})
+    """Return the environment in a document; Malformed if it cannot be read. What a later batchlab
+    has added is passed over."""
+    try:
+        fields = known(Environment, doc)
+        made = Environment(**{**fields, "variables": tuple(fields.get("variables", ()))})
+        for texts in (made.packages, made.settings):
+            if type(texts) is not dict or not all(type(one) is str for one in texts.values()):
+                raise ValueError("texts by name are expected")
+        return fitted(made)
+    except UNREADABLE as error:
+        raise Malformed(f"An environment cannot be read: {wire.brief(error)}.") from error
 
 
 # --- Compared ------------------------------------------------------------------------------------

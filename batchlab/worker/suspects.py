@@ -17,11 +17,12 @@ from functools import partial
 from itertools import count
 
 from batchlab.commit import commit, committed
-from batchlab.errors import AlreadyExists, BackendError, NotFound
+from batchlab.errors import AlreadyExists, BackendError, Malformed, NotFound, TooNew
 from batchlab.model import Bundle, Json, Outcome
 from batchlab.patience import Patience
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming, settle, wire
+from batchlab.protocol.checked import UNREADABLE, figure, label
 from batchlab.protocol.sealing import CommitKey, seal
 from batchlab.waits import heed_cancellation, set_within
 from batchlab.worker.hand import Hand
@@ -39,10 +40,14 @@ def marker(worker: str, now_s: float, name: str, key: CommitKey) -> bytes:
 
 
 def marked_s(data: bytes, name: str, key: CommitKey) -> float | None:
-    """When the marker `name` was written, seconds of the epoch; None if its seal is wrong."""
-    doc = wire.loads(data)
-    at_s = float(doc["at_s"])
-    if key and doc.get("seal") != seal(key, "marker", name, str(doc["worker"]), repr(at_s)):
+    """When the marker `name` was written, seconds of the epoch; None if it cannot be read, or its
+    seal is wrong: any worker can write over it."""
+    try:
+        doc = wire.loads(data)
+        at_s, worker = float(figure(doc["at_s"])), label(doc["worker"])
+    except (Malformed, TooNew, *UNREADABLE):
+        return None
+    if key and doc.get("seal") != seal(key, "marker", name, worker, repr(at_s)):
         return None
     return at_s
 

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from batchlab.errors import BackendError
+from batchlab.errors import BackendError, Malformed
 from batchlab.model import JobId
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming, wire
-from batchlab.protocol.checked import known
+from batchlab.protocol.checked import UNREADABLE, fitted, known, listed
 from batchlab.waits import heed_cancellation
 from batchlab.worker import logs
 from batchlab.worker.hand import Hand
@@ -147,5 +147,9 @@ def to_bytes(tails: list[Tail]) -> bytes:
 
 
 def from_bytes(data: bytes) -> list[Tail]:
+    """Malformed if they cannot be read."""
     doc: dict[str, Any] = wire.loads(data)
-    return [Tail(**known(Tail, one)) for one in doc["tails"]]
+    try:
+        return [fitted(Tail(**known(Tail, one))) for one in listed(doc["tails"])]
+    except UNREADABLE as error:
+        raise Malformed(f"Live logs cannot be read: {wire.brief(error)}.") from error
