@@ -27,6 +27,8 @@ WAITS_S: Mapping[str, float] = {
     "tests/integration/test_postgres_outages.py": 40,
     "tests/integration/test_simpledb_leaders.py": 40,
     "tests/replay/test_faults_in_replays.py": 35,
+    "tests/attacks/test_containers.py": 35,
+    "tests/attacks/test_power_cut.py": 25,
     "tests/integration/test_postgres_leaders.py": 25,
     "tests/bad_input/test_bad_places.py": 25,
     "tests/integration/test_follow_logs.py": 15,
