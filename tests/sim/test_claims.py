@@ -77,7 +77,7 @@ def test_claims_in_virtual_time_add_up(tmp_path: Path, crashes: bool) -> None:
 def test_run_with_the_sim_backend_gives_the_same_results(tmp_path: Path) -> None:
     """From the outside: the command, its answer, and the totals beside the generator's facts."""
     job_file = shutil.copytree(EXAMPLE, tmp_path / "claims") / "job.yaml"
-    facts = write_claims(tmp_path / "claims" / "data", seed=2, files=20, claims_per_file=5)
+    facts = write_claims(tmp_path / "claims" / "data", seed=2, files=6, claims_per_file=5)
     command = [sys.executable, "-m", "batchlab", "run", str(job_file), "--backend", "sim"]
     answers = [
         subprocess.run(

@@ -94,12 +94,12 @@ def test_the_sums_do_not_depend_on_the_number_of_processes() -> None:
     sums = []
     for processes in (1, 2):
         tally = Tally()
-        for tried in fuzz.campaign(range(1000, 1008), "storm", processes):
+        for tried in fuzz.campaign(range(1000, 1004), "storm", processes):
             tally.add(tried)
         sums.append(tally)
     one, two = sums
     assert one == two
-    assert one.seeds == 8
+    assert one.seeds == 4
     assert not one.failures
     assert min(one.tasks, one.starts, one.virtual_ms, one.times.total()) > 0
     assert one.managers >= one.seeds
