@@ -6,9 +6,9 @@ a reader refuses any other as a whole with Malformed, so nobody acts on half of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from batchlab.errors import Malformed, TooNew
 from batchlab.model import Bundle, BundleId, Completion, JobId, Json, Outcome, StageName
@@ -42,6 +42,8 @@ from batchlab.protocol.wire import (
     outcome_text,
 )
 from batchlab.tally import Asked, Requests
+
+T = TypeVar("T")
 
 MOST_SLOTS = 1 << 20
 MOST_REQUESTS = 1e15
@@ -89,13 +91,7 @@ def task_message(m: TaskMessage) -> str:
 def read_task_message(body: str) -> TaskMessage:
     """Return the task message with that body. TooNew if a later batchlab has sent it, Malformed if
     it cannot be read."""
-    try:
-        _check_length(body)
-        return _task_message_from_json(loads(body))
-    except TooNew:
-        raise
-    except (Malformed, *UNREADABLE) as error:
-        raise Malformed(f"A task message cannot be read: {brief(error)}.") from error
+    return _read(body, "A task message", _task_message_from_json)
 
 
 def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
@@ -115,10 +111,17 @@ def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
     )
 
 
-def _check_length(body: str) -> None:
-    # Characters, not bytes: encoding the text only to measure it would take time.
-    if len(body) > MAX_MESSAGE_BYTES:
-        raise ValueError(f"it has {len(body)} characters")
+def _read(body: str, what: str, read: Callable[[dict[str, Any]], T]) -> T:
+    """Return what `read` makes of the document in a body; Malformed names `what` it should be."""
+    try:
+        # Characters, not bytes: encoding the text only to measure it would take time.
+        if len(body) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"it has {len(body)} characters")
+        return read(loads(body))
+    except TooNew:
+        raise
+    except (Malformed, *UNREADABLE) as error:
+        raise Malformed(f"{what} cannot be read: {brief(error)}.") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,13 +304,7 @@ def _key_from_json(value: Any) -> str:
 def read_events_message(body: str) -> Events:
     """Return what a worker tells. TooNew if a later batchlab has sent it, Malformed if any part of
     it cannot be read."""
-    try:
-        _check_length(body)
-        return _events_from_json(loads(body))
-    except TooNew:
-        raise
-    except (Malformed, *UNREADABLE) as error:
-        raise Malformed(f"An event cannot be read: {brief(error)}.") from error
+    return _read(body, "An event", _events_from_json)
 
 
 def _events_from_json(doc: dict[str, Any]) -> Events:

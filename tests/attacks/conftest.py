@@ -9,8 +9,19 @@ import pytest
 from tests.attacks.worker_rights import WorkerRights
 from tests.integration.api_rig import Rig
 from tests.integration.conftest import bring_up
+from tests.integration.local_grid import LocalGrid
 
-__all__ = ["bring_up", "rig", "worker"]
+__all__ = ["bring_up", "grid", "rig", "worker"]
+
+
+@pytest.fixture(scope="package")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalGrid]:
+    """A grid of processes on `local`, for attacks that change nothing of it."""
+    made = LocalGrid(tmp_path_factory.mktemp("attacked") / "home")
+    try:
+        yield made
+    finally:
+        made.stop()
 
 
 @pytest.fixture

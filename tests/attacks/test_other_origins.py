@@ -21,15 +21,6 @@ FOREIGN = (
 
 
 @pytest.fixture(scope="module")
-def grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalGrid]:
-    made = LocalGrid(tmp_path_factory.mktemp("origins") / "home")
-    try:
-        yield made
-    finally:
-        made.stop()
-
-
-@pytest.fixture(scope="module")
 def http(grid: LocalGrid) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=grid.client.url, trust_env=False) as made:
         yield made

@@ -5,14 +5,12 @@ The grid is real. The thief listens on 127.0.0.1, as another user of the machine
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.cookies import SimpleCookie
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
-import pytest
 
 from batchlab import updown
 from tests.browser import browser, opened, place_of
@@ -27,15 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["browser"]
 
 FORGED = {"Sec-Fetch-Site": "same-origin"}
-
-
-@pytest.fixture(scope="module")
-def grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalGrid]:
-    made = LocalGrid(tmp_path_factory.mktemp("stolen") / "home")
-    try:
-        yield made
-    finally:
-        made.stop()
 
 
 @dataclass
