@@ -120,14 +120,15 @@ class Trust:
 
     def check_registry(self, registry: Registry) -> None:
         """A manager may believe of an honest worker only the heartbeats that this worker sent, and
-        of a lying one only that it holds bundles of jobs whose messages it received."""
+        of a lying one only that it holds bundles of jobs that were touched."""
         if not self._liars:
             return
         for instance, (actor, said) in self._beats.items():
             seen = registry.workers.get(instance)
             if actor in self._liars:
                 held = {one.job for one in seen.beat.held} if seen else set()
-                others = sorted(held - self._jobs.get(actor, set()))
+                # Lying workers can pass commit keys on to each other.
+                others = sorted(held - self.touched)
                 told = f"a manager believes that {instance} holds bundles of {others}"
                 self.require(not others, "I8", told)
                 continue
