@@ -14,6 +14,7 @@ import pytest
 from batchlab import Grid
 from batchlab.errors import JobFailed, TaskFailed, UsageError
 from batchlab.model import ENDED, JobState
+from batchlab.ports import MAX_MESSAGE_BYTES
 from batchlab.spec.problems import JobFileErrors
 from batchlab.spec.starter import starter
 from tests.integration.grid_rig import newest, warm_grid
@@ -137,3 +138,12 @@ def test_the_documented_program_prints_what_its_documentation_says(
     )
     expected = "".join(text for kind, text in blocks if kind == "text")
     assert (run.stdout, run.stderr, run.returncode) == (expected, "", 0)
+
+
+def test_a_definition_larger_than_a_message_may_be_runs_at_once(grid: Grid, job_file: Path) -> None:
+    """I. Trust: its messages did not fit, so it waited for the reconciler, which waits 120 s."""
+    text = job_file.read_text()
+    large = text.replace("params:\n", f"params:\n  note: {'x' * (MAX_MESSAGE_BYTES + 1)}\n")
+    assert large != text
+    job_file.write_text(large)
+    grid.run(job_file, timeout_s=60.0).raise_for_state()

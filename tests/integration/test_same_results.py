@@ -20,6 +20,7 @@ from batchlab.adapters.compose import deployment
 from batchlab.adapters.compose.project import checked
 from batchlab.datagen import write_claims, write_records
 from batchlab.home import Home
+from batchlab.ports import MAX_MESSAGE_BYTES
 from tests.boot_rig import instance_release
 from tests.integration import worlds
 from tests.integration.tour import schedules_outlive_the_manager, tour
@@ -36,6 +37,9 @@ _OURS = {"summary.json", "printed.log", ".batchlab-made", "report-data"}
 
 def _claims(folder: Path, _: Path) -> None:
     write_claims(folder, seed=5, files=12, claims_per_file=10)
+    # A definition that is larger than a message of SQS may be.
+    file = folder.parent / "job.yaml"
+    file.write_text(f"{file.read_text()}\nparams:\n  note: {'x' * (MAX_MESSAGE_BYTES + 1)}\n")
 
 
 def _sort(folder: Path, _: Path) -> None:
