@@ -109,7 +109,8 @@ class Weather:
 
     With `varied` each seed chooses which kinds it has, and how heavily. With `timed` its worlds
     have a schedule too. With `lies` every seed has CORRUPTED, and jobs beside those of its plan.
-    With `storage` every seed has damaged objects, and also such jobs.
+    With `storage` every seed has damaged objects, and also such jobs. With `accounts` managers keep
+    account of each job.
     """
 
     kill_before: float = 0.0
@@ -155,6 +156,7 @@ class Weather:
     timed: bool = False
     lies: bool = False
     storage: bool = False
+    accounts: bool = False
 
     def rate(self, kind: FaultKind) -> float:
         rate: float = getattr(self, kind.value)

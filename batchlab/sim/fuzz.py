@@ -28,6 +28,7 @@ from batchlab.sim.watch import Violated
 R = TypeVar("R")
 
 WEATHERS: Mapping[str, Weather] = {
+    "accounts": trial.ACCOUNTS,
     "all": trial.ALL,
     "crashes": trial.CRASHES,
     "lies": trial.LIES,

@@ -20,6 +20,7 @@ from batchlab.model import FailureKind, GroupView, Instance, JobId, JobState, Js
 from batchlab.patience import Patience
 from batchlab.ports import Fleet, Ledger, Objects
 from batchlab.protocol import naming, settle
+from batchlab.sim.accounts import check_account
 from batchlab.sim.clocks import SimIds
 from batchlab.sim.damaged import check_damaged, is_lost
 from batchlab.sim.fates import Fates, inputs_of, value_of
@@ -71,6 +72,11 @@ async def check_trial(world: World, plan: Plan) -> None:
             await check_end(world, job)
             outcomes = await outcomes_of(world.objects, job.id, trust.forged)
             check_failures(world, fates, job, outcomes)
+            if world.accounting:
+                record = await world.ledger.job(job.id)
+                at_once = record.state is JobState.SUCCEEDED and not record.round
+                undisturbed = at_once and world.managers == 1 and not world.rebuilds
+                await check_account(world, job, outcomes, undisturbed=undisturbed)
 
 
 async def check_end(world: World, job: JobDef) -> None:

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from batchlab.costs.meter import Accounting
 from batchlab.model import JobId, JobState
 from batchlab.sim import invariants
 from batchlab.sim.fates import Fates
@@ -74,6 +75,9 @@ LIES = replace(ALL, corrupted=0.3, lies=True)
 
 STORAGE = replace(ALL, torn=0.1, missing=0.1, rotted=0.05, unsynced=0.04, storage=True)
 """Everything that can happen, in worlds where the store damages objects."""
+
+ACCOUNTS = replace(ALL, accounts=True)
+"""Everything that can happen, in worlds whose managers keep account of each job."""
 
 BUDGET = dict.fromkeys(FaultKind, 12) | dict.fromkeys((FaultKind.CORRUPTED, *DAMAGES), 3)
 """After these many the weather is fair, so that a world comes to rest."""
@@ -152,7 +156,15 @@ def run(
     if (weather.lies or weather.storage) and plan.limit_s == LIMIT_S:
         plan = with_bystanders(seed, plan)
     main = _main(
-        seed, plan, chosen, logged=logged, log=log, sql=sql, timed=timed, vulnerable=vulnerable
+        seed,
+        plan,
+        chosen,
+        logged=logged,
+        log=log,
+        sql=sql,
+        timed=timed,
+        vulnerable=vulnerable,
+        accounts=weather.accounts,
     )
     try:
         return loop.run(main, limit_s=plan.limit_s, limit_steps=STEPS)
@@ -170,6 +182,7 @@ async def _main(
     sql: bool,
     timed: bool,
     vulnerable: set[JobId],
+    accounts: bool,
 ) -> Report:
     world = World(
         seed,
@@ -182,6 +195,7 @@ async def _main(
         logged=logged or log is not None,
         sql=sql,
         schedules=timed,
+        accounting=Accounting() if accounts else None,
         notifies=seed % NOTIFY_EVERY == 3,
     )
     if world.log is not None and log is not None:

@@ -321,6 +321,7 @@ class Sky:
 
     async def _rebuild(self, after_s: float) -> None:
         self._world.rebuilding += 1
+        self._world.rebuilds += 1
         await asyncio.sleep(after_s)
         await self._world.ask(lambda m: m.rebuild_ledger(), "rebuild the ledger")
         self._world.rebuilding -= 1

@@ -119,6 +119,8 @@ class World:
     managers: int = field(init=False, default=0)
     rebuilding: int = field(init=False, default=0)
     """Rebuilds of the ledger that are due or under way: until then it need not be whole."""
+    rebuilds: int = field(init=False, default=0)
+    """Rebuilds of the ledger so far."""
     _state: FleetState = field(init=False, default_factory=FleetState)
 
     def __post_init__(self) -> None:

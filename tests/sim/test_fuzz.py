@@ -28,6 +28,7 @@ FIRST = int(os.environ.get("BATCHLAB_FROM", "0"))
 SEEDS = int(os.environ.get("BATCHLAB_SEEDS", "500"))
 AT_ONCE = 10
 LIES = 20
+ACCOUNTS = 10
 QUICK_S = 20.0
 
 
@@ -51,6 +52,16 @@ def test_no_promise_is_broken_by_lying_workers(first: int) -> None:
             failure = fuzz.try_seed(seed, "lies").failure
         if failure:
             pytest.fail(f"seed {seed}: {failure.text}\n{fuzz.command(failure, 'lies', None)}")
+
+
+@pytest.mark.parametrize("first", range(0, ACCOUNTS, AT_ONCE // 2))
+def test_no_outcome_is_accounted_for_twice(first: int) -> None:
+    """The accounts of jobs, against what happened in their worlds."""
+    for seed in range(first, first + AT_ONCE // 2):
+        with fuzz.silence():
+            failure = fuzz.try_seed(seed, "accounts").failure
+        if failure:
+            pytest.fail(f"seed {seed}: {failure.text}\n{fuzz.command(failure, 'accounts', None)}")
 
 
 def test_every_kind_of_fault_happens() -> None:
