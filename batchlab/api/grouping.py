@@ -10,7 +10,7 @@ Cause = tuple[str, str]
 """A stage and a fingerprint."""
 
 MOST_CAUSES = 500
-"""Causes of a job that are told apart. Failures of further causes are one group for each stage."""
+"""Most groups of a job. Failures of further causes are one group for each stage."""
 OTHERS = "others"
 """The fingerprint of that group."""
 

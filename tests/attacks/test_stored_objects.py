@@ -122,7 +122,7 @@ def test_a_running_marker_that_cannot_be_read_counts_for_nothing() -> None:
 
 
 def test_an_environment_that_cannot_be_read_is_not_known() -> None:
-    """A compromised worker writes over what another one has told of its environment."""
+    """A compromised worker overwrites the environment of another worker."""
 
     async def main() -> None:
         objects = SimObjects()
@@ -138,7 +138,7 @@ def test_an_environment_that_cannot_be_read_is_not_known() -> None:
 
 
 def test_live_logs_go_on_without_those_that_cannot_be_read(rig: Rig, worker: WorkerRights) -> None:
-    """A compromised worker stores live logs of another job that nobody can read."""
+    """A compromised worker stores unreadable live logs for another job."""
     name = rig.submit(job(tasks=1))
     rig.outstanding(name, 1)
     for number, data in enumerate((*GARBAGE, b'{"v":1,"tails":[{"stage":[],"bundle":{}}]}')):
@@ -149,7 +149,7 @@ def test_live_logs_go_on_without_those_that_cannot_be_read(rig: Rig, worker: Wor
 
 
 def test_a_definition_with_values_of_another_type_is_refused() -> None:
-    """Whoever could write a definition must not end a manager or a worker with it."""
+    """A definition with wrong types must not end a manager or a worker."""
     for changes in (
         {"priority": "high"},
         {"submitted_s": None},
