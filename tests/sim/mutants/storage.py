@@ -5,11 +5,6 @@ Each docstring says what somebody would have written, and then which promise tha
 
 from __future__ import annotations
 
-from functools import partial
-
-from batchlab import control
-from batchlab.control import Spoken
-from batchlab.errors import NotFound
 from batchlab.manager import rebuild as rebuilding
 from batchlab.manager.adoption import Adoption
 from batchlab.manager.live import LiveJob, Ports, all_jobs
@@ -17,9 +12,7 @@ from batchlab.manager.quarantine import UnreadableObject
 from batchlab.manager.rebuild import Rebuilt, restore
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.retries import cuts_of_round
-from batchlab.model import JobId
-from batchlab.patience import Patience
-from batchlab.ports import Cut, JobRecord, Objects, Written
+from batchlab.ports import Cut, JobRecord, Written
 from tests.sim.mutants.kit import Plant, planted
 
 
@@ -39,19 +32,6 @@ def rebuild_stops_at_the_first_bad_object(plant: Plant) -> None:
             rebuilt.unreadable |= await restore(ports, job)
             rebuilt.jobs += 1
         return rebuilt
-
-
-@planted("I7", weather="storage")
-def torn_word_stands(plant: Plant) -> None:
-    """A control object is read before it is written, and its reader raises an error. No other word
-    can replace a torn one, so the user cannot cancel the job (I7)."""
-
-    @plant.everywhere(control.spoken)
-    async def spoken(objects: Objects, job: JobId, patience: Patience) -> Spoken | None:
-        try:
-            return await patience(partial(control.look, objects, job, None))
-        except NotFound:
-            return None
 
 
 @planted("I7", weather="storage")
