@@ -45,8 +45,10 @@ class Instances:
         self._unsaved: dict[str, str] = {}
         """Digests of first beats that the bucket may not have yet."""
         self._strangers: dict[str, Waiting] = {}
-        self._are_fewer = False
-        """Instances are gone whose digests the bucket still has."""
+        self._are_changed = False
+        """Instances are gone whose digests the bucket still has, or silences have grown."""
+        self.quiet_s: dict[str, float] = {}
+        """For how long each instance has been silent, if that is long."""
         self._saving = asyncio.Lock()
 
     async def bind(self, beats: Iterable[Beat]) -> None:
@@ -95,15 +97,21 @@ class Instances:
         for digests in (self._digests, self._unsaved):
             for instance in digests.keys() - there.keys():
                 del digests[instance]
-                self._are_fewer = True
+                self._are_changed = True
         self._there = there
         return [self._strangers.pop(one) for one in list(self._strangers) if one in there]
 
+    def note_quiet(self, quiet_s: Mapping[str, float]) -> None:
+        """Take the silences that the next leader is to go on with, and store them soon."""
+        self._are_changed = self._are_changed or self.quiet_s != quiet_s
+        self.quiet_s = dict(quiet_s)
+
     async def load(self) -> None:
-        """Take over the digests that the leader before has stored; BackendError."""
+        """Take over what the leader before has stored: digests and silences; BackendError."""
         try:
             data = await self._kept.read()
             self._digests = {} if data is None else _from_bytes(data)
+            self.quiet_s = {} if data is None else _quiet_in(data)
         except (Malformed, TooNew, *UNREADABLE) as error:
             # Only a manager may write the object.
             log.error("the keys of instances cannot be read and are bound anew: %s", error)
@@ -111,22 +119,23 @@ class Instances:
     async def save(self) -> None:
         """Store the digests if they have changed."""
         async with self._saving:
-            if not self._unsaved and not self._are_fewer:
+            if not self._unsaved and not self._are_changed:
                 return
-            self._are_fewer = False
+            self._are_changed = False
             saved = dict(self._unsaved)
             try:
                 await self._kept.write(self._to_bytes, self._take_in)
             except BackendError as error:
-                self._are_fewer = True
+                self._are_changed = True
                 log.warning("the keys of instances are not stored yet: %s", error)
                 return
             for instance in sorted(saved.keys() & self._unsaved.keys()):
                 self._digests[instance] = self._unsaved.pop(instance)
 
     def _to_bytes(self) -> bytes:
+        keys = dict(sorted((self._digests | self._unsaved).items()))
         return wire.to_bytes(
-            {"v": wire.VERSION, "keys": dict(sorted((self._digests | self._unsaved).items()))}
+            {"v": wire.VERSION, "keys": keys, "quiet_s": dict(sorted(self.quiet_s.items()))}
         )
 
     def _take_in(self, there: bytes) -> bool:
@@ -145,6 +154,11 @@ class Instances:
 
 def _from_bytes(data: bytes) -> dict[str, str]:
     return {str(k): str(v) for k, v in wire.loads(data)["keys"].items()}
+
+
+def _quiet_in(data: bytes) -> dict[str, float]:
+    # A manager of release 0.1.0 stored none.
+    return {str(k): float(v) for k, v in wire.loads(data).get("quiet_s", {}).items()}
 
 
 def _digest(key: str) -> str:

@@ -213,15 +213,17 @@ class Manager:
         """Lead until cancelled; returns when the lease is lost. Waits for it first."""
         await self._lease.take()
         try:
-            await self._prepare()
-            await self.registry.instances.load()
-            if self.recorder:
-                await self.recorder.load()
-            if self.spending:
-                await self.spending.load()
-            if self.notifying:
-                await self.notifying.load()
             async with asyncio.TaskGroup() as group:
+                # First: what precedes the lead may take longer than the lease lasts.
+                keeping = group.create_task(self._keep_lease(), name="lease")
+                await self._prepare()
+                await self.registry.instances.load()
+                if self.recorder:
+                    await self.recorder.load()
+                if self.spending:
+                    await self.spending.load()
+                if self.notifying:
+                    await self.notifying.load()
                 self._adoption.group = group
                 await self._adoption.adopt_active()
                 group.create_task(self._collector.collect(), name="collect")
@@ -236,9 +238,7 @@ class Manager:
                     group.create_task(self.recorder.keep(), name="record")
                 self.is_leader.set()
                 self.has_led = True
-                await self._lease.keep(self._others_have_led)
-                self.is_leader.clear()
-                raise _LeaseLostError
+                await keeping
         except* _LeaseLostError:
             log.warning("%s is no longer the leader", self.owner)
         finally:
@@ -249,6 +249,11 @@ class Manager:
             self.is_leader.clear()
             self._adoption.group = None
             await self._lease.release()
+
+    async def _keep_lease(self) -> None:
+        await self._lease.keep(self._others_have_led)
+        self.is_leader.clear()
+        raise _LeaseLostError
 
     async def _prepare(self) -> None:
         await self.ports.keys.ensure()

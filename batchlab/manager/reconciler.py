@@ -58,11 +58,14 @@ class Reconciler:
         self._lives = lives
         self._folder = folder
         self._conductor = conductor
+        self._looked_s: float | None = None
+        """Monotonic; when silent bundles were last looked for."""
 
     async def look_for_the_silent(self, depths: Mapping[str, Depth]) -> None:
         """`depths` gives each pool's counts."""
         limits_s = {pool: self._limit_s(pool, depth) for pool, depth in depths.items()}
         now_s = self._ports.clock.monotonic_s()
+        step_s, self._looked_s = now_s - (self._looked_s or now_s), now_s
         for live in list(self._lives.values()):
             if live.record.control is not Control.RUN:
                 continue
@@ -71,9 +74,11 @@ class Reconciler:
                 # A pool that this manager does not have has no queue to look into.
                 limit_s = limits_s.get(live.job.stage(stage).pool)
                 if limit_s == math.inf:
-                    # Who takes it next must have time to say so, however long it has waited.
+                    # Silence does not grow, since the worker that takes it next needs time for a
+                    # beat. What there was of it stays: follow-ups are sent before the manager hears
+                    # of their bundle, and would end the silence of lost bundles again and again.
                     for one in waiting.values():
-                        one.heard_s = max(one.heard_s, now_s)
+                        one.heard_s = max(one.heard_s, min(now_s, one.heard_s + step_s))
                 elif limit_s is not None:
                     silent += [one for one in waiting.values() if now_s - one.heard_s > limit_s]
             if silent:

@@ -2,9 +2,9 @@
 what its own checks find dead, and keeps for ever what has only stopped. An instance whose worker
 shows no evidence of work for as long is replaced too (see manager/evidence.py).
 
-Invariant: only time counts in which we have listened; an outage of the events, or a manager that
-stood still, adds to nobody's silence, and takes nothing from it. Where none of a pool is heard of,
-it may be for our sake, and they go one at a time.
+Invariant: only time counts in which a manager has listened, this one or the leader before. An
+outage of the events, or a manager that stood still, adds to nobody's silence, and takes nothing
+from it. Where none of a pool is heard of, it may be for our sake, and they go one at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 SILENCES = 3
 """So often its bundles have been looked for by then."""
+STEPS = 10
+"""The next leader goes on with a silence in steps of this part of the limit."""
 LONG_TICKS = 2
 """A look counts for so many ticks at the most, however long ago the one before was."""
 
@@ -49,6 +51,8 @@ class Silence:
     async def look(self, views: Sequence[GroupView]) -> None:
         """Count up to now, and have those replaced that were silent, or useless, for too long."""
         now_s = self._ports.clock.monotonic_s()
+        if self._looked_s is None:
+            self._quiet_s = dict(self._registry.instances.quiet_s)
         since_s = now_s if self._looked_s is None else self._looked_s
         self._looked_s = now_s
         is_deaf = self._registry.deaf_s is not None and self._registry.deaf_s >= since_s
@@ -68,6 +72,10 @@ class Silence:
             cause = f"its worker has been silent for {self._quiet_s[one]:.0f} s"
             await self._replace(one, pools.pop(one), cause)
             self._quiet_s[one] = 0.0
+        part_s = self.limit_s / STEPS
+        stored_s = {one: part_s * (quiet_s // part_s) for one, quiet_s in self._quiet_s.items()}
+        # Few instances are silent for long, so this is seldom another one.
+        self._registry.instances.note_quiet({one: s for one, s in stored_s.items() if s})
         missing = self._evidence.missing(pools)
         self._useless_s = {
             one: self._useless_s.get(one, 0.0) + step_s if one in missing else 0.0 for one in pools

@@ -9,8 +9,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from batchlab.manager.retries import Chosen
 from batchlab.model import Control, JobId
 from batchlab.ports import Clock
+from batchlab.protocol.wire import Word
 
 
 @dataclass(slots=True)
@@ -21,16 +23,22 @@ class JobControls:
     forbidden_s: dict[JobId, float] = field(default_factory=dict)
     """When the cancellation of each job was acknowledged, without jobs that were retried since."""
     _words: dict[str, list[tuple[float, Control]]] = field(default_factory=dict)
+    _cancelled: dict[str, int] = field(default_factory=dict)
+    """The last round in which each job was cancelled."""
     _ended: set[str] = field(default_factory=set)
     """Jobs of which some round has ended."""
     _retries: dict[JobId, list[int]] = field(default_factory=dict)
     """The number of retries that users asked for, and the number that were answered."""
+    choices: dict[JobId, list[Chosen | None]] = field(default_factory=dict)
+    """The failures that users asked to retry; None for all of them."""
 
     # --- Control words ---------------------------------------------------------------------------
 
-    def written(self, job: str, word: Control) -> None:
+    def written(self, job: str, word: Word) -> None:
         """Record a control word, as the bucket has it from now on."""
-        self._words.setdefault(job, []).append((self.clock.monotonic_s(), word))
+        self._words.setdefault(job, []).append((self.clock.monotonic_s(), word.control))
+        if word.control is Control.CANCEL:
+            self._cancelled[job] = max(word.round, self._cancelled.get(job, -1))
 
     def ended(self, job: str) -> None:
         """Record that a round of the job has ended."""
@@ -40,6 +48,11 @@ class JobControls:
         """Return whether no round of the job has ended and its last control word is RUN."""
         words = self._words.get(job, [])
         return job not in self._ended and (not words or words[-1][1] is Control.RUN)
+
+    def live_since_s(self, job: str) -> float:
+        """Return when the job was last allowed to go on, or infinity if it is not live."""
+        words = self._words.get(job, [])
+        return (words[-1][0] if words else 0.0) if self.is_live(job) else math.inf
 
     def was_stopped(self, job: str, since_s: float) -> bool:
         """Return whether the job was cancelled or paused at any time after `since_s`."""
@@ -57,9 +70,11 @@ class JobControls:
             since_s = at_s
         return since_s
 
-    def was_cancelled(self, job: JobId) -> bool:
-        """Return whether the job was ever cancelled, by a user or because of its failures."""
-        return any(word is Control.CANCEL for _, word in self._words.get(job, []))
+    def was_cancelled(self, job: JobId, round_: int = 0) -> bool:
+        """Return whether the job was cancelled, by a user or because of its failures, in `round_`
+        or later."""
+        cancelled = self._cancelled.get(job, -1)
+        return cancelled >= round_
 
     # --- Requests of users -----------------------------------------------------------------------
 
@@ -76,6 +91,10 @@ class JobControls:
                 self.forbidden_s[job] = self.clock.monotonic_s()
 
         return acknowledged
+
+    def chosen(self, job: JobId, choice: Chosen | None) -> None:
+        """Record which failures a user asks to retry; None for all of them."""
+        self.choices.setdefault(job, []).append(choice)
 
     def retry_asked(self, job: JobId) -> Callable[[], None]:
         """Record that a user retries the job. The caller calls the returned function once the

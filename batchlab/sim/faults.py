@@ -30,6 +30,11 @@ USER = "user"
 CREATE = "objects.create"
 """Label of a conditional put."""
 
+LOOK = "objects.get_if_changed"
+"""Label of a look at a control object."""
+SLOW_SHARE = 0.4
+"""Of a worker's looks at control objects, those whose answers are slow in a world of slow looks."""
+
 
 class FaultKind(StrEnum):
     """What may happen to a port call (`label` empty: to any; else to those of that label), to the
@@ -95,6 +100,7 @@ class FaultKind(StrEnum):
         *("unsynced", SKY),
         "the power fails: every process ends, and unacknowledged writes may be lost",
     )
+    FROZEN = "frozen", SKY, "a worker freezes for ever"
 
     def applies(self, label: str) -> bool:
         """Whether it can happen at a call or look of that label."""
@@ -152,6 +158,7 @@ class Weather:
     missing: float = 0.0
     rotted: float = 0.0
     unsynced: float = 0.0
+    frozen: float = 0.0
     varied: bool = False
     timed: bool = False
     lies: bool = False
@@ -232,6 +239,8 @@ class Faults:
                 raise ValueError(f"fault rates sum up to more than 1: {rates}")
         self.hold: Hold | None = None
         """The call that is held, where stall points are enumerated."""
+        self.slow_looks_s: tuple[float, float] | None = None
+        """How long the answers of some looks at control objects take."""
         self.injected: list[Fault] = []
         """What has been injected, in order; from_list replays it."""
         self._seed = rng.getrandbits(64)
@@ -317,6 +326,13 @@ class Faults:
         late_answer, fraction = divmod(point.pick * 2, 1)
         extra_s = low + (high - low) * fraction
         return (0.0, extra_s) if late_answer else (extra_s, 0.0)
+
+    def slow_s(self, point: Point, label: str) -> float:
+        """Return how much longer the answer to a worker's look takes."""
+        if self.slow_looks_s is None or label != LOOK or not point.actor.startswith("worker"):
+            return 0.0
+        rng = random.Random(f"{self._seed}/{point.actor}/{point.call}/slow")  # noqa: S311
+        return rng.uniform(*self.slow_looks_s) if rng.random() < SLOW_SHARE else 0.0
 
     def _drawn(self, chance: float, label: str) -> FaultKind | None:
         ladder = self._ladders.get(label)

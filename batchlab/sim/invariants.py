@@ -16,14 +16,25 @@ from batchlab.fleet.state import COUNTED
 from batchlab.jobdef import JobDef
 from batchlab.manager.live import Ports
 from batchlab.manager.rebuild import Rebuilt, rebuild
-from batchlab.model import FailureKind, GroupView, Instance, JobId, JobState, Json, Outcome
+from batchlab.manager.retries import Retry
+from batchlab.model import (
+    FailureKind,
+    GroupView,
+    Instance,
+    JobId,
+    JobState,
+    Json,
+    Outcome,
+    StageCounts,
+)
 from batchlab.patience import Patience
-from batchlab.ports import Fleet, Ledger, Objects
+from batchlab.ports import Fleet, JobRecord, Ledger, Objects
 from batchlab.protocol import naming, settle
 from batchlab.sim.accounts import check_account
 from batchlab.sim.clocks import SimIds
 from batchlab.sim.damaged import check_damaged, is_lost
 from batchlab.sim.fates import Fates, inputs_of, value_of
+from batchlab.sim.rounds import check_rounds
 from batchlab.sim.watch import Violated
 from batchlab.tasknames import task_name
 
@@ -72,11 +83,19 @@ async def check_trial(world: World, plan: Plan) -> None:
             await check_end(world, job)
             outcomes = await outcomes_of(world.objects, job.id, trust.forged)
             check_failures(world, fates, job, outcomes)
+            choices = world.watch.controls.choices.get(job.id, [])
+            check_rounds(job.id, await _retries_of(world, job.id), outcomes, choices)
             if world.accounting:
                 record = await world.ledger.job(job.id)
                 at_once = record.state is JobState.SUCCEEDED and not record.round
                 undisturbed = at_once and world.managers == 1 and not world.rebuilds
                 await check_account(world, job, outcomes, undisturbed=undisturbed)
+
+
+async def _retries_of(world: World, job: JobId) -> list[Retry]:
+    """The retries of a job, in the order of their rounds."""
+    rounds = range(1, (await world.ledger.job(job)).round + 1)
+    return [Retry.from_bytes(await world.objects.get(naming.retry(job, n))) for n in rounds]
 
 
 async def check_end(world: World, job: JobDef) -> None:
@@ -87,6 +106,7 @@ async def check_end(world: World, job: JobDef) -> None:
     """
     record = await world.ledger.job(job.id)
     counts = [stage.counts for stage in (await world.ledger.rows(job.id)).stages]
+    _check_cancelled(world, job, record, {c.stage: c for c in counts})
     if job.max_failures_percent:
         over = any(c.failed * 100 > job.max_failures * (c.planned or 0) for c in counts)
     else:
@@ -98,6 +118,20 @@ async def check_end(world: World, job: JobDef) -> None:
     }
     facts = ", ".join(f"{c.stage}: {c.failed} of {c.planned} failed" for c in counts)
     _require(right[record.state], "ends", f"{job.id} is {record.state} ({record.reason}; {facts})")
+
+
+def _check_cancelled(
+    world: World, job: JobDef, record: JobRecord, counts: Mapping[str, StageCounts]
+) -> None:
+    """Without a cancellation in the last round, tasks are CANCELLED only for lack of an input."""
+    if world.watch.controls.was_cancelled(job.id, record.round):
+        return
+    for stage in job.stages:
+        before = counts[stage.after[0]] if stage.chained else None
+        lost = before.failed + before.cancelled if before else 0
+        told = f"{job.id}/{stage.name}: {counts[stage.name].cancelled} tasks are CANCELLED, and"
+        facts = f"{told} {lost} lack their input"
+        _require(counts[stage.name].cancelled == lost, "ends", facts)
 
 
 async def check_jobs(world: World, jobs: Sequence[JobDef]) -> None:

@@ -75,6 +75,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._crashes: list[SimulationError] = []
         self._ending = False
         self._frozen: dict[Actor, deque[Any]] = {}
+        self._thawed_s: dict[Actor, float] = {}
 
     def __del__(self) -> None:
         """Silences the base's complaint about loops that were not closed."""
@@ -247,7 +248,13 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def thaw(self, actor: Actor) -> None:
         """What has become due meanwhile runs now, in the order in which it became so."""
+        if actor in self._frozen:
+            self._thawed_s[actor] = self.time()
         self._ready.extend(self._frozen.pop(actor, ()))
+
+    def thawed_s(self, actor: Actor) -> float:
+        """Return when the actor was last thawed, or minus infinity if it never was."""
+        return self._thawed_s.get(actor, -math.inf)
 
     def is_frozen(self, actor: Actor) -> bool:
         return actor in self._frozen

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from batchlab.model import Bundle
+from batchlab.jobdef import JobDef
+from batchlab.model import Bundle, StageName
+from batchlab.ports import Cut
 from batchlab.sim.actors import Actor
 from batchlab.sim.told import Name, name_of_bundle
 
@@ -20,6 +22,12 @@ LEAVING_S = 0.2
 """A bundle may begin so long after its worker was told to drain."""
 SETTLED_S = 5.0
 """A manager that sends a bundle which was committed so long ago has not looked for its outcome."""
+DISTURBED_S = 120.0
+"""The same for a manager that a fault has delayed, or that was frozen."""
+GIVE_BACK_S = 1.0
+"""A draining worker gives back within this time each message whose tasks it has not begun."""
+KNOWN_S = 10.0
+"""A manager that cuts bundles knows for so long at least which jobs have tasks left."""
 
 
 @dataclass(slots=True)
@@ -32,8 +40,17 @@ class Oracles:
     _begun: set[tuple[Actor, Name]] = field(default_factory=set)
     _dead: dict[str, tuple[Name, float]] = field(default_factory=dict)
     """Dead letters that a manager has received, by receipt."""
+    _dead_s: float = -1.0
+    """When the last one was received."""
     _sent_s: dict[Name, float] = field(default_factory=dict)
     """When each bundle was last sent."""
+    _left_s: dict[tuple[str, StageName], float] = field(default_factory=dict)
+    """Since when each stage of each job has tasks that are in no bundle."""
+    _jobs: dict[str, JobDef] = field(default_factory=dict)
+
+    def defined(self, job: JobDef) -> None:
+        """A job has been defined."""
+        self._jobs[job.id] = job
 
     def committed(self, name: Name, now_s: float) -> None:
         """An outcome has been committed."""
@@ -51,25 +68,74 @@ class Oracles:
         self, bundle: Bundle, now_s: float, actor: Actor | None, *, disturbed: bool
     ) -> None:
         """A task of the bundle begins. A `disturbed` worker may have been on its way to it."""
-        if actor is not None and not disturbed:
-            self._begins(actor, bundle, now_s)
-
-    def _begins(self, actor: Actor, bundle: Bundle, now_s: float) -> None:
         name = name_of_bundle(bundle)
-        if (actor, name) in self._begun:
+        if actor is None or (actor, name) in self._begun:
             return
         self._begun.add((actor, name))
         leaves_s = self._leaves_s.get(actor, now_s)
         self.require(
-            now_s - leaves_s <= LEAVING_S,
+            disturbed or now_s - leaves_s <= LEAVING_S,
             "I6",
             f"{actor.name} begins {name} {now_s - leaves_s:.1f} s after it was told to drain",
             bundle.job,
         )
 
+    def begins_again(
+        self, actor: Actor, bundle: Bundle, received_s: float, deliveries: int
+    ) -> None:
+        """A worker begins a bundle that it received at `received_s`. After earlier deliveries, or
+        for a retry, it must have looked for an outcome."""
+        name = name_of_bundle(bundle)
+        committed_s = self._committed_s.get(name, received_s)
+        self.require(
+            committed_s >= received_s or not (deliveries or bundle.attempt > 1),
+            "waste",
+            f"{actor.name} begins {name}, which was committed before it received the message",
+            bundle.job,
+        )
+
+    def is_draining(self, actor: Actor, now_s: float) -> bool:
+        """Return whether the worker was told to drain a while ago."""
+        return now_s - self._leaves_s.get(actor, now_s) > LEAVING_S
+
+    def has_begun(self, actor: Actor, name: Name) -> bool:
+        """Return whether the worker has begun a task of the bundle."""
+        return (actor, name) in self._begun
+
+    def cut(
+        self, cut: Cut, now_s: float, since_s: float, live_since_s: Callable[[str], float]
+    ) -> None:
+        """A manager that is undisturbed since `since_s` has cut tasks into bundles. Jobs of a
+        higher priority in the same pool come first. `live_since_s` gives when a job began, or
+        last went on."""
+        job = self._jobs[cut.job]
+        if cut.bundles:
+            pool = job.stage(cut.stage).pool
+            for (name, stage), left_s in self._left_s.items():
+                rival = self._jobs[name]
+                known_s = max(left_s, since_s, live_since_s(name))
+                self.require(
+                    rival.priority <= job.priority
+                    or rival.stage(stage).pool != pool
+                    or rival.start_at_s is not None
+                    or now_s - known_s < KNOWN_S,
+                    "priority",
+                    f"{cut.job}/{cut.stage} is cut while {name}/{stage} has tasks left, whose "
+                    "priority is higher",
+                    cut.job,
+                )
+        self._left_s.pop((cut.job, cut.stage), None)
+        if cut.left:
+            self._left_s[cut.job, cut.stage] = now_s
+
     def dead_letter(self, receipt: str, bundle: Bundle, now_s: float) -> None:
         """A manager has received a dead letter."""
         self._dead[receipt] = name_of_bundle(bundle), now_s
+        self._dead_s = now_s
+
+    def has_dead_letters(self, since_s: float) -> bool:
+        """Return whether a manager has received a dead letter since then."""
+        return self._dead_s >= since_s
 
     def deleted(self, receipts: Iterable[str], *, is_live: Callable[[str], bool]) -> None:
         """A manager has deleted dead letters: each is committed, or was sent again."""
@@ -86,12 +152,12 @@ class Oracles:
     def sent(self, who: str, bundle: Bundle, now_s: float, *, disturbed: bool) -> None:
         """A task message has been sent. A sender that was `disturbed` may have looked before."""
         self._sent_s[name_of_bundle(bundle)] = now_s
-        if bundle.losses or disturbed or not who.startswith("manager"):
+        if bundle.losses or not who.startswith("manager"):
             return
         name = name_of_bundle(bundle)
         since_s = self._committed_s.get(name, now_s)
         self.require(
-            now_s - since_s <= SETTLED_S,
+            now_s - since_s <= (DISTURBED_S if disturbed else SETTLED_S),
             "waste",
             f"{who} sends {name} as new work {now_s - since_s:.1f} s after its commit",
             bundle.job,

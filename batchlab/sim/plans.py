@@ -47,6 +47,10 @@ class Plan:
     heaviness: float = 1.0
     pace: float = 1.0
     limit_s: float = LIMIT_S
+    focus: str = ""
+    """What the world is made for; see `focus`."""
+    slow_looks_s: tuple[float, float] | None = None
+    """Some answers to a worker's look at a control object take so long."""
 
 
 def draw(seed: int) -> Plan:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from batchlab.model import Bundle
@@ -37,6 +38,7 @@ def bundle_in(doc: Mapping[str, Any]) -> Bundle | None:
         return None
 
 
+@lru_cache(maxsize=4096)
 def name_in(body: str) -> Name | None:
     """The name of that bundle."""
     bundle = bundle_in(doc_of(body))

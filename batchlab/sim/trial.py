@@ -15,6 +15,8 @@ from batchlab.model import JobId, JobState
 from batchlab.sim import invariants
 from batchlab.sim.fates import Fates
 from batchlab.sim.faults import DAMAGES, Fault, FaultKind, Faults, Weather
+from batchlab.sim.focus import WEATHERS as FOCUSED
+from batchlab.sim.focus import Focus, focus_of, focused
 from batchlab.sim.loop import SimLoop, TimeLimit
 from batchlab.sim.plans import LIMIT_S, Plan, draw, with_bystanders
 from batchlab.sim.schedules import Keeper
@@ -80,6 +82,7 @@ ACCOUNTS = replace(ALL, accounts=True)
 """Everything that can happen, in worlds whose managers keep account of each job."""
 
 BUDGET = dict.fromkeys(FaultKind, 12) | dict.fromkeys((FaultKind.CORRUPTED, *DAMAGES), 3)
+BUDGET[FaultKind.FROZEN] = 2
 """After these many the weather is fair, so that a world comes to rest."""
 
 SQL_EVERY = 4
@@ -117,8 +120,26 @@ def faults_for(seed: int, weather: Weather = ALL) -> Faults:
     return Faults(_fault_rng(seed), weather_of(seed, weather), budget=BUDGET)
 
 
+def _focus_of(seed: int, weather: Weather, plan: Plan) -> Focus | None:
+    """The focus of the world of `seed`, which only varied weathers have."""
+    is_usual = weather.varied and not (weather.timed or weather.lies or weather.storage)
+    return focus_of(seed) if is_usual and plan.limit_s == LIMIT_S else None
+
+
+def plan_of(seed: int, weather: Weather = ALL) -> Plan:
+    """What the world of `seed` has in this weather."""
+    plan = draw(seed)
+    focus = _focus_of(seed, weather, plan)
+    if (weather.lies or weather.storage) and plan.limit_s == LIMIT_S:
+        return with_bystanders(seed, plan)
+    return focused(seed, focus, plan) if focus else plan
+
+
 def weather_of(seed: int, weather: Weather = ALL) -> Weather:
     """What of `weather` the world of `seed` has, and how heavily."""
+    focus = _focus_of(seed, weather, draw(seed))
+    if focus:
+        return FOCUSED[focus]
     rng = random.Random(f"{seed}/weather")  # noqa: S311 - simulation
     return weather.of_seed(rng, heaviness=draw(seed).heaviness)
 
@@ -147,14 +168,13 @@ def run(
     The lines of the event log go to `log`, so that they are there also after a failure. `sql` is
     the World's; without it the seed says, see SQL_EVERY.
     """
-    chosen, plan = faults or faults_for(seed, weather), draw(seed)
+    chosen, plan = faults or faults_for(seed, weather), plan_of(seed, weather)
+    chosen.slow_looks_s = plan.slow_looks_s
     sql = seed % SQL_EVERY == 0 if sql is None else sql
     loop = SimLoop(inline_executor=True)
     # A world of many hours has tasks that are longer than any schedule's period.
     timed = weather.timed and plan.limit_s == LIMIT_S
-    vulnerable = {job.id for job in plan.jobs} if weather.storage else set()
-    if (weather.lies or weather.storage) and plan.limit_s == LIMIT_S:
-        plan = with_bystanders(seed, plan)
+    vulnerable = {job.id for job in draw(seed).jobs} if weather.storage else set()
     main = _main(
         seed,
         plan,
@@ -203,10 +223,12 @@ async def _main(
     world.damage.vulnerable |= vulnerable
     if vulnerable:
         world.watch.flushed = world.damage.save_ledger
+    world.watch.start_times.is_exact = not plan.skew_s
     supervisor = asyncio.create_task(world.supervise(), name="supervisor")
     watcher = asyncio.create_task(_watch_ledger(world, plan), name="watcher")
     sky = Sky(world, faults, plan.pace)
-    users = [User(world, job, faults, plan.pace).use() for job in plan.jobs]
+    is_choosy = plan.focus in (Focus.WORDS, Focus.RIVALS)
+    users = [User(world, job, faults, plan.pace, is_choosy).use() for job in plan.jobs]
     if timed:
         users.append(Keeper(world, plan, faults).use())
     await asyncio.gather(sky.change(), *users)
@@ -231,6 +253,8 @@ async def _main(
 async def _watch_ledger(world: World, plan: Plan) -> None:
     while True:
         await asyncio.sleep(LOOK_S * plan.pace)
+        if plan.limit_s == LIMIT_S:
+            world.watch.look_for_the_silent(world.living_leads())
         for post in world.posts:
             world.watch.trust.check_registry(post.manager.registry)
         for job in plan.jobs:

@@ -15,7 +15,8 @@ from batchlab.errors import Malformed, NotFound, Refused
 from batchlab.jobdef import JobDef
 from batchlab.manager.manager import Manager
 from batchlab.manager.plans import PartWriter
-from batchlab.model import Control, JobState, Json, TaskSet
+from batchlab.manager.retries import failed_tasks
+from batchlab.model import Control, JobState, Json, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.sim.faults import USER, FaultKind, Faults
 from batchlab.sim.world import World
@@ -32,6 +33,9 @@ LOOK_S = 4.0
 
 PATIENCE_S = 300.0
 """A user waits so long for a job that a lying worker has touched."""
+
+ROUNDS = 3
+"""A choosy user asks so often in the end for a retry."""
 
 FEW = 20
 """Items that a client sends along with the submission."""
@@ -53,10 +57,14 @@ async def bring_items(world: World, job: JobDef) -> None:
 
 
 class User:
-    """The user of one job; `pace` stretches the pauses between requests."""
+    """The user of one job; `pace` stretches the pauses between requests. A user who is `choosy`
+    retries some of the failed tasks only, or asks for two retries at once."""
 
-    def __init__(self, world: World, job: JobDef, faults: Faults, pace: float) -> None:
+    def __init__(
+        self, world: World, job: JobDef, faults: Faults, pace: float, is_choosy: bool = False
+    ) -> None:
         self._world = world
+        self._choices = world.rng(f"{USER} {job.id} chooses") if is_choosy else None
         self._job = job
         self._faults = faults
         self._pace = pace
@@ -81,10 +89,12 @@ class User:
             await self._think()
         for request in self._requests:
             await request
-        record = await self._see_to_the_end()
-        if record is not JobState.SUCCEEDED and rng.random() < 0.5:
+        state = await self._see_to_the_end()
+        retries = ROUNDS if self._choices else int(rng.random() < 0.5)
+        while retries and state is not JobState.SUCCEEDED:
+            retries -= 1
             await self._retry()
-            await self._see_to_the_end()
+            state = await self._see_to_the_end()
 
     async def _think(self) -> None:
         point = self._faults.next(self._name)
@@ -147,8 +157,31 @@ class User:
         return self._start(lambda m: m.requests.cancel(job), "cancel", told)
 
     def _retry(self) -> asyncio.Task[object]:
-        job, answered = self._job.id, self._world.watch.controls.retry_asked(self._job.id)
-        return self._start(lambda m: m.requests.retry(job), "retry", lambda _: answered())
+        if self._choices and self._choices.random() < 0.7:
+            self._requests.append(self._ask_to_retry())
+        return self._ask_to_retry()
+
+    def _ask_to_retry(self) -> asyncio.Task[object]:
+        job, controls = self._job.id, self._world.watch.controls
+        answered = controls.retry_asked(job)
+        seed = self._choices.random() if self._choices and self._choices.random() < 0.7 else None
+
+        async def retry(manager: Manager) -> object:
+            chosen = None if seed is None else await self._choice(manager, seed)
+            controls.chosen(job, chosen)
+            return await manager.requests.retry(job, chosen)
+
+        return self._start(retry, "retry", lambda _: answered())
+
+    async def _choice(self, manager: Manager, seed: float) -> dict[StageName, TaskSet] | None:
+        """Some of the failed tasks; None, which is all of them, if there are none."""
+        rng = random.Random(seed)  # noqa: S311 - simulation
+        failed = await failed_tasks(manager.ports, await manager.ports.ledger.job(self._job.id))
+        some = {
+            stage: TaskSet.of(task for task in tasks if rng.random() < 0.5)
+            for stage, tasks in failed.items()
+        }
+        return {stage: tasks for stage, tasks in some.items() if tasks} or None
 
     def _start(
         self,

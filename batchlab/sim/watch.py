@@ -6,9 +6,11 @@ behind the ports saw them, so it holds for whatever code runs above.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +18,16 @@ from batchlab.adapters.sim.queue import SimQueue
 from batchlab.errors import Malformed, TooNew
 from batchlab.manager.evidence import BUSY
 from batchlab.model import Bundle, Control, JobId, StageCounts, StageName
-from batchlab.ports import MAX_VISIBILITY_S, Clock, Ending, Message, StageRecord
+from batchlab.ports import MAX_VISIBILITY_S, Clock, Cut, Ending, Message, StageRecord
 from batchlab.protocol import definition, naming, wire
 from batchlab.sim.actors import CURRENT, Actor, SimulationError
 from batchlab.sim.controls import JobControls
 from batchlab.sim.faults import LATENCY_S
-from batchlab.sim.oracles import Oracles
-from batchlab.sim.told import Name, bundle_in, doc_of, name_of_bundle, told_in
+from batchlab.sim.leads import Leads
+from batchlab.sim.oracles import GIVE_BACK_S, Oracles
+from batchlab.sim.silences import Silences
+from batchlab.sim.start_times import StartTimes
+from batchlab.sim.told import Name, bundle_in, doc_of, name_in, name_of_bundle, told_in
 from batchlab.sim.trust import Trust
 from batchlab.sim.unsynced import Unsynced
 from batchlab.tasknames import task_name
@@ -41,6 +46,11 @@ write, and a look at the control object."""
 
 RECENT_S = 60.0
 """A fault that hit a sender so long ago may still delay what it sends."""
+
+
+ADOPTED = 0.2
+"""For this share of the silence of a bundle a new leader waits at least before it sends one again.
+"""
 
 
 class Violated(SimulationError):
@@ -82,10 +92,15 @@ class Watch:
     queue: SimQueue
     fail: Callable[[SimulationError], None]
     frozen: Callable[[Actor], bool]
+    thawed_s: Callable[[Actor], float]
     visibility_s: float
     """What workers ask for to keep a message; see `_gives_back` for what they ask for otherwise."""
     lease_s: float
     """For how long after a look at the control object workers may start tasks of its job."""
+    lead_ttl_s: float
+    silence_s: float
+    """For how long a bundle may be silent before a manager looks for it."""
+    are_looks_slow: bool = False
     starts: list[Start] = field(default_factory=list)
     flushed: Callable[[], None] = lambda: None
     """Called after each call of FLUSHED."""
@@ -97,11 +112,15 @@ class Watch:
     unsynced: Unsynced = field(init=False)
     _begun: dict[Actor, set[Name]] = field(default_factory=dict)
     """The bundles of which a worker has started tasks."""
+    leads: Leads = field(init=False)
+    start_times: StartTimes = field(init=False)
     _killed_s: dict[Actor, float] = field(default_factory=dict)
     """Workers that ended otherwise than by draining."""
     _written: dict[str, tuple[Actor, float]] = field(default_factory=dict)
     """By whom and when each start marker was first written; without those that were withdrawn."""
     _planned: set[Name] = field(default_factory=set)
+    _opened: set[Name] = field(default_factory=set)
+    """Planned bundles of definitions. A client that asks again has copies of them sent."""
     _following: set[Name] = field(default_factory=set)
     """Planned bundles that follow from an outcome."""
     _committed: set[Name] = field(default_factory=set)
@@ -109,12 +128,19 @@ class Watch:
     _settled_s: dict[tuple[Actor, Name], float] = field(default_factory=dict)
     _disturbed_s: dict[Actor, float] = field(default_factory=dict)
     _counts: dict[tuple[JobId, StageName], tuple[int, StageCounts]] = field(default_factory=dict)
+    _context: Context = field(init=False)
+    silences: Silences = field(init=False)
 
     def __post_init__(self) -> None:
         self.trust = Trust(self._require)
         self.oracles = Oracles(self._require)
         self.controls = JobControls(self.clock)
         self.unsynced = Unsynced(self.clock)
+        self.leads = Leads(self._require, self.lead_ttl_s, self.thawed_s)
+        self.start_times = StartTimes(self._require)
+        self.silences = Silences(self._require, self.silence_s)
+        # Its timers go off though the process that has set them is frozen.
+        self._context = copy_context()
 
     def _require(self, holds: bool, promise: str, facts: str, job: str | None = None) -> None:
         """Fail unless it `holds`, or the `job` is one that a lying worker has touched."""
@@ -135,7 +161,7 @@ class Watch:
             self._forged(key, job, parts, data)
             return
         if kind == "control.json":
-            self.controls.written(job, wire.word_from_bytes(data).control)
+            self.controls.written(job, wire.word_from_bytes(data))
             return
         if kind == "final":
             self.controls.ended(job)
@@ -155,9 +181,9 @@ class Watch:
         """A power cut has taken a write back."""
         parts = key.split("/")
         if parts[2] == "control.json":
-            word = Control.RUN
+            word = wire.Word(Control.RUN)
             with suppress(Malformed, TooNew):  # the store had damaged it before
-                word = wire.word_from_bytes(before or b"").control
+                word = wire.word_from_bytes(before or b"")
             self.controls.written(parts[1], word)
         elif naming.is_outcome(key):
             found = naming.outcome_key(key)
@@ -183,6 +209,7 @@ class Watch:
             self._require(planned, "I1", f"{name} is committed, but not planned", name[0])
             self._committed.add(name)
             self.oracles.committed(name, self.clock.monotonic_s())
+            self.start_times.committed(outcome)
             follows = [
                 name_of_bundle(follow.bundle)
                 for follow in outcome.follows
@@ -191,14 +218,26 @@ class Watch:
             self._planned.update(follows)
             self._following.update(follows)
         elif kind == "spec.json":
-            opening = definition.opening_in(wire.loads(data))
+            doc = wire.loads(data)
+            job, opening = wire.job_from_json(doc), definition.opening_in(doc)
+            self.oracles.defined(job)
+            self.start_times.defined(job)
             if opening and opening.cut:
-                self._plan(opening.cut.bundles)
+                self._opened.update(map(name_of_bundle, opening.cut.bundles))
+                self._cut(opening.cut)
         elif folder == "cuts":
-            self._plan(wire.cut_from_json(wire.loads(data)).bundles)
+            self._cut(wire.cut_from_json(wire.loads(data)))
         elif kind == "retries":
             for cut in wire.loads(data)["cuts"]:
                 self._plan(wire.cut_from_json(cut).bundles)
+
+    def _cut(self, cut: Cut) -> None:
+        self._plan(cut.bundles)
+        actor = CURRENT.get()
+        if actor is not None and actor.name.startswith("manager"):
+            now_s = self.clock.monotonic_s()
+            since_s = max(self.leads.led_s(actor), self._disturbed_s.get(actor, 0.0))
+            self.oracles.cut(cut, now_s, since_s, self.controls.live_since_s)
 
     def _plan(self, bundles: Sequence[Bundle]) -> None:
         self._planned.update(map(name_of_bundle, bundles))
@@ -212,6 +251,7 @@ class Watch:
 
     def called(self, actor: Actor, label: str, args: Sequence[Any], result: Any) -> None:
         """A port call of `actor` has taken effect."""
+        self._leads(actor, label, result)
         if label == "queue.receive":
             self._received(actor, args[0], result)
         elif label == "queue.send":
@@ -239,6 +279,14 @@ class Watch:
         else:
             self._written.setdefault(start, (actor, self.clock.monotonic_s()))
 
+    def _leads(self, actor: Actor, label: str, result: Any) -> None:
+        now_s = self.clock.monotonic_s()
+        if label == "ledger.lease":
+            self.leads.leased(actor, result.owner, now_s)
+        elif actor.name.startswith("manager"):
+            since_s = now_s - self.lead_ttl_s
+            self.leads.called(actor, label, now_s, disturbed=self._excused(actor, since_s))
+
     def _received(self, actor: Actor, queue: str, messages: Sequence[Message]) -> None:
         now_s = self.clock.monotonic_s()
         if queue == naming.EVENTS:
@@ -255,6 +303,12 @@ class Watch:
                     self.oracles.dead_letter(message.receipt, bundle, now_s)
                 continue
             self.trust.received(actor, queue, name[0], message.body)
+            self._require(
+                not self.oracles.is_draining(actor, now_s) or self._excused(actor, now_s),
+                "I6",
+                f"{actor.name} receives {name} though it was told to drain",
+                name[0],
+            )
             if is_work:
                 hold = Hold(actor, name, message.receive_count, bundle.losses, now_s, now_s)
                 self._holds[queue, message.receipt] = hold
@@ -281,6 +335,7 @@ class Watch:
                 disturbed = self._excused(actor, now_s - RECENT_S)
                 self.oracles.sent(actor.name, bundle, now_s, disturbed=disturbed)
                 self._keeps_losses(actor, bundle)
+                self._looks_first(actor, bundle, now_s)
                 self._require(
                     name in self._planned,
                     "step 3",
@@ -302,6 +357,26 @@ class Watch:
             not least or name in self._following or bundle.losses >= min(least),
             "losses",
             f"{actor.name} sends {name} with {bundle.losses} losses instead of {least}",
+            name[0],
+        )
+
+    def _looks_first(self, actor: Actor, bundle: Bundle, now_s: float) -> None:
+        """A manager that has just begun to lead sends nothing again that a worker still has."""
+        led_s, name = self.leads.led_s(actor), name_of_bundle(bundle)
+        if not 0.0 <= now_s - led_s < ADOPTED * self.silence_s:
+            return
+        if name in self._opened or self.oracles.has_dead_letters(led_s):
+            return  # their outcomes are forwarded again
+        holds = [one for one in self._holds.values() if one.bundle == name]
+        are_well = all(
+            one.actor.alive and not self._excused(one.actor, one.received_s) for one in holds
+        )
+        # Workers drop the messages of a paused job, so a resume sends all of its bundles.
+        since_s = min((one.received_s for one in holds), default=now_s)
+        self._require(
+            since_s >= led_s or not are_well or self.controls.was_stopped(name[0], since_s),
+            "waste",
+            f"{actor.name} leads since {led_s:.1f} and sends {name} again, which a worker has",
             name[0],
         )
 
@@ -363,6 +438,44 @@ class Watch:
         disturbed_s = self._disturbed_s.get(actor, -1.0)
         return self.frozen(actor) or disturbed_s >= since_s - TOLERANCE_S
 
+    def leaves(self, actor: Actor) -> None:
+        """A worker is told to drain."""
+        self.oracles.leaves(actor, self.clock.monotonic_s())
+        if self.are_looks_slow:
+            return  # a worker may wait for one before it gives a message back
+        loop = asyncio.get_running_loop()
+        loop.call_later(GIVE_BACK_S, self._has_given_back, actor, context=self._context)
+
+    def _has_given_back(self, actor: Actor) -> None:
+        """I6: a draining worker holds nothing that it has not begun."""
+        for (queue, receipt), hold in list(self._holds.items()):
+            is_kept = hold.actor is actor and not hold.given_back and actor.alive
+            if not is_kept or self.oracles.has_begun(actor, hold.bundle):
+                continue
+            self._require(
+                not self.queue.held_s(queue, receipt) or self._excused(actor, hold.received_s),
+                "I6",
+                f"{actor.name} was told to drain {GIVE_BACK_S} s ago and keeps {hold.bundle}",
+                hold.bundle[0],
+            )
+
+    def look_for_the_silent(self, leaders: Sequence[Actor]) -> None:
+        """I7 all along: what is lost is found, also where the queues do not become empty."""
+        names = [name for name in self._planned - self._committed if self.controls.is_live(name[0])]
+        held = {hold.bundle for hold in self._holds.values() if hold.actor.alive}
+        sent = self._in_queues() if names else set()
+        lost = sorted(name for name in names if name not in held and name not in sent)
+        since_s = [
+            max(self.leads.led_s(one), self._disturbed_s.get(one, 0.0))
+            for one in leaders
+            if not self.frozen(one)
+        ]
+        self.silences.look(lost, max(since_s, default=None), self.clock.monotonic_s())
+
+    def _in_queues(self) -> set[Name]:
+        bodies = [body for name in self.queue.names() for body in self.queue.bodies(name)]
+        return {name for body in bodies if (name := name_in(body))}
+
     def left(self, actor: Actor) -> None:
         """I6: who has drained and left holds nothing, unless its own calls went astray.
 
@@ -406,13 +519,21 @@ class Watch:
             start.job,
         )
 
-    def begins(self, bundle: Bundle, actor: Actor | None) -> None:
+    def begins(self, bundle: Bundle, task: int, actor: Actor | None) -> None:
         """A task of this bundle starts."""
         now_s = self.clock.monotonic_s()
         if actor is not None:
             self._begun.setdefault(actor, set()).add(name_of_bundle(bundle))
+        self.start_times.started(bundle, task, self.clock.now_s())
         disturbed = actor is not None and self._excused(actor, now_s - RECENT_S)
         self.oracles.started(bundle, now_s, actor, disturbed=disturbed)
+        name = name_of_bundle(bundle)
+        # The worker may have received it twice, and begins the one or the other.
+        mine = [one for one in self._holds.values() if one.actor is actor and one.bundle == name]
+        if actor is not None and mine:
+            received_s = min(one.received_s for one in mine)
+            deliveries = min(one.losses + one.receives - 1 for one in mine)
+            self.oracles.begins_again(actor, bundle, received_s, deliveries)
 
     def killed(self, actor: Actor) -> None:
         """A worker has ended otherwise than by draining."""

@@ -73,6 +73,7 @@ class Sky:
             FaultKind.CORRUPTED: self._corrupt,
             FaultKind.UNSYNCED: self._cut_power,
             **{kind: partial(self._damage, kind) for kind in DAMAGES},
+            FaultKind.FROZEN: self._freeze,
         }
 
     async def change(self) -> None:
@@ -160,6 +161,7 @@ class Sky:
         actor, clock = hit
         seconds = rng.choice(JUMPS_S) * rng.uniform(0.5, 1.0)
         clock.off_s += seconds
+        self._world.watch.start_times.is_exact = False
         return f"{actor.name} by {seconds:.3f} s"
 
     async def _stall(self, rng: random.Random) -> str | None:
@@ -176,6 +178,16 @@ class Sky:
 
         self._later(thaw(), f"thaw {actor.name}")
         return f"{actor.name} for {seconds:.3f} s"
+
+    async def _freeze(self, rng: random.Random) -> str | None:
+        """A worker stops for ever. Its instance runs on until a manager ends it."""
+        silences = self._world.watch.silences
+        worker = _one(rng, self._workers())
+        if worker is None or any(one.actor in silences.stopped for one in self._workers()):
+            return None
+        worker.actor.freeze()
+        silences.stops(worker.actor)
+        return worker.actor.name
 
     async def _corrupt(self, rng: random.Random) -> str | None:
         trust = self._world.watch.trust

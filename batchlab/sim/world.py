@@ -134,12 +134,15 @@ class World:
         self.launcher = SimLauncher(self._boot, self.rng("boot"))
         visibility_s = self.worker_settings.visibility_s
         lease_s = self.worker_settings.control_lease_s
+        lead_ttl_s, silence_s = self.manager_settings.lease_ttl_s, self.manager_settings.silence_s
         self.watch = Watch(
-            *(self.clock, self.queue, loop.fail, loop.is_frozen), visibility_s, lease_s
+            *(self.clock, self.queue, loop.fail, loop.is_frozen, loop.thawed_s),
+            *(visibility_s, lease_s, lead_ttl_s, silence_s),
         )
         self.damage = Damage(
             self.objects, self.ledger, self.watch.trust.touched, self.watch.damaged
         )
+        self.watch.are_looks_slow = bool(self.faults and self.faults.slow_looks_s)
         if self.watched:
             self.objects.written = self.watch.written
             self.queue.lapsed = self.watch.lapsed
@@ -171,6 +174,10 @@ class World:
     @property
     def manager(self) -> Manager | None:
         return self.post.manager if self.post else None
+
+    def living_leads(self) -> list[Actor]:
+        """The managers that believe that they lead."""
+        return [one.actor for one in self.posts if one.manager.is_leader.is_set()]
 
     @property
     def last_owner(self) -> str:
@@ -276,7 +283,7 @@ class World:
         job, stage = scene.job.id, scene.stage.name
         start = Start(now_s, CURRENT.get(), job, stage, scene.task, scene.bundle.round)
         self.watch.started(start)
-        self.watch.begins(scene.bundle, start.actor)
+        self.watch.begins(scene.bundle, scene.task, start.actor)
 
         def ended() -> None:
             start.ended_s = self.clock.monotonic_s()
@@ -403,7 +410,7 @@ class SimWorker:
     def stop(self, grace_s: float) -> None:  # noqa: ARG002 - the launcher keeps the deadline
         """SIGTERM."""
         if self.ended is None:
-            self._world.watch.oracles.leaves(self.actor, self._world.clock.monotonic_s())
+            self._world.watch.leaves(self.actor)
             self.worker.drain()
 
     def kill(self, reason: str) -> None:

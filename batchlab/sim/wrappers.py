@@ -160,9 +160,10 @@ class _Port:
         self._note(point, kind, label, shown, result if error is None else error)
         if kind is FaultKind.KILL_AFTER:
             self._die()
-        if point.answer_s or extra_s:
+        takes_s = point.answer_s + (faults.slow_s(point, label) if faults is not None else 0.0)
+        if takes_s or extra_s:
             taken = result if label == "queue.receive" and kind is not FaultKind.ANSWER_LOST else []
-            await self._answer(point.answer_s, extra_s, args, taken)
+            await self._answer(takes_s, extra_s, args, taken)
         self._acknowledge(label, args)
         if kind is not None:
             self._disturbed(0.0)

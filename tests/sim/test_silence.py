@@ -101,10 +101,21 @@ class Scene:
             SimIds(rng),
             Patience(rng),
         )
-        self.registry = Registry(ports, {})
-        evidence = Evidence(ports, self.registry, {}, {}, AsyncMock())
-        self.silence = Silence(ports, ManagerSettings(silence_s=30.0), self.registry, evidence)
+        self._ports = ports
+        self._listen()
         self._number = 0
+
+    def _listen(self) -> None:
+        self.registry = Registry(self._ports, {})
+        evidence = Evidence(self._ports, self.registry, {}, {}, AsyncMock())
+        settings = ManagerSettings(silence_s=30.0)
+        self.silence = Silence(self._ports, settings, self.registry, evidence)
+
+    async def restart(self) -> None:
+        """Another manager takes the lead."""
+        await self.registry.instances.save()
+        self._listen()
+        await self.registry.instances.load()
 
     async def looks(self, seconds: int, *heard: str) -> list[str]:
         """Who has been called unhealthy by then, while those beat every minute."""
@@ -181,6 +192,20 @@ def test_time_in_which_nobody_could_be_heard_adds_nothing_and_takes_nothing() ->
             assert await scene.looks(int(LOST_S / 10), "i-beats") == []
         assert await scene.looks(int(LOST_S / 10) - 10, "i-beats") == []
         assert await scene.looks(20, "i-beats") == ["i-1"]
+
+    play(main)
+
+
+def test_a_new_leader_goes_on_with_the_silence_that_the_one_before_has_counted() -> None:
+    """Each restart of the manager began the count anew: an instance whose worker had stopped was
+    kept for 1,500 s and more."""
+
+    async def main() -> None:
+        scene = Scene("i-beats", "i-1")
+        for _ in range(3):
+            assert await scene.looks(int(0.3 * LOST_S) + 2, "i-beats") == []
+            await scene.restart()
+        assert await scene.looks(int(0.1 * LOST_S) + 2, "i-beats") == ["i-1"]
 
     play(main)
 

@@ -318,6 +318,10 @@ class SimQueue:
         """The queues there are."""
         return sorted(self._queues)
 
+    def bodies(self, queue: str) -> list[str]:
+        """The bodies of all messages of the queue."""
+        return [entry.body for entry in self._queues[queue].entries.values()]
+
     def held_s(self, queue: str, receipt: str) -> float:
         """For how long the message will still be hidden by the receive that gave this receipt: 0
         where it is visible, gone, or somebody else's."""

@@ -4,7 +4,18 @@ Invariant: a mutant changes the product in the test's process only, and only whi
 Add every real bug that is found later; docs/planted-bugs.md says how.
 """
 
-from tests.sim.mutants import fleet, ids, lies, manager, storage, waste, worker
+from tests.sim.mutants import fleet, ids, leaders, lies, manager, storage, waste, words, worker
 from tests.sim.mutants.kit import MUTANTS
 
-__all__ = ["MUTANTS", "fleet", "ids", "lies", "manager", "storage", "waste", "worker"]
+__all__ = [
+    "MUTANTS",
+    "fleet",
+    "ids",
+    "leaders",
+    "lies",
+    "manager",
+    "storage",
+    "waste",
+    "words",
+    "worker",
+]

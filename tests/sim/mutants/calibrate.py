@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from batchlab.sim.plans import LIMIT_S, Plan, draw
+from batchlab.sim.fuzz import WEATHERS
+from batchlab.sim.plans import LIMIT_S, Plan
+from batchlab.sim.trial import plan_of
 from tests.sim.mutants import MUTANTS
 from tests.sim.mutants.kit import ENOUGH, KNOWN, Known, Mutant, hunt, known
 
@@ -42,8 +44,9 @@ def table_in(page: str) -> str:
     return page.split(BEGIN)[1].split(END)[0].strip()
 
 
-def _small_first() -> list[int]:
-    return sorted(range(ENOUGH), key=lambda seed: not _is_small(draw(seed)))
+def _small_first(mutant: Mutant) -> list[int]:
+    weather = WEATHERS[mutant.weather]
+    return sorted(range(ENOUGH), key=lambda seed: not _is_small(plan_of(seed, weather)))
 
 
 def _is_small(plan: Plan) -> bool:
@@ -53,7 +56,7 @@ def _is_small(plan: Plan) -> bool:
 
 def _calibrated(mutant: Mutant, before: Known | None) -> Known | None:
     kept = [] if before is None else [before.seed]
-    for seeds in (kept, _small_first()):
+    for seeds in (kept, _small_first(mutant)):
         found = hunt(mutant, seeds)
         if found.caught:
             return Known(found.caught.seed, found.caught.promise)

@@ -186,7 +186,7 @@ def retry_runs_all_again(plant: Plant) -> None:
         return TaskSet()
 
 
-@planted("I7", "ends")
+@planted("I1", "I3", "I7", "ends")
 def retry_forgotten_by_the_next_leader(plant: Plant) -> None:
     """A retry re-opens the job in the ledger, and then sends its bundles. A manager that dies in
     between leaves a running job without a bundle (I7)."""
@@ -199,7 +199,7 @@ def retry_forgotten_by_the_next_leader(plant: Plant) -> None:
 # --- The lost ------------------------------------------------------------------------------------
 
 
-@planted("I7")
+@planted("I7", "silence")
 def reconciler_that_never_looks(plant: Plant) -> None:
     """Queues do not lose messages, so nobody looks for silent bundles. One that was lost, or never
     sent, is waited for for ever (I7)."""

@@ -24,6 +24,7 @@ from batchlab.worker.closing import Closing
 from batchlab.worker.controls import Controls
 from batchlab.worker.hand import Hand
 from batchlab.worker.loop import Worker
+from batchlab.worker.notices import Departure
 from batchlab.worker.suspects import Suspects
 from batchlab.worker.tenure import Tenure
 from tests.sim.mutants.kit import Plant, planted
@@ -216,6 +217,17 @@ def drain_forgets_what_was_prefetched(plant: Plant) -> None:
     def drain(self: Worker, notice: Notice | None = None) -> None:
         original(self, notice)
         vars(self._closing)["send_again"] = forget
+
+
+@planted("I6")
+def drain_keeps_what_was_prefetched(plant: Plant) -> None:
+    """A draining worker gives back each message that it has not begun once a slot is free for it.
+    Until then, nobody else can run it (I6)."""
+
+    @plant.method(Departure, "hand_back")
+    def hand_back(self: Departure) -> None:
+        for hand in list(self._hands.values()):
+            hand.handle.stop = True
 
 
 # --- Control -------------------------------------------------------------------------------------

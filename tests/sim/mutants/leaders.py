@@ -1,0 +1,81 @@
+"""Bugs in how managers follow each other, and in how they wait for workers.
+
+Each docstring describes the code of the mutant, and names the promise that it breaks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterator
+
+from batchlab.manager.adoption import Adoption
+from batchlab.manager.cutting import Cutter
+from batchlab.manager.lease import Leadership
+from batchlab.manager.live import LiveJob
+from batchlab.manager.reconciler import Reconciler
+from batchlab.manager.silence import Silence
+from batchlab.ports import Depth, Written
+from tests.sim.mutants.kit import Plant, planted
+
+
+@planted("lead")
+def lost_lease_noticed_late(plant: Plant) -> None:
+    """A manager that finds the name of another one on the lease asks twice more, in case that was
+    a mistake. Both lead meanwhile (lead)."""
+    original = Leadership.keep
+
+    @plant.method(Leadership, "keep")
+    async def keep(self: Leadership, on_gap: Callable[[], None]) -> None:
+        for _ in range(3):
+            await original(self, on_gap)
+            await asyncio.sleep(self._ttl_s / 3)
+
+
+@planted("waste")
+def adoption_without_a_wait(plant: Plant) -> None:
+    """A new leader takes each outstanding bundle for a silent one. It sends copies of bundles that
+    workers have (waste)."""
+    original = Adoption.adopt
+
+    @plant.method(Adoption, "adopt")
+    async def adopt(self: Adoption, found: Written, *, beside: bool = False) -> LiveJob:
+        live = await original(self, found, beside=beside)
+        if not found.is_new:
+            for one in live.all_outstanding():
+                one.heard_s = -math.inf
+        return live
+
+
+@planted("silence")
+def silence_forgiven_while_a_queue_has_messages(plant: Plant) -> None:
+    """A silent bundle probably waits in the queue, so it is looked for once the queue is empty. A
+    lost one is not found while others keep the queue busy (silence)."""
+    original = Reconciler._limit_s
+
+    @plant.method(Reconciler, "_limit_s")
+    def _limit_s(self: Reconciler, pool: str, depth: Depth) -> float:
+        return math.inf if depth.visible else original(self, pool, depth)
+
+
+@planted("silence", "I5")
+def silence_of_an_instance_forgiven(plant: Plant) -> None:
+    """Silence counts only while the manager conducts no job. An instance whose worker has stopped
+    keeps its place (silence)."""
+    original = Silence._heard
+
+    @plant.method(Silence, "_heard")
+    def _heard(self: Silence, instance: str, since_s: float) -> bool:
+        return original(self, instance, since_s) or bool(self._registry._lives)
+
+
+@planted("priority")
+def priority_ignored(plant: Plant) -> None:
+    """All jobs with tasks left share the window of a pool. A job of a high priority waits for
+    others (priority)."""
+
+    @plant.method(Cutter, "_rivals")
+    def _rivals(self: Cutter, live: LiveJob, pool: str) -> Iterator[LiveJob]:
+        for one in self._lives.values():
+            if one is not live and one.job.priority == live.job.priority and one.is_left(pool):
+                yield one

@@ -1,0 +1,115 @@
+"""Bugs in what follows from the words of users: pause, resume, cancel, retry, and backoff.
+
+Each docstring describes the code of the mutant, and names the promise that it breaks.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+
+from batchlab import control
+from batchlab.errors import AlreadyExists
+from batchlab.jobdef import RetryRule
+from batchlab.manager.requests import Requests
+from batchlab.manager.retries import Chosen, Retry, RetryPlanner, failed_tasks
+from batchlab.model import Bundle, Control, Follow, JobId, JobState, TaskSet
+from batchlab.ports import JobRecord, Written
+from batchlab.protocol import naming, settle
+from batchlab.worker.controls import Controls
+from batchlab.worker.loop import Worker
+from tests.sim.mutants.kit import Plant, planted
+
+
+@planted("lease")
+def pause_only_between_bundles(plant: Plant) -> None:
+    """A worker obeys a cancellation at once, and a pause before its next bundle. The tasks of a
+    running bundle start though the job is paused (lease)."""
+    original = Worker._looked
+
+    @plant.method(Worker, "_looked")
+    def _looked(self: Worker, job: JobId, control: Control, until_s: float) -> None:
+        original(self, job, Control.RUN if control is Control.PAUSE else control, until_s)
+
+
+@planted("lease", "I4")
+def control_lease_from_the_answer(plant: Plant) -> None:
+    """The lease of a look at the control object counts from its answer. An answer that takes
+    seconds lets tasks start after the cancellation was acknowledged (I4)."""
+    original = Controls.look
+
+    @plant.method(Controls, "look")
+    async def look(self: Controls, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
+        await original(self, job, is_new=is_new)
+        entry = self._entries[job]
+        entry.asked_s = self._clock.monotonic_s()
+        until_s = entry.asked_s + self._lease_s
+        self._on_look(job, entry.control, until_s)
+        return entry.control, until_s
+
+
+@planted("waste")
+def resume_sends_bundles_as_new(plant: Plant) -> None:
+    """A resume sends the outstanding bundles as they were cut. If the event of a committed
+    bundle was lost, the bundle runs again (waste)."""
+
+    @plant.method(Requests, "resume")
+    async def resume(self: Requests, job: JobId) -> None:
+        live = self.running(job, "resumed")
+        await self._control(live, Control.RUN)
+        again = [replace(one.bundle, losses=0) for one in live.all_outstanding()]
+        await self._conductor.send(live.job, again)
+        live.poke.set()
+
+
+@planted("start times")
+def retry_without_its_due_time(plant: Plant) -> None:
+    """Only the delay of a retry's message says when it is due. A resume, and the next leader, send
+    it at once (start times)."""
+    original = settle._again
+
+    @plant.everywhere(original)
+    def _again(bundle: Bundle, tasks: TaskSet, rule: RetryRule, ended_s: float) -> Follow:
+        made = original(bundle, tasks, rule, ended_s)
+        return replace(made, bundle=replace(made.bundle, due_s=None))
+
+
+@planted("retries", "step 3", "I1", "I2", "I3")
+def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
+    """If the object of its round exists, a retry goes on with its own choice. The ledger re-opens
+    other tasks than the bucket says (I3)."""
+
+    original = Requests.retry
+
+    @plant.method(Requests, "retry")
+    async def retry(self: Requests, job: JobId, chosen: Chosen | None = None) -> JobRecord:
+        objects, patience = self._ports.objects, self._ports.patience
+        record = await self._ports.ledger.job(job)
+        if not record.state.ended or record.state is JobState.SUCCEEDED:
+            return await original(self, job, chosen)
+        round_ = record.round + 1
+        made = await self._retries.plan(record, chosen)
+        await control.permit(objects, job, round_, patience)
+        key = naming.retry(job, round_)
+        self._begun.add(job)
+        with suppress(AlreadyExists):
+            await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
+        await self._ports.ledger.reopen(job, round_, made.reopened)
+        live = await self._adopt(Written(await self._ports.ledger.rows(job), is_new=False))
+        self._begun.discard(job)
+        await self._conductor.send(live.job, [b for cut in made.cuts for b in cut.bundles])
+        return live.record
+
+
+@planted("retries")
+def retry_that_keeps_failures(plant: Plant) -> None:
+    """A retry of all takes back the failures of the first stage that has some. Failures of later
+    stages stay (retries)."""
+    original = RetryPlanner.plan
+
+    @plant.method(RetryPlanner, "plan")
+    async def plan(self: RetryPlanner, record: JobRecord, chosen: Chosen | None) -> Retry:
+        failed = await failed_tasks(self._ports, record)
+        if chosen is None and failed:
+            chosen = dict([next(iter(failed.items()))])
+        return await original(self, record, chosen)
