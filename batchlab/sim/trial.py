@@ -121,8 +121,8 @@ def faults_for(seed: int, weather: Weather = ALL) -> Faults:
 
 
 def _focus_of(seed: int, weather: Weather, plan: Plan) -> Focus | None:
-    """The focus of the world of `seed`, which only varied weathers have."""
-    is_usual = weather.varied and not (weather.timed or weather.lies or weather.storage)
+    """Return the focus of the world of `seed`, which only the usual weather has."""
+    is_usual = weather == ALL
     return focus_of(seed) if is_usual and plan.limit_s == LIMIT_S else None
 
 
