@@ -1,10 +1,10 @@
 """Evidence that an instance does what its worker reports.
 
 Invariant: a report alone is not evidence. Evidence is an outcome that was counted, or a held bundle
-of a job whose commit key the worker has, while that bundle is outstanding. Each bundle has one
-outcome, so a worker that lies runs out of evidence once the jobs that it was given have ended. An
-honest worker that runs nothing but copies of bundles that have ended has none either: its results
-would be thrown away.
+of a live job whose commit key the worker has. It need not be outstanding: another worker that has
+the key could have reported its end. So a worker that lies runs out of evidence once the jobs that
+it was given have ended. An honest worker that runs nothing but copies of bundles of ended jobs has
+none either: its results would be thrown away.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from batchlab.manager.live import LiveJob, Ports
 from batchlab.manager.registry import Registry
 from batchlab.model import Control, JobId
 from batchlab.ports import Depth, JobRecord
-from batchlab.protocol.messages import Beat, Held
+from batchlab.protocol.messages import Beat
 
 IDLE = "its worker has taken no work"
 BUSY = "its worker reports work of which the manager knows nothing"
@@ -71,11 +71,7 @@ class Evidence:
         return True
 
     def _is_shown(self, beat: Beat) -> bool:
-        return beat.worker in self.authors or any(map(self._is_outstanding, beat.held))
-
-    def _is_outstanding(self, held: Held) -> bool:
-        live = self._lives.get(held.job)
-        return live is not None and held.bundle in live.outstanding.get(held.stage, ())
+        return beat.worker in self.authors or any(one.job in self._lives for one in beat.held)
 
     def _waits(self, pool: str) -> bool:
         """Whether the queue of the pool has messages, and a bundle is due that no worker holds.
