@@ -34,6 +34,10 @@ class Silences:
         """A worker stops for ever."""
         self.stopped[actor] = 0.0
 
+    def sent(self, name: Name) -> None:
+        """A bundle is sent, whether or not the message arrives."""
+        self._lost_s.pop(name, None)
+
     def look(self, lost: Collection[Name], since_s: float | None, now_s: float) -> None:
         """Check the bundles that are `lost`: not committed, in no queue, and in no worker.
 

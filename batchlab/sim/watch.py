@@ -334,6 +334,7 @@ class Watch:
                 name = name_of_bundle(bundle)
                 disturbed = self._excused(actor, now_s - RECENT_S)
                 self.oracles.sent(actor.name, bundle, now_s, disturbed=disturbed)
+                self.silences.sent(name)
                 self._keeps_losses(actor, bundle)
                 self._looks_first(actor, bundle, now_s)
                 self._require(
