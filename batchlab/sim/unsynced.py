@@ -1,4 +1,4 @@
-"""Writes of objects that a power cut may take back: nobody knows yet that they are on the disk."""
+"""Writes of objects that a power cut may take back, since they may not be on the disk yet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Unsynced:
     """The content before the first unacknowledged write, and its time, by key."""
 
     def written(self, key: str, before: bytes | None) -> None:
-        """A process has written the object, and has no answer yet."""
+        """Record a write of the object that is not acknowledged yet."""
         self._before.setdefault(key, (before, self.clock.monotonic_s()))
 
     def acknowledged(self, key: str) -> None:
