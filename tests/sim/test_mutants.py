@@ -73,7 +73,7 @@ def test_a_catch_by_another_promise_does_not_count() -> None:
 
 def test_a_world_that_goes_on_for_ever_is_caught_early() -> None:
     """I7, long before its limit of virtual time."""
-    name = "reconciler that never looks"
+    name = "poison without a limit"
     hanging = next(one for one in MUTANTS if one.name == name)
     seed = known()[name].seed
     seen, plain = mutated(hanging, seed), unmutated(seed)
