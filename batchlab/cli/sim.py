@@ -35,7 +35,8 @@ WeatherOption = Annotated[
     typer.Option(
         "--weather",
         metavar="NAME",
-        help="Which faults: all, crashes (kills only), storm, or timed (all, and a schedule).",
+        help="Which faults: all, crashes (kills only), storm, timed (all, and a schedule), "
+        "lies (lying workers), storage (damaged objects), or accounts (all, and usage).",
     ),
 ]
 
