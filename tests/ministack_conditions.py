@@ -4,7 +4,7 @@ AWS documents them in "Enforce conditional writes on Amazon S3 buckets": `s3:if-
 request with that header, and `s3:ObjectCreationOperation` is true for a request that creates an
 object and false for a request that uploads a part of one.
 
-MiniStack's own Python runs this file: it imports nothing of batchlab.
+MiniStack's own Python runs this file, so the file does not import batchlab.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Context = Callable[..., dict[str, Any]]
 
 
 def with_conditional_writes(known: Context) -> Context:
-    """Return MiniStack's function of a request's condition keys, with two more keys."""
+    """Wrap MiniStack's function that returns a request's condition keys, and add two keys."""
 
     def context(
         action: str,

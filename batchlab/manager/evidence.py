@@ -1,10 +1,10 @@
 """Evidence that an instance does what its worker reports.
 
 Invariant: a report alone is not evidence. Evidence is an outcome that was counted, or a held bundle
-of a live job whose commit key the worker has. It need not be outstanding: another worker that has
-the key could have reported its end. So a worker that lies runs out of evidence once the jobs that
-it was given have ended. An honest worker that runs nothing but copies of bundles of ended jobs has
-none either: its results would be thrown away.
+of a live job whose commit key the worker has. The bundle need not be outstanding, because another
+worker with the key could have reported its end. So a lying worker loses its evidence when the
+jobs that it was given have ended. An honest worker that runs nothing but copies of bundles of ended
+jobs lacks evidence too. The grid would discard its results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BUSY = "its worker reports work of which the manager knows nothing"
 
 
 class Evidence:
-    """Evidence of each worker of a grid, as one manager has it."""
+    """Evidence that one manager has of each worker of a grid."""
 
     def __init__(
         self,
@@ -33,18 +33,18 @@ class Evidence:
         depths: Mapping[str, Depth],
         known: Callable[[JobId], Awaitable[JobRecord]],
     ) -> None:
-        """`known` returns a job that may be in the bucket alone; NotFound."""
+        """`known` returns a job of the ledger or the bucket, or raises NotFound."""
         self._ports = ports
         self._registry = registry
         self._lives = lives
         self._depths = depths
         self._known = known
         self.authors: set[str] = set()
-        """Workers of outcomes that were counted since the last look."""
+        """Workers of the outcomes that were counted since the last call of `missing`."""
 
     def missing(self, pools: Mapping[str, str]) -> dict[str, str]:
-        """Return the instances among these (by pool) whose work is not shown by any evidence, with
-        the reason. An idle instance needs none while no work waits in its pool."""
+        """Return the reason for each instance without evidence of work. `pools` maps instances to
+        pools. An idle instance needs no evidence while no work waits in its pool."""
         waits = {pool: self._waits(pool) for pool in dict.fromkeys(pools.values())}
         lacking: dict[str, str] = {}
         for instance, pool in pools.items():
@@ -59,8 +59,10 @@ class Evidence:
         return lacking
 
     async def is_refuted(self, instance: str) -> bool:
-        """Whether none of the held bundles is of a job that goes on. This reads the ledger and the
-        bucket: a manager may have died before it had written a job to the ledger. BackendError."""
+        """Return whether no held bundle belongs to a job that has not ended.
+
+        This reads the ledger and the bucket, because a manager may have died before it had
+        written a job to the ledger. Raises BackendError if they cannot be read."""
         seen = self._registry.workers.get(instance)
         for job in sorted({one.job for one in seen.beat.held} - self._lives.keys() if seen else ()):
             try:
@@ -74,8 +76,8 @@ class Evidence:
         return beat.worker in self.authors or any(one.job in self._lives for one in beat.held)
 
     def _waits(self, pool: str) -> bool:
-        """Whether the queue of the pool has messages, and a bundle is due that no worker holds.
-        Messages alone do not count: any worker can send some that no worker can run."""
+        """Return whether the pool's queue has messages, and a bundle is due that no worker holds.
+        Messages alone do not count, because any worker can send messages that no worker can run."""
         depth = self._depths.get(pool)
         if depth is None or not depth.visible:
             return False

@@ -1,8 +1,9 @@
-"""The account of each job against what happened in its world.
+"""Check of each job's account against the outcomes in its world.
 
 Invariant: no outcome is counted twice, whatever happens to managers. In a world with a single
-manager and no rebuild, the account of a job that succeeded at once has each outcome, and the slot
-seconds of each attempt that failed. Outcomes that are committed after the end of a job are in none.
+manager and no rebuild, the account of a job that succeeded without a retry has each outcome, and
+the slot seconds of each failed attempt. No account has outcomes that are committed after the end of
+the job.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ def _require(holds: bool, facts: str) -> None:
 async def check_account(
     world: World, job: JobDef, outcomes: Sequence[Outcome], *, undisturbed: bool
 ) -> None:
-    """Compare the account that is written down at the end of a job with its outcomes."""
+    """Compare the account that is stored at the end of a job with the job's outcomes."""
     if not outcomes:
-        return  # it may have come and gone between two ticks
+        return  # the job may have begun and ended between two ticks
     for _ in range(MOST_TICKS):
-        # It is written at the manager's next tick after the end.
+        # The manager writes the account at its next tick after the end of the job.
         if not undisturbed or world.objects.content(naming.used(job.id)):
             break
         await asyncio.sleep(1.0)

@@ -20,32 +20,32 @@ from batchlab.sim.faults import FaultKind
 
 @dataclass(slots=True)
 class Damage:
-    """The damaged objects of one world. `touched` collects the jobs that have one."""
+    """The damaged objects of one world. `touched` collects the jobs that have a damaged object."""
 
     objects: SimObjects
     ledger: object
     touched: set[str]
     jobs: set[str]
-    """The jobs with objects that were damaged."""
+    """The jobs that have a damaged object."""
     vulnerable: set[JobId] = field(default_factory=set)
     hit: dict[str, tuple[FaultKind, bytes | None]] = field(default_factory=dict)
-    """The kind of damage, and the content since then, by key."""
+    """The kind of damage, and the content after it, by key."""
 
     _flushed: dict[str, Any] | None = None
     """The state of the ledger after its last transaction that waited for the disk."""
 
     def save_ledger(self) -> None:
-        """Remember the ledger as it is: its log has reached the disk."""
+        """Save the current state of the ledger, whose log has reached the disk."""
         if isinstance(self.ledger, SimLedger):
             self._flushed = copy.deepcopy(vars(self.ledger))
 
     def lose_folds(self) -> None:
-        """Give the ledger back the state that has reached the disk."""
+        """Restore the last state of the ledger that has reached the disk."""
         if isinstance(self.ledger, SimLedger) and self._flushed is not None:
             vars(self.ledger).update(copy.deepcopy(self._flushed))
 
     def strike(self, kind: FaultKind, rng: random.Random) -> str | None:
-        """Damage an object of a vulnerable job; return its key, None if there is none."""
+        """Damage an object of a vulnerable job. Return its key, or None if none exists."""
         groups: dict[str, list[str]] = {}
         for key in self.objects.names():
             parts = key.split("/")
@@ -53,7 +53,7 @@ class Damage:
                 groups.setdefault(group_of(key), []).append(key)
         if not groups:
             return None
-        # Outcomes are many, and the definition of a job is one.
+        # A job has many outcomes and one definition, so the group is chosen first.
         key = rng.choice(groups[rng.choice(sorted(groups))])
         before = self.objects.content(key)
         assert before is not None
@@ -65,7 +65,7 @@ class Damage:
         return key
 
     def standing(self, kinds: Collection[FaultKind]) -> list[str]:
-        """Return the keys whose object is still as damage of one of these kinds has left it."""
+        """Return the damaged objects of these kinds whose content has not changed since."""
         return [
             key
             for key, (kind, data) in self.hit.items()

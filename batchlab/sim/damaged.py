@@ -1,8 +1,8 @@
-"""The promises to a job of which the store has damaged an object.
+"""Checks of the promises to jobs with a damaged object.
 
-Such a job ends. Unless a bit of an object was changed, each task that fails for the damage, and
-each end that the job's counters do not explain, names the object. A rebuild of the ledger names the
-torn objects that it reads.
+Such a job ends. The reason of each task that fails because of the damage names the object, and so
+does the reason of each end that the job's counters do not explain. A job with a changed bit is
+exempt from both. A rebuild of the ledger names the torn objects that it reads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from batchlab.sim.world import World
 
 READ_BY_REBUILD = {"spec.json", "control.json", "cuts", "outcomes", "final"}
-"""Groups of objects that a rebuild reads; it stops at the first other one that it cannot read."""
+"""Groups of objects that a rebuild reads. It ends with a job at an unreadable definition, cut, or
+retry, and goes on with the next job."""
 
 
 def _require(holds: bool, name: str, facts: str) -> None:
@@ -55,8 +56,10 @@ async def check_damaged(world: World, jobs: Sequence[JobId], rebuilt: Rebuilt) -
 
 
 async def is_lost(world: World, job: JobId) -> bool:
-    """Whether the job may wait for ever: its end was lost, so it is restored after its user has
-    left, and its word is lost too, so it is paused, or is a word of no release."""
+    """Return whether the job may wait for ever.
+
+    Its end was lost, so a rebuild restores it after its user has left. Its control object is
+    damaged too: the job is restored as paused, or a changed bit has made its word unknown."""
     record = await world.find(job)
     if record is None or record.state.ended or naming.control(job) not in world.damage.hit:
         return False
@@ -70,7 +73,7 @@ def _is_rotted(world: World, job: JobId) -> bool:
 
 def _check_named(world: World, rebuilt: Rebuilt) -> None:
     lost = {job_of(key) for key in rebuilt.unreadable if group_of(key) != "outcomes"}
-    # Without a retry, nothing of its round is read.
+    # If a retry is unreadable, a rebuild reads no object of its round.
     lost |= {job_of(key) for key in world.damage.hit if group_of(key) == "retries"}
     for key in world.damage.standing([FaultKind.TORN]):
         group = group_of(key)
@@ -88,7 +91,7 @@ def _is_replaced(world: World, key: str) -> bool:
 
 
 async def _check_end(world: World, record: JobRecord) -> None:
-    """The counters, the user, or a damaged object explain the end of the job."""
+    """Check that the counters, the user, or a damaged object explain the end of the job."""
     job = record.job
     counts = [stage.counts for stage in (await world.rows(job.id)).stages]
     if job.max_failures_percent:
@@ -111,7 +114,7 @@ def _names_damage(world: World, job: JobId, reason: str) -> bool:
 
 
 async def _check_outcomes(world: World, job: JobDef) -> None:
-    """An outcome of the ledger can be read, unless it was damaged; each failure has its cause."""
+    """Check that each undamaged outcome in the ledger can be read, and names causes of failure."""
     try:
         key = await CommitKeys(world.objects).of(job)
     except BackendError:

@@ -1,7 +1,7 @@
-"""Worlds with a focus: what they are made for happens in them again and again.
+"""Worlds with a focus: one rare situation happens in them again and again.
 
-Invariant: whether a seed has a focus, and which, is drawn from a random source of its own, so that
-the other seeds keep their worlds.
+Invariant: a separate random source decides whether a seed has a focus, and which focus, so the
+other seeds keep their worlds.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ SHARE = 0.18
 
 
 class Focus(StrEnum):
-    """The purpose of a world."""
+    """The rare situation that a world makes frequent."""
 
     STEADY = "steady"
     """A queue that does not become empty, workers that freeze for ever, and lost messages."""
     WORDS = "words"
-    """Users who pause, resume, and cancel running bundles, slow looks, and lost events."""
+    """Users who pause, resume, and cancel running bundles, slow reads of control objects, and lost
+    events."""
     RIVALS = "rivals"
-    """Managers that take the lead from each other, and users who retry some of what has failed."""
+    """Managers that take the lead from each other, and users who retry some of the failed tasks."""
 
 
 WEATHERS = {
@@ -59,7 +60,7 @@ WEATHERS = {
 
 
 def focus_of(seed: int) -> Focus | None:
-    """Return the focus of a seed's world; None if it has none."""
+    """Return the focus of a seed's world, or None if it is an ordinary world."""
     rng = _rng(seed, "share")
     return rng.choice(list(Focus)) if rng.random() < SHARE else None
 

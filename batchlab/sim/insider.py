@@ -1,7 +1,7 @@
 """The lies of a worker about jobs whose commit keys it has: sealed outcomes and proven events.
 
-Invariant: a lie has a right seal or proof of a job that the worker was given, and breaks one other
-rule. Only the bare functions of seals and proofs are used, never a writer of the product.
+Invariant: a lie has a valid seal or proof of a job that the worker was given, and breaks one other
+rule. This module uses only the functions that make seals and proofs, never a writer of the product.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LIES = 24
 GAP_S = (0.1, 6.0)
 """Seconds between two lies."""
 TAKING_SHARE = 0.3
-"""Share of the insiders that also receive messages. They answer these with lies only."""
+"""Share of the insiders that also receive messages themselves. They run none of these tasks."""
 KNOWN = 40
 """Task messages that an insider remembers."""
 FORGED_STARTS = 3
@@ -33,7 +33,7 @@ FORGED_STARTS = 3
 
 
 class Insider:
-    """The second lying part of one worker; `liar` is the first."""
+    """The lying part of one worker that uses commit keys. `liar` is the part that needs none."""
 
     def __init__(self, means: Means, liar: Liar, rng: random.Random) -> None:
         self._means, self._liar, self._rng = means, liar, rng
@@ -49,7 +49,7 @@ class Insider:
         )
 
     async def lie(self, pace: float) -> None:
-        """Tell LIES lies. An error that a service answers is part of the liar's life."""
+        """Tell LIES lies. Errors that a service answers are expected and ignored."""
         for _ in range(LIES):
             await asyncio.sleep(self._rng.uniform(*GAP_S) * pace)
             try:
@@ -68,7 +68,7 @@ class Insider:
             )
             bodies += [message.body for message in taken]
         for doc in map(loaded, bodies):
-            # Other liars send odd ones.
+            # Other liars send malformed messages.
             bundle = doc["b"] if isinstance(doc.get("b"), dict) else {}
             named = (doc.get("ck"), bundle.get("j"), bundle.get("s"))
             if all(isinstance(one, str) for one in named):
@@ -76,7 +76,7 @@ class Insider:
         self._tasks = self._tasks[-KNOWN:]
 
     def _task(self) -> tuple[Doc, CommitKey]:
-        """A bundle that this worker was given, with the commit key; ValueError without one."""
+        """Return a received bundle with its commit key, or raise ValueError if there is none."""
         if not self._tasks:
             raise ValueError("no message was received")
         doc = self._rng.choice(self._tasks)
@@ -104,14 +104,14 @@ class Insider:
         await self._proven({bundle["j"]: key}, **parts)
 
     async def _foreign_reference(self) -> None:
-        """Let results of several bundles refer to an object that belongs to no job."""
+        """Commit results of several bundles that refer to an object that belongs to no job."""
         reference = {"$value": await self._means.bait(self._rng)}
         for doc in self._tasks[-5:]:
             bundle = doc["b"]
             await self._lying_outcome(bundle, values=[reference] * tasks_in(bundle))
 
     async def _foreign_follow(self) -> None:
-        """Let a bundle of another job follow."""
+        """Commit an outcome whose follow-up is a bundle of another job."""
         follow = {"b": self._liar.a_bundle(), "d": self._rng.choice((0.0, 1e9))}
         await self._lying_outcome(self._task()[0], follows=[follow])
 
@@ -127,7 +127,7 @@ class Insider:
         await self._proven({bundle["j"]: key}, k=[where])
 
     async def _huge(self) -> None:
-        """Name an object that is larger than an outcome may be. One is enough for a world."""
+        """Commit an outcome that is larger than allowed, at most once for each insider."""
         bundle, key = self._task()
         if self._may_be_huge:
             self._may_be_huge = False
@@ -144,7 +144,7 @@ class Insider:
         await self._means.send(naming.EVENTS, f'{{"p":{told},{text[1:]}')
 
     async def _other_facts(self) -> None:
-        """State facts about another job, with a proof of this worker's job, under either name."""
+        """Report on another job with a proof of this worker's job, under one job's name or both."""
         bundle, key = self._task()
         other = self._liar.a_bundle()
         jobs = self._rng.choice(([bundle["j"]], [other["j"]], [bundle["j"], other["j"]]))
@@ -154,14 +154,14 @@ class Insider:
         await self._proven(dict.fromkeys(jobs, key), **parts)
 
     async def _odd_completion(self) -> None:
-        """Add a completion whose parts do not fit to one whose parts do."""
+        """Send a valid completion together with a malformed one."""
         bundle, key = self._task()
         good, odd = self._liar.completion(bundle), self._liar.completion(bundle)
         odd[self._rng.choice(sorted(odd))] = self._rng.choice(ODD)
         await self._proven({bundle["j"]: key}, c=[good, odd])
 
     async def _hold_of_others(self) -> None:
-        """Claim a bundle of another job beside one of a job whose commit key this worker has."""
+        """Claim a bundle of another job together with a bundle of this worker's job."""
         bundle, key = self._task()
         queue = naming.tasks_queue(self._means.who.pool)
         held = [
@@ -183,14 +183,14 @@ class Insider:
     # --- Markers and messages --------------------------------------------------------------------
 
     async def _starts(self) -> None:
-        """Pretend that workers have started tasks that are alone in their bundles, and died."""
+        """Forge start markers of workers that died, for tasks that are alone in their bundles."""
         alone = [one for one in self._liar.open_bundles() if tasks_in(one) == 1]
         for other in self._rng.sample(alone, min(FORGED_STARTS, len(alone))):
             stage, name = str(other["s"]), bundle_id(other)
             sealed = ""
             if self._tasks and self._rng.random() < 0.5:
                 bundle, key = self._task()
-                if bundle["j"] != other["j"]:  # a seal of another job
+                if bundle["j"] != other["j"]:  # the key of another job makes a wrong seal
                     sealed = f".{seal(key, 'start', stage, name)}"
             for number in range(FORGED_STARTS):
                 data = json.dumps({"v": 1, "worker": f"w-forged{number}", "at_s": 1.0})
@@ -202,7 +202,7 @@ class Insider:
                     continue
 
     async def _other_task(self) -> None:
-        """Order a bundle of another job with the commit key of this worker's job."""
+        """Send a task message for another job's bundle with the commit key of this worker's job."""
         bundle, key = self._task()
         other = self._liar.a_bundle()
         if other["j"] != bundle["j"]:

@@ -1,6 +1,6 @@
 """The promise that a manager stops in time when it loses the lease.
 
-Invariant: this module knows only the effects of port calls, and when processes thaw.
+Invariant: this module uses only the effects of port calls, and the times when processes thaw.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from batchlab.sim.actors import Actor
 
 Require = Callable[[bool, str, str], None]
-"""(holds, promise, facts)."""
+"""A check with the arguments (holds, promise, facts)."""
 
 SLACK_S = 1.0
 """Allowance for the latency of calls."""
@@ -32,14 +32,14 @@ class Leads:
     _led_s: dict[Actor, float] = field(default_factory=dict)
     """When each manager took the lease."""
     _told_s: dict[Actor, float] = field(default_factory=dict)
-    """When the ledger answered a former leader that another manager has the lease."""
+    """When the ledger first answered a former leader that another manager has the lease."""
 
     def led_s(self, actor: Actor) -> float:
         """Return when the manager took the lease, or infinity if it never did."""
         return self._led_s.get(actor, math.inf)
 
     def leased(self, actor: Actor, owner: str, now_s: float) -> None:
-        """Record that the ledger has answered a manager which one holds the lease."""
+        """Record the ledger's answer to a manager that `owner` holds the lease."""
         if owner == actor.name:
             self._renewed_s[actor] = now_s
             self._led_s.setdefault(actor, now_s)
@@ -47,8 +47,8 @@ class Leads:
             self._told_s.setdefault(actor, now_s)
 
     def called(self, actor: Actor, label: str, now_s: float, *, disturbed: bool) -> None:
-        """Check a call of a manager. A fault has `disturbed` a manager that may get the answer
-        about its lease later."""
+        """Check a call of a manager. If a fault has `disturbed` the manager, it may receive the
+        answer about its lease later."""
         renewed_s = self._renewed_s.get(actor)
         if renewed_s is None or label in FREE:
             return

@@ -1,6 +1,7 @@
 """Checks of retries: each runs again the failures that a user chose, and no others.
 
-Invariant: this is a computation of its own from the objects in the bucket and the users' requests.
+Invariant: this module uses only the objects in the bucket and the users' requests, not the planner
+of the product.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def check_rounds(
     outcomes: Sequence[Outcome],
     choices: Sequence[Chosen | None],
 ) -> None:
-    """Each retry runs what one of the requests asked for; None asks for all failures."""
+    """Check that each retry runs the choice of one request. A choice of None is all failures."""
     for round_, retry in enumerate(retries, start=1):
         standing = _standing(retries[: round_ - 1], outcomes, round_)
         replanned = {one.stage for one in retry.reopened if one.replan}
@@ -34,7 +35,7 @@ def check_rounds(
 def _standing(
     earlier: Sequence[Retry], outcomes: Sequence[Outcome], round_: int
 ) -> dict[StageName, TaskSet]:
-    """The failures of the rounds before `round_` that no earlier retry has taken back."""
+    """Return the failures of the rounds before `round_` that no earlier retry has taken back."""
     found: dict[StageName, TaskSet] = {}
     for outcome in outcomes:
         stage, made = outcome.bundle.stage, outcome.bundle.round

@@ -1,6 +1,6 @@
-"""The promise that a manager finds what is silent, also while the queues do not become empty.
+"""The promise that a manager finds lost bundles and stopped workers, even if no queue gets empty.
 
-Invariant: only time counts in which a manager leads.
+Invariant: only the time in which a manager leads counts.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from batchlab.sim.actors import Actor
 from batchlab.sim.told import Name
 
 BUNDLE_SILENCES, INSTANCE_SILENCES = 14.0, 3.75
-"""A lost bundle is sent again, and a stopped worker's instance ended, after so many silences."""
+"""Limits for a new copy of a lost bundle, and the end of a stopped instance, in `silence_s`."""
 INSTANCE_S = 375.0
-"""An instance may always be silent for so long."""
+"""Seconds for which an instance may be silent, however short `silence_s` is."""
 SLACK_S = 60.0
 
 
@@ -24,24 +24,25 @@ class Silences:
 
     require: Callable[[bool, str, str, str | None], None]
     silence_s: float
-    """For how long a bundle may be silent before a manager looks for it."""
+    """Seconds for which a bundle may be silent before a manager looks for it."""
     stopped: dict[Actor, float] = field(default_factory=dict)
-    """For how long a manager has led since each worker stopped."""
+    """Seconds for which a manager has led since each worker stopped."""
     _lost_s: dict[Name, float] = field(default_factory=dict)
     _looked_s: float = 0.0
 
     def stops(self, actor: Actor) -> None:
-        """A worker stops for ever."""
+        """Record that a worker stops for ever."""
         self.stopped[actor] = 0.0
 
     def sent(self, name: Name) -> None:
-        """A bundle is sent, whether or not the message arrives."""
+        """Record that a bundle is sent, whether or not its message arrives."""
         self._lost_s.pop(name, None)
 
     def look(self, lost: Collection[Name], since_s: float | None, now_s: float) -> None:
-        """Check the bundles that are `lost`: not committed, in no queue, and in no worker.
+        """Check the stopped workers and the `lost` bundles.
 
-        A manager leads since `since_s`, None if none does."""
+        A lost bundle is not committed, in no queue, and in no worker. A manager has led since
+        `since_s`, which is None if no manager leads."""
         step_s, self._looked_s = now_s - self._looked_s, now_s
         self._lost_s = {name: self._lost_s.get(name, now_s) for name in lost}
         if since_s is None:

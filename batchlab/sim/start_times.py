@@ -12,22 +12,22 @@ from batchlab.jobdef import JobDef
 from batchlab.model import Bundle, Outcome
 
 Require = Callable[[bool, str, str, str], None]
-"""(holds, promise, facts, job)."""
+"""A check with the arguments (holds, promise, facts, job)."""
 
 EARLY_S = 0.6
-"""A worker may start a task so much before its time."""
+"""Seconds by which a worker may start a task before its time."""
 
 Try = tuple[str, str, int, int, int]
-"""(job, stage, round, attempt, task)."""
+"""One attempt of a task: (job, stage, round, attempt, task)."""
 
 
 @dataclass(slots=True)
 class StartTimes:
-    """The earliest start of each retry. All times are seconds of the epoch."""
+    """The earliest start of each further attempt. All times are seconds since the epoch."""
 
     require: Require
     is_exact: bool = False
-    """Whether the clocks of all processes agree. Without that nothing is checked."""
+    """Whether the clocks of all processes agree. If not, starts are not checked."""
     _jobs: dict[str, JobDef] = field(default_factory=dict)
     _due_s: dict[Try, float] = field(default_factory=dict)
 
@@ -36,7 +36,7 @@ class StartTimes:
         self._jobs[job.id] = job
 
     def committed(self, outcome: Outcome) -> None:
-        """Record the retries that follow from an outcome."""
+        """Record the further attempts that follow from an outcome."""
         bundle = outcome.bundle
         job = self._jobs.get(bundle.job)
         again = [
@@ -58,7 +58,7 @@ class StartTimes:
         if not self.is_exact:
             return
         job = self._jobs.get(bundle.job)
-        # A job that is retried before its start time begins at once.
+        # The start time applies to round 0 only: a job that its user retries begins at once.
         start_s = (job.start_at_s or 0.0) if job and not bundle.round else 0.0
         name = bundle.job, bundle.stage, bundle.round, bundle.attempt, task
         due_s = max(start_s, self._due_s.get(name, 0.0))

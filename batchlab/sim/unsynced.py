@@ -1,4 +1,4 @@
-"""Writes of objects that a power cut may take back, since they may not be on the disk yet."""
+"""Writes of objects that a power cut may undo, since they may not be on the disk yet."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from batchlab.ports import Clock
 
 SYNC_S = 0.1
-"""A write has reached the disk after so long, although its writer may not know that yet."""
+"""Seconds after which a write has reached the disk, even if its writer lacks the answer."""
 
 
 @dataclass(slots=True)
@@ -23,11 +23,11 @@ class Unsynced:
         self._before.setdefault(key, (before, self.clock.monotonic_s()))
 
     def acknowledged(self, key: str) -> None:
-        """A writer of the object knows that it has reached the disk."""
+        """Record that a writer of the object has the answer that it is on the disk."""
         self._before.pop(key, None)
 
     def before(self) -> dict[str, bytes | None]:
-        """Return the content before each write that a power cut may take back now, by key."""
+        """Return the content before each write that a power cut may undo now, by key."""
         since_s = self.clock.monotonic_s() - SYNC_S
         self._before = {key: one for key, one in self._before.items() if one[1] > since_s}
         return {key: before for key, (before, _) in self._before.items()}

@@ -1,4 +1,4 @@
-"""A worker that claims to be idle, or busy, for ever keeps neither a job nor an instance."""
+"""Attacks of a worker that claims to be idle or busy for ever, to hold up a job or an instance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUEUE = naming.tasks_queue("default")
 
 
 async def liar_of(world: World) -> SimWorker:
-    """The first worker of the world, which no longer receives messages."""
+    """Return the first worker of the world, and stop it from receiving messages."""
     while not world.workers:
         await asyncio.sleep(0.1)
     liar = next(iter(world.workers.values()))
@@ -79,8 +79,8 @@ def test_a_worker_that_says_that_it_is_idle_holds_up_no_job() -> None:
 
 @pytest.mark.parametrize("of_a_job", [False, True])
 def test_a_worker_that_says_that_it_is_busy_keeps_no_instance(of_a_job: bool) -> None:
-    """Finding 5: an instance reports for ever that it runs a bundle, of no job or of a job that it
-    was given and that has ended. It counts as busy, and scale-in spares the busy."""
+    """Finding 5: an instance reports for ever that it runs a bundle. The report names no bundle, or
+    one of an ended job that the worker was given. Scale-in spares busy instances."""
 
     async def act(world: World) -> str:
         made = scenes.job(scenes.stage(scenes.A), items=1)
@@ -97,7 +97,7 @@ def test_a_worker_that_says_that_it_is_busy_keeps_no_instance(of_a_job: bool) ->
 
 
 def test_a_worker_that_runs_one_task_for_long_keeps_its_instance() -> None:
-    """The manager asks for no evidence beyond a bundle that is outstanding."""
+    """An outstanding bundle is enough evidence for the manager."""
 
     async def act(world: World) -> int:
         await scenes.ends_well(world, scenes.job(scenes.stage(scenes.A), items=1))
@@ -109,8 +109,8 @@ def test_a_worker_that_runs_one_task_for_long_keeps_its_instance() -> None:
 def test_messages_that_nobody_can_run_cost_no_idle_instance(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A worker keeps a queue full of messages that nobody can run, while another instance is idle:
-    only a due bundle that no worker holds counts as waiting work."""
+    """A queue stays full of messages that no worker can run, while another instance is idle. Only
+    a due bundle that no worker holds counts as waiting work."""
 
     async def full(_original: Callable[..., Awaitable[Depth]], *_: object) -> Depth:
         return Depth(visible=10, in_flight=0, delayed=0)
@@ -125,8 +125,8 @@ def test_messages_that_nobody_can_run_cost_no_idle_instance(
 
 
 def test_a_job_that_only_the_bucket_has_counts_as_work() -> None:
-    """A manager died between the first bundles of a job and the ledger. The instance that runs one
-    of them is not replaced, and the job is found."""
+    """A manager died after it had sent a job's first bundles, and before it wrote the ledger. The
+    instance that runs one of them is not replaced, and the next manager finds the job."""
 
     async def act(world: World) -> tuple[int, JobState]:
         made = scenes.job(scenes.stage(scenes.A), items=1)

@@ -1,4 +1,4 @@
-"""Objects of the bucket that cannot be read: each reader returns a value or raises one error."""
+"""Unreadable objects in the bucket: each reader returns a value or raises one kind of error."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def text_of(write: Callable[[Any], Any]) -> Callable[[Any], bytes]:
 
 
 def readers() -> dict[str, Reader]:
-    """Content, reader, and writer of each kind of object that manager, worker, or command reads."""
+    """Return the content, reader, and writer of each kind of stored object."""
     word = wire.Word(Control.CANCEL, JobState.CANCELLED, "why", 1, 2, 3.0)
     opening = definition.Opening([1, 2], CUT)
     ending = Ending(JobState.FAILED, "why", 9.0, {MAP: 1})
@@ -113,8 +113,8 @@ GARBAGE = (b'{"v":1}', b'{"v":99}', b"x", b"\xff", b'{"v":1,"worker":"w","at_s":
 
 
 def test_a_running_marker_that_cannot_be_read_counts_for_nothing() -> None:
-    """Finding 5: any worker that lists the bucket can write over a running marker. One without a
-    time ended each worker that read it."""
+    """Finding 5: any worker that lists the bucket can overwrite a running marker. Before, a marker
+    without a time ended each worker that read it."""
     name = naming.running(BUNDLE, KEY)
     assert suspects.marked_s(suspects.marker("w-1", 5.0, name, KEY), name, KEY) == 5.0
     for data in (*GARBAGE, suspects.marker("w-1", 5.0, "other", KEY)):

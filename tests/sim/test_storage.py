@@ -1,4 +1,4 @@
-"""Objects that the store has torn, lost or changed, in set scenes and in random worlds."""
+"""Objects that the store has torn, lost, or changed, in set scenes and in random worlds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OTHER = scenes.job(scenes.stage(scenes.A), id=JobId("other"), token="other", ite
 
 
 async def strike(world: World, group: str, kind: FaultKind) -> str:
-    """Damage the only object of the job in that group, once it is there; return its key."""
+    """Wait for the only object of the job in that group, damage it, and return its key."""
     while True:
         keys = [
             key
@@ -59,7 +59,7 @@ def test_a_job_whose_definition_is_damaged_fails_by_its_name_and_no_other_job_do
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_the_word_of_a_paused_job_is_written_again(kind: FaultKind) -> None:
-    """Workers that find no word run the job, and workers that cannot read it run nothing."""
+    """Workers run a job whose control object is missing, but not one whose object is unreadable."""
 
     async def act(world: World) -> None:
         await scenes.submitted(world, JOB)
@@ -104,7 +104,7 @@ def test_a_task_whose_part_of_the_plan_is_damaged_fails_by_its_name(kind: FaultK
 
     async def act(world: World) -> None:
         await scenes.submitted(world, many)
-        # The first bundles bring their items.
+        # Messages of the first bundles contain their items.
         key = await strike(world, "part", kind)
         record = await scenes.ended(world, many)
         assert record.state is JobState.FAILED
@@ -115,7 +115,7 @@ def test_a_task_whose_part_of_the_plan_is_damaged_fails_by_its_name(kind: FaultK
 
 @pytest.mark.parametrize("kind", [TORN, MISSING])
 def test_a_job_whose_retry_is_damaged_fails_by_its_name(kind: FaultKind) -> None:
-    """A leader that cannot read the retry has no bundles for the round."""
+    """A leader that cannot read the retry does not know the bundles of the round."""
 
     async def act(world: World) -> None:
         await scenes.submitted(world, JOB)
@@ -175,7 +175,7 @@ def test_only_objects_of_vulnerable_jobs_are_damaged() -> None:
 
 
 def test_a_power_cut_takes_back_only_what_nobody_knows_to_be_written() -> None:
-    """The put is on its way back when the power fails."""
+    """The power fails while the answer to a put is in flight."""
 
     async def act(world: World) -> tuple[object, object]:
         loop = asyncio.get_running_loop()
@@ -205,7 +205,7 @@ def test_every_world_of_the_weather_may_have_damage() -> None:
 
 @pytest.mark.parametrize("first", range(0, 10, 5))
 def test_the_promises_hold_when_the_store_damages_objects(first: int) -> None:
-    """I1 to I7 for every other job. A job with a damaged object ends, and names the object."""
+    """I1 to I7 hold for every other job. A job with a damaged object ends and names the object."""
     for seed in range(first, first + 5):
         with fuzz.silence():
             failure = fuzz.try_seed(seed, "storage").failure

@@ -1,4 +1,4 @@
-"""More active jobs than any page of the ledger has."""
+"""A ledger with more active jobs than one page of a listing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COPIES = """
 
 
 def test_a_leader_reads_every_active_job_of_a_ledger_with_more_than_10_000() -> None:
-    """I. Trust, adoption: it read at most the 10,000 newest."""
+    """Before, a new leader read at most the 10,000 newest jobs."""
     ledger, nothing = open_memory(), cast(Any, None)
     patience = Patience(Random(1))
     ports = Ports(SimObjects(), nothing, nothing, ledger, nothing, nothing, patience)

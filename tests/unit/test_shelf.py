@@ -1,4 +1,4 @@
-"""The schedules in the bucket: nobody overwrites another one's decision."""
+"""The schedules in the bucket: a manager does not overwrite the decision of another one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCHEDULE = Schedule(
 
 
 def test_a_late_change_is_refused_although_the_schedule_is_as_it_was_again() -> None:
-    """An ETag of S3 is the same for the same content: a late pause must not undo a resume."""
+    """On S3 equal contents have equal ETags, and still a late pause must not undo a resume."""
     nothing = cast(Any, None)
     patience = Patience(Random(1), limit_s=0.0)
     ports = Ports(SimObjects(), nothing, nothing, nothing, nothing, nothing, patience)

@@ -1,4 +1,4 @@
-"""Bugs in how managers follow each other, and in how they wait for workers.
+"""Planted bugs in the change of leaders, and in the manager's waits for workers.
 
 Each docstring describes the code of the mutant, and names the promise that it breaks.
 """

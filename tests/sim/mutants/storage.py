@@ -1,6 +1,6 @@
-"""Bugs in the answer to damaged objects, shown by a store that tears, loses, and changes them.
+"""Planted bugs in the handling of damaged objects, found by a store that damages objects.
 
-Each docstring says what somebody would have written, and then which promise that breaks.
+Each docstring describes the code of the mutant, and names the promise that it breaks.
 """
 
 from __future__ import annotations

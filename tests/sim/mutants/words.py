@@ -1,4 +1,4 @@
-"""Bugs in what follows from the words of users: pause, resume, cancel, retry, and backoff.
+"""Planted bugs in pause, resume, cancel, retry, and backoff.
 
 Each docstring describes the code of the mutant, and names the promise that it breaks.
 """
