@@ -7,6 +7,7 @@ create has one winner.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -28,11 +29,19 @@ from obstore.exceptions import (
 
 from batchlab.adapters.folders import download_whole
 from batchlab.adapters.limits import check_key, check_prefix, check_size
-from batchlab.errors import AlreadyExists, BackendError, NotFound, Throttled, Unreachable
+from batchlab.errors import (
+    AlreadyExists,
+    BackendError,
+    BatchlabError,
+    NotFound,
+    Throttled,
+    Unreachable,
+)
 from batchlab.ports import ObjectInfo
 from batchlab.tally import Tally
 
 if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
     from obstore import ObjectMeta, PutMode, PutResult
     from obstore.store import ClientConfig, ObjectStore, S3Config
@@ -40,6 +49,8 @@ if TYPE_CHECKING:
     from batchlab.adapters.aws import Endpoint
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 PAGE = 1000
 
@@ -303,11 +314,12 @@ def _create_in_parts(
     with (
         closing(aws.client(endpoint, "s3", connections=_PARTS_AT_ONCE)) as s3,
         aws.translated(f"Object {key!r}"),
-        ThreadPoolExecutor(_PARTS_AT_ONCE) as threads,
     ):
         upload_id = s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+        count = -(-path.stat().st_size // part_bytes)
         try:
-            parts = [*threads.map(upload, range(1, -(-path.stat().st_size // part_bytes) + 1))]
+            with ThreadPoolExecutor(_PARTS_AT_ONCE) as threads:
+                parts = [*threads.map(upload, range(1, count + 1))]
             s3.complete_multipart_upload(
                 Bucket=bucket,
                 Key=key,
@@ -315,9 +327,26 @@ def _create_in_parts(
                 MultipartUpload={"Parts": parts},
                 IfNoneMatch="*",
             )
-        except BaseException:
-            s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
+        except s3.exceptions.NoSuchUpload as error:
+            # A request that boto3 repeats may have completed the upload the first time.
+            found = s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
+            if any(one["Key"] == key for one in found):
+                raise AlreadyExists(f"Object {key!r} exists.") from error
             raise
+        except BaseException:
+            _abort(s3, bucket, key, upload_id)
+            raise
+
+
+def _abort(s3: S3Client, bucket: str, key: str, upload_id: str) -> None:
+    """Remove the parts of an upload. If that fails, the bucket's lifecycle rule removes them."""
+    from batchlab.adapters import aws
+
+    try:
+        with aws.translated(f"Object {key!r}"):
+            s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
+    except BatchlabError as error:
+        log.warning("parts of an unfinished upload stay for a while: %s", error)
 
 
 def _puts(size_bytes: int, chunk_bytes: int) -> int:

@@ -13,7 +13,7 @@ from fastapi import Query
 
 from batchlab import viewing, views
 from batchlab.api.common import Given, Leader, Limit, Served, guarded
-from batchlab.api.grouping import Groups
+from batchlab.api.grouping import OTHERS, Groups
 from batchlab.api.reading import outcomes_of
 from batchlab.errors import Refused, UsageError
 from batchlab.manager.manager import Manager
@@ -31,6 +31,7 @@ KEPT = 8
 @router.get("/jobs/{job}/failures")
 async def failures(
     manager: Leader,
+    served: Given,
     job: JobId,
     limit: Limit = 100,
     after: Annotated[str | None, Query(description="`next` of the page before")] = None,
@@ -41,9 +42,11 @@ async def failures(
     begin = _cursor(after)
     record = await manager.ports.ledger.job(job)
     rows = await _rows(manager, job, begin[0] - 1)
+    others = (await _read_on(manager, served, record))[0].others if fingerprint == OTHERS else {}
     found: list[views.FailureView] = []
     async for at, failure in _standing(manager, record, rows):
-        if at < begin or fingerprint not in (None, failure["fingerprint"]):
+        is_other = failure["task"] in others.get(failure["stage"], ())
+        if at < begin or not (is_other or fingerprint in (None, failure["fingerprint"])):
             continue
         if len(found) == limit:
             return {"failures": found, "next": f"{at[0]}.{at[1]}"}

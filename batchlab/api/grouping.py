@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from batchlab.views import FailureView
@@ -24,6 +25,11 @@ class Groups:
     seq: int = 0
     tasks: dict[Cause, set[int]] = field(default_factory=dict)
     first: dict[Cause, FailureView] = field(default_factory=dict)
+
+    @property
+    def others(self) -> Mapping[str, set[int]]:
+        """The tasks of further causes, by stage."""
+        return {stage: tasks for (stage, cause), tasks in self.tasks.items() if cause == OTHERS}
 
     def add(self, failure: FailureView) -> None:
         cause = failure["stage"], failure["fingerprint"]

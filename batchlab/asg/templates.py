@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,9 @@ in `worker:1`. A launcher reads there what the engine does not know of a templat
 
 MOST_USER_DATA = 16 * 1024
 """Bytes before base64."""
+
+_PLAIN_USER = re.compile(r"[1-9]\d*(:\d+)?")
+"""A user by number, and not root. Docker reads 00 as root, too."""
 
 _UNKNOWN = "You must use a valid fully-formed launch template. The specified launch template, with"
 
@@ -150,8 +154,8 @@ class TemplateFile:
 
     def _version(self, name: str, number: int) -> Version:
         found = self._named[name].version[number - 1]
-        is_root = found.user.partition(":")[0] in ("", "0", "root")
-        if self._images and (found.image not in self._images or found.system or is_root):
+        is_plain = _PLAIN_USER.fullmatch(found.user) and not found.system
+        if self._images and (found.image not in self._images or not is_plain):
             raise ValidationError(
                 f"This endpoint does not launch version {number} of template {name}: its image, "
                 "user, or system is not allowed here. `asg serve --image` names the images."

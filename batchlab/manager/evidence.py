@@ -20,6 +20,8 @@ from batchlab.protocol.messages import Beat
 
 IDLE = "its worker has taken no work"
 BUSY = "its worker reports work of which the manager knows nothing"
+MANAGER = "manager"
+"""The worker in outcomes that the manager has made."""
 
 
 class Evidence:
@@ -73,7 +75,9 @@ class Evidence:
         return True
 
     def _is_shown(self, beat: Beat) -> bool:
-        return beat.worker in self.authors or any(one.job in self._lives for one in beat.held)
+        is_author = beat.worker in self.authors and beat.worker != MANAGER
+        is_author = is_author and self._registry.named.get(beat.worker) == beat.instance
+        return is_author or any(one.job in self._lives for one in beat.held)
 
     def _waits(self, pool: str) -> bool:
         """Return whether the pool's queue has messages, and a bundle is due that no worker holds.

@@ -62,6 +62,9 @@ class Registry:
         self.instances = Instances(Kept(ports, naming.INSTANCES), self._quarantine.beat)
         self.workers: dict[str, Seen] = {}
         """By instance."""
+        self.named: dict[str, str] = {}
+        """The instance whose worker has reported a name first. Names are in outcomes, which every
+        worker may read, so a later claim of a name is no evidence."""
         self.deaf_s: float | None = None
         """When nobody could be heard last, or not what they say now: the events were out of reach,
         or there was a backlog of them (monotonic); inf while they are out of reach."""
@@ -96,6 +99,9 @@ class Registry:
         now_s = self._ports.clock.monotonic_s()
         before = known.since_s if known else {}
         since_s = {one: before.get(one, now_s) for one in beat.held if one.running}
+        if known and known.beat.worker != beat.worker:
+            self._unname(known.beat)
+        self.named.setdefault(beat.worker, beat.instance)
         self.workers[beat.instance] = Seen(beat, now_s, since_s)
         for one in since_s.keys() - before.keys():
             if live := self._lives.get(one.job):
@@ -158,9 +164,15 @@ class Registry:
             while len(self.spot) > SPOT_KEPT:
                 del self.spot[next(iter(self.spot))]
 
+    def _unname(self, beat: Beat) -> None:
+        if self.named.get(beat.worker) == beat.instance:
+            del self.named[beat.worker]
+
     def _leave(self, instance: str) -> Seen | None:
         self._ready.discard(instance)
         seen = self.workers.pop(instance, None)
+        if seen:
+            self._unname(seen.beat)
         before = self._gone.pop(instance, _Gone("", told=False))
         self._gone[instance] = _Gone(seen.beat.worker, told=False) if seen else before
         while len(self._gone) > GONE_KEPT:

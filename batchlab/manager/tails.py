@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from batchlab import control
-from batchlab.errors import Malformed, TooNew
+from batchlab.errors import Malformed, TooLarge, TooNew
 from batchlab.manager.live import LiveJob, Ports
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import BundleId, Control, JobId, StageName
@@ -116,8 +116,7 @@ class Tails:
                 if known is None or known.etag != info.etag:
                     if info.size > left:
                         continue  # of so many workers some are enough
-                    get = partial(self._ports.objects.get, info.key)
-                    known = _stored(info, await self._ports.patience(get))
+                    known = await self._stored(info, left)
                 elif not _running(live, known.tails):
                     known = _Stored(info.etag, 0, ())  # it has ended, or its worker has
                 if known.size <= left:
@@ -125,14 +124,16 @@ class Tails:
                     left -= known.size
         looked.stored = stored
 
-
-def _stored(info: ObjectInfo, data: bytes) -> _Stored:
-    """Return what a worker has stored; nothing, if it cannot be read."""
-    try:
-        return _Stored(info.etag, info.size, from_bytes(data))
-    except (Malformed, TooNew) as error:
-        log.error("went on without %s: %s", info.key, error.message)
-        return _Stored(info.etag, 0, ())
+    async def _stored(self, info: ObjectInfo, limit: int) -> _Stored:
+        """Return what a worker has stored, or nothing if it cannot be read or has more than `limit`
+        bytes: a worker may have written it again since it was listed."""
+        get = partial(self._ports.objects.get, info.key, limit=limit)
+        try:
+            data = await self._ports.patience(get)
+            return _Stored(info.etag, len(data), from_bytes(data))
+        except (Malformed, TooLarge, TooNew) as error:
+            log.error("went on without %s: %s", info.key, error.message)
+            return _Stored(info.etag, 0, ())
 
 
 def _running(live: LiveJob, tails: Sequence[Tail]) -> list[Tail]:

@@ -196,7 +196,7 @@ def _follow_from_json(doc: dict[str, Any], known: Known | None = None) -> Follow
 
 
 def _follows_from_json(docs: Any, known: Known) -> tuple[Follow, ...]:
-    return tuple([_follow_from_json(doc, known) for doc in listed(docs)]) if docs else ()
+    return tuple([_follow_from_json(doc, known) for doc in listed(docs)]) if docs != [] else ()
 
 
 def _each(read: Callable[[Any], T], docs: Any) -> tuple[T, ...]:

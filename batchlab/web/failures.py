@@ -64,7 +64,9 @@ async def of_group(
     """The tasks of one group, page by page."""
     view = await api_jobs.job(manager, job)
     groups = (await api.failure_groups(manager, served, job))["groups"]
-    found = await api.failures(manager, job, limit=A_PAGE, after=after, fingerprint=fingerprint)
+    found = await api.failures(
+        manager, served, job, limit=A_PAGE, after=after, fingerprint=fingerprint
+    )
     return render(
         request,
         "group.html",

@@ -32,11 +32,14 @@ async def liar_of(world: World) -> SimWorker:
     return liar
 
 
-async def beat(world: World, liar: SimWorker, held: Iterable[Held], number: int) -> None:
-    """Report that the instance runs one bundle, with the proofs of the jobs in `held`."""
+async def beat(
+    world: World, liar: SimWorker, held: Iterable[Held], number: int, name: str = ""
+) -> None:
+    """Report that the instance runs one bundle, with the proofs of the jobs in `held`, and under
+    the `name` of another worker."""
     who, held = liar.who, tuple(held)
     one = Beat(
-        *(who.worker, who.instance, who.pool, world.clock.now_s(), 1, 1, held, number),
+        *(name or who.worker, who.instance, who.pool, world.clock.now_s(), 1, 1, held, number),
         key=who.key,
     )
     text = events_message(Events(beats=(one,)))
@@ -47,9 +50,11 @@ async def beat(world: World, liar: SimWorker, held: Iterable[Held], number: int)
     await world.queue.send(naming.EVENTS, [Outgoing(text)])
 
 
-async def claim_for_ever(world: World, liar: SimWorker, held: Iterable[Held]) -> None:
+async def claim_for_ever(
+    world: World, liar: SimWorker, held: Iterable[Held], name: str = ""
+) -> None:
     for number in range(10**6, 2 * 10**6):
-        await beat(world, liar, held, number)
+        await beat(world, liar, held, number, name)
         await asyncio.sleep(10.0)
 
 
@@ -94,6 +99,32 @@ def test_a_worker_that_says_that_it_is_busy_keeps_no_instance(of_a_job: bool) ->
         return await causes(world)
 
     assert BUSY in scenes.in_world(act, script=scenes.takes(1.0), pools=ONE)
+
+
+@pytest.mark.parametrize("of_the_manager", [False, True])
+def test_the_name_of_a_worker_that_works_is_no_evidence(of_the_manager: bool) -> None:
+    """Finding 5: an instance reports for ever that it is busy, under the name of an honest worker
+    whose outcomes are counted. Every worker may read that name in the outcomes."""
+
+    async def act(world: World) -> str:
+        made = scenes.job(scenes.stage(scenes.A), items=400)
+        await scenes.submitted(world, made)
+        while len(world.workers) < 2:
+            await asyncio.sleep(0.1)
+        liar = await liar_of(world)
+        honest = next(one for one in world.workers.values() if one is not liar)
+        await asyncio.sleep(60.0)
+        name = "manager" if of_the_manager else honest.who.worker
+        lying = liar.actor.spawn(claim_for_ever(world, liar, [], name), name="lies")
+        async with asyncio.timeout(LONG_S):
+            while BUSY not in await causes(world):
+                await asyncio.sleep(5.0)
+        lying.cancel()
+        return await causes(world)
+
+    pools = (Pool("default", 2, 2, 1),)
+    found = scenes.in_world(act, script=scenes.takes(20.0), pools=pools)
+    assert found.count(BUSY) == 1
 
 
 def test_a_worker_that_runs_one_task_for_long_keeps_its_instance() -> None:

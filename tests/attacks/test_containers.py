@@ -91,6 +91,7 @@ def test_the_endpoint_launches_no_image_of_another(
             template.replace(at.image, "alpine"),
             template.replace("slots = ", "system = true\nslots = "),
             template.replace(f"user = {json.dumps(at.user)}", 'user = "0:0"'),
+            template.replace(f"user = {json.dumps(at.user)}", 'user = "00:1"'),
         ):
             assert forged != template
             path.write_text(forged)

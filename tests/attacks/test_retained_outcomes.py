@@ -102,5 +102,6 @@ def test_failures_of_many_causes_are_told_apart_up_to_a_bound() -> None:
         )
     assert len(groups.first) == len(groups.tasks) == MOST_CAUSES + 1
     assert groups.tasks["map", OTHERS] == set(range(MOST_CAUSES, 2 * MOST_CAUSES))
+    assert groups.others == {"map": set(range(MOST_CAUSES, 2 * MOST_CAUSES))}
     told = groups.first["map", OTHERS]["reason"]
     assert told == f"other causes, the first: reason {MOST_CAUSES}"
