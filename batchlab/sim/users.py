@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from inspect import isawaitable
 
-from batchlab.errors import Malformed, NotFound, Refused
+from batchlab.errors import Malformed, NotFound, Refused, Unreachable
 from batchlab.jobdef import JobDef
 from batchlab.manager.manager import Manager
 from batchlab.manager.plans import PartWriter
@@ -197,6 +197,10 @@ class User:
                 if self._job.id not in self._world.damage.jobs:
                     raise
                 return Refused(str(error))  # the user reads which object is damaged
+            except Unreachable as error:
+                if verb != "retry" or self._job.id not in self._world.watch.trust.touched:
+                    raise
+                return Refused(str(error))  # a lie may have changed the counts of the job
 
         async def ask() -> object:
             answer = await self._world.ask(asked, f"{verb} {self._job.id}")
