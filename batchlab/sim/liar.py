@@ -51,8 +51,6 @@ class Means:
     clock: Clock
     trust: Trust
     bucket: Objects
-    has_beaten: Callable[[str], bool]
-    """Whether the manager has heard an instance. Before, no other worker can know its id."""
     baits: int = 0
 
     def bodies(self) -> Sequence[tuple[str, str]]:
@@ -193,7 +191,7 @@ class Liar:
         beat = self.beat(self._victim, **changes)
         if self._rng.random() < 0.3:
             beat["worker"] = f"w-{self._rng.getrandbits(32):08x}"
-        if self._means.has_beaten(beat["instance"]):
+        if beat["instance"] in self._means.trust.heard:
             await self._event(h=[beat])
 
     async def _beat_of_nobody(self) -> None:

@@ -27,6 +27,8 @@ class Trust:
 
     require: Callable[[bool, str, str], None]
     touched: set[str] = field(default_factory=set)
+    heard: set[str] = field(default_factory=set)
+    """Instances that a manager has heard. Before, no other worker can know their ids."""
     baits: set[str] = field(default_factory=set)
     """Keys that exist only because a lie names them. No job owns one."""
     forged: set[str] = field(default_factory=set)
@@ -121,6 +123,7 @@ class Trust:
     def check_registry(self, registry: Registry) -> None:
         """A manager may believe of an honest worker only the heartbeats that this worker sent, and
         of a lying one only that it holds bundles of jobs that were touched."""
+        self.heard |= registry.workers.keys()
         if not self._liars:
             return
         for instance, (actor, said) in self._beats.items():

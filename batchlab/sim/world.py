@@ -401,7 +401,6 @@ class SimWorker:
             world.clock,
             world.watch.trust,
             world.objects,
-            lambda one: world.manager is not None and one in world.manager.registry.workers,
         )
         liar = Liar(means, rng)
         insider = Insider(means, liar, world.rng(f"insider/{self.instance}"))
