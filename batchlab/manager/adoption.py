@@ -202,8 +202,6 @@ class Adoption:
         logs.note(job=live.id, trace=trace_of(live.job.trace))
         while not live.ended.is_set():
             try:
-                if live.unreadable:
-                    raise live.unreadable
                 await self._conductor.conduct(live)
             except Superseded as error:
                 heed_cancellation()

@@ -87,6 +87,8 @@ class Conductor:
             await asyncio.sleep(MOMENT_S)
         while not live.ended.is_set():
             live.poke.clear()
+            if live.unreadable:
+                raise live.unreadable
             await self.advance(live)
             live.trouble = ""
             if not live.ended.is_set():
@@ -253,8 +255,8 @@ class Conductor:
             found = await read_stored(
                 self._ports, key, lambda data: wire.cut_from_json(wire.loads(data))
             )
-            if (found.job, found.stage, found.round) != (cut.job, cut.stage, cut.round):
-                raise UnreadableObject(key, "It is a cut of another job or stage.") from None
+            if naming.cut(found.job, found.stage, found.round, found.seq) != key:
+                raise UnreadableObject(key, "It is another cut.") from None
             return found
         return cut
 

@@ -20,7 +20,7 @@ from batchlab.jobdef import JobDef
 from batchlab.manager import addresses
 from batchlab.manager.live import Ports
 from batchlab.manager.quarantine import UnreadableObject, read_stored
-from batchlab.manager.retries import Retry
+from batchlab.manager.retries import Retry, read_retry
 from batchlab.model import Completion, Control, JobId, JobState, Outcome, StageName
 from batchlab.ports import Cut, Ending, ObjectInfo, Past, Round
 from batchlab.protocol import definition, naming, settle, wire
@@ -118,7 +118,10 @@ class _Found:
         """Read one object, if it is a cut or an outcome."""
         name = info.key
         if naming.is_cut(name):
-            self.cuts.append(await _read(ports, name, wire.cut_from_json))
+            cut = await _read(ports, name, wire.cut_from_json)
+            if naming.cut(cut.job, cut.stage, cut.round, cut.seq) != name:
+                raise UnreadableObject(name, "It is another cut.")
+            self.cuts.append(cut)
         elif naming.is_genuine(name, key):
             try:
                 outcome = await read_outcome(ports.objects, name, ports.patience)
@@ -187,9 +190,8 @@ async def _rounds(ports: Ports, job: JobDef, found: _Found) -> Sequence[Round]:
     retry = Retry((), ())
     while True:
         rounds.append(await _round(ports, job, len(rounds), retry, found))
-        key = naming.retry(job.id, len(rounds))
         try:
-            retry = await _read(ports, key, Retry.from_json)
+            retry = await read_retry(ports, job, len(rounds))
         except NotFound:
             return rounds
         if rounds[-1].ending is None:
@@ -207,10 +209,10 @@ async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, found: _F
         if cut.planned is not None:
             planned |= {stage.name: cut.planned for stage in job.fed_by(cut.stage)}
     stages = {stage.name for stage in job.stages}
-    for cut in (*retry.cuts, *cuts):
-        if cut.job != job.id or cut.stage not in stages:
+    for cut in cuts:
+        if cut.stage not in stages:
             key = naming.cut(job.id, cut.stage, cut.round, cut.seq)
-            raise UnreadableObject(key, "It is a cut of another job or stage.")
+            raise UnreadableObject(key, "It is a cut of a stage that the job does not have.")
     completions = [one for one in found.completions if one.bundle.round == number]
     return Round(
         retry.reopened,

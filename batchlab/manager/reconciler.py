@@ -18,13 +18,14 @@ from batchlab.errors import BackendError, Malformed, NotFound, Throttled, TooNew
 from batchlab.jobdef import JobDef
 from batchlab.manager.conductor import Conductor
 from batchlab.manager.folding import Folder
-from batchlab.manager.live import LiveJob, Outstanding, Ports, in_pool
+from batchlab.manager.live import LiveJob, Outstanding, Ports, Superseded, in_pool
 from batchlab.manager.quarantine import Outcomes, Quarantine, UnreadableObject, read_stored
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Bundle, Control, JobId, Outcome
 from batchlab.ports import MAX_BATCH, Depth, Message
 from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.messages import read_task_message
+from batchlab.waits import heed_cancellation
 
 log = logging.getLogger(__name__)
 
@@ -99,14 +100,25 @@ class Reconciler:
         tick goes on for all others."""
         try:
             await self._recover(live, silent)
+            return
         except (Throttled, Unreachable, NotFound):
             raise
+        except Superseded as error:
+            heed_cancellation()
+            log.info("%s", error, extra={"job": live.id})
+            live.end()
         except BackendError as error:
+            heed_cancellation()
             log.error("its silent bundles wait: %s", error, extra={"job": live.id})
             live.trouble = str(error)
-            now_s = self._ports.clock.monotonic_s()
-            for one in silent:
-                one.heard_s = now_s
+        except Exception as error:
+            heed_cancellation()
+            # A bug, met by one job's data: it must not keep the tick from the other jobs.
+            log.exception("silent bundles of job %s met a bug", live.id, extra={"job": live.id})
+            live.trouble = f"an error inside the manager: {error!r}; see its log"
+        now_s = self._ports.clock.monotonic_s()
+        for one in silent:
+            one.heard_s = now_s
 
     async def _recover(self, live: LiveJob, silent: list[Outstanding]) -> None:
         await self.heed(live)
@@ -130,7 +142,7 @@ class Reconciler:
 
     async def _is_defined(self, live: LiveJob) -> bool:
         """Whether the bucket has the job's definition. Workers drop the messages of a job without
-        one, so such a job is ended."""
+        one, so its own task ends such a job: that takes longer than a tick may."""
         key = naming.spec(live.id)
 
         def defined(data: bytes) -> None:
@@ -141,12 +153,13 @@ class Reconciler:
         try:
             await read_stored(self._ports, key, defined)
         except UnreadableObject as error:
-            await self._conductor.give_up(live, error)
-            return False
+            live.unreadable = error
         except NotFound as error:
-            await self._conductor.give_up(live, UnreadableObject(key, error.message))
-            return False
-        return True
+            live.unreadable = UnreadableObject(key, error.message)
+        else:
+            return True
+        live.poke.set()
+        return False
 
     async def heed(self, live: LiveJob) -> None:
         """As the conductor's, but never waiting for a user's word that is being written."""

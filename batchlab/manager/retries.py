@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batchlab.errors import Malformed, Refused, Unreachable
-from batchlab.jobdef import StageDef
+from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.live import Ports
 from batchlab.manager.plans import Plans, successes
-from batchlab.manager.quarantine import read_stored
+from batchlab.manager.quarantine import UnreadableObject, read_stored
 from batchlab.model import Bundle, JobId, StageCounts, StageName, TaskSet
 from batchlab.ports import Cut, JobRecord, Reopening, StageRecord
 from batchlab.protocol import naming, wire
@@ -69,11 +69,21 @@ async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
     """The cuts that the retry which began the job's present round committed to."""
     if not record.round:
         return ()
-    return (await _retry(ports, record, record.round)).cuts
+    return (await read_retry(ports, record.job, record.round)).cuts
 
 
-async def _retry(ports: Ports, record: JobRecord, round_: int) -> Retry:
-    return await read_stored(ports, naming.retry(record.job.id, round_), Retry.from_bytes)
+async def read_retry(ports: Ports, job: JobDef, round_: int) -> Retry:
+    """Return the retry that began the round of the job. NotFound; UnreadableObject if it cannot be
+    read, or cuts or takes back what is not of that job and round."""
+    key = naming.retry(job.id, round_)
+    retry = await read_stored(ports, key, Retry.from_bytes)
+    stages = {stage.name for stage in job.stages}
+    for cut in retry.cuts:
+        if (cut.job, cut.round) != (job.id, round_) or cut.stage not in stages:
+            raise UnreadableObject(key, "It has a cut of another job, stage or round.")
+    if any(one.stage not in stages for one in retry.reopened):
+        raise UnreadableObject(key, "It takes back a stage that the job does not have.")
+    return retry
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +96,7 @@ class TakenBack:
     async def of(cls, ports: Ports, record: JobRecord) -> TakenBack:
         """Those of the rounds that the record knows of."""
         rounds = range(1, record.round + 1)
-        return cls(tuple([await _retry(ports, record, number) for number in rounds]))
+        return cls(tuple([await read_retry(ports, record.job, number) for number in rounds]))
 
     def after(self, round_: int, stage: StageName) -> TaskSet:
         """Tasks of the stage that have run, or are to run, again since `round_`."""

@@ -49,6 +49,9 @@ def opening_in(doc: dict[str, Any]) -> Opening | None:
         return None
     try:
         items = listed(found["items"])
-        return Opening(items, wire.cut_from_json(found["cut"]) if found["cut"] else None)
+        cut = wire.cut_from_json(found["cut"]) if found["cut"] else None
+        if cut and (cut.job, cut.round, cut.seq) != (doc["id"], 0, 0):
+            raise ValueError("its cut is not the first cut of the job")
+        return Opening(items, cut)
     except UNREADABLE as error:
         raise Malformed(f"A job's opening cannot be read: {wire.brief(error)}.") from error

@@ -413,10 +413,11 @@ def cut_to_json(c: Cut) -> dict[str, Json]:
 
 
 def cut_from_json(doc: dict[str, Any]) -> Cut:
-    """Return the cut in a document; Malformed if it is not one."""
+    """Return the cut in a document; Malformed if it is not one, or has a bundle of another job,
+    stage or round."""
     try:
         at_s, planned = doc.get("at"), doc["planned"]
-        return Cut(
+        cut = Cut(
             JobId(name(doc["j"])),
             StageName(name(doc["s"])),
             whole(doc["round"]),
@@ -426,6 +427,10 @@ def cut_from_json(doc: dict[str, Any]) -> Cut:
             None if planned is None else whole(planned, MOST_TASKS),
             None if at_s is None else figure(at_s),
         )
+        mine = (cut.job, cut.stage, cut.round)
+        if any((one.job, one.stage, one.round) != mine for one in cut.bundles):
+            raise ValueError("it has a bundle of another job, stage or round")
+        return cut
     except UNREADABLE as error:
         raise Malformed(f"A cut cannot be read: {brief(error)}.") from error
 

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from batchlab.commit import read_outcome
@@ -16,7 +17,15 @@ from batchlab.model import Bundle, BundleId, JobId, Json, Outcome, StageName, Ta
 from batchlab.patience import Patience
 from batchlab.ports import Objects
 from batchlab.protocol import definition, naming, wire
-from batchlab.protocol.checked import MOST_TASKS, UNREADABLE, listed, text, whole
+from batchlab.protocol.checked import (
+    MOST_TASKS,
+    UNREADABLE,
+    bundle_name,
+    listed,
+    name,
+    text,
+    whole,
+)
 from batchlab.protocol.sealing import CommitKey
 from batchlab.tasknames import task_name
 from batchlab.words import count
@@ -66,15 +75,30 @@ class Manifest:
         """Malformed if it is not a plan."""
         doc = wire.loads(data)
         try:
-            return cls(
-                whole(doc["count"], MOST_TASKS),
-                tuple([whole(start, MOST_TASKS) for start in listed(doc["starts"])]),
-                wire.tasks_from_json(doc["skipped"]),
-                whole(doc["round"]),
-                tuple([text(part) for part in listed(doc.get("parts", []))]),
+            return _consistent(
+                cls(
+                    whole(doc["count"], MOST_TASKS),
+                    tuple([whole(start, MOST_TASKS) for start in listed(doc["starts"])]),
+                    wire.tasks_from_json(doc["skipped"]),
+                    whole(doc["round"]),
+                    tuple([text(part) for part in listed(doc.get("parts", []))]),
+                )
             )
         except UNREADABLE as error:
             raise Malformed(f"A stage's plan cannot be read: {wire.brief(error)}.") from error
+
+
+def _consistent(plan: Manifest) -> Manifest:
+    """Return `plan`; ValueError if its parts do not begin at 0, have no order, or lack names. A
+    plan without tasks may have no part."""
+    starts = plan.starts
+    if (starts or plan.count) and starts[:1] != (0,):
+        raise ValueError("its first part does not begin at task 0")
+    if any(start >= later for start, later in pairwise(starts)):
+        raise ValueError("a part of it begins before the part that precedes it")
+    if plan.parts and len(plan.parts) != len(starts):
+        raise ValueError(f"it names {len(plan.parts)} parts and has {len(starts)}")
+    return plan
 
 
 class NoSuchTask(NotFound):
@@ -105,6 +129,8 @@ class Inputs:
         found: list[Json] = []
         for start, stop in bundle.tasks.ranges:
             while start < stop:
+                if start >= manifest.count:
+                    raise _no_such_task(bundle, start, manifest)
                 number = bisect_right(manifest.starts, start) - 1
                 part = await self._part(job, bundle, manifest, number)
                 offset = start - manifest.starts[number]
@@ -126,22 +152,20 @@ class Inputs:
         self, job: JobDef, stage: StageName, bundle: BundleId, tasks: TaskSet, key: CommitKey
     ) -> list[Json]:
         """The committed results of `tasks` in that upstream bundle."""
-        name = naming.outcome_of(job.id, stage, bundle, key)
-        outcome = await self._outcome(name)
+        stored = naming.outcome_of(job.id, stage, bundle, key)
+        outcome = await self._outcome(stored)
         by_task = dict(zip(outcome.succeeded, outcome.values, strict=True))
-        missing = [task for task in tasks if task not in by_task]
-        if missing:
-            raise NotFound(f"{name} has no result of task {missing[0]}.")
+        if missing := tasks - outcome.succeeded:
+            raise NotFound(f"{stored} has no result of task {missing.first}.")
         return [by_task[task] for task in tasks]
 
     async def _gathered(self, job: JobDef, item: dict[str, Any], key: CommitKey) -> Json:
         """All results of the upstream stages, in task order: a list, or one list per stage."""
         lists: dict[str, list[Json]] = {}
-        for stage, bundles in item["$gather"].items():
+        for stage, bundles in _gather_in(item).items():
             values: list[tuple[int, Json]] = []
-            for name, ranges in bundles:
-                tasks = wire.tasks_from_json(ranges)
-                got = await self.values(job, StageName(stage), BundleId(name), tasks, key)
+            for bundle, tasks in bundles:
+                got = await self.values(job, stage, bundle, tasks, key)
                 values += zip(tasks, got, strict=True)
             values.sort(key=lambda pair: pair[0])
             lists[stage] = [value for _, value in values]
@@ -204,6 +228,8 @@ class Inputs:
                 data = await self._patience(partial(self._objects.get, key))
             except NotFound:
                 await self._brought(job, bundle, key)
+                if key not in self._parts:
+                    raise
             else:
                 self._keep_part(key, _whole(key, data, partial(_items, manifest.part(number))))
         self._parts.move_to_end(key)
@@ -232,6 +258,21 @@ def _items(name: str, data: bytes) -> Sequence[Json]:
         return listed(wire.loads(data)["items"])
     except UNREADABLE as error:
         raise Malformed(f"It is not a part of a plan: {wire.brief(error)}.") from error
+
+
+def _gather_in(item: dict[str, Any]) -> dict[StageName, list[tuple[BundleId, TaskSet]]]:
+    """Return the tasks that the item stands for, by stage and bundle; NotFound if it cannot be
+    read."""
+    try:
+        return {
+            StageName(name(stage)): [
+                (BundleId(bundle_name(bundle)), wire.tasks_from_json(ranges))
+                for bundle, ranges in listed(bundles)
+            ]
+            for stage, bundles in item["$gather"].items()
+        }
+    except UNREADABLE as error:
+        raise NotFound(f"An input of a plan cannot be read: {wire.brief(error)}.") from error
 
 
 def _no_such_task(bundle: Bundle, task: int, manifest: Manifest) -> NoSuchTask:

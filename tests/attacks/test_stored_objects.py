@@ -5,24 +5,34 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from random import Random
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab.adapters.sim.objects import SimObjects
-from batchlab.errors import BackendError, Malformed, TooNew
+from batchlab.errors import BackendError, Malformed, NotFound, TooNew
 from batchlab.jobdef import InputDef, JobDef, NotifyDef
+from batchlab.manager import rebuild
+from batchlab.manager.counts import Counts
+from batchlab.manager.live import LiveJob, Superseded
+from batchlab.manager.quarantine import Quarantine, UnreadableObject
+from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.retries import Retry
-from batchlab.model import Control, JobId, JobState, TaskSet
-from batchlab.ports import Cut, Ending, Reopening
+from batchlab.manager.settings import ManagerSettings
+from batchlab.model import Bundle, Control, JobId, JobState, Json, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import Cut, Depth, Ending, JobRecord, Reopening
 from batchlab.protocol import definition, naming, wire
-from batchlab.protocol.sealing import CommitKey
+from batchlab.protocol.sealing import UNSEALED, CommitKey
 from batchlab.schedule import model
 from batchlab.schedule.model import Definition, Run, RunState, Schedule, When
 from batchlab.worker import environment, suspects, tails
-from batchlab.worker.inputs import Manifest
+from batchlab.worker.inputs import Inputs, Manifest
 from tests.attacks.test_malformed import BUNDLE, JOB, MAP, many, mutated
 from tests.attacks.worker_rights import WorkerRights
 from tests.integration.api_rig import TOKEN, Rig, job
@@ -160,3 +170,192 @@ def test_a_definition_with_values_of_another_type_is_refused() -> None:
         with pytest.raises(BackendError):
             wire.job_from_json({**wire.job_to_json(JOB), **changes})
     assert isinstance(wire.job_from_json(wire.job_to_json(FULL)), JobDef)
+
+
+# --- Documents of the right types that contradict themselves -------------------------------------
+
+PATIENCE = Patience(Random(1))
+LATER = TaskSet.span(10, 20)
+INCONSISTENT: dict[str, dict[str, Json]] = {
+    "a part without a name": {"starts": [0, 10], "parts": ["x"]},
+    "no part": {"starts": [], "parts": []},
+    "no first task": {"starts": [5], "parts": []},
+    "a part that begins twice": {"starts": [0, 10, 10], "parts": []},
+    "names of no part": {"count": 0, "starts": [], "parts": ["x"]},
+}
+
+
+@pytest.mark.parametrize("why", INCONSISTENT)
+def test_a_plan_that_contradicts_itself_is_absent_for_its_tasks(why: str) -> None:
+    """Before, an IndexError ended the manager and each worker that read such a plan."""
+    made = wire.loads(READERS["manifest"][0])
+    data = wire.to_bytes({**made, "round": 0, **INCONSISTENT[why]})
+    with pytest.raises(Malformed, match="plan cannot be read"):
+        Manifest.from_bytes(data)
+
+    async def main() -> None:
+        objects = SimObjects()
+        await objects.put(naming.manifest(JOB.id, MAP, 0), data)
+        with pytest.raises(NotFound, match="cannot be read"):
+            await Inputs(objects, PATIENCE).resolve(JOB, replace(BUNDLE, tasks=LATER), UNSEALED)
+
+    asyncio.run(main())
+
+
+def test_plans_without_tasks_and_plans_of_the_first_release_are_read() -> None:
+    for plan in (Manifest(0, ()), Manifest(0, (0,)), Manifest(20, (0, 10))):
+        assert Manifest.from_bytes(plan.to_bytes()) == plan
+
+
+def test_a_plan_that_names_a_lost_part_has_no_items_of_the_definition() -> None:
+    """Before, a KeyError ended each worker that looked for the lost part."""
+
+    async def main() -> None:
+        objects = SimObjects()
+        await objects.put(
+            naming.spec(JOB.id), definition.to_bytes(JOB, definition.Opening([0] * 10))
+        )
+        plan = Manifest(10, (0,), parts=("lost",))
+        await objects.put(naming.manifest(JOB.id, MAP, 0), plan.to_bytes())
+        with pytest.raises(NotFound, match="lost"):
+            await Inputs(objects, PATIENCE).resolve(JOB, BUNDLE, UNSEALED)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "gather",
+    [5, {"map": 5}, {"map": [5]}, {"map": [["../x", [[0, 1]]]]}, {"map": [[BUNDLE.id, [[0]]]]}],
+)
+def test_a_task_whose_gathered_input_cannot_be_read_has_no_input(gather: Any) -> None:
+    """Before, an AttributeError ended each worker that read such an input."""
+
+    async def main() -> None:
+        objects = SimObjects()
+        part = wire.to_bytes({"v": wire.VERSION, "items": [{"$gather": gather}]})
+        await objects.put(naming.manifest(JOB.id, MAP, 0), Manifest(1, (0,)).to_bytes())
+        await objects.put(naming.part(JOB.id, MAP, 0, naming.old_part(0)), part)
+        one = replace(BUNDLE, tasks=TaskSet.of([0]))
+        with pytest.raises(NotFound, match="input of a plan cannot be read"):
+            await Inputs(objects, PATIENCE).resolve(JOB, one, UNSEALED)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        replace(BUNDLE, job=JobId("other")),
+        replace(BUNDLE, stage=StageName("next")),
+        replace(BUNDLE, round=1),
+    ],
+)
+def test_a_cut_with_a_bundle_of_another_job_stage_or_round_is_refused(stranger: Bundle) -> None:
+    with pytest.raises(Malformed, match="another job, stage or round"):
+        wire.cut_from_json(wire.cut_to_json(replace(CUT, bundles=(BUNDLE, stranger))))
+
+
+@pytest.mark.parametrize("cut", [replace(CUT, seq=1), replace(CUT, job=JobId("other"), bundles=())])
+def test_a_definition_with_another_cut_than_the_first_of_its_job_is_refused(cut: Cut) -> None:
+    doc = wire.loads(definition.to_bytes(JOB, definition.Opening([1], cut)))
+    with pytest.raises(Malformed, match="first cut"):
+        definition.from_json(doc)
+
+
+def test_a_rebuild_does_not_count_a_cut_under_the_key_of_another() -> None:
+    async def main() -> None:
+        objects = SimObjects()
+        keys = AsyncMock()
+        keys.of.return_value = UNSEALED
+        clock = SimpleNamespace(now_s=lambda: 1.0)
+        ports: Any = SimpleNamespace(
+            objects=objects, patience=PATIENCE, keys=keys, ledger=AsyncMock(), clock=clock
+        )
+        key = naming.cut(JOB.id, MAP, 0, 1)
+        await objects.put(naming.spec(JOB.id), definition.to_bytes(JOB))
+        await objects.put(key, wire.to_bytes(wire.cut_to_json(CUT)))
+        with pytest.raises(UnreadableObject, match="another cut") as caught:
+            await rebuild.restore(ports, JOB.id)
+        assert caught.value.key == key
+
+    asyncio.run(main())
+
+
+# --- Silent bundles ------------------------------------------------------------------------------
+
+
+def reconciler_of(*lives: LiveJob) -> Reconciler:
+    """Return one that has a clock and a bucket, and nothing else."""
+    clock = SimpleNamespace(monotonic_s=lambda: 1000.0)
+    ports: Any = SimpleNamespace(clock=clock, objects=SimObjects(), patience=PATIENCE)
+    other: Any = None
+    found = {live.id: live for live in lives}
+    return Reconciler(ports, ManagerSettings(), found, other, other, Quarantine(Counts()))
+
+
+def silent(name: str) -> LiveJob:
+    made = replace(JOB, id=JobId(name))
+    live = LiveJob(JobRecord(made, JobState.RUNNING), {})
+    live.expect([(replace(BUNDLE, job=made.id), 0.0)])
+    return live
+
+
+def test_a_bug_that_one_job_meets_does_not_keep_the_tick_from_the_next(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, over, last = silent("first"), silent("over"), silent("last")
+    recovered: list[JobId] = []
+
+    async def recover(_: Reconciler, live: LiveJob, __: object) -> None:
+        recovered.append(live.id)
+        if live is first:
+            raise IndexError("damaged data")
+        if live is over:
+            raise Superseded(live)
+
+    monkeypatch.setattr(Reconciler, "_recover", recover)
+    look = reconciler_of(first, over, last).look_for_the_silent
+    asyncio.run(look({"default": Depth(0, 0, 0)}))
+    assert recovered == [first.id, over.id, last.id]
+    assert "damaged data" in first.trouble
+    assert "met a bug" in caplog.text
+    assert over.ended.is_set()
+    assert not last.ended.is_set()
+
+
+def test_a_tick_that_is_cancelled_at_a_bug_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def recover(*_: object) -> None:
+        try:
+            await asyncio.sleep(60.0)
+        except asyncio.CancelledError:
+            raise IndexError from None
+
+    monkeypatch.setattr(Reconciler, "_recover", recover)
+
+    async def main() -> None:
+        look = reconciler_of(silent("first")).look_for_the_silent({"default": Depth(0, 0, 0)})
+        tick = asyncio.create_task(look)
+        await asyncio.sleep(0)
+        tick.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await tick
+
+    asyncio.run(main())
+
+
+def test_a_tick_leaves_the_end_of_a_job_without_definition_to_the_task_of_the_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The end of such a job takes longer than a control lease, and other jobs wait for the tick."""
+
+    async def heed(*_: object) -> None:
+        pass
+
+    monkeypatch.setattr(Reconciler, "heed", heed)
+    live = silent("first")
+    for one in live.all_outstanding():
+        one.copies = 1
+    asyncio.run(reconciler_of(live).look_for_the_silent({"default": Depth(0, 0, 0)}))
+    assert isinstance(live.unreadable, UnreadableObject)
+    assert live.unreadable.key == naming.spec(live.id)
+    assert live.poke.is_set()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 
-from batchlab.model import Control, JobId, JobState
-from batchlab.protocol import naming
+from batchlab.manager.retries import Retry
+from batchlab.model import Control, JobId, JobState, TaskSet
+from batchlab.ports import Cut
+from batchlab.protocol import naming, wire
 from batchlab.sim import fuzz, trial
 from batchlab.sim.damage import Damage, group_of
 from batchlab.sim.faults import DAMAGES, FaultKind
@@ -131,6 +134,49 @@ def test_a_job_whose_retry_is_damaged_fails_by_its_name(kind: FaultKind) -> None
         assert key in record.reason
 
     scenes.in_world(act, script=scenes.takes(100.0))
+
+
+def test_a_job_whose_retry_cuts_another_job_fails_by_its_name() -> None:
+    """Before, the next leader failed at the cut each time that it adopted its jobs."""
+
+    async def act(world: World) -> None:
+        await scenes.submitted(world, JOB)
+        await world.ask(lambda m: m.requests.cancel(JOB.id), "cancel")
+        await scenes.ended(world, JOB)
+        await world.ask(lambda m: m.requests.retry(JOB.id), "retry")
+        key = naming.retry(JOB.id, 1)
+        data = world.objects.content(key)
+        assert data
+        retry = Retry.from_bytes(data)
+        (cut,) = retry.cuts
+        foreign = replace(cut, stage=scenes.B, bundles=())
+        world.objects.damage(key, replace(retry, cuts=(foreign,)).to_bytes())
+        world.watch.trust.touched.add("job")
+        scenes.kill_manager(world)
+        await scenes.leader(world)
+        await scenes.ends_well(world, OTHER)
+        record = await scenes.ended(world, JOB)
+        assert record.state is JobState.FAILED
+        assert key in record.reason
+
+    scenes.in_world(act, script=scenes.takes(100.0))
+
+
+def test_a_job_with_another_cut_in_the_place_of_the_next_fails_by_its_name() -> None:
+    many = scenes.job(scenes.stage(scenes.A, bundle=1), items=40)
+    key = naming.cut(many.id, scenes.A, 0, 1)
+
+    async def act(world: World) -> None:
+        world.watch.trust.touched.add("job")
+        misplaced = Cut(many.id, scenes.A, 0, 7, (), TaskSet())
+        data = wire.to_bytes(wire.cut_to_json(misplaced))
+        await world.objects.put(key, data, if_absent=True)
+        await scenes.submitted(world, many)
+        record = await scenes.ended(world, many)
+        assert record.state is JobState.FAILED
+        assert key in record.reason
+
+    scenes.in_world(act, script=scenes.takes(1.0))
 
 
 @pytest.mark.parametrize("kind", [TORN, MISSING])

@@ -248,14 +248,15 @@ def test_what_is_written_is_what_is_read() -> None:
     done = settle.completion(outcome)
     assert wire.completion_from_json(wire.completion_to_json(done)) == done
     assert wire.job_from_json(wire.loads(wire.to_bytes(wire.job_to_json(JOB)))) == JOB
-    cut = Cut(JOB.id, A, 1, 3, (BUNDLE,), TaskSet.span(10, 20), 20)
+    cut = Cut(JOB.id, A, 1, 3, (replace(BUNDLE, round=1),), TaskSet.span(10, 20), 20)
     assert wire.cut_from_json(wire.loads(wire.to_bytes(wire.cut_to_json(cut)))) == cut
     source = replace(BUNDLE, stage=B, source=BUNDLE.id, round=2, losses=1)
     message = TaskMessage(source, list(range(10)), 12.5, True)
     assert read_task_message(task_message(message)) == message
     message = replace(message, key=CommitKey("0f" * 16))
     assert read_task_message(task_message(message)) == message
-    for opening in (None, definition.Opening([1, "a"]), definition.Opening([1, "a"], cut)):
+    first = replace(cut, round=0, seq=0, bundles=(BUNDLE,))
+    for opening in (None, definition.Opening([1, "a"]), definition.Opening([1, "a"], first)):
         doc = wire.loads(definition.to_bytes(JOB, opening))
         assert (wire.job_from_json(doc), definition.opening_in(doc)) == (JOB, opening)
     held = Held("q", "r", JOB.id, A, BUNDLE.id, True)
