@@ -22,6 +22,7 @@ from batchlab.protocol import naming
 from batchlab.sim.damage import group_of, job_of
 from batchlab.sim.faults import FaultKind
 from batchlab.sim.watch import Violated
+from batchlab.tasknames import task_name
 
 if TYPE_CHECKING:
     from batchlab.sim.world import World
@@ -133,5 +134,5 @@ def _check_failures(world: World, job: JobDef, outcome: Outcome) -> None:
     for failure in outcome.failed:
         if failure.kind in (FailureKind.EXCEPTION, FailureKind.LOST):
             continue  # see invariants.check_failures
-        told = f"task {failure.task} of {outcome.bundle.id} failed: {failure.reason}"
+        told = f"{task_name(outcome.bundle.stage, failure.task)} failed: {failure.reason}"
         _require(_names_damage(world, job.id, failure.reason), "causes", told)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from batchlab.jobdef import JobDef
 from batchlab.model import Bundle, Outcome
+from batchlab.tasknames import task_name
 
 Require = Callable[[bool, str, str, str], None]
 """A check with the arguments (holds, promise, facts, job)."""
@@ -65,7 +66,7 @@ class StartTimes:
         self.require(
             now_s >= due_s - EARLY_S,
             "start times",
-            f"task {task} of {bundle.stage} of {bundle.job} starts {due_s - now_s:.1f} s too early "
+            f"{task_name(bundle.stage, task)} of {bundle.job} starts {due_s - now_s:.1f} s early "
             f"(attempt {bundle.attempt}, round {bundle.round})",
             bundle.job,
         )

@@ -167,7 +167,7 @@ def test_an_interrupted_campaign_tells_what_it_knows(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("fuzz", "--weather", "fog"), "There is no weather 'fog'.\n  There are all,"),
+        (("fuzz", "--weather", "fog"), "There is no weather 'fog'.\n  There are accounts, all,"),
         (("fuzz", "--report", "/nowhere/a.md"), "/nowhere/a.md cannot be written"),
         (("fuzz", "--seeds", "0"), "--seeds"),
         (("replay", "7", "--weather", "fog"), "There is no weather 'fog'."),
