@@ -15,6 +15,12 @@ def _puts_lose_their_condition(request: Request, send: Send) -> Response:
     return send(request)
 
 
+def _multipart_uploads_lose_their_condition(request: Request, send: Send) -> Response:
+    if request.method == "POST":
+        request.headers.pop("if-none-match", None)
+    return send(request)
+
+
 def _overwrites_lose_their_condition(request: Request, send: Send) -> Response:
     if request.method == "PUT":
         request.headers.pop("if-match", None)
@@ -157,6 +163,10 @@ S3_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
         _puts_lose_their_condition,
         {"s3-create-taken", "s3-create-repeated", "s3-create-race", "s3-port-create"},
     ),
+    "multipart uploads lose their condition": (
+        _multipart_uploads_lose_their_condition,
+        {"s3-multipart-create-taken"},
+    ),
     "overwrites lose their condition": (
         _overwrites_lose_their_condition,
         {"s3-match-stale", "s3-match-missing"},
@@ -181,7 +191,7 @@ S3_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
         _objects_are_damaged,
         {
             *("s3-create-free", "s3-overwrite-whole", "s3-multipart-whole", "s3-port-upload"),
-            "s3-read-own-write",
+            *("s3-read-own-write", "s3-multipart-create-free"),
         },
     ),
     "empty objects are none": (_empty_objects_are_none, {"s3-put-empty"}),

@@ -75,7 +75,7 @@ def test_the_real_stack_with_two_pools_is_made_looked_at_changed_and_gone(
     assert s3.head_object(Bucket=at.bucket, Key=f"boot/{archive.name}")["ContentLength"]
     assert s3.list_objects_v2(Bucket=at.bucket, Prefix="deploy/")["KeyCount"] == 0
     profiles = client("iam").list_instance_profiles()["InstanceProfiles"]
-    assert len([one for one in profiles if one["Roles"]]) == 2
+    assert len([one for one in profiles if one["Roles"]]) == 3  # of each pool and the manager
 
     code, out, err = deploy("status", "--json")
     assert code == 0, err
