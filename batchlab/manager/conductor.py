@@ -24,7 +24,7 @@ from batchlab.manager.cutting import Cutter
 from batchlab.manager.folding import Folder
 from batchlab.manager.live import LiveJob, Ports, Superseded, move
 from batchlab.manager.plans import Plans
-from batchlab.manager.quarantine import Outcomes, Quarantine, UnreadableObject, read_stored
+from batchlab.manager.quarantine import Outcomes, Quarantine, UnreadableObject, read_cut
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Bundle, Control, JobState, Json, StageName, TaskSet
 from batchlab.ports import Cut, Ending, StageRecord
@@ -252,12 +252,7 @@ class Conductor:
                 lambda: objects.put(key, wire.to_bytes(wire.cut_to_json(cut)), if_absent=True)
             )
         except AlreadyExists:
-            found = await read_stored(
-                self._ports, key, lambda data: wire.cut_from_json(wire.loads(data))
-            )
-            if naming.cut(found.job, found.stage, found.round, found.seq) != key:
-                raise UnreadableObject(key, "It is another cut.") from None
-            return found
+            return await read_cut(self._ports, key)
         return cut
 
     async def _commit_and_send(self, live: LiveJob, cut: Cut) -> None:

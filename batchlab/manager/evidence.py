@@ -75,9 +75,10 @@ class Evidence:
         return True
 
     def _is_shown(self, beat: Beat) -> bool:
-        is_author = beat.worker in self.authors and beat.worker != MANAGER
-        is_author = is_author and self._registry.named.get(beat.worker) == beat.instance
-        return is_author or any(one.job in self._lives for one in beat.held)
+        if any(one.job in self._lives for one in beat.held):
+            return True
+        is_own = self._registry.named.get(beat.worker) == beat.instance
+        return is_own and beat.worker != MANAGER and beat.worker in self.authors
 
     def _waits(self, pool: str) -> bool:
         """Return whether the pool's queue has messages, and a bundle is due that no worker holds.

@@ -19,6 +19,7 @@ from batchlab.jobdef import JobDef
 from batchlab.manager.counts import BEAT, Counts
 from batchlab.manager.live import Ports
 from batchlab.model import Bundle, JobId, Outcome
+from batchlab.ports import Cut
 from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.sealing import CommitKey
 
@@ -124,6 +125,14 @@ async def read_stored(ports: Ports, key: str, read: Callable[[bytes], T]) -> T:
         return read(data)
     except (Malformed, TooNew) as error:
         raise UnreadableObject(key, error.message) from error
+
+
+async def read_cut(ports: Ports, key: str) -> Cut:
+    """Return the cut with this key; NotFound, or UnreadableObject, also if it is another cut."""
+    cut = await read_stored(ports, key, lambda data: wire.cut_from_json(wire.loads(data)))
+    if naming.cut(cut.job, cut.stage, cut.round, cut.seq) != key:
+        raise UnreadableObject(key, "It is another cut.")
+    return cut
 
 
 class Outcomes:

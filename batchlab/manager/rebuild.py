@@ -19,7 +19,7 @@ from batchlab.errors import BackendError, Malformed, NotFound, Throttled, TooNew
 from batchlab.jobdef import JobDef
 from batchlab.manager import addresses
 from batchlab.manager.live import Ports
-from batchlab.manager.quarantine import UnreadableObject, read_stored
+from batchlab.manager.quarantine import UnreadableObject, read_cut, read_stored
 from batchlab.manager.retries import Retry, read_retry
 from batchlab.model import Completion, Control, JobId, JobState, Outcome, StageName
 from batchlab.ports import Cut, Ending, ObjectInfo, Past, Round
@@ -118,10 +118,7 @@ class _Found:
         """Read one object, if it is a cut or an outcome."""
         name = info.key
         if naming.is_cut(name):
-            cut = await _read(ports, name, wire.cut_from_json)
-            if naming.cut(cut.job, cut.stage, cut.round, cut.seq) != name:
-                raise UnreadableObject(name, "It is another cut.")
-            self.cuts.append(cut)
+            self.cuts.append(await read_cut(ports, name))
         elif naming.is_genuine(name, key):
             try:
                 outcome = await read_outcome(ports.objects, name, ports.patience)

@@ -129,7 +129,7 @@ class Requests:
             self._counts.submitted += 1
             log.info("accepted", extra={"job": job.id})
         if not written.rows.job.state.ended and job.id not in self._lives:
-            # Where somebody else made it, its completions may be on their way already.
+            # If another manager made the job, completions of it may already be in the queue.
             live = await self._adopt(replace(written, is_new=written.is_new and is_ours))
             if opening and cut and written.is_new:
                 self._conductor.begin(live, cut)

@@ -121,9 +121,9 @@ async def _lead(
     )
     owner = ids.fresh("manager")
     logs.is_from(manager=owner)
-    # The first call of each: a file that is damaged, or of a newer batchlab, is told at once, not
-    # waited for like an outage. And we hold the folder's lock, so the manager before us is dead
-    # and its lease need not run out.
+    # The first call to each service reports a damaged file, or one of a newer batchlab, at once.
+    # Later calls would wait, as in an outage. This process holds the folder's lock, so the previous
+    # manager has ended and its lease need not expire.
     await ledger.release(LEASE, home.last_owner() or owner)
     if backend.keeps_files:
         await queue.ensure(events_queue(backend.manager))

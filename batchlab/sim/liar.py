@@ -333,7 +333,7 @@ class Liar:
             spec = json.loads(await self._objects.get(self._rng.choice(specs)))
             spec["id"] = job
             if self._rng.random() < 0.7:
-                # As of release 0.1.0, whose jobs have no commit key.
+                # Jobs of release 0.1.0 have no commit key.
                 spec |= {"commit_hash": "", "needs": 1}
         await self._objects.put(f"jobs/{job}/spec.json", json.dumps(spec).encode(), if_absent=True)
         bundle = {**self.a_bundle(), "j": job}

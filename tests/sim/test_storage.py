@@ -116,22 +116,31 @@ def test_a_task_whose_part_of_the_plan_is_damaged_fails_by_its_name(kind: FaultK
     scenes.in_world(act, script=scenes.takes(1.0), seed=2)
 
 
+async def cancelled_and_retried(world: World) -> None:
+    await scenes.submitted(world, JOB)
+    await world.ask(lambda m: m.requests.cancel(JOB.id), "cancel")
+    await scenes.ended(world, JOB)
+    await world.ask(lambda m: m.requests.retry(JOB.id), "retry")
+
+
+async def next_leader_ends_it(world: World, key: str) -> None:
+    """The next manager ends OTHER well, and JOB as FAILED with the key in its reason."""
+    scenes.kill_manager(world)
+    await scenes.leader(world)
+    await scenes.ends_well(world, OTHER)
+    record = await scenes.ended(world, JOB)
+    assert record.state is JobState.FAILED
+    assert key in record.reason
+
+
 @pytest.mark.parametrize("kind", [TORN, MISSING])
 def test_a_job_whose_retry_is_damaged_fails_by_its_name(kind: FaultKind) -> None:
     """A leader that cannot read the retry does not know the bundles of the round."""
 
     async def act(world: World) -> None:
-        await scenes.submitted(world, JOB)
-        await world.ask(lambda m: m.requests.cancel(JOB.id), "cancel")
-        await scenes.ended(world, JOB)
-        await world.ask(lambda m: m.requests.retry(JOB.id), "retry")
+        await cancelled_and_retried(world)
         key = await strike(world, "retries", kind)
-        scenes.kill_manager(world)
-        await scenes.leader(world)
-        await scenes.ends_well(world, OTHER)
-        record = await scenes.ended(world, JOB)
-        assert record.state is JobState.FAILED
-        assert key in record.reason
+        await next_leader_ends_it(world, key)
 
     scenes.in_world(act, script=scenes.takes(100.0))
 
@@ -140,10 +149,7 @@ def test_a_job_whose_retry_cuts_another_job_fails_by_its_name() -> None:
     """Before, the next leader failed at the cut each time that it adopted its jobs."""
 
     async def act(world: World) -> None:
-        await scenes.submitted(world, JOB)
-        await world.ask(lambda m: m.requests.cancel(JOB.id), "cancel")
-        await scenes.ended(world, JOB)
-        await world.ask(lambda m: m.requests.retry(JOB.id), "retry")
+        await cancelled_and_retried(world)
         key = naming.retry(JOB.id, 1)
         data = world.objects.content(key)
         assert data
@@ -152,12 +158,7 @@ def test_a_job_whose_retry_cuts_another_job_fails_by_its_name() -> None:
         foreign = replace(cut, stage=scenes.B, bundles=())
         world.objects.damage(key, replace(retry, cuts=(foreign,)).to_bytes())
         world.watch.trust.touched.add("job")
-        scenes.kill_manager(world)
-        await scenes.leader(world)
-        await scenes.ends_well(world, OTHER)
-        record = await scenes.ended(world, JOB)
-        assert record.state is JobState.FAILED
-        assert key in record.reason
+        await next_leader_ends_it(world, key)
 
     scenes.in_world(act, script=scenes.takes(100.0))
 

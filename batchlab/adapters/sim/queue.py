@@ -308,7 +308,7 @@ class SimQueue:
     async def remove(self, queue: str) -> None:
         found = self._queues.pop(queue, None)
         if found is not None:
-            # Who still waits there shall see that it is gone.
+            # Receivers that still wait get the answer that the queue does not exist.
             for waiter in found.waiters.values():
                 _settle(waiter.given)
 
