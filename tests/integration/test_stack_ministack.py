@@ -192,7 +192,7 @@ def test_the_launch_templates(plane: Plane, ids: dict[str, str], name: str, who:
     (card,) = data["NetworkInterfaces"]
     assert card["AssociatePublicIpAddress"] is False
     assert card["Groups"] == [ids[f"{who}SecurityGroup"]]
-    profile = ids[f"{who}Profile"]
+    profile = ids[f"{name}Profile"]
     assert data["IamInstanceProfile"]["Arn"].endswith(profile.rpartition("/")[2])
     script = base64.b64decode(data["UserData"]).decode()
     assert script.startswith("#!/bin/bash\n")
@@ -250,14 +250,15 @@ def test_the_network(plane: Plane, ids: dict[str, str]) -> None:
             }
 
 
-@pytest.mark.parametrize("who", ["Worker", "Manager"])
+@pytest.mark.parametrize("who", ["Pool", "Manager"])
 def test_the_roles(plane: Plane, ids: dict[str, str], who: str) -> None:
     iam, name = plane.client("iam"), ids[f"{who}Role"]
     role = iam.get_role(RoleName=name)["Role"]
     (trusted,) = role["AssumeRolePolicyDocument"]["Statement"]
     assert trusted["Principal"] == {"Service": "ec2.amazonaws.com"}
     assert iam.list_attached_role_policies(RoleName=name)["AttachedPolicies"] == []
-    kept = iam.get_role_policy(RoleName=name, PolicyName=who.lower())["PolicyDocument"]
+    policy = "worker" if who == "Pool" else "manager"
+    kept = iam.get_role_policy(RoleName=name, PolicyName=policy)["PolicyDocument"]
     rendered = cfn.Rendered(cfn.for_ministack(WHOLE, **SHAPE), **SHAPE)
     wanted = cfn.statements(rendered.properties(f"{who}Role"))
     assert [one["Sid"] for one in kept["Statement"]] == [one["Sid"] for one in wanted]

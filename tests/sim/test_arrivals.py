@@ -12,7 +12,7 @@ from batchlab.manager.collector import Collector
 from batchlab.manager.manager import Manager
 from batchlab.model import Bundle, Completion, JobId, JobState, LifecycleState, Pool, TaskSet
 from batchlab.ports import Outgoing
-from batchlab.protocol import messages, naming
+from batchlab.protocol import messages, naming, wire
 from batchlab.sim.world import MANAGER, World
 from tests.sim.scenes import (
     A,
@@ -212,7 +212,9 @@ def test_a_job_that_cannot_be_restored_keeps_nobody_from_being_counted() -> None
     async def act(world: World) -> None:
         manager = await leader(world)
         ghost, tasks = JobId("ghost"), TaskSet.span(0, 1)
-        await world.objects.put(naming.spec(ghost), b'{"v":1,"id":"ghost"}', if_absent=True)
+        spec = wire.dumps(wire.job_to_json(job(stage(A), items=1, id=ghost))).encode()
+        await world.objects.put(naming.spec(ghost), spec, if_absent=True)
+        world.objects.damage(naming.spec(ghost), b'{"v":1,"id":"ghost"}')
         nothing = TaskSet()
         told = Completion(Bundle(ghost, A, tasks), "w", 1.0, 2.0, tasks, nothing, nothing, 1.0)
         body = messages.events_message(messages.Events((told,)))
