@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from batchlab.manager.live import LiveJob, Seen
     from batchlab.model import Activity, Failure, GroupView, Instance, Outcome
     from batchlab.ports import BundleRecord, Depth, JobRecord, StageRecord
+    from batchlab.protocol.live_logs import Tail
     from batchlab.protocol.sealing import CommitKey
     from batchlab.views import (
         ActivityView,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
         StageView,
         TailView,
     )
-    from batchlab.worker.tails import Tail
 
 
 # --- Jobs ----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ reads what is written down, placed.py finds the grid's parts, opening.py opens t
 from batchlab.backends.descriptor import Image, names, with_pools
 from batchlab.backends.endpoint import VARIABLE, fresh_bucket
 from batchlab.backends.launchers import open_asg_launcher
-from batchlab.backends.opening import Backend, load, open_reporter, open_writer, patience
+from batchlab.backends.opening import Backend, load, patience
 from batchlab.backends.placed import client_environment
 
 __all__ = [
@@ -20,8 +20,6 @@ __all__ = [
     "load",
     "names",
     "open_asg_launcher",
-    "open_reporter",
-    "open_writer",
     "patience",
     "with_pools",
 ]

@@ -8,11 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import random
-import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchlab import extras
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
     from batchlab.adapters.sqs import SqsQueue
     from batchlab.manager.notifying import Deliver
     from batchlab.ports import Fleet
-    from batchlab.report.writing import Writer
 
 log = logging.getLogger(__name__)
 
@@ -278,45 +275,6 @@ def _is_traced(environ: Mapping[str, str]) -> bool:
 def patience() -> Patience:
     """For real backends: jitter that differs from process to process."""
     return Patience(random.Random())  # noqa: S311 - jitter, not a secret
-
-
-def open_reporter(backend: Backend, home: Home, objects: Objects, pools: Sequence[Pool]) -> Writer:
-    """Who writes the performance data of the grid's jobs, in its manager; one at a time in a
-    home."""
-    scratch = home.scratch / "reports"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a manager that was killed while it wrote
-    return open_writer(
-        backend,
-        home,
-        objects,
-        pools,
-        lambda error: log.warning("job performance data has no cost: %s", error),
-        scratch,
-    )
-
-
-def open_writer(
-    backend: Backend,
-    home: Home,
-    objects: Objects,
-    pools: Sequence[Pool],
-    unpriced: Callable[[UsageError], None],
-    scratch: Path | None = None,
-) -> Writer:
-    """Who writes job performance data by the home's prices. Where no price book can be read it
-    has no cost, and `unpriced` hears why."""
-    from batchlab.costs import prices
-    from batchlab.report.building import Setting
-    from batchlab.report.writing import Writer
-
-    book = None
-    try:
-        book = prices.load(home.path)
-    except UsageError as error:
-        unpriced(error)
-    return Writer(
-        objects, patience(), Setting(backend.name, tuple(pools), backend.pace, book), scratch
-    )
 
 
 def _only(port: str, named: str, known: str) -> None:

@@ -68,7 +68,7 @@ def schema() -> None:
     \b
     Example: batchlab schema > job.schema.json
     """
-    from batchlab.spec import json_schema
+    from batchlab.spec.json_schema import json_schema
 
     output.show_json(json_schema())
 

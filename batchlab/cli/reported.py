@@ -129,9 +129,9 @@ async def _written(
 
 def writer_of(source: Source, backend: Backend, objects: Objects) -> Writer:
     """Writes by the home's prices; without cost, and saying so, where these cannot be read."""
-    from batchlab import backends
+    from batchlab.services.report_writer import open_writer
 
-    return backends.open_writer(
+    return open_writer(
         backend,
         source.home,
         objects,

@@ -178,6 +178,6 @@ def schema() -> None:
     \b
     Example: batchlab scenario schema > scenario.schema.json
     """
-    from batchlab.scenario.page import json_schema
+    from batchlab.scenario.schema import json_schema
 
     output.show_json(json_schema())

@@ -20,7 +20,7 @@ from batchlab.manager.settings import ManagerSettings
 from batchlab.model import BundleId, Control, JobId, StageName
 from batchlab.ports import ObjectInfo
 from batchlab.protocol import naming, wire
-from batchlab.worker.tails import ASKED_S, Tail, from_bytes
+from batchlab.protocol.live_logs import ASKED_S, Tail, from_bytes
 
 log = logging.getLogger(__name__)
 

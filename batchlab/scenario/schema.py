@@ -10,6 +10,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, create_model
 
+from batchlab.model import Json
 from batchlab.scenario.measures import MEASURES, Unit
 from batchlab.scenario.model import FaultName
 from batchlab.scenario.schema_draws import (
@@ -27,6 +28,7 @@ from batchlab.scenario.schema_draws import (
 from batchlab.scenario.schema_jobs import JobSpec
 from batchlab.scenario.schema_traces import TraceSpec
 from batchlab.spec import forms
+from batchlab.spec.json_schema import schema_of
 from batchlab.spec.problems import Loc, lies
 from batchlab.spec.schema import Keys
 from batchlab.spec.structure import Shape
@@ -379,3 +381,8 @@ _TEXT_PLACES: tuple[Loc, ...] = (
 def is_text(loc: Loc) -> bool:
     """Whether a scalar at `loc` is text however it is written."""
     return lies(loc, _TEXT_PLACES)
+
+
+def json_schema() -> dict[str, Json]:
+    """JSON Schema (draft 2020-12) of the scenario file, for editors."""
+    return schema_of(ScenarioSpec, "batchlab scenario")

@@ -104,6 +104,7 @@ async def _lead(
     from batchlab.manager.manager import Manager
     from batchlab.manager.notifying import Outlets
     from batchlab.manager.reporting import Reports
+    from batchlab.services.report_writer import open_reporter
 
     clock, ids = backend.open_clock(), backend.open_ids()
     ledger = backend.open_ledger(home)
@@ -130,7 +131,7 @@ async def _lead(
     pools = backend.pools_in(home)
     accounting = accounting_of(home, pools, tally)
     counts = Counts()
-    reports = Reports(backends.open_reporter(backend, home, ports.objects, pools), counts)
+    reports = Reports(open_reporter(backend, home, ports.objects, pools), counts)
     tracer = backend.open_tracer("manager", owner)
     recent = logs.Recent()
     logging.getLogger("batchlab").addHandler(recent)

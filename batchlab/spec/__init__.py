@@ -2,7 +2,7 @@
 
 from batchlab.spec.jobfile import JobFile, load, source_digest
 from batchlab.spec.jobfile import compile_job as compile  # noqa: A004 - read as spec.compile
-from batchlab.spec.page import json_schema, reference
+from batchlab.spec.json_schema import json_schema
 from batchlab.spec.problems import JobFileErrors
 from batchlab.spec.starter import starter
 
@@ -12,7 +12,6 @@ __all__ = [
     "compile",
     "json_schema",
     "load",
-    "reference",
     "source_digest",
     "starter",
 ]

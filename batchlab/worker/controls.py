@@ -16,8 +16,8 @@ from batchlab.errors import BackendError, NotFound
 from batchlab.model import Control, JobId
 from batchlab.ports import Clock, Objects
 from batchlab.protocol import naming
+from batchlab.protocol.live_logs import ASKED_S
 from batchlab.waits import heed_cancellation
-from batchlab.worker.tails import ASKED_S
 
 CLOCKS_S = 60.0
 """By so much the clocks of two machines may differ."""

@@ -12,39 +12,21 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from batchlab.errors import BackendError, Malformed
+from batchlab.errors import BackendError
 from batchlab.model import JobId
 from batchlab.ports import Clock, Objects
-from batchlab.protocol import naming, wire
-from batchlab.protocol.checked import UNREADABLE, fitted, known, listed
+from batchlab.protocol import naming
+from batchlab.protocol.live_logs import ASKED_S, Tail, to_bytes
 from batchlab.waits import heed_cancellation
 from batchlab.worker import logs
 from batchlab.worker.hand import Hand
 
 log = logging.getLogger(__name__)
 
-ASKED_S = 30.0
-"""How long a request holds. Who follows a job asks again twice as often."""
 TASK_BYTES = 64 * 1024
 """The most that is stored of one running task, its end; of all that a worker runs, WORKER_BYTES."""
 WORKER_BYTES = 256 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Tail:
-    """The end of what a running attempt has printed: bytes [start, stop) of its own output."""
-
-    stage: str
-    task: int
-    attempt: int
-    round: int
-    bundle: str
-    execution: str
-    start: int
-    stop: int
-    text: str
 
 
 @dataclass(slots=True)
@@ -137,19 +119,3 @@ def _tail(hand: Hand, most: int) -> Tail | None:
         start + len(found.data),
         logs.text(found.data),
     )
-
-
-# --- Stored --------------------------------------------------------------------------------------
-
-
-def to_bytes(tails: list[Tail]) -> bytes:
-    return wire.to_bytes({"v": wire.VERSION, "tails": [wire.fields(one) for one in tails]})
-
-
-def from_bytes(data: bytes) -> list[Tail]:
-    """Malformed if they cannot be read."""
-    doc: dict[str, Any] = wire.loads(data)
-    try:
-        return [fitted(Tail(**known(Tail, one))) for one in listed(doc["tails"])]
-    except UNREADABLE as error:
-        raise Malformed(f"Live logs cannot be read: {wire.brief(error)}.") from error

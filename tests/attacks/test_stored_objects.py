@@ -27,18 +27,18 @@ from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Bundle, Control, JobId, JobState, Json, StageName, TaskSet
 from batchlab.patience import Patience
 from batchlab.ports import Cut, Depth, Ending, JobRecord, Reopening
-from batchlab.protocol import definition, naming, wire
+from batchlab.protocol import definition, live_logs, naming, wire
 from batchlab.protocol.sealing import UNSEALED, CommitKey
 from batchlab.schedule import model
 from batchlab.schedule.model import Definition, Run, RunState, Schedule, When
-from batchlab.worker import environment, suspects, tails
+from batchlab.worker import environment, suspects
 from batchlab.worker.inputs import Inputs, Manifest
 from tests.attacks.test_malformed import BUNDLE, JOB, MAP, many, mutated
 from tests.attacks.worker_rights import WorkerRights
 from tests.integration.api_rig import TOKEN, Rig, job
 
 KEY = CommitKey("0f" * 16)
-TAIL = tails.Tail("map", 3, 1, 0, BUNDLE.id, "w-1-1", 0, 5, "hello")
+TAIL = live_logs.Tail("map", 3, 1, 0, BUNDLE.id, "w-1-1", 0, 5, "hello")
 FULL = replace(
     JOB,
     params=(("n", 3), ("deep", {"x": [1, None]})),
@@ -86,7 +86,7 @@ def readers() -> dict[str, Reader]:
         "manifest": (manifest.to_bytes(), Manifest.from_bytes, Manifest.to_bytes),
         "spec": (definition.to_bytes(FULL, opening), spec, lambda v: definition.to_bytes(*v)),
         "schedule": (model.to_bytes(SCHEDULE), model.from_bytes, model.to_bytes),
-        "tails": (tails.to_bytes([TAIL]), tails.from_bytes, tails.to_bytes),
+        "tails": (live_logs.to_bytes([TAIL]), live_logs.from_bytes, live_logs.to_bytes),
         "environment": (there(environment.here()), document(environment.from_json), there),
     }
 

@@ -14,7 +14,7 @@ from batchlab.errors import NotFound, Refused
 from batchlab.jobdef import RetryRule
 from batchlab.model import Control, JobId
 from batchlab.protocol import definition, naming, wire
-from batchlab.worker.tails import Tail, to_bytes
+from batchlab.protocol.live_logs import Tail, to_bytes
 from tests.integration.api_rig import Rig, job, later
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import duckdb
 
-from batchlab.report import page
 from batchlab.report.schema import TABLES, VERSION
+from docs.reference import report_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +35,7 @@ def test_every_column_is_told_in_units_and_words() -> None:
 
 def test_the_page_is_made_from_the_schema() -> None:
     text = (ROOT / "docs" / "report-data.md").read_text()
-    assert text == page.renewed(text)
+    assert text == report_tables.renewed(text)
 
 
 def test_files_have_the_columns_in_order_and_say_the_version(made_run: Path) -> None:

@@ -79,6 +79,7 @@ def test_the_main_job_needs_none_of_them(tmp_path: Path) -> None:
         import batchlab.cli.demo, batchlab.cli.report, batchlab.cli.runner, batchlab.grid
         import batchlab.report.building, batchlab.report.store, batchlab.report.writing
         import batchlab.services.manager, batchlab.services.worker, batchlab.worker.loop
+        import batchlab.services.report_writer
         from batchlab import backends, web
         from batchlab.api import create_app
         from batchlab.home import Home
@@ -90,7 +91,7 @@ def test_the_main_job_needs_none_of_them(tmp_path: Path) -> None:
         local.open_ledger(home)
         local.open_fleet(home, local.open_launcher(home, clock), clock)
         local.open_deliveries(home, clock)
-        backends.open_reporter(local, home, objects, local.pools)
+        batchlab.services.report_writer.open_reporter(local, home, objects, local.pools)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr

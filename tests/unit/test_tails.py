@@ -22,6 +22,7 @@ from batchlab.model import Bundle, Control, JobId, JobState, StageCounts, StageN
 from batchlab.patience import Patience
 from batchlab.ports import JobRecord, Message, StageRecord
 from batchlab.protocol import naming, wire
+from batchlab.protocol.live_logs import ASKED_S, Tail, from_bytes, to_bytes
 from batchlab.protocol.messages import TaskMessage
 from batchlab.sim.clocks import SimClock, SimIds
 from batchlab.sim.loop import SimLoop
@@ -29,7 +30,7 @@ from batchlab.worker import logs
 from batchlab.worker.controls import CLOCKS_S, Controls
 from batchlab.worker.hand import Hand
 from batchlab.worker.runner import Peek
-from batchlab.worker.tails import ASKED_S, WORKER_BYTES, Tail, Tails, from_bytes, to_bytes
+from batchlab.worker.tails import WORKER_BYTES, Tails
 from tests.no_fleet import NoFleet
 
 JOB = JobId("talk-0123456789")

@@ -23,6 +23,7 @@ from batchlab.notification import Notification
 from batchlab.patience import Patience
 from batchlab.ports import Outgoing, QueueSpec
 from batchlab.protocol import definition, naming, wire
+from batchlab.protocol.live_logs import Tail, from_bytes, to_bytes
 from batchlab.protocol.messages import (
     TaskMessage,
     events_message,
@@ -38,7 +39,6 @@ from batchlab.worker.closing import OTHERS_S
 from batchlab.worker.loop import Worker
 from batchlab.worker.runner import Handle, Work
 from batchlab.worker.settings import WorkerSettings
-from batchlab.worker.tails import Tail, from_bytes, to_bytes
 
 BEFORE = Path(__file__).parent / "wire_before"
 """As releases wrote it that knew nothing of targets, traces and protocols."""

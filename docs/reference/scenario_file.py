@@ -1,13 +1,10 @@
-"""The JSON Schema of the scenario file, and the reference page made from it.
-
-Invariant: the page says nothing about a key that the models do not say.
-"""
+"""Reference page of the scenario file, made from its JSON Schema."""
 
 from __future__ import annotations
 
-from batchlab.model import Json
-from batchlab.scenario.schema import ScenarioSpec
-from batchlab.spec import page, units
+from batchlab.scenario.schema import json_schema
+from batchlab.spec import units
+from docs.reference import job_file
 
 _SECTIONS = {
     "JobSpec": "`jobs`: each one",
@@ -43,9 +40,7 @@ _SECTIONS = {
 """Titles of the schema's parts, in the order of the page."""
 
 _HEAD = f"""\
-<!-- Made from batchlab/scenario/schema.py. To make it again:
-     python -c "import batchlab.scenario.page as p; print(p.reference(), end='')" \
-> docs/scenario-file.md -->
+<!-- Made from batchlab/scenario/schema.py. To make it again: python -m docs.reference docs -->
 
 # The scenario file
 
@@ -61,11 +56,6 @@ and what must hold. [Scenarios](scenarios.md) is the guide to it; this page has 
 """
 
 
-def json_schema() -> dict[str, Json]:
-    """JSON Schema (draft 2020-12) of the scenario file, for editors."""
-    return page.schema_of(ScenarioSpec, "batchlab scenario")
-
-
 def parts() -> set[str]:
     """The schema's parts that the page shows."""
     return set(_SECTIONS)
@@ -74,6 +64,6 @@ def parts() -> set[str]:
 def reference() -> str:
     """The reference page in Markdown."""
     schema = json_schema()
-    pages = [_HEAD, page.section("The scenario", schema)]
-    pages += [page.section(title, schema["$defs"][name]) for name, title in _SECTIONS.items()]
+    pages = [_HEAD, job_file.section("The scenario", schema)]
+    pages += [job_file.section(title, schema["$defs"][name]) for name, title in _SECTIONS.items()]
     return "\n".join(pages)

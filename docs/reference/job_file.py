@@ -1,20 +1,14 @@
-"""The JSON Schema of the job file, and the reference page made from it.
-
-Invariant: the page says nothing about a key that the models do not say.
-"""
+"""Reference page of the job file, made from its JSON Schema."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel
-
-from batchlab.model import Json
 from batchlab.spec import units
+from batchlab.spec.json_schema import json_schema
 from batchlab.spec.problems import Loc
-from batchlab.spec.schema import SECTIONS, JobSpec
+from batchlab.spec.schema import SECTIONS
 from batchlab.spec.starter import JOB
 
 _TITLES: dict[Loc, str] = {
@@ -29,8 +23,7 @@ _TITLES: dict[Loc, str] = {
 }
 
 _HEAD = """\
-<!-- Made from batchlab/spec/schema.py. To make it again:
-     python -c "import batchlab.spec as s; print(s.reference(), end='')" > docs/job-file.md -->
+<!-- Made from batchlab/spec/schema.py. To make it again: python -m docs.reference docs -->
 
 # The job file
 
@@ -103,42 +96,6 @@ A brace of your own is written twice: `awk "{{{{print $1}}}}"`.
 one YAML scalar: `5` is a number, `true` a truth value, `'"5"'` text. Where the default is text,
 the value stays text as it is written.
 """
-
-
-def json_schema() -> dict[str, Json]:
-    """JSON Schema (draft 2020-12) of the job file, for editors."""
-    return schema_of(JobSpec, "batchlab job file")
-
-
-def schema_of(model: type[BaseModel], title: str) -> dict[str, Json]:
-    """JSON Schema (draft 2020-12) of a file that is a `model`; its parts under their titles."""
-    schema: dict[str, Json] = _plain(model.model_json_schema())
-    text = json.dumps(schema)
-    for name, part in schema["$defs"].items():
-        title_of = part.get("title", name)
-        if name != title_of:
-            text = text.replace(json.dumps(name), json.dumps(title_of))
-            text = text.replace(f"#/$defs/{name}", f"#/$defs/{title_of}")
-    draft = "https://json-schema.org/draft/2020-12/schema"
-    return {"$schema": draft, **json.loads(text), "title": title}
-
-
-def _plain(schema: Json) -> Json:
-    """`schema` without what pydantic adds by itself: null where a key may be left out, which a
-    job file may not write, and titles that repeat the key."""
-    if isinstance(schema, list):
-        return [_plain(one) for one in schema if one != {"type": "null"}]
-    if not isinstance(schema, dict):
-        return schema
-    plain = {key: _plain(value) for key, value in schema.items()}
-    for key, field in plain.get("properties", {}).items():
-        if field.get("title") == key.replace("_", " ").title():
-            del field["title"]
-        if "default" in field and field["default"] is None:
-            del field["default"]
-        if len(field.get("anyOf", ())) == 1:
-            field.update(field.pop("anyOf")[0])
-    return plain
 
 
 def reference() -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from batchlab import backends
 from batchlab.backends import Backend
-from batchlab.reference.markdown import head, table
+from docs.reference.markdown import head, table
 
 ORDER = ("local", "ministack", "localstack", "aws", "sim")
 """The backends as the pages have them."""

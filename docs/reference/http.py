@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchlab.reference.markdown import head, table, text
+from docs.reference.markdown import head, table, text
 
 _WORDS = """\
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from batchlab.reference.markdown import head, table
+from docs.reference.markdown import head, table
 
 _WORDS = """\
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from typer.main import get_command
 
-from batchlab.reference.markdown import head, table, text
+from docs.reference.markdown import head, table, text
 
 _WORDS = """\
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from batchlab import backends
-from batchlab.reference.capabilities import ORDER
-from batchlab.reference.markdown import head, table
+from docs.reference.capabilities import ORDER
+from docs.reference.markdown import head, table
 
 MANAGER: Mapping[str, str] = {
     "control_lease_s": "how long a worker may start tasks of a job after it last looked at the "
@@ -183,7 +183,7 @@ def reference() -> str:
     managers = [asdict(one.manager) for one in found]
     workers = [asdict(one.worker) for one in found]
     pages = [
-        head("the manager's and the workers' settings, and batchlab/reference/settings.py"),
+        head("the manager's and the workers' settings, and docs/reference/settings.py"),
         _WORDS,
         table(columns, _rows(MANAGER, managers)),
         _OF_WORKERS,

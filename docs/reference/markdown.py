@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-AGAIN = "python -m batchlab.reference docs"
+AGAIN = "python -m docs.reference docs"
 
 
 def head(made_from: str) -> str:
