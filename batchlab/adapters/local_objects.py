@@ -167,7 +167,14 @@ class LocalObjects:
     def _download(self, key: str, path: Path) -> int:
         return folders.download_whole(path, partial(folders.copy_out, self._root / key))
 
-    def local_path(self, key: str) -> Path | None:
+
+class FilesInPlace:
+    """The LocalFiles port over the folder `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def path(self, key: str) -> Path | None:
         check_key(key)
         return self._root / key if folders.head(self._root, key) else None
 

@@ -252,10 +252,6 @@ class ObstoreObjects:
 
         return download_whole(path, write)
 
-    def local_path(self, key: str) -> Path | None:
-        check_key(key)
-        return None
-
 
 def open_s3(endpoint: Endpoint, bucket: str, tally: Tally | None = None) -> ObstoreObjects:
     """The bucket of that name; nothing is asked of the service yet. `tally` counts requests.

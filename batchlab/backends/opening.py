@@ -23,7 +23,7 @@ from batchlab.errors import Unreachable, UsageError
 from batchlab.home import Home
 from batchlab.model import Pool
 from batchlab.patience import Patience
-from batchlab.ports import Clock, Ids, Ledger, Objects
+from batchlab.ports import Clock, Ids, Ledger, LocalFiles, Objects
 from batchlab.tally import Tally
 from batchlab.tracing import NOBODY, Tracer
 
@@ -100,6 +100,14 @@ class Backend(Placed):
             return open_s3(Endpoint(region=at.region), at.bucket, tally)
         place = self.place(home)
         return open_s3(self.endpoint_at(home, place), place.bucket, tally)
+
+    def open_local_files(self, home: Home) -> LocalFiles | None:
+        """Return the bucket's files, or None if the bucket is not a folder of this machine."""
+        if not self.keeps_files:
+            return None
+        from batchlab.adapters.local_objects import FilesInPlace
+
+        return FilesInPlace(home.objects)
 
     def open_bucket(self, home: Home) -> Objects:
         """The bucket for whoever asks no manager; Unreachable, at once, where it is an emulator's

@@ -102,9 +102,9 @@ async def _of_job(source: Source, job: JobId, stack: ExitStack) -> Path:
     index = await index_of(objects, patience, job)
     if index is None:
         return await _written(source, backend, objects, job, stack)
-    here = objects.local_path(naming.reports(job) + "jobs.parquet")
-    if here is not None:
-        return here.parent
+    files = backend.open_local_files(source.home)
+    if files and (file := files.path(naming.reports(job) + "jobs.parquet")):
+        return file.parent
     kept = source.home.reports / backend.name / job
     if not _is_kept(kept, index):
         with _made_anew(kept) as fresh:

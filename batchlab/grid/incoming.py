@@ -191,8 +191,8 @@ def decoded(
         needy = [(task, one) for task, one in some.items() if _refers(one)]
         if needy:
             folder = link.folder / where
-            fetching = materialise.Inputs(link.objects, folder, asyncio.to_thread, own).fetch(needy)
-            some |= dict(link.run(fetching))
+            inputs = materialise.Inputs(link.objects, folder, asyncio.to_thread, own, link.files)
+            some |= dict(link.run(inputs.fetch(needy)))
         for task, one in some.items():
             yield _decoded(stage, task, one, pickles=own.is_python)
 

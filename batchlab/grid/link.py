@@ -68,6 +68,7 @@ class Link:
         self._connect()
         # Not before: only a grid that is up, or has been, says where its bucket is.
         self.objects = backend.open_objects(home)
+        self.files = backend.open_local_files(home)
         self._loop = asyncio.new_event_loop()
         # A daemon, or the interpreter would wait for it before anybody is told to close.
         self._loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix=_OURS))

@@ -93,8 +93,12 @@ class Objects(Protocol):
     async def download(self, key: str, path: Path) -> int:
         """Fetch into a local file by streaming, return its size in bytes; NotFound as `get`."""
 
-    def local_path(self, key: str) -> Path | None:
-        """Where the object lies as a file that may be read in place, None where it does not."""
+
+class LocalFiles(Protocol):
+    """Objects of a bucket that are files of this machine, so that they can be read in place."""
+
+    def path(self, key: str) -> Path | None:
+        """Return the path of the object's file, or None if there is no such object."""
 
 
 # --- Queue (SQS) ---------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ _FORBIDDEN = ("403", "AccessDenied", "Access Denied", "PermissionDenied", "Forbi
 
 
 class ReadOnly:
-    """An Objects port of which only reading is left, and which shows no stored file in place."""
+    """An Objects port that only reads."""
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
         self._objects = objects
@@ -58,11 +58,6 @@ class ReadOnly:
 
     async def download(self, key: str, path: Path) -> int:
         return await self._patience(lambda: self._objects.download(key, path))
-
-    def local_path(self, key: str) -> Path | None:
-        """None, so that it is fetched: what somebody debugs may change what it is given."""
-        del key
-        return None
 
     async def put(
         self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None

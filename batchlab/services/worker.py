@@ -56,7 +56,8 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
     tally = Tally(is_spot=await asyncio.to_thread(imds.is_spot) if imds else False)
     tracer = backend.open_tracer("worker", me)
     objects = backend.open_objects(home, tally)
-    runner = ProcessRunner(objects, Scratch(home.scratch / instance), clock, slots)
+    files = backend.open_local_files(home)
+    runner = ProcessRunner(objects, Scratch(home.scratch / instance), clock, slots, files)
     worker = Worker(
         Identity(me, instance, pool, slots, _instance_key(home, instance if imds else "")),
         objects,

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from batchlab.errors import BackendError, NotFound
 from batchlab.model import Failure, FailureKind, Json, Ran
-from batchlab.ports import Clock, Objects
+from batchlab.ports import Clock, LocalFiles, Objects
 from batchlab.protocol import naming
 from batchlab.protocol.references import Own
 from batchlab.protocol.settle import LOSS_LIMIT
@@ -54,6 +54,7 @@ class Execution:
         folder: Path,
         *,
         objects: Objects,
+        files: LocalFiles | None,
         clock: Clock,
         children: Children,
         library: Library,
@@ -84,7 +85,8 @@ class Execution:
         """Requests in a row that ended no task."""
         self._slain: Counter[int] = Counter()
         """How often each task's process was ended by SIGKILL, which no limit of ours had sent."""
-        self._inputs = materialise.Inputs(objects, folder, asyncio.to_thread, Own.of(work.job))
+        own = Own.of(work.job)
+        self._inputs = materialise.Inputs(objects, folder, asyncio.to_thread, own, files)
         self._storing: set[asyncio.Task[Ran]] = set()
         self._uploads = asyncio.Semaphore(_UPLOADS)
         handle.peek = self._peek

@@ -18,7 +18,7 @@ from typing import Any
 
 from batchlab.errors import AlreadyExists, BackendError, NotFound
 from batchlab.model import Failure, FailureKind, Json
-from batchlab.ports import Objects
+from batchlab.ports import LocalFiles, Objects
 from batchlab.protocol import naming, values
 from batchlab.protocol.references import ForeignReference, Own
 from batchlab.task import name_problem
@@ -95,10 +95,21 @@ def _bytes(reference: Json) -> int:
 
 
 class Inputs:
-    """Fetches what the items of one execution refer to, into the tasks' own folders."""
+    """Fetches the objects that the items of one execution refer to.
 
-    def __init__(self, objects: Objects, folder: Path, off_loop: OffLoop, own: Own) -> None:
+    Objects in `files` are used in place. All others are downloaded into the task's folder.
+    """
+
+    def __init__(
+        self,
+        objects: Objects,
+        folder: Path,
+        off_loop: OffLoop,
+        own: Own,
+        files: LocalFiles | None = None,
+    ) -> None:
         self._objects = objects
+        self._files = files
         self._own = own
         self._folder = folder
         self._off_loop = off_loop
@@ -159,9 +170,8 @@ class Inputs:
         return local_ref(str(path), name, reference)
 
     async def _whole(self, key: str, name: str, folder: Path) -> Path:
-        there = self._objects.local_path(key)
-        if there is not None:
-            return there
+        if self._files and (file := self._files.path(key)):
+            return file
         path = await self._place(name, folder)
         await self._objects.download(key, path)
         return path

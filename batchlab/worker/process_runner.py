@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from batchlab.model import Ran
-from batchlab.ports import Clock, Objects
+from batchlab.ports import Clock, LocalFiles, Objects
 from batchlab.worker.child_process import monotonic_s
 from batchlab.worker.children import Children
 from batchlab.worker.execution import Execution
@@ -28,10 +28,18 @@ CLEAN_AFTER_S = 0.02
 class ProcessRunner:
     """The Runner of every backend but the simulator."""
 
-    def __init__(self, objects: Objects, scratch: Scratch, clock: Clock, slots: int) -> None:
+    def __init__(
+        self,
+        objects: Objects,
+        scratch: Scratch,
+        clock: Clock,
+        slots: int,
+        files: LocalFiles | None = None,
+    ) -> None:
         # Children have current folders of their own.
         scratch = Scratch(scratch.root.absolute())
         self._objects = objects
+        self._files = files
         self._scratch = scratch
         self._clock = clock
         self._slots = asyncio.Semaphore(slots)
@@ -48,6 +56,7 @@ class ProcessRunner:
                 handle,
                 self._scratch.execution(work.execution),
                 objects=self._objects,
+                files=self._files,
                 clock=self._clock,
                 children=self._children,
                 library=self._library,

@@ -149,7 +149,6 @@ async def test_what_is_not_there_is_not_found(world: ObjectsWorld) -> None:
                 await read()
             assert key in str(caught.value)
         assert await world.objects.head(key) is None
-        assert world.objects.local_path(key) is None
 
 
 @on_every_bucket
@@ -323,8 +322,6 @@ async def test_keys_that_some_store_cannot_hold_are_refused_everywhere(
         for call in calls:
             with pytest.raises(ValueError, match="object key"):
                 await call()
-        with pytest.raises(ValueError, match="object key"):
-            world.objects.local_path(key)
     for prefix in ("/", "a//", "../", "a/../"):
         with pytest.raises(ValueError, match="object key"):
             await world.keys(prefix)
@@ -350,10 +347,3 @@ async def test_unusual_keys_are_keys(world: ObjectsWorld) -> None:
     for key in keys:
         assert await world.objects.get(key) == key.encode()
     assert await world.keys() == sorted(keys)
-
-
-@on_every_bucket
-async def test_a_local_path_holds_the_object(world: ObjectsWorld) -> None:
-    await world.objects.put("raw/a b%", b"content")
-    path = world.objects.local_path("raw/a b%")
-    assert path is None or path.read_bytes() == b"content"

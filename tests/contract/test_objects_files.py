@@ -18,7 +18,7 @@ import pytest
 from obstore.store import S3Store
 
 from batchlab.adapters import folders
-from batchlab.adapters.local_objects import open_local
+from batchlab.adapters.local_objects import FilesInPlace, open_local
 from batchlab.adapters.objects import ObstoreObjects
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Throttled, Unreachable
 
@@ -204,11 +204,17 @@ def test_a_torn_object_gives_way_to_a_conditional_create(
 
 def test_objects_on_files_may_be_read_in_place(tmp_path: Path) -> None:
     async def check() -> None:
-        objects = open_local(tmp_path / "new" / "bucket")
-        await objects.put("raw/ü %23.txt", b"content")
-        path = objects.local_path("raw/ü %23.txt")
+        bucket = tmp_path / "new" / "bucket"
+        await open_local(bucket).put("raw/ü %23.txt", b"content")
+        files = FilesInPlace(bucket)
+        path = files.path("raw/ü %23.txt")
         assert path is not None
         assert path.read_bytes() == b"content"
+        assert files.path("raw") is None
+        assert files.path("raw/other") is None
+        for key in ("", "/a", "../a", "a/../b", "a//b"):
+            with pytest.raises(ValueError, match="object key"):
+                files.path(key)
 
     asyncio.run(check())
 

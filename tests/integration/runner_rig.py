@@ -14,7 +14,7 @@ from batchlab.adapters.clock import WallClock
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.model import Bundle, Failure, JobId, Json, Ran, StageName, TaskSet
-from batchlab.ports import Objects
+from batchlab.ports import LocalFiles, Objects
 from batchlab.worker import code
 from batchlab.worker.process_runner import ProcessRunner
 from batchlab.worker.runner import Handle, Scratch, Work
@@ -25,11 +25,13 @@ USER_CODE = Path(__file__).parent / "user_code"
 class Rig:
     """`run` and `values` run one bundle of a stage `s` of a job `j`."""
 
-    def __init__(self, root: Path, objects: Objects, slots: int) -> None:
+    def __init__(
+        self, root: Path, objects: Objects, slots: int, files: LocalFiles | None = None
+    ) -> None:
         self.scratch = Scratch(root / "scratch")
         self.objects = objects
         self.clock = WallClock()
-        self.runner = ProcessRunner(objects, self.scratch, self.clock, slots)
+        self.runner = ProcessRunner(objects, self.scratch, self.clock, slots, files)
         self.handle = Handle()
         self._executions = 0
         self._code: dict[Path, str] = {}
@@ -95,8 +97,13 @@ class Rig:
 
 
 @asynccontextmanager
-async def opened(root: Path, objects: Objects | None = None, slots: int = 2) -> AsyncIterator[Rig]:
-    rig = Rig(root, objects or SimObjects(), slots)
+async def opened(
+    root: Path,
+    objects: Objects | None = None,
+    slots: int = 2,
+    files: LocalFiles | None = None,
+) -> AsyncIterator[Rig]:
+    rig = Rig(root, objects or SimObjects(), slots, files)
     try:
         yield rig
     finally:

@@ -250,15 +250,19 @@ def test_large_items_and_large_results_make_the_trip(grid: Grid) -> None:
     assert list(grid.map(len, ["x" * 200_000])) == [200_000]
 
 
-def test_files_go_there_and_come_back(grid: Grid, tmp_path: Path) -> None:
+def test_files_go_there_and_come_back(grid: Grid, home: Path, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("some text")
 
     def shout(file: File, ctx: Any) -> Any:
-        return {"out": ctx.save(file.read_bytes().upper(), "out.txt"), "in": file}
+        out = ctx.save(file.read_bytes().upper(), "out.txt")
+        return {"out": out, "in": file, "read at": str(file.path)}
 
     (result,) = grid.map(shout, [File(tmp_path / "in.txt")])
     assert result["out"].read_text() == "SOME TEXT"
     assert result["in"].read_text() == "some text"
+    # The worker and this process read the files of a local bucket in place.
+    for path in (Path(result["read at"]), result["in"].path, result["out"].path):
+        assert path.is_relative_to(home / "objects")
     assert list(grid.map(lambda f: f.read_text(), [result["out"]])) == ["SOME TEXT"]
     with pytest.raises(UsageError, match=r"Item 0 .*nowhere\.txt, which does not exist"):
         grid.map(len, [File(tmp_path / "nowhere.txt")])

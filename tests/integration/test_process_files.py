@@ -12,7 +12,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from batchlab.adapters.local_objects import open_local
+from batchlab.adapters.local_objects import FilesInPlace, open_local
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.errors import BackendError, Unreachable
 from batchlab.model import FailureKind, Json
@@ -86,8 +86,8 @@ def test_the_header_of_a_file_is_read_once_for_all_its_parts(tmp_path: Path) -> 
 
 def test_a_stored_file_is_used_in_place_where_it_lies_on_this_machine(tmp_path: Path) -> None:
     async def main() -> None:
-        bucket = open_local(tmp_path / "bucket")
-        async with opened(tmp_path, bucket) as rig:
+        files = FilesInPlace(tmp_path / "bucket")
+        async with opened(tmp_path, open_local(tmp_path / "bucket"), files=files) as rig:
             file = await put(rig, "raw/j/a.csv", "x")
             [path] = await rig.values([file], handler="acts:where")
             assert path == str(tmp_path / "bucket" / "raw" / "j" / "a.csv")

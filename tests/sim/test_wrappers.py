@@ -77,7 +77,7 @@ def test_whatever_a_dead_actors_code_tries_reaches_nothing() -> None:
                 await asyncio.sleep(1_000)
         finally:
             try:
-                seen.append(port.local_path("before"))
+                seen.append(port.peek("before"))
             finally:
                 try:
                     await asyncio.shield(asyncio.create_task(try_it(port, "shielded")))

@@ -89,7 +89,7 @@ class ToyStore:
         for i in range(0, len(keys), 4):
             yield keys[i : i + 4]
 
-    def local_path(self, key: str) -> str | None:
+    def peek(self, key: str) -> str | None:
         return self.objects.get(key)
 
 

@@ -21,6 +21,7 @@ class FakeLink:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.objects = SimObjects()
+        self.files = None
         self.run = asyncio.run
 
 

@@ -132,10 +132,6 @@ class SimObjects:
     async def download(self, key: str, path: Path) -> int:
         return _write(path, self._stored(key)[0])
 
-    def local_path(self, key: str) -> Path | None:
-        check_key(key)
-        return None
-
     # --- What a test sees and does ---------------------------------------------------------------
 
     def names(self) -> Sequence[str]:
