@@ -10,8 +10,8 @@ _WORDS = """\
 
 # Decisions
 
-Where an alternative was seriously considered, the reason for what was chosen is written down: the
-question, the decision, what was rejected, what follows from it, and when to look at it again.
+A decision record exists for each choice with a serious alternative. It states the question, the
+decision, the rejected alternatives, the consequences, and when to revisit it.
 
 """
 
