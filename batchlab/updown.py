@@ -57,14 +57,14 @@ def start_manager(
         return running
     backend.check_installed()
     _bury()
-    if backend.runs_in == "containers":
+    if backend.capabilities.container_manager:
         from batchlab import containers
 
         return containers.up(home, backend, pools, say)
     home.make()
     backend.provide(home, say)
     service, what = "manager", "The manager did not start"
-    if backend.is_deployed:
+    if backend.capabilities.remote_manager:
         _refuse_pools(backend, home, pools)
         service, what = "connect", "The manager on AWS cannot be reached"
     # -P: the folder the command was called in must not provide modules.
@@ -85,12 +85,12 @@ def start_manager(
         )
     _STARTED[process.pid] = process
     try:
-        if backend.is_deployed:
+        if backend.capabilities.remote_manager:
             record = _awaited(home, process, CONNECT_S, say)
         else:
             record = _awaited(home, process, START_S)
     except BaseException:
-        if backend.is_deployed:  # it would go on trying, for nobody
+        if backend.capabilities.remote_manager:  # it would go on trying, for nobody
             process.terminate()
         raise
     if record:
@@ -136,22 +136,26 @@ def _refuse_pools(backend: Backend, home: Home, pools: Sequence[Pool]) -> None:
 
 def has_started(home: Home, record: ManagerRecord | None) -> bool:
     """Return whether this process started that manager, or the containers that it runs in."""
-    if record is None or record.backend == deployment.NAME:
+    if record is None or _is_in_container(record):
         return deployment.is_made_here(home)
     return record.pid in _STARTED
+
+
+def _is_in_container(record: ManagerRecord) -> bool:
+    return backends.capabilities_of(record.backend).container_manager
 
 
 def stop_manager(home: Home) -> bool:
     """End the manager that runs here, with its instances; False where none runs."""
     record = home.record()
     _bury()
-    if deployment.read(home) and (record is None or record.backend == deployment.NAME):
+    if deployment.read(home) and (record is None or _is_in_container(record)):
         from batchlab import containers
 
         return containers.down(home, backends.load(deployment.NAME))
     if record is None:
         return False
-    if record.backend == deployment.NAME:
+    if _is_in_container(record):
         # Its pid is one of its container's: here it is somebody else's.
         raise BackendError(
             f"A manager runs in {home.path} in a container, and nothing says in which.",

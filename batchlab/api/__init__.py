@@ -34,6 +34,7 @@ from batchlab.api.door import OWN_NAMES, Door
 from batchlab.api.sessions import Sessions, Store
 from batchlab.errors import BatchlabError
 from batchlab.manager.manager import Manager
+from batchlab.model import NO_CAPABILITIES, Capabilities
 
 _ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - nobody listens on it here
 
@@ -43,6 +44,7 @@ def create_app(
     *,
     token: str,
     backend_name: str,
+    capabilities: Capabilities = NO_CAPABILITIES,
     on_shutdown: Callable[[], None],
     sessions: Store | None = None,
     hosts: Iterable[str] = (),
@@ -53,7 +55,7 @@ def create_app(
     app = _routed()
     known = Sessions(token, manager.ports.clock, sessions)
     names = OWN_NAMES | {host.lower() for host in hosts} - _ANY_ADDRESS
-    served = Served(manager, token, backend_name, on_shutdown, known, names)
+    served = Served(manager, token, backend_name, capabilities, on_shutdown, known, names)
     app.state.served = served
     for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

@@ -34,7 +34,7 @@ from batchlab.errors import (
 from batchlab.manager.manager import Manager
 from batchlab.manager.schedule_requests import Schedules
 from batchlab.manager.spending import Spending
-from batchlab.model import JobId
+from batchlab.model import Capabilities, JobId
 from batchlab.protocol import wire
 from batchlab.waits import set_within
 
@@ -66,6 +66,7 @@ class Served:
     """Replaced by a fresh one when it has lost the lead."""
     token: str
     backend_name: str
+    capabilities: Capabilities
     on_shutdown: Callable[[], None]
     sessions: Sessions
     hosts: frozenset[str]

@@ -46,8 +46,8 @@ async def open_session(served: Given) -> views.SessionView:
     """A code that opens the web page once; the token itself has no place in an address."""
     if module := extras.missing("web"):
         said = extras.sentence("web", "The grid's page", module)
-        # In a container and on AWS, what this process would name is no path of who asks.
-        is_here = served.backend_name in ("local", "ministack", "sim")
+        # A path of this process is of use only to a client on the same machine.
+        is_here = served.capabilities.local_manager
         raise Refused(said, remedy=extras.remedy("web") if is_here else extras.for_a_manager("web"))
     code = served.sessions.code()
     path = f"{PAGE}/login#{code}"

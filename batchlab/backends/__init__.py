@@ -5,7 +5,7 @@ Adapters are imported in this package and nowhere else, each only when it is nam
 reads what is written down, placed.py finds the grid's parts, opening.py opens the adapters.
 """
 
-from batchlab.backends.descriptor import Image, names, with_pools
+from batchlab.backends.descriptor import Image, capabilities_of, names, with_pools
 from batchlab.backends.endpoint import VARIABLE, fresh_bucket
 from batchlab.backends.launchers import open_asg_launcher
 from batchlab.backends.opening import Backend, load, patience
@@ -15,6 +15,7 @@ __all__ = [
     "VARIABLE",
     "Backend",
     "Image",
+    "capabilities_of",
     "client_environment",
     "fresh_bucket",
     "load",

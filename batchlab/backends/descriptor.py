@@ -16,7 +16,7 @@ from batchlab.backends.endpoint import VARIABLE, place_of
 from batchlab.costs.requests import Pace
 from batchlab.errors import UsageError
 from batchlab.manager.settings import ManagerSettings
-from batchlab.model import Pool
+from batchlab.model import NO_CAPABILITIES, Capabilities, Pool
 from batchlab.scenario.calibration import Calibration
 from batchlab.worker.settings import WorkerSettings
 
@@ -48,49 +48,18 @@ class Descriptor:
     """What is started where no endpoint is named."""
     endpoint: str | None = None
     """What the user has named: a URL, perhaps with a bucket as its path."""
-    runs_in: str = "processes"
-    """What manager and workers are: "processes" of this machine, "containers", or instances that a
-    stack on "aws" has made."""
     image: Image = Image()
     usual: Calibration = field(default_factory=lambda: Calibration(""))
     """What a forecast takes of it where nothing was calibrated."""
-
-    @property
-    def is_one_machine(self) -> bool:
-        """Whether its instances are processes of this machine: they are in no market and in no
-        zone, they share a disk, and nobody starts a manager again but whoever wants one."""
-        return self.fleet == "process"
-
-    @property
-    def keeps_home(self) -> bool:
-        """Whether a manager finds the home of the one before it, and in that whose lease need not
-        run out. The next one of a stack is on another instance."""
-        return self.fleet != "simulated" and not self.is_deployed
-
-    @property
-    def keeps_files(self) -> bool:
-        """Whether the bucket is a folder in the home, to be read without anybody's help."""
-        return self.objects == "files"
+    extra: str | None = None
+    """The extra of the installation that this backend needs."""
+    capabilities: Capabilities = NO_CAPABILITIES
 
     @property
     def pace(self) -> Pace:
         """How often its workers ask, by which requests are derived where none are counted."""
         manager, worker = self.manager, self.worker
         return Pace(worker.control_lease_s, worker.visibility_s, worker.beat_s, manager.tick_s)
-
-    @property
-    def is_deployed(self) -> bool:
-        """Whether a stack on AWS is the grid: it makes queues and groups, and runs the manager."""
-        return self.runs_in == "aws"
-
-    @property
-    def extra(self) -> str | None:
-        """The extra of the installation that has what this backend needs and others do not."""
-        if self.is_deployed:
-            return "aws"
-        if self.runs_in == "containers":
-            return "docker"
-        return "ministack" if self.queue == "sqs" else None
 
 
 def names() -> list[str]:
@@ -103,21 +72,20 @@ def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
 
     UsageError for a name that is none, and for an endpoint where there is no use for one.
     """
-    path = package_data.folder("backends") / name / "backend.toml"
     if name not in names():
         raise UsageError(
             f"There is no backend {name!r}.", remedy=f"There are {', '.join(names())}."
         )
-    doc = tomllib.loads(path.read_text())
+    doc = _read(name)
     emulator = doc.get("emulator")
-    takes_endpoint = doc["objects"] == "s3" and doc.get("runs_in") != "aws"
-    if endpoint and not takes_endpoint:
+    capabilities = _capabilities(doc)
+    if endpoint and not capabilities.takes_endpoint:
         raise UsageError(
             f"The backend {name} has no use for an endpoint.",
             remedy="Leave out --endpoint."
-            + (" What stands in AWS's place AWS_ENDPOINT_URL names." if name == "aws" else ""),
+            + (" AWS_ENDPOINT_URL names a substitute for AWS." if capabilities.stack else ""),
         )
-    if takes_endpoint and (endpoint := endpoint or os.environ.get(VARIABLE)):
+    if capabilities.takes_endpoint and (endpoint := endpoint or os.environ.get(VARIABLE)):
         place_of(endpoint)
     return kind(
         name,
@@ -131,10 +99,24 @@ def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
         tuple(_pool(p) for p in doc["pools"]),
         emulator,
         endpoint or None,
-        doc.get("runs_in", "processes"),
         Image(**{source: tuple(some) for source, some in doc.get("image", {}).items()}),
         _usual(name, doc.get("usual", {})),
+        doc.get("extra"),
+        capabilities,
     )
+
+
+def capabilities_of(name: str) -> Capabilities:
+    """Return the capabilities of the backend of that name, or none for an unknown backend."""
+    return _capabilities(_read(name)) if name in names() else NO_CAPABILITIES
+
+
+def _read(name: str) -> dict[str, Any]:
+    return tomllib.loads((package_data.folder("backends") / name / "backend.toml").read_text())
+
+
+def _capabilities(doc: dict[str, Any]) -> Capabilities:
+    return Capabilities(**dict.fromkeys(doc["capabilities"], True))
 
 
 def _pool(doc: dict[str, Any]) -> Pool:

@@ -71,10 +71,10 @@ class Backend(Placed):
         from batchlab.adapters.notify import Deliveries
 
         def endpoint_of(region: str) -> Endpoint:
-            """Where an emulator is the grid's AWS, it is asked too."""
-            if self.is_deployed or self.keeps_files:
+            """Return the grid's own endpoint if it has one, else AWS."""
+            if not self.capabilities.takes_endpoint:
                 return Endpoint(None, region)
-            return replace(self.endpoint_at(home, self.place(home)), region=region)
+            return replace(self.services(home).endpoint, region=region)
 
         return Deliveries(clock, endpoint_of)
 
@@ -85,25 +85,21 @@ class Backend(Placed):
 
     def open_objects(self, home: Home, tally: Tally | None = None) -> Objects:
         """The bucket, asked as `tally` counts; Unreachable where no grid has been up yet."""
-        if self.keeps_files:
+        if self.capabilities.local_bucket:
             from batchlab.adapters.local_objects import open_local
 
             home.make()
             return open_local(home.objects, read_sync())
         _only("objects", self.objects, "s3")
         self.check_installed("boto3")
-        from batchlab.adapters.aws import Endpoint
         from batchlab.adapters.objects import open_s3
 
-        if self.is_deployed:
-            at = self.stack(home)
-            return open_s3(Endpoint(region=at.region), at.bucket, tally)
-        place = self.place(home)
-        return open_s3(self.endpoint_at(home, place), place.bucket, tally)
+        there = self.services(home)
+        return open_s3(there.endpoint, there.bucket, tally)
 
     def open_local_files(self, home: Home) -> LocalFiles | None:
         """Return the bucket's files, or None if the bucket is not a folder of this machine."""
-        if not self.keeps_files:
+        if not self.capabilities.local_bucket:
             return None
         from batchlab.adapters.local_objects import FilesInPlace
 
@@ -113,7 +109,8 @@ class Backend(Placed):
         """The bucket for whoever asks no manager; Unreachable, at once, where it is an emulator's
         that comes and goes with a grid which is not up."""
         record = home.record()
-        if not (self.keeps_files or self.is_deployed or (record and record.backend == self.name)):
+        is_up = record is not None and record.backend == self.name
+        if self.capabilities.takes_endpoint and not is_up:
             place = self.place(home)
             if not place.named:
                 raise Unreachable(
@@ -134,19 +131,14 @@ class Backend(Placed):
             return SqliteQueue(home.queue_file, clock)
         _only("queue", self.queue, "sqs")
         self.check_installed("boto3")
-        from batchlab.adapters.aws import Endpoint
         from batchlab.adapters.rung import RungQueue
         from batchlab.adapters.sqs import SqsQueue
 
-        if self.is_deployed:
-            at = self.stack(home)
-            return SqsQueue(Endpoint(region=at.region), prefix=at.prefix, makes=False, tally=tally)
-        place = self.place(home)
-        there = self.endpoint_at(home, place)
-        queue = SqsQueue(there, prefix=f"{place.bucket}-", tally=tally)
-        if self.fleet != "process":
+        there, makes = self.services(home), not self.capabilities.stack
+        queue = SqsQueue(there.endpoint, prefix=there.queue_prefix, makes=makes, tally=tally)
+        if not self.capabilities.one_machine:
             return queue
-        # Its instances are processes of this machine, as are those who submit.
+        # Instances and clients are processes of the same machine.
         return RungQueue(queue, home.of(self.name) / "wake")
 
     def open_ledger(self, home: Home) -> Ledger:
@@ -155,7 +147,7 @@ class Backend(Placed):
 
             at = self.deployment(home)
             return open_postgres(at.postgres_url(deployment.password_file(home).read_text()))
-        if self.is_deployed:
+        if self.ledger == "deployed":
             from batchlab.adapters.awsgrid.ledger import open_ledger
 
             stacks.folder(home).mkdir(parents=True, exist_ok=True)
@@ -164,7 +156,7 @@ class Backend(Placed):
         from batchlab.adapters.sql import open_sqlite
 
         home.make()
-        if self.keeps_files:
+        if self.capabilities.local_bucket:
             return open_sqlite(home.ledger_file, read_sync())
         home.of(self.name).mkdir(exist_ok=True)
         return open_sqlite(home.of(self.name) / home.ledger_file.name)
@@ -193,7 +185,7 @@ class Backend(Placed):
 
     def import_for_worker(self) -> None:
         """What is imported where a worker opens its bucket and its queues; nothing is opened."""
-        if self.keeps_files:
+        if self.capabilities.local_bucket:
             from batchlab.adapters import local_objects  # noqa: F401
         else:
             from batchlab.adapters import objects  # noqa: F401
@@ -208,7 +200,7 @@ class Backend(Placed):
             from batchlab.adapters.ec2_fleet import Ec2Fleet
             from batchlab.adapters.ec2_form import GroupForm
 
-            if self.is_deployed:
+            if self.capabilities.stack:
                 stack = self.stack(home)
                 from batchlab.adapters.aws import Endpoint
 
@@ -232,7 +224,7 @@ class Backend(Placed):
     def open_drain_hook(self, home: Home, pool: str, imds: Imds) -> DrainHook | None:
         """The hook that a worker's instance waits in, for the worker to complete; None where the
         end of the worker ends its instance."""
-        if not self.is_deployed:
+        if not self.capabilities.termination_hook:
             return None
         from batchlab.adapters.aws import Endpoint
         from batchlab.adapters.ec2_drain import DrainHook

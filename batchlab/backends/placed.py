@@ -29,6 +29,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Services:
+    """The S3 and SQS of a grid."""
+
+    endpoint: Endpoint
+    bucket: str
+    queue_prefix: str
+
+
+@dataclass(frozen=True, slots=True)
 class Placed(Descriptor):
     """A descriptor that finds its grid's parts in a home."""
 
@@ -49,11 +58,11 @@ class Placed(Descriptor):
 
     def restarts_manager(self, home: Home) -> bool:
         """Whether a manager that has ended is started again by somebody else, within seconds."""
-        return self.runs_in == "containers" and deployment.read(home) is not None
+        return self.capabilities.container_manager and deployment.read(home) is not None
 
     def manager_log(self, home: Home) -> str:
         """Where the manager's log is, for a person."""
-        if self.runs_in == "containers" and (at := deployment.read(home)):
+        if self.capabilities.container_manager and (at := deployment.read(home)):
             return f"what `docker logs {at.project}-manager-1` shows"
         return str(home.manager_log)
 
@@ -61,13 +70,13 @@ class Placed(Descriptor):
         """UsageError unless the instances run on this process's Python: functions travel as
         bytecode, which no other version understands."""
         there, remedy = "", ""
-        if self.runs_in == "containers":
+        if self.capabilities.container_manager:
             at = deployment.read(home)
             there = at.python if at else ""
             remedy = (
                 "Name an image with Python {here} by BATCHLAB_BASE_IMAGE before the grid comes up"
             )
-        elif self.is_deployed:
+        elif self.capabilities.stack:
             there = self.stack(home).python
             remedy = "Deploy a release for Python {here} with `batchlab deploy apply`"
         here = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -92,12 +101,12 @@ class Placed(Descriptor):
 
     def pools_in(self, home: Home) -> tuple[Pool, ...]:
         """The pools of the grid: the stack's, where one is the grid."""
-        return self.stack(home).pools if self.is_deployed else self.pools
+        return self.stack(home).pools if self.capabilities.stack else self.pools
 
     def api_token(self, home: Home) -> str:
         """The API's bearer token. That of a stack is in Secrets Manager; it is kept in the home,
         for whoever talks to the manager from there."""
-        if self.is_deployed:
+        if self.capabilities.stack:
             from batchlab.adapters.awsgrid.access import secret_text
 
             at = self.stack(home)
@@ -113,7 +122,7 @@ class Placed(Descriptor):
         if self.endpoint and (named := place_of(self.endpoint)).bucket:
             return named  # an instance knows them from its environment alone
         # Of one in containers the bucket went with it.
-        been = "is" if self.runs_in == "containers" else "has been"
+        been = "is" if self.capabilities.container_manager else "has been"
         raise Unreachable(
             f"No grid on {self.name} {been} up in {home.path}, so there is no bucket.",
             remedy=f"Start one with `batchlab grid up --backend {self.name}`.",
@@ -130,12 +139,20 @@ class Placed(Descriptor):
             return Endpoint(place.url)
         return Endpoint(place.url, access_key=own.access_key, secret_key=own.secret_key)
 
+    def services(self, home: Home) -> Services:
+        """Return where S3 and SQS are; Unreachable if the grid has never been up."""
+        from batchlab.adapters.aws import Endpoint
+
+        if self.capabilities.stack:
+            stack = self.stack(home)
+            return Services(Endpoint(region=stack.region), stack.bucket, stack.prefix)
+        place = self.place(home)
+        return Services(self.endpoint_at(home, place), place.bucket, f"{place.bucket}-")
+
     def bucket(self, home: Home) -> str:
         """What a job file calls the grid's bucket by in `s3://BUCKET/…`: its name, on files the
         backend's. Unreachable where the grid has never been up, and has none."""
-        if self.keeps_files:
-            return self.name
-        return self.stack(home).bucket if self.is_deployed else self.place(home).bucket
+        return self.name if self.capabilities.local_bucket else self.services(home).bucket
 
     def provide(self, home: Home, say: Callable[[str], None]) -> None:
         """Do what takes long or may be refused before a manager is started, where the user sees
@@ -184,29 +201,27 @@ class Placed(Descriptor):
         from batchlab.adapters.aws import create_bucket
 
         create_bucket(self.endpoint_at(home, place), place.bucket)
-        if self.runs_in != "containers":  # there `grid up` wrote it, and the folder is read-only
+        if not self.capabilities.container_manager:  # `grid up` wrote it; the folder is read-only
             home.of(self.name).mkdir(parents=True, exist_ok=True)
             home.write_place(self.name, place)
 
 
 def client_environment(backend: Placed, home: Home) -> dict[str, str]:
     """What lets any client of S3 and SQS find the grid's bucket and queues; nothing on files."""
-    if backend.keeps_files:
+    if backend.capabilities.local_bucket:
         return {}
-    if backend.is_deployed:  # with the caller's own credentials
-        stack = backend.stack(home)
-        return {
-            "AWS_DEFAULT_REGION": stack.region,
-            "BATCHLAB_BUCKET": stack.bucket,
-            "BATCHLAB_QUEUES": stack.prefix,
-        }
-    place = backend.place(home)
-    at = backend.endpoint_at(home, place)
+    there = backend.services(home)
+    at = there.endpoint
+    found = {
+        "AWS_DEFAULT_REGION": at.region,
+        "BATCHLAB_BUCKET": there.bucket,
+        "BATCHLAB_QUEUES": there.queue_prefix,
+    }
+    if at.url is None:  # AWS's own, with the caller's own credentials
+        return found
     return {
-        "AWS_ENDPOINT_URL": place.url,
+        "AWS_ENDPOINT_URL": at.url,
         "AWS_ACCESS_KEY_ID": at.access_key,
         "AWS_SECRET_ACCESS_KEY": at.secret_key,
-        "AWS_DEFAULT_REGION": at.region,
-        "BATCHLAB_BUCKET": place.bucket,
-        "BATCHLAB_QUEUES": f"{place.bucket}-",
+        **found,
     }

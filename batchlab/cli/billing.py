@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from batchlab.usage import JobUseView
     from batchlab.views import GridView, JobView
 
-AWS = "aws"
-"""The backend on which every instance costs money."""
-
 
 # --- The bill ------------------------------------------------------------------------------------
 
@@ -76,9 +73,10 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
 
 def _egress(home: Home, backend: str) -> str:
     """How the stack's instances reach AWS, "" where there is no stack."""
+    from batchlab import backends
     from batchlab.adapters.awsgrid import deployment
 
-    known = deployment.read(home) if backend == AWS else None
+    known = deployment.read(home) if backends.capabilities_of(backend).stack else None
     return known.egress if known else ""
 
 
@@ -199,7 +197,9 @@ class Burn:
         self._book: PriceBook | None = None
 
     def applies(self, backend: str) -> bool:
-        return self._as_if or backend == AWS
+        from batchlab import backends
+
+        return self._as_if or backends.capabilities_of(backend).billed
 
     def _prices(self) -> PriceBook:
         if self._book is None:

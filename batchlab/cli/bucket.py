@@ -86,11 +86,11 @@ def find(home: Home, backend: str | None, job: str) -> Bucket:
         with connect(home) as client:
             return Bucket(home, backends.load(record.backend), resolve(client, job)["id"])
     loaded = backends.load(backend or "local")
-    if loaded.fleet == "simulated":
+    if loaded.capabilities.simulated:
         raise UsageError(
             "The simulator keeps no tasks.", remedy="Run the job on --backend local first."
         )
-    if loaded.keeps_files and not home.objects.is_dir():
+    if loaded.capabilities.local_bucket and not home.objects.is_dir():
         raise UsageError(
             f"There is no grid in {home.path}, and never was one.",
             remedy="Name its folder with --home.",

@@ -93,13 +93,13 @@ def _backend(home: Home, name: str, endpoint: str | None) -> Iterator[Finding]:
     if backend.extra and (module := extras.missing(backend.extra)):
         said = extras.sentence(backend.extra, f"The backend {name}", module)
         yield Finding("extra", Level.FAIL, said, extras.remedy(backend.extra))
-    elif backend.runs_in == "containers":
+    elif backend.capabilities.container_manager:
         from batchlab.cli.checkup_containers import containers
 
         yield from containers(home, backend)
         if named := backend.named_place(home):
             yield from _tried(backend.endpoint_at(home, named), "named")
-    elif backend.is_deployed:
+    elif backend.capabilities.stack:
         from batchlab.cli.checkup_aws import stack
 
         yield from stack(home, backend)

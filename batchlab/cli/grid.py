@@ -92,7 +92,7 @@ def up(
             session.call(lambda client: client.cap_grid(cap))
         view = session.call(lambda client: client.grid())
         notes = session.call(scheduling.kept)["notes"]
-    if view["backend"] == "aws":
+    if grid.capabilities.remote_manager:
         output.say("Connected to the stack; `batchlab grid down` disconnects.")
     else:
         output.say(f"A grid {'was up already' if was_up else 'is up'} in {place.path}.")
@@ -117,7 +117,7 @@ def down(home: HomeOption = None) -> None:
     \b
     Example: batchlab grid down
     """
-    from batchlab.adapters.awsgrid import deployment as stacks
+    from batchlab import backends
     from batchlab.adapters.compose import deployment
     from batchlab.cli import scheduling
     from batchlab.cli.session import connect
@@ -126,7 +126,7 @@ def down(home: HomeOption = None) -> None:
 
     place = home_of(home)
     record = place.record()
-    if record and record.backend == stacks.NAME:
+    if record and backends.capabilities_of(record.backend).remote_manager:
         stop_manager(place)
         output.say("Disconnected. The stack stays: `batchlab deploy destroy` takes it down.")
         return

@@ -69,11 +69,11 @@ def run(request: Request, *, json: bool) -> None:
     from batchlab.scenario import loader, verdict
     from batchlab.scenario.expand import compressed
 
-    if request.backend == "sim":
+    backend = backends.load(request.backend, request.endpoint)
+    if backend.capabilities.simulated:
         raise UsageError(
             "A replay needs a real grid.", remedy="`batchlab scenario simulate` is in virtual time."
         )
-    backend = backends.load(request.backend, request.endpoint)
     whole = loader.load(loader.find(request.scenario))
     factor = whole.compress if request.compress is None else request.compress
     scenario = compressed(whole, factor)
@@ -164,7 +164,8 @@ def _replayed(request: Request, backend: Backend, scenario: Scenario, path: Path
     from batchlab.scenario import record as records
 
     home = request.home
-    policy = {} if backend.is_deployed else fitting.settings_of(scenario.policy)
+    is_fixed = backend.capabilities.fixed_pools
+    policy = {} if is_fixed else fitting.settings_of(scenario.policy)
     is_up = home.record() is not None
     with ExitStack() as stack:
         front = None
@@ -172,7 +173,7 @@ def _replayed(request: Request, backend: Backend, scenario: Scenario, path: Path
             if any(fault.name in FRONTED for fault in scenario.faults):
                 backend, front = stack.enter_context(_fronted(request, backend))
             stack.enter_context(settings.said(home, policy, why=WHY, keep=request.keep_up))
-        pools = () if backend.is_deployed else [plan.pool for plan in scenario.pools]
+        pools = () if is_fixed else [plan.pool for plan in scenario.pools]
         session = stack.enter_context(Session(home, backend, pools, keep_up=request.keep_up))
         session.start()
         spot = {plan.pool.name: plan.spot for plan in scenario.pools}

@@ -217,7 +217,7 @@ def job_of(source: Source, text: str) -> JobId:
     if record and record.backend == source.name:
         with connect(source.home) as client:
             return JobId(resolve(client, text)["id"])
-    if source.load().keeps_files:
+    if source.load().capabilities.local_bucket:
         from batchlab.cli.billing import facts_of
 
         return JobId(facts_of(source.home, text).job["id"])

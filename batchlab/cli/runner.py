@@ -67,7 +67,7 @@ def run(request: Request, phases: Phases) -> Summary:
         pools = pools_for(backend, submission.jobfile, request.workers)
     with Session(request.home, backend, pools, keep_up=request.keep_up) as session:
         try:
-            if not backend.keeps_files:
+            if not backend.capabilities.local_bucket:
                 with phases.phase("start"):  # until then nobody knows of a bucket to look into
                     session.start()
             with phases.phase("check"):
@@ -124,7 +124,7 @@ def pools_for(backend: Backend, jobfile: JobFile, workers: int | None = None) ->
     UsageError where `workers` cannot size those."""
     from batchlab.model import Pool
 
-    if backend.is_deployed:
+    if backend.capabilities.fixed_pools:
         if workers is not None:
             raise UsageError(
                 "The pools of a stack on AWS are not sized by --workers.",

@@ -76,10 +76,10 @@ def run(
     \b
     Example: batchlab run job.yaml --out out/claims --set year=2026
     """
+    from batchlab import backends
     from batchlab.cli.submitting import overrides
 
-    if backend == "sim":
-        from batchlab import backends
+    if backends.capabilities_of(backend).simulated:
         from batchlab.cli import simulated
 
         if resume or cache or keep_up:

@@ -141,7 +141,7 @@ class Session:
         does nothing."""
         if self._client is not None:
             return
-        if self._port and self.backend.runs_in != "processes":
+        if self._port and not self.backend.capabilities.local_manager:
             raise UsageError(
                 f"On {self.backend.name} the manager has a port of its own.",
                 remedy="Leave out --port.",
@@ -159,7 +159,7 @@ class Session:
         """Return the pools and the port with which another manager continues this grid."""
         from batchlab.model import Pool
 
-        if self.backend.is_deployed or self.backend.runs_in != "processes":
+        if not self.backend.capabilities.local_manager:
             return (), 0  # they are written down where the grid is
         assert self._client is not None
         port = urlsplit(self._client.url).port or 0
@@ -176,7 +176,7 @@ class Session:
             self.ours = not self._stands
             output.say(
                 f"Connecting to the stack {self.backend.stack(self.home).stack}."
-                if self.backend.is_deployed
+                if self.backend.capabilities.remote_manager
                 else f"Starting a grid in {self.home.path}."
             )
             record = start_manager(
@@ -228,7 +228,7 @@ class Session:
     @property
     def ends_grid(self) -> bool:
         """Whether the grid goes down with this command."""
-        return self.ours and not self.backend.is_deployed
+        return self.ours and not self.backend.capabilities.remote_manager
 
     @property
     def _is_restarted(self) -> bool:
@@ -245,7 +245,7 @@ class Session:
         self._revivals_left -= 1
         output.say("The manager has ended; nothing is lost, and another one takes over.")
         # Docker kills a manager in its container; then the deployment is forgotten.
-        is_gone = self.backend.runs_in == "containers" or self.home.is_taken_down
+        is_gone = self.backend.capabilities.container_manager or self.home.is_taken_down
         if is_gone and not self._keep_up:
             self._stands = False  # and the rest runs on a grid of this command's own
         self._bring_up()
@@ -267,7 +267,7 @@ class Session:
             begun_s = time.monotonic()
             # One that is only just starting ends by itself when we do.
             if stop_manager(self.home):
-                if self.backend.is_deployed:
+                if self.backend.capabilities.remote_manager:
                     return  # the grid goes on there
                 self.stop_s = time.monotonic() - begun_s
                 output.say(f"The grid is stopped ({output.span(self.stop_s)}).")

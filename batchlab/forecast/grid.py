@@ -161,7 +161,7 @@ class ForecastGrid:
             await asyncio.wait([world.start_manager()])
             await self.timeline.may_start()
             await asyncio.sleep(rng.uniform(0.75, 1.25) * self._manager_s)
-            if self._like.keeps_home:
+            if self._like.capabilities.keeps_home:
                 await world.ledger.release(LEASE, world.last_owner)
 
     async def come_up(self) -> None:
@@ -183,8 +183,8 @@ class ForecastGrid:
                 )
             await asyncio.sleep(min(1.0, self.manager.tick_s))
         self.base_s = self.world.clock.monotonic_s()
-        # In containers a replay buys the Spot share of what is launched from now on.
-        self.machines.begin(ready, on_demand=self._like.runs_in == "containers")
+        # A replay that sets the Spot share does so for the instances launched from now on.
+        self.machines.begin(ready, on_demand=self._like.capabilities.sets_spot_share)
         self.watching.begin(self.base_s)
 
     def is_down(self) -> bool:

@@ -318,7 +318,7 @@ class _Run:
         self._machines.launched(pool.pool, name)
         market = self._machines.lives[name].machine.market
         # Processes have no market: a wave takes any of them.
-        is_spot = market is Market.SPOT or self._like.is_one_machine
+        is_spot = market is Market.SPOT or self._like.capabilities.one_machine
         slots = pool.pool.slots
         one = Instance(name, pool, slots, self._now_s + boot_s, is_spot)
         pool.alive[name] = one
@@ -346,7 +346,7 @@ class _Run:
         there = [one for pool in pools for one in pool.alive.values()]
         hit = [one for one in there if one.is_spot and one.ready_s <= self._now_s]
         hit = hit[: fault.among(len(hit))]
-        market = "" if self._like.is_one_machine else " on Spot"
+        market = "" if self._like.capabilities.one_machine else " on Spot"
         why = "" if hit else NOBODY.format(of=market)
         names = tuple(one.name for one in hit)
         self._injected.append(Injected(fault.name.value, self._now_s, names, impossible=why))

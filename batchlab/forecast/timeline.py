@@ -171,7 +171,7 @@ class Timeline:
     async def _wave(self, fault: Fault) -> Told:
         # Processes have no market. There any is taken, and asked to leave as at the end of its
         # service, which tells it nothing of how soon it will be killed.
-        here = self.like.is_one_machine
+        here = self.like.capabilities.one_machine
         names = self._targets(fault, market=None if here else Market.SPOT)
         held = len(self._held(names))
         by_s = self.world.clock.now_s() + fault.notice_s
@@ -248,7 +248,7 @@ class Timeline:
     async def _slow_disks(self, fault: Fault) -> Told:
         disks = self.plays.disks
         bundles, tasks, added_s = disks.slowed_bundles, disks.slowed_tasks, disks.added_s
-        if self.like.is_one_machine:  # and has one disk
+        if self.like.capabilities.one_machine:  # and has one disk
             names, slow = self.machines.oldest_first(self.machines.alive()), [EVERYBODY]
         else:
             names = self._targets(fault)
@@ -273,9 +273,8 @@ class Timeline:
         if post is None:
             raise _NotNow("no manager ran then")
         jobs, died_s = len(post.manager.lives), self.now_s()
-        # What runs in a container or in a group is started again by that, and sooner or later than
-        # the fault says.
-        held = self.like.runs_in == "processes"
+        # Docker or the group restarts any other manager, earlier or later than the fault says.
+        held = self.like.capabilities.local_manager
         self.down += held
         post.actor.kill()
         if held:

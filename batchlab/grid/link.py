@@ -96,7 +96,7 @@ class Link:
 
     def _has_started(self, record: ManagerRecord) -> bool:
         """Return whether this process started that manager, or the containers that it runs in."""
-        if self.backend.runs_in == "containers":
+        if self.backend.capabilities.container_manager:
             return updown.has_started(self.home, record)
         return _is_child(record.pid)  # a forked process has copies of what its parent knows
 

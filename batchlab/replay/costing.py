@@ -40,7 +40,7 @@ def spent(
     itself, where they are what was bought, instances count as the pools' types and Spot shares."""
     plans = {plan.pool.name: plan for plan in pools}
     used = _difference(before, after)
-    if not backend.is_deployed:
+    if not backend.capabilities.billed:
         used = replace(used, billed_s=_as_bought(used.billed_s, plans))
     found = bill(
         [StageUse(s.stage, s.pool, s.run_s, s.slots) for s in stages],

@@ -98,7 +98,7 @@ async def replay(
         if breaker:
             stack.push_async_callback(breaker.close)
         grid = await link.call(Client.grid)
-        fitting.check(grid, scenario, deployed=backend.is_deployed)
+        fitting.check(grid, scenario, deployed=backend.capabilities.fixed_pools)
         await _quiet(link)
         before = account_of((await link.call(Client.use))["total"])
         preparer = Preparer(

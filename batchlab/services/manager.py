@@ -126,7 +126,7 @@ async def _lead(
     # Later calls would wait, as in an outage. This process holds the folder's lock, so the previous
     # manager has ended and its lease need not expire.
     await ledger.release(LEASE, home.last_owner() or owner)
-    if backend.keeps_files:
+    if backend.capabilities.local_queue:
         await queue.ensure(events_queue(backend.manager))
     pools = backend.pools_in(home)
     accounting = accounting_of(home, pools, tally)
@@ -139,7 +139,7 @@ async def _lead(
         Manager,
         *(ports, backend.manager, pools, owner, accounting, reports, counts, tracer),
         outlets=Outlets(
-            targets.watched(home, in_container=backend.runs_in == "containers"),
+            targets.watched(home, in_container=backend.capabilities.container_manager),
             backend.open_deliveries(home, clock),
         ),
         recent=recent,
@@ -150,7 +150,7 @@ async def _lead(
     listeners = [listen(host, port)]
     loop = asyncio.get_running_loop()
     url = f"http://{host}:{listeners[0].getsockname()[1]}"
-    if backend.runs_in == "processes" and (local := listen_locally(home)):
+    if backend.capabilities.local_manager and (local := listen_locally(home)):
         listeners.append(local[0])
         home.write_socket(owner, local[1])
     # Before anybody leads: whoever comes after us must know whose the lease is. Who asks already is
@@ -240,10 +240,11 @@ def _server(
         lead.manager,
         token=token,
         backend_name=backend.name,
+        capabilities=backend.capabilities,
         on_shutdown=on_shutdown,
         # Until the next manager starts, another program may hold the port and receive the requests
         # of an open page. So the sessions of a manager on this machine end with the manager.
-        sessions=StateFile(home.sessions_file) if backend.is_deployed else None,
+        sessions=StateFile(home.sessions_file) if backend.capabilities.remote_manager else None,
         hosts=hosts,
     )
     web.mount(app, served, prices=_prices(home))

@@ -74,8 +74,8 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, worker.drain)
     telling = loop.create_task(_tell_environment(objects, worker.who.worker, imds))
-    # Of a stack's manager the home of a worker says nothing: its group ends it.
-    alone = imds or backend.is_deployed
+    # The home of a stack's worker has no record of the manager. The group ends the worker.
+    alone = imds or backend.capabilities.remote_manager
     orphan = None if alone else loop.create_task(_drain_orphan(home, worker.drain))
     loading.ended()
     try:

@@ -30,7 +30,8 @@ async def costs(request: Request, manager: Leader, served: Given, page: Page) ->
     found = None
     if manager.spending is not None and page.prices is not None:
         found = await _found(manager, manager.spending, page.prices)
-    return live(request, "costs", here="costs", found=found, is_aws=served.backend_name == "aws")
+    is_aws = served.capabilities.billed
+    return live(request, "costs", here="costs", found=found, is_aws=is_aws)
 
 
 async def _found(manager: Manager, books: Spending, prices: PriceBook) -> dict[str, object]:

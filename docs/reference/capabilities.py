@@ -72,17 +72,13 @@ def _row(title: str, say: Callable[[Backend], str], found: Sequence[Backend]) ->
     return (title, *(say(one) for one in found))
 
 
-def _takes_endpoint(one: Backend) -> bool:
-    return one.objects == "s3" and not one.is_deployed
-
-
 _PARTS: tuple[tuple[str, Callable[[Backend], str]], ...] = (
     ("in a sentence", lambda one: one.description),
     ("objects", lambda one: _ADAPTERS[one.objects]),
     ("queue", lambda one: _ADAPTERS[one.queue]),
     ("ledger", lambda one: _ADAPTERS[one.ledger]),
     ("fleet", lambda one: _ADAPTERS[one.fleet]),
-    ("clock", lambda one: "virtual" if one.fleet == "simulated" else "wall"),
+    ("clock", lambda one: "virtual" if one.capabilities.simulated else "wall"),
 )
 
 
@@ -92,46 +88,48 @@ def _yes(is_so: bool) -> str:
 
 _TELLS: tuple[tuple[str, Callable[[Backend], str]], ...] = (
     ("manager and workers are", lambda one: _where(one)),
-    ("`--endpoint` names another S3 and SQS", lambda one: _yes(_takes_endpoint(one))),
+    ("`--endpoint` names another S3 and SQS", lambda one: _yes(one.capabilities.takes_endpoint)),
     ("starts an emulator for itself", lambda one: one.emulator or _yes(_in_containers(one))),
     ("needs Docker", lambda one: _yes(_in_containers(one))),
-    ("needs an account, and costs money", lambda one: _yes(one.is_deployed)),
+    ("needs an account, and costs money", lambda one: _yes(one.capabilities.billed)),
     ("the AWS CLI and others see its bucket and queues", lambda one: _yes(one.objects == "s3")),
     (
         "the bucket can be read while no grid is up, by anybody with its folder",
-        lambda one: _yes(one.keeps_files),
+        lambda one: _yes(one.capabilities.local_bucket),
     ),
     (
         "a grid stays up for many jobs (`grid up`), and survives its manager",
-        lambda one: _yes(one.fleet != "simulated"),
+        lambda one: _yes(not one.capabilities.simulated),
     ),
     (
         "instances are of a market and a zone: Spot, on demand",
-        lambda one: _yes(one.fleet in ("autoscaling", "simulated")),
+        lambda one: _yes(not one.capabilities.one_machine),
     ),
     (
         "functions sent from Python need the same Python there",
-        lambda one: _yes(one.runs_in != "processes"),
+        lambda one: _yes(not one.capabilities.local_manager),
     ),
     ("its pool unless said", lambda one: "; ".join(_pool(one))),
 )
 
 
 def _in_containers(one: Backend) -> bool:
-    return one.runs_in == "containers"
+    return one.capabilities.container_manager
 
 
 def _where(one: Backend) -> str:
-    if one.fleet == "simulated":
+    if one.capabilities.simulated:
         return "in one process, in virtual time"
-    return {"aws": "instances of EC2"}.get(one.runs_in, one.runs_in)
+    if one.capabilities.stack:
+        return "instances of EC2"
+    return "containers" if _in_containers(one) else "processes"
 
 
 def _pool(one: Backend) -> list[str]:
     """Of each pool its sizes and slots. How many CPUs this machine has is no part of the page."""
     said = []
     for pool in one.pools:
-        most = "as many as CPUs, at least 2" if one.is_one_machine else str(pool.max_size)
+        most = "as many as CPUs, at least 2" if one.capabilities.one_machine else str(pool.max_size)
         slots = "1 slot" if pool.slots == 1 else f"{pool.slots} slots"
         said.append(f"`{pool.name}`: {pool.min_size} to {most}, {slots} each")
     return said

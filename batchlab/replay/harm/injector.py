@@ -110,11 +110,11 @@ def injector_for(
 
 def _harms(scene: Scene, front: Front | None) -> Mapping[FaultName, Harm]:
     # Each only where it is needed: the Docker SDK and boto3 are dear to import.
-    if scene.backend.is_deployed:
+    if scene.backend.capabilities.stack:
         from batchlab.replay.harm import deployed
 
         return deployed.harms(scene)
-    if scene.backend.runs_in == "containers":
+    if scene.backend.capabilities.container_manager:
         from batchlab.replay.harm import containers
 
         return containers.harms(scene)

@@ -30,7 +30,7 @@ def bought(backend: Backend, home: Home, spot: Mapping[str, float]) -> Iterator[
     Instances; those that are there stay what they are. Nothing on other backends: processes have
     no market, and a stack on AWS has its own. BackendError."""
     wanted = {pool: share for pool, share in spot.items() if share > 0}
-    if backend.runs_in != "containers" or not wanted:
+    if not backend.capabilities.sets_spot_share or not wanted:
         yield
         return
     at = backend.deployment(home)
