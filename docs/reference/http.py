@@ -20,7 +20,7 @@ from it.
 - A manager listens on 127.0.0.1, or in the grid's own network of containers. Where it does is in
   `manager.json` in the grid's folder, its token in `token`.
 - Every request needs `Authorization: Bearer TOKEN`, `/metrics` too, except for the
-  [public routes](security.md#who-gets-in). The command line and the Python API sign their requests
+  [public routes](security.md#access). The command line and the Python API sign their requests
   instead, and never send the token to a port ([network](security.md#network)).
 - Times ending in `_s` are seconds; those of moments count from 1970 (UTC).
 - An error is a [ProblemView](#problemview) with its status: 400 and 422 what was sent is wrong, 401
