@@ -55,7 +55,7 @@ from batchlab.patience import Patience
 from batchlab.ports import MAX_BATCH, Cut, Ledger, Outgoing
 from batchlab.protocol import naming
 from batchlab.protocol.messages import Events, events_message, read_task_message
-from tests.no_fleet import NoFleet
+from tests.support.no_fleet import NoFleet
 
 PER_SECOND = 10_000
 PER_SECOND_POSTGRES = 2_000

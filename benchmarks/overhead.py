@@ -32,8 +32,8 @@ from batchlab.adapters.compose import deployment
 from batchlab.home import Home
 from batchlab.model import LifecycleState, Pool
 from benchmarks.request_counts import cpu_s
-from tests.chaos.rig import docker, wait_for
-from tests.integration.local_grid import LocalGrid
+from tests.support.docker.chaos import docker, wait_for
+from tests.support.grid.local_grid import LocalGrid
 
 SLOTS = 2
 POOL = "default"

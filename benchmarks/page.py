@@ -28,7 +28,7 @@ import httpx
 
 from batchlab.model import Pool
 from batchlab.views import JobView
-from tests.integration.local_grid import LocalGrid
+from tests.support.grid.local_grid import LocalGrid
 
 TARGET_MS = 100.0
 BARE = "/v1/health"

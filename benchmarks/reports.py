@@ -3,7 +3,8 @@
     python benchmarks/reports.py [--tasks N] [--keep DIR] [--json FILE]
 
 Targets, on two cores: with 10 million tasks every named query answers in under 2 s, by the files
-alone. The data is that of `tests/report/made.py`; making it takes about a minute at full size.
+alone. The data is that of `tests/support/reports/made.py`; making it takes about a minute at full
+size.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from batchlab.report import queries, store
 from batchlab.report.schema import TABLES
-from tests.report.made import Made, write_run
+from tests.support.reports.made import Made, write_run
 
 TARGET_S = 2.0
 TIMES = 3

@@ -27,7 +27,7 @@ from batchlab.costs import prices
 from batchlab.costs.requests import usd_of
 from batchlab.tally import Requests, steps
 from benchmarks.run import emulator
-from tests.integration.conform_proxy import Request, Response, Send, proxy
+from tests.support.conform.proxy import Request, Response, Send, proxy
 
 TICKS = os.sysconf("SC_CLK_TCK")
 

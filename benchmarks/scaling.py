@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from batchlab.backends import Backend
 from benchmarks.measured import Row
 from benchmarks.stepplot import Line, Panel, svg
-from tests.chaos.rig import Containers
-from tests.chaos.timeline import Look, Timeline, apart, foretold, watch_burst
-from tests.integration.local_grid import LocalGrid
+from tests.support.docker.chaos import Containers
+from tests.support.docker.timeline import Look, Timeline, apart, foretold, watch_burst
+from tests.support.grid.local_grid import LocalGrid
 
 BURSTS: Mapping[str, list[float]] = {
     "240 tasks of 0.5 s": [0.5] * 240,

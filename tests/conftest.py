@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import order
-from tests.browser import browser
-from tests.emulators import localstack, ministack, moto
-from tests.postgres import frail_server, postgres, postgres_server
-from tests.simpledb.rig import rough_simpledb, simpledb, simpledb_url
+from tests.support import order
+from tests.support.aws.emulators import localstack, ministack, moto
+from tests.support.browser import browser
+from tests.support.postgres.server import frail_server, postgres, postgres_server
+from tests.support.simpledb.fixtures import rough_simpledb, simpledb, simpledb_url
 
 __all__ = [
     "browser",

@@ -1,7 +1,7 @@
 """The rights of a worker's role on AWS, enforced at the ports of simulated workers.
 
-Invariant: a call outside these rights has no effect. `tests/sim/test_rights.py` compares the key
-patterns and queue actions with the stack template.
+Invariant: a call outside these rights has no effect. `tests/sim/test_worker_rights.py` compares the
+key patterns and queue actions with the stack template.
 """
 
 from __future__ import annotations

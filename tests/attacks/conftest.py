@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.attacks.worker_rights import WorkerRights
-from tests.integration.api_rig import Rig
-from tests.integration.conftest import bring_up
-from tests.integration.local_grid import LocalGrid
+from tests.support.attacks.worker_rights import WorkerRights
+from tests.support.grid.fixtures import bring_up
+from tests.support.grid.local_grid import LocalGrid
+from tests.support.server.api import Rig
 
 __all__ = ["bring_up", "grid", "rig", "worker"]
 

@@ -15,7 +15,7 @@ from batchlab.protocol import naming
 from batchlab.protocol.messages import Beat, Events, Held, events_message
 from batchlab.protocol.proofs import with_proofs
 from batchlab.sim.world import SimWorker, World
-from tests.sim import scenes
+from tests.support.sim import scenes
 
 ONE = (Pool("default", 0, 1, 1),)
 LONG_S = 2_000.0

@@ -29,11 +29,11 @@ from batchlab.worker.loop import Worker
 from batchlab.worker.runner import Handle, Work
 from batchlab.worker.settings import WorkerSettings
 from batchlab.worker.suspects import marker
-from tests.attacks.victim import Victim, messages_left
-from tests.attacks.worker_rights import worker_of
-from tests.integration.conftest import Bring
-from tests.integration.local_grid import LocalGrid
-from tests.waiting import until
+from tests.support.attacks.victim import Victim, messages_left
+from tests.support.attacks.worker_rights import worker_of
+from tests.support.grid.fixtures import Bring
+from tests.support.grid.local_grid import LocalGrid
+from tests.support.waiting import until
 
 OTHER_KEY = CommitKey("0f" * 16)
 WORK = StageName("work")

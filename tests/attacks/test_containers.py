@@ -18,10 +18,10 @@ from batchlab.adapters.compose import deployment
 from batchlab.adapters.compose.images import docker
 from batchlab.errors import UsageError
 from batchlab.home import Home
-from tests.integration.containers_grid import need_containers
-from tests.integration.local_grid import LocalGrid
-from tests.waiting import until
-from tests.wire_rigs import aws
+from tests.support.aws.autoscaling_api import aws
+from tests.support.docker.grid import need_containers
+from tests.support.grid.local_grid import LocalGrid
+from tests.support.waiting import until
 
 ROOT = """
 [["worker-default".version]]

@@ -9,7 +9,7 @@ import pytest
 from batchlab.cli.checkup import examine
 from batchlab.cli.findings import Finding, Level
 from batchlab.home import Home
-from tests.integration.local_grid import LocalGrid
+from tests.support.grid.local_grid import LocalGrid
 
 JOB = """\
 name: copies

@@ -27,12 +27,12 @@ from batchlab.protocol.messages import Beat, Duplicate, Events, Held, Told, even
 from batchlab.protocol.proofs import jobs_in, with_proofs
 from batchlab.protocol.sealing import UNSEALED, CommitKey
 from batchlab.tally import Asked, Requests
-from tests.attacks.victim import Victim
-from tests.attacks.worker_rights import WorkerRights, actions, worker_of
-from tests.integration.api_rig import MAP, Rig, job
-from tests.integration.conftest import Bring
-from tests.integration.local_grid import LocalGrid
-from tests.waiting import until
+from tests.support.attacks.victim import Victim
+from tests.support.attacks.worker_rights import WorkerRights, actions, worker_of
+from tests.support.grid.fixtures import Bring
+from tests.support.grid.local_grid import LocalGrid
+from tests.support.server.api import MAP, Rig, job
+from tests.support.waiting import until
 
 OTHER_KEY = CommitKey("0f" * 16)
 

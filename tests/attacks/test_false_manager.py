@@ -18,9 +18,9 @@ from batchlab.cli import completing
 from batchlab.client import Client
 from batchlab.errors import BackendError, Refused, Unreachable
 from batchlab.home import Home, ManagerRecord
-from tests.http_front import Answer, Request, forward, standing
-from tests.integration.api_rig import TOKEN, Rig, job
-from tests.integration.local_grid import LocalGrid
+from tests.support.grid.local_grid import LocalGrid
+from tests.support.http_proxy import Answer, Request, forward, standing
+from tests.support.server.api import TOKEN, Rig, job
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from batchlab.protocol import naming, settle, wire
 from batchlab.protocol.messages import Events, events_message
 from batchlab.protocol.proofs import with_proofs
 from tests.attacks.test_events import forged, take
-from tests.integration.api_rig import MAP, Rig, job
+from tests.support.server.api import MAP, Rig, job
 
 
 def commit_and_tell(rig: Rig, name: JobId, *outcomes: Outcome) -> None:

@@ -56,10 +56,10 @@ from batchlab.protocol.sealing import UNSEALED
 from batchlab.protocol.values import OUTCOME_WEIGHT
 from batchlab.tally import Asked, Requests
 from batchlab.worker import bench, handlers
-from tests.attacks.worker_rights import WorkerRights
-from tests.integration import api_rig
-from tests.integration.api_rig import Rig, job
-from tests.no_fleet import NoFleet
+from tests.support.attacks.worker_rights import WorkerRights
+from tests.support.no_fleet import NoFleet
+from tests.support.server import api as api_rig
+from tests.support.server.api import Rig, job
 
 EXAMPLES = int(os.environ.get("BATCHLAB_MALFORMED", "150"))
 MAP, NEXT = StageName("map"), StageName("next")

@@ -16,9 +16,9 @@ from botocore.credentials import Credentials
 
 from batchlab.adapters.aws import Endpoint, client
 from batchlab.adapters.ministack import Emulator
-from tests.emulators import ministack_python
-from tests.integration.local_grid import LocalGrid
-from tests.wire_rigs import aws
+from tests.support.aws.autoscaling_api import aws
+from tests.support.aws.emulators import ministack_python
+from tests.support.grid.local_grid import LocalGrid
 
 FORGED = {"v": 1, "id": "forged", "command": ["touch", "/tmp/forged"]}
 KEY = "/jobs/forged/spec.json"

@@ -11,7 +11,7 @@ import pytest
 
 from batchlab.jobdef import InputDef
 from batchlab.protocol import wire
-from tests.integration.api_rig import TOKEN, Rig, get, job
+from tests.support.server.api import TOKEN, Rig, get, job
 
 ODD = (
     *('"\\ud800"', '"\\u0000"', '"../../x"', '"\\u001b[31m"', f'"{"x" * 20_000}"'),

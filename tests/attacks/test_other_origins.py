@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.integration.local_grid import LocalGrid
+from tests.support.grid.local_grid import LocalGrid
 
 FOREIGN = (
     {"Origin": "http://evil.example"},

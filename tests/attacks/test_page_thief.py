@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import httpx
 
 from batchlab import updown
-from tests.browser import browser, opened, place_of
-from tests.http_front import Answer, Request, standing
-from tests.integration.api_rig import Rig
-from tests.integration.local_grid import LocalGrid
-from tests.integration.page_rig import routes
+from tests.support.browser import browser, opened, place_of
+from tests.support.grid.local_grid import LocalGrid
+from tests.support.http_proxy import Answer, Request, standing
+from tests.support.server.api import Rig
+from tests.support.server.page import routes
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

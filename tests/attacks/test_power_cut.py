@@ -37,8 +37,8 @@ from batchlab.sim.runner import Play, Scene, ScriptedRunner
 from batchlab.worker.beats import Identity
 from batchlab.worker.loop import Worker
 from batchlab.worker.settings import WorkerSettings
-from tests.attacks.disk_image import Gate, cut, mounted, needs_loop
-from tests.integration.api_rig import Machine
+from tests.support.attacks.disk_image import Gate, cut, mounted, needs_loop
+from tests.support.server.api import Machine
 
 SQUARE, TOTAL = StageName("square"), StageName("total")
 ITEMS: list[Json] = [*range(8)]

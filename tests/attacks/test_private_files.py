@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 from batchlab.home import Home
-from tests.integration.local_grid import LocalGrid
+from tests.support.grid.local_grid import LocalGrid
 
 JOB = """\
 name: secret

@@ -11,8 +11,8 @@ from fastapi.routing import APIRoute
 from starlette.routing import Mount, Route
 
 from batchlab.api.door import PAGE
-from tests.integration.api_rig import Rig
-from tests.integration.page_rig import routes
+from tests.support.server.api import Rig
+from tests.support.server.page import routes
 
 SECURITY = Path(__file__).resolve().parents[2] / "docs" / "security.md"
 SIGN = {"Sec-Fetch-Site": "same-origin"}

@@ -31,8 +31,8 @@ from batchlab.protocol.sealing import UNSEALED
 from batchlab.worker import materialise
 from batchlab.worker.bench import decoded as item_of
 from batchlab.worker.handlers import Problem
-from tests.integration.api_rig import Rig
-from tests.integration.test_api_files import fetched, forged
+from tests.server.test_api_files import fetched, forged
+from tests.support.server.api import Rig
 
 JOB = JobDef(
     JobId("sums-1"),

@@ -15,8 +15,8 @@ from batchlab.manager.retained import RetainedOutcomes
 from batchlab.model import Bundle, JobId, Outcome, StageName, TaskSet
 from batchlab.protocol import wire
 from batchlab.protocol.messages import Events
-from tests.integration.api_rig import Rig, job
-from tests.integration.test_api_first import outcomes_of
+from tests.server.test_api_first_outcomes import outcomes_of
+from tests.support.server.api import Rig, job
 
 LARGE = "x" * 50_000
 MOST_BYTES = 200_000

@@ -11,8 +11,8 @@ import pytest
 from batchlab.deploy import settings
 from batchlab.deploy.settings import PoolSettings, Settings
 from batchlab.errors import UsageError
-from tests import cfn
-from tests.unit.test_deploy_settings import source
+from tests.deploy.test_settings import source
+from tests.support.aws import cfn
 
 COLLIDING = ("batchlab-tasks-x", "batchlab-tasks", "a-pool-b", "a-pool", "x-tasks-y-pool")
 DISTINCT = ("batchlab", "tasks", "tasks-x", "pool-party", "batchlab-task-x", "batchlab-pools")

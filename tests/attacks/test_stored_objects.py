@@ -34,8 +34,8 @@ from batchlab.schedule.model import Definition, Run, RunState, Schedule, When
 from batchlab.worker import environment, suspects
 from batchlab.worker.inputs import Inputs, Manifest
 from tests.attacks.test_malformed import BUNDLE, JOB, MAP, many, mutated
-from tests.attacks.worker_rights import WorkerRights
-from tests.integration.api_rig import TOKEN, Rig, job
+from tests.support.attacks.worker_rights import WorkerRights
+from tests.support.server.api import TOKEN, Rig, job
 
 KEY = CommitKey("0f" * 16)
 TAIL = live_logs.Tail("map", 3, 1, 0, BUNDLE.id, "w-1-1", 0, 5, "hello")

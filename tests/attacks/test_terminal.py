@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Bring
+from tests.support.grid.fixtures import Bring
 
 HANDLERS = """\
 CODES = "\\x1b[2J\\x1b]0;title\\x07\\x1b]52;c;cm0gLXJm\\x07\\x9b31m\\u202e\\r\\x08"

@@ -9,7 +9,7 @@ import pytest
 
 from batchlab.errors import TooNew
 from batchlab.protocol import wire
-from tests.integration.api_rig import Rig, get, job, post
+from tests.support.server.api import Rig, get, job, post
 
 HANDLERS = ("pickle:../../x", "pickle:grid/x.pkl", "pickle:", "../x:f", "m", "", "m:f:g", ":", 7)
 

@@ -13,8 +13,8 @@ from batchlab.errors import Refused, UsageError
 from batchlab.jobdef import JobDef, NotifyDef
 from batchlab.model import JobId
 from batchlab.protocol import definition, naming, wire
-from tests.integration.api_rig import Rig, job
-from tests.integration.local_grid import LocalGrid
+from tests.support.grid.local_grid import LocalGrid
+from tests.support.server.api import Rig, job
 
 SECRET = "T0KEN-in-a-path"
 HOOK = NotifyDef("webhook", f"https://hooks.example.org/services/{SECRET}", ("ended",))

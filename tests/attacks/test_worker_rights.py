@@ -6,10 +6,10 @@ import pytest
 
 from batchlab.errors import AlreadyExists
 from batchlab.protocol import naming
-from tests.attacks.worker_rights import Forbidden, WorkerRights, worker_of
-from tests.integration.api_rig import Rig, job
-from tests.integration.conftest import Bring
-from tests.waiting import until
+from tests.support.attacks.worker_rights import Forbidden, WorkerRights, worker_of
+from tests.support.grid.fixtures import Bring
+from tests.support.server.api import Rig, job
+from tests.support.waiting import until
 
 JOB = "sums-0123456789"
 WRITES = (

@@ -19,9 +19,9 @@ import pytest
 from batchlab.errors import BackendError
 from batchlab.model import Pool
 from batchlab.views import JobView
-from tests.chaos.rig import Containers, Sizes, Teller, wait_for, write_job
-from tests.integration.containers_grid import need_containers
-from tests.integration.local_grid import LocalGrid, outcomes
+from tests.support.docker.chaos import Containers, Sizes, Teller, wait_for, write_job
+from tests.support.docker.grid import need_containers
+from tests.support.grid.local_grid import LocalGrid, outcomes
 
 SEED = int(os.environ.get("BATCHLAB_CHAOS_SEED", "1"))
 TASKS = int(os.environ.get("BATCHLAB_CHAOS_TASKS", "600"))

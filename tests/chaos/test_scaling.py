@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.rig import Containers
-from tests.chaos.timeline import Step, apart, foretold, watch_burst
-from tests.integration.containers_grid import need_containers
-from tests.integration.local_grid import LocalGrid
+from tests.support.docker.chaos import Containers
+from tests.support.docker.grid import need_containers
+from tests.support.docker.timeline import Step, apart, foretold, watch_burst
+from tests.support.grid.local_grid import LocalGrid
 
 BURST_S = [0.5] * 60
 WITH_A_TAIL_S = [0.5] * 60 + [9.0, 30.0]

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from batchlab.adapters.sqs import SqsQueue
-from tests.contract.queue_worlds import CHECKS, QueueWorld, at_emulator
-from tests.contract.side_by_side import SideBySide
-from tests.emulators import EMULATORS
-from tests.wire_fixtures import our, ours, wire
+from tests.support.aws.autoscaling_fixtures import our, ours, wire
+from tests.support.aws.emulators import EMULATORS
+from tests.support.contract.queue_worlds import CHECKS, QueueWorld, at_emulator
+from tests.support.contract.side_by_side import SideBySide
 
 __all__ = ["our", "ours", "wire"]
 

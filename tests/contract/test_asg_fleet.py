@@ -12,7 +12,7 @@ import pytest
 
 from batchlab.adapters.aws import Endpoint
 from tests.contract import test_fleet as suite
-from tests.wire_rigs import checks_of, endpoint_world, moto_world, processes_world
+from tests.support.aws.autoscaling_api import checks_of, endpoint_world, moto_world, processes_world
 
 CHECKS = dict(checks_of(suite))
 _OLDEST = "moto does not know termination policies: the oldest goes first"

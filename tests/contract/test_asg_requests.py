@@ -19,8 +19,8 @@ from batchlab.adapters.ec2_fleet import Ec2Fleet
 from batchlab.adapters.ec2_form import DRAIN_HOOK, READY_HOOK, GroupForm
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Refused, Throttled, Unreachable
 from batchlab.model import LifecycleState
-from tests.fleet_rigs import STEADY, FleetRig, TableLauncher, in_service, names
-from tests.wire_rigs import TEMPLATE, ZONE, Behaving, Served, autoscaling, served
+from tests.support.aws.autoscaling_api import TEMPLATE, ZONE, Behaving, Served, autoscaling, served
+from tests.support.fleet import STEADY, FleetRig, TableLauncher, in_service, names
 
 POOL = STEADY.name
 

@@ -15,7 +15,7 @@ from botocore.exceptions import ClientError
 from batchlab.asg.actions import ACTIONS
 from batchlab.asg.service import model
 from batchlab.asg.templates import template_id
-from tests.wire_rigs import TEMPLATE, Thread, Wire, aws, refused
+from tests.support.aws.autoscaling_api import TEMPLATE, Thread, Wire, aws, refused
 
 LAUNCHING = "autoscaling:EC2_INSTANCE_LAUNCHING"
 TERMINATING = "autoscaling:EC2_INSTANCE_TERMINATING"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from tests.wire_rigs import TEMPLATE, Thread, Wire, aws, refused
+from tests.support.aws.autoscaling_api import TEMPLATE, Thread, Wire, aws, refused
 
 LAUNCHING = "autoscaling:EC2_INSTANCE_LAUNCHING"
 TERMINATING = "autoscaling:EC2_INSTANCE_TERMINATING"

@@ -8,7 +8,7 @@ import pytest
 
 from batchlab.errors import Refused
 from batchlab.model import LifecycleState
-from tests.fleet_rigs import (
+from tests.support.fleet import (
     FLEET_WORLDS,
     STEADY,
     STUBBORN,

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from batchlab.errors import AlreadyExists, BackendError
-from tests.fleet_rigs import (
+from tests.support.fleet import (
     ABSENT,
     BROKEN,
     LAUNCHER_WORLDS,

@@ -22,7 +22,7 @@ from batchlab.model import (
     may_move,
 )
 from batchlab.ports import Cut, JobRecord, JobRows, StageRecord, Written
-from tests.contract.ledger_suite import (
+from tests.support.contract.ledger_suite import (
     INDEX,
     JOB,
     RESIZE,

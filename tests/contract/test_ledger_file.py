@@ -11,7 +11,7 @@ import pytest
 
 from batchlab.adapters import threads
 from batchlab.errors import BackendError, Unreachable
-from tests.contract.ledger_suite import (
+from tests.support.contract.ledger_suite import (
     JOB,
     bundle,
     counts_of,

@@ -17,7 +17,7 @@ from batchlab.errors import NotFound
 from batchlab.model import BundleId, Completion, JobId, StageCounts, TaskSet
 from batchlab.ports import BundleRecord, Cut
 from batchlab.sim.loop import SimLoop
-from tests.contract.ledger_suite import (
+from tests.support.contract.ledger_suite import (
     INDEX,
     JOB,
     RESIZE,

@@ -14,8 +14,8 @@ from batchlab.model import Completion, Control, JobId, JobState, StageName
 from batchlab.ports import Ending, Ledger, Past, Reopening, Round
 from batchlab.protocol import settle, wire
 from batchlab.sim.loop import SimLoop
-from tests.contract.ledger_lives import Call, answer, anything
-from tests.contract.ledger_suite import (
+from tests.support.contract.ledger_lives import Call, answer, anything
+from tests.support.contract.ledger_suite import (
     INDEX,
     JOB,
     RESIZE,

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.contract.ledger_suite import (
+from tests.support.contract.ledger_suite import (
     BATCH,
     INDEX,
     RESIZE,

@@ -16,7 +16,7 @@ from batchlab.model import (
     TaskSet,
 )
 from batchlab.ports import Ending, JobRecord, Past, Reopening, Round
-from tests.contract.ledger_suite import (
+from tests.support.contract.ledger_suite import (
     CALLS,
     INDEX,
     JOB,

@@ -14,8 +14,8 @@ from batchlab.adapters.simpledb.ledger import SimpleDbLedger
 from batchlab.errors import Throttled, Unreachable
 from batchlab.model import Control, JobId, JobState
 from batchlab.ports import Ending, Ledger, Past, Reopening, Round
-from tests.contract.ledger_lives import Call, answer, anything
-from tests.contract.ledger_suite import (
+from tests.support.contract.ledger_lives import Call, answer, anything
+from tests.support.contract.ledger_suite import (
     CALLS,
     INDEX,
     JOB,
@@ -30,7 +30,7 @@ from tests.contract.ledger_suite import (
     ledger_in,
     submit,
 )
-from tests.simpledb.rig import FAIR, Sdb
+from tests.support.simpledb.fixtures import FAIR, Sdb
 
 _TOKEN = replace(JOB, token="once")
 

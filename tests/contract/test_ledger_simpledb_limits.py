@@ -12,7 +12,7 @@ from batchlab.adapters.simpledb import open_simpledb, store
 from batchlab.errors import BackendError, NotFound, Throttled, TooLarge, Unreachable, UsageError
 from batchlab.jobdef import InputDef, SplitBy
 from batchlab.model import JobId, JobState, TaskSet
-from tests.contract.ledger_suite import (
+from tests.support.contract.ledger_suite import (
     JOB,
     bundle,
     cut,
@@ -22,7 +22,7 @@ from tests.contract.ledger_suite import (
     stage_of,
     submit,
 )
-from tests.simpledb.rig import FAIR, Sdb
+from tests.support.simpledb.fixtures import FAIR, Sdb
 
 SCATTERED = TaskSet.of(range(0, 30_000, 2))
 """200 KB as JSON: too much to stay in an item that has other texts too."""

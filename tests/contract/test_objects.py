@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from batchlab.errors import AlreadyExists, NotFound
-from tests.contract.objects_worlds import ObjectsWorld, on_every_bucket
+from tests.support.contract.objects_worlds import ObjectsWorld, on_every_bucket
 
 EVERY_BYTE = bytes(range(256)) * 3
 

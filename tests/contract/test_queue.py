@@ -10,7 +10,7 @@ import pytest
 
 from batchlab.errors import NotFound
 from batchlab.ports import Depth, Outgoing, QueueSpec
-from tests.contract.queue_worlds import QueueWorld, bodies, on_every_queue, receipts
+from tests.support.contract.queue_worlds import QueueWorld, bodies, on_every_queue, receipts
 
 HOUR_S = 3600.0
 

@@ -9,7 +9,7 @@ import pytest
 
 from batchlab.errors import NotFound, Throttled, TooLarge
 from batchlab.ports import MAX_MESSAGE_BYTES, Outgoing, QueueSpec
-from tests.contract.queue_worlds import IN_FLIGHT, QueueWorld, on_every_queue, receipts
+from tests.support.contract.queue_worlds import IN_FLIGHT, QueueWorld, on_every_queue, receipts
 
 
 @on_every_queue

@@ -12,7 +12,7 @@ import pytest
 from batchlab.adapters.sim.queue import SimQueue
 from batchlab.ports import Depth, Outgoing, QueueSpec
 from batchlab.sim.loop import SimLoop
-from tests.contract.queue_worlds import LoopClock, bodies, receipts
+from tests.support.contract.queue_worlds import LoopClock, bodies, receipts
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from batchlab.adapters.sqlite_messages import SqliteMessages, Taken
 from batchlab.adapters.sqlite_queue import SqliteQueue
 from batchlab.errors import BackendError
 from batchlab.ports import Outgoing, QueueSpec
-from tests.contract.queue_worlds import SteppedClock
+from tests.support.contract.queue_worlds import SteppedClock
 
 PRELUDE = """
 import asyncio, itertools, sys, time

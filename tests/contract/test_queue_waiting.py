@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 
 from batchlab.ports import Depth, Message, Outgoing
-from tests.contract.queue_worlds import QueueWorld, bodies, on_every_queue_alone, receipts
+from tests.support.contract.queue_worlds import QueueWorld, bodies, on_every_queue_alone, receipts
 
 SOON_S = 0.5
 """Far more than a wake-up takes, far less than a wait that was not woken."""

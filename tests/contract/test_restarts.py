@@ -20,7 +20,7 @@ from batchlab.adapters.objects import open_s3
 from batchlab.adapters.sqs import SqsQueue
 from batchlab.errors import NotFound, Unreachable
 from batchlab.ports import Outgoing, QueueSpec
-from tests.emulators import (
+from tests.support.aws.emulators import (
     EMULATORS,
     localstack_python,
     localstack_server,

@@ -13,7 +13,7 @@ import pytest
 from batchlab.adapters.sqs import _RECEIVES, SqsQueue
 from batchlab.errors import BackendError, NotFound, Throttled, TooLarge, Unreachable
 from batchlab.ports import Depth, Outgoing, QueueSpec
-from tests.contract.sqs_script import Answer, Script, refusal, scripted
+from tests.support.aws.scripted_sqs import Answer, Script, refusal, scripted
 
 LONG_S = 60.0
 """Only a test that fails waits for so long."""

@@ -15,7 +15,7 @@ from batchlab.adapters.sqs import SqsQueue
 from batchlab.errors import NotFound
 from batchlab.ports import Message, Objects, Outgoing, QueueSpec
 from batchlab.tally import STEP_BYTES, Requests, Tally
-from tests.integration.conform_proxy import Request, Response, Send, proxy
+from tests.support.conform.proxy import Request, Response, Send, proxy
 
 SPEC = QueueSpec("work", visibility_s=30.0)
 

@@ -11,7 +11,7 @@ from batchlab.sim.loop import (
     Crashed,
     SimLoop,
 )
-from tests.sim.rig import fail_soon, forever
+from tests.support.sim.loop import fail_soon, forever
 
 
 class World:

@@ -14,7 +14,7 @@ from batchlab.protocol import settle
 from batchlab.sim.fates import value_of
 from batchlab.sim.runner import Play, Script
 from batchlab.sim.world import World
-from tests.sim.scenes import A, ended_well, in_world, job, kill_manager, stage, submitted
+from tests.support.sim.scenes import A, ended_well, in_world, job, kill_manager, stage, submitted
 
 BACKOFF_S = 600.0
 MADE = job(stage(A, retry=RetryRule(attempts=2, backoff_s=BACKOFF_S, jitter=0.0)), items=1)

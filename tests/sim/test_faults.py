@@ -13,8 +13,8 @@ from batchlab.sim.actors import Actor
 from batchlab.sim.faults import Fault, FaultKind, Faults, Weather
 from batchlab.sim.loop import SimLoop
 from batchlab.sim.wrappers import wrap
-from tests.sim.rig import at, caught
-from tests.sim.toy import ToyQueue, ToyStore
+from tests.support.sim.loop import at, caught
+from tests.support.sim.toy_grid import ToyQueue, ToyStore
 
 
 @pytest.mark.parametrize(

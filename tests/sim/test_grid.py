@@ -26,7 +26,7 @@ from batchlab.sim import invariants
 from batchlab.sim.fates import value_of
 from batchlab.sim.runner import Play, Scene
 from batchlab.sim.world import WORKER, World
-from tests.sim.scenes import (
+from tests.support.sim.scenes import (
     UNHURRIED,
     A,
     B,

@@ -20,7 +20,7 @@ from batchlab.sim import invariants
 from batchlab.sim.runner import Play, Scene
 from batchlab.sim.users import bring_items
 from batchlab.sim.world import EPOCH_S, World
-from tests.sim.scenes import (
+from tests.support.sim.scenes import (
     A,
     B,
     C,

@@ -21,7 +21,7 @@ from batchlab.sim.fates import value_of
 from batchlab.sim.runner import Play, Scene
 from batchlab.sim.users import bring_items
 from batchlab.sim.world import EPOCH_S, MANAGER, World
-from tests.sim.scenes import (
+from tests.support.sim.scenes import (
     A,
     B,
     C,

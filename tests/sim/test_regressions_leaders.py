@@ -17,7 +17,7 @@ from batchlab.ports import Outgoing
 from batchlab.protocol import naming
 from batchlab.protocol.messages import read_task_message
 from batchlab.sim.world import EPOCH_S, World
-from tests.sim.scenes import (
+from tests.support.sim.scenes import (
     A,
     B,
     around,

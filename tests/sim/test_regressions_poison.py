@@ -26,7 +26,17 @@ from batchlab.sim.watch import BEGIN_S
 from batchlab.sim.world import World
 from batchlab.worker.hand import Hand
 from batchlab.worker.suspects import Suspects
-from tests.sim.scenes import A, around, ended, in_world, job, leader, stage, submitted, takes
+from tests.support.sim.scenes import (
+    A,
+    around,
+    ended,
+    in_world,
+    job,
+    leader,
+    stage,
+    submitted,
+    takes,
+)
 
 STALE_S = 20.0
 

@@ -12,7 +12,7 @@ import pytest
 
 from batchlab.model import JobId, JobState
 from batchlab.sim.world import World
-from tests.sim.scenes import (
+from tests.support.sim.scenes import (
     A,
     B,
     around,

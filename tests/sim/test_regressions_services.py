@@ -33,7 +33,7 @@ from batchlab.protocol.proofs import jobs_in, with_proofs
 from batchlab.sim import invariants
 from batchlab.sim.runner import Play, Scene
 from batchlab.sim.world import MANAGER, World
-from tests.sim.scenes import (
+from tests.support.sim.scenes import (
     A,
     around,
     ended,

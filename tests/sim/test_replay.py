@@ -12,15 +12,15 @@ from batchlab.sim.actors import Actor
 from batchlab.sim.faults import Fault, FaultKind, Faults
 from batchlab.sim.loop import SimLoop
 from batchlab.sim.wrappers import wrap
-from tests.sim.rig import at, script
-from tests.sim.toy import LATE_S, ROUGH, Toy, ToyStore, rough
+from tests.support.sim.loop import at, script
+from tests.support.sim.toy_grid import LATE_S, ROUGH, Toy, ToyStore, rough
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
 def log_of_a_process(seed: int, hash_seed: str) -> bytes:
     return subprocess.run(
-        [sys.executable, "-m", "tests.sim.toy", str(seed)],
+        [sys.executable, "-m", "tests.support.sim.toy_grid", str(seed)],
         cwd=PROJECT,
         env={**os.environ, "PYTHONHASHSEED": hash_seed},
         check=True,

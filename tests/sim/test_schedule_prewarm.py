@@ -20,8 +20,8 @@ from batchlab.schedule.model import (
     When,
 )
 from batchlab.sim.world import World
-from tests.sim.scenes import leader
-from tests.sim.schedule_scenes import (
+from tests.support.sim.scenes import leader
+from tests.support.sim.schedule_scenes import (
     BERLIN,
     HOUR,
     MINUTE,

@@ -17,8 +17,8 @@ from batchlab.schedule.model import (
     RunState,
 )
 from batchlab.sim.world import World
-from tests.sim.scenes import kill_manager, leader
-from tests.sim.schedule_scenes import (
+from tests.support.sim.scenes import kill_manager, leader
+from tests.support.sim.schedule_scenes import (
     BERLIN,
     MINUTE,
     added,

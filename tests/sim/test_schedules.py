@@ -19,8 +19,8 @@ from batchlab.schedule.model import (
     token_of,
 )
 from batchlab.sim.world import World
-from tests.sim.scenes import kill_manager, leader
-from tests.sim.schedule_scenes import (
+from tests.support.sim.scenes import kill_manager, leader
+from tests.support.sim.schedule_scenes import (
     BERLIN,
     BRISK,
     HOUR,

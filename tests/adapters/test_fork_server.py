@@ -1,0 +1,187 @@
+"""Instances that are copies of one process, on the local backend: what a manager launches."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import pytest
+
+from batchlab import Grid, backends
+from batchlab.adapters.nursery import Nursery
+from batchlab.adapters.pids import stat
+from batchlab.adapters.process import INSTANCE_VARIABLE, ProcessLauncher, living
+from batchlab.cli.nursery import NAME
+from batchlab.home import Home
+from batchlab.model import Pool
+from tests.support.docker.launcher import soon
+
+POOL = Pool("default", max_size=4)
+P = ParamSpec("P")
+
+
+def in_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    @wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
+def opened(folder: Path) -> tuple[ProcessLauncher, Home]:
+    home = Home(folder)
+    home.make()
+    backend = backends.load("local")
+    launcher = backend.open_launcher(home, backend.open_clock())
+    assert launcher
+    return launcher, home
+
+
+@asynccontextmanager
+async def launcher_in(folder: Path) -> AsyncIterator[tuple[ProcessLauncher, Home]]:
+    launcher, home = opened(folder)
+    try:
+        yield launcher, home
+    finally:
+        await launcher.close(kill=True)
+
+
+def parent(pid: int) -> int:
+    return int(stat(pid)[1])
+
+
+def name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+async def begun(home: Home, instance: str) -> int:
+    """The pid of a copy that works; without a manager there are no queues."""
+    await working(home, instance)
+    pid = living(home.fleet)[instance]
+    assert name(pid) == NAME
+    return pid
+
+
+async def working(home: Home, instance: str) -> None:
+    log = home.fleet / "logs" / f"{instance}.log"
+    await soon(lambda: "no messages can be received" in log.read_text())
+
+
+async def end(launcher: ProcessLauncher, instance: str) -> str:
+    async def told() -> str:
+        while (how := (await launcher.running())[instance]) is None:
+            await asyncio.sleep(0.02)
+        return how
+
+    return await asyncio.wait_for(told(), 30)
+
+
+@in_loop
+async def test_instances_are_copies_that_lead_sessions_of_their_own(tmp_path: Path) -> None:
+    async with launcher_in(tmp_path) as (launcher, home):
+        for one in ("w-1", "w-2"):
+            await launcher.launch(POOL, one)
+        first, second = [await begun(home, one) for one in ("w-1", "w-2")]
+        assert parent(first) == parent(second) != os.getpid()
+        assert parent(parent(first)) == os.getpid()
+        assert [os.getsid(pid) for pid in (first, second)] == [first, second]
+        await launcher.terminate("w-1", grace_s=30)
+        assert await end(launcher, "w-1") == "exit 0"
+        os.kill(second, signal.SIGKILL)
+        assert await end(launcher, "w-2") == "exit -9"
+        with pytest.raises(ProcessLookupError):
+            os.kill(first, 0)  # not even a zombie
+
+
+def test_a_copy_is_told_which_instance_it_is(tmp_path: Path) -> None:
+    """Its tasks' processes find that in their environment."""
+    with Grid("local", home=tmp_path, workers=1) as grid:
+        (told,) = grid.map(lambda name: os.environ.get(name), [INSTANCE_VARIABLE])
+        assert {told} == set(living(Home(tmp_path).fleet))
+
+
+@in_loop
+async def test_a_pool_with_an_environment_gets_processes_that_read_it_as_they_begin(
+    tmp_path: Path,
+) -> None:
+    async with launcher_in(tmp_path) as (launcher, home):
+        await launcher.launch(replace(POOL, env=(("PYTHONHASHSEED", "7"),)), "w-1")
+        pid = living(home.fleet)["w-1"]
+        assert parent(pid) == os.getpid()
+        environment = Path(f"/proc/{pid}/environ")
+        await soon(lambda: b"PYTHONHASHSEED=7" in environment.read_bytes().split(b"\0"))
+
+
+@in_loop
+async def test_copies_go_on_without_what_they_are_copies_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with launcher_in(tmp_path) as (launcher, home):
+        await launcher.launch(POOL, "w-1")
+        pid = await begun(home, "w-1")
+        os.kill(nursery := parent(pid), signal.SIGKILL)
+        await soon(lambda: parent(pid) != nursery)
+        await launcher.launch(POOL, "w-2")
+        await working(home, "w-2")
+        assert set(living(home.fleet)) == {"w-1", "w-2"}
+        await launcher.terminate("w-1", grace_s=30)
+        assert await end(launcher, "w-1") == (
+            "exited; its code is unknown, because what had started it has ended"
+        )
+        await launcher.terminate("w-2", grace_s=30)
+        assert await end(launcher, "w-2") == "exit 0"
+
+
+@in_loop
+async def test_where_there_can_be_none_instances_start_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = Home(tmp_path)
+    home.make()
+    backend = backends.load("local")
+    nursery = Nursery(["/nowhere/python"], [], tmp_path / "nursery.log")
+    launcher = ProcessLauncher(
+        home.fleet, lambda *_: ["sleep", "60"], backend.open_clock(), dict(os.environ), nursery
+    )
+    try:
+        await launcher.launch(POOL, "w-1")
+        assert parent(living(home.fleet)["w-1"]) == os.getpid()
+        assert "start more slowly" in caplog.text
+    finally:
+        await launcher.close(kill=True)
+
+
+@in_loop
+async def test_a_copy_that_nobody_has_written_down_ends(tmp_path: Path) -> None:
+    nursery = opened(tmp_path)[0]._nursery
+    assert nursery
+    with (tmp_path / "out").open("wb") as output:
+        born = await nursery.bear(["python", "-P", "-m", "batchlab", "worker"], {}, output)
+    assert name(born.pid) != NAME, "it waits for the word"
+    born.forget()
+    assert await nursery.end_of(born.pid) == 0
+    nursery.close()
+    assert (tmp_path / "out").read_bytes() == b""
+
+
+@in_loop
+async def test_it_ends_with_its_launcher_and_its_copies_do_not(tmp_path: Path) -> None:
+    launcher, home = opened(tmp_path)
+    try:
+        await launcher.launch(POOL, "w-1")
+        pid = await begun(home, "w-1")
+        nursery = parent(pid)
+    finally:
+        await launcher.close(kill=False)
+    with pytest.raises(ProcessLookupError):
+        os.kill(nursery, 0)
+    async with launcher_in(tmp_path) as (after, _):
+        assert await after.running() == {"w-1": None}
+        assert living(home.fleet) == {"w-1": pid}

@@ -1,0 +1,322 @@
+"""The metadata service answers as EC2's does, version 2 (AWS: "Instance metadata categories" and
+"Use the Instance Metadata Service")."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from urllib.parse import urlsplit
+
+import pytest
+from botocore.utils import InstanceMetadataFetcher, InstanceMetadataRegionFetcher
+
+from batchlab.adapters.imds_server import MetadataServer
+from batchlab.adapters.imds_tree import Interruption, Metadata, Signals, answer, tree
+from batchlab.errors import UsageError
+from batchlab.model import Machine
+from tests.support.aws.metadata_service import HERE, SPOT, TOKEN, TTL, Service, Source
+from tests.support.fleet import ManualClock
+
+ROOT = "/latest/meta-data"
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with Service() as made:
+        yield made
+
+
+# --- Tokens --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ttl", ["1", "21600"])
+def test_a_token_is_given_for_up_to_six_hours(service: Service, ttl: str) -> None:
+    status, token, headers = service.ask("PUT", "/latest/api/token", {TTL: ttl})
+    assert (status, headers[TTL.title()]) == (200, ttl)
+    assert service.ask("GET", f"{ROOT}/instance-id", {TOKEN: token})[0] == 200
+
+
+@pytest.mark.parametrize("ttl", [None, "", "0", "-1", "21601", "1e3", "60 s", "9" * 5000])
+def test_a_time_to_live_that_is_none_is_a_bad_request(service: Service, ttl: str | None) -> None:
+    headers = {} if ttl is None else {TTL: ttl}
+    assert service.ask("PUT", "/latest/api/token", headers)[0] == 400
+
+
+def test_no_token_is_given_through_a_proxy(service: Service) -> None:
+    headers = {TTL: "60", "X-Forwarded-For": "10.0.0.1"}
+    assert service.ask("PUT", "/latest/api/token", headers)[0] == 403
+
+
+@pytest.mark.parametrize("token", [None, "", "x", "99999999999.000-ab", "é", "inf-", "nan-0"])
+def test_nothing_is_told_without_a_token(service: Service, token: str | None) -> None:
+    headers = {} if token is None else {TOKEN: token}
+    for path in (f"{ROOT}/instance-id", f"{ROOT}/", "/latest/", "/", "/nothing"):
+        assert service.ask("GET", path, headers)[:2] == (401, "")
+
+
+def test_a_token_ends_with_its_time(service: Service) -> None:
+    token = service.token(ttl_s=60)
+    service.clock.time_s += 59.0
+    assert service.ask("GET", f"{ROOT}/instance-id", {TOKEN: token})[0] == 200
+    service.clock.time_s += 1.0
+    assert service.ask("GET", f"{ROOT}/instance-id", {TOKEN: token})[0] == 401
+
+
+def test_a_tokens_time_cannot_be_changed(service: Service) -> None:
+    until, _, signature = service.token().partition("-")
+    later = f"{float(until) + 100:.3f}-{signature}"
+    assert service.ask("GET", f"{ROOT}/instance-id", {TOKEN: later})[0] == 401
+
+
+def test_a_token_is_good_for_its_instance_only(service: Service) -> None:
+    """Addresses go from one container to the next."""
+    token = service.token()
+    service.source.known[HERE] = replace(SPOT, instance="i-another")
+    assert service.ask("GET", f"{ROOT}/instance-id", {TOKEN: token})[0] == 401
+    assert service.get(f"{ROOT}/instance-id") == (200, "i-another")
+
+
+def test_who_is_no_instance_is_told_nothing(service: Service) -> None:
+    token = service.token()
+    service.source.known.clear()
+    assert service.ask("PUT", "/latest/api/token", {TTL: "60"})[0] == 403
+    assert service.ask("GET", f"{ROOT}/instance-id", {TOKEN: token})[0] == 403
+
+
+def test_while_nobody_knows_who_asks_it_is_to_ask_again(service: Service) -> None:
+    service.source.away = True
+    assert service.ask("PUT", "/latest/api/token", {TTL: "60"})[0] == 503
+    service.source.away = False
+    assert service.get(f"{ROOT}/instance-id")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/latest/api/token"), ("DELETE", f"{ROOT}/"), ("PUT", f"{ROOT}/instance-id")],
+)
+def test_other_methods_are_not_allowed(service: Service, method: str, path: str) -> None:
+    assert service.ask(method, path, {TTL: "60", TOKEN: service.token()})[0] == 405
+
+
+# --- Paths ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("ami-id", "ami-1"),
+        ("autoscaling/target-lifecycle-state", "InService"),
+        ("instance-id", "i-0123456789abcdef0"),
+        ("instance-life-cycle", "spot"),
+        ("instance-type", "m7i.large"),
+        ("local-ipv4", HERE),
+        ("placement/availability-zone", "us-west-2b"),
+        ("placement/region", "us-west-2"),
+        ("tags/instance/team", "a"),
+        ("tags/instance/", "Name\nteam"),
+        ("tags/instance", "Name\nteam"),
+        ("placement/", "availability-zone\nregion"),
+        ("placement/availability-zone/", "us-west-2b"),
+    ],
+)
+def test_what_is_at_a_path(service: Service, path: str, content: str) -> None:
+    assert service.get(f"{ROOT}/{path}") == (200, content)
+
+
+def test_the_list_names_what_there_is(service: Service) -> None:
+    assert service.get("/") == (200, "latest")
+    assert service.get("/latest") == (200, "dynamic/\nmeta-data/")
+    names = service.get(f"{ROOT}/")[1].split("\n")
+    assert {"instance-id", "placement/", "tags/", "autoscaling/"} <= set(names)
+    assert not {"spot/", "events/", "iam/"} & set(names)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "spot/instance-action",
+        "spot/termination-time",
+        "spot/",
+        "events/recommendations/rebalance",
+        "iam/security-credentials/",
+        "tags/instance/not one",
+        "instance-id/more",
+        "instance",
+        "../instance-id",
+    ],
+)
+def test_what_is_not_there_is_not_found(service: Service, path: str) -> None:
+    assert service.get(f"{ROOT}/{path.replace(' ', '%20')}")[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/late", "/latest/user-data", "/2021-07-15/meta-data/"])
+def test_what_is_elsewhere_is_not_found(service: Service, path: str) -> None:
+    assert service.get(path)[0] == 404
+
+
+def test_a_spot_interruption_is_told_in_both_places(service: Service) -> None:
+    notice = Signals(interruption=Interruption(1_700_000_120.9))
+    service.source.known[HERE] = replace(SPOT, signals=notice)
+    status, content = service.get(f"{ROOT}/spot/instance-action")
+    assert status == 200
+    assert json.loads(content) == {"action": "terminate", "time": "2023-11-14T22:15:20Z"}
+    assert service.get(f"{ROOT}/spot/termination-time") == (200, "2023-11-14T22:15:20Z")
+
+
+def test_an_instance_that_is_stopped_has_no_time_of_termination() -> None:
+    notice = Signals(interruption=Interruption(1_700_000_120.0, "stop"))
+    paths = tree(replace(SPOT, signals=notice))
+    assert json.loads(paths["meta-data/spot/instance-action"])["action"] == "stop"
+    assert answer(paths, "meta-data/spot/termination-time") is None
+
+
+def test_a_rebalance_recommendation_and_a_lifecycle_state_are_told(service: Service) -> None:
+    service.source.known[HERE] = replace(
+        SPOT, signals=Signals("Terminated", rebalance_s=1_700_000_000.0)
+    )
+    _, content = service.get(f"{ROOT}/events/recommendations/rebalance")
+    assert json.loads(content) == {"noticeTime": "2023-11-14T22:13:20Z"}
+    assert service.get(f"{ROOT}/autoscaling/target-lifecycle-state") == (200, "Terminated")
+
+
+def test_an_instance_without_a_group_has_no_lifecycle_state() -> None:
+    paths = tree(replace(SPOT, signals=Signals("")))
+    assert answer(paths, "meta-data/autoscaling/target-lifecycle-state") is None
+
+
+def test_user_data_is_told_as_it_is_where_there_is_some(service: Service) -> None:
+    assert service.get("/latest/user-data")[0] == 404
+    text = "#!/bin/sh\necho 'grüße'\n"
+    service.source.known[HERE] = replace(SPOT, user_data=text)
+    assert service.get("/latest/user-data") == (200, text)
+    assert "user-data" in service.get("/latest/")[1].split()
+
+
+def test_the_identity_document(service: Service) -> None:
+    status, content = service.get("/latest/dynamic/instance-identity/document")
+    told = json.loads(content)
+    assert status == 200
+    assert (told["instanceId"], told["region"]) == (SPOT.instance, "us-west-2")
+    assert (told["instanceType"], told["privateIp"]) == ("m7i.large", HERE)
+    assert told["pendingTime"] == "2023-11-14T22:13:20Z"
+
+
+@pytest.mark.parametrize(
+    ("zone", "region"),
+    [
+        ("us-east-1a", "us-east-1"),
+        ("us-gov-west-1b", "us-gov-west-1"),
+        ("us-west-2-lax-1a", "us-west-2"),
+        ("ap-southeast-10c", "ap-southeast-10"),
+        ("", ""),
+        ("here", ""),
+    ],
+)
+def test_the_region_of_a_zone(zone: str, region: str) -> None:
+    assert Metadata("i", HERE, Machine(zone=zone)).region == region
+
+
+# --- AWS's own clients ---------------------------------------------------------------------------
+
+
+def config_of(service: Service) -> dict[str, object]:
+    return {"ec2_metadata_service_endpoint": f"{service.url}/", "ec2_metadata_v1_disabled": True}
+
+
+@pytest.fixture
+def as_on_ec2(service: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", service.url)
+    monkeypatch.delenv("AWS_EC2_METADATA_DISABLED", raising=False)
+    return service
+
+
+def test_boto3_finds_its_region(as_on_ec2: Service) -> None:
+    config = config_of(as_on_ec2)
+    assert InstanceMetadataRegionFetcher(config=config).retrieve_region() == "us-west-2"
+
+
+def test_boto3_finds_its_credentials(as_on_ec2: Service) -> None:
+    document = {
+        "Code": "Success",
+        "LastUpdated": "2026-01-01T00:00:00Z",
+        "Type": "AWS-HMAC",
+        "AccessKeyId": "ASIAEXAMPLE",
+        "SecretAccessKey": "secret",
+        "Token": "token",
+        "Expiration": "2099-01-01T00:00:00Z",
+    }
+    config = config_of(as_on_ec2)
+    assert InstanceMetadataFetcher(config=config).retrieve_iam_role_credentials() == {}
+    as_on_ec2.source.known[HERE] = replace(SPOT, credentials={"worker-role": document})
+    found = InstanceMetadataFetcher(config=config).retrieve_iam_role_credentials()
+    assert found["role_name"] == "worker-role"
+    assert (found["access_key"], found["token"]) == ("ASIAEXAMPLE", "token")
+
+
+# --- HTTP ----------------------------------------------------------------------------------------
+
+
+def raw(service: Service, *parts: bytes) -> bytes:
+    """What comes back for these bytes until the other side closes."""
+    address = urlsplit(service.url)
+    with socket.create_connection((address.hostname, address.port), timeout=5) as connection:
+        for part in parts:
+            connection.sendall(part)
+        connection.shutdown(socket.SHUT_WR)
+        received = b""
+        while data := connection.recv(65536):
+            received += data
+        return received
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"GET / HTTP/2.0\r\n\r\n",
+        b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+        b"GET / HTTP/1.1\r\nA : b\r\n\r\n",
+        b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nContent-Length: 9999999\r\n\r\n",
+        b"GET / HTTP/1.1\r\nContent-Length: 10\r\n\r\nshort",
+        b"GET //[ HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nA: " + b"b" * 20_000 + b"\r\n\r\n",
+    ],
+)
+def test_what_is_no_request_is_refused_and_the_connection_closed(
+    service: Service, request_: bytes
+) -> None:
+    received = raw(service, request_)
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert b"Connection: close" in received
+    assert service.get(f"{ROOT}/instance-id")[0] == 200
+
+
+def test_a_connection_carries_several_requests_and_a_body_is_not_the_next_one(
+    service: Service,
+) -> None:
+    head = f"PUT /latest/api/token HTTP/1.1\r\n{TTL}: 60\r\nContent-Length: 4\r\n\r\n"
+    put = head.encode() + b"GET "
+    last = b"PUT / HTTP/1.1\r\nConnection: close\r\n\r\n"
+    got = raw(service, put[:10], put[10:] + put, last + last)
+    assert re.findall(rb"HTTP/1.1 (\d+)", got) == [b"200", b"200", b"405"]
+
+
+def test_who_hangs_up_in_the_middle_harms_nobody(service: Service) -> None:
+    assert raw(service, b"GET / HT") == b""
+    assert service.get(f"{ROOT}/instance-id")[0] == 200
+
+
+def test_an_address_that_cannot_be_had_is_told_in_a_sentence() -> None:
+    async def main() -> None:
+        server = MetadataServer(Source(), ManualClock())
+        with pytest.raises(UsageError, match=r"cannot listen on 203\.0\.113\.1:0"):
+            await server.start("203.0.113.1")
+        await server.close()
+
+    asyncio.run(main())

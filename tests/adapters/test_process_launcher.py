@@ -1,0 +1,425 @@
+"""What only real processes can show: recycled pids, process groups, a manager that is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from batchlab.adapters.process import INSTANCE_VARIABLE, ProcessLauncher
+from batchlab.adapters.state_file import StateFile
+from batchlab.errors import BackendError
+from batchlab.fleet.group import ManagedFleet
+from batchlab.model import Pool
+from batchlab.ports import KEEP_ENDED_S
+from tests.support.fleet import (
+    ABSENT,
+    DEADLINE_S,
+    STEADY,
+    STUBBORN,
+    CountedIds,
+    LoopClock,
+    ManualClock,
+    counted,
+    names,
+    pid_of,
+    process_launcher,
+)
+
+AWAY = "exited while the manager was away"
+
+_MANAGER = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from batchlab.adapters.process import ProcessLauncher
+from batchlab.adapters.state_file import StateFile
+from batchlab.errors import BackendError
+from batchlab.fleet.group import ManagedFleet
+from batchlab.model import Pool
+from tests.support.fleet import STEADY, CountedIds, LoopClock, process_launcher
+
+async def main(root, what):
+    launcher = process_launcher(root)
+    if what == "fleet":
+        fleet = ManagedFleet(launcher, LoopClock(), CountedIds(), StateFile(root / "fleet.json"))
+        await fleet.ensure(STEADY)
+        await fleet.set_desired("steady", 2, cause="a user request")
+        await fleet.tick()
+    else:
+        for name in what.split(","):
+            await launcher.launch(Pool(name.partition("-")[0]), name)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))
+"""
+
+
+def killed_manager(root: Path, what: str) -> None:
+    """A manager that launched instances (`steady-1,stubborn-2`, or a `fleet`) and was killed."""
+    done = subprocess.run(
+        [sys.executable, "-c", _MANAGER, str(root), what], capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def with_launcher(
+    root: Path,
+    check: Callable[[ProcessLauncher], Awaitable[None]],
+    *,
+    clock: ManualClock | None = None,
+) -> None:
+    async def main() -> None:
+        launcher = process_launcher(root, clock)
+        try:
+            await check(launcher)
+        finally:
+            await launcher.close(kill=True)
+
+    asyncio.run(main())
+
+
+def targets(pid: int) -> list[str]:
+    """What the process has open."""
+    try:
+        return sorted(str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir())
+    except FileNotFoundError:
+        return []  # closed while we looked
+
+
+async def soon(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "never came about"
+        await asyncio.sleep(0.005)
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs; a zombie that nobody has waited for does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+async def up(root: Path, *instances: str) -> None:
+    logs = [root / "logs" / f"{instance}.log" for instance in instances]
+    await soon(lambda: all(log.exists() and "up" in log.read_text() for log in logs))
+
+
+async def end_of(launcher: ProcessLauncher, instance: str) -> str:
+    while True:
+        launcher.changed.clear()  # before the look: what happens during it counts
+        if (how := (await launcher.running())[instance]) is not None:
+            return how
+        await asyncio.wait_for(launcher.changed.wait(), DEADLINE_S)
+
+
+@contextmanager
+def stranger(
+    env: dict[str, str] | None = None, *, leader: bool = True
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that no launcher started."""
+    with subprocess.Popen(["sleep", "100"], env=env, start_new_session=leader) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def write_record(root: Path, instance: str, **changes: object) -> None:
+    """A record as an earlier manager would have left it, save for the changes."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    record: dict[str, object] = {
+        "instance": instance,
+        "pool": "steady",
+        "boot": boot,
+        "pid": 0,
+        "start_ticks": 0,
+        "ended": None,
+    }
+    (root / "instances").mkdir(parents=True, exist_ok=True)
+    (root / "instances" / f"{instance}.json").write_text(json.dumps(record | changes))
+
+
+def start_ticks(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+# --- Launch ---------------------------------------------------------------------------------------
+
+
+def test_a_launch_that_fails_leaves_neither_record_nor_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pain 11: what nobody knows, nobody stops."""
+    pids = []
+
+    def none_left(pid: int) -> int:
+        pids.append(pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def check(launcher: ProcessLauncher) -> None:
+        with pytest.raises(BackendError, match="No such file"):
+            await launcher.launch(ABSENT, "w-1")
+        monkeypatch.setattr(os, "pidfd_open", none_left)
+        with pytest.raises(BackendError, match="Too many open files"):
+            await launcher.launch(STUBBORN, "w-2")
+        assert [alive(pid) for pid in pids] == [False]
+        assert await launcher.running() == {}
+
+    with_launcher(tmp_path, check)
+    assert list((tmp_path / "instances").iterdir()) == []
+
+
+def test_an_instance_gets_its_environment_and_nothing_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEAKED", "yes")
+
+    async def main() -> None:
+        def argv(_: Pool, __: str) -> list[str]:
+            return [sys.executable, "-c", "import os; print(dict(os.environ))"]
+
+        launcher = ProcessLauncher(tmp_path, argv, LoopClock(), {"A": "1", "B": "1"})
+        await launcher.launch(Pool("p", env=(("B", "2"),)), "w-1")
+        assert await end_of(launcher, "w-1") == "exit 0"
+        await launcher.close(kill=True)
+
+    asyncio.run(main())
+    printed = (tmp_path / "logs" / "w-1.log").read_text()
+    assert "'A': '1'" in printed
+    assert "'B': '2'" in printed
+    assert f"'{INSTANCE_VARIABLE}': 'w-1'" in printed
+    assert "LEAKED" not in printed
+
+
+def test_what_an_instance_prints_is_in_its_log(tmp_path: Path) -> None:
+    async def main() -> None:
+        def argv(_: Pool, __: str) -> list[str]:
+            return ["sh", "-c", "echo out; echo err >&2; exit 7"]
+
+        launcher = ProcessLauncher(tmp_path, argv, LoopClock(), {})
+        await launcher.launch(STEADY, "w-1")
+        assert await end_of(launcher, "w-1") == "exit 7"
+        await launcher.close(kill=True)
+
+    asyncio.run(main())
+    assert (tmp_path / "logs" / "w-1.log").read_text() == "out\nerr\n"
+
+
+def test_an_instance_is_not_in_our_session_and_holds_none_of_our_files(tmp_path: Path) -> None:
+    """A Ctrl-C in the manager's terminal must not reach the workers."""
+
+    async def check(launcher: ProcessLauncher) -> None:
+        await launcher.launch(STUBBORN, "w-1")
+        await launcher.launch(STUBBORN, "w-2")
+        await up(tmp_path, "w-2")
+        pid = pid_of(tmp_path, "w-2")
+        assert os.getsid(pid) == pid != os.getsid(0)
+        log = str(tmp_path / "logs" / "w-2.log")
+        # In the end: its own interpreter may just be reading a module.
+        await soon(lambda: targets(pid) == sorted(["/dev/null", log, log]))
+
+    with_launcher(tmp_path, check)
+
+
+def test_ended_instances_leave_no_file_descriptor_and_in_time_no_record(tmp_path: Path) -> None:
+    clock = ManualClock()
+
+    async def check(launcher: ProcessLauncher) -> None:
+        await launcher.running()
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        for n in range(10):
+            await launcher.launch(STEADY, f"w-{n}")
+            os.kill(pid_of(tmp_path, f"w-{n}"), signal.SIGKILL)
+            assert await end_of(launcher, f"w-{n}") == "exit -9"
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+        clock.time_s += KEEP_ENDED_S
+        assert len(await launcher.running()) == 10
+        clock.time_s += 1.0
+        assert await launcher.running() == {}
+        assert list((tmp_path / "instances").iterdir()) == []
+
+    with_launcher(tmp_path, check, clock=clock)
+
+
+# --- Ends -----------------------------------------------------------------------------------------
+
+
+def test_a_death_is_noticed_without_looking(tmp_path: Path) -> None:
+    """Pain 6: a dead worker whose messages nobody gives back."""
+
+    async def check(launcher: ProcessLauncher) -> None:
+        await launcher.launch(STEADY, "w-1")
+        await up(tmp_path, "w-1")
+        launcher.changed.clear()
+        os.kill(pid_of(tmp_path, "w-1"), signal.SIGKILL)
+        await asyncio.wait_for(launcher.changed.wait(), DEADLINE_S)
+        assert (await launcher.running())["w-1"] == "exit -9"
+
+    with_launcher(tmp_path, check)
+
+
+def test_an_instance_takes_what_it_started_with_it(tmp_path: Path) -> None:
+    """Pain 11: children that run on when their worker was killed."""
+
+    async def main() -> None:
+        def argv(_: Pool, __: str) -> list[str]:
+            return ["sh", "-c", "sleep 100 & echo $!; echo up; wait"]
+
+        launcher = ProcessLauncher(tmp_path, argv, LoopClock(), {"PATH": os.environ["PATH"]})
+        await launcher.launch(STEADY, "w-1")
+        await up(tmp_path, "w-1")
+        child = int((tmp_path / "logs" / "w-1.log").read_text().split()[0])
+        assert alive(child)
+        os.kill(pid_of(tmp_path, "w-1"), signal.SIGKILL)
+        assert await end_of(launcher, "w-1") == "exit -9"
+        await soon(lambda: not alive(child))
+        await launcher.close(kill=True)
+
+    asyncio.run(main())
+
+
+def test_close_ends_everything_or_nothing(tmp_path: Path) -> None:
+    killed_manager(tmp_path, "stubborn-1")
+
+    async def main() -> None:
+        launcher = process_launcher(tmp_path)
+        await launcher.launch(STUBBORN, "stubborn-2")
+        await up(tmp_path, "stubborn-1", "stubborn-2")
+        pids = [pid_of(tmp_path, "stubborn-1"), pid_of(tmp_path, "stubborn-2")]
+        await launcher.close(kill=False)
+        assert [alive(pid) for pid in pids] == [True, True]
+        after = process_launcher(tmp_path)
+        assert await after.running() == {"stubborn-1": None, "stubborn-2": None}
+        await after.close(kill=True)
+        assert [alive(pid) for pid in pids] == [False, False]
+
+    asyncio.run(main())
+
+
+# --- A manager that was killed --------------------------------------------------------------------
+
+
+def test_instances_outlive_their_manager_and_are_adopted(tmp_path: Path) -> None:
+    """Pain 11: jobs that ran on after the head died, and nobody could stop."""
+    killed_manager(tmp_path, "steady-1,stubborn-2,steady-3")
+
+    async def check(launcher: ProcessLauncher) -> None:
+        await up(tmp_path, "steady-1", "stubborn-2", "steady-3")
+        assert list((await launcher.running()).values()) == [None] * 3
+        await launcher.terminate("steady-1", grace_s=60.0)
+        await launcher.terminate("stubborn-2", grace_s=0.1)
+        os.kill(pid_of(tmp_path, "steady-3"), signal.SIGKILL)
+        for name in ("steady-1", "stubborn-2", "steady-3"):
+            # Where the orphans' new parent is this process, the kernel does tell it their codes.
+            assert (await end_of(launcher, name)).startswith(
+                ("exited; its code is unknown", "exit ")
+            )
+            assert not alive(pid_of(tmp_path, name))
+
+    with_launcher(tmp_path, check)
+
+
+def test_an_end_in_the_managers_absence_is_known_afterwards(tmp_path: Path) -> None:
+    killed_manager(tmp_path, "steady-1,steady-2")
+    pid = pid_of(tmp_path, "steady-1")
+    os.kill(pid, signal.SIGKILL)
+
+    async def check(launcher: ProcessLauncher) -> None:
+        await soon(lambda: not alive(pid))
+        assert await launcher.running() == {"steady-1": AWAY, "steady-2": None}
+
+    with_launcher(tmp_path, check)
+
+
+def test_a_recycled_pid_is_never_signalled(tmp_path: Path) -> None:
+    with stranger() as process:
+        pid = process.pid
+        write_record(tmp_path, "w-other-start", pid=pid, start_ticks=start_ticks(pid) - 1)
+        write_record(tmp_path, "w-other-boot", pid=pid, start_ticks=start_ticks(pid), boot="x")
+
+        async def check(launcher: ProcessLauncher) -> None:
+            known = await launcher.running()
+            assert known["w-other-start"] == AWAY
+            assert known["w-other-boot"] == "ended with a restart of the machine"
+            for name in known:
+                await launcher.terminate(name, grace_s=0.0)
+
+        with_launcher(tmp_path, check)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.1)
+
+
+def test_what_a_dead_instance_left_running_is_ended_on_adoption(tmp_path: Path) -> None:
+    async def main() -> None:
+        def argv(_: Pool, __: str) -> list[str]:
+            return ["sh", "-c", "sleep 100 & echo $! up; wait"]
+
+        env = {"PATH": os.environ["PATH"]}
+        before = ProcessLauncher(tmp_path, argv, LoopClock(), env)
+        await before.launch(STEADY, "w-1")
+        await up(tmp_path, "w-1")
+        child = int((tmp_path / "logs" / "w-1.log").read_text().split()[0])
+        await before.close(kill=False)
+        os.kill(pid_of(tmp_path, "w-1"), signal.SIGKILL)
+        os.waitpid(pid_of(tmp_path, "w-1"), 0)
+        assert alive(child)
+        after = ProcessLauncher(tmp_path, argv, LoopClock(), env)
+        assert await after.running() == {"w-1": AWAY}
+        await soon(lambda: not alive(child))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["no pid yet", "cut short"])
+def test_an_instance_whose_record_is_unfinished_is_found_all_the_same(
+    tmp_path: Path, cut: bool
+) -> None:
+    """The manager died between starting it and writing down its pid."""
+    write_record(tmp_path, "w-1")
+    write_record(tmp_path, "w-2")
+    if cut:
+        (tmp_path / "instances" / "w-1.json").write_text('{"instance": "w-')
+    env = {**os.environ, INSTANCE_VARIABLE: "w-1"}
+    with stranger(env, leader=False), stranger(env) as process:
+
+        async def check(launcher: ProcessLauncher) -> None:
+            # A program that has just begun may not show its environment yet.
+            environment = Path(f"/proc/{process.pid}/environ")
+            await soon(lambda: INSTANCE_VARIABLE in environment.read_text())
+            assert await launcher.running() == {"w-1": None, "w-2": AWAY}
+            assert pid_of(tmp_path, "w-1") == process.pid
+            await launcher.terminate("w-1", grace_s=60.0)
+            assert await end_of(launcher, "w-1") == "exit -15"
+
+        with_launcher(tmp_path, check)
+
+
+def test_a_fleet_goes_on_after_its_manager_was_killed(tmp_path: Path) -> None:
+    """Pain 11: the head died, and its fleet with it or without an owner."""
+    killed_manager(tmp_path, "fleet")
+    os.kill(pid_of(tmp_path, "w-0001"), signal.SIGKILL)
+
+    async def check(launcher: ProcessLauncher) -> None:
+        await soon(lambda: not alive(pid_of(tmp_path, "w-0001")))
+        ids = CountedIds()
+        ids.count = 2
+        fleet = ManagedFleet(launcher, LoopClock(), ids, StateFile(tmp_path / "fleet.json"))
+        dead = list(await fleet.tick()) + list(await fleet.tick())
+        assert names(dead) == ["w-0001"]
+        (view,) = await fleet.describe()
+        assert (view.pool, counted(view)) == (STEADY, ["w-0002", "w-0003"])
+
+    with_launcher(tmp_path, check)

@@ -1,0 +1,87 @@
+"""A worker that has drained lets its instance go, where the group waits for that."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.ec2_drain import DrainHook
+from batchlab.adapters.ec2_form import DRAIN_HOOK
+from batchlab.adapters.imds import Imds
+from batchlab.adapters.imds_tree import Signals
+from batchlab.patience import Patience
+from tests.support.aws.autoscaling_api import Thread, Wire, autoscaling
+from tests.support.aws.metadata_service import HERE, SPOT, Service
+
+HOOK = {
+    "LifecycleHookName": DRAIN_HOOK,
+    "LifecycleTransition": "autoscaling:EC2_INSTANCE_TERMINATING",
+    "HeartbeatTimeout": 120,
+    "DefaultResult": "CONTINUE",
+}
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with Service() as made:
+        yield made
+
+
+@pytest.fixture
+def wire(tmp_path: Path) -> Iterator[tuple[Wire, Endpoint]]:
+    with Thread(tmp_path) as served:
+        made = Wire(autoscaling(served.endpoint), served.crash)
+        yield made, served.endpoint
+        made.close()
+
+
+def hook(service: Service, endpoint: Endpoint, group: str, instance: str, state: str) -> bool:
+    """What a worker of that instance does once it has drained."""
+    service.source.known[HERE] = replace(SPOT, instance=instance, signals=Signals(state))
+    drained = DrainHook(endpoint, group, Imds(service.url))
+    return asyncio.run(drained.complete(Patience(random.Random(1), limit_s=0.1)))
+
+
+def test_an_instance_that_has_drained_does_not_wait_for_its_hook(
+    service: Service, wire: tuple[Wire, Endpoint]
+) -> None:
+    group, endpoint = wire
+    (instance,) = group.grow(1, LifecycleHookSpecificationList=[HOOK])
+    group.asg.set_desired_capacity(AutoScalingGroupName=group.name, DesiredCapacity=0)
+    group.until(lambda: group.instances("Terminating:Wait") == [instance])
+    assert hook(service, endpoint, group.name, instance, "Terminated")
+    group.until(lambda: not group.group()["Instances"])
+
+
+def test_one_that_its_group_wants_to_keep_stays(
+    service: Service, wire: tuple[Wire, Endpoint], caplog: pytest.LogCaptureFixture
+) -> None:
+    group, endpoint = wire
+    (instance,) = group.grow(1, LifecycleHookSpecificationList=[HOOK])
+    assert not hook(service, endpoint, group.name, instance, "InService")
+    # The group has let it go already, or has no hook: there is nothing to be told.
+    with caplog.at_level(logging.WARNING):
+        assert not hook(service, endpoint, group.name, instance, "Terminated")
+    assert not caplog.messages
+    assert group.instances() == [instance]
+
+
+def test_who_cannot_be_told_is_logged_and_ends_nothing(
+    service: Service, wire: tuple[Wire, Endpoint], caplog: pytest.LogCaptureFixture
+) -> None:
+    group, endpoint = wire
+    assert not hook(service, endpoint, "no-such-group", "i-none", "Terminated")
+    assert not hook(service, Endpoint("http://127.0.0.1:9"), group.name, "i-1", "Terminated")
+    service.stop()
+    drained = DrainHook(endpoint, group.name, Imds(service.url))
+    assert not asyncio.run(drained.complete(Patience(random.Random(1), limit_s=0.1)))
+    service.start()
+    said = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+    assert len([one for one in said if "waits until its hook times out" in one]) == 2, said

@@ -1,0 +1,390 @@
+"""The page in a real browser, on a real grid: one job runs, one has failed, one is paused."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from batchlab.cli import opening
+from batchlab.model import Pool
+from tests.support.browser import ELSEWHERE, Seen, offences, opened, place_of, too_wide
+from tests.support.grid.local_grid import LocalGrid
+from tests.support.server.api import TOKEN, Rig
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page, Route
+
+DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}, "color_scheme": "light"}
+PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
+NASTY = "<img src=x onerror=alert(1)><script>alert(2)</script>'\""
+JOB = """\
+name: {name}
+input: {{files: data/*.txt, split: lines, size: 1}}
+params: {{nap_s: 0.0, bad: 0}}
+tags: {{owner: "<script>alert(3)</script>"}}
+stages:
+  - name: parse
+    python: handlers:parse
+    bundle: 1
+    retry: 1
+  - name: total
+    python: handlers:total
+    gather: all
+"""
+CODE = f"""\
+import time
+
+def parse(part, ctx):
+    number = int(part.path.read_text())
+    print("number", number)
+    time.sleep(ctx.params["nap_s"])
+    if number <= ctx.params["bad"]:
+        if number % 2:
+            raise ValueError(f"number {{number}} has " + {NASTY!r})
+        raise SystemExit(7)
+    return number
+
+def total(numbers):
+    return sum(numbers)
+"""
+
+
+@dataclass
+class Scene:
+    """A grid, and its jobs by what they do."""
+
+    grid: LocalGrid
+    folder: Path
+    runs: str
+    failed: str
+    paused: str
+
+
+def folder_of(place: Path, name: str, numbers: int) -> Path:
+    (place / name / "data").mkdir(parents=True)
+    (place / name / "job.yaml").write_text(JOB.format(name=name))
+    (place / name / "handlers.py").write_text(CODE)
+    (place / name / "data" / "numbers.txt").write_text(
+        "".join(f"{number}\n" for number in range(1, numbers + 1))
+    )
+    return place / name
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    place = tmp_path_factory.mktemp("page")
+    grid = LocalGrid(place / "home", [Pool("default", max_size=2, slots=1)])
+    try:
+        failing = folder_of(place, "fails", 8) / "job.yaml"
+        slow = folder_of(place, "runs", 2000) / "job.yaml"
+        failed = grid.submit(failing, bad="5")["id"]
+        grid.wait(failed)
+        paused = grid.submit(slow, token="paused", nap_s="0.5")["id"]
+        grid.client.pause(paused)
+        runs = grid.submit(slow, token="runs", nap_s="0.5")["id"]
+        grid.wait(runs, until=lambda view: view["stages"][0]["succeeded"] > 0)
+        yield Scene(grid, place, runs, failed, paused)
+    finally:
+        grid.stop()
+
+
+@contextmanager
+def logged_in(
+    scene: Scene, browser: Browser, path: str = "/", **context: Any
+) -> Iterator[tuple[Page, Seen]]:
+    """A page as `grid open` opens it, gone on to `path`; checked at its end."""
+    client = scene.grid.client
+    with opened(browser, client.url + client.open_session()["path"], **(context or DESKTOP)) as (
+        page,
+        seen,
+    ):
+        page.wait_for_url("**/ui/s/*/")
+        if path != "/":
+            page.goto(f"{place_of(page)}{path}")
+        yield page, seen
+        assert seen.errors == []
+        assert [one for one in seen.requests if not one.startswith(client.url)] == []
+
+
+def views(scene: Scene) -> list[str]:
+    groups = scene.grid.client.failure_groups(scene.failed)
+    first = groups[0]["first"]
+    failed = f"/jobs/{scene.failed}"
+    return [
+        *("/", "/?active=true", "/failures", "/grid", "/costs", "/submit", "/schedules"),
+        *(f"/jobs/{scene.runs}", failed, f"/jobs/{scene.paused}"),
+        *(f"{failed}/failures", f"{failed}/failures/{groups[0]['fingerprint']}"),
+        f"{failed}/stages/{first['stage']}/tasks/{first['task']}?seq={first['seq']}",
+        *(f"/jobs/{scene.runs}/cancel", f"/jobs/{scene.runs}/cap"),
+        *("/grid/pools/default", "/grid/drain", "/costs/cap"),
+    ]
+
+
+# --- Looking -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_every_view_is_sound(scene: Scene, browser: Browser, context: dict[str, Any]) -> None:
+    """No complaint of the browser, nor of axe, nothing asked of anybody else, nothing too wide."""
+    paths = views(scene)
+    with logged_in(scene, browser, **context) as (page, seen):
+        for path in paths:
+            page.goto(f"{place_of(page)}{path}")
+            assert page.locator("h1").count() == 1, path
+            # With every view axe is busy in test_page_looks.py; names and logs are nastier here.
+            if context is DESKTOP and path in (*paths[:1], *paths[8:13]):
+                assert offences(page) == [], path
+            assert too_wide(page) == [], path
+            assert seen.errors == [], path
+
+
+def test_the_code_of_an_address_is_gone_once_it_was_used(scene: Scene, browser: Browser) -> None:
+    with logged_in(scene, browser) as (page, seen):
+        assert page.url == f"{place_of(page)}/"
+        assert not [one for one in seen.requests[1:] if "#" in one]
+        page.go_back()
+        assert "#" not in page.url
+
+
+def test_a_file_leads_the_browser_to_the_page(scene: Scene, browser: Browser) -> None:
+    """What `grid open` gives to a browser, whose command line others can read."""
+    client = scene.grid.client
+    session = client.open_session()
+    file = opening._redirect(scene.grid.home, client.url + session["path"], session["valid_s"])
+    try:
+        with opened(browser, file.as_uri()) as (page, seen):
+            page.wait_for_url("**/ui/s/*/")
+            assert page.url == f"{place_of(page)}/"
+            assert seen.errors == []
+    finally:
+        file.unlink()
+    assert not client.code_waits(session["name"])
+
+
+def test_a_job_that_runs_moves_before_ones_eyes(scene: Scene, browser: Browser) -> None:
+    with logged_in(scene, browser, f"/jobs/{scene.runs}") as (page, seen):
+        ended = page.locator(".figure dd").first
+        before = ended.inner_text()
+        page.wait_for_function(
+            "before => document.querySelector('.figure dd').innerText !== before", arg=before
+        )
+        assert len([one for one in seen.requests if one.endswith(f"/jobs/{scene.runs}")]) == 1
+        assert page.get_by_text("Still to go").is_visible()
+        assert page.locator("#content .why").inner_text()
+
+
+def test_the_curves_are_drawn(scene: Scene, browser: Browser) -> None:
+    with logged_in(scene, browser, "/grid") as (page, _):
+        fleet = page.locator("#curve-fleet")
+        fleet.locator("canvas").wait_for()
+        assert re.search(
+            r"Now: Desired \d+, In service \d+", fleet.get_attribute("aria-label") or ""
+        )
+        page.locator("#theme").click()
+        fleet.locator("canvas").wait_for()
+        assert page.locator("#curve-queue canvas").count() == 1
+
+
+def test_light_and_dark_are_remembered(scene: Scene, browser: Browser) -> None:
+    with logged_in(scene, browser) as (page, _):
+        shade = page.locator("html")
+        assert shade.get_attribute("data-bs-theme") == "light"
+        page.locator("#theme").click()
+        page.reload()
+        assert shade.get_attribute("data-bs-theme") == "dark"
+
+
+def test_a_manager_that_is_away_is_told_of_and_waited_for(scene: Scene, browser: Browser) -> None:
+    with logged_in(scene, browser) as (page, seen):
+        page.route("**/*part=live*", lambda route: route.abort())
+        page.locator("#away").wait_for(state="visible")
+        page.unroute("**/*part=live*")
+        page.locator("#away").wait_for(state="hidden")
+        # The browser's own words on that, and htmx's; none of ours.
+        assert [one for one in seen.errors if not re.search("ERR_FAILED|^htmx:", one)] == []
+        seen.errors.clear()
+
+
+# --- Doing ---------------------------------------------------------------------------------------
+
+
+def test_who_ticks_all_while_the_page_loads_has_ticked_all(scene: Scene, browser: Browser) -> None:
+    (group,) = [one for one in scene.grid.client.failure_groups(scene.failed) if one["count"] == 3]
+    path = f"/jobs/{scene.failed}/failures/{group['fingerprint']}"
+    held: list[Route] = []
+
+    def slowly(route: Route) -> None:
+        """The page up to its first row; the others, and what is deferred, once `held` is let go."""
+        answer = route.fetch()
+        head, body, rows = answer.text().partition("<tbody>")
+        first, end, others = rows.partition("</tr>")
+        wait = '<script src="/ui/static/held.js"></script>'
+        route.fulfill(response=answer, body=head + body + first + end + wait + others)
+
+    with logged_in(scene, browser) as (page, _):
+        page.route(f"**{path}", slowly)
+        page.route("**/static/held.js", lambda route: held.append(route))
+        page.goto(place_of(page) + path, wait_until="commit")
+        boxes = page.locator('input[name="task"]')
+        boxes.first.wait_for()
+        page.get_by_label("Tick all on this page").check()
+        assert boxes.count() == 1
+        assert boxes.first.is_checked()
+        boxes.first.uncheck()
+        held[0].fulfill(body="", content_type="text/javascript")
+        page.wait_for_load_state("load")
+        assert [box.is_checked() for box in boxes.all()] == [False, True, True]
+        page.get_by_label("Tick all on this page").uncheck()
+        assert [box.is_checked() for box in boxes.all()] == [False] * 3
+
+
+def test_failures_are_looked_at_and_some_of_them_run_again(scene: Scene, browser: Browser) -> None:
+    with logged_in(scene, browser) as (page, _):
+        page.locator(f"#row-{scene.failed}").get_by_role("link", name="fails", exact=True).click()
+        page.locator("#triage").click()
+        groups = page.locator("article.group")
+        groups.nth(1).wait_for()
+        assert groups.count() == 2
+        assert "<script>alert(2)</script>" in page.locator("main").inner_text()
+        groups.nth(0).locator("summary").click()
+        assert "ValueError" in groups.nth(0).locator("pre").inner_text()
+        groups.nth(0).get_by_role("link", name="3 tasks").click()
+        page.locator("tbody").get_by_role("link", name="parse/0", exact=True).click()
+        assert page.locator("#log").inner_text().strip() == "number 1"
+        assert page.locator("#input").inner_text().strip() == "1"
+        page.get_by_role("link", name="Failures", exact=True).last.click()
+        groups.nth(1).get_by_role("checkbox").check()
+        page.locator("#retry-groups").click()
+        page.wait_for_url(f"**/jobs/{scene.failed}")
+        page.locator("h1 .state", has_text="FAILED").wait_for()
+        view = scene.grid.wait(scene.failed)
+        assert (view["round"], view["stages"][0]["failed"]) == (1, 5)
+        page.locator("#triage").click()
+        groups.nth(0).get_by_role("link", name="3 tasks").click()
+        page.get_by_label("Tick all on this page").check()
+        assert page.locator('input[name="task"]:checked').count() == 3
+        page.locator("#retry-tasks").click()
+        page.wait_for_url(f"**/jobs/{scene.failed}")
+        assert scene.grid.wait(scene.failed, until=lambda v: v["round"] == 2)
+
+
+def test_a_job_is_sent_and_its_results_are_taken_away(
+    scene: Scene, browser: Browser, tmp_path: Path
+) -> None:
+    folder = folder_of(tmp_path, "sent", 3)
+    (folder / "data" / "numbers.txt").unlink()
+    more = tmp_path / "more.txt"
+    more.write_text("4\n5\n")
+    with logged_in(scene, browser, "/submit") as (page, _):
+        page.locator("#files").set_input_files(folder)
+        page.locator("#data").set_input_files(more)
+        page.get_by_text("More choices").click()
+        page.locator("#set1").fill("nap_s=0.01")
+        page.locator("#send").click()
+        page.wait_for_url("**/jobs/sent-*")
+        page.locator("h1 .state", has_text="SUCCEEDED").wait_for()
+        with page.expect_download() as coming:
+            page.locator("#results").click()
+        path = tmp_path / "results.zip"
+        coming.value.save_as(path)
+        with zipfile.ZipFile(path) as archive:
+            (total,) = [name for name in archive.namelist() if name.endswith("total.jsonl")]
+            assert archive.read(total) == b'{"task":0,"value":9}\n'
+
+
+def test_what_makes_no_job_is_told_with_its_line(
+    scene: Scene, browser: Browser, tmp_path: Path
+) -> None:
+    folder = folder_of(tmp_path, "wrong", 1)
+    (folder / "job.yaml").write_text("name: wrong\nstages: []\nimput: x\n")
+    with logged_in(scene, browser, "/submit") as (page, seen):
+        page.locator("#files").set_input_files(folder)
+        page.locator("#send").click()
+        page.get_by_role("heading", name="Something is not right").wait_for()
+        assert "job.yaml:3: " in page.locator("main").inner_text()
+        page.get_by_role("link", name="Back").click()
+        page.locator("#files").wait_for()
+        seen.errors.clear()  # of the answer's status
+
+
+def test_a_job_is_paused_resumed_capped_and_cancelled(scene: Scene, browser: Browser) -> None:
+    with logged_in(scene, browser, f"/jobs/{scene.runs}") as (page, _):
+        state = page.locator("h1 .state")
+        page.locator("#pause").click()
+        state.get_by_text("PAUSED").wait_for()
+        page.locator("#resume").click()
+        page.locator("#pause").wait_for()
+        page.locator("#cap").click()
+        dialog = page.get_by_role("dialog", name="Cap on cost")
+        dialog.get_by_role("textbox").fill("12.5")
+        assert offences(page, "#dialog") == []
+        dialog.get_by_role("button", name="Set").click()
+        page.get_by_text("12.50 USD").first.wait_for()
+        # What is live may tell of it before the answer that takes the dialog away.
+        dialog.wait_for(state="hidden")
+        page.locator("#cancel").click()
+        dialog = page.get_by_role("dialog", name="Cancel runs?")
+        dialog.get_by_role("link", name="Keep it").click()
+        assert dialog.count() == 0
+        assert scene.grid.client.job(scene.runs)["ended_s"] is None
+        page.locator("#cancel").click()
+        dialog.get_by_role("button", name="Cancel the job").click()
+        state.get_by_text("CANCELLED").wait_for()
+
+
+def test_the_fleet_is_scaled_and_drained(scene: Scene, browser: Browser) -> None:
+    with logged_in(scene, browser, "/grid") as (page, _):
+        page.get_by_role("link", name="Scale pool default").click()
+        dialog = page.get_by_role("dialog", name="Scale pool default")
+        dialog.get_by_label("Max").fill("3")
+        dialog.get_by_role("spinbutton", name="Instances").fill("1")
+        assert dialog.get_by_label("I do").is_checked()
+        dialog.get_by_role("button", name="Scale").click()
+        page.get_by_text("0 to 3").wait_for()
+        pool = scene.grid.client.grid()["pools"][0]
+        assert (pool["max"], pool["desired"], pool["held_by_hand"]) == (3, 1, True)
+        page.locator("#drain").click()
+        page.get_by_role("dialog").get_by_role("button", name="Drain").click()
+        page.get_by_text("of 0 desired").wait_for()
+        page.get_by_role("link", name="Scale pool default").click()
+        dialog.get_by_label("The policy").check()
+        dialog.get_by_role("button", name="Scale").click()
+        page.wait_for_url("**/ui/s/*/grid")
+        assert scene.grid.client.grid()["pools"][0]["held_by_hand"] is False
+
+
+def test_who_logs_out_is_out(scene: Scene, browser: Browser) -> None:
+    with logged_in(scene, browser) as (page, _):
+        page.get_by_role("button", name="Log out").click()
+        page.get_by_role("heading", name="Log in").wait_for()
+        page.go_back()
+        page.get_by_role("heading", name="Log in").wait_for()
+        page.get_by_label("Token").fill(scene.grid.home.token())
+        page.get_by_role("button", name="Log in").click()
+        page.get_by_role("heading", name="Jobs").wait_for()
+
+
+def test_the_page_works_at_an_address_that_the_browser_does_not_trust(browser: Browser) -> None:
+    """As that of a manager in a container is: by http, and not this machine's own. Of such a page
+    the browser says less about where its forms come from."""
+    with Rig() as rig:
+        url = rig.url.replace("127.0.0.1", ELSEWHERE)
+        path = rig.client.open_session()["path"]
+        with opened(browser, url + path, **DESKTOP) as (page, _):
+            page.wait_for_url(f"{url}/ui/s/*/")
+            page.get_by_role("heading", name="Jobs").wait_for()
+            page.get_by_role("button", name="Log out").click()
+            page.get_by_label("Token").fill(TOKEN)
+            page.get_by_role("button", name="Log in").click()
+            page.wait_for_url(f"{url}/ui/s/*/")
+            page.goto(f"{place_of(page)}/grid/pools/default")
+            page.get_by_label("Max").fill("3")
+            page.get_by_role("button", name="Scale").click()
+            page.get_by_text("0 to 3").wait_for()

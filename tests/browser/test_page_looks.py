@@ -1,0 +1,287 @@
+"""How the page looks: every view of a grid that stands still, at three widths, light and dark.
+
+`BATCHLAB_LOOKS=write pytest -k looks` writes the small reference pictures anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import pytest
+
+from batchlab.home import Home
+from tests.support.browser import offences, opened, place_of, tab_stops
+from tests.support.page_looks import REFERENCES, WIDTHS, Eye, Looks, amiss, eye_of, fit, must
+from tests.support.server.still_grid import StillGrid
+from tests.support.server.still_tables import FAILED, OK, PAUSED, RUNS, WAITS
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+Scheme = Literal["light", "dark"]
+SCHEMES: tuple[Scheme, ...] = ("light", "dark")
+PICTURED: Mapping[str, Scheme] = {"desk": "light", "phone": "dark"}
+"""The widths at which small pictures are compared."""
+VIEWS = {
+    "jobs": "/",
+    "active jobs": "/?active=true",
+    "failures": "/failures",
+    "schedules": "/schedules",
+    "schedule": "/schedules/nightly-prices",
+    "schedule, paused": "/schedules/month-end",
+    "schedule, removed": "/schedules/nightly-prices/remove",
+    "grid": "/grid",
+    "costs": "/costs",
+    "submit": "/submit",
+    "job that runs": f"/jobs/{RUNS.id}",
+    "job that failed": f"/jobs/{FAILED.id}",
+    "job that succeeded": f"/jobs/{OK.id}",
+    "job that is paused": f"/jobs/{PAUSED.id}",
+    "job that waits": f"/jobs/{WAITS.id}",
+    "a job's failures": f"/jobs/{FAILED.id}/failures",
+    "a cause": f"/jobs/{FAILED.id}/failures/{{fingerprint}}",
+    "a failed task": f"/jobs/{FAILED.id}/stages/prices/tasks/1",
+    "a task that succeeded": f"/jobs/{OK.id}/stages/prices/tasks/3",
+    "cancel": f"/jobs/{RUNS.id}/cancel",
+    "cap": f"/jobs/{RUNS.id}/cap",
+    "scale": "/grid/pools/default",
+    "drain": "/grid/drain",
+    "not found": "/jobs/nothing",
+}
+EMPTY = ("jobs", "active jobs", "failures", "schedules", "grid", "costs")
+ALSO = 992
+"""The width at which tables get the columns that there is little room for."""
+
+
+@dataclass
+class Scene:
+    """A page that is logged in to a grid that stands still."""
+
+    grid: StillGrid
+    page: Page
+    eye: Eye
+
+    def show(self, view: str) -> None:
+        self.page.goto(f"{place_of(self.page)}{self.path(view)}")
+        if view == "grid" and not self.grid.empty:
+            self.page.locator("#curve-queue canvas").wait_for()
+
+    def path(self, view: str) -> str:
+        path = VIEWS[view]
+        if "{fingerprint}" in path:
+            group = self.grid.client.failure_groups(FAILED.id)[0]
+            path = path.format(fingerprint=group["fingerprint"])
+        return path
+
+
+def logged_in(browser: Browser, grid: StillGrid) -> Iterator[Scene]:
+    url = grid.url + grid.client.open_session()["path"]
+    with (
+        opened(browser, url, timezone_id="Europe/Berlin", reduced_motion="reduce") as (page, _),
+        eye_of(page) as eye,
+    ):
+        page.wait_for_url("**/ui/s/*/")
+        yield Scene(grid, page, eye)
+
+
+@pytest.fixture(scope="module")
+def still(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StillGrid]:
+    with StillGrid(Home(tmp_path_factory.mktemp("still"))) as grid:
+        yield grid
+
+
+@pytest.fixture(scope="module")
+def scene(browser: Browser, still: StillGrid) -> Iterator[Scene]:
+    yield from logged_in(browser, still)
+
+
+@pytest.fixture(scope="module")
+def nothing(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with StillGrid(Home(tmp_path_factory.mktemp("empty")), empty=True) as grid:
+        yield from logged_in(browser, grid)
+
+
+@pytest.fixture(scope="module")
+def looks() -> Iterator[Looks]:
+    kept = Looks(REFERENCES / "page.json")
+    yield kept
+    kept.close()
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_every_view_is_whole_at_every_width(scene: Scene, looks: Looks, view: str) -> None:
+    page = scene.page
+    page.emulate_media(color_scheme="light")
+    page.set_viewport_size({"width": WIDTHS["desk"], "height": 844})
+    scene.show(view)
+    must(offences(page), view)
+    for size, width in {**WIDTHS, "also": ALSO}.items():
+        fit(page, width)
+        must(amiss(page), f"{view}, {width} px")
+        if scheme := PICTURED.get(size):
+            page.emulate_media(color_scheme=scheme)
+            looks.compare(page, scene.eye, f"{view}, {size}, {scheme}")
+            page.emulate_media(color_scheme="light")
+    page.emulate_media(color_scheme="dark")
+    # What axe looks at is the same in the dark, but for the colours.
+    must(offences(page, rules=["color-contrast"]), f"{view}, dark")
+
+
+def test_pictures_are_compared(scene: Scene, looks: Looks) -> None:
+    scene.show("jobs")
+    looks.must_be_of_this_font(scene.page)
+
+
+@pytest.mark.parametrize("view", EMPTY)
+def test_where_there_is_nothing_it_says_so(nothing: Scene, looks: Looks, view: str) -> None:
+    page = nothing.page
+    nothing.show(view)
+    for width in WIDTHS.values():
+        fit(page, width)
+        must(amiss(page), f"{view}, {width} px")
+    if view != "grid":
+        assert page.locator(".empty").first.inner_text().strip()
+    looks.compare(page, nothing.eye, f"{view}, empty")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("size", WIDTHS)
+def test_the_curves_are_drawn_in_the_colours_of_their_legends(
+    scene: Scene, size: str, scheme: Scheme
+) -> None:
+    page = scene.page
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": WIDTHS[size], "height": 844})
+    scene.show("grid")
+    for name in ("curve-fleet", "curve-queue"):
+        chart = page.locator(f"#{name}")
+        must(scene.eye.chart(chart, chart.locator("canvas")), f"{size}, {scheme}")
+
+
+def test_every_bar_has_its_colours(scene: Scene) -> None:
+    page = scene.page
+    page.emulate_media(color_scheme="light")
+    fit(page, WIDTHS["desk"])
+    scene.show("jobs")
+    colours = page.evaluate(
+        """() => Object.fromEntries(["ok", "bad", "run", "off"].map((name) => {
+          const on = new OffscreenCanvas(1, 1).getContext("2d");
+          on.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--" + name);
+          on.fillRect(0, 0, 1, 1);
+          return [name, [...on.getImageData(0, 0, 1, 1).data].slice(0, 3)];
+        }))"""
+    )
+    for job, names in ((RUNS, ("ok", "bad", "run")), (FAILED, ("ok", "bad", "off")), (OK, ("ok",))):
+        bar = page.locator(f"#row-{job.id} .bar")
+        seen = scene.eye.sees(bar.screenshot(), [colours[name] for name in names])["near"]
+        assert min(seen) >= 4, (job.name, dict(zip(names, seen, strict=True)))
+
+
+def test_on_paper_the_page_is_dark_on_white(scene: Scene) -> None:
+    page = scene.page
+    page.emulate_media(color_scheme="dark", media="print")
+    try:
+        scene.show("job that failed")
+        ground, text, link = page.evaluate(
+            """() => [
+              getComputedStyle(document.body).backgroundColor,
+              getComputedStyle(document.querySelector("h1")).color,
+              getComputedStyle(document.querySelector("main a")).color,
+            ]"""
+        )
+        assert ground == "rgb(255, 255, 255)"
+        assert sum(map(int, text[4:-1].split(","))) < 200
+        assert sum(map(int, link[4:-1].split(","))) < 400
+        assert not page.locator(".places, .tools").first.is_visible()
+        must(amiss(page), "on paper")
+    finally:
+        page.emulate_media(media="screen")
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_keyboard_comes_to_everything_and_is_seen(scene: Scene, view: str) -> None:
+    """Each link, button and field of a view is a stop of the Tab key, and looks different then."""
+    page = scene.page
+    page.emulate_media(color_scheme="light")
+    fit(page, WIDTHS["desk"])
+    scene.show(view)
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    expected = page.evaluate(
+        """() => {
+          const all = document.querySelectorAll(
+            "a[href], button, summary, select, textarea, input:not([type=hidden]), [tabindex='0']");
+          const found = [...all].filter((one) => one.checkVisibility() && !one.closest("dialog"));
+          const groups = new Set();
+          return found.filter((one) => {
+            if (one.type !== "radio") return true;
+            const is_new = !groups.has(one.name);
+            groups.add(one.name);
+            return is_new;
+          }).length;
+        }"""
+    )
+    page.evaluate(
+        """() => {
+          window.unseen = [];
+          document.addEventListener("focusin", (event) => {
+            const how = getComputedStyle(event.target);
+            const outlined = how.outlineStyle !== "none" && parseFloat(how.outlineWidth) >= 2;
+            if (!outlined && how.boxShadow === "none" && event.target.matches(":focus-visible")) {
+              window.unseen.push(event.target.outerHTML.slice(0, 120));
+            }
+          });
+        }"""
+    )
+    stops = tab_stops(page)
+    assert len(stops) == expected, stops
+    assert page.evaluate("window.unseen") == []
+
+
+def test_the_login_is_whole(browser: Browser, still: StillGrid, looks: Looks) -> None:
+    with opened(browser, f"{still.url}/ui/login", reduced_motion="reduce") as (page, _):
+        for scheme, size in zip(SCHEMES, ("desk", "phone"), strict=True):
+            page.emulate_media(color_scheme=scheme)
+            fit(page, WIDTHS[size])
+            must(amiss(page), f"login, {size}")
+            must(offences(page), f"login, {scheme}")
+            with eye_of(page) as eye:
+                looks.compare(page, eye, f"login, {size}, {scheme}")
+
+
+@pytest.mark.parametrize("size", ["desk", "phone"])
+@pytest.mark.parametrize(
+    ("view", "link"),
+    [
+        ("job that runs", "#cancel"),
+        ("job that runs", "#cap"),
+        ("grid", "#drain"),
+        ("grid", "[data-dialog][aria-label='Scale pool default']"),
+        ("schedule", "#remove"),
+    ],
+)
+def test_a_question_opens_and_closes_by_keyboard(
+    scene: Scene, size: str, view: str, link: str
+) -> None:
+    """What has the focus is within it while it is open, and the link again once it is closed."""
+    page = scene.page
+    page.emulate_media(color_scheme="light")
+    page.set_viewport_size({"width": WIDTHS[size], "height": 844})
+    scene.show(view)
+    page.locator(link).focus()
+    page.keyboard.press("Enter")
+    dialog = page.locator("#dialog[open]")
+    dialog.wait_for()
+    must(amiss(page), f"{view}, {link}, {size}")
+    box = dialog.bounding_box()
+    assert box
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= WIDTHS[size]
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        # Past the last one the focus goes to the browser's own controls.
+        assert page.evaluate("!!document.activeElement.closest('#dialog, body:not(:has(*:focus))')")
+    page.keyboard.press("Escape")
+    dialog.wait_for(state="hidden")
+    assert page.evaluate("(link) => document.activeElement.matches(link)", link)

@@ -1,0 +1,156 @@
+"""Input that lies in the grid's bucket already: what goes into the job, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab import submission
+from batchlab.home import Home
+from batchlab.jobdef import JobDef
+from tests.support import job_files as jobfiles
+from tests.support.cli import FakeClient, Run, a_job, at_home, runner
+
+
+@pytest.fixture
+def manager(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
+    return at_home(monkeypatch, submit=a_job("j-0123456789"))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return runner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With a local grid's home, in whose bucket some objects lie."""
+    jobfiles.write(tmp_path, {**jobfiles.FOLDER, "job.yaml": jobfiles.MINIMAL})
+    raw = {"in/a.csv": "1", "in/more/b.csv": "2", "alone.csv": "3"}
+    home = Home(tmp_path / "h")
+    home.make()
+    jobfiles.write(home.objects / "raw", raw)
+    return tmp_path
+
+
+def says(folder: Path, files: str) -> None:
+    (folder / "job.yaml").write_text(jobfiles.MINIMAL.replace("data/*", files))
+
+
+def submitted(manager: type[FakeClient], run: Run, folder: Path, files: str) -> JobDef:
+    """The job that the manager is given, where the file says that these are its input."""
+    says(folder, files)
+    code, _, err = run("job", "submit", folder / "job.yaml", "--home", folder / "h")
+    assert code == 0, err
+    assert "Uploaded the code; the input lies in the bucket." in err
+    ((job,),) = (args for name, args, _ in manager.asked if name == "submit")
+    manager.asked.clear()
+    found: Any = job
+    assert isinstance(found, JobDef)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("files", "keys"),
+    [
+        ("s3://local/raw/in/", ("raw/in/a.csv", "raw/in/more/b.csv")),
+        (
+            "[s3://local/raw/alone.csv, s3://local/raw/in/more/]",
+            ("raw/alone.csv", "raw/in/more/b.csv"),
+        ),
+        ("[s3://local/raw/in/a.csv, s3://local/raw/in/]", ("raw/in/a.csv", "raw/in/more/b.csv")),
+    ],
+)
+@pytest.mark.parametrize("many", [False, True])
+def test_objects_that_are_there_become_the_jobs_input_and_of_many_their_prefixes(
+    manager: type[FakeClient],
+    run: Run,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: str,
+    keys: tuple[str, ...],
+    many: bool,
+) -> None:
+    """What comes later, before the job begins, is none of it: --cache would not know."""
+    if many:
+        monkeypatch.setattr(submission, "MANY_FILES", 1)
+        alone, below = "raw/alone.csv", "raw/in/more/" if "alone" in files else "raw/in/"
+        keys = (alone, below) if "alone" in files else (below,)
+    job = submitted(manager, run, folder, files)
+    assert job.input
+    assert job.input.keys == keys
+    objects = Home(folder / "h").objects
+    assert sorted(one.name for one in (objects / "raw").iterdir()) == ["alone.csv", "in"]
+    assert (objects / (job.code or "")).is_file()
+
+
+def test_another_object_there_makes_another_run(
+    manager: type[FakeClient], run: Run, folder: Path
+) -> None:
+    """What --resume and --cache go by."""
+    objects = Home(folder / "h").objects
+    files = "[s3://local/raw/in/, s3://local/raw/alone.csv]"
+    jobs = [submitted(manager, run, folder, files).id for _ in range(2)]
+    (objects / "raw/elsewhere.csv").write_text("4")
+    jobs.append(submitted(manager, run, folder, files).id)
+    assert len(set(jobs)) == 1
+    (objects / "raw/in/c.csv").write_text("5")
+    jobs.append(submitted(manager, run, folder, files).id)
+    (objects / "raw/alone.csv").write_text("another")
+    jobs.append(submitted(manager, run, folder, files).id)
+    assert len(set(jobs)) == 3
+
+
+@pytest.mark.parametrize("command", [("job", "submit"), ("run",)])
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ("s3://local/raw/out/", "There is no object below raw/out/ in the grid's bucket."),
+        ("s3://local/raw/in", "There is no object named raw/in in the grid's bucket."),
+        ("'s3://local/raw/*.csv'", "There is no object named raw/*.csv in the grid's bucket."),
+        ("s3://other/raw/in/", "The grid cannot read the input s3://other/raw/in/: its own bucket"),
+        ("[s3://local/raw/in/, s3://other/raw/in/]", "and partly, with s3://other/raw/in/, in an"),
+        ("[data/a.csv, s3://local/raw/in/]", "The input is partly files, and partly, with s3://"),
+        ("s3://local/jobs/", "The input 's3://local/jobs/' is not below raw/ in the grid's bucket"),
+        ("s3://local/raw/../jobs/", "is not below raw/ in the grid's bucket"),
+        ("s3://local/raw//in/", "is not below raw/ in the grid's bucket"),
+        ("s3://local", "is not below raw/ in the grid's bucket"),
+        ("'s3://local/raw/a#1'", "ends in '#' and digits"),
+    ],
+)
+def test_what_cannot_be_the_input_is_told_and_nothing_is_uploaded(
+    manager: type[FakeClient],
+    run: Run,
+    folder: Path,
+    command: tuple[str, ...],
+    files: str,
+    told: str,
+) -> None:
+    says(folder, files)
+    code, out, err = run(*command, folder / "job.yaml", "--home", folder / "h")
+    assert (code, out) == (2, ""), err
+    sentence, remedy = err.rstrip("\n").split("\n")
+    assert told in sentence
+    assert remedy.strip()
+    assert manager.asked == []
+    assert [one.name for one in Home(folder / "h").objects.iterdir()] == ["raw"]
+
+
+def test_a_check_tells_what_no_bucket_would_make_good(run: Run, folder: Path) -> None:
+    says(folder, "[data/a.csv, s3://local/raw/in/]")
+    code, _, err = run("job", "check", folder / "job.yaml")
+    assert code == 2
+    assert "partly files" in err
+    says(folder, "s3://local/raw/nothing/")
+    assert run("job", "check", folder / "job.yaml")[0] == 0
+
+
+def test_a_simulated_run_has_no_bucket_to_read_from(run: Run, folder: Path) -> None:
+    says(folder, "s3://local/raw/in/")
+    options = ("--backend", "sim", "--out", folder / "out")
+    code, _, err = run("run", folder / "job.yaml", *options)
+    assert code == 2
+    assert "cannot read the input s3://local/raw/in/" in err
+    assert "on a grid that has one: not the simulator" in err

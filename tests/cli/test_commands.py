@@ -1,0 +1,446 @@
+"""The command line against a manager that only pretends: what is asked, printed and exited with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab.adapters.compose import deployment
+from batchlab.adapters.compose.deployment import Deployment
+from batchlab.cli import app as cli
+from batchlab.cli import session
+from batchlab.errors import BackendError, NotFound, Refused, Unreachable, UsageError
+from batchlab.home import Home, Place
+from tests.support.cli import FakeClient, Run, a_grid, a_job, at_home, runner
+
+
+@pytest.fixture
+def manager(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
+    return at_home(monkeypatch)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return runner(monkeypatch, capsys)
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (Refused("It runs.", remedy="Wait."), 2),
+        (NotFound("There is no pool 'x'.", remedy="Its pools are y."), 2),
+        (Unreachable("It is gone.", remedy="Start it."), 3),
+        (BackendError("The bucket is full.", remedy="Empty it."), 3),
+    ],
+)
+def test_an_error_is_a_sentence_a_remedy_and_its_own_exit_code(
+    manager: type[FakeClient], run: Run, error: Exception, code: int
+) -> None:
+    manager.answers = {"grid": error}
+    sentence, remedy = error.args[0], getattr(error, "remedy", "")
+    assert run("grid", "status") == (code, "", f"Error: {sentence}\n  {remedy}\n")
+
+
+def test_an_unexpected_error_shows_its_traceback_only_with_debug(
+    manager: type[FakeClient], run: Run
+) -> None:
+    manager.answers = {"grid": ZeroDivisionError("oh")}
+    code, _, err = run("grid", "status")
+    assert code == cli.UNEXPECTED
+    assert "Traceback" not in err
+    assert "ZeroDivisionError: oh" in err
+    assert "--debug" in err
+    for arguments in (["grid", "status", "--debug"], ["--debug", "grid", "status"]):
+        code, _, err = run(*arguments)
+        assert code == cli.UNEXPECTED
+        assert "Traceback" in err
+
+
+# --- Jobs ----------------------------------------------------------------------------------------
+
+
+def test_job_list_is_a_table_and_json(manager: type[FakeClient], run: Run) -> None:
+    jobs = [a_job("sums-0123456789"), a_job("tots-9876543210", "FAILED", reason="1 of 10 failed")]
+    manager.answers = {"jobs": jobs}
+    code, out, err = run("job", "list", "--active", "--limit", 7)
+    assert (code, err) == (0, "")
+    assert manager.asked == [("jobs", (), {"limit": 7, "active": True})]
+    rows = out.splitlines()
+    assert [row.split()[0] for row in rows] == ["ID", "sums-0123456789", "tots-9876543210"]
+    assert rows[2].endswith("1 of 10 failed")
+    code, out, _ = run("job", "list", "--json")
+    assert json.loads(out) == jobs
+
+
+def test_job_show_says_why(manager: type[FakeClient], run: Run) -> None:
+    """Pain 1: stuck, and no reason given."""
+    eta = {"low_s": 60.0, "high_s": 120.0, "unmeasured": [], "text": "60 s to 2 min left"}
+    manager.answers = {
+        "job": a_job("sums-0123456789"),
+        "why": "It waits for capacity.",
+        "eta": eta,
+    }
+    code, out, _ = run("job", "show", "sums-0123456789")
+    assert code == 0
+    assert re.search(r"^why +It waits for capacity\.$", out, re.MULTILINE)
+    assert re.search(r"^to go +60 s to 2 min left$", out, re.MULTILINE)
+    assert re.search(r"^parse +10 +4 +1 +0 +2 +1 +500 ms$", out, re.MULTILINE)
+    code, out, _ = run("job", "show", "sums-0123456789", "--json")
+    assert json.loads(out)["why"] == "It waits for capacity."
+    assert json.loads(out)["eta"] == eta
+
+
+@pytest.mark.parametrize("verb", ["cancel", "pause", "resume", "retry"])
+def test_verbs_go_to_the_manager(manager: type[FakeClient], run: Run, verb: str) -> None:
+    manager.answers = {"jobs": [a_job("sums-0123456789")], verb: a_job("sums-0123456789", "PAUSED")}
+    code, out, _ = run("job", verb, "last")
+    assert (code, out) == (0, "sums-0123456789 PAUSED\n")
+    assert manager.asked[-1] == (verb, ("sums-0123456789",), {})
+
+
+def test_a_job_that_no_listing_has_can_be_cancelled(manager: type[FakeClient], run: Run) -> None:
+    """Only the bucket has it, and the manager looks there."""
+    name, gone = "sums-0123456789", NotFound("The ledger has no such job.")
+    manager.answers = {"jobs": [], "job": gone, "cancel": a_job(name, "CANCELLED")}
+    assert run("job", "cancel", name)[:2] == (0, f"{name} CANCELLED\n")
+    manager.answers["cancel"] = gone
+    code, out, err = run("job", "cancel", name)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"Error: There is no job '{name}'.")
+
+
+def test_logs_show_who_printed_what(manager: type[FakeClient], run: Run) -> None:
+    log = {"stage": "parse", "task": 3, "attempt": 2, "text": "one\n\x1b]0;evil\x07two\n"}
+    manager.answers = {"job": a_job("sums-0123456789"), "logs": [log]}
+    code, out, _ = run("job", "logs", "sums-0123456789", "parse/3")
+    assert code == 0
+    which = {"stage": "parse", "task": 3, "failed": False, "since_s": None}
+    assert manager.asked[-1][2] == {**which, "limit": 100}
+    assert out == "--- parse/3#2\none\n\\x1b]0;evil\\x07two\n"
+
+
+def test_logs_are_of_one_task_or_of_a_whole_stage(manager: type[FakeClient], run: Run) -> None:
+    manager.answers = {"job": a_job("sums-0123456789"), "logs": []}
+    run("job", "logs", "sums-0123456789", "--stage", "parse")
+    assert (manager.asked[-1][2]["stage"], manager.asked[-1][2]["task"]) == ("parse", None)
+    run("job", "logs", "sums-0123456789", "3")
+    assert (manager.asked[-1][2]["stage"], manager.asked[-1][2]["task"]) == (None, 3)
+    code, _, err = run("job", "logs", "sums-0123456789", "parse/3", "--stage", "parse")
+    assert code == 2
+    assert "exclude each other" in err
+
+
+A_FAILURE = {
+    "seq": 7,
+    "stage": "parse",
+    "task": 0,
+    "attempt": 3,
+    "kind": "exception",
+    "reason": "no such column",
+    "error": "KeyError",
+    "traceback": "Traceback (most recent call last):\n  KeyError: 'x'\n",
+    "exit_code": None,
+    "fingerprint": "0123456789",
+}
+
+
+def test_failures_are_told_by_cause(manager: type[FakeClient], run: Run) -> None:
+    groups = [{"fingerprint": "0123456789", "stage": "parse", "count": 12, "first": A_FAILURE}]
+    manager.answers = {"job": a_job("sums-0123456789"), "failure_groups": groups}
+    code, out, err = run("job", "failures", "sums-0123456789")
+    assert code == 0
+    assert re.search(r"^ *0123456789 +12 +parse +exception +- +no such column$", out, re.MULTILINE)
+    assert out.count("Traceback") == 1
+    assert "job retry JOB --fingerprint" in err
+    code, out, _ = run("job", "failures", "sums-0123456789", "--json")
+    assert json.loads(out) == groups
+    manager.answers["failure_groups"] = []
+    assert "No task has failed" in run("job", "failures", "sums-0123456789")[2]
+
+
+def test_each_failure_is_listed_with_one_traceback_for_each_cause(
+    manager: type[FakeClient], run: Run
+) -> None:
+    found = [{**A_FAILURE, "task": task} for task in range(3)]
+    manager.answers = {"job": a_job("sums-0123456789"), "failures": found}
+    code, out, _ = run("job", "failures", "sums-0123456789", "--each")
+    assert code == 0
+    assert out.count("no such column") == 3
+    assert out.count("Traceback") == 1
+    run("job", "failures", "sums-0123456789", "--fingerprint", "0123456789", "--limit", 3)
+    assert manager.asked[-1][2] == {"limit": 3, "fingerprint": "0123456789"}
+
+
+def test_a_retry_may_be_of_some_failures(manager: type[FakeClient], run: Run) -> None:
+    manager.answers = {
+        "job": a_job("sums-0123456789"),
+        "retry": a_job("sums-0123456789", "PENDING"),
+    }
+    code, _, _ = run(
+        *("job", "retry", "sums-0123456789", "--fingerprint", "0123456789"),
+        *("--tasks", "parse/3,7-9", "--tasks", "price/0"),
+    )
+    assert code == 0
+    assert manager.asked[-1][2] == {
+        "fingerprints": ["0123456789"],
+        "tasks": {"parse": [(3, 4), (7, 10)], "price": [(0, 1)]},
+    }
+    for wrong in (
+        "parse",
+        "parse/",
+        "/3",
+        "parse/9-7",
+        "parse/x",
+        "parse/1,,2",
+        "parse/-1",
+        "parse:3",
+    ):
+        code, _, err = run("job", "retry", "sums-0123456789", "--tasks", wrong)
+        assert code == 2, wrong
+        assert "parse/3,7-9" in err
+
+
+# --- Text of others -------------------------------------------------------------------------------
+
+EVIL = "a\x1b[2J\x9b31m\rb\u202ec\x07"
+ETA: dict[str, Any] = {"low_s": None, "high_s": None, "text": EVIL, "parts": []}
+
+
+@pytest.mark.parametrize("words", [("show", "last"), ("list",), ("logs", "last")])
+@pytest.mark.parametrize("json_", [False, True])
+def test_no_command_lets_a_job_write_to_the_terminal(
+    manager: type[FakeClient], run: Run, words: tuple[str, ...], json_: bool
+) -> None:
+    """From a manager that knew a job before such names were refused."""
+    job = a_job("sums-0123456789", name=EVIL, reason=EVIL, tags={EVIL: EVIL})
+    log = {"stage": EVIL, "task": 1, "attempt": 1, "text": EVIL, "worker": "w", "execution": "x"}
+    manager.answers = {
+        "jobs": [job],
+        "job": job,
+        "logs": [log],
+        "why": EVIL,
+        "eta": ETA,
+        "grid": {},
+    }
+    code, out, err = run("job", *words, *(["--json"] if json_ else []))
+    assert all(c.isprintable() or c in "\n\t" for c in out + err), out + err
+    assert code == 0, err
+    assert "2J" in out
+
+
+# --- The page ------------------------------------------------------------------------------------
+
+
+def test_grid_open_shows_an_address_that_works_once(
+    manager: type[FakeClient], run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    session = {"code": "abc", "name": "n", "path": "/ui/login#abc", "valid_s": 60.0}
+    manager.answers = {"open_session": session, "code_waits": False}
+    code, out, err = run("grid", "open", "--no-browser")
+    assert code == 0
+    assert out.endswith("/ui/login#abc\n")
+    assert "once" in err
+    assert json.loads(run("grid", "open", "--json")[1])["url"] == out.strip()
+    opened: list[str] = []
+    home = tmp_path / "h\u00f6me 1"
+    home.mkdir()
+    monkeypatch.setenv("BATCHLAB_HOME", str(home))
+    (home / "open-killed.html").touch()
+    os.utime(home / "open-killed.html", (1.0, 1.0))
+
+    def open_browser(address: str) -> bool:
+        assert "abc" not in address, "everybody can see the command lines of others"
+        (file,) = home.glob("open-*.html")
+        assert address == file.as_uri()
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        opened.append(re.findall(r'url=([^"]*)"', file.read_text())[0])
+        return True
+
+    monkeypatch.setattr("webbrowser.open", open_browser)
+    monkeypatch.setenv("DISPLAY", ":0")
+    code, shown, _ = run("grid", "open")
+    assert (code, shown, opened) == (0, "", [out.strip()])
+    assert list(home.iterdir()) == []
+    # One that never comes.
+    manager.answers = {"open_session": {**session, "valid_s": 0.0}, "code_waits": True}
+    code, shown, err = run("grid", "open")
+    assert (code, shown) == (2, "")
+    assert "has not come" in err
+    assert "--no-browser" in err
+    assert list(home.iterdir()) == []
+    manager.answers = {"open_session": session}
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    assert run("grid", "open")[1] == out  # no screen here: a person takes it to another one
+    assert len(opened) == 2
+
+
+def test_why_tells_of_each_reason_once_and_how_to_bring_it_home(
+    manager: type[FakeClient], run: Run
+) -> None:
+    def failure(task: int, fingerprint: str) -> dict[str, Any]:
+        where = {"stage": "parse", "task": task, "attempt": 2, "kind": "exception"}
+        return {**where, "reason": f"bad {fingerprint}", "fingerprint": fingerprint}
+
+    manager.answers = {
+        "job": a_job("sums-0123456789"),
+        "why": "It ended FAILED.",
+        "failure_groups": [
+            {"fingerprint": "bbb", "stage": "parse", "count": 2, "first": failure(1, "bbb")},
+            {"fingerprint": "aaa", "stage": "parse", "count": 1, "first": failure(0, "aaa")},
+        ],
+        "logs": lambda *_, task, **__: [{"text": f"first\n{task} \x1b[0m\n\nlast\n"}],
+    }
+    code, out, _ = run("job", "why", "sums-0123456789", "--home", "/a b")
+    assert code == 0
+    command = "batchlab job replay-task sums-0123456789 parse/{} --local --home '/a b'"
+    assert out.splitlines() == [
+        "It ended FAILED.",
+        "",
+        "parse/1 failed (bbb): bad bbb, and so did 1 other task",
+        *("  | first", "  | 1  [0m", "  | last", f"  {command.format(1)}"),
+        "",
+        "parse/0 failed (aaa): bad aaa",
+        *("  | first", "  | 0  [0m", "  | last", f"  {command.format(0)}"),
+    ]
+    code, out, _ = run("job", "why", "sums-0123456789", "--json")
+    assert [one["tasks"] for one in json.loads(out)["failed"]] == [2, 1]
+
+
+def test_watch_ends_with_the_jobs_own_verdict(manager: type[FakeClient], run: Run) -> None:
+    grid: dict[str, Any] = {"pools": [], "queues": []}
+    states = iter(["RUNNING", "FAILED"])
+
+    def job(*_: object, **__: object) -> dict[str, Any]:
+        return a_job("sums-0123456789", next(states), reason="all of it failed")
+
+    manager.answers = {"job": job, "grid": grid}
+    code, out, err = run("job", "watch", "sums-0123456789")
+    assert (code, out) == (1, "sums-0123456789 FAILED: all of it failed\n")
+    assert "RUNNING: parse 5/10 (1 failed)" in err
+
+
+# --- Which job is meant --------------------------------------------------------------------------
+
+
+def test_a_job_may_be_named_by_the_beginning_of_its_id(manager: type[FakeClient]) -> None:
+    jobs = [a_job(f"{name}-{i:010x}") for i, name in enumerate(["sums", "sums", "tots", "top"])]
+
+    def page(*, limit: int, before: str | None = None) -> list[dict[str, Any]]:
+        ids = [one["id"] for one in jobs]
+        first = ids.index(before) + 1 if before else 0
+        return jobs[first : first + min(limit, 2)]
+
+    def one(job: str) -> Any:
+        found = [view for view in jobs if view["id"] == job]
+        return found[0] if found else NotFound("no")
+
+    manager.answers = {"jobs": page, "job": one}
+    client: Any = manager("", "")
+
+    def named(text: str) -> str:
+        return str(session.resolve(client, text)["id"])
+
+    assert named("last") == jobs[0]["id"]
+    assert named("tot") == jobs[2]["id"]
+    assert named("sums-0000000001") == jobs[1]["id"]
+    with pytest.raises(UsageError, match="could be any of 2 jobs"):
+        named("sums")
+    with pytest.raises(UsageError, match="There is no job 'x/y'"):
+        named("x/y")
+
+
+def test_last_of_no_jobs(manager: type[FakeClient], run: Run) -> None:
+    manager.answers = {"jobs": []}
+    code, _, err = run("job", "why", "last")
+    assert code == 2
+    assert err.startswith("Error: There are no jobs.")
+
+
+# --- The grid ------------------------------------------------------------------------------------
+
+
+def test_grid_status_shows_pools_and_queues(manager: type[FakeClient], run: Run) -> None:
+    manager.answers = {"grid": a_grid()}
+    code, out, _ = run("grid", "status")
+    assert code == 0
+    assert re.search(r"^default +0 +4 +1 +1 +0 +2 +8 tasks, 4\.0 s +hand$", out, re.MULTILINE)
+    assert re.search(r"^tasks-default +3 +1 +0$", out, re.MULTILINE)
+    code, out, _ = run("grid", "status", "--json")
+    assert json.loads(out) == a_grid()
+
+
+def test_grid_workers_lists_instances(manager: type[FakeClient], run: Run) -> None:
+    manager.answers = {"grid": a_grid()}
+    code, out, _ = run("grid", "workers")
+    assert code == 0
+    assert re.search(r"^i-1 +default +InService +Healthy +yes +w-1 +1 +2 ", out, re.MULTILINE)
+
+
+def test_grid_scale_asks_only_for_what_was_said(manager: type[FakeClient], run: Run) -> None:
+    manager.answers = {"scale": a_grid()["pools"][0]}
+    assert run("grid", "scale", "default", "--max", 4, "--desired", 2)[0] == 0
+    asked = {"min": None, "max": 4, "desired": 2, "auto": None}
+    assert manager.asked == [("scale", ("default",), asked)]
+    assert run("grid", "scale", "default", "--auto")[0] == 0
+    assert manager.asked[-1][2]["auto"] is True
+
+
+@pytest.mark.parametrize("arguments", [[], ["--desired", "1", "--auto"]])
+def test_grid_scale_refuses_what_means_nothing(
+    manager: type[FakeClient], run: Run, arguments: list[str]
+) -> None:
+    assert run("grid", "scale", "default", *arguments)[0] == 2
+    assert not manager.asked
+
+
+def test_grid_up_with_other_pools_is_refused_while_one_is_up(
+    manager: type[FakeClient], run: Run
+) -> None:
+    code, _, err = run("grid", "up", "--pool", "big:0-2x4")
+    assert code == 2
+    assert "grid scale" in err
+
+
+def test_ledger_rebuild_says_how_many(manager: type[FakeClient], run: Run) -> None:
+    bad = {"key": "jobs/j/s/outcomes/aa/x.json", "reason": "a field is missing"}
+    manager.answers = {"rebuild_ledger": {"jobs": 3, "unreadable": [bad]}}
+    said = f"The ledger is made anew: 3 jobs.\nNot read: {bad['key']}: {bad['reason']}\n"
+    assert run("ledger", "rebuild") == (0, said, "")
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        (True, ["`batchlab grid up` goes on with it", "not run until a grid is up here again"]),
+        (False, ["1 job not ended, and gone with it", "2 schedules gone with it"]),
+    ],
+)
+def test_what_goes_with_a_grid_is_said_when_it_goes(
+    manager: type[FakeClient],
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    named: bool,
+    said: list[str],
+) -> None:
+    """The bucket of a LocalStack of the grid's own, and all that is in it."""
+    home = Home(tmp_path)
+    deployment.write(home, Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13"))
+    home.write_place(deployment.NAME, Place("http://10.213.70.10:4566", "bucket-1", named))
+    monkeypatch.setattr("batchlab.updown.stop_manager", lambda _: True)
+    timed = [{"state": state} for state in ("active", "active", "paused")]
+    manager.answers = {"jobs": [a_job("sums-0123456789")], "schedules": {"schedules": timed}}
+    code, _, err = run("grid", "down", "--home", tmp_path)
+    assert code == 0
+    assert all(one in err for one in said), err

@@ -1,0 +1,399 @@
+"""`cost` and `prices`, and what costs are told elsewhere: asked, printed, refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab import backends, fetches
+from batchlab.adapters.awsgrid import deployment
+from batchlab.adapters.awsgrid.deployment import AwsDeployment
+from batchlab.adapters.local_objects import open_local
+from batchlab.cli import billing, estimating
+from batchlab.errors import UsageError
+from batchlab.home import Home
+from batchlab.spec.jobfile import load
+from batchlab.usage import JobUseView, UseView
+from tests.cli.test_commands import manager, run
+from tests.support.cli import FakeClient, Run, a_grid, a_job
+
+__all__ = ["manager", "run"]
+
+JOB = """
+name: sums
+input: {files: "data/*.txt", split: lines, size: 10}
+stages:
+  - {name: add, python: "handlers:add"}
+  - {name: total, python: "handlers:total", gather: all}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("1\n" * 95)
+    (tmp_path / "data" / "b.txt").write_text("2\n" * 10)
+    (tmp_path / "handlers.py").write_text("def add(part): ...\ndef total(parts): ...\n")
+    (tmp_path / "job.yaml").write_text(JOB)
+    return tmp_path
+
+
+def account(**more: Any) -> dict[str, Any]:
+    billed = {"pool": "default", "type": "m7i.large", "market": "on-demand", "seconds": 3600.0}
+    return {
+        "billed": [billed],
+        "failed_s": {},
+        "lost_s": {},
+        "requests": dict.fromkeys(("sqs", "sqs_empty", "s3_puts", "s3_gets", "s3_deletes"), 0),
+        "bundles": 10,
+        "is_whole": True,
+        **more,
+    }
+
+
+def grid_use(**more: Any) -> UseView:
+    living = {"pool": "default", "type": "m7i.large", "market": "on-demand", "instances": 3}
+    told: Any = {
+        "total": account(),
+        "nobody": account(billed=[]),
+        "living": [living],
+        "max_cost_usd": None,
+        "capped": {},
+        **more,
+    }
+    view: UseView = told
+    return view
+
+
+def job_use(**more: Any) -> JobUseView:
+    told: Any = {
+        "job": "sums-0123456789",
+        "account": account(),
+        "max_cost_usd": 5.0,
+        "capped": "",
+        "pools": {"default": 2},
+        "types": {"default": "m7i.large"},
+        "slots": {"parse": 1},
+        **more,
+    }
+    view: JobUseView = told
+    return view
+
+
+# --- Estimate ------------------------------------------------------------------------------------
+
+
+def test_tasks_are_counted_as_the_planner_cuts_them(folder: Path) -> None:
+    """Ten parts of one file and one of the other, and one that gathers."""
+    import asyncio
+
+    tasks, files, size = asyncio.run(estimating.count(load(folder / "job.yaml", {})))
+    assert (tasks, files, size) == (11, 2, 210)
+
+
+def test_an_estimate_is_a_range_with_its_lines_and_what_it_rests_on(run: Run, folder: Path) -> None:
+    code, out, _ = run(
+        "cost",
+        "estimate",
+        folder / "job.yaml",
+        "--seconds",
+        "add=2-8",
+        "--seconds",
+        "total=1",
+        "--home",
+        folder / "grid",
+    )
+    assert code == 0
+    assert "It will cost" in out
+    assert "USD" in out
+    assert "as of 2026-07-20" in out
+    assert "m7i.large" in out  # as the backend `aws` has it
+    assert "Assumed: slots are busy" in out
+    code, out, _ = run(
+        "cost",
+        "estimate",
+        folder / "job.yaml",
+        "--seconds",
+        "2",
+        "--json",
+        "--pool",
+        "default:0-5x4",
+        "--instance-type",
+        "c7g.xlarge",
+        "--spot",
+        "50",
+        "--home",
+        folder / "grid",
+    )
+    doc = json.loads(out)
+    assert doc["usd"]["low"] < doc["usd"]["typical"] < doc["usd"]["high"]
+    assert doc["usd"]["typical"] == pytest.approx(sum(i["usd"]["typical"] for i in doc["items"]))
+    assert {"SQS requests", "S3 requests", "S3 storage"} < {i["what"] for i in doc["items"]}
+    assert "c7g.xlarge, 50% Spot" in doc["items"][0]["how"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "Nothing is known of how long a task of stage add takes"),
+        (["--seconds", "soon"], "'soon' is no number of seconds"),
+        (["--seconds", "3-1"], "'3-1' is no number of seconds"),
+        (["--seconds", "2", "--tasks", "many"], "'many' is no number of tasks"),
+        (["--seconds", "nap=2"], "names 'nap', which there is not"),
+        (["--seconds", "2", "--spot", "0.8"], "Write --spot 80."),
+        (["--seconds", "2", "--instance-type", "m7i.larg"], "no instance type 'm7i.larg'"),
+        (["--seconds", "2", "--pool", "default:0-x"], "is not NAME:MIN-MAXxSLOTS"),
+    ],
+)
+def test_what_is_wrong_is_a_sentence(run: Run, folder: Path, options: list[str], told: str) -> None:
+    code, out, err = run("cost", "estimate", folder / "job.yaml", "--home", folder / "g", *options)
+    assert (code, out) == (2, "")
+    assert told in err
+    assert "Traceback" not in err
+
+
+def test_results_that_are_fetched_home_are_in_it_once_their_size_is_known(
+    run: Run, folder: Path
+) -> None:
+    home = Home(folder / "grid")
+    ask = ("cost", "estimate", folder / "job.yaml", "--seconds", "2", "--json", "--home", home.path)
+
+    def told(*more: str) -> tuple[float | None, str]:
+        code, out, err = run(*ask, *more)
+        assert code == 0, err
+        doc = json.loads(out)
+        found = {item["what"]: item["usd"]["typical"] for item in doc["items"]}
+        return found.get("data out of AWS"), "; ".join(doc["assumed"])
+
+    usd, assumed = told()
+    assert usd is None
+    assert "fetching results home is not in it" in assumed
+    assert told("--results", "2GiB")[0] == pytest.approx(0.18)
+    home.make()
+    fetches.note(home, "sums-0123456789", 1024**3)
+    usd, assumed = told()
+    assert usd == pytest.approx(0.09)
+    assert "as large as those of sums-0123456789" in assumed
+    code, _, err = run(*ask, "--results", "much")
+    assert code == 2
+    assert "'much' is not a size" in err
+
+
+def test_input_in_s3_is_not_guessed_at(run: Run, folder: Path) -> None:
+    text = JOB.replace('"data/*.txt"', '"s3://bucket/raw/"')
+    (folder / "job.yaml").write_text(text)
+    arguments = ("cost", "estimate", folder / "job.yaml", "--seconds", "1", "--home", folder / "g")
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "--tasks N" in err
+    counts = []
+    for tasks in ("add=5000000", "5000000"):  # not of the stage that gathers
+        code, out, _ = run(*arguments, "--tasks", tasks, "--json")
+        assert code == 0
+        counts.append(json.loads(out)["bundles"])
+    assert counts[0] == counts[1]
+    assert 1_000_000 < counts[0] < 6_000_000
+
+
+def test_input_that_does_not_exist_yet_needs_only_a_number(run: Run, folder: Path) -> None:
+    (folder / "job.yaml").write_text(JOB.replace("data/*.txt", "next-month/*.txt"))
+    arguments = ("cost", "estimate", folder / "job.yaml", "--seconds", "1", "--home", folder / "g")
+    assert "No file matches 'next-month/*.txt'" in run(*arguments)[2]
+    assert run(*arguments, "--tasks", "1000", "--json")[0] == 0
+    assert run(*arguments, "--tasks", "total=1")[0] == 2, "nobody says how many come first"
+
+
+def test_an_earlier_run_says_how_long_tasks_take(
+    manager: type[FakeClient], run: Run, folder: Path
+) -> None:
+    stages = [{"name": "add", "mean_s": 2.0}, {"name": "total", "mean_s": 4.0}]
+    earlier = {**a_job("sums-0123456789"), "stages": stages}
+    manager.answers = {"jobs": [{**a_job("other-0123456789")}, earlier]}
+    code, out, _ = run("cost", "estimate", folder / "job.yaml", "--home", folder / "g", "--json")
+    assert code == 0
+    assert any("sums-0123456789" in text for text in json.loads(out)["assumed"])
+
+
+# --- Bill and burn -------------------------------------------------------------------------------
+
+
+def test_a_bill_of_a_job_in_a_grid_that_is_up(
+    manager: type[FakeClient], run: Run, tmp_path: Path
+) -> None:
+    manager.answers = {"jobs": [a_job("sums-0123456789", "SUCCEEDED")], "job_use": job_use()}
+    code, out, _ = run("cost", "bill", "last", "--home", tmp_path / "g", "--json")
+    assert code == 0
+    lines = {item["what"]: item["usd"]["typical"] for item in json.loads(out)["items"]}
+    disk = 50 * 0.08 / 730
+    assert lines["compute, pool default"] == pytest.approx((0.1008 + disk) / 3600)  # 2 s, two slots
+    assert lines["idle, pool default"] == pytest.approx((0.1008 + disk) * 3599 / 3600)
+    code, out, _ = run(
+        "cost", "bill", "last", "--home", tmp_path / "g", "--instance-type", "c7g.large"
+    )
+    assert code == 0
+    assert "c7g.large on-demand" in out
+    code, _, err = run("cost", "bill", "last", "--home", tmp_path / "g", "--instance-type", "z.z")
+    assert code == 2
+    assert "no instance type 'z.z'" in err
+
+
+def test_a_bill_on_a_stack_has_the_data_that_was_counted(
+    manager: type[FakeClient], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path / "g")
+    home.make()
+    at = AwsDeployment(
+        *("batchlab", "us-east-1", "bucket", "batchlab-", "batchlab-manager", "arn", ()),
+        egress="nat",
+    )
+    deployment.write(home, at)
+    fetches.note(home, "sums-0123456789", 1024**3)
+    used = account(requests={"sqs": 1e6, "sqs_bytes": 20 * 1024**3})
+    job: Any = a_job("sums-0123456789", "SUCCEEDED")
+    monkeypatch.setattr(
+        billing, "facts_of", lambda *_: billing.Facts(job, job_use(account=used), "aws")
+    )
+
+    async def stored(*_: object) -> int:
+        return 0
+
+    monkeypatch.setattr(billing, "_stored", stored)
+    monkeypatch.setattr(backends.Backend, "open_objects", lambda *_: None)
+    code, out, err = run("cost", "bill", "last", "--home", home.path)
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines()]
+    lines = {" ".join(row[:5]): row for row in rows if row}
+    assert "1.100000" in lines["data through the NAT gateway"]
+    assert any(row[:5] == ["data", "out", "of", "AWS", "0.090000"] for row in rows)
+    assert "By what Spot and other zones may cost it is between" in out
+    assert "messages alone are counted" in out
+
+
+def test_what_tasks_wrote_and_printed_is_stored_too(tmp_path: Path) -> None:
+    for n, name in enumerate(("jobs", "raw", "files", "logs", "code"), start=1):
+        (tmp_path / name / "j").mkdir(parents=True)
+        (tmp_path / name / "j" / "a").write_bytes(b"x" * 10**n)
+    assert asyncio.run(billing._stored(open_local(tmp_path), "j")) == 11_110
+
+
+def test_a_bill_where_nothing_has_run(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("cost", "bill", "last", "--home", tmp_path / "g")
+    assert code == 2
+    assert "knows of no jobs" in err
+
+
+def test_status_says_what_it_costs_only_where_that_makes_sense(
+    manager: type[FakeClient], run: Run
+) -> None:
+    manager.answers = {"grid": a_grid(), "use": grid_use(max_cost_usd=50.0)}
+    _, out, _ = run("grid", "status")
+    assert "USD" not in out
+    _, out, _ = run("grid", "status", "--as-if-aws")
+    assert "would cost on AWS 0.302 USD an hour now, 0.101 USD so far, cap 50 USD" in out
+    _, out, _ = run("grid", "status", "--as-if-aws", "--json")
+    assert json.loads(out)["cost"]["usd_per_hour"]["typical"] == pytest.approx(3 * 0.1008)
+    manager.answers["grid"] = {**a_grid(), "backend": "aws"}
+    _, out, _ = run("grid", "status")
+    assert "It costs 0.302 USD an hour now" in out
+
+
+def test_a_job_shows_its_cost_and_that_its_cap_is_reached(
+    manager: type[FakeClient], run: Run
+) -> None:
+    manager.answers = {
+        "jobs": [a_job("sums-0123456789")],
+        "why": "Nothing more is launched for it.",
+        "eta": {"text": "not known"},
+        "grid": a_grid(),
+        "job_use": job_use(capped="its cost is capped"),
+    }
+    _, out, _ = run("job", "show", "last", "--as-if-aws")
+    assert "0.101 USD so far, cap 5 USD, reached: no more is launched than it pays for" in out
+
+
+# --- Caps ----------------------------------------------------------------------------------------
+
+
+def test_caps_are_set_and_taken_away(manager: type[FakeClient], run: Run) -> None:
+    manager.answers = {
+        "jobs": [a_job("sums-0123456789")],
+        "cap_job": job_use(),
+        "cap_grid": grid_use(),
+    }
+    assert run("job", "cap", "last", "2.50USD")[0] == 0
+    assert run("job", "cap", "last", "none")[0] == 0
+    assert run("grid", "cap", "50 usd", "--json")[0] == 0
+    asked = [(name, args) for name, args, _ in manager.asked if name.startswith("cap")]
+    assert asked == [
+        ("cap_job", ("sums-0123456789", 2.5)),
+        ("cap_job", ("sums-0123456789", None)),
+        ("cap_grid", (50.0,)),
+    ]
+
+
+@pytest.mark.parametrize("amount", ["5", "5EUR", "five", "-1USD"])
+def test_an_amount_without_usd_is_refused_before_anybody_is_asked(
+    manager: type[FakeClient], run: Run, amount: str
+) -> None:
+    code, _, err = run("grid", "cap", "--", amount)
+    assert code == 2
+    assert "is not an amount in USD" in err
+    assert manager.asked == []
+
+
+def test_a_job_file_has_its_cap_in_usd_and_it_does_not_change_its_digest(folder: Path) -> None:
+    from batchlab.spec import source_digest
+    from batchlab.spec.problems import JobFileErrors
+
+    before = source_digest(load(folder / "job.yaml", {}), "code")
+    (folder / "job.yaml").write_text(JOB + "max_cost: 5USD\n")
+    capped = load(folder / "job.yaml", {})
+    assert capped.job.max_cost == "5USD"
+    assert source_digest(capped, "code") == before
+    (folder / "job.yaml").write_text(JOB + "max_cost: 5\n")
+    with pytest.raises(JobFileErrors) as caught:
+        load(folder / "job.yaml", {})
+    assert "USD" in str(caught.value.errors[0])
+
+
+def test_the_simulator_keeps_no_account(run: Run, folder: Path) -> None:
+    code, _, err = run("run", folder / "job.yaml", "--backend", "sim", "--max-cost", "5USD")
+    assert code == 2
+    assert "keeps no account" in err
+
+
+# --- Prices --------------------------------------------------------------------------------------
+
+
+def test_prices_are_shown_and_refreshed(run: Run, tmp_path: Path) -> None:
+    home = tmp_path / "grid"
+    code, out, _ = run("prices", "show", "m7i.large", "--home", home)
+    assert code == 0
+    assert "0.1008" in out
+    assert "2026-07-20" in out
+    (tmp_path / "new.csv").write_text(
+        "region,instance_type,linux_on_demand_usd_per_hour\nus-east-1,m7i.large,0.2\n"
+    )
+    code, out, _ = run(
+        "prices", "refresh", "--from", tmp_path / "new.csv", "--date", "2026-10-01", "--home", home
+    )
+    assert code == 0
+    code, out, _ = run("prices", "show", "--home", home, "--json")
+    doc = json.loads(out)
+    assert doc["currency"] == "USD"
+    assert doc["blocks"]["on_demand"]["date"] == "2026-10-01"
+    assert doc["blocks"]["on_demand"]["usd_per_hour"]["m7i.large"] == 0.2
+    code, _, err = run("prices", "show", "m7i.nano", "--home", home)
+    assert code == 2
+    assert "prices refresh" in err
+
+
+def test_by_name_takes_one_for_all_and_one_for_each() -> None:
+    assert estimating.by_name(["2", "b=3"], ["a", "b"]) == {"a": "2", "b": "3"}
+    assert estimating.by_name(["b=3", "2"], ["a", "b"]) == {"a": "2", "b": "3"}
+    with pytest.raises(UsageError):
+        estimating.by_name(["c=1"], ["a"])

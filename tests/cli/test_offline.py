@@ -1,0 +1,309 @@
+"""The command line where no grid is up: help, errors, checks, first files."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from typer.main import get_command
+
+from batchlab import extras
+from batchlab.cli import NEEDED, main, output, templates
+from batchlab.cli import app as cli
+from batchlab.errors import JobFileError, Refused
+from batchlab.spec.problems import JobFileErrors
+from tests.support.cli import Run, runner
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return runner(monkeypatch, capsys)
+
+
+# --- Help ----------------------------------------------------------------------------------------
+
+GROUPS = {
+    "job": "submit list show watch cancel cap pause resume retry results logs why failures check",
+    "grid": "up down status workers activities scale cap drain",
+    "cost": "estimate bill",
+    "prices": "show refresh",
+    "ledger": "rebuild",
+}
+COMMANDS = [
+    *("demo", "init", "run", "schema", "doctor"),
+    *(f"{group} {name}" for group, names in GROUPS.items() for name in names.split()),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_one_example(run: Run, command: str) -> None:
+    code, out, _ = run(*command.split(), "--help")
+    assert code == 0
+    examples = re.findall(r"Example: (batchlab \S.*)", out)
+    assert len(examples) == 1
+    assert examples[0].startswith(f"batchlab {command}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_listing_speaks_json(run: Run, command: str) -> None:
+    silent = {"init", "schema", "job watch", "grid down"}
+    _, out, _ = run(*command.split(), "--help")
+    assert ("--json" in out) is (command not in silent)
+
+
+def test_help_names_every_group_and_what_exit_codes_mean(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for word in ("demo", "init", "run", "job", "grid", "scenario", "ledger", "schema", "doctor"):
+        assert re.search(rf"^  {word} ", out, re.MULTILINE)
+    assert "130 interrupted" in " ".join(out.split())
+    assert "..." not in out.partition("Commands:")[2], "a summary is cut off"
+
+
+def test_version(run: Run) -> None:
+    import batchlab
+
+    assert run("--version") == (0, f"batchlab {batchlab.__version__}\n", "")
+
+
+OF_EXTRAS = frozenset(module for modules in extras.MODULES.values() for module in modules)
+HEAVY = frozenset(
+    NEEDED - {"typer"} | OF_EXTRAS | {"asyncio", "opentelemetry", "ssl", "http.client", "socket"}
+)
+"""What no command pays for that does not use it; the help, and what starts for each instance."""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["worker", "--help"], ["manager", "--help"]])
+def test_help_and_services_import_nothing_heavy(arguments: list[str]) -> None:
+    """What a command pays for at its start; milliseconds would depend on the machine."""
+    imported = imported_by(*arguments)
+    if arguments == ["--help"]:
+        ours = {name for name in imported if name.startswith("batchlab.")}
+        assert ours == {f"batchlab.{one}" for one in ("cli", "cli.app", "cli.output", "cli.signals",
+                                                      "errors", "words")}  # fmt: skip
+        assert imported.isdisjoint(HEAVY), imported & HEAVY
+    else:
+        assert not imported & (HEAVY | {"typer", "click"})
+
+
+def test_a_command_imports_no_others() -> None:
+    imported = imported_by("job", "--help")
+    heavy = HEAVY - {"pydantic", "socket", "typing_extensions"}  # typer reads parameters with them
+    assert imported.isdisjoint(heavy), imported & heavy
+    assert "batchlab.cli.jobs" in imported
+    assert not imported & {f"batchlab.cli.{one}" for one in ("deploy", "scenario", "grid", "admin")}
+
+
+def test_a_worker_imports_nothing_of_the_manager_and_nothing_of_the_job_file() -> None:
+    """It is to be up soon, and there are many."""
+    code = "import sys, batchlab.services.worker; print(*sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(told.stdout.split())
+    assert "batchlab.worker.loop" in imported
+    others = ("batchlab.manager.", "batchlab.api", "batchlab.spec", "batchlab.report", "pydantic")
+    of_others = {name for name in imported if name.startswith(others)}
+    assert of_others == {"batchlab.manager.settings"}
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """The modules that a command line has loaded at its end."""
+    code = (
+        "import sys, batchlab.cli as c\n"
+        f"sys.argv = ['batchlab', *{arguments!r}]\n"
+        "try: c.main()\n"
+        "except SystemExit: print('\\n', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_help_has_of_each_command_its_own_first_line() -> None:
+    commands = get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert list(commands) == list(cli.LISTED)
+    for name, listed in cli.LISTED.items():
+        assert commands[name].get_short_help_str(200) == listed.about, name
+
+
+def test_a_package_that_is_missing_is_named_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    for module in [name for name in sys.modules if name.startswith("batchlab.spec")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "argv", ["batchlab", "job", "check", "job.yaml"])
+    monkeypatch.setattr("batchlab.cli.signals.install", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "'yaml' is not installed" in told
+    assert "Install batchlab again" in told
+    assert "Traceback" not in told
+
+
+def test_what_every_installation_has_is_what_it_asks_for() -> None:
+    homes = metadata.packages_distributions()
+    asked = {canonicalize_name(Requirement(one).name) for one in metadata.requires("batchlab") or ()
+             if "extra ==" not in one}  # fmt: skip
+    given = {canonicalize_name(name) for module in NEEDED for name in homes.get(module, ())}
+    assert asked == given
+
+
+# --- Errors ---------------------------------------------------------------------------------------
+
+
+def test_without_a_grid_the_remedy_is_to_start_one(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("job", "list", "--home", tmp_path / "h")
+    assert (code, out) == (3, "")
+    assert "batchlab grid up" in err
+    assert not (tmp_path / "h").exists(), "asking must not make a folder"
+    assert "jobs that ran here" not in err
+    (tmp_path / "h" / "objects").mkdir(parents=True)
+    assert "which knows the jobs that ran here" in run("job", "list", "--home", tmp_path / "h")[2]
+
+
+def test_wrong_usage_exits_with_two(run: Run) -> None:
+    assert run("nonsense")[0] == run("run")[0] == run("job", "show")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("submit", "'job submit'"), ("check", "'job check' or 'scenario check'"), ("rum", "'run'")],
+)
+def test_a_command_that_is_not_there_names_the_one_that_is(
+    run: Run, given: str, meant: str
+) -> None:
+    code, _, err = run(given)
+    assert code == 2
+    assert f"No such command '{given}'. Did you mean {meant}?" in err
+
+
+def test_a_folder_in_place_of_its_job_file_names_the_file(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("")
+    code, _, err = run("job", "check", tmp_path)
+    assert code == 2
+    assert f"it is no file.\n  Did you mean {file}?" in err
+    (tmp_path / "other.yaml").write_text("")
+    assert "Did you mean" not in run("job", "check", tmp_path)[2]
+
+
+def test_results_that_find_no_folder_are_refused_before_the_job_runs(
+    run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("")
+    templates.write(tmp_path, templates.starter_files())
+    for backend in ("local", "sim"):
+        where = ("--out", tmp_path / "taken", "--home", tmp_path / "h", "--backend", backend)
+        code, _, err = run("run", tmp_path / "job.yaml", *where)
+        assert code == 2
+        assert f"The results cannot be written to {tmp_path / 'taken'}: " in err
+        assert "Starting a grid" not in err
+
+
+def test_every_mistake_of_a_job_file_is_told_with_its_line(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        "name: x\ninput: {files: nothing-*.csv}\nstages:\n  - name: a\n    pythn: b:c\n"
+    )
+    code, out, err = run("job", "check", file)
+    assert (code, out) == (2, "")
+    told = [line for line in err.splitlines() if line.startswith(f"{file}:")]
+    assert len(told) >= 2
+    assert any(line.startswith(f"{file}:5: ") for line in told)
+
+
+def test_complaints_keep_a_jobs_own_control_characters_off_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output.complain(Refused("bad \x1b[31mred\x07\nline", remedy="\x9b2J"))
+    err = capsys.readouterr().err
+    assert not set(err) & {"\x1b", "\x07", "\x9b"}
+    assert err.count("\n") == 2
+
+
+def test_several_errors_are_told_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    first = JobFileError("No name.", file="job.yaml", line=1, remedy="Write one.")
+    output.complain(JobFileErrors([first, JobFileError("No stages.", file="job.yaml")]))
+    assert capsys.readouterr().err == ("job.yaml:1: No name.\n  Write one.\njob.yaml: No stages.\n")
+
+
+# --- Without a grid ------------------------------------------------------------------------------
+
+
+def test_schema_is_a_json_schema(run: Run) -> None:
+    code, out, _ = run("schema")
+    assert code == 0
+    assert "stages" in json.loads(out)["properties"]
+
+
+def test_init_writes_a_job_that_passes_its_checks(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "first job"
+    code, _, err = run("init", folder)
+    assert code == 0
+    assert f"batchlab run '{folder}/job.yaml'" in err
+    code, out, _ = run("job", "check", folder / "job.yaml", "--json")
+    assert code == 0
+    assert json.loads(out)["stages"] == ["summarise", "total"]
+
+
+def test_init_never_replaces_a_file(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "handlers.py").write_text("mine")
+    code, _, err = run("init", tmp_path)
+    assert code == 2
+    assert "handlers.py is there already" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["handlers.py"]
+    assert (tmp_path / "handlers.py").read_text() == "mine"
+
+
+@pytest.mark.parametrize("example", ["claims", "transform", "sort"])
+def test_init_of_an_example_comes_with_data_that_it_runs_on(
+    run: Run, tmp_path: Path, example: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "_RECORDS_BYTES", 2**16)
+    folder = tmp_path / example
+    code, _, err = run("init", folder, "--example", example)
+    assert code == 0
+    assert f"batchlab run {folder}/job.yaml" in err
+    assert list((folder / "data").iterdir())
+    code, out, err = run("job", "check", folder / "job.yaml", "--json")
+    assert code == 0, err
+    assert json.loads(out)["stages"]
+    code, _, err = run("init", folder, "--example", example)
+    assert code == 2
+    assert "is there already" in err
+
+
+def test_init_of_the_media_job_makes_a_video(run: Run, tmp_path: Path, ffmpeg: None) -> None:
+    assert run("init", tmp_path / "m", "--example", "media")[0] == 0
+    assert (tmp_path / "m/data/test.mp4").stat().st_size > 10_000
+
+
+def test_init_of_what_cannot_run_here_writes_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = run("init", tmp_path / "m", "--example", "media")
+    assert code == 2
+    assert "ffmpeg" in err
+    assert "apt-get install ffmpeg" in err
+    code, _, err = run("init", tmp_path / "d", "--example", "clams")
+    assert code == 2
+    assert "There are claims, " in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_set_wants_key_and_value(run: Run, tmp_path: Path) -> None:
+    run("init", tmp_path)
+    code, _, err = run("job", "check", tmp_path / "job.yaml", "--set", "min_cents")
+    assert code == 2
+    assert "is not KEY=VALUE" in err
+    code, out, _ = run("job", "check", tmp_path / "job.yaml", "--set", "min_cents=5", "--json")
+    assert json.loads(out)["params"] == {"min_cents": 5}

@@ -1,0 +1,171 @@
+"""`batchlab report …` on folders: what is printed, and what is said of mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from batchlab.home import Home, Place
+from batchlab.scenario import record
+from tests.cli.test_commands import manager, run
+from tests.support.cli import FakeClient, Run, a_job
+from tests.support.reports.made import Made, write_run
+from tests.support.scenarios.records import a_job as replayed
+from tests.support.scenarios.records import a_record
+
+__all__ = ["manager", "run"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_run(tmp_path_factory.mktemp("runs") / "shop-a", Made(job="shop-a", tasks=24)))
+
+
+def test_rows_are_a_table_json_or_csv(run: Run, made: str) -> None:
+    sql = "SELECT stage, planned, after, cost_usd, NULL AS none FROM stages ORDER BY position"
+    code, out, _ = run("report", "sql", sql, made)
+    assert code == 0
+    assert out.splitlines()[0].split() == ["STAGE", "PLANNED", "AFTER", "COST_USD", "NONE"]
+    assert out.splitlines()[2].split()[:3] == ["score", "24", "read"]
+    code, out, _ = run("report", "sql", sql, made, "--json")
+    rows = json.loads(out)["rows"]
+    assert rows[1]["after"] == ["read"]
+    assert isinstance(rows[1]["cost_usd"], float)
+    assert rows[1]["none"] is None
+    code, out, _ = run("report", "sql", sql, made, "--csv")
+    assert out.splitlines()[0] == "stage,planned,after,cost_usd,none"
+    assert out.splitlines()[2].startswith('score,24,"[""read""]",')
+    code, _, err = run("report", "sql", sql, made, "--csv", "--json")
+    assert code == 2
+    assert "two answers" in err
+
+
+def test_queries_are_listed_and_asked_by_name(run: Run, made: str) -> None:
+    code, out, _ = run("report", "queries")
+    assert code == 0
+    assert "slowest_tasks" in out
+    code, out, _ = run("report", "query", "stages", made)
+    assert code == 0
+    assert "RUN_P95_S" in out
+    code, _, err = run("report", "query", "slow", made)
+    assert code == 2
+    assert "There is no query 'slow'" in err
+    code, out, err = run("report", "sql", "SELECT 1 AS one WHERE false", made)
+    assert (code, out, err) == (0, "", "No rows.\n")
+
+
+def test_no_text_of_a_job_reaches_the_terminal_as_it_is(run: Run, made: str) -> None:
+    code, out, _ = run("report", "sql", "SELECT chr(27) || '[31mred' AS x FROM jobs", made)
+    assert code == 0
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("sql", "SELECT 1", "no/such/folder"), "There is no folder no/such/folder"),
+        (("sql", "SELEC 1", "MADE"), "The query fails"),
+        (("sql", "DROP VIEW jobs", "MADE"), "is not one SELECT"),
+        (("sql", "SELECT * FROM '/etc/passwd'", "MADE"), "The query fails"),
+        (("sql", "SELECT 1", "MADE", "MADE"), "more than once"),
+        (("sql", "SELECT 1", "nothing"), "knows of no jobs"),
+        (("pull", "nothing"), "knows of no jobs"),
+        (("write", "nothing"), "knows of no jobs"),
+        (("diff", "MADE", "nothing"), "knows of no jobs"),
+        (("sql", "SELECT 1", "last", "--backend", "no-such"), "There is no backend"),
+        (("pull", "../../etc", "--backend", "aws"), "is no job's id"),
+        (("pull", "last", "--backend", "aws"), "nobody knows which job is the last one"),
+    ],
+)
+def test_mistakes_are_said_in_a_sentence(
+    arguments: tuple[str, ...],
+    said: str,
+    run: Run,
+    made: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BATCHLAB_HOME", raising=False)
+    code, out, err = run("report", *(made if one == "MADE" else one for one in arguments))
+    assert code == 2, err
+    assert said in err
+    assert out == ""
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("report", "pull", "sums-0123456789"),
+        ("report", "sql", "SELECT 1", "sums-0123456789"),
+        ("report", "write", "sums-0123456789"),
+        ("job", "show-task", "sums-0123456789", "add/0"),
+        ("job", "replay-task", "sums-0123456789", "add/0"),
+    ],
+)
+def test_a_bucket_that_went_with_its_grid_is_not_waited_for(
+    command: tuple[str, ...], run: Run, tmp_path: Path
+) -> None:
+    home = Home(tmp_path)
+    home.of("ministack").mkdir()
+    # Nothing listens there; what did has ended with the grid.
+    home.write_place("ministack", Place("http://127.0.0.1:9", "bucket-1", named=False))
+    code, out, err = run(*command, "--backend", "ministack", "--home", str(tmp_path))
+    assert (code, out) == (3, "")
+    assert "is there while the grid is up" in err
+    assert "batchlab grid up --backend ministack" in err
+    code, out, err = run(*command, "--backend", "localstack", "--home", str(tmp_path))
+    assert (code, out) == (3, "")
+    assert f"No grid on localstack is up in {tmp_path}" in err
+
+
+def test_a_folder_that_is_no_run_is_not_written_over(
+    run: Run, manager: type[FakeClient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    manager.answers = {"job": a_job("sums-0123456789")}
+    mine = tmp_path / "sums-0123456789"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("ten years of work")
+    code, _, err = run("report", "pull", "sums-0123456789")
+    assert code == 2
+    assert "is no job performance data" in err
+    assert (mine / "thesis.txt").exists()
+
+
+def test_a_replays_record_stands_for_all_of_its_jobs(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = [write_run(tmp_path / name, Made(job=name, tasks=4)).name for name in ("a", "b")]
+    fact = a_record(*(replayed(n, id=name) for n, name in enumerate(runs)))
+    record.write(fact, tmp_path / "fact.json")
+    code, out, err = run("report", "sql", "SELECT job FROM jobs ORDER BY job", "fact.json", "--csv")
+    assert (code, out.split()) == (0, ["job", "a", "b"]), err
+    record.write(replace(fact, simulated=True), tmp_path / "forecast.json")
+    code, _, err = run("report", "pull", "forecast.json")
+    assert code == 2
+    assert "forecast.json is the record of a forecast, whose jobs have not run." in err
+
+
+def test_a_damaged_folder_is_told(run: Run, made: str, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "run")
+    (tmp_path / "run" / "tasks.parquet").write_bytes(b"PAR1 and then nothing")
+    code, _, err = run("report", "query", "stages", str(tmp_path / "run"))
+    assert code == 2
+    assert "cannot be read" in err
+
+
+def test_a_report_that_could_not_be_written_is_told_with_its_job(
+    run: Run, manager: type[FakeClient]
+) -> None:
+    job = a_job("sums-0123456789", "SUCCEEDED", report="the disk is full")
+    manager.answers = {"job": job, "why": "it has ended", "eta": {"text": "it has ended"}}
+    code, out, _ = run("job", "show", "sums-0123456789")
+    assert code == 0
+    assert "the disk is full; `batchlab report write sums-0123456789` tries again" in out

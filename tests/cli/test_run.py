@@ -1,0 +1,417 @@
+"""Which run a command means, what grid it gets, and what it says at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from rich.console import Console
+
+from batchlab import backends
+from batchlab.adapters.compose import deployment
+from batchlab.adapters.compose.deployment import Deployment
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.cli import pools, progress, runner, running, runs, session
+from batchlab.cli.session import Session
+from batchlab.client import Client
+from batchlab.errors import BackendError, Refused, Unreachable, UsageError
+from batchlab.home import Home, ManagerRecord
+from batchlab.model import ENDED, JobState, Pool
+from batchlab.patience import Patience
+from batchlab.protocol import naming, wire
+from batchlab.spec.jobfile import JobFile, load
+from batchlab.spec.starter import starter
+from batchlab.views import GridView
+from tests.support.cli import a_grid, view
+
+# --- Which run -----------------------------------------------------------------------------------
+
+
+def put(objects: SimObjects, key: str, doc: dict[str, Any] | None = None) -> None:
+    asyncio.run(objects.put(key, wire.to_bytes({"v": wire.VERSION, **(doc or {})})))
+
+
+def latest(objects: SimObjects) -> runs.Run | None:
+    return asyncio.run(runs.latest(objects, "sums", "f1", Patience(random.Random(1))))
+
+
+def test_runs_of_one_source_digest_are_counted_in_the_bucket() -> None:
+    """Without a manager, so that a run is found whatever became of the one that began it."""
+    objects = SimObjects()
+    assert latest(objects) is None
+    first = naming.job_id("sums", "f1")
+    put(objects, naming.spec(first))
+    assert latest(objects) == runs.Run(1, first, None)
+    put(objects, naming.final(first, 0), {"state": "FAILED"})
+    assert latest(objects) == runs.Run(1, first, JobState.FAILED)
+    put(objects, naming.retry(first, 1))
+    assert latest(objects) == runs.Run(1, first, None)
+    put(objects, naming.final(first, 1), {"state": "SUCCEEDED"})
+    assert latest(objects) == runs.Run(1, first, JobState.SUCCEEDED)
+    second = naming.job_id("sums", "f1#2")
+    put(objects, naming.spec(second))
+    assert latest(objects) == runs.Run(2, second, None)
+
+
+def a_run(ended: JobState | None) -> runs.Run:
+    return runs.Run(3, naming.job_id("sums", "f1#3"), ended)
+
+
+@pytest.mark.parametrize("ended", [None, *sorted(ENDED)])
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("cache", [True, False])
+def test_which_run_is_gone_on_with(ended: JobState | None, resume: bool, cache: bool) -> None:
+    failed = ended in (JobState.FAILED, JobState.CANCELLED)
+    refused = (resume and failed) or (not resume and ended is None)
+    if refused:
+        with pytest.raises(Refused) as error:
+            runner.choose(a_run(ended), resume=resume, cache=cache)
+        assert ("job retry" if failed else "--resume") in error.value.remedy
+        assert a_run(ended).job in str(error.value)
+        return
+    same = resume or (cache and ended is JobState.SUCCEEDED)
+    assert runner.choose(a_run(ended), resume=resume, cache=cache) == (3 if same else 4)
+
+
+def test_the_first_run_needs_no_earlier_one() -> None:
+    for flag in (True, False):
+        assert runner.choose(None, resume=flag, cache=flag) == 1
+
+
+def test_the_command_to_go_on_with_is_the_one_that_was_given() -> None:
+    given = ["run", "my job.yaml", "--set", "a=b c", "--debug"]
+    once = running.again(given)
+    assert once == "batchlab run 'my job.yaml' --set 'a=b c' --resume"
+    assert running.again(shlex.split(once)[1:]) == once
+
+
+# --- What grid -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jobfile(tmp_path: Path) -> JobFile:
+    for name, text in starter().items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return load(tmp_path / "job.yaml")
+
+
+def edited(jobfile: JobFile, before: str, after: str) -> JobFile:
+    text = jobfile.path.read_text()
+    assert before in text
+    jobfile.path.write_text(text.replace(before, after))
+    return load(jobfile.path)
+
+
+def test_a_job_without_wishes_gets_the_backends_own_pools(jobfile: JobFile) -> None:
+    assert runner.pools_for(backends.load("local"), jobfile) == ()
+
+
+def test_the_grid_has_every_pool_and_slot_that_the_job_asks_for(jobfile: JobFile) -> None:
+    """Pain 1: a stage whose pool does not exist waits for ever elsewhere."""
+    wish = "timeout: 1m\n    pool: big\n    resources: {slots: 4}\n    retry: 3"
+    jobfile = edited(jobfile, "timeout: 1m\n    retry: 3", wish)
+    backend = backends.load("local")
+    own = backend.pools[0]
+    assert runner.pools_for(backend, jobfile) == (own, Pool("big", 0, own.max_size, 4))
+
+
+def test_workers_bounds_every_pool(jobfile: JobFile) -> None:
+    backend = backends.load("local")
+    busy = replace(backend, pools=(Pool("default", 2, 8, 1),))
+    assert runner.pools_for(busy, jobfile, 1) == (Pool("default", 1, 1, 1),)
+
+
+@pytest.mark.parametrize("text", ["default:0-4x1", "big-1:2-2x16"])
+def test_a_pool_reads_as_it_is_written(text: str) -> None:
+    pool = pools.parse(text)
+    assert f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}" == text
+
+
+@pytest.mark.parametrize(
+    "text", ["default", "default:4", "default:4-2x1", "default:0-4x0", "Default:0-4x1", "a:0-4x1 "]
+)
+def test_what_is_no_pool_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(UsageError, match="default:0-4x1"):
+        pools.parse(text)
+
+
+def test_a_pool_given_twice_is_refused() -> None:
+    with pytest.raises(UsageError, match="given twice"):
+        pools.parse_all(["a:0-1x1", "a:0-2x1"])
+
+
+# --- A manager that dies -------------------------------------------------------------------------
+
+
+class Managers:
+    """Managers of which each dies after a number of answers."""
+
+    def __init__(self, home: Home, lives: list[int]) -> None:
+        self.home = home
+        self.lives = lives
+        self.started = self.stopped = 0
+        self.options: list[dict[str, Any]] = []
+        self.backend = "local"
+        self.is_ours = True
+        """Whether a manager that is started now is this process's own."""
+
+    def start(self, *_: object, **options: Any) -> ManagerRecord:
+        self.options.append(options)
+        self.started += 1
+        found = self.record()
+        assert found
+        return found
+
+    def record(self) -> ManagerRecord | None:
+        alive = self.started and self.lives[self.started - 1] > 0
+        return ManagerRecord(f"http://{self.started}", 1, "m", self.backend) if alive else None
+
+    def has_started(self, home: Home, record: ManagerRecord | None) -> bool:
+        return bool(record and self.options) and self.is_ours
+
+    def stop(self, *_: object) -> bool:
+        self.stopped += 1
+        return True
+
+    def answer(self) -> str:
+        if not self.lives[self.started - 1]:
+            raise Unreachable("Connection refused.")
+        self.lives[self.started - 1] -= 1
+        return "answer"
+
+
+@pytest.fixture
+def managers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], Managers]:
+    def make(lives: list[int]) -> Managers:
+        made = Managers(Home(tmp_path), lives)
+        monkeypatch.setattr("batchlab.updown.start_manager", made.start)
+        monkeypatch.setattr("batchlab.updown.stop_manager", made.stop)
+        monkeypatch.setattr("batchlab.updown.has_started", made.has_started)
+        monkeypatch.setattr(Client, "grid", lambda _: a_grid())
+        monkeypatch.setattr(Home, "record", lambda _: made.record())
+        return made
+
+    return make
+
+
+def test_a_manager_that_dies_is_replaced_and_the_question_asked_again(
+    managers: Callable[[list[int]], Managers],
+) -> None:
+    made = managers([1, 1, 3])
+    with Session(made.home, backends.load("local")) as grid:
+        grid.start()
+        assert [grid.call(lambda _: made.answer()) for _ in range(4)] == ["answer"] * 4
+    assert (made.started, made.stopped) == (3, 1)
+    assert all(one["parent"] for one in made.options), "each must end with the command"
+
+
+def test_managers_that_keep_dying_are_given_up_with_exit_code_three(
+    managers: Callable[[list[int]], Managers],
+) -> None:
+    made = managers([1] * 10)
+    grid = Session(made.home, backends.load("local"))
+    with grid:
+        grid.start()
+        for _ in range(1 + session.REVIVALS):
+            assert grid.call(lambda _: made.answer()) == "answer"
+        with pytest.raises(Unreachable, match="nothing is lost") as error:
+            grid.call(lambda _: made.answer())
+    assert made.started == 1 + session.REVIVALS
+    assert error.value.exit_code == 3
+
+
+def test_the_next_manager_of_a_standing_grid_stays_up_too(
+    managers: Callable[[list[int]], Managers],
+) -> None:
+    made = managers([1, 2])
+    made.started = 1
+    with Session(made.home, backends.load("local"), [Pool("big", 0, 9, 9)]) as grid:
+        grid.start()
+        assert [grid.call(lambda _: made.answer()) for _ in range(2)] == ["answer"] * 2
+        assert not grid.ends_grid
+    assert (made.started, made.stopped) == (2, 0)
+    (options,) = made.options
+    assert not options["parent"]
+    assert options["pools"] == [Pool("default", 0, 4, 2)], "the job's pools are not the grid's"
+
+
+def test_containers_that_stand_without_a_manager_are_not_taken_down(
+    managers: Callable[[list[int]], Managers],
+) -> None:
+    """Everybody's objects are in their LocalStack."""
+    made = managers([2, 2])
+    made.backend = "localstack"
+    at = Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13")
+    deployment.write(made.home, at)
+    with Session(made.home, backends.load("localstack")) as grid:
+        grid.start()
+        assert grid.call(lambda _: made.answer()) == "answer"
+    assert (made.started, made.stopped) == (1, 0)
+    assert not made.options[0]["parent"]
+
+
+def test_after_containers_were_taken_down_the_next_ones_are_the_commands_own(
+    managers: Callable[[list[int]], Managers],
+) -> None:
+    made = managers([1, 2])
+    made.backend, made.started = "localstack", 1
+    at = Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13")
+    deployment.write(made.home, at)
+    with Session(made.home, backends.load("localstack")) as grid:
+        grid.start()
+        assert grid.call(lambda _: made.answer()) == "answer"
+        deployment.forget(made.home)  # as `grid down` does
+        assert grid.call(lambda _: made.answer()) == "answer"
+    assert (made.started, made.stopped) == (2, 1)
+
+
+def test_a_manager_that_another_command_started_meanwhile_is_left_to_that(
+    managers: Callable[[list[int]], Managers],
+) -> None:
+    made = managers([2])
+    made.is_ours = False
+    with Session(made.home, backends.load("local")) as grid:
+        grid.start()
+        assert grid.call(lambda _: made.answer()) == "answer"
+    assert made.stopped == 0
+
+
+def test_a_manager_that_docker_starts_again_is_waited_for(
+    managers: Callable[[list[int]], Managers],
+) -> None:
+    """A command that did not start the grid does not start its manager either."""
+    made = managers([1, 1])
+    made.started = 1
+    grid = Session(made.home, backends.load("localstack"))
+    grid._client = Client("http://1", "secret")
+    at = Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13")
+    deployment.write(made.home, at)
+    assert grid.call(lambda _: made.answer()) == "answer"
+
+    later = iter([0, 0, 1])  # twice there is none yet
+
+    def ask(_: object) -> str:
+        try:
+            return made.answer()
+        except Unreachable:
+            made.started += next(later)
+            raise
+
+    assert grid.call(ask) == "answer"
+    assert not made.options
+    deployment.forget(made.home)  # the grid was taken down meanwhile
+    attached = Session(made.home, backends.load("localstack"), revivals=0)
+    attached._client = grid._client
+    with pytest.raises(Unreachable, match="nothing is lost"):
+        attached.call(lambda _: made.answer())
+
+
+def test_a_grid_that_was_up_is_left_up(managers: Callable[[list[int]], Managers]) -> None:
+    made = managers([5])
+    made.started = 1
+    with Session(made.home, backends.load("local")) as grid:
+        grid.start()
+        assert grid.call(lambda _: made.answer()) == "answer"
+    assert (made.started, made.stopped) == (1, 0)
+
+
+def test_a_manager_that_does_not_lead_yet_is_waited_for(
+    managers: Callable[[list[int]], Managers],
+) -> None:
+    made = managers([5])
+    refusals = iter([BackendError("It does not lead."), BackendError("It does not lead.")])
+
+    def ask(_: object) -> str:
+        for refusal in refusals:
+            raise refusal
+        return "now"
+
+    with Session(made.home, backends.load("local")) as grid:
+        grid.start()
+        assert grid.call(ask) == "now"
+
+
+def test_another_backends_grid_is_not_taken(
+    managers: Callable[[list[int]], Managers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = managers([5])
+    record = ManagerRecord("http://1", 1, "m", "ministack")
+    monkeypatch.setattr(Home, "record", lambda _: record)
+    with (
+        pytest.raises(UsageError, match="--backend ministack"),
+        Session(made.home, backends.load("local")) as grid,
+    ):
+        grid.start()
+    assert made.stopped == 0
+
+
+# --- Progress ------------------------------------------------------------------------------------
+
+
+def test_plain_progress_has_no_control_codes_and_says_only_what_is_new(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Pain 13 and CI logs: a line has to read well without a terminal."""
+    grid = cast("GridView", a_grid())
+    with progress.Lines(every_s=60) as lines:
+        for state in ("RUNNING", "RUNNING", "RUNNING", "SUCCEEDED"):
+            lines.show(view(state=state), grid)
+    err = capsys.readouterr().err
+    assert err.isprintable() or err.replace("\n", "").isprintable()
+    told = err.splitlines()
+    assert len(told) == 2
+    assert told[0].endswith("sums-0123456789 RUNNING: parse 5/10 (1 failed); 1/1 workers")
+
+
+def test_plain_progress_is_told_again_after_a_while_if_there_is_news(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with progress.Lines(every_s=0) as lines:
+        job = view()
+        lines.show(job, None)
+        lines.show(job, None)
+        job["stages"][0]["succeeded"] += 1
+        lines.show(job, None)
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_the_rate_does_not_count_the_wait_for_workers() -> None:
+    rates, job = progress.Rates(), view()
+    stage = job["stages"][0]
+    stage["failed"] = 0
+    for at_s, done in ((0.0, 0), (100.0, 0), (101.0, 2), (102.0, 4)):
+        stage["succeeded"] = done
+        rates.note(job, at_s)
+    assert rates.of(stage) == 2.0
+    assert rates.left_s(stage) == 3.0
+
+
+def test_capacity_counts_the_pools_that_the_job_uses() -> None:
+    grid = a_grid()
+    other = {**grid["pools"][0], "name": "other"}
+    grid["pools"].append(other)
+    assert progress.capacity(cast("GridView", grid), view()) == (1, 1, 2)
+
+
+def test_the_picture_has_a_line_per_stage_and_one_for_the_workers() -> None:
+    picture = progress.Picture()
+    console = Console(file=StringIO(), width=100)
+    console.print(picture.draw())
+    job = view()
+    job["stages"].append({**job["stages"][0], "name": "total", "planned": None, "failed": 0})
+    picture.show(job, cast("GridView", a_grid()))
+    console.print(picture.draw())
+    waiting, parse, total, foot = cast("StringIO", console.file).getvalue().splitlines()
+    assert waiting == "waiting for the grid"
+    assert re.search(r"^parse .* 5/10 +1 failed +2 running", parse)
+    assert re.search(r"^total .* 4/\? +2 running", total)
+    assert foot.startswith("sums-0123456789 RUNNING  1/1 workers  ")

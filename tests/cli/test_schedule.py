@@ -1,0 +1,331 @@
+"""`batchlab schedule` against a manager that only pretends: what is asked, said and refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab import backends
+from batchlab.backends import Backend
+from batchlab.cli import scheduling
+from batchlab.errors import NotFound, Refused
+from batchlab.home import Home
+from batchlab.jobdef import JobDef
+from tests.support import job_files as jobfiles
+from tests.support.cli import FakeClient, Run, at_home, runner
+
+DUE_S = 1_774_746_000.0
+"""2026-03-29 03:00 in Berlin, the first minute after what is left out."""
+
+
+def a_run(**more: Any) -> dict[str, Any]:
+    return {
+        "due_s": DUE_S,
+        "due": "2026-03-29T03:00:00+02:00",
+        "by_hand": False,
+        "state": "ended",
+        "result": "SUCCEEDED",
+        "reason": "",
+        "job": "j-0123456789",
+        "started_s": DUE_S,
+        "ended_s": DUE_S + 5,
+        "peak": {},
+        "tasks": 3,
+        **more,
+    }
+
+
+def a_schedule(**more: Any) -> dict[str, Any]:
+    return {
+        "name": "nightly",
+        "job": "j",
+        "state": "active",
+        "cron": "30 2 * * *",
+        "timezone": "Europe/Berlin",
+        "at_s": None,
+        "next_s": DUE_S,
+        "next": "2026-03-29T03:00:00+02:00",
+        "missed": "run-once",
+        "missed_within_s": 3600.0,
+        "overlap": "skip",
+        "prewarm_s": 600.0,
+        "capacity": None,
+        "due_param": "",
+        "source": "",
+        "source_digest": "",
+        "input": [],
+        "added_s": DUE_S - 9_000,
+        "runs": [a_run()],
+        **more,
+    }
+
+
+@pytest.fixture
+def manager(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
+    return at_home(monkeypatch)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return runner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    jobfiles.write(tmp_path, {**jobfiles.FOLDER, "job.yaml": jobfiles.MINIMAL})
+    return tmp_path
+
+
+def added(manager: type[FakeClient], run: Run, folder: Path, *options: str) -> tuple[Any, JobDef]:
+    """What the manager is asked for."""
+    manager.answers = {"add_schedule": a_schedule()}
+    code, out, err = run("schedule", "add", folder / "job.yaml", "--home", folder / "h", *options)
+    assert (code, err) == (0, ""), err
+    assert out == "nightly is due next at 2026-03-29 03:00:00 CEST\n"
+    name, (schedule, job), _ = manager.asked[-1]
+    assert name == "add_schedule"
+    return schedule, job
+
+
+def refused(run: Run, folder: Path, *options: str) -> str:
+    code, out, err = run("schedule", "add", folder / "job.yaml", "--home", folder / "h", *options)
+    assert (code, out) == (2, "")
+    sentence, remedy = err.rstrip("\n").split("\n")
+    assert remedy.strip()
+    return str(sentence)
+
+
+# --- Adding --------------------------------------------------------------------------------------
+
+
+def test_a_job_file_is_uploaded_and_described(
+    manager: type[FakeClient], run: Run, folder: Path
+) -> None:
+    schedule, job = added(
+        *(manager, run, folder, "--cron", "30 2 * * *", "--timezone", "Europe/Berlin"),
+        *("--missed", "run-all", "--missed-within", "6h", "--overlap", "queue"),
+        *("--prewarm", "10m", "--capacity", "4", "--name", "nightly", "--max-cost", "5USD"),
+    )
+    source_digest = schedule.pop("source_digest")
+    assert len(source_digest) == 64
+    assert schedule == {
+        "name": "nightly",
+        "cron": "30 2 * * *",
+        "timezone": "Europe/Berlin",
+        "at_s": None,
+        "missed": "run-all",
+        "missed_within_s": 21_600.0,
+        "overlap": "queue",
+        "prewarm_s": 600.0,
+        "capacity": 4,
+        "due_param": "",
+        "source": str(folder / "job.yaml"),
+    }
+    assert job.max_cost_usd == 5
+    assert job.input
+    objects = backends.load("local").open_objects(Home(folder / "h"))
+    for key in (job.code or "", *job.input.keys):
+        assert asyncio.run(objects.head(key))
+    # The same again has nothing else in it, so the manager knows it again.
+    assert added(manager, run, folder, "--cron", "30 2 * * *", "--name", "nightly")[1].id == job.id
+
+
+def test_a_span_may_be_a_number_of_seconds(
+    manager: type[FakeClient], run: Run, folder: Path
+) -> None:
+    """As the sentence says that refuses what is none."""
+    when = ("--cron", "30 2 * * *", "--prewarm", "600", "--missed-within", "90.5")
+    schedule, _ = added(manager, run, folder, *when)
+    assert (schedule["prewarm_s"], schedule["missed_within_s"]) == (600.0, 90.5)
+
+
+def test_what_the_file_says_of_its_times_counts_unless_an_option_does(
+    manager: type[FakeClient], run: Run, folder: Path
+) -> None:
+    text = jobfiles.MINIMAL + 'cron: "5 4 * * *"\ntimezone: Europe/Berlin\n'
+    (folder / "job.yaml").write_text(text)
+    schedule, job = added(manager, run, folder)
+    assert (schedule["cron"], schedule["timezone"]) == ("5 4 * * *", "Europe/Berlin")
+    schedule, _ = added(manager, run, folder, "--at", "2126-03-29T02:30")
+    assert schedule["cron"] == ""
+    assert schedule["at_s"] == datetime(2126, 3, 29, 1, 30, tzinfo=UTC).timestamp()
+    (folder / "job.yaml").write_text(jobfiles.MINIMAL + 'at: "2126-03-29T02:30:00Z"\n')
+    schedule, other = added(manager, run, folder)
+    assert schedule["at_s"] == datetime(2126, 3, 29, 2, 30, tzinfo=UTC).timestamp()
+    assert job.name == other.name == "j"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ((), "Nothing says when it is to run."),
+        (("--cron", "* * * * *", "--at", "+10m"), "--cron and --at exclude each other."),
+        (("--at", "tomorrow"), "'tomorrow' is no time."),
+        (("--at", "+1x"), "'+1x' is no time."),
+        (("--at", "2026-03-29T02:30", "--timezone", "Berlin"), "no time zone 'Berlin'"),
+        (("--cron", "* * * * *", "--prewarm", "soon"), "--prewarm: 'soon' is not a duration."),
+        (("--cron", "* * * * *", "--capacity", "3"), "--capacity is what --prewarm has ready."),
+        (("--cron", "* * * * *", "--input", "incoming/"), "'incoming/' is not below raw/"),
+        (("--cron", "* * * * *", "--input", "raw/../jobs/"), "is not below raw/"),
+        (("--cron", "* * * * *", "--input", "raw/incoming"), "is no prefix, which ends in"),
+        (("--cron", "* * * * *", "--set", "year=1"), "there is no parameter 'year'"),
+    ],
+)
+def test_a_mistake_is_told_before_the_manager_is_asked(
+    manager: type[FakeClient], run: Run, folder: Path, options: tuple[str, ...], told: str
+) -> None:
+    assert told in refused(run, folder, *options)
+    assert manager.asked == []
+
+
+def test_each_runs_input_may_be_a_prefix_of_the_bucket(
+    manager: type[FakeClient], run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in (folder / "data").iterdir():
+        file.unlink()  # the file's own input need not be there
+    _, job = added(manager, run, folder, "--cron", "* * * * *", "--input", "raw/incoming/")
+    assert job.input
+    assert job.input.keys == ("raw/incoming/",)
+    monkeypatch.setattr(Backend, "bucket", lambda *_: "mine")
+    own = jobfiles.MINIMAL.replace("data/*", "[s3://mine/raw/a/, s3://mine/raw/b]")
+    (folder / "job.yaml").write_text(own)
+    _, job = added(manager, run, folder, "--cron", "* * * * *")
+    assert job.input
+    assert job.input.keys == ("raw/a/", "raw/b")
+    (folder / "job.yaml").write_text(own.replace("s3://mine/raw/b", "s3://other/raw/b"))
+    assert "partly" in refused(run, folder, "--cron", "* * * * *")
+    (folder / "job.yaml").write_text(own.replace("s3://mine", "s3://other"))
+    assert "cannot read" in refused(run, folder, "--cron", "* * * * *")
+
+
+@pytest.mark.parametrize("command", [("job", "submit"), ("run",)])
+def test_a_job_that_says_cron_is_not_run_once(
+    manager: type[FakeClient], run: Run, folder: Path, command: tuple[str, ...]
+) -> None:
+    (folder / "job.yaml").write_text(jobfiles.MINIMAL + 'cron: "5 4 * * *"\n')
+    code, _, err = run(*command, folder / "job.yaml", "--home", folder / "h")
+    assert code == 2
+    assert "says cron: it is to run again and again" in err
+    assert "batchlab schedule add job.yaml" in err
+    assert manager.asked == []
+
+
+# --- Looking -------------------------------------------------------------------------------------
+
+
+def test_the_list_says_what_is_next_and_what_was_last(manager: type[FakeClient], run: Run) -> None:
+    schedules = [a_schedule(), a_schedule(name="once", cron="", at_s=DUE_S, runs=[], next_s=None)]
+    notes = ["schedule nightly: the run of 2026 is skipped: 3 due times were missed"]
+    manager.answers = {"schedules": {"schedules": schedules, "notes": notes}}
+    code, out, err = run("schedule", "list")
+    assert code == 0
+    head, first, second = out.rstrip("\n").split("\n")
+    assert head.split()[:3] == ["NAME", "STATE", "WHEN"]
+    assert "30 2 * * * Europe/Berlin  2026-03-29 03:00:00 CEST" in first
+    assert first.endswith("SUCCEEDED  j-0123456789")
+    assert second.split() == ["once", "active", "once", "-", "-", "-", "-"]
+    assert err == f"Note: {notes[0]}\n"
+    assert json.loads(run("schedule", "list", "--json")[1]) == schedules
+    manager.answers = {"schedules": {"schedules": [], "notes": []}}
+    assert "batchlab schedule add FILE" in run("schedule", "list")[2]
+
+
+def test_a_schedule_shows_its_runs_and_why_one_was_skipped(
+    manager: type[FakeClient], run: Run
+) -> None:
+    why = "the run of \x1b[31mtoday had not ended"
+    runs = [a_run(state="skipped", result="", reason=why, job=None, started_s=None), a_run()]
+    manager.answers = {"schedule": a_schedule(runs=runs)}
+    code, out, _ = run("schedule", "show", "nightly")
+    assert code == 0
+    assert "warm      10 min 00 s before, what the last runs used" in out
+    assert "missed    run-once within 60 min 00 s" in out
+    skipped, ended = out.rstrip("\n").split("\n")[-2:]
+    assert skipped.split("  ")[1] == "skipped"
+    assert "had not ended" in skipped
+    assert "\x1b" not in out
+    assert "5.0 s" in ended
+    shown = json.loads(run("schedule", "show", "nightly", "--json")[1])
+    assert shown["changed"] == ""
+
+
+def test_a_job_file_that_has_changed_since_is_told_of(
+    manager: type[FakeClient], run: Run, folder: Path
+) -> None:
+    said, _ = added(manager, run, folder, "--cron", "30 2 * * *")
+    view: Any = a_schedule(source=said["source"], source_digest=said["source_digest"])
+    assert scheduling.since(view) == ""
+    (folder / "data" / "a.csv").write_text("another")
+    assert "has changed since: runs are as it was when it was added" in scheduling.since(view)
+    manager.answers = {"schedule": view}
+    assert "--replace takes what it is now" in run("schedule", "show", "nightly")[2]
+    (folder / "job.yaml").write_text("name: [")
+    assert "is no job file that can be run now" in scheduling.since(view)
+    (folder / "job.yaml").unlink()
+    assert scheduling.since(view) == ""
+
+
+def test_due_times_are_listed_in_the_zone_and_in_utc(manager: type[FakeClient], run: Run) -> None:
+    due = {"at_s": DUE_S, "local": "2026-03-29T03:00:00+02:00", "utc": "2026-03-29T01:00:00Z"}
+    manager.answers = {"coming": [due]}
+    code, out, _ = run("schedule", "next", "nightly", "--count", 1)
+    assert code == 0
+    assert out.split() == ["LOCAL", "UTC", due["local"], due["utc"]]
+    assert manager.asked[-1] == ("coming", ("nightly",), {"count": 1})
+    assert json.loads(run("schedule", "next", "nightly", "--json")[1]) == [due]
+    manager.answers = {"coming": []}
+    assert run("schedule", "next", "nightly")[2] == "nightly is not due any more.\n"
+
+
+# --- Steering ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["pause", "resume", "remove"])
+def test_verbs_of_schedules_go_to_the_manager(
+    manager: type[FakeClient], run: Run, verb: str
+) -> None:
+    runs = [a_run(state="running", result="")]
+    manager.answers = {f"{verb}_schedule": a_schedule(state="paused", runs=runs)}
+    code, out, err = run("schedule", verb, "nightly")
+    assert code == 0
+    assert out == f"nightly {'is removed' if verb == 'remove' else 'paused'}\n"
+    assert err == "Its job j-0123456789 runs.\n"
+    assert manager.asked[-1] == (f"{verb}_schedule", ("nightly",), {})
+
+
+def test_run_prints_the_job_and_asks_with_a_token_of_its_own(
+    manager: type[FakeClient], run: Run
+) -> None:
+    manager.answers = {"run_schedule": a_run(by_hand=True)}
+    assert run("schedule", "run", "nightly")[:2] == (0, "j-0123456789\n")
+    assert run("schedule", "run", "nightly")[0] == 0
+    tokens = [asked[1][1] for asked in manager.asked]
+    assert len(set(tokens)) == 2
+    manager.answers = {"run_schedule": a_run(job=None)}
+    assert run("schedule", "run", "nightly")[1] == "nightly waits for the run before it\n"
+    none = a_run(job=None, state="skipped", reason="asked for; there was no object in raw/x/")
+    manager.answers = {"run_schedule": none}
+    code, out, err = run("schedule", "run", "nightly")
+    assert (code, out) == (2, "")
+    assert "has not run: asked for; there was no object in raw/x/." in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotFound("There is no schedule 'x'.", remedy="`batchlab schedule list` shows them."),
+        Refused("There is a schedule 'x' already.", remedy="Say --replace to change it."),
+    ],
+)
+def test_what_the_manager_declines_is_a_sentence(
+    manager: type[FakeClient], run: Run, error: Exception
+) -> None:
+    manager.answers = {"pause_schedule": error}
+    code, out, err = run("schedule", "pause", "x")
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: There is")

@@ -1,0 +1,170 @@
+"""`batchlab scenario simulate`: what it prints, writes and ends with."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from batchlab import backends
+from batchlab.cli import replays
+from batchlab.forecast.calibrate import write
+from batchlab.scenario import loader
+from batchlab.scenario.calibration import Calibration
+from batchlab.scenario.record import read
+from tests.support.cli import Run, runner
+
+PEAK = """\
+name: peak
+about: A small one. It shows what the command says.
+seed: 4
+jobs:
+  work: {tasks: 4, task: 3s, deadline: 10m}
+arrivals:
+  - {job: work, at: [0s, 30s]}
+pools:
+  default: {min: 1, max: 2, slots: 2, boot: 20s, instance_type: m7i.large}
+faults:
+  - {at: 31s, fault: sqs-duplicates, rate: 1, for: 10s}
+expect: {makespan: MAKESPAN, late: 0, lost: 0, cost: 1 USD}
+"""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return runner(monkeypatch, capsys)
+
+
+def peak(folder: Path, makespan: str = "2m") -> Path:
+    path = folder / "peak.yaml"
+    path.write_text(PEAK.replace("MAKESPAN", makespan))
+    return path
+
+
+def test_a_scenario_that_holds_is_green_and_leaves_its_record_and_log(
+    run: Run, tmp_path: Path
+) -> None:
+    out, log = tmp_path / "peak.json", tmp_path / "peak.log"
+    code, said, told = run("scenario", "simulate", peak(tmp_path), "--out", out, "--log", log)
+    assert code == 0, told
+    assert "peak, seed 4, as on aws: 2 jobs, 8 tasks, simulated in" in said
+    assert "Green: 4 green." in said
+    assert "messages came twice" in said
+    record = read(out)
+    assert (record.scenario, len(record.jobs), record.simulated) == ("peak", 2, True)
+    assert len(log.read_text().splitlines()) > 100
+
+
+def test_what_is_missed_is_red_and_ends_with_1(run: Run, tmp_path: Path) -> None:
+    code, said, told = run("scenario", "simulate", peak(tmp_path, "20s"))
+    assert code == 1
+    next_ = f"`batchlab scenario plan {tmp_path / 'peak.yaml'} --deadline 20s` looks for a fleet"
+    assert next_ in told
+    assert "more than expected" in said
+    assert "Red: 3 green, 1 red." in said
+
+
+def test_a_program_is_told_the_same(run: Run, tmp_path: Path) -> None:
+    made = Calibration("localstack", bundle_s=1.0)
+    write(made, tmp_path / "numbers.json")
+    code, said, told = run(
+        *("scenario", "simulate", peak(tmp_path), "--json", "--seed", 9, "--like", "localstack"),
+        *("--compress", 2, "--calibration", tmp_path / "numbers.json"),
+    )
+    doc = json.loads(said)
+    assert (code, doc["red"], doc["seed"], doc["like"]) == (0, False, 9, "localstack")
+    assert doc["compressed"] == 2
+    assert "the calibration is of runs that were compressed by 1, the forecast by 2" in told
+    assert doc["jobs"] == 2
+    verdicts = {row["measure"]: row["verdict"] for row in doc["verdict"]}
+    assert verdicts["cost"] == "not judged", "money is not judged in a compressed run"
+    assert doc["measures"]["makespan"] < 60
+    (fault,) = doc["faults"]
+    assert fault["at_s"] == pytest.approx(15.5, abs=0.1)
+    assert fault["evidence"]
+
+
+def test_another_backends_numbers_are_refused(run: Run, tmp_path: Path) -> None:
+    write(Calibration("local", bundle_s=1.0), tmp_path / "numbers.json")
+    for what in (("simulate",), ("plan", "--deadline", "1h")):
+        code, _, told = run(
+            *("scenario", what[0], peak(tmp_path), *what[1:]),
+            *("--calibration", tmp_path / "numbers.json"),
+        )
+        assert code == 2
+        assert "was measured on local, and the forecast is to be as on aws" in told
+        assert "--like local" in told
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_runs(
+    run: Run, tmp_path: Path
+) -> None:
+    code, _, told = run("scenario", "simulate", peak(tmp_path), "--out", tmp_path / "no" / "x")
+    assert code != 0
+    assert "cannot be written" in told
+
+
+def test_a_scenario_that_there_is_not_is_told(run: Run) -> None:
+    code, _, told = run("scenario", "simulate", "no-such")
+    assert code != 0
+    assert "no-such" in told
+    assert "Traceback" not in told
+
+
+def test_an_interrupted_forecast_ends_at_once_in_a_sentence(tmp_path: Path) -> None:
+    text = PEAK.replace("MAKESPAN", "2m").replace("tasks: 4,", "tasks: 200000,")
+    (tmp_path / "peak.yaml").write_text(text)
+    path = str(tmp_path / "peak.yaml")
+    # The same program, which tells how far it is after half a second in place of ten.
+    program = "from batchlab.cli import forecasting, main; forecasting.SOMETIMES_S = 0.5; main()"
+    command = [sys.executable, "-c", program, "scenario", "simulate", path]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "400,000 tasks take up to about" in process.stderr.readline()
+        told = process.stderr.readline()  # it is under way
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+        assert process.wait(30) == 130
+    assert "jobs ended" in told
+    assert rest.strip().endswith("nothing is kept.")
+    assert "Traceback" not in rest
+
+
+def test_how_long_many_tasks_take_is_told_before(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, told = run("scenario", "simulate", peak(tmp_path))
+    assert "to simulate" not in told
+    monkeypatch.setattr("batchlab.cli.forecasting.MANY_TASKS", 8)
+    _, _, told = run("scenario", "simulate", peak(tmp_path))
+    assert "8 tasks take up to about 16 ms to simulate; Ctrl-C ends it." in told
+
+
+def test_who_replays_a_night_in_real_time_is_told_so_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = peak(tmp_path)
+    replays._tell_long(loader.load(path), None)
+    assert capsys.readouterr().err == ""
+    path.write_text(path.read_text().replace("[0s, 30s]", "[0s, 9h]"))
+    replays._tell_long(loader.load(path), None)
+    assert "peak runs in real time, for at least 9 h 00 min; --compress 100" in (
+        capsys.readouterr().err
+    )
+
+
+def test_who_replays_with_a_fleet_too_large_for_one_machine_is_told_so_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = peak(tmp_path)
+    replays._tell_large(loader.load(path), backends.load("local"))
+    path.write_text(path.read_text().replace("max: 2", "max: 800"))
+    replays._tell_large(loader.load(path), backends.load("aws"))
+    assert capsys.readouterr().err == ""
+    replays._tell_large(loader.load(path), backends.load("local"))
+    told = capsys.readouterr().err
+    assert "Its fleet may come to 800 instances, each a process of this machine" in told

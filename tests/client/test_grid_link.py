@@ -1,0 +1,76 @@
+"""The end of a grid's link, where its event loop does nothing any more."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from batchlab import backends
+from batchlab.grid import link as linking
+from batchlab.grid.link import Link
+from batchlab.home import Home, ManagerRecord
+from tests.support.cli import FakeClient, a_job
+
+
+@pytest.fixture
+def link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Link:
+    FakeClient.answers, FakeClient.asked = {"cancel": a_job("j-0123456789")}, []
+    record = ManagerRecord("http://nowhere", 1, "manager-1", "local")
+    monkeypatch.setattr(linking, "Client", FakeClient)
+    monkeypatch.setattr(Home, "record", lambda self: record)
+    monkeypatch.setattr(Home, "token", lambda self: "secret")
+    return Link(backends.load("local"), Home(tmp_path / "h"), ())
+
+
+def cancelled() -> list[str]:
+    return sorted(job for name, (job,), _ in FakeClient.asked if name == "cancel")
+
+
+def test_jobs_are_cancelled_at_the_end(link: Link) -> None:
+    for job in ("waited-for", "left", "done"):
+        link.follow(job)
+    link.leave("left", cancel=True)
+    link.leave("done", cancel=False)
+    link.close()
+    assert cancelled() == ["left", "waited-for"]
+    assert not link._thread.is_alive()
+
+
+def test_they_are_where_an_interrupt_hits_the_look_at_the_event_loop(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(link, "_is_stuck", interrupted)
+    link.folder.mkdir(parents=True)
+    link.follow("waited-for")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            link.close()
+        assert cancelled() == ["waited-for"]
+        assert not link.folder.exists()
+    finally:
+        link._stop_loop()
+
+
+def test_they_are_even_where_an_interrupt_has_left_a_lock_taken(
+    link: Link, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It hits between a lock's being taken and its being let go, which Python cannot rule out."""
+    monkeypatch.setattr(linking, "STUCK_S", 0.05)
+    lock = threading.Lock()
+    lock.acquire()
+    link._loop.call_soon_threadsafe(lock.acquire)
+    for job in ("waited-for", "left"):
+        link.follow(job)
+    link.leave("left", cancel=True)
+    try:
+        link.close()
+        assert cancelled() == ["left", "waited-for"]
+        assert "stuck" in caplog.text
+    finally:
+        lock.release()
+        link._stop_loop()

@@ -1,0 +1,59 @@
+"""One request to the manager, whatever comes in between."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator
+from http.client import HTTPResponse
+
+import pytest
+
+from batchlab.client import Client
+from batchlab.errors import NotFound
+from tests.support.http_proxy import Answer, Request, proven, standing
+
+
+class Manager:
+    def answer(self, request: Request) -> Answer:
+        answer = Answer(404, [], b'{"error": "There is no such job.", "remedy": "Look again."}')
+        if request.path == "/v1/health":
+            answer = Answer(200, [], b'{"leader": true}')
+        return proven("secret", request, answer)
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    with standing(Manager()) as url, Client(url, "secret") as client:
+        yield client
+
+
+def test_an_interrupt_while_an_answer_is_put_away_is_not_lost(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a finalizer, which closes what nobody has closed, Python drops whatever is raised."""
+    close, left = HTTPResponse.close, [signal.SIGINT]
+
+    def interrupted(response: HTTPResponse) -> None:
+        if left:
+            signal.raise_signal(left.pop())
+        close(response)
+
+    monkeypatch.setattr(HTTPResponse, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        client.health()
+    assert client.health()["leader"]
+    assert len(client._connections._idle) == 1  # to be used again
+    left.append(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        client.job("nowhere")
+    with pytest.raises(NotFound, match="no such job"):
+        client.job("nowhere")
+
+
+def test_a_connection_that_was_closed_is_not_asked_again(client: Client) -> None:
+    """As by a manager that ends, while its successor listens at the same place."""
+    assert client.health()["leader"]
+    kept = client._connections._idle[0][1]
+    kept.sock.shutdown(socket.SHUT_RDWR)
+    assert client.health()["leader"]

@@ -1,0 +1,214 @@
+"""`batchlab conform`, the command around the checks; without an endpoint."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from batchlab.cli import conform as command
+from batchlab.cli.signals import Stopped
+from batchlab.conform.check import Check, Verdict
+from batchlab.conform.checks import CHECKS
+from batchlab.conform.run import Result
+from batchlab.conform.target import Target
+from tests.support import cli as cli_rig
+from tests.support.conform.site import NOWHERE, no_aws
+
+__all__ = ["no_aws"]
+
+pytestmark = pytest.mark.usefixtures("no_aws")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> cli_rig.Run:
+    return cli_rig.runner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def verdicts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Verdict]:
+    """What the checks come to, by name, without an endpoint; the others agree."""
+    given: dict[str, Verdict] = {}
+
+    def pretend(_: Target, checks: list[Check], **__: object) -> list[Result]:
+        found = [(check, given.get(check.name, Verdict.AGREES)) for check in checks]
+        return [
+            Result(check, verdict, "" if verdict is Verdict.AGREES else "something else", 0.1)
+            for check, verdict in found
+        ]
+
+    monkeypatch.setattr("batchlab.conform.run.run", pretend)
+    monkeypatch.setattr(Target, "open", lambda *_: None)
+    return given
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "Without --endpoint this would make a bucket and some 100 queues in an AWS account"),
+        (("--endpoint", "http://a", "--aws"), "exclude each other"),
+        (("--endpoint", "localhost:4566"), "is not the address of an endpoint"),
+        (("--endpoint", "https://s3.amazonaws.com"), "is AWS itself"),
+        (("--endpoint", "http://a", "--only", "zz*"), "No check has a name like zz*"),
+        (
+            ("--endpoint", "http://a", "--only", "sqs-delay-901", "--needed"),
+            "No check that batchlab needs has a name like sqs-delay-901",
+        ),
+        (("--endpoint", "http://a", "--only", "s3*", "--markdown", "x.md"), "Leave out --only"),
+        (("--endpoint", "http://a", "--needed", "--markdown", "x.md"), "and --needed"),
+        (("--endpoint", "http://a", "--markdown", "no/where.md"), "no/where.md cannot be written"),
+        (("--endpoint", "http://a", "--region", "eu west"), "eu west is not the name of a region"),
+        (("--aws",), "There are no AWS credentials"),
+        (("--endpoint", "http://a", "--service", "ec2"), "There are no checks of a service ec2"),
+        (("--aws", "--service", "autoscaling"), "would launch instances in an AWS account"),
+        (("--endpoint", "http://a", "--template", "t"), "--template is for --service autoscaling"),
+        (
+            ("--endpoint", "http://a", "--service", "autoscaling", "--only", "s3-*"),
+            "No check has a name like s3-*",
+        ),
+        (("--endpoint", "http://a", "--service", "s3", "--markdown", "x.md"), "Leave out --only"),
+    ],
+)
+def test_what_it_refuses(options: tuple[str, ...], message: str, run: cli_rig.Run) -> None:
+    code, out, err = run("conform", *options)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_where_nothing_answers_it_says_so(run: cli_rig.Run) -> None:
+    with socket.socket() as nobody:
+        # Bound, and not listening: refused, and nobody else's meanwhile.
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        for options, service in (
+            ((), "S3"),
+            (("--only", "sqs-*"), "SQS"),
+            (("--service", "sqs"), "SQS"),
+            (("--service", "autoscaling"), "Auto Scaling"),
+        ):
+            code, out, err = run("conform", "--endpoint", url, *options)
+            assert (code, out) == (3, "")
+            assert err == (
+                f"Error: No {service} answers at {url}.\n"
+                "  Start what should answer there, or correct the address.\n"
+            )
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict", "options", "code"),
+    [
+        ("s3-range", Verdict.AGREES, (), 0),
+        ("s3-range", Verdict.DIFFERS, (), 1),
+        ("s3-range", Verdict.UNTRIED, (), 1),
+        ("s3-range-behind", Verdict.DIFFERS, (), 1),
+        ("s3-range-behind", Verdict.UNTRIED, (), 0),
+        ("s3-range-behind", Verdict.DIFFERS, ("--needed",), 0),
+        ("s3-range", Verdict.DIFFERS, ("--needed",), 1),
+        ("s3-range", Verdict.DIFFERS, ("--only", "sqs-*"), 0),
+    ],
+)
+def test_its_exit_code(
+    name: str,
+    verdict: Verdict,
+    options: tuple[str, ...],
+    code: int,
+    run: cli_rig.Run,
+    verdicts: dict[str, Verdict],
+) -> None:
+    verdicts[name] = verdict
+    assert run("conform", "--endpoint", "http://127.0.0.1:9", *options)[0] == code
+
+
+def test_what_a_person_is_told(run: cli_rig.Run, verdicts: dict[str, Verdict]) -> None:
+    verdicts["s3-range-behind"] = Verdict.DIFFERS
+    call = ("conform", "--endpoint", "http://127.0.0.1:9", "--only", "s3-range*", "--name", "Mine")
+    code, out, err = run(*call)
+    assert (code, err) == (1, "")
+    table, difference, summary = out.rstrip().split("\n\n")
+    assert table.splitlines() == [
+        "SERVICE  SEVERITY  AGREES  DIFFERS  UNTRIED",
+        "s3       needed         2        0        0",
+        "s3       noted          0        1        0",
+    ]
+    assert difference.splitlines() == [
+        "DIFFERS  s3-range-behind (noted)",
+        "  AWS   A range that begins behind the end answers 416 InvalidRange. [S3 API, GetObject]",
+        "  here  something else",
+        "  so    one more request where a part is empty",
+    ]
+    assert summary.startswith(
+        "Mine: 2 of 2 rules that batchlab needs hold; 0 of 1 rules that it does without hold. ("
+    )
+    _, out, _ = run(*call, "--all")
+    assert "s3-range-cut  needed    A range that reaches behind the end is cut off there." in out
+
+
+def test_what_a_program_is_told(run: cli_rig.Run, verdicts: dict[str, Verdict]) -> None:
+    verdicts["sqs-delay-901"] = Verdict.DIFFERS
+    code, out, err = run("conform", "--endpoint", "http://127.0.0.1:9", "--json")
+    told = json.loads(out)
+    assert (code, err) == (1, "")
+    assert (told["agrees"], told["needed_agree"]) == (False, True)
+    assert told["counts"] == {"agrees": len(CHECKS) - 1, "differs": 1, "untried": 0}
+    assert [one["check"] for one in told["checks"]] == [one.name for one in CHECKS]
+
+
+def test_a_page_is_written_and_written_again(
+    run: cli_rig.Run, verdicts: dict[str, Verdict], tmp_path: Path
+) -> None:
+    page = tmp_path / "page.md"
+    call = ("conform", "--endpoint", "http://127.0.0.1:9", "--name", "Mine", "--markdown", page)
+    verdicts["sqs-wake"] = Verdict.DIFFERS
+    run(*call)
+    before = page.read_text()
+    assert "`sqs-wake` | needed |" in before
+    del verdicts["sqs-wake"]
+    code, _, err = run(*call)
+    assert (code, err) == (0, f"The report is in {page}.\n")
+    assert page.read_text().count("### Mine") == 1
+    assert "seen here" not in page.read_text()
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The handlers that somebody had before are there again afterwards."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("dropped", [0, 2])
+def test_only_the_first_interrupt_that_is_heard_counts(
+    number: signal.Signals, dropped: int, handlers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python drops what is raised in a finalizer."""
+    cleaned: list[str] = []
+
+    def close(_target: Target) -> list[str]:
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(again)
+        cleaned.append("all")
+        return []
+
+    def work() -> None:
+        for _ in range(dropped):
+            with suppress(Stopped):
+                signal.raise_signal(number)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(Target, "close", close)
+    with (
+        pytest.raises(Stopped),
+        command._interruptible(),
+        command._target(NOWHERE.url, None, None, None),
+    ):
+        work()
+    assert cleaned == ["all"]

@@ -1,0 +1,237 @@
+"""Extras: what every installation goes without, and the sentence where one is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from batchlab import backends, extras
+from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.compose import images
+from batchlab.adapters.notify.sns import Topics
+from batchlab.cli import NEEDED, lacking
+from batchlab.errors import UsageError
+from batchlab.grid import Grid
+from batchlab.notification import NotDelivered, Notification, Target
+from tests.support.cli import Run, runner
+from tests.support.supply import EXTRAS, ROOT
+
+OF_EXTRAS = frozenset(module for modules in extras.MODULES.values() for module in modules)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return runner(monkeypatch, capsys)
+
+
+def project() -> dict[str, Any]:
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return found
+
+
+def names(lines: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+def test_the_code_knows_the_extras_that_there_are_and_what_they_bring() -> None:
+    asked = project()["project"]["optional-dependencies"]
+    assert set(asked) == set(extras.MODULES) == set(EXTRAS)
+    homes = metadata.packages_distributions()
+    for extra, lines in asked.items():
+        given = {canonicalize_name(name) for one in extras.MODULES[extra]
+                 for name in homes[one.partition(".")[0]]}  # fmt: skip
+        assert names(lines) <= given, extra
+        assert extra == "otel" or given - names(lines) <= {"botocore"}, "boto3 brings it"
+    assert OF_EXTRAS.isdisjoint(NEEDED)
+    every = names([line for lines in asked.values() for line in lines])
+    assert every.isdisjoint(names(project()["project"]["dependencies"]))
+
+
+def test_a_clone_has_all_of_them() -> None:
+    """The README's first command leaves out dev alone, its second nothing."""
+    found = project()
+    assert found["tool"]["uv"]["default-groups"] == ["all", "dev"]
+    (every,) = map(Requirement, found["dependency-groups"]["all"])
+    assert every.extras == set(EXTRAS) - {"otel"}
+    (dev,) = (
+        one for one in map(Requirement, found["dependency-groups"]["dev"]) if one.name == "batchlab"
+    )
+    assert dev.extras == set(EXTRAS)
+
+
+def test_the_main_job_needs_none_of_them(tmp_path: Path) -> None:
+    """Its imports, and its adapters opened; `test_installed.py` runs it where they are not."""
+    code = f"""if True:
+        import sys
+        for name in {sorted(OF_EXTRAS)!r}:
+            sys.modules[name] = None
+        from pathlib import Path
+        import batchlab.cli.demo, batchlab.cli.report, batchlab.cli.runner, batchlab.grid
+        import batchlab.report.building, batchlab.report.store, batchlab.report.writing
+        import batchlab.services.manager, batchlab.services.worker, batchlab.worker.loop
+        import batchlab.services.report_writer
+        from batchlab import backends, web
+        from batchlab.api import create_app
+        from batchlab.home import Home
+
+        home, local = Home(Path({str(tmp_path)!r})), backends.load("local")
+        clock = local.open_clock()
+        objects = local.open_objects(home)
+        local.open_queue(home, clock)
+        local.open_ledger(home)
+        local.open_fleet(home, local.open_launcher(home, clock), clock)
+        local.open_deliveries(home, clock)
+        batchlab.services.report_writer.open_reporter(local, home, objects, local.pools)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "command"),
+    [
+        ("boto3", "aws", "deploy status --region eu-west-1"),
+        ("boto3", "aws", "grid up --backend aws"),
+        ("psycopg", "aws", "grid up --backend aws"),
+        ("boto3", "aws", "conform --endpoint http://127.0.0.1:9"),
+        ("botocore", "aws", "asg serve --templates templates.toml"),
+        ("docker", "docker", "asg serve --templates templates.toml --launcher docker"),
+        ("docker", "docker", "grid up --backend localstack"),
+        ("boto3", "docker", "grid up --backend localstack"),
+        ("boto3", "ministack", "grid up --backend ministack"),
+        ("boto3", "ministack", "demo --backend ministack --files 1"),
+        ("jinja2", "web", "report html last"),
+    ],
+)
+def test_who_uses_a_part_without_its_extra_gets_one_sentence(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    module: str,
+    extra: str,
+    command: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(extras, "_origin", dict)
+    code, out, err = run(*command.split())
+    assert (code, out) == (2, "")
+    said, remedy = err.splitlines()[-2:]
+    assert said.startswith("Error: ")
+    assert f"needs batchlab's extra `{extra}`, which is not installed" in said
+    assert said.endswith(f"there is no package '{module}'.")
+    assert f"install {'--python ' * ('-m pip' not in remedy)}" in remedy
+    assert f"'batchlab[{extra}] @ file:///…/batchlab-….whl'` brings it." in remedy
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("backend", ["ministack", "localstack", "aws"])
+def test_from_python_it_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(UsageError, match=f"The backend {backend} needs batchlab's extra"):
+        _ = Grid(backend, home=tmp_path).client
+    assert not [one for one in tmp_path.iterdir() if one.suffix == ".log"], "nothing was started"
+
+
+def test_an_import_that_nobody_has_asked_about_is_told_likewise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(extras, "_origin", dict)
+    told = lacking(ModuleNotFoundError(name="docker.errors"))
+    assert told is not None
+    assert told.startswith("Error: This command needs batchlab's extra `docker`, which is not ")
+    assert "batchlab[docker]" in told.splitlines()[1]
+    assert lacking(ModuleNotFoundError(name="pandas")) is None
+    assert lacking(ModuleNotFoundError()) is None
+
+
+def test_the_doctor_names_what_is_missing(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    monkeypatch.setattr(extras, "_origin", dict)
+    code, out, _ = run("doctor", "--json", "--home", tmp_path / "h")
+    assert code == 0, "the backend local needs none"
+    (found,) = (one for one in json.loads(out) if one["check"] == "extras")
+    assert found["text"].startswith("installed: otel; not installed")
+    assert "batchlab[aws,docker,ministack,web]" in found["remedy"]
+    code, out, _ = run("doctor", "--json", "--home", tmp_path / "h", "--backend", "ministack")
+    assert code == 1
+    (found,) = (one for one in json.loads(out) if one["check"] == "extra")
+    assert found["level"] == "fail"
+    assert "The backend ministack needs batchlab's extra `ministack`" in found["text"]
+    assert "batchlab[ministack]" in found["remedy"]
+
+
+WHEEL = "file:///home/a%20b/dist/batchlab-0.1.0-py3-none-any.whl"
+
+
+@pytest.mark.parametrize(
+    ("origin", "what"),
+    [
+        ({"url": WHEEL, "archive_info": {}}, f"'batchlab[web] @ {WHEEL}'"),
+        ({"url": "file:///a%20b", "dir_info": {"editable": True}}, "-e '/a b[web]'"),
+        ({"url": "file:///src", "dir_info": {}}, "'batchlab[web] @ file:///src'"),
+        (
+            {"url": "https://x.example/b", "vcs_info": {"vcs": "git", "commit_id": "c0"}},
+            "'batchlab[web] @ git+https://x.example/b@c0'",
+        ),
+        ({}, "'batchlab[web] @ file:///…/batchlab-….whl'"),
+    ],
+)
+def test_the_command_installs_from_where_this_has_come_from(
+    monkeypatch: pytest.MonkeyPatch, origin: dict[str, Any], what: str
+) -> None:
+    monkeypatch.setattr(extras, "_origin", lambda: origin)
+    assert extras.remedy("web").endswith(f" {what}` brings it.")
+    monkeypatch.setattr(extras, "find_spec", lambda _: None)
+    assert extras.remedy("web").startswith(f"`uv pip install --python {sys.executable} ")
+
+
+def test_every_backend_says_what_it_needs() -> None:
+    found = {name: backends.load(name).extra for name in backends.names()}
+    assert found == {
+        "aws": "aws",
+        "local": None,
+        "localstack": "docker",
+        "ministack": "ministack",
+        "sim": None,
+    }
+
+
+def test_a_topic_without_the_sdk_is_told_and_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    target = Target("ops", "sns", "arn:aws:sns:eu-west-1:123456789012:ops")
+    one = Notification("n", "ended", "sums-1", "ops", None, "{}", 0.0)
+    with pytest.raises(NotDelivered, match="needs batchlab's extra `aws`") as told:
+        asyncio.run(Topics(lambda _: Endpoint("http://127.0.0.1:9")).publish(target, one))
+    assert told.value.final
+
+
+def test_images_and_releases_have_the_extras_that_are_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    every = {line.partition("=")[0].partition("[")[0] for line in images.requirements()}
+    asked = project()["project"]
+    brought = [line for extra, lines in asked["optional-dependencies"].items()
+               if extra != "otel" for line in lines]  # fmt: skip
+    assert {canonicalize_name(one) for one in every} == names([*asked["dependencies"], *brought])
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    fewer = {line.partition("=")[0].partition("[")[0] for line in images.requirements()}
+    assert every - fewer == {"jinja2"}
+    assert "jinja2" not in {line.partition("=")[0] for line in images.constraints()}

@@ -1,0 +1,169 @@
+"""Names: the same for the same thing, different for different ones, and never a way out."""
+
+from __future__ import annotations
+
+import re
+import string
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchlab.adapters.limits import check_key, check_prefix, check_queue_name
+from batchlab.errors import UsageError
+from batchlab.model import Bundle, JobId, StageName, TaskSet
+from batchlab.protocol import naming
+from batchlab.protocol.sealing import CommitKey
+from batchlab.result_files import Names
+from batchlab.spec import paths
+from batchlab.spec.forms import NAME_PATTERN
+from batchlab.task import name_problem
+from batchlab.worker import code
+from tests.support.properties import PROPERTY, SLOW
+
+NAME = st.from_regex(NAME_PATTERN.replace("$", r"\Z"), alphabet=string.printable).filter(
+    lambda name: len(name) <= 40
+) | st.sampled_from(
+    # What the layout of the bucket uses itself.
+    ["plan", "cuts", "outcomes", "files", "logs", "starts", "running", "retries", "final", "spec"]
+)
+KEY = CommitKey("0f" * 16)
+COUNT = st.integers(0, 10**9)
+TASKS = st.sets(st.integers(0, 10**9), min_size=1, max_size=5).map(TaskSet.of)
+
+
+def bundles(job: JobId, stage: StageName) -> st.SearchStrategy[Bundle]:
+    return st.builds(
+        Bundle, st.just(job), st.just(stage), TASKS, st.integers(1, 99), st.integers(0, 99)
+    )
+
+
+def keys_of(job: JobId, stage: StageName, number: int, bundle: Bundle) -> list[str]:
+    """A key of every kind."""
+    return [
+        naming.spec(job),
+        naming.control(job),
+        naming.retry(job, number),
+        naming.final(job, number),
+        naming.manifest(job, stage, number),
+        naming.part(job, stage, number, naming.old_part(number)),
+        naming.item(job, stage, number, f"{number:032x}"),
+        naming.cut(job, stage, number, number),
+        naming.outcome(bundle, KEY),
+        naming.files(bundle, "w-1", KEY),
+        naming.log(bundle, "w-1", KEY),
+        naming.starts(bundle),
+        naming.running(bundle, KEY),
+    ]
+
+
+@SLOW
+@given(st.lists(st.tuples(NAME, NAME, COUNT), min_size=1, max_size=4, unique=True), st.data())
+def test_keys_are_distinct_and_stay_below_their_job(
+    things: list[tuple[str, str, int]], data: st.DataObject
+) -> None:
+    seen: dict[str, tuple[int, str, str, str]] = {}
+    for name, stage, number in things:
+        job = naming.job_id(name, "token")
+        bundle = data.draw(bundles(job, StageName(stage)))
+        first = keys_of(job, StageName(stage), number, bundle)
+        assert first == keys_of(job, StageName(stage), number, bundle)
+        for kind, key in enumerate(first):
+            (check_prefix if key.endswith("/") else check_key)(key)
+            root = next(one for one in naming.everything_of(job) if key.startswith(one))
+            assert kind < 4 or key.startswith(f"{root}{stage}/")
+            which = bundle.id if kind >= 8 else str(number) if kind >= 2 else ""
+            what = (kind, name, stage if kind >= 4 else "", which)
+            assert seen.setdefault(key, what) == what, f"{key} is of two things"
+        # Without its slash the prefix of one bundle would be that of another as well.
+        for prefix in (naming.raw(job), naming.files(bundle, "w-1", KEY), naming.starts(bundle)):
+            assert prefix.endswith("/")
+    prefixes = [key for key in seen if key.endswith("/")]
+    for prefix, key in product(prefixes, seen):
+        # Whoever lists a prefix must not find what is of another kind.
+        assert prefix == key or not key.startswith(prefix), (prefix, key)
+
+
+@PROPERTY
+@given(NAME, NAME, st.text(), st.text())
+def test_a_job_is_its_name_and_token(name: str, other: str, token: str, another: str) -> None:
+    job = naming.job_id(name, token)
+    assert job == naming.job_id(name, token)
+    assert (job == naming.job_id(other, another)) == ((name, token) == (other, another))
+    assert re.fullmatch(r"[a-z0-9][a-z0-9_-]*-[0-9a-f]{10}", job)
+    assert job.rpartition("-")[0] == name
+
+
+@PROPERTY
+@given(NAME, NAME, st.from_regex(r"[a-z0-9][a-z0-9-]{1,26}[a-z0-9]", fullmatch=True))
+def test_queues_are_distinct_and_fit_their_service(pool: str, other: str, bucket: str) -> None:
+    names = [naming.EVENTS, naming.tasks_queue(pool), naming.dead_letters(pool)]
+    assert len(set(names)) == 3
+    for name in names:
+        check_queue_name(f"{bucket}-{name}")
+    if pool != other:
+        assert naming.tasks_queue(other) not in names[:2]
+
+
+@PROPERTY
+@given(TASKS, st.integers(1, 99), st.integers(0, 99))
+def test_a_bundles_id_says_what_it_holds(tasks: TaskSet, attempt: int, round: int) -> None:
+    bundle = Bundle(JobId("j"), StageName("s"), tasks, attempt, round)
+    first, last, again, tries = re.split(r"[-.]", bundle.id)
+    assert (int(first), int(last), int(again), int(tries)) == (
+        tasks.first,
+        tasks.last,
+        round,
+        attempt,
+    )
+
+
+@PROPERTY
+@given(st.binary(min_size=32, max_size=32), st.text(max_size=3))
+def test_a_code_key_gives_back_its_digest_and_nothing_else_does(data: bytes, odd: str) -> None:
+    assert code.digest_of(f"code/{data.hex()}.zip") == data.hex()
+    for key in (f"code/{odd}.zip", f"code/{odd}{data.hex()}.zip", f"{odd}", f"code/../{odd}"):
+        if key != f"code/{data.hex()}.zip":
+            with pytest.raises(UsageError):
+                code.digest_of(key)
+
+
+# --- Names that users and results bring along ----------------------------------------------------
+
+ODD = st.text(st.sampled_from("a.#/\\ \n\0é☃\ud83d0-~*"), max_size=12) | st.text(max_size=40)
+
+
+@PROPERTY
+@given(ODD)
+def test_a_name_that_is_safe_stays_in_its_folder(name: str) -> None:
+    if name_problem(name) is None:
+        check_key(f"files/j/s/{name}")
+        assert paths.absolute(Path("/folder") / name).is_relative_to("/folder")
+
+
+@PROPERTY
+@given(st.lists(st.tuples(ODD, st.integers(0, 3)), max_size=8))
+def test_fetched_files_neither_leave_their_folder_nor_hide_each_other(
+    named: list[tuple[str, int]],
+) -> None:
+    names = Names("files/s/0")
+    found: dict[str, tuple[str, int]] = {}
+    for name, number in named:
+        path, is_new = names.of({"$file": f"k{number}", "name": name, "size": 1})
+        assert is_new == (path not in found)
+        assert found.setdefault(path, (name, number)) == (name, number)
+        assert path.startswith("files/s/0/")
+        check_key(path)
+    folded = [path.casefold() for path in found]
+    assert len(set(folded)) == len(folded)
+    assert not any(one.startswith(f"{other}/") for one in folded for other in folded)
+
+
+@PROPERTY
+@given(ODD.filter(lambda name: "/" not in name and name not in ("", ".", "..")))
+def test_an_input_is_refused_at_the_door_or_has_a_key(name: str) -> None:
+    """What passes the check of a job file can be stored."""
+    if paths.unfit(name) is None:
+        check_key(f"{naming.raw(JobId('j'))}0000000/{name}")

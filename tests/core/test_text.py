@@ -1,0 +1,44 @@
+"""Text of others on its way to a terminal: readable, and harmless."""
+
+from __future__ import annotations
+
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchlab.cli.progress import Picture
+from batchlab.words import visible, visible_json
+from tests.support.cli import a_job, view
+
+
+@given(st.text())
+def test_nothing_but_layout_gets_through(text: str) -> None:
+    assert all(c.isprintable() or c in "\n\t\u00a0\u202f" for c in visible(text))
+    assert all(c.isprintable() or c in "\u00a0\u202f" for c in visible(text, layout=""))
+    clean = "".join(c for c in text if c.isprintable() or c in "\n\t")
+    assert visible(clean) == clean
+
+
+@given(st.text() | st.lists(st.text()) | st.dictionaries(st.text(), st.text()))
+def test_json_stays_the_same_json(value: object) -> None:
+    for indent in (None, 2):
+        text = visible_json(value, indent=indent)
+        assert json.loads(text) == value
+        assert all(c.isprintable() or c in "\n\u00a0\u202f" for c in text)
+    assert visible_json("für 日本") == '"für 日本"'
+
+
+def test_nothing_of_a_job_is_markup_in_the_picture_that_moves() -> None:
+    from rich.console import Console
+
+    odd = "[link=https://evil.example]click[/link]\x1b[2J"
+    stage = {**a_job("s-1")["stages"][0], "name": odd}
+    picture = Picture()
+    picture.show(view(stages=[stage]), None)
+    console = Console(width=200, force_terminal=True)
+    with console.capture() as drawn:
+        console.print(picture.draw())
+    assert "[link=https://evil.example]" in drawn.get()
+    assert "\x1b]8;" not in drawn.get()
+    assert "\x1b[2J" not in drawn.get()

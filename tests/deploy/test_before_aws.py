@@ -1,0 +1,108 @@
+"""What `batchlab deploy` does before AWS is asked: the template, its cost, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from batchlab.deploy import settings
+from batchlab.deploy.settings import PoolSettings, Settings
+from batchlab.home import Home
+from tests.support.cli import Run, runner
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """A command line where nothing of AWS's is configured, and asking it fails."""
+
+    def asked(region: str | None = None, **_: object) -> None:
+        raise AssertionError(f"AWS is asked, in {region}")
+
+    monkeypatch.setattr("batchlab.deploy.account.Account.open", asked)
+    return runner(monkeypatch, capsys)
+
+
+def test_the_template_is_printed_with_what_was_said_and_what_it_costs(
+    nobody: Run, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    code, out, err = nobody(
+        *("deploy", "template", "--home", home, "--egress", "nat", "--set", "BudgetUsd=150"),
+        *("--pool", "default:0-4x2@m7i.large", "--pool", "big:1-2x8@m7i.4xlarge"),
+    )
+    assert code == 0, err
+    made = json.loads(out)
+    said = {name: one.get("Default") for name, one in made["Parameters"].items()}
+    assert (said["Egress"], said["BudgetUsd"], said["Ledger"]) == ("nat", "150", "sqlite")
+    assert (said["PoolMax"], said["PoolBigMin"], said["PoolBigName"]) == ("4", "1", "big")
+    assert {"PoolTasks", "PoolBigTasks", "ManagerRole", "NatGateway"} <= made["Resources"].keys()
+    assert made["Resources"]["ManagerRole"]["Properties"]["Policies"]
+    assert re.search(r"^NAT gateways +0\.05 USD$", err, re.M)
+    assert "list prices of us-east-1 in USD, as of 2026-07-20" in err
+    assert not home.exists(), "nothing is kept"
+
+
+def test_what_this_home_keeps_of_a_stack_counts(nobody: Run, tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    pools = (PoolSettings("gpu", max_size=3, types=("m7i.large",)),)
+    settings.write(home, Settings("grid", "eu-south-2", pools, (("LogDays", "7"),)))
+    code, out, err = nobody("deploy", "template", "--home", tmp_path)
+    assert code == 0, err
+    said = json.loads(out)["Parameters"]
+    assert (said["LogDays"]["Default"], said["PoolGpuMax"]["Default"]) == ("7", "3")
+    assert "at prices of us-east-1, not of eu-south-2." in err
+    _, out, _ = nobody("deploy", "template", "--home", tmp_path, "--stack", "other")
+    assert json.loads(out)["Parameters"]["LogDays"]["Default"] == 30
+
+
+def test_what_cannot_be_is_refused_without_credentials_too(nobody: Run, tmp_path: Path) -> None:
+    wrong = ("--pool", "default:0-4x2@c8g.large")
+    code, out, err = nobody("deploy", "template", "--home", tmp_path, *wrong)
+    assert (code, out) == (2, "")
+    assert "--set ManagerInstanceType=t4g.small" in err
+
+
+@pytest.mark.parametrize("command", ["plan", "apply"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("--set", "Colour=red"), "The stack has no parameter 'Colour'."),
+        (("--ledger", "paper"), "Ledger cannot be 'paper'."),
+        (("--pool", "default:0-4x2@large"), "'large' is no instance type."),
+        (("--stack", "Grid"), "The stack cannot be called 'Grid'."),
+        (("--alarm-email", "nobody"), "AlarmEmail cannot be 'nobody'."),
+    ],
+)
+def test_what_is_wrong_by_itself_is_refused_before_aws_is_asked(
+    nobody: Run, tmp_path: Path, command: str, wrong: tuple[str, str], said: str
+) -> None:
+    code, out, err = nobody("deploy", command, "--home", tmp_path, *wrong)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"Error: {said}\n")
+
+
+def test_what_the_stack_itself_may_make_right_is_left_to_aws(nobody: Run, tmp_path: Path) -> None:
+    """In a fresh folder nobody knows yet which images a stack has."""
+    graviton = ("deploy", "plan", "--home", tmp_path, "--pool", "default:0-4x2@c8g.large")
+    _, _, err = nobody(*graviton)
+    assert "AWS is asked" in err
+    settings.write(Home(tmp_path), Settings())
+    code, _, err = nobody(*graviton)
+    assert code == 2
+    assert "--set ManagerInstanceType=t4g.small" in err
+
+
+def test_leftovers_are_looked_for_where_the_folder_knows_a_stack(
+    nobody: Run, tmp_path: Path
+) -> None:
+    settings.write(Home(tmp_path), Settings("grid", "eu-south-2"))
+    _, _, err = nobody("gc", "--aws", "--home", tmp_path)
+    assert "AWS is asked, in eu-south-2" in err
+    _, _, err = nobody("gc", "--aws", "--home", tmp_path, "--region", "eu-west-1")
+    assert "AWS is asked, in eu-west-1" in err
+    code, _, err = nobody("gc", "--home", tmp_path)
+    assert code == 2
+    assert "Say --aws" in err

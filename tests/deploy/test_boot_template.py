@@ -1,0 +1,75 @@
+"""The launch templates carry the user data, with what an instance is to know of its stack."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+
+import pytest
+
+from batchlab.adapters.awsgrid import deployment
+from batchlab.adapters.awsgrid.deployment import AwsDeployment, Database
+from batchlab.asg.templates import MOST_USER_DATA
+from batchlab.deploy import expand
+from tests.support.aws import cfn
+from tests.support.aws.stack_shapes import RELEASE, SHAPES
+
+TEMPLATE = cfn.load()
+TEMPLATES = {"PoolTemplate": "worker", "ManagerTemplate": "manager"}
+
+
+def script(shape: cfn.Rendered, name: str) -> str:
+    data = shape.properties(name)["LaunchTemplateData"]["UserData"]
+    return base64.b64decode(data).decode()
+
+
+def deployed(text: str) -> AwsDeployment:
+    """The deployment that user data writes."""
+    (found,) = re.findall(r"deployment\.json <<'END'\n(.*?)\nEND\n", text, re.S)
+    return deployment.parse(json.loads(found.replace("<Database.Endpoint.Port>", "5432")))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_nothing_is_left_to_fill_in_and_it_fits(shape: str, name: str) -> None:
+    text = script(cfn.Rendered(TEMPLATE, **SHAPES[shape]), name)
+    assert "${" not in text
+    assert len(text.encode()) <= MOST_USER_DATA
+    settings = dict(re.findall(r"^([A-Z_]+)='(.*)'$", text, re.M))
+    assert settings["ROLE"] == TEMPLATES[name]
+    assert settings["RELEASE"] == SHAPES[shape].get("Release", "")
+    assert settings["CONTAINER_IMAGE"] == SHAPES[shape].get("ContainerImage", "")
+    group = "batchlab-manager" if name == "ManagerTemplate" else "batchlab-pool-default"
+    assert settings["GROUP"] == group
+    at = deployed(text)
+    assert (at.stack, at.prefix, at.region) == ("batchlab", "batchlab-", "us-east-1")
+    assert at.groups_prefix + at.pools[0].name == "batchlab-pool-default"
+
+
+def test_the_manager_knows_its_ledger() -> None:
+    shown = {name: cfn.Rendered(TEMPLATE, **shape) for name, shape in SHAPES.items()}
+    found = {name: deployed(script(one, "ManagerTemplate")) for name, one in shown.items()}
+    assert found["endpoints"].ledger == "sqlite"
+    assert found["simpledb"].domain == "<LedgerDomain>"
+    by_password = Database(
+        "<Database.Endpoint.Address>",
+        5432,
+        "batchlab",
+        "<Database.MasterUserSecret.SecretArn>",
+        ca="@DATABASE_CA@",
+    )
+    assert found["postgres"].database == by_password
+    by_iam = found["own-network"].database
+    assert by_iam is not None
+    assert (by_iam.iam, by_iam.user) == (True, "batchlab_iam")
+    assert found["endpoints"].token_secret == "<TokenSecret.Id>"
+
+
+def test_the_manager_knows_every_pool_and_a_worker_its_own() -> None:
+    template = expand.expand(TEMPLATE, ["default", "big"])
+    shape = cfn.Rendered(template, Release=RELEASE, PoolBigName="big", PoolBigSlots=4)
+    default, big = deployed(script(shape, "ManagerTemplate")).pools
+    assert (default.name, default.instance_type) == ("default", "m7i.large")
+    assert (big.name, big.slots) == ("big", 4)
+    assert deployed(script(shape, "PoolBigTemplate")).pools == (big,)

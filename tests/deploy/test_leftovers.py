@@ -1,0 +1,223 @@
+"""What stacks have left behind, found by tag and by name. botocore itself reads the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from typing import Any
+
+import boto3
+import pytest
+from botocore.stub import Stubber
+
+from batchlab.deploy.account import Account
+from batchlab.deploy.leftovers import Left, Leftovers, chosen
+from batchlab.deploy.records import Resource
+from batchlab.deploy.removing import Thing, remove
+from batchlab.deploy.sweep import Destroy, Holding
+from batchlab.errors import NotFound, Refused
+from tests.support.aws.deploy import Front
+
+ARN = "arn:aws:{}:us-east-1:1:"
+DOMAIN = "grid-LedgerDomain-1ABCDEF2GHIJK"
+
+
+class Cloud:
+    """An account whose services answer as they are told to, in that order."""
+
+    def __init__(self, stack: ExitStack, region: str = "us-east-1") -> None:
+        self.account = Account(region, "1", "arn:aws:iam::1:user/me")
+        self._stubs: dict[str, Stubber] = {}
+        for service in ("cloudformation", "logs", "rds", "resourcegroupstaggingapi", "sdb"):
+            client: Any = boto3.client(
+                service,
+                region_name=region if service != "sdb" else "us-east-1",
+                aws_access_key_id="a",
+                aws_secret_access_key="b",
+            )
+            self.account._clients[service] = client
+            self._stubs[service] = stack.enter_context(Stubber(client))
+
+    def tells(self, service: str, method: str, **answer: Any) -> None:
+        self._stubs[service].add_response(method, answer)
+
+    def refuses(self, service: str, method: str, code: str, message: str) -> None:
+        self._stubs[service].add_client_error(method, code, message, http_status_code=403)
+
+    def has_logs(self, *names: str) -> None:
+        groups = [{"logGroupName": one, "arn": f"{ARN.format('logs')}{one}:*"} for one in names]
+        self.tells("logs", "describe_log_groups", logGroups=groups)
+
+    def has_domains(self, *names: str) -> None:
+        self.tells("sdb", "list_domains", DomainNames=list(names))
+
+    def has_stack(self, name: str, parts: Sequence[str]) -> None:
+        one = {
+            "StackId": f"{ARN.format('cloudformation')}stack/{name}/1",
+            "StackName": name,
+            "StackStatus": "CREATE_COMPLETE",
+            "CreationTime": datetime(2026, 1, 1, tzinfo=UTC),
+        }
+        self.tells("cloudformation", "describe_stacks", Stacks=[one])
+        summaries = [
+            {
+                "LogicalResourceId": part,
+                "PhysicalResourceId": part,
+                "ResourceType": "AWS::X::Y",
+                "ResourceStatus": "CREATE_COMPLETE",
+                "LastUpdatedTimestamp": datetime(2026, 1, 1, tzinfo=UTC),
+            }
+            for part in parts
+        ]
+        self.tells("cloudformation", "list_stack_resources", StackResourceSummaries=summaries)
+
+    def has_no_stack(self) -> None:
+        self._stubs["cloudformation"].add_client_error(
+            "describe_stacks", "ValidationError", "Stack with id x does not exist"
+        )
+
+    def done(self) -> None:
+        for stub in self._stubs.values():
+            stub.assert_no_pending_responses()
+
+
+@pytest.fixture
+def cloud() -> Iterator[Cloud]:
+    with ExitStack() as stack:
+        found = Cloud(stack)
+        yield found
+        found.done()
+
+
+def named(cloud: Cloud, *known: str) -> tuple[list[Left], list[str]]:
+    said: list[str] = []
+    return list(Leftovers(cloud.account).named(known, said.append)), said
+
+
+def test_a_domain_is_known_by_the_name_that_cloudformation_gives_it(cloud: Cloud) -> None:
+    mine = f"{DOMAIN}-extra"
+    cloud.has_domains("customers", "LedgerDomain-1", DOMAIN, mine, "two-LedgerDomain-9Z")
+    cloud.has_logs()
+    cloud.has_stack("grid", ["LedgerDomain", DOMAIN])
+    cloud.has_no_stack()
+    found, said = named(cloud)
+    assert [(one.thing.name, one.thing.stack, one.is_used) for one in found] == [
+        (DOMAIN, "grid", True),
+        ("two-LedgerDomain-9Z", "two", False),
+    ]
+    assert all(one.is_guessed for one in found)
+    assert found[0].thing.arn == f"arn:aws:sdb:us-east-1:1:domain/{DOMAIN}"
+    cloud.tells("sdb", "delete_domain")
+    remove(cloud.account, found[0].thing, said.append)
+    assert said == []
+
+
+def test_a_stack_of_the_name_that_has_another_domain_leaves_this_one_behind(cloud: Cloud) -> None:
+    """One that was destroyed and made anew."""
+    cloud.has_domains(DOMAIN)
+    cloud.has_logs()
+    cloud.has_stack("grid", ["grid-LedgerDomain-NEWER"])
+    (found,), _ = named(cloud)
+    assert not found.is_used
+
+
+def test_logs_of_a_database_that_is_there_are_nobodys_leftovers(cloud: Cloud) -> None:
+    cloud.has_domains()
+    cloud.has_logs(
+        *("/aws/rds/instance/gone-ledger/postgresql", "/aws/rds/instance/gone-ledger/upgrade"),
+        *("/aws/rds/instance/payments-ledger/postgresql", "/aws/rds/instance/shop/postgresql"),
+        *("/aws/rds/instance/tagged-ledger/upgrade", "/aws/rds/instance/a-ledger/error"),
+    )
+    cloud.tells(
+        "rds", "describe_db_instances", DBInstances=[{"DBInstanceIdentifier": "payments-ledger"}]
+    )
+    cloud.has_no_stack()
+    found, said = named(cloud, "/aws/rds/instance/tagged-ledger/upgrade")
+    assert [(one.thing.name, one.thing.kind, one.thing.stack) for one in found] == [
+        ("/aws/rds/instance/gone-ledger/postgresql", "logs:log-group", "gone"),
+        ("/aws/rds/instance/gone-ledger/upgrade", "logs:log-group", "gone"),
+    ]
+    assert said == []
+
+
+def test_what_cannot_be_asked_for_is_said_and_the_rest_is_listed(cloud: Cloud) -> None:
+    cloud.refuses(
+        *("sdb", "list_domains", "AuthorizationFailure"),
+        "User: eve is not authorized to perform: sdb:ListDomains",
+    )
+    cloud.has_logs("/aws/rds/instance/gone-ledger/upgrade")
+    cloud.tells("rds", "describe_db_instances", DBInstances=[])
+    cloud.has_no_stack()
+    found, (said,) = named(cloud)
+    assert [one.thing.stack for one in found] == ["gone"]
+    assert "SimpleDB domains are not listed: eve may not do sdb:ListDomains." in said
+
+
+def test_a_region_without_simpledb_is_not_asked_for_domains() -> None:
+    with ExitStack() as stack:
+        cloud = Cloud(stack, "eu-central-1")
+        cloud.has_logs()
+        assert named(cloud) == ([], [])
+        cloud.done()
+
+
+# --- What is removed -----------------------------------------------------------------------------
+
+
+def left(name: str, *, used: bool = False, guessed: bool = False) -> Left:
+    return Left(Thing(name, "sdb:domain", name, "grid"), used, guessed)
+
+
+def test_a_guess_is_removed_only_by_its_name() -> None:
+    found = [left("tag"), left("used", used=True), left("a", guessed=True), left("b", guessed=True)]
+    assert [one.thing.name for one in chosen(found, [])] == ["tag"]
+    assert [one.thing.name for one in chosen(found, ["b"])] == ["tag", "b"]
+
+
+@pytest.mark.parametrize("name", ["tag", "nothing"])
+def test_a_name_that_is_no_guess_is_refused(name: str) -> None:
+    with pytest.raises(NotFound, match=f"Nothing is called {name}"):
+        chosen([left("tag"), left("a", guessed=True)], [name])
+
+
+def test_a_guess_that_is_in_use_is_refused() -> None:
+    with pytest.raises(Refused, match="in use by the stack grid"):
+        chosen([left("a", used=True, guessed=True)], ["a"])
+
+
+# --- The last words of a database ----------------------------------------------------------------
+
+
+def destroying(cloud: Cloud, fate: str) -> list[str]:
+    """What is said where a stack with such a database has just been deleted."""
+    from batchlab.deploy.stack import Stack
+
+    database = Resource("Database", "AWS::RDS::DBInstance", "grid-ledger", "CREATE_COMPLETE")
+    bucket = Resource("Bucket", "AWS::S3::Bucket", "grid-bucket", "CREATE_COMPLETE")
+    front = Front()
+    ending = Destroy(Stack(cloud.account, "grid"), front, delete_data=False)
+    ending._forget_logs([Holding(bucket, "kept", "objects"), Holding(database, fate, "a database")])
+    return front.said
+
+
+@pytest.mark.parametrize("fate", ["snapshot", "deleted"])
+def test_what_rds_has_written_after_its_log_groups_went_goes_too(cloud: Cloud, fate: str) -> None:
+    name = "/aws/rds/instance/grid-ledger/postgresql"
+    cloud.has_logs(name)
+    cloud.tells("logs", "delete_log_group")
+    assert destroying(cloud, fate) == []
+
+
+def test_a_database_that_stays_keeps_its_logs(cloud: Cloud) -> None:
+    assert destroying(cloud, "kept") == []
+
+
+def test_logs_that_cannot_be_deleted_are_told(cloud: Cloud) -> None:
+    cloud.has_logs("/aws/rds/instance/grid-ledger/postgresql")
+    cloud.refuses(
+        *("logs", "delete_log_group", "AccessDeniedException"),
+        "User: eve is not authorized to perform: logs:DeleteLogGroup",
+    )
+    (said,) = destroying(cloud, "snapshot")
+    assert "may be logs left below /aws/rds/instance/grid-ledger/: eve may not do" in said

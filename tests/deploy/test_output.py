@@ -1,0 +1,254 @@
+"""What a person sees of `batchlab deploy`: plans, events as they come, questions."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.stub import Stubber
+from rich.console import Console
+
+from batchlab.cli import deploying
+from batchlab.cli.deploying import Lines, Person, Picture, plan_text
+from batchlab.deploy import template
+from batchlab.deploy.account import Account
+from batchlab.deploy.apply import StackFailed, python_of
+from batchlab.deploy.explain import Cause, Event
+from batchlab.deploy.plan import Cost, Plan, cost, shape_of
+from batchlab.deploy.records import Change, ChangeSet, State
+from batchlab.deploy.removing import remove, thing_of
+from batchlab.deploy.settings import Settings
+from batchlab.errors import UsageError
+from batchlab.home import Home
+from tests.support.aws.deploy import SMALL, release
+
+
+def a_plan(*changes: Change, is_new: bool = False, known: Cost | None = None) -> Plan:
+    return Plan(
+        Settings("grid"),
+        "123",
+        "arn:aws:iam::123:user/me",
+        "eu-west-1",
+        is_new,
+        ChangeSet("c", "s", changes),
+        {},
+        known or Cost(None, "What it costs is not known: no price."),
+        1000,
+    )
+
+
+def an_event(resource: str, status: str, reason: str = "") -> Event:
+    kind = "AWS::CloudFormation::Stack" if resource == "grid" else "AWS::SQS::Queue"
+    return Event("e", 0.0, resource, kind, status, reason, is_of_stack=resource == "grid")
+
+
+# --- Plans ---------------------------------------------------------------------------------------
+
+
+def test_an_update_says_why_and_what_is_replaced() -> None:
+    text = plan_text(
+        a_plan(
+            Change("Modify", "Group", "AWS::X::Y", "False", ("MaxSize (PoolMax)",), "g"),
+            Change("Modify", "Queue", "AWS::SQS::Queue", "True", tuple("abcd"), "q"),
+            Change("Remove", "Old", "AWS::X::Y", "", (), "o"),
+        )
+    )
+    assert "Stack grid in eu-west-1, account 123, as arn:aws:iam::123:user/me." in text
+    assert "What it costs is not known: no price." in text
+    assert "Update, 3 changes:" in text
+    lines = {line.split()[1]: line for line in text.splitlines() if line.startswith(("Mod", "Rem"))}
+    assert lines["Group"].split() == ["Modify", "Group", "X::Y", "False", "MaxSize", "(PoolMax)"]
+    assert lines["Queue"].endswith("a, b, c, …")
+    assert lines["Old"].split() == ["Remove", "Old", "X::Y", "-", "-"]
+    assert "Replaced, or perhaps: Queue." in text
+
+
+def test_without_changes_it_says_so() -> None:
+    assert plan_text(a_plan()).endswith("No changes: the stack is as it is to be.")
+    assert a_plan().to_json()["action"] == "none"
+
+
+def test_endpoints_and_alarms_are_counted_in_the_template() -> None:
+    found = shape_of(template.load(template.shipped()))
+    assert found.interface_endpoints >= 4
+    assert found.alarms >= 3
+    assert shape_of(template.load(SMALL)).interface_endpoints == 0
+
+
+def test_where_the_price_book_is_of_another_region_its_prices_are_shown_and_said() -> None:
+    parameters = {"PoolInstanceTypes": "m7i.large", "ManagerInstanceType": "t3.small"}
+    there = cost(parameters, "eu-south-2", None, shape_of(template.load(SMALL)))
+    assert there.hourly is not None
+    assert "eu-south-2" in there.note
+    unknown = {**parameters, "PoolInstanceTypes": "q9.huge"}
+    nowhere = cost(unknown, "us-east-1", None, shape_of(template.load(SMALL)))
+    assert nowhere.hourly is None
+    assert "q9.huge" in nowhere.note
+
+
+# --- Events --------------------------------------------------------------------------------------
+
+
+def test_without_a_terminal_there_is_a_line_for_what_ends(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = Lines()
+    for event in (
+        an_event("grid", "CREATE_IN_PROGRESS", "User Initiated"),
+        an_event("A", "CREATE_IN_PROGRESS"),
+        an_event("A", "CREATE_FAILED", "no\nmore"),
+    ):
+        lines.see(event)
+    said = [line.partition("] ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert said == [
+        "CREATE_IN_PROGRESS grid (AWS::CloudFormation::Stack): User Initiated",
+        "CREATE_FAILED A (AWS::SQS::Queue): no more",
+    ]
+
+
+def test_a_terminal_has_a_bar_and_what_is_being_made(capsys: pytest.CaptureFixture[str]) -> None:
+    picture = Picture("creating", 3)
+
+    def drawn() -> str:
+        page = Console(file=io.StringIO(), width=100)
+        page.print(picture.draw())
+        assert isinstance(page.file, io.StringIO)
+        return page.file.getvalue()
+
+    picture.see(an_event("A", "CREATE_IN_PROGRESS"))
+    picture.see(an_event("B", "CREATE_IN_PROGRESS"))
+    assert "0/3" in drawn()
+    assert "create_in_progress A" in drawn()
+    picture.see(an_event("A", "CREATE_COMPLETE"))
+    picture.see(an_event("B", "CREATE_FAILED", "taken"))
+    assert "2/3" in drawn()
+    assert "create_in_progress" not in drawn()
+    assert capsys.readouterr().err == "CREATE_FAILED B (AWS::SQS::Queue): taken\n"
+    for name in "CDEF":
+        picture.see(an_event(name, "UPDATE_COMPLETE"))
+    assert "6/6" in drawn()
+
+
+def test_many_things_at_once_do_not_fill_the_screen() -> None:
+    picture = Picture("creating", 50)
+    for number in range(50):
+        picture.see(an_event(f"R{number}", "CREATE_IN_PROGRESS"))
+    page = Console(file=io.StringIO(), width=100)
+    page.print(picture.draw())
+    assert isinstance(page.file, io.StringIO)
+    assert len(page.file.getvalue().splitlines()) < 12
+
+
+# --- Questions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer", "agrees"),
+    [
+        *(("", "y", True), ("", "YES", True), ("", "n", False), ("", "", False)),
+        *(("grid", "grid", True), ("grid", "y", False), ("grid", "Grid", False)),
+    ],
+)
+def test_what_agrees(
+    monkeypatch: pytest.MonkeyPatch, typed: str, answer: str, agrees: bool
+) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda: answer)
+    assert Person(typed=typed).agrees("Go on?") is agrees
+
+
+def test_the_end_of_the_input_is_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing() -> str:
+        raise EOFError
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", nothing)
+    assert not Person().agrees("Go on?")
+    assert Person(yes=True).agrees("Go on?")
+
+
+# --- Failures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "next_"),
+    [
+        ("ROLLBACK_COMPLETE", "begins anew"),
+        ("UPDATE_ROLLBACK_COMPLETE", "as it was before"),
+        ("UPDATE_ROLLBACK_FAILED", "has the rollback go on"),
+        ("DELETE_FAILED", "then `batchlab deploy destroy` again"),
+    ],
+)
+def test_a_failure_says_what_failed_what_to_do_and_what_is_left(status: str, next_: str) -> None:
+    state = State("id", "grid", status, {}, {}, False, 0.0)
+    error = StackFailed(state, Cause("Queue", "AWS::SQS::Queue", "It exists.", "Remove it."))
+    assert error.message == f"The stack grid is {status}: Queue (AWS::SQS::Queue): It exists."
+    assert error.remedy.startswith("Remove it. ")
+    assert next_ in error.remedy
+    assert StackFailed(state, None).message == f"The stack grid is {status}."
+
+
+# --- Releases and ARNs ---------------------------------------------------------------------------
+
+
+def test_a_release_tells_its_python(tmp_path: Path) -> None:
+    assert python_of(release(tmp_path)) == "3.12"
+    damaged = tmp_path / "x.tar.gz"
+    damaged.write_bytes(b"no")
+    with pytest.raises(UsageError, match="is no release"):
+        python_of(damaged)
+
+
+def test_a_release_that_was_renamed_is_none(tmp_path: Path) -> None:
+    archive = release(tmp_path)
+    wanted = Settings()
+    home = Home(tmp_path)
+    assert deploying.release_for(wanted, archive, home) == archive
+    other = archive.rename(tmp_path / "mine.tar.gz")
+    with pytest.raises(UsageError, match="not called by the SHA-256"):
+        deploying.release_for(wanted, other, home)
+    with pytest.raises(UsageError, match="cannot be read"):
+        deploying.release_for(wanted, archive, home)
+
+
+@pytest.mark.parametrize(
+    ("arn", "kind", "name"),
+    [
+        ("arn:aws:s3:::grid-bucket-1", "s3:bucket", "grid-bucket-1"),
+        ("arn:aws:sqs:eu-west-1:1:grid-events", "sqs:queue", "grid-events"),
+        ("arn:aws:logs:eu-west-1:1:log-group:/batchlab/grid:*", "logs:log-group", "/batchlab/grid"),
+        (
+            "arn:aws:autoscaling:eu-west-1:1:autoScalingGroup:uuid:autoScalingGroupName/grid-m",
+            *("autoscaling:group", "grid-m"),
+        ),
+        ("arn:aws:ec2:eu-west-1:1:launch-template/lt-1", "ec2:launch-template", "lt-1"),
+        ("arn:aws:ec2:eu-west-1:1:instance/i-1", "ec2:instance", "i-1"),
+        (
+            "arn:aws:secretsmanager:eu-west-1:1:secret:TokenSecret-x-a1",
+            *("secretsmanager:secret", "TokenSecret-x-a1"),
+        ),
+        ("arn:aws:cloudwatch:eu-west-1:1:alarm:grid-down", "cloudwatch:alarm", "grid-down"),
+        ("arn:aws:rds:eu-west-1:1:snapshot:grid-1", "rds:snapshot", "grid-1"),
+        ("arn:aws:sns:eu-west-1:1:grid-alarms", "sns:topic", "grid-alarms"),
+        ("arn:aws:cloudformation:eu-west-1:1:stack/grid/u", "cloudformation:stack", "grid/u"),
+    ],
+)
+def test_what_an_arn_names(arn: str, kind: str, name: str) -> None:
+    thing = thing_of(arn, "grid")
+    assert (thing.kind, thing.name) == (kind, name)
+
+
+def test_a_topic_is_deleted_by_its_arn() -> None:
+    arn = "arn:aws:sns:eu-west-1:1:grid-alarms"
+    sns: Any = boto3.client(
+        "sns", region_name="eu-west-1", aws_access_key_id="a", aws_secret_access_key="b"
+    )
+    account = Account("eu-west-1", "1")
+    account._clients["sns"] = sns
+    with Stubber(sns) as stub:
+        stub.add_response("delete_topic", {}, {"TopicArn": arn})
+        remove(account, thing_of(arn, "grid"), lambda _: None)
+        stub.assert_no_pending_responses()

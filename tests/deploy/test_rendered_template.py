@@ -1,0 +1,110 @@
+"""A template as its conditions leave it, judged by another reading of the same conditions."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from batchlab.deploy import expand, template
+from batchlab.deploy.rendered import rendered
+from batchlab.deploy.settings import text_of
+from batchlab.errors import BatchlabError
+from tests.support.aws import cfn
+
+SHAPES: list[dict[str, str]] = [
+    {},
+    {"Release": "0" * 64, "PoolInstanceTypes": "m7i.large,m6i.large,m5.large", "AlarmEmail": "a@b"},
+    {"Ledger": "postgres", "Egress": "nat", "BudgetUsd": "50"},
+    {"Ledger": "simpledb", "VpcId": "vpc-1", "SubnetIds": "subnet-1,subnet-2"},
+    {"Ledger": "postgres", "PoolPeakMin": "3", "Versioning": "on"},
+]
+
+
+def values(made: template.Template, given: dict[str, str]) -> dict[str, str]:
+    declared = made["Parameters"]
+    usual = {name: text_of(form.get("Default")) for name, form in declared.items()}
+    assert given.keys() <= usual.keys()
+    return {"AWS::Region": "us-east-1", **usual, **given}
+
+
+@pytest.mark.parametrize("given", SHAPES, ids=str)
+def test_it_makes_what_the_whole_template_makes(given: dict[str, str]) -> None:
+    source = expand.expand(template.load(template.shipped()), ["default"])
+    made = rendered(source, values(source, given))
+    judge = cfn.Rendered(cfn.load(), **given)
+    assert made["Resources"].keys() == judge.resources.keys()
+    assert made["Outputs"].keys() == judge.outputs.keys()
+    left = json.dumps(made["Resources"]) + json.dumps(made["Outputs"])
+    assert "Fn::If" not in left
+    assert "Conditions" not in made
+    for name in source["Resources"].keys() - made["Resources"].keys():
+        assert f'{{"Ref": "{name}"}}' not in left
+        assert f'"Fn::GetAtt": ["{name}"' not in left
+    # And its properties, once the parameters are in them too, are the same.
+    again = cfn.Rendered({**made, "Conditions": {}}, **given)
+    for name, one in judge.resources.items():
+        assert again.resources[name]["Properties"] == one["Properties"], name
+
+
+def test_with_more_pools_it_is_as_good() -> None:
+    source = expand.expand(template.load(template.shipped()), ["default", "big"])
+    made = rendered(source, values(source, {"PoolBigInstanceTypes": "m7i.large,m6i.large"}))
+    assert {"PoolTasks", "PoolBigTasks"} <= made["Resources"].keys()
+    overrides = json.dumps(made["Resources"]["PoolBigGroup"]).count('InstanceType"')
+    assert overrides >= 2
+
+
+def small(conditions: dict[str, Any]) -> template.Template:
+    return {
+        "Parameters": {"A": {"Type": "String"}},
+        "Conditions": conditions,
+        "Resources": {
+            "Yes": {"Type": "T", "DependsOn": "No", "Properties": {"X": {"Fn::If": ["C", 1, 2]}}},
+            "No": {"Type": "T", "Condition": "C"},
+            "Both": {"Type": "T", "DependsOn": ["No", "Yes"]},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("condition", "value", "holds"),
+    [
+        ({"Fn::Equals": [{"Ref": "A"}, "x"]}, "x", True),
+        ({"Fn::Equals": [{"Ref": "A"}, "x"]}, "y", False),
+        ({"Fn::Equals": [{"Ref": "A"}, 1]}, "1", True),
+        ({"Fn::Equals": [{"Ref": "A"}, True]}, "true", True),
+        ({"Fn::Not": [{"Fn::Equals": [{"Fn::Sub": "${A}-b"}, "a-b"]}]}, "a", False),
+        ({"Fn::And": [{"Condition": "D"}, {"Fn::Equals": [{"Ref": "A"}, "d"]}]}, "d", True),
+        ({"Fn::Or": [{"Condition": "D"}, {"Fn::Equals": [{"Ref": "A"}, "e"]}]}, "e", True),
+        (
+            {"Fn::Equals": [{"Fn::Select": ["1", {"Fn::Split": [",", {"Ref": "A"}]}]}, "q"]},
+            "p,q",
+            True,
+        ),
+        ({"Fn::Equals": [{"Fn::Join": ["-", ["a", {"Ref": "A"}]]}, "a-b"]}, "b", True),
+    ],
+    ids=str,
+)
+def test_conditions(condition: dict[str, Any], value: str, holds: bool) -> None:
+    conditions = {"C": condition, "D": {"Fn::Equals": [{"Ref": "A"}, "d"]}}
+    made = rendered(small(conditions), {"A": value})["Resources"]
+    assert ("No" in made) is holds
+    assert made["Yes"]["Properties"]["X"] == (1 if holds else 2)
+    assert made["Yes"].get("DependsOn") == (["No"] if holds else None)
+    assert made["Both"]["DependsOn"] == (["No", "Yes"] if holds else ["Yes"])
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        {"Fn::Equals": [{"Ref": "Nobody"}, "x"]},
+        {"Fn::Equals": [{"Fn::ImportValue": "x"}, "x"]},
+        {"Fn::Contains": ["a", "b"]},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_known_is_a_flaw(condition: dict[str, Any]) -> None:
+    with pytest.raises(BatchlabError, match="template is flawed"):
+        rendered(small({"C": condition}), {"A": "x"})

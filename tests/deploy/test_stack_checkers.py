@@ -1,0 +1,159 @@
+"""The stack before checkers that others have written: checkov and cfn-guard.
+
+Every exception is in the template, beside the resource and with its reason. One that is not needed
+any more fails as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.aws import cfn
+from tests.support.aws.stack_shapes import SHAPES
+
+CHECKOV = "BATCHLAB_CHECKOV"
+"""Environment variable: checkov's program."""
+CFN_GUARD = "BATCHLAB_CFN_GUARD"
+"""Environment variable: the unpacked npm package @cdklabs/cdk-validator-cfnguard, which has
+cfn-guard's program, and AWS Control Tower's rules for it."""
+
+
+def _promised(variable: str) -> Path:
+    if path := os.environ.get(variable):
+        return Path(path)
+    if os.environ.get("CI"):
+        pytest.fail(f"CI promises a checker, but {variable} is not set")
+    pytest.skip(f"{variable} is not set")
+
+
+@pytest.fixture(scope="module")
+def checkov() -> Path:
+    return _promised(CHECKOV)
+
+
+@pytest.fixture(scope="module")
+def guard() -> Path:
+    return _promised(CFN_GUARD)
+
+
+def skipped(checker: str) -> set[tuple[str, str]]:
+    """(check, resource) of each exception in the template; all of them say why."""
+    found = set()
+    for name, resource in cfn.load()["Resources"].items():
+        for one in resource.get("Metadata", {}).get(checker, {}).get("skip", []):
+            assert len(one["comment"]) > 10, (name, one)
+            found.add((one["id"], name))
+    return found
+
+
+def test_checkov_finds_nothing_but_what_the_template_explains(checkov: Path) -> None:
+    # Without the flag it asks its makers for texts about the checks.
+    command = [checkov, "-f", cfn.stack_file(), "--framework", "cloudformation", "-o", "json"]
+    done = subprocess.run(
+        [*map(str, command), "--skip-download"], capture_output=True, text=True, timeout=300
+    )
+    report = json.loads(done.stdout)
+    results = report["results"]
+    assert report["summary"]["parsing_errors"] == 0
+    assert len(results["passed_checks"]) > 25, "it has looked at little"
+    assert [(one["check_id"], one["resource"]) for one in results["failed_checks"]] == []
+    used = {(one["check_id"], one["resource"].split(".")[1]) for one in results["skipped_checks"]}
+    assert used == skipped("checkov"), "an exception that nothing needs"
+
+
+Broken = set[tuple[str, str]]
+"""(rule, resource) of what does not hold."""
+
+
+def _judged(guard: Path, rules: Path, folder: Path) -> dict[str, tuple[int, Broken]]:
+    """For each template in the folder, how many rules hold, and what does not."""
+    program = guard / "bin" / "ubuntu" / os.uname().machine / "cfn-guard"
+    done = subprocess.run(
+        [
+            *(program, "validate", "--data", folder, "--rules", rules),
+            *("-S", "none", "--structured", "-o", "json"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode in (0, 19), done.stderr
+    return {
+        Path(report["name"]).stem: (len(report["compliant"]), _broken(report))
+        for report in json.loads(done.stdout)
+    }
+
+
+def _broken(report: dict[str, Any]) -> Broken:
+    broken: Broken = set()
+    for found in report["not_compliant"]:
+        text = json.dumps(found["Rule"])
+        ids = re.findall(r"\[(CT\.[A-Z0-9.]+)\]", text) or [found["Rule"]["name"]]
+        broken |= {(ids[0], name) for name in re.findall(r"/Resources/(\w+)", text)}
+    return broken
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the template in each shape: the rules know no Fn::If."""
+    folder = tmp_path_factory.mktemp("shapes")
+    for name, shape in SHAPES.items():
+        rendered = cfn.Rendered(cfn.load(), open_ends=True, **shape)
+        (folder / f"{name}.json").write_text(json.dumps(rendered.template()))
+    return folder
+
+
+def test_control_tower_finds_just_what_the_template_explains(guard: Path, templates: Path) -> None:
+    judged = _judged(guard, guard / "rules" / "control-tower" / "cfn-guard", templates)
+    assert judged.keys() == SHAPES.keys()
+    assert min(holds for holds, _ in judged.values()) >= 15, "they have looked at little"
+    needed = {one for _, broken in judged.values() for one in broken}
+    assert needed == skipped("cfn-guard")
+
+
+def test_our_own_rules_hold(guard: Path, templates: Path) -> None:
+    rules = cfn.stack_file().with_name("rules.guard")
+    count = rules.read_text().count("\nrule ")
+    for shape, (holds, broken) in _judged(guard, rules, templates).items():
+        assert broken == set(), shape
+        # One of them is for the database.
+        assert holds >= count - 1, "they have looked at little"
+
+
+@pytest.mark.parametrize(
+    ("rule", "resource", "path", "value"),
+    [
+        (
+            "credentials_only_by_token",
+            "PoolTemplate",
+            "Properties.LaunchTemplateData.MetadataOptions.HttpTokens",
+            "optional",
+        ),
+        (
+            "disks_are_encrypted",
+            "ManagerTemplate",
+            "Properties.LaunchTemplateData.BlockDeviceMappings.0.Ebs.Encrypted",
+            False,
+        ),
+        ("logs_expire_and_go_with_the_stack", "LogGroup", "DeletionPolicy", "Retain"),
+    ],
+)
+def test_our_own_rules_can_fail(
+    guard: Path, tmp_path: Path, rule: str, resource: str, path: str, value: object
+) -> None:
+    made = cfn.Rendered(cfn.load(), open_ends=True).template()
+    at: Any = made["Resources"][resource]
+    *way, last = path.split(".")
+    for step in way:
+        at = at[int(step) if step.isdigit() else step]
+    at[last] = value
+    (tmp_path / "spoilt.json").write_text(json.dumps(made))
+    rules = cfn.stack_file().with_name("rules.guard")
+    assert _judged(guard, rules, tmp_path)["spoilt"][1] == {(rule, resource)}

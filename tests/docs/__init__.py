@@ -1,0 +1,1 @@
+"""Tests of the docs, the examples, and what is published."""

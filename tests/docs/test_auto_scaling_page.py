@@ -1,0 +1,37 @@
+"""The table of rules names tests that exist, links that are given, and leaves no test out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "auto-scaling.md").read_text()
+ENGINE = (
+    *("groups", "histories", "instances", "lifecycle", "placement", "policies", "refresh"),
+    *("schedules", "spot", "termination", "warm_pool"),
+)
+FORMATS = {
+    "test_a_state_of_the_first_format_is_read_and_goes_on",
+    "test_a_state_that_makes_no_sense_is_not_taken_for_another",
+}
+"""Tests of the store, which AWS has no rule for."""
+
+
+def test_every_rule_has_tests_that_exist_and_every_test_has_its_rule() -> None:
+    named = set(re.findall(r"`(test_[a-z0-9_]+)`", PAGE))
+    written: set[str] = set()
+    for part in ENGINE:
+        text = (ROOT / "tests" / "fleet" / f"test_{part}.py").read_text()
+        written |= set(re.findall(r"^(?:async )?def (test_\w+)", text, re.M))
+    assert named - written == set()
+    assert written - named == FORMATS
+
+
+def test_every_rule_names_its_page() -> None:
+    rows = [line for line in PAGE.splitlines() if line.startswith("| ") and "`test_" in line]
+    rows = [row for row in rows if not row.startswith("| rule")]
+    links = dict(re.findall(r"^\[(.+)\]: (https://docs\.aws\.amazon\.com/\S+)$", PAGE, re.M))
+    pages = [row.split(" | ")[1] for row in rows]
+    assert len(rows) > 70
+    assert {page.strip("[]") for page in pages if page != "–"} == set(links)

@@ -1,0 +1,59 @@
+"""What comes along with batchlab may be passed on, and is what is written down of it."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+
+import pytest
+
+from tests.support.supply import ROOT, VENDOR, bill, is_allowed, licence, runtime, vendored
+from tests.support.uv import program
+
+
+def test_every_licence_of_what_is_installed_with_it_is_allowed() -> None:
+    licences = {one.name: licence(one) for one in runtime()}
+    assert {"boto3", "docker", "duckdb", "typer"} <= set(licences)
+    wrong = {name: told for name, told in licences.items() if not is_allowed(told)}
+    assert not wrong, "say in tests/support/supply.py what they mean, or do without them"
+
+
+@pytest.mark.parametrize(
+    ("told", "allowed"),
+    [
+        ("MIT", True),
+        ("Apache-2.0 AND BSD-2-Clause", True),
+        ("GPL-3.0-only OR MIT", True),
+        ("MIT AND GPL-3.0-only", False),
+        ("a licence of our own", False),
+        ("", False),
+    ],
+)
+def test_an_unknown_licence_is_not(told: str, allowed: bool) -> None:
+    assert is_allowed(told) is allowed
+
+
+def test_vendored_files_are_those_that_are_written_down() -> None:
+    listed = {one["file"]: one for one in vendored()}
+    kept = {path.name for path in VENDOR.iterdir() if path.suffix in (".js", ".css")}
+    assert kept == set(listed)
+    for name, one in listed.items():
+        assert hashlib.sha256((VENDOR / name).read_bytes()).hexdigest() == one["sha256"]
+        assert is_allowed(one["licence"])
+
+
+def test_the_bill_of_materials_has_all_of_the_lock_and_of_what_is_vendored() -> None:
+    made = bill(program())
+    assert made["bomFormat"] == "CycloneDX"
+    have = {one["name"]: one for one in made["components"]}
+    lock = tomllib.loads((ROOT / "uv.lock").read_text())
+    locked = {one["name"]: one.get("version") for one in lock["package"]}
+    (ours,) = (one for one in lock["package"] if one["name"] == "batchlab")
+    of_extras = [one for some in ours["optional-dependencies"].values() for one in some]
+    assert {"boto3", "docker", "jinja2", "opentelemetry-sdk"} <= {one["name"] for one in of_extras}
+    for one in [*ours["dependencies"], *of_extras]:
+        assert have[one["name"]]["version"] == locked[one["name"]]
+    assert {"pytest", "mypy", "moto"}.isdisjoint(have)
+    assert {one["file"] for one in vendored()} <= set(have)
+    here = {one.name.lower() for one in runtime()}
+    assert not [name for name in here & set(have) if "licenses" not in have[name]]

@@ -1,0 +1,222 @@
+"""A task's attempts, log and input, read from the bucket alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab import attempts, backends
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.errors import NotFound, UsageError
+from batchlab.home import Home
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.model import Bundle, Failure, FailureKind, Follow, JobId, Outcome, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.protocol import definition, naming, values, wire
+from batchlab.protocol.definition import Opening
+from batchlab.protocol.sealing import UNSEALED, CommitKey
+from batchlab.worker.inputs import Manifest
+from tests.support.cli import runner
+
+MAP, NEXT, SUM = StageName("map"), StageName("next"), StageName("sum")
+JOB = JobDef(
+    JobId("job-1"),
+    "job",
+    (
+        StageDef(MAP, handler="m:f"),
+        StageDef(NEXT, after=(MAP,), handler="m:g"),
+        StageDef(SUM, after=(MAP,), gather="*", handler="m:h"),
+    ),
+    1.0,
+    items=3,
+)
+PATIENCE = Patience(random.Random(0), limit_s=0.0)
+
+
+async def a_bucket() -> SimObjects:
+    """Task 1 of `map` failed, was tried again, and succeeded; task 2 failed for good."""
+    objects = SimObjects()
+    opening = Opening(["a", "b", {"c": 1}])
+    await objects.put(naming.spec(JOB.id), definition.to_bytes(JOB, opening))
+    first = Bundle(JOB.id, MAP, TaskSet.span(0, 3))
+    log = naming.log(first, "w-1-1", UNSEALED)
+    await objects.put(log, b"hello\nodd\n")
+    failures = tuple(
+        Failure(task, FailureKind.EXCEPTION, "no", "ValueError", run_s=0.5, final=final)
+        for task, final in ((1, False), (2, True))
+    )
+    spans = ((0, 0, 6), (1, 6, 10))
+    await _commit(
+        objects,
+        Outcome(
+            *(first, "w-1-1", "w-1", 1.0, 2.0, TaskSet.of([0]), (10,), (0.25,), failures),
+            follows=(Follow(Bundle(JOB.id, MAP, TaskSet.of([1]), attempt=2)),),
+            log=log,
+            log_spans=spans,
+        ),
+    )
+    again = Bundle(JOB.id, MAP, TaskSet.of([1]), attempt=2)
+    done = Outcome(again, "w-2-1", "w-2", 3.0, 4.0, TaskSet.of([1]), (20,), (0.1,))
+    await _commit(objects, done)
+    return objects
+
+
+async def _commit(objects: SimObjects, outcome: Outcome) -> None:
+    await objects.put(
+        naming.outcome(outcome.bundle, UNSEALED), wire.to_bytes(wire.outcome_to_json(outcome))
+    )
+
+
+def test_each_attempt_says_how_it_ended_and_what_it_printed() -> None:
+    async def main() -> None:
+        objects = await a_bucket()
+        found = await attempts.attempts(objects, JOB, MAP, 1, PATIENCE)
+        assert [one.state for one in found] == ["RETRIED", "SUCCEEDED"]
+        assert [one.run_s for one in found] == [0.5, 0.1]
+        assert [bool(one.fingerprint) for one in found] == [True, False]
+        assert found[1].value == 20
+        logs = [await attempts.printed(objects, one.outcome, [1], PATIENCE) for one in found]
+        assert [log[1] for log in logs] == [b"odd\n", b""]
+        (other,) = await attempts.attempts(objects, JOB, MAP, 0, PATIENCE)
+        assert (other.state, other.name) == ("SUCCEEDED", "map/0")
+        assert not await attempts.attempts(objects, JOB, MAP, 3, PATIENCE)
+        await objects.delete([found[0].outcome.log])
+        with pytest.raises(NotFound):
+            await attempts.printed(objects, found[0].outcome, [1], PATIENCE)
+
+    asyncio.run(main())
+
+
+def test_the_attempt_that_is_meant_is_the_last_one_that_failed() -> None:
+    async def main() -> None:
+        found = await attempts.attempts(await a_bucket(), JOB, MAP, 1, PATIENCE)
+        assert attempts.chosen(found) == found[0]
+        assert attempts.chosen(found, 2) == found[1]
+        assert attempts.chosen(found, 3) is None
+        assert attempts.chosen(found, 1, 1) is None
+        assert attempts.chosen([]) is None
+
+    asyncio.run(main())
+
+
+def test_a_task_is_given_what_its_worker_was_given() -> None:
+    async def main() -> None:
+        objects = await a_bucket()
+
+        async def given(stage: StageName, task: int) -> Any:
+            found = await attempts.attempts(objects, JOB, stage, task, PATIENCE)
+            one = attempts.chosen(found)
+            bundle = (
+                one.bundle
+                if one
+                else await attempts.task_bundle(objects, JOB, stage, task, PATIENCE)
+            )
+            return await attempts.task_input(objects, JOB, bundle, PATIENCE)
+
+        assert await given(MAP, 2) == {"c": 1}
+        # One that nobody has run yet, and one whose input is its upstream's result.
+        assert await given(NEXT, 1) == 20
+        with pytest.raises(UsageError, match="map/2 has not succeeded"):
+            await given(NEXT, 2)
+        with pytest.raises(NotFound, match="has no task map/3"):
+            await given(MAP, 3)
+        await objects.put(naming.part(JOB.id, SUM, 0, naming.old_part(0)), _part(objects))
+        await objects.put(naming.manifest(JOB.id, SUM, 0), Manifest(1, (0,)).to_bytes())
+        assert await given(SUM, 0) == [10, 20]
+
+    asyncio.run(main())
+
+
+def test_an_input_that_only_a_retry_has_gathered_is_found() -> None:
+    """A gather behind failed tasks is not planned; once they have succeeded, in a later round."""
+
+    async def main() -> None:
+        objects = await a_bucket()
+        bundle = await attempts.task_bundle(objects, JOB, SUM, 0, PATIENCE)
+        with pytest.raises(NotFound):
+            await attempts.task_input(objects, JOB, bundle, PATIENCE)
+        await objects.put(naming.retry(JOB.id, 1), b"{}")
+        await objects.put(naming.part(JOB.id, SUM, 1, naming.old_part(0)), _part(objects))
+        plan = Manifest(1, (0,), round=1)
+        await objects.put(naming.manifest(JOB.id, SUM, 1), plan.to_bytes())
+        bundle = await attempts.task_bundle(objects, JOB, SUM, 0, PATIENCE)
+        assert await attempts.task_input(objects, JOB, bundle, PATIENCE) == [10, 20]
+
+    asyncio.run(main())
+
+
+def _part(_: SimObjects) -> bytes:
+    first = Bundle(JOB.id, MAP, TaskSet.span(0, 3))
+    again = Bundle(JOB.id, MAP, TaskSet.of([1]), attempt=2)
+    item = {"$gather": {MAP: [[first.id, [[0, 1]]], [again.id, [[1, 2]]]]}}
+    return wire.to_bytes({"v": wire.VERSION, "items": [item]})
+
+
+def test_an_input_is_described_in_a_few_words() -> None:
+    describe = attempts.describe
+    assert describe(values.file_ref("raw/j/a.csv", "a.csv", 1234)) == "the file a.csv (1,234 bytes)"
+    part = values.part_ref("raw/j/a.csv", 100, 1100, name="a.csv", header=(0, 10))
+    assert describe(part) == "1,000 bytes of a.csv, from byte 100, after its header"
+    assert describe([1, values.file_ref("k", "n", 1)]) == "a list of 2, which refers to 1 object"
+    assert describe({"a": [1]}) == '{"a":[1]}'
+    assert len(describe("x" * 1000)) == 200
+    assert json.loads(describe(5)) == 5
+
+
+def test_keys_of_outcomes_are_read_back() -> None:
+    bundle = Bundle(JOB.id, MAP, TaskSet.span(3, 9), attempt=2, round=1)
+    for key in (UNSEALED, CommitKey("0f" * 16)):
+        found = naming.outcome_key(naming.outcome(bundle, key))
+        assert found == naming.OutcomeKey(JOB.id, MAP, bundle.id, 3, 8, 1, 2)
+        assert naming.is_genuine(naming.outcome(bundle, key), key)
+        assert not naming.is_genuine(naming.outcome(bundle, key), CommitKey("0e" * 16))
+    assert naming.outcome_key(naming.manifest(JOB.id, MAP, 0)) is None
+
+
+def test_of_a_log_in_more_than_one_place_there_is_the_end() -> None:
+    """A task whose process was lost and started again has printed before and after."""
+    log = b"first\nother\nsecond\n"
+    outcome = Outcome(
+        *(Bundle(JOB.id, MAP, TaskSet.span(0, 2)), "w-1-1", "w-1", 1.0, 2.0),
+        *(TaskSet.span(0, 2), (1, 2), (0.1, 0.1)),
+        log="log",
+        log_spans=((0, 0, 6), (1, 6, 12), (0, 12, 19)),
+    )
+
+    async def read(start: int, stop: int) -> bytes:
+        return log[start:stop]
+
+    def end(task: int, limit: int) -> tuple[bytes, int]:
+        return asyncio.run(attempts.log_end(outcome, task, limit, read))
+
+    assert end(0, 100) == (b"first\nsecond\n", 0)
+    assert end(0, 9) == (b"t\nsecond\n"[-9:], 4)
+    assert end(0, 7) == (b"second\n", 6)
+    assert end(0, 3) == (b"nd\n", 10)
+    assert end(1, 100) == (b"other\n", 0)
+    assert end(5, 100) == (b"", 0)
+
+
+def test_a_task_that_the_plan_has_not_is_refused_with_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`show-task` said that no attempt of it had ended yet, and exited with 0."""
+    run = runner(monkeypatch, capsys)
+    objects = backends.load("local").open_objects(Home(tmp_path))
+    spec = definition.to_bytes(JOB, Opening(["a", "b", "c"]))
+    asyncio.run(objects.put(naming.spec(JOB.id), spec))
+    for task in ("map/3", "next/3"):
+        code, out, err = run("job", "show-task", JOB.id, task, "--home", tmp_path)
+        assert (code, out) == (2, "")
+        assert f"has no task {task}." in err
+        assert "Stage map has 3 tasks, counted from 0." in err
+    # Those that are only not there yet are shown.
+    for task in ("map/2", "next/2", "sum/0"):
+        code, out, _ = run("job", "show-task", JOB.id, task, "--home", tmp_path)
+        assert code == 0
+        assert "No attempt of it has ended yet." in out

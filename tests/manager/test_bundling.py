@@ -1,0 +1,63 @@
+"""How much a job may cut, and what finding that out may cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.manager.cutting import Cutter
+from batchlab.manager.live import LiveJob
+from batchlab.model import Bundle, Control, JobId, JobState, StageCounts, StageName, TaskSet
+from batchlab.ports import JobRecord, StageRecord
+from tests.support.contract.queue_worlds import LoopClock
+
+STAGE = StageDef(StageName("a"), handler="m:f")
+
+
+class _Lives(dict[JobId, LiveJob]):
+    """Counts how often somebody goes through all jobs."""
+
+    looks = 0
+
+    def __iter__(self) -> Iterator[JobId]:
+        self.looks += 1
+        return super().__iter__()
+
+    def values(self):  # type: ignore[no-untyped-def]
+        self.looks += 1
+        return super().values()
+
+
+def _live(n: int) -> LiveJob:
+    job = JobDef(JobId(f"j{n}"), "j", (STAGE,), 0.0, items=5)
+    return LiveJob(
+        JobRecord(job, JobState.RUNNING), {STAGE.name: StageRecord(StageCounts(STAGE.name, 5))}
+    )
+
+
+def test_a_job_with_nothing_left_to_cut_looks_at_no_other_job() -> None:
+    """Thousands of jobs that run are poked at every tick; each would look at all."""
+    lives = _Lives({one.id: one for one in map(_live, range(100))})
+    cutter = Cutter(LoopClock(), lives, {"default": 4})
+    first = lives[JobId("j0")]
+    assert cutter.wave(first, STAGE, TaskSet(), 0) == ((), TaskSet())
+    assert lives.looks == 0
+    bundles, left = cutter.wave(first, STAGE, TaskSet.span(0, 5), 0)
+    assert sum(len(one.tasks) for one in bundles) + len(left) == 5
+    assert bundles
+    assert lives.looks > 0
+
+
+def test_a_paused_job_does_not_keep_the_window_from_others() -> None:
+    """Its bundles are dropped by the workers, and stay outstanding for as long as it is paused."""
+    lives = {one.id: one for one in map(_live, range(2))}
+    cutter = Cutter(LoopClock(), lives, {"default": 2})
+    first, second = lives.values()
+    tasks = TaskSet.span(0, 5)
+    one = replace(STAGE, bundle=1)
+    out = [Bundle(first.id, STAGE.name, TaskSet.span(n, n + 1)) for n in range(50)]
+    first.expect((bundle, 0.0) for bundle in out)
+    assert cutter.wave(second, one, tasks, 0) == ((), tasks)
+    first.record = replace(first.record, control=Control.PAUSE)
+    assert cutter.wave(second, one, tasks, 0)[0]

@@ -1,0 +1,211 @@
+"""What the manager does with a backlog of events."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from batchlab.adapters.clock import RandomIds, WallClock
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.sql import open_memory
+from batchlab.adapters.sql.ledger import SqlLedger
+from batchlab.adapters.sqlite_queue import SqliteQueue
+from batchlab.errors import BackendError, Unreachable
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.manager.arrivals import Arrivals
+from batchlab.manager.collector import Collector, events_queue
+from batchlab.manager.folding import Folder
+from batchlab.manager.live import LiveJob, Ports
+from batchlab.manager.registry import Registry
+from batchlab.manager.settings import ManagerSettings
+from batchlab.model import Bundle, Completion, JobId, JobState, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import MAX_BATCH, Cut, Depth, Folded, Message, Outgoing
+from batchlab.protocol import naming
+from batchlab.protocol.messages import Duplicate, Events, events_message
+from tests.support.no_fleet import NoFleet
+
+STAGE = StageName("map")
+JOB = JobDef(JobId("backlog-0123456789"), "backlog", (StageDef(STAGE, handler="work:one"),), 0.0)
+EVENTS = 4 * MAX_BATCH
+
+
+class Counting:
+    """The folds that a ledger is asked for."""
+
+    def __init__(self, ledger: SqlLedger) -> None:
+        self.sizes: list[int] = []
+        self._ledger = ledger
+        self._fold = ledger.fold
+
+    async def __call__(
+        self, completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]
+    ) -> Folded:
+        self.sizes.append(len(completions))
+        return await self._fold(completions, casualties)
+
+
+class Failing(SqliteQueue):
+    """Answers the receives with these numbers, counted from 0, with an outage."""
+
+    fails: Sequence[int] = ()
+    _receives = -1
+
+    async def receive(
+        self,
+        queue: str,
+        *,
+        max_messages: int = 10,
+        wait_s: float = 20.0,
+        visibility_s: float | None = None,
+    ) -> Sequence[Message]:
+        self._receives += 1
+        if self._receives in self.fails:
+            raise Unreachable("The queue is away.")
+        return await super().receive(
+            queue, max_messages=max_messages, wait_s=wait_s, visibility_s=visibility_s
+        )
+
+
+async def nobody(_: JobId) -> JobDef | None:
+    """Of the bucket's jobs the ledger knows all."""
+    return None
+
+
+def completion(number: int) -> Completion:
+    tasks, nothing = TaskSet.span(number, number + 1), TaskSet()
+    return Completion(Bundle(JOB.id, STAGE, tasks), "w", 1.0, 2.0, tasks, nothing, nothing, 1.0)
+
+
+async def collected(folder: Path, fails: Sequence[int]) -> list[int]:
+    """The sizes of the folds that a backlog of one completion a message comes to."""
+    clock, ledger = WallClock(), open_memory()
+    queue = Failing(folder / "queues.db", clock)
+    queue.fails = fails
+    counting = Counting(ledger)
+    ledger.fold = counting  # type: ignore[method-assign]
+    ports = Ports(SimObjects(), queue, NoFleet(), ledger, clock, RandomIds(), Patience(Random(1)))
+    settings = replace(ManagerSettings(), wait_s=1.0)
+    done = [completion(number) for number in range(EVENTS)]
+    await ledger.add_job(JOB, state=JobState.SUBMITTED)
+    bundles = tuple(one.bundle for one in done)
+    written = await ledger.add_cut(Cut(JOB.id, STAGE, 0, 0, bundles, TaskSet(), EVENTS))
+    await queue.ensure(events_queue(settings))
+    for first in range(0, EVENTS, MAX_BATCH):
+        some = done[first : first + MAX_BATCH]
+        bodies = [Outgoing(events_message(Events((one,)))) for one in some]
+        await queue.send(naming.EVENTS, bodies)
+    live = LiveJob(written.rows.job, {s.counts.stage: s for s in written.rows.stages})
+    lives = {JOB.id: live}
+    folder_, registry = Folder(ports, lives, nobody), Registry(ports, lives)
+    collector = Collector(ports, settings, lives, folder_, registry, asyncio.Lock(), Arrivals())
+    collecting = asyncio.create_task(collector.collect())
+    while sum(counting.sizes) < EVENTS or await queue.depth(naming.EVENTS) != Depth(0, 0, 0):
+        assert not collecting.done()
+        await asyncio.sleep(0.02)
+    assert live.stages[STAGE].counts.succeeded == EVENTS
+    collecting.cancel()
+    await asyncio.gather(collecting, return_exceptions=True)
+    await queue.close()
+    return counting.sizes
+
+
+@pytest.mark.parametrize(
+    ("fails", "folds"),
+    [
+        pytest.param((), [EVENTS], id="a backlog is one transaction"),
+        pytest.param((1,), [MAX_BATCH, EVENTS - MAX_BATCH], id="what came does not wait"),
+    ],
+)
+def test_a_backlog_is_folded_together(
+    tmp_path: Path, fails: Sequence[int], folds: Sequence[int]
+) -> None:
+    assert asyncio.run(collected(tmp_path, fails)) == folds
+
+
+def test_it_says_when_nobody_can_be_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While events are out of reach, or many lie in wait, no worker is silent."""
+
+    async def main(queue: SqliteQueue) -> None:
+        clock, lives = WallClock(), dict[JobId, LiveJob]()
+        patience = Patience(Random(1))
+        ports = Ports(SimObjects(), queue, NoFleet(), open_memory(), clock, RandomIds(), patience)
+        settings = replace(ManagerSettings(), wait_s=0.0, tick_s=0.1)
+        registry = Registry(ports, lives)
+        folder = Folder(ports, lives, nobody)
+        collector = Collector(ports, settings, lives, folder, registry, asyncio.Lock(), Arrivals())
+        await queue.ensure(events_queue(settings))
+        some = [Outgoing(events_message(Events())) for _ in range(MAX_BATCH)]
+        await queue.send(naming.EVENTS, some)
+        assert len(await collector._received()) == MAX_BATCH
+        assert registry.deaf_s is None, "it has heard them all"
+        monkeypatch.setattr("batchlab.manager.collector.FOLD_BYTES", 1)
+        await queue.send(naming.EVENTS, some)
+        await asyncio.sleep(0.15)  # a backlog is what has lain there for longer than a tick
+        await collector._received()
+        backlog_s = registry.deaf_s
+        assert backlog_s is not None
+
+        async def denied(*_: object, **__: object) -> Sequence[Message]:
+            raise BackendError("Access denied.")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(queue, "receive", denied)
+            with pytest.raises(BackendError):
+                await collector._collect_once()
+        assert registry.deaf_s == math.inf, "as long as it lasts"
+        await queue.send(naming.EVENTS, some[:1])
+        await collector._collect_once()
+        assert backlog_s < registry.deaf_s < math.inf
+        # What was received and could not be taken was not heard either.
+        monkeypatch.setattr(collector, "_collect_once", denied)
+        collecting = asyncio.create_task(collector._collect())
+        async with asyncio.timeout(10):
+            while registry.deaf_s != math.inf:
+                await asyncio.sleep(0.001)
+        collecting.cancel()
+        await queue.close()
+
+    asyncio.run(main(SqliteQueue(tmp_path / "queues.db", WallClock())))
+
+
+def test_what_is_no_event_is_dropped_and_what_came_with_it_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A duplicate of a shape that nobody had checked ended the manager, each time it led."""
+
+    async def main(queue: SqliteQueue) -> None:
+        told: list[Duplicate] = []
+        ledger, clock, lives = open_memory(), WallClock(), dict[JobId, LiveJob]()
+        patience = Patience(Random(1))
+        ports = Ports(SimObjects(), queue, NoFleet(), ledger, clock, RandomIds(), patience)
+        collector = Collector(
+            *(
+                ports,
+                ManagerSettings(),
+                lives,
+                Folder(ports, lives, nobody),
+                Registry(ports, lives),
+            ),
+            asyncio.Lock(),
+            Arrivals(),
+            told.extend,
+        )
+        await ledger.add_job(JOB, state=JobState.SUBMITTED)
+        good = Duplicate(JOB.id, STAGE, "message", "w-1-1", 0.5)
+        bodies = [
+            '{"v":1,"d":[["backlog-0123456789","map","message",["w-1-1"],"long"]]}',
+            events_message(Events(duplicates=(good,))),
+        ]
+        await collector._take([Message("m", body, "r", 1, 0.0, 0.0) for body in bodies])
+        assert told == [good]
+        await queue.close()
+
+    asyncio.run(main(SqliteQueue(tmp_path / "queues.db", WallClock())))
+    assert "dropped an event of 69 characters that cannot be read" in caplog.text

@@ -1,0 +1,288 @@
+"""Who is told of a job's end: once, again until it is delivered, whoever leads."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from batchlab.errors import NotFound, Unreachable
+from batchlab.jobdef import NotifyDef
+from batchlab.manager.notifying import GIVE_UP_S, MOST_PENDING
+from batchlab.notification import NotDelivered, Notification, Target
+from batchlab.protocol import naming
+from tests.support.manager.notifier import ENDING, EPOCH_S, OPS, Scene, a_job, a_notification, play
+
+# --- Ends ----------------------------------------------------------------------------------------
+
+
+def test_an_end_is_in_the_bucket_before_anybody_goes_on() -> None:
+    async def main() -> None:
+        scene = Scene(OPS, replace(OPS, name="happy", on=("succeeded",)))
+        live = a_job(succeeded=8, failed=2)
+        await scene.manager().ended(live, ENDING)  # and that manager dies here
+        (kept,) = (await scene.kept())["pending"]
+        assert (kept["target"], kept["moment"]) == ("ops", "failed")
+        await scene.led(scene.manager(), 1.0)
+        ((_, one),) = scene.tried
+        assert json.loads(one.body) == {
+            "v": 1,
+            "id": one.id,
+            "moment": "failed",
+            "at_s": ENDING.ended_s,
+            "job": {
+                "id": "sums-1",
+                "name": "sums",
+                "state": "FAILED",
+                "reason": "2 tasks failed",
+                "round": 0,
+                "tags": {"team": "blue"},
+                "submitted_s": EPOCH_S,
+                "ended_s": ENDING.ended_s,
+            },
+            "tasks": {"planned": 10, "succeeded": 8, "failed": 2, "cancelled": 0},
+        }
+        after = await scene.kept()
+        assert after["pending"] == []
+        assert after["log"][0]["state"] == "delivered"
+        assert scene.counts.deliveries["webhook", "delivered"] == 1
+
+    play(main)
+
+
+def test_the_same_end_told_again_is_the_same_notification() -> None:
+    """A leader that died between the bucket and the ledger has its work repeated."""
+
+    async def main() -> None:
+        scene = Scene(OPS)
+        live = a_job()
+        first = scene.manager()
+        await first.ended(live, ENDING)
+        await scene.led(first, 1.0)
+        second = scene.manager()
+        await second.load()
+        await second.ended(live, ENDING)
+        await scene.led(second, 1.0)
+        assert scene.told() == ["failed"]
+        retried = a_job()
+        retried.round = 1
+        await second.ended(retried, ENDING)
+        await scene.led(second, 1.0)
+        assert scene.told() == ["failed", "failed"]
+        assert len({one.id for _, one in scene.tried}) == 2, "another round is another end"
+
+    play(main)
+
+
+def test_an_end_waits_for_the_bucket() -> None:
+    async def main() -> None:
+        scene = Scene(OPS)
+
+        async def away(*_: Any, **__: Any) -> str:
+            raise Unreachable("The bucket is away.")
+
+        scene.objects.put = away  # type: ignore[method-assign]
+        with pytest.raises(Unreachable):
+            await scene.manager().ended(a_job(), ENDING)
+
+    play(main)
+
+
+def test_a_bucket_that_is_gone_is_not_tried_for_ever() -> None:
+    async def main() -> None:
+        scene = Scene(OPS)
+        tries = 0
+
+        async def gone(*_: Any, **__: Any) -> str:
+            nonlocal tries
+            tries += 1
+            raise NotFound("There is no such bucket.")
+
+        scene.objects.put = gone  # type: ignore[method-assign]
+        with pytest.raises(NotFound):
+            await scene.manager().ended(a_job(), ENDING)
+        assert tries < 20
+
+    play(main)
+
+
+def test_a_job_that_nobody_waits_for_costs_no_request() -> None:
+    async def main() -> None:
+        scene = Scene(replace(OPS, on=("succeeded",)))
+        await scene.manager().ended(a_job(), ENDING)
+        with pytest.raises(NotFound):
+            await scene.kept()
+
+    play(main)
+
+
+def test_a_job_is_told_to_one_of_the_grids_targets_that_it_may_name() -> None:
+    async def main() -> None:
+        chat = Target("chat", "webhook", "https://hooks.example.org/s3cret", on=(), jobs=True)
+        scene = Scene(chat)
+        live = a_job("sums", NotifyDef("target", "chat", ("failed",)))
+        await scene.manager().ended(live, ENDING)
+        assert b"s3cret" not in await scene.objects.get(naming.NOTIFICATIONS)
+        await scene.led(scene.manager(), 1.0)
+        (target,) = scene.reached
+        assert (target.kind, target.to, target.job) == ("webhook", chat.to, "sums-1")
+
+    play(main)
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        (NotifyDef("target", "ops", ("failed",)), "no target 'ops' that jobs may name"),
+        (NotifyDef("webhook", "http://127.0.0.1/"), "the manager's own machine"),
+        (
+            NotifyDef("webhook", "https://h.example/", secret="env:BATCHLAB_NOTIFY_A"),
+            "BATCHLAB_NOTIFY_A may not sign",
+        ),
+    ],
+)
+def test_what_the_operator_does_not_allow_any_more_is_given_up(own: NotifyDef, told: str) -> None:
+    """Whatever was admitted, and whoever has written it into the bucket."""
+
+    async def main() -> None:
+        scene = Scene(replace(OPS, on=("capped",)))
+        await scene.manager().ended(a_job("sums", own), ENDING)
+        await scene.led(scene.manager(), 1.0)
+        assert scene.tried == []
+        (kept,) = (await scene.kept())["log"]
+        assert kept["state"] == "given up"
+        assert told in kept["error"]
+
+    play(main)
+
+
+def test_a_jobs_own_target_is_told_though_the_job_is_forgotten() -> None:
+    async def main() -> None:
+        scene = Scene()
+        own = NotifyDef("sns", "arn:aws:sns:eu-central-1:123456789012:batch", ("failed",))
+        await scene.manager().ended(a_job("mine", own), ENDING)
+        await scene.led(scene.manager(), 1.0)
+        assert [(one.target, one.own) for _, one in scene.tried] == [("mine-1#1", own)]
+
+    play(main)
+
+
+# --- Tries ---------------------------------------------------------------------------------------
+
+
+def test_tries_come_ever_later_and_survive_the_manager() -> None:
+    async def main() -> None:
+        scene = Scene(OPS)
+        scene.answers = lambda n: NotDelivered("It is away.") if n <= 5 else None
+        first = scene.manager()
+        await first.ended(a_job(), ENDING)
+        await scene.led(first, 10.0)
+        assert [at for at, _ in scene.tried] == pytest.approx([0, 2, 6])
+        assert first.trouble("sums-1").endswith("tries so far: 3, the last: It is away")
+        assert "s3cret" not in first.trouble("sums-1")
+        second = scene.manager()
+        await scene.led(second, 100.0)
+        assert [at for at, _ in scene.tried] == pytest.approx([0, 2, 6, 14, 30, 62])
+        assert [one.attempts for _, one in scene.tried] == [0, 1, 2, 3, 4, 5]
+        assert len({one.id for _, one in scene.tried}) == 1
+        assert second.trouble("sums-1") == ""
+        assert scene.counts.deliveries == {("webhook", "failed"): 5, ("webhook", "delivered"): 1}
+
+    play(main)
+
+
+def test_what_no_try_can_mend_is_given_up_at_once() -> None:
+    async def main() -> None:
+        scene = Scene(OPS)
+        scene.answers = lambda _: NotDelivered("It is a redirect.", final=True)
+        manager = scene.manager()
+        await manager.ended(a_job(), ENDING)
+        await scene.led(manager, 5000.0)
+        assert len(scene.tried) == 1
+        (one,) = manager.book.log
+        assert (one.state, one.error, one.attempts) == ("given up", "It is a redirect.", 1)
+
+    play(main)
+
+
+def test_after_a_day_it_is_given_up() -> None:
+    async def main() -> None:
+        scene = Scene(OPS)
+        scene.answers = lambda _: NotDelivered("It is away.")
+        manager = scene.manager()
+        await manager.ended(a_job(), replace(ENDING, ended_s=EPOCH_S))
+        await scene.led(manager, 2 * GIVE_UP_S)
+        assert GIVE_UP_S <= scene.tried[-1][0] < GIVE_UP_S + 1000
+        assert 90 < len(scene.tried) < 120, "every quarter of an hour in the end"
+        assert manager.book.log[-1].state == "given up"
+        assert not manager.book.pending
+
+    play(main)
+
+
+def test_a_target_that_is_gone_is_given_up() -> None:
+    async def main() -> None:
+        scene = Scene(OPS)
+        await scene.manager().ended(a_job(), ENDING)
+        scene.targets.clear()
+        manager = scene.manager()
+        await scene.led(manager, 1.0)
+        assert "no target 'ops' any more" in manager.book.log[0].error
+        assert not scene.tried
+
+    play(main)
+
+
+def test_one_target_that_is_slow_holds_up_no_other() -> None:
+    async def main() -> None:
+        scene = Scene(OPS, replace(OPS, name="slow", to="https://slow.example.org/"))
+        done: list[str] = []
+
+        async def deliver(target: Target, one: Notification) -> None:
+            await asyncio.sleep(100.0 if target.name == "slow" else 0.0)
+            done.append(target.name)
+
+        scene.deliver = deliver  # type: ignore[method-assign]
+        manager = scene.manager()
+        for number in range(20):
+            await manager.ended(a_job(f"j{number}"), ENDING)
+        await scene.led(manager, 250.0)
+        assert done == ["ops"] * 20 + ["slow"] * 4, "two at a time"
+
+    play(main)
+
+
+def test_two_leaders_lose_nothing_of_each_other() -> None:
+    async def main() -> None:
+        scene = Scene(OPS)
+        one, two = scene.manager(), scene.manager()
+        await one.load()
+        await two.load()
+        await one.ended(a_job("a"), ENDING)
+        await two.ended(a_job("b"), ENDING)
+        await one.ended(a_job("c"), ENDING)
+        assert {kept["job"] for kept in (await scene.kept())["pending"]} == {"a-1", "b-1", "c-1"}
+        await scene.led(scene.manager(), 1.0)
+        await two.ended(a_job("d"), ENDING)
+        kept = await scene.kept()
+        assert [one["job"] for one in kept["pending"]] == ["d-1"], "what was told stays told"
+
+    play(main)
+
+
+def test_what_waits_is_bounded() -> None:
+    async def main() -> None:
+        scene = Scene(OPS)
+        manager = scene.manager()
+        for number in range(MOST_PENDING):
+            live = a_job(f"j{number}")
+            one = replace(a_notification(live), id=str(number))
+            manager.book.pending[one.id] = one
+        await manager.ended(a_job("last"), ENDING)
+        assert len(manager.book.pending) == MOST_PENDING
+        assert [one.id for one in manager.book.log] == ["0"]
+
+    play(main)

@@ -1,0 +1,442 @@
+"""What is written down of what was used never becomes less, whichever leader writes last."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.sql import open_memory
+from batchlab.costs.meter import Account, Accounting, Kind, Meter
+from batchlab.errors import BackendError, NotFound, Unreachable
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.manager import recorded
+from batchlab.manager.kept import Kept
+from batchlab.manager.live import LiveJob, Ports
+from batchlab.manager.recorder import Recorder
+from batchlab.manager.registry import Registry
+from batchlab.manager.settings import ManagerSettings
+from batchlab.manager.spending import Spending
+from batchlab.model import JobId, JobState, Pool, StageCounts, StageName
+from batchlab.patience import Patience
+from batchlab.ports import JobRecord, StageRecord
+from batchlab.protocol import naming, wire
+from batchlab.sim.clocks import SimClock, SimIds
+from batchlab.sim.loop import SimLoop
+from batchlab.tally import Requests, Tally
+from tests.support.no_fleet import NoFleet
+
+JOB = JobId("sums-1")
+MAP = StageName("map")
+KIND = Kind("default")
+
+
+class Bucket(SimObjects):
+    """Counts its requests, and is away for the puts of some keys."""
+
+    away: frozenset[str] = frozenset()
+    answers_lost = 0
+    requests = 0
+
+    async def put(self, key: str, data: bytes, **how: Any) -> str:
+        self.requests += 1
+        if key in self.away:
+            raise Unreachable("The bucket is away.")
+        etag = await super().put(key, data, **how)
+        if self.answers_lost:
+            self.answers_lost -= 1
+            raise Unreachable("The answer is lost.")
+        return etag
+
+    async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+        self.requests += 1
+        return await super().get_if_changed(key, etag)
+
+
+class Scene:
+    """A bucket that leaders share."""
+
+    def __init__(self) -> None:
+        self.objects = Bucket()
+        self.rng = random.Random(1)
+        self.clock = SimClock(asyncio.get_running_loop(), 1_700_000_000.0)
+        self.ports = Ports(
+            self.objects,
+            None,  # type: ignore[arg-type]
+            NoFleet(),
+            open_memory(),
+            self.clock,
+            SimIds(self.rng),
+            Patience(self.rng, limit_s=1.0),
+        )
+
+    def leader(self) -> Leader:
+        return Leader(self)
+
+    async def used(self) -> dict[str, Any]:
+        return wire.loads(await self.objects.get(naming.used(JOB)))
+
+    async def bundles(self) -> int:
+        return int((await self.used())["account"]["bundles"])
+
+
+class Leader:
+    """Its account, and what it records."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.lives: dict[JobId, LiveJob] = {}
+        self.written: list[JobId] = []
+        registry = Registry(scene.ports, self.lives)
+        self.recorder = Recorder(scene.ports, self.lives, registry)
+        pools = {"default": Pool("default")}
+        self.tally = Tally()
+        self.spending = Spending(
+            scene.ports,
+            ManagerSettings(),
+            self.lives,
+            registry,
+            pools,
+            Accounting(tally=self.tally),
+            self.recorder,
+            lambda job, _: self.written.append(job),
+        )
+
+    async def leads(self) -> None:
+        await self.recorder.load()
+        await self.spending.load()
+
+    async def conducts(self, *, is_new: bool, saves: bool = True) -> LiveJob:
+        job = JobDef(JOB, "sums", (StageDef(MAP, handler="m:f"),), 0.0)
+        stages = {MAP: StageRecord(StageCounts(MAP))}
+        live = LiveJob(JobRecord(job, JobState.RUNNABLE), stages)
+        await self.spending.open(live, is_new=is_new)
+        self.recorder.adopt(live)
+        self.lives[JOB] = live
+        if saves:
+            await self.saves()
+        return live
+
+    async def saves(self) -> None:
+        """Count, and write it down."""
+        await self.spending.close()
+
+    async def ends(self) -> None:
+        self.lives.clear()
+        await self.saves()
+
+
+def play(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    SimLoop().run(main())
+
+
+def test_a_leader_that_is_killed_between_two_puts_is_followed_by_one_that_knows_less() -> None:
+    async def main() -> None:
+        scene = Scene()
+        first = scene.leader()
+        await first.leads()
+        live = await first.conducts(is_new=True)
+        live.account.bundles = 9
+        live.account.bill(KIND, 60.0)
+        # It writes the job's account and dies before it has written the grid's.
+        scene.objects.away = frozenset({naming.USE})
+        await first.ends()
+        assert await scene.bundles() == 9
+        scene.objects.away = frozenset()
+        second = scene.leader()
+        await second.leads()
+        await second.saves()
+        assert second.written == [JOB]
+        assert await scene.bundles() == 9
+        account = Account.from_json((await scene.used())["account"])
+        assert account.billed_s == {KIND: 60.0}
+        assert account.is_whole
+
+    play(main)
+
+
+def test_a_leader_that_stood_still_does_not_write_over_what_the_other_one_has_counted() -> None:
+    async def main() -> None:
+        scene = Scene()
+        first, second = scene.leader(), scene.leader()
+        await first.leads()
+        live = await first.conducts(is_new=True)
+        live.account.bundles, live.account.requests = 3, Requests(sqs=50)
+        await first.saves()
+        first.spending.meter.total.bill(KIND, 1.0)
+        await second.leads()
+        other = await second.conducts(is_new=False)
+        assert other.account.bundles == 3
+        other.account.bundles, other.account.requests = 8, Requests(sqs=20, s3_puts=7)
+        second.spending.meter.total.bill(KIND, 100.0)
+        await second.ends()
+        # The first one wakes, and does not know that anybody led.
+        await first.ends()
+        assert await scene.bundles() == 8
+        requests = Requests(*(await scene.used())["account"]["requests"])
+        assert requests == Requests(sqs=50, s3_puts=7)
+        books = wire.loads(await scene.objects.get(naming.USE))
+        assert Account.from_json(books["meter"]["total"]).billed_s == {KIND: 100.0}
+
+    play(main)
+
+
+def test_a_leader_that_hears_that_others_led_goes_on_from_what_they_have_counted() -> None:
+    async def main() -> None:
+        scene = Scene()
+        first, second = scene.leader(), scene.leader()
+        await first.leads()
+        live = await first.conducts(is_new=True)
+        live.account.bundles = 3
+        await first.saves()
+        await second.leads()
+        (await second.conducts(is_new=False)).account.bundles = 5
+        second.spending.caps.max_cost_usd = 7.0
+        second.spending.caps.by_hand[JOB] = 2.0
+        await second.saves()
+        first.lives.clear()
+        await first.spending.reread()
+        again = await first.conducts(is_new=False)
+        assert again.account.bundles == 5
+        assert first.spending.caps.max_cost_usd == 7.0
+        assert first.spending.caps.by_hand == {JOB: 2.0}
+
+    play(main)
+
+
+@pytest.mark.parametrize("answers_lost", [0, 1, 2])
+def test_a_job_that_ends_costs_one_put_more_than_the_grids_own(answers_lost: int) -> None:
+    async def main() -> None:
+        scene = Scene()
+        leader = scene.leader()
+        await leader.leads()
+        live = await leader.conducts(is_new=True)
+        live.account.bundles = 4
+        scene.objects.requests, scene.objects.answers_lost = 0, answers_lost
+        await leader.ends()
+        assert scene.objects.requests == (2 if not answers_lost else scene.objects.requests)
+        assert scene.objects.requests <= 2 + 3 * answers_lost
+        assert await scene.bundles() == 4
+
+    play(main)
+
+
+def test_a_round_more_is_counted_on_top_and_written_over_what_was_read() -> None:
+    async def main() -> None:
+        scene = Scene()
+        leader = scene.leader()
+        await leader.leads()
+        (await leader.conducts(is_new=True)).account.bundles = 4
+        await leader.ends()
+        live = await leader.conducts(is_new=False)
+        assert live.account.bundles == 4
+        live.account.bundles += 2
+        scene.objects.requests = 0
+        await leader.ends()
+        assert scene.objects.requests == 2
+        assert await scene.bundles() == 6
+
+    play(main)
+
+
+@pytest.mark.parametrize("there", [b"{}", b'{"v":1}', b'{"v":1,"account":{}}', b'{"v":9}', b"\xff"])
+def test_what_a_later_release_has_written_of_a_job_is_left_alone(there: bytes) -> None:
+    async def main() -> None:
+        scene = Scene()
+        await scene.objects.put(naming.used(JOB), there)
+        leader = scene.leader()
+        await leader.leads()
+        live = await leader.conducts(is_new=False)
+        assert not live.account.is_whole
+        await leader.ends()
+        assert await scene.objects.get(naming.used(JOB)) == there
+        assert leader.written == [JOB], "nobody waits for it any more"
+
+    play(main)
+
+
+@pytest.mark.parametrize(
+    "there", [b"", b'{"v":1}', b'{"v":1,"meter":{},"own":[],"cap":null,"caps":{},"jobs":{}}']
+)
+def test_books_that_cannot_be_read_keep_nobody_from_leading(there: bytes) -> None:
+    async def main() -> None:
+        scene = Scene()
+        await scene.objects.put(naming.USE, there)
+        leader = scene.leader()
+        await leader.leads()
+        await leader.saves()
+        assert wire.loads(await scene.objects.get(naming.USE))["jobs"] == {}
+
+    play(main)
+
+
+def test_a_bucket_that_is_gone_is_not_tried_for_ever() -> None:
+    async def main() -> None:
+        scene = Scene()
+        kept = Kept(scene.ports, naming.USE)
+        tries = 0
+
+        async def gone(*_: Any, **__: Any) -> str:
+            nonlocal tries
+            tries += 1
+            raise NotFound("There is no such bucket.")
+
+        scene.objects.put = gone  # type: ignore[method-assign]
+        with pytest.raises(BackendError):
+            await kept.write(lambda: b"x", lambda _: True)
+        assert tries < 20
+
+    play(main)
+
+
+# --- What was recorded ---------------------------------------------------------------------------
+
+
+def part(*points: tuple[float, float], **more: Any) -> dict[str, Any]:
+    """A job's part whose pool was looked at so: when, for how long."""
+    series = [[at_s, step_s, 0, 0, 0, 0, 1, 0, 1, 0, 1, 4, 0.5] for at_s, step_s in points]
+    pool = {"slots": 4, "type": "", "series": series}
+    return {**recorded.empty(), "pools": {"default": pool}, **more}
+
+
+def times(doc: dict[str, Any]) -> list[float]:
+    return [point[0] for point in doc["pools"]["default"]["series"]]
+
+
+def test_of_two_who_have_seen_the_same_nothing_is_lost_and_nothing_counts_twice() -> None:
+    """One stood still after 4 s; the other began from what had been written at 2 s, and saw the
+    job from 6 s on."""
+    one = part((1, 1), (2, 1), (3, 1), (4, 1), requests=[[4.0, 1.0, 9, 0, 0, 0, 0]])
+    one["duplicates"] = {"map": {"event": [2, 0.5]}}
+    one["workers"] = {"w-1": ["i-1", "default", 4, 1.0, 4.0]}
+    one["instances"] = {"i-1": ["default", "", "", "", 0.0, 1.0, None, "InService", "", 4]}
+    other = part((1, 1), (2, 1), (6, 0), (7, 1), requests=[[7.0, 1.0, 5, 3, 0, 0, 0]])
+    other["duplicates"] = {"map": {"event": [1, 0.7], "message": [1, 0.0]}}
+    other["workers"] = {"w-1": ["i-1", "default", 4, 2.0, 7.0]}
+    other["instances"] = {"i-1": ["default", "", "", "", 0.0, 1.0, 7.0, "Terminated", "", 4]}
+    both = recorded.united(one, other)
+    assert times(both) == [1, 2, 3, 4, 6, 7]
+    assert both["duplicates"] == {"map": {"event": [2, 0.7], "message": [1, 0.0]}}
+    assert both["workers"] == {"w-1": ["i-1", "default", 4, 1.0, 7.0]}
+    assert both["instances"]["i-1"][6] == 7.0
+    assert both["requests"] == [[4.0, 1.0, 9, 0, 0, 0, 0], [7.0, 1.0, 9, 3, 0, 0, 0]]
+    for again in (one, other, both):
+        assert recorded.united(both, again) == both
+    assert times(recorded.united(other, one)) == [1, 2, 3, 4, 6, 7]
+
+
+def test_what_the_other_leader_has_thinned_is_not_told_in_full_once_more() -> None:
+    assert times(recorded.united(part((4, 4), (5, 1)), part((1, 1), (2, 1), (3, 1)))) == [4, 5]
+
+
+def test_whole_documents_are_joined_with_our_live_jobs() -> None:
+    job = {"since_s": 3.0, "pools": ["default"], "requests": [], "duplicates": {}}
+    ours = {**part((3, 1)), "jobs": {"a": job}, "earlier": {}}
+    theirs = {**part((1, 1)), "jobs": {"a": {**job, "since_s": 1.0}}, "earlier": {"a": part()}}
+    both = recorded.joined(theirs, ours)
+    assert both["jobs"] == {"a": {**job, "since_s": 1.0}}
+    assert times(both) == [1, 3]
+    assert list(both["earlier"]) == ["a"]
+
+
+def test_a_leader_that_wakes_records_what_the_other_one_has_seen() -> None:
+    async def main() -> None:
+        scene = Scene()
+        first, second = scene.leader(), scene.leader()
+        await first.leads()
+        await first.conducts(is_new=True)
+        first.recorder.repeated(JOB, MAP)
+        first.recorder._is_due = True
+        await first.recorder.save()
+        await second.leads()
+        await second.conducts(is_new=False)
+        for _ in range(2):
+            second.recorder.repeated(JOB, MAP)
+        second.recorder._is_due = True
+        await second.recorder.save()
+        # It has not heard of the other, and writes all the same: neither loses anything.
+        first.recorder._is_due = True
+        await first.recorder.save()
+        await first.ends()
+        assert (await scene.used())["record"]["duplicates"] == {MAP: {"event": [3, 0.0]}}
+
+    play(main)
+
+
+# --- Who has told before -------------------------------------------------------------------------
+
+
+def test_what_is_asked_for_until_a_job_ends_is_the_jobs() -> None:
+    """All of it, where it ends before anybody has counted."""
+
+    async def main() -> None:
+        scene = Scene()
+        leader = scene.leader()
+        await leader.leads()
+        await leader.conducts(is_new=True, saves=False)
+        leader.spending.notice_ends()
+        leader.tally.sqs()
+        await leader.ends()
+        account = Account.from_json((await scene.used())["account"])
+        assert account.requests == Requests(sqs=1)
+        assert leader.spending.meter.nobody.requests == Requests()
+
+    play(main)
+
+
+def test_who_still_tells_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manager itself is the first that is heard: forgotten, all its requests counted anew."""
+    monkeypatch.setattr("batchlab.costs.meter.HEARD_KEPT", 3)
+    meter = Meter()
+    for n in range(1, 10):
+        meter.hear("manager", Requests(sqs=n), {}, {})
+        meter.hear(f"w-{n}", Requests(sqs=1), {}, {})
+    assert meter.total.requests.sqs == 9 + 9
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_round_that_was_not_written_down_before_the_next_one_is_told_with_it(saves: bool) -> None:
+    """Retried within one save, and again at its end: its first round's record was lost, and that it
+    had been a long one. Also where the account is saved while it runs again."""
+
+    async def main() -> None:
+        scene = Scene()
+        leader = scene.leader()
+        took: list[float] = []
+        leader.spending._on_written = lambda _, took_s: took.append(took_s)
+        await leader.leads()
+        for round_, seconds in enumerate((600.0, 1.0, 2.0)):
+            await leader.conducts(is_new=not round_, saves=saves)
+            leader.spending.notice_ends()
+            leader.recorder.repeated(JOB, MAP)
+            await asyncio.sleep(seconds)
+            leader.lives.clear()
+            leader.spending.notice_ends()
+        assert took == []
+        await leader.saves()
+        assert took == [600.0]
+        assert (await scene.used())["record"]["duplicates"] == {MAP: {"event": [3, 0.0]}}
+        assert leader.spending._closed == {}
+
+    play(main)
+
+
+def test_a_clock_that_is_set_back_makes_no_long_job_a_short_one() -> None:
+    """Its performance data was not written."""
+
+    async def main() -> None:
+        scene = Scene()
+        leader = scene.leader()
+        took: list[float] = []
+        leader.spending._on_written = lambda _, took_s: took.append(took_s)
+        await leader.leads()
+        await leader.conducts(is_new=True)
+        await asyncio.sleep(600.0)
+        scene.clock.jump(-3600.0)
+        await leader.ends()
+        assert took == [600.0]
+
+    play(main)

@@ -1,0 +1,185 @@
+"""What a manager knows of workers that nobody will tell it of any more."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.sql import open_memory
+from batchlab.errors import BatchlabError, Refused, Unreachable
+from batchlab.manager.counts import DUPLICATE, Counts
+from batchlab.manager.live import Ports
+from batchlab.manager.registry import LOST_S, Registry
+from batchlab.model import BundleId, Instance, JobId, LifecycleState, StageName
+from batchlab.patience import Patience
+from batchlab.ports import Fleet, Queue
+from batchlab.protocol.messages import Beat, Held, Told
+from batchlab.sim.clocks import SimClock, SimIds
+from batchlab.sim.loop import SimLoop
+from tests.support.no_fleet import NoFleet
+
+
+def beat(instance: str, number: int) -> Beat:
+    return Beat(f"w-{instance}", instance, "default", 1.0, 1, 0, (), number)
+
+
+JOBS = frozenset({JobId("j-1")})
+"""Jobs whose commit keys every worker here has."""
+
+
+def registry_of(ports: Ports) -> Registry:
+    registry = Registry(ports, {})
+    names = ("i-1", "i-2", "i-gone", "i-here", "i-beats")
+    there = {one: Instance(one, "default", LifecycleState.IN_SERVICE, 0.0) for one in names}
+    registry.instances.see(there)
+    return registry
+
+
+def dead(instance: str) -> Instance:
+    return Instance(instance, "default", LifecycleState.TERMINATED, 0.0)
+
+
+def ports(fleet: Fleet, queue: Queue = None) -> Ports:  # type: ignore[assignment]
+    rng = random.Random(1)
+    return Ports(
+        SimObjects(),
+        queue,
+        fleet,
+        open_memory(),
+        SimClock(asyncio.get_running_loop(), 1_700_000_000.0),
+        SimIds(rng),
+        Patience(rng),
+    )
+
+
+def test_a_worker_whose_end_another_leader_heard_of_is_forgotten() -> None:
+    """It stood among the busy for ever, and its jobs could not stand still."""
+
+    async def main() -> None:
+        registry = registry_of(ports(NoFleet()))
+        for instance in ("i-gone", "i-here", "i-beats"):
+            await registry.hear(beat(instance, 1), JOBS)
+        registry.keep({"i-here"})
+        assert len(registry.workers) == 3, "the fleet may not tell of it yet"
+        await asyncio.sleep(LOST_S + 1)
+        await registry.hear(beat("i-beats", 2), JOBS)
+        registry.keep({"i-here"})
+        assert set(registry.workers) == {"i-here", "i-beats"}
+        # What it said long ago, and the queue brings now, does not bring it back.
+        await registry.hear(beat("i-gone", 2), JOBS)
+        assert "i-gone" not in registry.workers
+        assert registry.has_reported("i-gone")
+
+    SimLoop().run(main())
+
+
+def test_a_fresh_worker_on_an_instance_that_had_gone_is_heard() -> None:
+    """A reboot drains the worker and brings another on the same instance: it was never heard, and
+    replaced while it worked."""
+
+    async def main() -> None:
+        registry = registry_of(ports(NoFleet()))
+        before = beat("i-1", 2)
+        fresh = replace(before, worker="w-fresh", number=1)
+        await registry.hear(before, JOBS)
+        await registry.hear(replace(before, number=3, gone=True), JOBS)
+        registry.back({"i-1"})
+        await registry.hear(before, JOBS)
+        assert not registry.workers, "it has said that it goes"
+        await registry.hear(fresh, JOBS)
+        # The queue may bring what the other one said only now.
+        await registry.hear(before, JOBS)
+        await registry.hear(replace(before, number=3, gone=True), JOBS)
+        assert registry.workers["i-1"].beat == fresh
+        await registry.bury([dead("i-1")])
+        await registry.hear(replace(fresh, number=2), JOBS)
+        assert not registry.workers
+        assert registry.has_reported("i-1")
+
+    SimLoop().run(main())
+
+
+@pytest.mark.parametrize("how", ["buried", "missed", "buried unheard"])
+def test_an_instance_that_is_in_service_again_is_heard_again(how: str) -> None:
+    """One that comes back from standby, or that a describe had missed, has its worker still."""
+
+    async def main() -> None:
+        registry = registry_of(ports(NoFleet()))
+        if how != "buried unheard":
+            await registry.hear(beat("i-1", 1), JOBS)
+        if how == "missed":
+            await asyncio.sleep(LOST_S + 1)
+            registry.keep(())
+        else:
+            await registry.bury([dead("i-1")])
+        registry.back({"i-2"})
+        await registry.hear(beat("i-1", 2), JOBS)
+        assert not registry.workers
+        registry.back({"i-1", "i-2"})
+        await registry.hear(beat("i-1", 3), JOBS)
+        assert set(registry.workers) == {"i-1"}
+
+    SimLoop().run(main())
+
+
+@pytest.mark.parametrize(("silent_s", "given_back"), [(1.0, ["r-1"]), (LOST_S, [])])
+def test_what_an_instance_held_that_was_long_silent_is_not_given_back(
+    silent_s: float, given_back: list[str]
+) -> None:
+    """Its messages had come back by themselves, and others ran them: there were two of each."""
+
+    async def main() -> None:
+        returned: list[str] = []
+
+        class Returning:
+            async def change_visibility(
+                self, _: str, receipts: Sequence[tuple[str, float]]
+            ) -> None:
+                returned.extend(receipt for receipt, _ in receipts)
+
+        registry = registry_of(ports(NoFleet(), Returning()))  # type: ignore[arg-type]
+        held = Held("tasks-default", "r-1", JobId("j-1"), StageName("map"), BundleId("b-1"), True)
+        await registry.hear(replace(beat("i-1", 1), held=(held,)), JOBS)
+        await asyncio.sleep(silent_s)
+        await registry.bury([dead("i-1")])
+        assert returned == given_back
+
+    SimLoop().run(main())
+
+
+@pytest.mark.parametrize("error", [Unreachable("It is away."), Refused("There is no such group.")])
+def test_a_group_that_cannot_be_told_is_told_with_the_next_beat(error: BatchlabError) -> None:
+    """What had come along with the beat was not counted, a refusal ended the manager, and nobody
+    told the group again."""
+
+    async def main() -> None:
+        told: list[str] = []
+
+        class Moody(NoFleet):
+            async def ready(self, instance: str) -> None:
+                told.append(instance)
+                if len(told) == 1:
+                    raise error
+
+        registry = registry_of(ports(Moody()))
+        for number in range(1, 5):
+            await registry.hear(beat("i-1", number), JOBS)
+        assert told == ["i-1"] * 2
+
+    SimLoop().run(main())
+
+
+def test_a_worker_that_still_tells_what_it_has_done_is_not_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("batchlab.manager.counts.HEARD_KEPT", 3)
+    counts = Counts()
+    for n in range(1, 10):
+        counts.told(Told("w-first", {DUPLICATE: n}))
+        counts.told(Told(f"w-{n}", {DUPLICATE: 1}))
+    assert counts.duplicates == 9 + 9

@@ -1,0 +1,27 @@
+"""Managers as the process that has started them sees them."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from batchlab import updown
+from batchlab.home import Home
+from tests.support.waiting import until
+
+
+def test_a_manager_that_died_by_itself_is_no_zombie_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen(["true"]) as dead, subprocess.Popen(["sleep", "60"]) as living:
+        try:
+            started = {one.pid: one for one in (dead, living)}
+            monkeypatch.setattr(updown, "_STARTED", started)
+            until(lambda: ") Z " in Path(f"/proc/{dead.pid}/stat").read_text())
+            assert not updown.stop_manager(Home(tmp_path))
+            assert dead.returncode == 0
+            assert started == {living.pid: living}
+        finally:
+            living.kill()

@@ -1,0 +1,79 @@
+"""What bundles cost where all processes of a grid share the cores of one machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from batchlab import backends
+from batchlab.forecast.cores import Cores
+from batchlab.forecast.simulate import simulate
+from batchlab.forecast.sketch import Sketch
+from batchlab.model import Pool
+from batchlab.scenario.draws import Constant
+from batchlab.scenario.measures import MEASURES
+from batchlab.scenario.model import PoolPlan, Scenario, StageTemplate, WorkKind
+from tests.support.scenarios.small_scenarios import claims
+
+
+def test_bundles_take_turns_at_the_cores() -> None:
+    cores = Cores(2, 0.5)
+    told = [cores.begin(10.0, "w", computes=False) for _ in range(4)]
+    assert told == pytest.approx([0.5, 0.5, 1.0, 1.0])
+    assert cores.begin(20.0, "w", computes=False) == pytest.approx(0.5)
+
+
+def test_a_task_that_computes_takes_its_share_until_it_is_over() -> None:
+    cores = Cores(1, 0.5)
+    for _ in range(4):
+        cores.begin(0.0, "a", computes=True)
+    # Of six processes that want a core two are the manager and a worker.
+    assert cores.begin(100.0, "a", computes=False) == pytest.approx(0.5 * (1 + 4 / 2))
+    for _ in range(4):
+        cores.end("a", computes=True)
+    assert cores.begin(200.0, "a", computes=False) == pytest.approx(0.5)
+
+
+def test_without_cores_nothing_is_shared() -> None:
+    cores = Cores(0, 0.5)
+    assert cores.begin(0.0, "w", computes=True) == 0.0
+    cores.end("w", computes=True)
+
+
+def many(kind: WorkKind = WorkKind.SLEEP) -> Scenario:
+    """What would take a tenth of a second on forty slots."""
+    stage = StageTemplate("work", Constant(0.1), kind=kind, bundle=1)
+    return claims(stage, jobs=1, tasks=400, pool=PoolPlan(Pool("default", 10, 10, 4)))
+
+
+def makespan_s(plan: Scenario, cores: int) -> float:
+    local = backends.load("local")
+    calibration = replace(local.usual, cores=cores, bundle_cpu_s=0.015)
+    found = MEASURES["makespan"].of(simulate(plan, like=local, calibration=calibration), "")
+    assert isinstance(found, float)
+    return found
+
+
+def test_a_record_says_of_how_many_cores_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 5, 7}, raising=False)
+    plan = claims(StageTemplate("work", Constant(1.0)), jobs=1, tasks=2)
+    assert simulate(plan, like=backends.load("local")).settings["cores"] == 3
+    assert simulate(plan, like=backends.load("aws")).settings["cores"] == 0
+
+
+def test_a_sketch_takes_what_a_bundle_takes_of_a_core() -> None:
+    calibration = replace(backends.load("local").usual, cores=2, bundle_cpu_s=0.5, bundle_s=1.0)
+    stage = StageTemplate("work", Constant(10.0), bundle=1)
+    plan = claims(stage, jobs=1, tasks=2, pool=PoolPlan(Pool("default", 2, 2, 1)))
+    for cores, takes_s in ((2, 11.5), (0, 11.0)):
+        (job,) = Sketch("local", replace(calibration, cores=cores))(plan, 1).jobs
+        assert job.ended_s == takes_s
+
+
+def test_many_short_bundles_on_one_machine_take_what_its_cores_take() -> None:
+    free_s, two_s, eight_s = (makespan_s(many(), cores) for cores in (0, 2, 8))
+    assert two_s == pytest.approx(400 * 0.015 / 2, rel=0.2)
+    assert free_s < eight_s < two_s
+    assert makespan_s(many(WorkKind.CPU), 2) > 1.2 * two_s

@@ -1,0 +1,196 @@
+"""The sketch against arithmetic, and against the simulator that it saves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from batchlab import backends
+from batchlab.forecast import pieces, sketch
+from batchlab.forecast.candidates import Goal
+from batchlab.forecast.planner import Search
+from batchlab.forecast.simulate import simulate
+from batchlab.forecast.sketch import Sketch
+from batchlab.model import Pool
+from batchlab.scenario.calibration import Calibration
+from batchlab.scenario.draws import Constant
+from batchlab.scenario.expand import expand
+from batchlab.scenario.measures import MEASURES
+from batchlab.scenario.model import (
+    Fault,
+    FaultName,
+    PoolPlan,
+    Prewarm,
+    Scenario,
+    StageTemplate,
+)
+from batchlab.scenario.record import Record
+from tests.support.scenarios.plan_models import Grid, a_scenario
+from tests.support.scenarios.small_scenarios import PARSE, PRICE, SUM, claims
+
+MINUTE = StageTemplate("sums", Constant(60.0))
+
+
+def fixed(size: int, *, spot: float = 0.0, slots: int = 2) -> PoolPlan:
+    return PoolPlan(Pool("default", size, size, slots, 30.0, instance_type="m7i.large"), spot)
+
+
+def sketched(scenario: Scenario, seed: int = 1) -> Record:
+    return Sketch("aws")(scenario, seed)
+
+
+def of(record: Record, name: str) -> float:
+    found = MEASURES[name].of(record, "")
+    assert isinstance(found, float)
+    return found
+
+
+def test_instances_that_are_there_do_so_many_rounds() -> None:
+    for size, rounds in ((4, 4), (3, 6), (16, 1)):
+        found = sketched(claims(MINUTE, jobs=1, tasks=32, pool=fixed(size)))
+        assert of(found, "makespan") == 60.0 * rounds
+        assert (found.lost, of(found, "peak_fleet")) == (0, size)
+        # Each of them from the beginning to the end.
+        assert len(found.instances) == size
+        assert all(one.launched_s == 0 and one.ended_s is None for one in found.instances)
+
+
+def test_a_fleet_comes_after_a_boot_and_goes_when_it_is_idle() -> None:
+    plan = PoolPlan(Pool("default", 0, 2, 2, 90.0, instance_type="m7i.large"))
+    found = sketched(claims(MINUTE, jobs=1, tasks=8, pool=plan))
+    first, *_ = found.instances
+    assert first.ready_s == first.launched_s + 90.0
+    assert all(one.ended_s is not None for one in found.instances)
+    assert 150.0 <= of(found, "makespan") <= 90.0 + 4 * 60.0 + 90.0
+    warm = (Prewarm("default", 2, 0.0, 200.0),)
+    early = claims(MINUTE, jobs=1, tasks=8, pool=plan, prewarm=warm)
+    assert of(sketched(early), "makespan") == 90.0 + 2 * 60.0
+
+
+def test_a_gather_waits_for_all_and_a_chain_goes_on_piece_by_piece() -> None:
+    follows = StageTemplate("price", Constant(60.0), after=("sums",))
+    gathers = StageTemplate("all", Constant(5.0), after=("price",), gather="*")
+    found = sketched(claims(MINUTE, follows, gathers, jobs=1, tasks=16, pool=fixed(4)))
+    assert of(found, "makespan") == 2 * 2 * 60.0 + 5.0
+    assert [one.tasks for one in found.stages] == [16, 16, 1]
+
+
+@pytest.mark.parametrize("after", [("slow", "quick"), ("quick", "slow"), ("quick", "more")])
+def test_what_follows_several_item_by_item_is_cut_as_all_of_them(after: tuple[str, str]) -> None:
+    """Long tasks beside short ones: each by itself would be cut into other pieces."""
+    stages = (
+        StageTemplate("slow", Constant(100.0)),
+        StageTemplate("quick", Constant(1.0)),
+        StageTemplate("more", Constant(1.0), after=("slow",)),
+        StageTemplate("both", Constant(1.0), after=after),
+    )
+    found = sketched(claims(*stages, jobs=1, tasks=1000, pool=fixed(25)))
+    assert (found.lost, found.cut) == (0, "")
+    assert of(found, "makespan") == pytest.approx(1000 * 103.0 / 50, rel=0.1)
+
+
+def test_a_run_in_which_nothing_runs_or_boots_is_cut() -> None:
+    none = PoolPlan(Pool("default", 0, 0, 2, 30.0, instance_type="m7i.large"))
+    found = sketched(claims(MINUTE, jobs=2, tasks=4, pool=none))
+    assert (found.lost, len(found.instances)) == (8, 0)
+    assert "2 jobs had not ended" in found.cut
+
+
+def test_jobs_take_turns() -> None:
+    """The second one does not wait until the first one has ended, and both end late."""
+    found = sketched(claims(MINUTE, jobs=2, gap_s=0.0, tasks=16, pool=fixed(2)))
+    ends = [job.ended_s for job in found.jobs]
+    assert ends == [420.0, 480.0]
+    assert max(job.started_s or 0.0 for job in found.jobs) == 60.0
+
+
+def test_a_spot_wave_takes_what_does_not_end_in_time() -> None:
+    wave = Fault(FaultName.SPOT_WAVE, 30.0, notice_s=10.0)
+    plan = claims(MINUTE, jobs=1, tasks=8, pool=fixed(4, spot=1.0))
+    assert of(sketched(plan), "makespan") == 60.0
+    found = sketched(replace(plan, faults=(wave,)))
+    (hit,) = found.faults
+    assert (len(hit.targets), hit.impossible) == (4, "")
+    assert sum(one.ended_s == 40.0 for one in found.instances) == 4
+    # Others boot for 30 s and do it all again.
+    assert 130.0 <= of(found, "makespan") <= 140.0
+    assert found.lost == 0
+    (miss,) = sketched(replace(plan, faults=(wave,), pools=(fixed(4),))).faults
+    assert miss.impossible
+
+
+def test_without_a_calibration_it_goes_by_what_is_usual_on_the_backend() -> None:
+    """Processes start at once, whatever the scenario says; and a wave takes any of them."""
+    wave = Fault(FaultName.SPOT_WAVE, 30.0, notice_s=10.0)
+    plan = claims(MINUTE, jobs=1, tasks=8, faults=(wave,))
+    found = Sketch("local")(plan, 1)
+    assert {one.boot_s for one in found.instances} == {backends.load("local").usual.other_boot_s}
+    (hit,) = found.faults
+    assert hit.targets
+    assert not hit.impossible
+
+
+def test_it_is_not_over_before_the_last_prewarming_and_fault_are() -> None:
+    plan = PoolPlan(Pool("default", 0, 4, 2, 90.0, instance_type="m7i.large"))
+    warm = (Prewarm("default", 3, 4500.0, 6000.0),)
+    late = claims(MINUTE, jobs=1, tasks=2, pool=plan, prewarm=warm)
+    found, exact = sketched(late), simulate(late, like=backends.load("aws"))
+    assert of(found, "peak_fleet") == of(exact, "peak_fleet") == 3
+    assert found.usd == pytest.approx(exact.usd, rel=0.02)
+    warmed = [one for one in found.instances if one.launched_s >= 4500.0]
+    assert len(warmed) == 3
+    assert all(one.ended_s and one.ended_s >= 6000.0 for one in warmed)
+    wave = Fault(FaultName.SPOT_WAVE, 4500.0)
+    (missed,) = sketched(replace(late, prewarm=(), faults=(wave,))).faults
+    assert missed.impossible
+
+
+def test_when_the_last_job_is_there_it_looks_at_each_tick() -> None:
+    tick_s = backends.load("aws").manager.tick_s
+    plan = claims(MINUTE, jobs=2, gap_s=10 * sketch.LOOKS * tick_s, tasks=64)
+    moments = [one.at_s for one in sketched(plan).samples]
+    last_s = 10 * sketch.LOOKS * tick_s
+    late = [b - a for a, b in pairwise(at_s for at_s in moments if at_s >= last_s)]
+    assert set(late[1:]) == {tick_s}
+    assert len(moments) < 2 * sketch.LOOKS
+
+
+def test_short_tasks_are_pieces_and_a_long_one_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECES", 50)
+    plan = claims(PARSE, PRICE, SUM, jobs=2, tasks=500)
+    works = pieces.works(expand(plan, 1), 1, Calibration("aws"))
+    for work in works:
+        parse, price, total = work.stages
+        assert len(parse) == len(price) < 100
+        assert (sum(p.tasks for p in parse), sum(p.tasks for p in price)) == (500, 500)
+        assert [p.tasks for p in total] == [1]
+        assert [p.tasks for p in parse] == [p.tasks for p in price], "they share a cut"
+        assert all(a.number + 1 == b.number for a, b in pairwise(parse))
+
+
+def test_it_is_near_what_the_simulator_says() -> None:
+    """Stages, boots, a fleet that comes and goes, and Spot that is taken."""
+    wave = (Fault(FaultName.SPOT_WAVE, 200.0),)
+    plan = claims(jobs=6, tasks=100, faults=wave)
+    rough, exact = sketched(plan), simulate(plan, like=backends.load("aws"))
+    assert rough.seed == exact.seed
+    assert of(rough, "makespan") == pytest.approx(of(exact, "makespan"), rel=0.1)
+    assert rough.usd == pytest.approx(exact.usd, rel=0.15)
+    assert of(rough, "peak_fleet") == pytest.approx(of(exact, "peak_fleet"), abs=1)
+
+
+def test_what_is_simulated_is_what_the_sketch_finds_worth_it() -> None:
+    """A sketch that is off by a fifth in time and money costs a round more, and not the answer."""
+    exact, off = Grid(240, 30.0, noise=0.1), Grid(240, 24.0, noise=0.1)
+    plain = Search(a_scenario(), Goal(660.0), exact)
+    plain.search()
+    guided = Search(a_scenario(), Goal(660.0), exact, sketch=off)
+    guided.search()
+    first, second = plain.answer(), guided.answer()
+    assert first is not None
+    assert second is not None
+    assert second.holds
+    assert second.chosen.usd <= 1.03 * first.chosen.usd
+    assert second.runs < 70 < first.runs

@@ -1,0 +1,175 @@
+"""Every fault has an answer on every backend, and the docs and the command line give the same."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from batchlab import backends
+from batchlab.client import Client
+from batchlab.errors import UsageError
+from batchlab.home import Home
+from batchlab.replay.harm import deployed, processes
+from batchlab.replay.harm.front import Front
+from batchlab.replay.harm.injector import injector_for
+from batchlab.replay.harm.scene import Scene, chosen
+from batchlab.replay.harm.table import BACKENDS, TABLE, impossible, rows
+from batchlab.scenario.model import Fault, FaultName
+from batchlab.views import GridView, InstanceView
+from tests.support.grid.backends import command as batchlab
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
+
+
+def test_what_cannot_be_is_told_as_a_part_of_a_sentence() -> None:
+    told = impossible("local")
+    assert set(told) == {FaultName.PARTITION, FaultName.ZONE_LOSS, FaultName.S3_ERRORS}
+    assert not any(why.endswith(".") for why in told.values())
+
+
+def rendered() -> str:
+    """The table as the docs have it."""
+    lines = ["| fault | backend | how it comes about | or why it cannot be |", "|---|---|---|---|"]
+    for fault, backend, cell in rows():
+        name = f"`{fault}`" if backend == BACKENDS[0] else ""
+        lines.append(f"| {name} | `{backend}` | {cell.how} | {cell.why_not} |")
+    return "\n".join(lines)
+
+
+def test_the_docs_print_the_table() -> None:
+    assert rendered() in PAGE.read_text(), rendered()
+
+
+def test_the_docs_say_what_each_fault_is() -> None:
+    text = PAGE.read_text()
+    for fault in FaultName:
+        assert f"- `{fault}`: {fault.meaning}" in text
+
+
+def test_every_fault_has_one_answer_on_every_backend() -> None:
+    assert set(TABLE) == set(FaultName)
+    for fault, backend, cell in rows():
+        assert bool(cell.how) != bool(cell.why_not), (fault, backend)
+    assert set(BACKENDS) == set(backends.names()) - {"sim"}
+
+
+def scene(name: str, tmp_path: Path) -> Scene:
+    return Scene(backends.load(name), Home(tmp_path), Client("http://127.0.0.1:1", "t"))
+
+
+@pytest.mark.parametrize("name", ["local", "ministack"])
+def test_what_the_table_promises_there_is(name: str, tmp_path: Path) -> None:
+    found = processes.harms(scene(name, tmp_path), Front("http://127.0.0.1:1"))
+    assert set(found) == {fault for fault, there, cell in rows((name,)) if cell.possible}
+
+
+def test_what_the_table_promises_of_containers_and_aws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from batchlab.replay.harm import containers
+
+    for name, module in (("localstack", containers), ("aws", deployed)):
+        cls = "Containers" if name == "localstack" else "Deployed"
+        original = getattr(module, cls)
+        monkeypatch.setattr(original, "__init__", lambda self, scene: None)
+        found = module.harms(scene(name, tmp_path))
+        assert set(found) == {fault for fault, _, cell in rows((name,)) if cell.possible}
+
+
+def test_what_cannot_be_is_said_and_nothing_is_done(tmp_path: Path) -> None:
+    async def inject(name: str, fault: FaultName) -> str:
+        there = scene(name, tmp_path)
+        injector = injector_for(there.backend, there.home, there.client)
+        return (await injector.inject(Fault(fault, 3.0), 3.5)).impossible
+
+    for fault, backend, cell in rows(("local", "ministack")):
+        if not cell.possible:
+            assert asyncio.run(inject(backend, fault)) == cell.why_not.removesuffix(".")
+    for fault in (FaultName.S3_ERRORS, FaultName.PARTITION):
+        assert "without a front" in asyncio.run(inject("ministack", fault))
+
+
+def test_nothing_real_runs_in_the_simulator(tmp_path: Path) -> None:
+    there = scene("sim", tmp_path)
+    with pytest.raises(UsageError, match="Nothing real runs"):
+        injector_for(there.backend, there.home, there.client)
+
+
+def test_the_command_prints_it() -> None:
+    shown, _ = batchlab("scenario", "faults", "--json")
+    told = json.loads(shown)
+    assert [(one["fault"], one["backend"]) for one in told] == [(f, b) for f, b, _ in rows()]
+    assert all(one["possible"] == (one["why_not"] == "") for one in told)
+    shown, _ = batchlab("scenario", "faults", "--backend", "localstack")
+    assert "docker network disconnect" in shown
+    shown, _ = batchlab("scenario", "faults")
+    assert len(shown.splitlines()) == 1 + len(FaultName)
+    _, said = batchlab("scenario", "faults", "--backend", "mars", code=2)
+    assert "There are local, ministack, localstack, aws" in said
+
+
+# --- Whom a fault hits ---------------------------------------------------------------------------
+
+
+def instance(name: str, state: str, launched_s: float) -> InstanceView:
+    return {
+        "id": name,
+        "state": state,
+        "healthy": True,
+        "protected": False,
+        "launched_s": launched_s,
+        "note": "",
+        "worker": None,
+        "busy": 0,
+        "held": 0,
+        "type": "",
+        "zone": "",
+        "market": "on-demand",
+    }
+
+
+def grid(**pools: list[InstanceView]) -> GridView:
+    return {
+        "backend": "local",
+        "leader": True,
+        "owner": "m",
+        "queues": [],
+        "unreadable": 0,
+        "settings": {},
+        "pools": [
+            {
+                "name": name,
+                "min": 0,
+                "max": 9,
+                "desired": 3,
+                "slots": 1,
+                "backlog_tasks": 0,
+                "backlog_s": 0.0,
+                "held_by_hand": False,
+                "trouble": "",
+                "instances": instances,
+            }
+            for name, instances in pools.items()
+        ],
+    }
+
+
+def test_a_share_is_of_those_in_service_and_rounded_up() -> None:
+    up = [instance(f"w{n}", "InService", 10.0 - n) for n in range(5)]
+    there = grid(a=[*up, instance("w9", "Pending", 0.0)], b=[instance("v", "InService", 50.0)])
+
+    def hit(**more: object) -> list[str]:
+        return chosen(there, Fault(FaultName.KILL, 0.0, **more))  # type: ignore[arg-type]
+
+    assert hit(pool="a", share=0.5) == ["w4", "w3", "w2"], "the oldest first"
+    assert hit(pool="a", share=0.2) == ["w4"]
+    assert hit(pool="a", count=2, share=0.2) == ["w4", "w3"]
+    assert hit() == ["w4", "w3", "w2", "w1", "w0", "v"]
+    assert hit(pool="b", count=7) == ["v"]
+    assert hit(pool="c") == []
+    assert chosen(there, Fault(FaultName.KILL, 0.0), {"w1", "v"}) == ["w1", "v"]
+    thirty = grid(a=[instance(f"w{n:02}", "InService", 1.0) for n in range(30)])
+    assert len(chosen(thirty, Fault(FaultName.KILL, 0.0, share=0.1))) == 3

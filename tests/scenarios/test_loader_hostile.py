@@ -1,0 +1,31 @@
+"""Whatever is done to a scenario file, it loads, or is refused with file and line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchlab.scenario import loader
+from batchlab.spec import JobFileErrors
+from tests.support.mistakes import altered, complete, mangled
+from tests.support.properties import SLOW
+
+SHIPPED = [one.path for one in loader.shipped()]
+
+
+@pytest.mark.parametrize("spoil", [mangled, altered])
+@settings(SLOW)
+@given(data=st.data())
+def test_a_shipped_scenario_that_was_spoilt_loads_or_is_refused_with_lines_and_remedies(
+    spoil: Callable[[str], st.SearchStrategy[str]], data: st.DataObject
+) -> None:
+    path = data.draw(st.sampled_from(SHIPPED))
+    text = data.draw(spoil(path.read_text()))
+    try:
+        loader.parse(text, path)
+    except JobFileErrors as errors:
+        for error in complete(errors.errors, path, text):
+            assert error.line is not None, error

@@ -1,0 +1,116 @@
+"""What a plan's answer rests on, and that what it says to paste is a scenario."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from batchlab.cli import planned
+from batchlab.forecast.candidates import Candidate, Fleet, Goal, Outcome, Point, failures, outcome
+from batchlab.forecast.moves import Room, around, sized
+from batchlab.forecast.plan import Plan
+from batchlab.scenario.draws import Constant
+from batchlab.scenario.model import (
+    Expectation,
+    Fault,
+    FaultName,
+    JobTemplate,
+    Prewarm,
+    Scenario,
+)
+from batchlab.scenario.record import Record
+from batchlab.scenario.sources import At
+from tests.support.scenarios.plan_models import BOOK, a_scenario
+from tests.support.scenarios.records import a_job, a_record
+from tests.support.scenarios.replay import stage
+
+
+def a_run(**failed: int) -> Record:
+    """So many jobs of each template, all failed, and one that has not."""
+    names = [name for name, count in failed.items() for _ in range(count)]
+    jobs = [a_job(n, template=name, state="FAILED") for n, name in enumerate(names)]
+    return a_record(*jobs, a_job(99), usd=1.0)
+
+
+@pytest.mark.parametrize(
+    ("told", "fine", "not_fine"),
+    [
+        ((), {}, {"odd": 1}),
+        ((Expectation("failed_jobs", most=2.0),), {"odd": 2}, {"odd": 2, "claims": 1}),
+        # Ten of the one may fail, and none of the other.
+        ((Expectation("failed_jobs", most=10.0, template="odd"),), {"odd": 10}, {"claims": 1}),
+        (
+            (
+                Expectation("failed_jobs", most=9.0),
+                Expectation("failed_jobs", most=1.0, template="odd"),
+            ),
+            {"odd": 1, "claims": 8},
+            {"odd": 2},
+        ),
+        (
+            (Expectation("failed_jobs", most=3.0), Expectation("failed_jobs", most=1.0)),
+            {"odd": 1},
+            {"odd": 2},
+        ),
+    ],
+)
+def test_jobs_may_fail_as_their_own_template_is_expected_to(
+    told: tuple[Expectation, ...], fine: dict[str, int], not_fine: dict[str, int]
+) -> None:
+    may = failures(a_scenario(expect=told))
+    assert outcome(a_run(**fine), BOOK, failures=may).is_done
+    assert not outcome(a_run(**not_fine), BOOK, failures=may).is_done
+
+
+def a_room(useful: int) -> Room:
+    shown = outcome(a_record(usd=1.0), BOOK)
+    demand = replace(shown.pools["default"], rise_s=100.0, boot_s=30.0)
+    return Room({"default": 4}, {"default": useful}, {"default": demand})
+
+
+def test_nothing_is_pre_warmed_that_is_there_anyway() -> None:
+    """`check` refuses that: it would change nothing."""
+    warm = (Prewarm("default", 3, 60.0, 160.0),)
+    for least, step in product((0, 1, 2, 3, 5), (0.5, 0.12)):
+        best = Candidate((Fleet("default", least, 6),), 300.0, warm if least < 3 else ())
+        tried = [*around(best, a_room(9), step), sized(best, a_room(9), 0.5)]
+        for one in tried:
+            (fleet,) = one.fleets
+            assert all(fleet.min_size < w.min_size <= fleet.max_size for w in one.prewarm), one
+
+
+def a_plan(scenario: Scenario, *fleets: Fleet) -> Plan:
+    point = Point(Candidate(fleets, 300.0), (Outcome(7, 50.0, 0.5, 0, 0, 0, 2, {}, None),))
+    return Plan(scenario, Goal(100.0), point, (point,), 20, 23, 1, False)
+
+
+def test_a_wave_that_has_no_spot_instance_to_take_is_to_be_deleted() -> None:
+    wave, other = Fault(FaultName.SPOT_WAVE, 90.0), Fault(FaultName.KILL, 10.0)
+    scenario = a_scenario(faults=(other, wave))
+    found = a_plan(scenario, Fleet("default", 0, 2))
+    assert found.idle_waves == (wave,)
+    assert found.to_json()["idle_waves_at_s"] == [90.0]
+    assert "Delete the spot-wave at 90.0 s there" in planned.text(found)
+    on_spot = a_plan(scenario, Fleet("default", 0, 2, 0.1))
+    assert on_spot.idle_waves == ()
+    assert "Delete" not in planned.text(on_spot)
+    assert a_plan(a_scenario(faults=(other,)), Fleet("default", 0, 2)).idle_waves == ()
+    # One that is of a pool finds nothing in another.
+    of_one = a_scenario(faults=(replace(wave, pool="default"), replace(wave, pool="big")))
+    fleets = (Fleet("default", 0, 2), Fleet("big", 0, 2, 1.0))
+    assert [one.pool for one in a_plan(of_one, *fleets).idle_waves] == ["default"]
+
+
+@pytest.mark.parametrize(("deadline_s", "cannot"), [(1200.0, True), (1201.0, False)])
+def test_a_deadline_before_the_last_arrival_is_said_to_be_met_by_no_fleet(
+    deadline_s: float, cannot: bool
+) -> None:
+    arrivals = (At(template="plain", moments=((300.0, 1), (1500.0, 1))),)
+    late = (Outcome(7, 1600.0, 0.5, 0, 0, 0, 2, {}, None),)
+    jobs = {"plain": JobTemplate("plain", (stage("work", 30.0),), Constant(1))}
+    made = a_plan(a_scenario(jobs=jobs, arrivals=arrivals), Fleet("default", 0, 4))
+    made = replace(made, goal=Goal(deadline_s), chosen=replace(made.chosen, outcomes=late))
+    told = "None can: the last job is due 20 min 00 s after the first"
+    assert (told in planned.text(made)) is cannot

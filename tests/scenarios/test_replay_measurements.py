@@ -1,0 +1,179 @@
+"""What is read from outcomes and activities, and what a run has cost."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+
+from batchlab import backends
+from batchlab.costs import prices
+from batchlab.costs.meter import Account, Kind
+from batchlab.costs.money import HOURS_A_MONTH, WORKER_DISK_GB
+from batchlab.errors import Refused
+from batchlab.model import (
+    Bundle,
+    Failure,
+    FailureKind,
+    JobId,
+    Market,
+    Outcome,
+    Pool,
+    StageName,
+    TaskSet,
+)
+from batchlab.replay import costing, fitting
+from batchlab.replay.link import Link
+from batchlab.replay.measuring import duplicates, succeeded_s
+from batchlab.replay.sampling import Sampler
+from batchlab.scenario.model import PoolPlan
+from batchlab.scenario.record import StageRun
+from batchlab.tally import Requests
+from batchlab.views import JobView
+from tests.support.cli import a_grid, a_job
+
+
+def outcome(
+    tasks: range, *, attempt: int = 1, round_: int = 0, failed: int | None = None
+) -> Outcome:
+    good = TaskSet.of(task for task in tasks if task != failed)
+    bad = () if failed is None else (Failure(failed, FailureKind.EXCEPTION, "so"),)
+    return Outcome(
+        Bundle(JobId("j"), StageName("s"), TaskSet.of(tasks), attempt, round_),
+        *("x", "w", 0.0, 1.0),
+        succeeded=good,
+        values=(None,) * len(good),
+        run_s=(1.0 + round_,) * len(good),
+        failed=bad,
+    )
+
+
+def test_a_task_with_two_results_is_a_duplicate_and_a_retried_one_is_none() -> None:
+    assert duplicates([outcome(range(4)), outcome(range(4, 8))]) == 0
+    assert duplicates([outcome(range(4)), outcome(range(3, 8))]) == 1
+    assert duplicates([outcome(range(4), failed=2), outcome(range(2, 3), attempt=2)]) == 1
+    # What the user has let run again is another round.
+    assert duplicates([outcome(range(4), failed=2), outcome(range(2, 3), round_=1)]) == 0
+
+
+def test_of_a_task_that_ran_in_two_rounds_the_last_counts() -> None:
+    found = succeeded_s([outcome(range(2), round_=1), outcome(range(4))])
+    assert found == {0: 2.0, 1: 2.0, 2: 1.0, 3: 1.0}
+
+
+class FakeLink:
+    """Gives one answer after the other, None where the manager is away."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+
+    async def glance(self, ask: Any) -> Any:
+        return self.answers.pop(0)
+
+
+def _grid(*instances: tuple[str, str, float]) -> dict[str, Any]:
+    grid = a_grid()
+    (pool,) = grid["pools"]
+    (one,) = pool["instances"]
+    pool["instances"] = [
+        {**one, "id": name, "state": state, "launched_s": launched_s}
+        for name, state, launched_s in instances
+    ]
+    return grid
+
+
+def _activity(number: int, what: str, at_s: float, ended_s: float | None) -> dict[str, Any]:
+    return {
+        "id": number,
+        "pool": "default",
+        "at_s": at_s,
+        "ended_s": ended_s,
+        "description": what,
+        "cause": "",
+        "status": "Successful" if ended_s else "InProgress",
+    }
+
+
+def test_an_instances_life_is_put_together_from_looks_and_activities() -> None:
+    activities = [
+        _activity(1, "Launching a new instance: w-1", 1001.0, 1001.4),
+        _activity(2, "Launching a new EC2 instance: i-2", 1001.0, None),
+        _activity(3, "Launching a new instance: w-3", 1002.1, 1002.2),
+        _activity(4, "Terminating instance: w-3", 1002.3, 1002.5),
+        _activity(5, "Launching a new instance: w-0", 900.0, 901.0),
+        _activity(6, "Terminating instance: w-1", 1004.0, 1004.2),
+    ]
+    link = FakeLink(
+        _grid(("w-1", "Pending", 1001.0), ("i-2", "Pending", 1001.0)),
+        None,
+        _grid(("w-1", "InService", 1001.0), ("i-2", "InService", 1001.0)),
+        _grid(("i-2", "InService", 1001.0)),
+        activities,
+    )
+    sampler = Sampler(cast("Link", link))
+    sampler.begin(1000.0)
+
+    async def go() -> None:
+        for now_s in (1001.2, 1002.0, 1003.0, 1005.0):
+            await sampler.look(now_s)
+        await sampler.read_activities()
+
+    asyncio.run(go())
+    assert [sample.at_s for sample in sampler.samples] == pytest.approx([1.2, 3.0, 5.0])
+    assert [sample.pools["default"].in_service for sample in sampler.samples] == [0, 2, 1]
+    lives = {one.id: (one.launched_s, one.ready_s, one.ended_s) for one in sampler.instances()}
+    assert lives == {
+        "w-1": pytest.approx((1.0, 1.4, 4.2)),
+        "i-2": (1.0, 3.0, None),
+        "w-3": pytest.approx((2.1, 2.2, 2.5)),
+    }
+
+
+def test_an_instance_that_a_look_has_missed_goes_on() -> None:
+    there, missing = _grid(("w-1", "InService", 1001.0)), _grid()
+    gone = _grid(("w-1", "Terminated", 1001.0))
+    sampler = Sampler(cast("Link", FakeLink(there, missing, there, gone, missing)))
+    sampler.begin(1000.0)
+    ends: list[float | None] = []
+
+    async def go() -> None:
+        for now_s in (1002.0, 1003.0, 1004.0, 1005.0, 1006.0):
+            await sampler.look(now_s)
+            ends.append(sampler.instances()[0].ended_s)
+
+    asyncio.run(go())
+    assert ends == [None, 3.0, None, 5.0, 5.0]
+
+
+def test_on_a_laptop_instances_cost_what_the_scenarios_would() -> None:
+    book, local = prices.load(), backends.load("local")
+    before = Account({Kind("default"): 100.0})
+    after = Account(
+        {Kind("default"): 3700.0},
+        failed_s={"default": 7.0},
+        lost_s={"default": 3.0},
+        requests=Requests(s3_gets=1e6),
+        bundles=10,
+    )
+    stages = [StageRun("t", "s", "default", 1, 10, 10, 1800.0, 1800.0, 1800.0)]
+
+    def usd(spot: float, kind: str = "m7i.large") -> costing.Spent:
+        plan = PoolPlan(Pool("default", 0, 1, 1, instance_type=kind), spot)
+        return costing.spent(before, after, stages, [plan], local, book)
+
+    hour = book.rate("m7i.large", Market.ON_DEMAND, "").typical
+    found = usd(0.0)
+    instances = sum(v for name, v in found.items.items() if "pool" in name)
+    disk = book.of("ebs", "gp3_usd_per_gb_month") * WORKER_DISK_GB / HOURS_A_MONTH
+    assert instances == pytest.approx(hour + disk, rel=0.001)
+    assert found.usd == pytest.approx(sum(found.items.values()))
+    assert costing.again_s(before, after) == 10.0
+    assert usd(1.0).usd < usd(0.5).usd < found.usd < usd(0.0, "m7i.4xlarge").usd
+
+
+def test_a_grid_that_does_something_else_is_refused() -> None:
+    fitting.check_quiet([])
+    jobs = [cast("JobView", a_job(f"sums-{n}")) for n in range(3)]
+    with pytest.raises(Refused, match="has not ended: sums-0 and 2 others"):
+        fitting.check_quiet(jobs)

@@ -1,0 +1,295 @@
+"""The loops of a run against a manager in memory: what fails, what is interrupted, what is warm."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from batchlab.adapters.clock import WallClock
+from batchlab.client import Client
+from batchlab.errors import BackendError, NotFound, Refused, Unreachable, UsageError
+from batchlab.home import Home
+from batchlab.jobdef import JobDef
+from batchlab.model import Pool
+from batchlab.replay import running
+from batchlab.replay.course import Course, State
+from batchlab.replay.jobs import Preparer, Ready, stage_def
+from batchlab.replay.link import Link
+from batchlab.replay.running import INTERRUPTED, Run
+from batchlab.replay.warming import Warmer
+from batchlab.scenario.draws import Constant
+from batchlab.scenario.expand import expand
+from batchlab.scenario.model import Job, JobTemplate, PoolPlan, Prewarm, Scenario
+from tests.scenarios.test_fault_table import grid
+from tests.support.cli import a_job
+from tests.support.scenarios.replay import scenario, stage
+
+QUICK = JobTemplate("quick", (stage("work", 0.1),), Constant(1))
+LIMIT_S = 20.0
+
+
+class Manager(Client):
+    """Takes jobs, which never end. A submission takes `slow_s`; `scaled` are the least sizes that
+    it was told."""
+
+    def __init__(self, *, slow_s: float = 0.0) -> None:
+        self.slow_s = slow_s
+        self.taken: list[str] = []
+        self.cancelled: list[str] = []
+        self.scaled: list[tuple[str, int | None]] = []
+        self.owner = "m-1"
+        self.is_away = False
+
+    def grid(self) -> Any:
+        return {**grid(default=[], other=[]), "owner": self.owner}
+
+    def activities(self, **_: object) -> list[Any]:
+        return []
+
+    def submit(self, job: JobDef, items: object = None) -> Any:
+        time.sleep(self.slow_s)
+        self.taken.append(job.id)
+        return self.job(job.id)
+
+    def job(self, job: str, **_: object) -> Any:
+        if self.is_away:
+            raise Unreachable("The manager does not answer.")
+        if job not in self.taken:
+            raise NotFound(f"There is no job {job}.")
+        return {**a_job(job), "state": "RUNNING"}
+
+    def jobs(self, **_: object) -> list[Any]:
+        return [self.job(one) for one in self.taken]
+
+    def cancel(self, job: str) -> Any:
+        if job not in self.taken:
+            raise NotFound(f"There is no job {job}.")
+        self.cancelled.append(job)
+
+    def scale(self, pool: str, *, min: int | None = None, **_: object) -> Any:  # noqa: A002 - its own
+        self.scaled.append((pool, min))
+
+    def close(self) -> None:
+        return
+
+
+class Line(Link):
+    """Straight to that manager."""
+
+    def __init__(self, folder: Path, manager: Manager) -> None:
+        super().__init__(Home(folder), away_s=0.1)
+        self._manager = manager
+
+    def _asked(self, ask: Callable[[Client], Any]) -> Any:
+        return self._manager.grid() if ask is Client.grid else ask(self._manager)
+
+
+class Maker:
+    """Prepares jobs until it raises `error`."""
+
+    def __init__(self, error: Exception | None = None, *, good: int = 0) -> None:
+        self.error = error
+        self.good = good
+
+    async def prepare(self, due: Job) -> Ready:
+        await asyncio.sleep(0.001)
+        if self.error and not self.good:
+            raise self.error
+        self.good -= 1
+        template = due.template
+        stages = tuple(map(stage_def, template.stages))
+        return Ready(due, JobDef(cast("Any", due.id), template.name, stages, 0.0, items=1), [None])
+
+
+class World:
+    def __init__(
+        self, folder: Path, wanted: Scenario, maker: Maker | None = None, **manager: Any
+    ) -> None:
+        self.manager = Manager(**manager)
+        self.link = Line(folder, self.manager)
+        self.course = Course(wanted, 1, expand(wanted, 1).jobs)
+        preparer = cast("Preparer", maker or Maker())
+        self.run = Run(self.course, self.link, preparer, WallClock(), None)
+
+    def go(self, stop_when: Callable[[State], bool] = lambda _: False) -> None:
+        """Run it, and stop as soon as that holds."""
+
+        async def run() -> None:
+            stop = asyncio.Event()
+
+            def look(state: State) -> None:
+                if stop_when(state):
+                    stop.set()
+
+            try:
+                await self.run.go(LIMIT_S, stop, look)
+            finally:
+                self.link.close()
+
+        asyncio.run(run())
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "LOOK_S", 0.01)
+    monkeypatch.setattr(running, "REST_S", 0.0)
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_what_cannot_be_prepared_ends_the_run_at_once(tmp_path: Path, good: int) -> None:
+    """Also what nobody has foreseen, and long before the job's own turn."""
+    wanted = scenario(QUICK, at=((0.0, 1), (3600.0, 1)))
+    for error in (OSError("the disk is gone"), UsageError("The job file is wrong.")):
+        world = World(tmp_path, wanted, Maker(error, good=good))
+        with pytest.raises(type(error)) as told:
+            world.go()
+        assert told.value is error
+        assert world.manager.cancelled == world.manager.taken
+        assert world.course.at_s is not None
+
+
+def test_a_bucket_that_is_away_while_jobs_run_cuts_the_run(tmp_path: Path) -> None:
+    wanted = scenario(QUICK, at=((0.0, 1), (3600.0, 1)))
+
+    class Late(Maker):
+        async def prepare(self, due: Job) -> Ready:
+            if due.due_s:
+                while not world.course.running:
+                    await asyncio.sleep(0.01)
+                raise BackendError("The bucket does not answer.")
+            return await super().prepare(due)
+
+    world = World(tmp_path, wanted, Late())
+    world.run._prepared.set()
+    world.go()
+    assert world.course.cut == "The bucket does not answer."
+    assert len(world.course.running) == 1
+    assert world.manager.cancelled == world.manager.taken
+
+
+def test_a_submission_that_is_under_way_at_ctrl_c_is_recorded_and_cancelled(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path, scenario(QUICK), slow_s=0.4)
+    world.go(stop_when=lambda state: state.at_s > 0.05)
+    assert world.course.cut == INTERRUPTED
+    assert len(world.manager.taken) == 1
+    assert list(world.course.running) == world.manager.taken == world.manager.cancelled
+    assert world.course.told()
+
+
+def test_a_submission_that_nobody_answers_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "LAST_S", 0.1)
+
+    class Mute(Manager):
+        def submit(self, job: JobDef, items: object = None) -> Any:
+            super().submit(job, items)
+            raise Unreachable("Its answer was lost.")
+
+    world = World(tmp_path, scenario(QUICK))
+    world.link._away_s = 60.0
+    world.manager = world.link._manager = Mute()
+    world.go(stop_when=lambda state: state.at_s > 0.05)
+    (job,) = world.course.running
+    assert set(world.manager.taken) == set(world.manager.cancelled) == {job}
+
+
+def warmed(folder: Path, *warm: Prewarm, **fields: Any) -> Manager:
+    """What a manager was told of a run of half a second with those."""
+    pools = tuple(PoolPlan(Pool(name, least, 9)) for name, least in (("default", 1), ("other", 0)))
+    world = World(folder, scenario(QUICK, pools=pools, prewarm=warm))
+
+    def is_over(state: State) -> bool:
+        if fields.get("changes") and state.at_s > 0.15:
+            world.manager.owner = "m-2"
+            world.run.sampler.grid = world.manager.grid()
+        return state.at_s > 0.5
+
+    world.run._prepared.set()
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(type(world.run), "_first", lambda _: asyncio.sleep(0))
+        patch.setattr("batchlab.replay.warming.EVERY_S", 0.02)
+        world.go(stop_when=is_over)
+    return world.manager
+
+
+def test_of_prewarms_that_overlap_the_largest_counts(tmp_path: Path) -> None:
+    manager = warmed(
+        tmp_path,
+        Prewarm("default", 2, at_s=0.0, until_s=0.3),
+        Prewarm("default", 3, at_s=0.1, until_s=0.2),
+        Prewarm("other", 4, at_s=0.1, until_s=0.2),
+    )
+    sizes = [size for pool, size in manager.scaled if pool == "default"]
+    assert [size for n, size in enumerate(sizes) if sizes[n - 1 : n] != [size]] == [2, 3, 2, 1]
+    assert sizes[-1] == 1
+    assert manager.scaled[-1] == ("other", 0), "at the end all are told once more"
+
+
+def test_a_pool_is_its_own_size_again_however_the_run_is_left(tmp_path: Path) -> None:
+    manager = warmed(tmp_path, Prewarm("default", 3, at_s=0.1, until_s=60.0))
+    assert manager.scaled[0] == ("default", 3)
+    assert manager.scaled[-1] == ("default", 1)
+
+
+def test_a_manager_that_takes_over_is_told_again(tmp_path: Path) -> None:
+    told = warmed(tmp_path, Prewarm("default", 3, at_s=0.0, until_s=60.0), changes=True).scaled
+    first = warmed(tmp_path, Prewarm("default", 3, at_s=0.0, until_s=60.0)).scaled
+    assert len(told) > len(first)
+
+
+def test_a_pool_is_cooled_also_where_the_first_call_for_that_has_failed(tmp_path: Path) -> None:
+    world = World(tmp_path, scenario(QUICK, prewarm=(warm := Prewarm("default", 2, 0.0, 0.05),)))
+    scaled, scale = world.manager.scaled, world.manager.scale
+    failed: list[int | None] = []
+
+    def fails_once(pool: str, *, min: int | None = None, **_: object) -> Any:  # noqa: A002 - its own
+        if scaled and not failed:
+            failed.append(min)
+            raise Refused("Not now.")
+        return scale(pool, min=min)
+
+    world.manager.scale = fails_once  # type: ignore[method-assign]
+
+    async def go() -> None:
+        world.course.begin(0.0)
+        warmer = Warmer(world.course, world.link, world.run.sampler)
+        with pytest.raises(Refused):
+            await warmer.warm(warm)
+        await warmer.cool(within_s=1.0)
+
+    asyncio.run(go())
+    assert [size for _, size in scaled] == [2, *failed]
+
+
+def test_a_manager_that_was_away_does_not_put_off_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is away for 0.3 s, and the job ends meanwhile: no further 1.2 s until that is seen."""
+    monkeypatch.setattr("batchlab.replay.link.AGAIN_S", 0.01)
+
+    class Leaving(Manager):
+        def __init__(self) -> None:
+            super().__init__()
+            self.looked_s: list[float] = []
+
+        def jobs(self, **_: object) -> list[Any]:
+            self.looked_s.append(time.monotonic())
+            if self.looked_s[-1] < self.looked_s[0] + 0.3:
+                raise Unreachable("The manager does not answer.")
+            return super().jobs()
+
+    world = World(tmp_path, scenario(QUICK))
+    world.manager = world.link._manager = leaving = Leaving()
+    world.link._away_s = 60.0
+    world.go(stop_when=lambda state: state.at_s > 1.0)
+    back = next(n for n, at_s in enumerate(leaving.looked_s) if at_s >= leaving.looked_s[0] + 0.3)
+    assert len(leaving.looked_s) > back + 1, "it is looked at again within what is left of a second"

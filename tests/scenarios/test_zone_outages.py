@@ -1,0 +1,173 @@
+"""Subnets and databases of AWS, as moto has them: what no grid of the tests has."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab import backends
+from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.awsgrid import deployment
+from batchlab.adapters.awsgrid.deployment import AwsDeployment, Database
+from batchlab.client import Client
+from batchlab.home import Home
+from batchlab.model import Pool
+from batchlab.replay.harm.deployed import Deployed
+from batchlab.replay.harm.scene import Scene, Seen
+from batchlab.replay.harm.zones import Zones, _Group, _moved, _waiting
+from batchlab.scenario.model import Fault, FaultName
+from tests.scenarios.test_fault_table import grid
+from tests.support.aws.autoscaling_api import aws
+
+
+class Manager(Client):
+    """Of a grid with two pools; rebuilds what it is told to."""
+
+    def __init__(self, *known: str) -> None:
+        self.rebuilds = 0
+        self.known = known
+
+    def grid(self) -> Any:
+        return grid(wide=[], narrow=[])
+
+    def jobs(self, *, before: str | None = None, **_: object) -> list[Any]:
+        return [] if before else [{"id": one} for one in self.known]
+
+    def rebuild(self) -> int:
+        self.rebuilds += 1
+        return 3
+
+
+def make(moto: Endpoint) -> tuple[Any, list[str]]:
+    """Two groups: one in two subnets, one in the first of them alone."""
+    ec2, scaling = aws(moto, "ec2"), aws(moto, "autoscaling")
+    vpc = ec2.create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
+    subnets = [
+        ec2.create_subnet(VpcId=vpc, CidrBlock=f"10.9.{n}.0/24", AvailabilityZone=zone)["Subnet"][
+            "SubnetId"
+        ]
+        for n, zone in enumerate(("us-east-1a", "us-east-1b"))
+    ]
+    ec2.create_launch_template(
+        LaunchTemplateName="tpl", LaunchTemplateData={"ImageId": "ami-12c6146b"}
+    )
+    for name, where in (("wide", subnets), ("narrow", subnets[:1])):
+        scaling.create_auto_scaling_group(
+            AutoScalingGroupName=f"s-{name}",
+            LaunchTemplate={"LaunchTemplateName": "tpl"},
+            MinSize=0,
+            MaxSize=2,
+            VPCZoneIdentifier=",".join(where),
+        )
+    return scaling, subnets
+
+
+def test_subnets_of_a_lost_zone_are_taken_and_given_back(moto: Endpoint, tmp_path: Path) -> None:
+    scaling, subnets = make(moto)
+
+    def state() -> dict[str, tuple[set[str], list[str]]]:
+        ours = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=["s-wide", "s-narrow"])
+        return {
+            one["AutoScalingGroupName"]: (
+                set(one["VPCZoneIdentifier"].split(",")),
+                [process["ProcessName"] for process in one["SuspendedProcesses"]],
+            )
+            for one in ours["AutoScalingGroups"]
+        }
+
+    before, meanwhile = state(), []
+    killed: list[str] = []
+
+    async def inside(zone: str) -> list[str]:
+        meanwhile.append(state())
+        return [f"i-{zone}"] if not killed else []
+
+    async def kill(instances: Sequence[str]) -> list[str]:
+        killed.extend(instances)
+        return [f"{one}: terminated" for one in instances]
+
+    async def lose(**more: Any) -> Seen:
+        scene = Scene(backends.load("aws"), Home(tmp_path), Manager())
+        fault = Fault(FaultName.ZONE_LOSS, 0.0, for_s=0.1, **more)
+        return await Zones(moto, prefix="s-").lose(scene, fault, inside=inside, kill=kill)
+
+    try:
+        seen = asyncio.run(lose(zone="a"))  # as a scenario says it
+        assert seen.targets == ("i-us-east-1a",)
+        assert meanwhile[0] == {
+            "s-wide": ({subnets[1]}, []),
+            "s-narrow": ({subnets[0]}, ["Launch"]),
+        }
+        assert state() == before
+        assert (
+            "launched in us-east-1b only, and then in us-east-1a, us-east-1b again" in seen.evidence
+        )
+        assert "There are" not in seen.impossible
+        empty = asyncio.run(lose())
+        assert empty.impossible.startswith(
+            "Nobody was in us-east-1a, and nobody was to be launched"
+        )
+        assert state() == before
+        nowhere = asyncio.run(lose(zone="f"))
+        assert nowhere.impossible.startswith("No group launches in the zone 'f'")
+        assert state() == before
+    finally:
+        for name in before:
+            scaling.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
+
+
+def test_launches_that_go_elsewhere_or_wait_are_what_is_seen_of_an_empty_zone() -> None:
+    def group(name: str, *, suspended: bool = False, desired: int = 0, **there: str) -> _Group:
+        return _Group(name, ("z-a",), (), suspended, desired, there)
+
+    before = [group("wide", i1="z-b"), group("narrow"), group("shut", suspended=True)]
+    now = [
+        group("wide", desired=3, i1="z-b", i2="z-b", i3="z-a"),
+        group("narrow", suspended=True, desired=2),
+        group("shut", suspended=True, desired=7),
+    ]
+    assert _moved(before, now, "z-a") == {"i2"}
+    assert _waiting(before, now) == 2
+    assert (_moved(before, before, "z-a"), _waiting(before, before)) == (set(), 0)
+
+
+def test_rds_is_rebooted_and_the_ledger_rebuilt(
+    moto: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rds = aws(moto, "rds")
+    rds.create_db_instance(
+        DBInstanceIdentifier="ledger",
+        DBInstanceClass="db.t4g.micro",
+        Engine="postgres",
+        MasterUsername="u",
+        MasterUserPassword="p" * 12,
+        AllocatedStorage=20,
+    )
+    monkeypatch.setenv("AWS_ENDPOINT_URL_RDS", moto.url or "")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    found = rds.describe_db_instances(DBInstanceIdentifier="ledger")["DBInstances"][0]
+    host = found["Endpoint"]["Address"]
+    home, manager = Home(tmp_path), Manager("j-1", "j-2", "j-3")
+    at = AwsDeployment(
+        *("s", "us-east-1", "b", "s-", "s-manager", "arn"),
+        (Pool("default"),),
+        "postgres",
+        Database(host, 5432, "batchlab", "arn"),
+    )
+    deployment.write(home, at)
+    there = Deployed(Scene(backends.load("aws"), home, manager))
+    fault = Fault(FaultName.DATABASE_LOSS, 0.0, for_s=0.1)
+    empty = Deployed(Scene(backends.load("aws"), home, Manager()))
+    assert asyncio.run(empty.lose_database(fault)).impossible == "The ledger knew of no job."
+    seen = asyncio.run(there.lose_database(fault))
+    assert seen.targets == (host,)
+    assert seen.evidence.startswith("RDS rebooted ledger: ")
+    assert "available" in seen.evidence
+    assert "of 3 jobs the ledger knew 3 then, and 3 once it was rebuilt" in seen.evidence
+    assert manager.rebuilds == 1
+    rds.delete_db_instance(DBInstanceIdentifier="ledger", SkipFinalSnapshot=True)

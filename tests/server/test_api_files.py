@@ -1,0 +1,365 @@
+"""A job sent with its files, and results taken away as one archive."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from batchlab import viewing
+from batchlab.api import archive, upload
+from batchlab.api import files as api
+from batchlab.model import JobId
+from batchlab.protocol import naming, wire
+from tests.support.server.api import TOKEN, Rig, job, later
+
+AUTH = {"Authorization": f"Bearer {TOKEN}"}
+JOB = """\
+name: sums
+input: {files: data/*.txt, split: lines, size: 2}
+params: {year: 2025}
+stages:
+  - name: map
+    python: handlers:work
+"""
+CODE = "def work(part):\n    return 1\n"
+FILES = [("sums/job.yaml", JOB), ("sums/handlers.py", CODE), ("sums/data/a.txt", "1\n2\n3\n")]
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    with Rig() as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield
+    # What was sent away is removed once it has been sent.
+    end_s = time.monotonic() + 5
+    while left := list(tmp_path.iterdir()):
+        assert time.monotonic() < end_s, left
+        time.sleep(0.01)
+
+
+def send(
+    rig: Rig,
+    files: Sequence[tuple[str, str]] = FILES,
+    data: Sequence[tuple[str, str]] = (),
+    **fields: Any,
+) -> httpx.Response:
+    parts = [("files", (name, text.encode())) for name, text in files]
+    parts += [("data", (name, text.encode())) for name, text in data]
+    return rig.http.post("/v1/jobs/files", files=parts, data=fields, headers=AUTH)
+
+
+def test_a_folder_becomes_a_job(rig: Rig) -> None:
+    answer = send(rig, set=["year=2026"], token="one")
+    assert answer.status_code == 201, answer.text
+    view = answer.json()
+    spec = wire.job_from_json(wire.loads(rig.run(rig.objects.get(naming.spec(JobId(view["id"]))))))
+    assert dict(spec.params) == {"year": 2026}
+    assert spec.input
+    assert rig.run(rig.objects.get(spec.input.keys[0])) == b"1\n2\n3\n"
+    assert spec.code
+    with zipfile.ZipFile(io.BytesIO(rig.run(rig.objects.get(spec.code)))) as code:
+        assert code.namelist() == ["handlers.py", "job.yaml"]
+    again = send(rig, set=["year=2026"], token="one")
+    assert again.json()["id"] == view["id"]
+    assert send(rig).json()["id"] != send(rig).json()["id"]
+
+
+def test_files_need_no_folder_around_them_and_data_may_come_apart(rig: Rig) -> None:
+    plain = [("job.yaml", JOB), ("handlers.py", CODE)]
+    assert send(rig, plain, [("C/b.txt", "4\n"), ("c.txt", "5\n")]).status_code == 201
+    elsewhere = [("my.yml", JOB.replace("data/", "in/put/")), plain[1]]
+    answer = send(rig, elsewhere, [("b.txt", "4\n")], data_folder="in/put", job_file="my.yml")
+    assert answer.status_code == 201, answer.text
+
+
+def test_a_field_in_which_nothing_was_chosen_is_no_file(rig: Rig) -> None:
+    """As browsers send it."""
+    boundary = "x" * 20
+    parts = [("files", name, text) for name, text in FILES] + [("data", "", "")]
+    body = "".join(
+        f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\n'
+        f"Content-Type: application/octet-stream\r\n\r\n{text}\r\n"
+        for field, name, text in parts
+    )
+    answer = rig.http.post(
+        "/v1/jobs/files",
+        content=f"{body}--{boundary}--\r\n".encode(),
+        headers={**AUTH, "Content-Type": f"multipart/form-data; boundary={boundary}"},
+    )
+    assert answer.status_code == 201, answer.text
+
+
+@pytest.mark.parametrize(
+    ("files", "fields", "told"),
+    [
+        ([("../job.yaml", JOB)], {}, "'../job.yaml'"),
+        ([("/etc/passwd", JOB)], {}, "'/etc/passwd'"),
+        ([("a/../../x.yaml", JOB)], {}, "must not have empty parts"),
+        ([("a\\b.yaml", JOB)], {}, "must be a relative name"),
+        ([*FILES, ("sums/job.yaml/x", "")], {}, "file and a folder"),
+        ([*FILES, FILES[0]], {}, "Two of the files"),
+        ([("x/notes.txt", "")], {}, "None of the files is a job file"),
+        ([("a.yaml", JOB), ("b.yaml", JOB)], {}, "Any of a.yaml, b.yaml"),
+        (FILES, {"job_file": "other.yaml"}, "No file 'other.yaml'"),
+        (FILES, {"set": "year"}, "KEY=VALUE"),
+        (FILES, {"set": "month=1"}, "month"),
+        (FILES[:2], {}, "data/*.txt"),
+        ([("job.yaml", "stages: [")], {}, "not YAML"),
+        (
+            [("job.yaml", JOB.replace("handlers:work", "handlers:play")), ("handlers.py", CODE)],
+            {},
+            "job.yaml:2: No file matches 'data/*.txt', looked for in what came along. Also in line",
+        ),
+        ([], {}, "No file came along"),
+    ],
+)
+def test_what_makes_no_job_is_refused_in_words(
+    rig: Rig, files: Sequence[tuple[str, str]], fields: dict[str, Any], told: str
+) -> None:
+    if not files:
+        fields = {"token": "x"}
+        answer = rig.http.post(
+            "/v1/jobs/files", files=[("other", ("x", b""))], data=fields, headers=AUTH
+        )
+    else:
+        answer = send(rig, files, **fields)
+    assert answer.status_code == 422, answer.text
+    assert told in answer.json()["error"] + answer.json()["remedy"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "input: {files: /etc/hostname, split: lines}",
+        "input: {files: ../../*, split: lines}",
+        "input: {files: ['data/*.txt', '/**'], split: lines}",
+        "input: {files: data/*.txt, split: lines}\ncode: /etc",
+        "input: {files: data/*.txt, split: lines}\ncode: ../..",
+        "input: {files: '~/x', split: lines}",
+    ],
+)
+def test_a_job_file_names_nothing_but_what_came_along(rig: Rig, line: str) -> None:
+    text = JOB.replace("input: {files: data/*.txt, split: lines, size: 2}", line)
+    answer = send(rig, [("sums/job.yaml", text), *FILES[1:]])
+    assert answer.status_code == 422
+    assert "not among the files that came along" in answer.json()["error"]
+
+
+def test_an_upload_says_how_long_it_is_and_is_not_too_long(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"x"
+
+    kind = {**AUTH, "Content-Type": "multipart/form-data; boundary=x"}
+    answer = rig.http.post("/v1/jobs/files", content=chunks(), headers=kind)
+    assert (answer.status_code, answer.json()["remedy"]) == (422, "Send a Content-Length.")
+    answer = rig.http.post("/v1/jobs/files", json={}, headers=AUTH)
+    assert "multipart/form-data" in answer.json()["error"]
+    monkeypatch.setattr(api, "MOST_BYTES", 100)
+    monkeypatch.setattr(api.check_length, "__defaults__", (100,))
+    answer = send(rig)
+    assert answer.status_code == 422
+    assert "job submit" in answer.json()["remedy"]
+
+
+def test_an_upload_is_on_the_disk_while_it_comes_and_there_must_be_room(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in memory nor in as many open files: a part of it is either."""
+    most_open = 0
+    write = upload._File.write
+
+    def watched(self: upload._File, data: bytes) -> int:
+        nonlocal most_open
+        most_open = max(most_open, len(list(Path("/proc/self/fd").iterdir())))
+        return write(self, data)
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    monkeypatch.setattr(upload._File, "write", watched)
+    many = [(f"sums/data/{number}.txt", "1\n" * 1000) for number in range(200)]
+    assert send(rig, [*FILES, *many]).status_code == 201
+    assert most_open < before + 20
+    monkeypatch.setattr(upload, "KEPT_FREE_BYTES", 2**62)
+    answer = send(rig)
+    assert answer.status_code == 422
+    assert "no room" in answer.json()["error"]
+    assert "job submit" in answer.json()["remedy"]
+
+
+def test_code_that_is_sent_to_the_manager_has_a_limit(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "MOST_CODE_BYTES", 1000)
+    data = ("sums/data/b.txt", "1\n" * 5000)
+    assert send(rig, [*FILES, data]).status_code == 201, "data is not code"
+    answer = send(rig, [*FILES, ("sums/model.bin", "x" * 5000)])
+    assert answer.status_code == 422
+    assert "The code folder" in answer.json()["error"]
+    assert "batchlab-upload" not in answer.text
+
+
+def test_a_field_is_no_way_around_it(rig: Rig) -> None:
+    answer = send(rig, job_file="x" * 100_000)
+    assert answer.status_code == 400
+    assert "maximum size" in answer.json()["error"]
+
+
+# --- Results -------------------------------------------------------------------------------------
+
+
+def test_results_come_as_one_archive() -> None:
+    with Rig() as rig:  # of its own: jobs that nobody works on share the pool's window
+        name = rig.submit(job(token="zip", tasks=3))
+        rig.work(name, 3, bad=[1])
+        rig.ended(name)
+        answer = rig.http.get(f"/v1/jobs/{name}/results", headers=AUTH)
+    assert answer.headers["content-type"] == "application/zip"
+    assert f'filename="{name}.zip"' in answer.headers["content-disposition"]
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        assert sorted(archive.namelist()) == [f"{name}/map.jsonl", f"{name}/summary.json"]
+        rows = [json.loads(line) for line in archive.read(f"{name}/map.jsonl").splitlines()]
+    assert rows == [{"task": 0, "value": 0}, {"task": 2, "value": 2}]
+
+
+def test_an_archive_of_a_stage_that_there_is_not_leaves_nothing(rig: Rig) -> None:
+    name = rig.submit(job(token="no-zip", tasks=1))
+    answer = rig.http.get(f"/v1/jobs/{name}/results", params={"stage": "x"}, headers=AUTH)
+    assert answer.status_code == 422
+    assert "has no stage 'x'" in answer.json()["error"]
+    assert rig.http.get("/v1/jobs/nowhere/results", headers=AUTH).status_code == 404
+
+
+def test_an_archive_leaves_room_on_the_disk(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = rig.submit(job(token="room", tasks=1))
+    monkeypatch.setattr(upload, "KEPT_FREE_BYTES", 2**62)
+    answer = rig.http.get(f"/v1/jobs/{name}/results", headers=AUTH)
+    assert answer.status_code == 422
+    assert "job results" in answer.json()["remedy"]
+
+
+FILE = {"$file": "files/x", "name": "x", "size": 1}
+VALUE = {"$value": "files/v"}
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[Rig]:
+    with Rig() as made:  # of its own, as above
+        yield made
+
+
+def forged(rig: Rig, token: str, value: Any, **objects: bytes) -> str:
+    """A job whose only result is `value`, in its outcome: a task can write there what it likes.
+    Keys below files/ become keys of the job's own files."""
+    name = rig.submit(job(token=token, tasks=1))
+    rig.work(name, 1)
+    rig.ended(name)
+    (row,) = rig.run(rig.ledger.bundles(JobId(name), done=True))
+    keys = rig.manager.ports.keys
+    key = viewing.outcome_view(row, rig.run(keys.stored(JobId(name))))["key"]
+    outcome = wire.loads(rig.run(rig.objects.get(key)))
+    assert outcome["values"] == [0]
+    own = json.loads(json.dumps(value).replace('"files/', f'"files/{name}/'))
+    rig.run(rig.objects.put(key, wire.to_bytes({**outcome, "values": [own]})))
+    for last, data in objects.items():
+        rig.run(rig.objects.put(f"files/{name}/{last}", data))
+    return name
+
+
+def fetched(rig: Rig, name: str) -> httpx.Response:
+    return rig.http.get(f"/v1/jobs/{name}/results", headers=AUTH)
+
+
+def test_an_archive_is_no_larger_than_its_budget_whatever_a_result_says(
+    grid: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(archive, "MOST_VALUE_BYTES", 1000)
+    small = forged(grid, "small", [FILE, VALUE], x=b"x" * 9000, v=b'"fits"')
+    assert fetched(grid, small).status_code == 200
+    often = forged(grid, "often", [VALUE] * 1000, v=b'"%s"' % (b"v" * 900))
+    assert fetched(grid, often).status_code == 422
+    large = forged(grid, "large", FILE, x=b"x" * 11_000)
+    monkeypatch.setattr(grid.objects, "download", None)  # it is refused before it is read
+    answer = fetched(grid, large)
+    assert answer.status_code == 422
+    assert answer.json()["error"] == (
+        "The job has more than 9.8 KiB of results, too much for an archive."
+    )
+    assert "`batchlab job results` fetches them" in answer.json()["remedy"]
+
+
+@pytest.mark.parametrize(
+    "value", [VALUE, [VALUE, {"$value": "files/w"}]], ids=["one", "several of one result"]
+)
+def test_a_value_is_read_no_further_than_memory_is_granted(
+    grid: Rig, monkeypatch: pytest.MonkeyPatch, value: Any
+) -> None:
+    monkeypatch.setattr(archive, "MOST_VALUE_BYTES", 1000)
+    size = 1100 if value is VALUE else 600
+    data = json.dumps("v" * (size - 2)).encode()
+    name = forged(grid, f"value-{size}", value, v=data, w=data)
+    monkeypatch.setattr(grid.objects, "get", _no_whole(grid.objects.get))
+    answer = fetched(grid, name)
+    assert answer.status_code == 422
+    assert "without being a file" in answer.json()["error"]
+    assert "job results" in answer.json()["remedy"]
+
+
+def _no_whole(get: Any) -> Any:
+    async def only_of_ours(key: str, *, limit: int | None = None) -> bytes:
+        assert not key.startswith("files/"), "read whole, whatever its size"
+        found: bytes = await get(key, limit=limit)
+        return found
+
+    return only_of_ours
+
+
+def test_a_part_ends_where_its_file_does(grid: Rig) -> None:
+    part = {"$part": "files/x", "start": 2, "stop": 10**15, "header": None, "name": "x"}
+    name = forged(grid, "part", part, x=b"0123")
+    answer = fetched(grid, name)
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as zipped:
+        assert zipped.read(f"{name}/files/map/0/x") == b"23"
+
+
+def test_one_archive_is_made_at_a_time(grid: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = forged(grid, "turns", 1)
+    begun, go_on = threading.Event(), threading.Event()
+    pack = archive._pack
+
+    def slowly(*arguments: Any) -> Path:
+        begun.set()
+        assert go_on.wait(10)
+        return pack(*arguments)
+
+    monkeypatch.setattr(archive, "_pack", slowly)
+    first = later(lambda: httpx.get(f"{grid.url}/v1/jobs/{name}/results", headers=AUTH))
+    assert begun.wait(10)
+    with monkeypatch.context() as hurried:
+        hurried.setattr(archive, "WAITS_S", 0.05)
+        refused = fetched(grid, name)
+    go_on.set()
+    assert first().status_code == 200
+    assert refused.status_code == 503
+    assert "one at a time" in refused.json()["error"]
+    assert "job results" in refused.json()["remedy"]
+    assert fetched(grid, name).status_code == 200
+    # One that fails does not keep the place either.
+    assert fetched(grid, "nowhere").status_code == 404
+    assert fetched(grid, name).status_code == 200

@@ -1,0 +1,103 @@
+"""The answer to a submission that waits for first outcomes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from batchlab.commit import commit
+from batchlab.model import Completion, JobId, Outcome, Ran, StageName
+from batchlab.ports import Folded
+from batchlab.protocol import settle, wire
+from batchlab.protocol.messages import Events
+from batchlab.views import UNCOUNTED
+from tests.support.server.api import DEADLINE_S, Rig, job
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with Rig() as made:
+        yield made
+
+
+def outcomes_of(rig: Rig, name: JobId, count: int) -> list[Outcome]:
+    """Committed outcomes of the job's bundles, by the order of their tasks."""
+    live = rig.manager.lives[name]
+    found = sorted(rig.outstanding(name, count), key=lambda one: one.bundle.tasks.first)
+    now_s = time.time()
+    outcomes = [
+        settle.settle(
+            live.job,
+            one.bundle,
+            [Ran(task, 0.01, task) for task in one.bundle.tasks],
+            execution="x",
+            worker="w",
+            started_s=now_s,
+            ended_s=now_s + 0.01,
+        )
+        for one in found
+    ]
+    key = rig.run(rig.manager.ports.keys.of(live.job))
+    for one in outcomes:
+        rig.run(commit(rig.objects, one, rig.manager.ports.patience, key))
+    return outcomes
+
+
+def test_they_are_told_as_soon_as_they_are_committed_and_counted_later(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fold, may_fold = rig.ledger.fold, threading.Event()
+
+    async def held_up(
+        completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]
+    ) -> Folded:
+        while not may_fold.is_set():
+            await asyncio.sleep(0.01)
+        return await fold(completions, casualties)
+
+    monkeypatch.setattr(rig.ledger, "fold", held_up)
+    one = replace(job(), items=2, input=None)
+    accepted = threading.Event()
+    with ThreadPoolExecutor() as threads:
+        asked = threads.submit(
+            rig.client.submit_and_hear, one, [1, 2], accepted.set, wait_s=DEADLINE_S
+        )
+        assert accepted.wait(DEADLINE_S)
+        first, second = outcomes_of(rig, one.id, 2)
+        rig.until(lambda: rig.manager.lives[one.id].listeners, "whoever waits")
+        rig.run(rig._tell(Events(outcomes=(first,))))
+        page = asked.result(DEADLINE_S)
+    (told,) = page["outcomes"]
+    assert not page["ended"]
+    assert (told["seq"], wire.outcome_from_json(told["outcome"])) == (UNCOUNTED, first)
+    live = rig.manager.lives[one.id]
+    assert live.listeners == 0
+    assert rig.client.job(one.id)["stages"][0]["succeeded"] == 0
+
+    may_fold.set()
+    rig.run(rig._tell(Events(outcomes=(second,))))
+    assert rig.ended(one.id)["state"] == "SUCCEEDED"
+    everything = rig.client.outcomes(one.id, after=UNCOUNTED)["outcomes"]
+    assert [one["seq"] for one in everything] == [1, 2]
+    assert [tuple(one["tasks"][0]) for one in everything] == [(0, 1), (1, 2)]
+
+
+def test_nobody_is_told_of_what_nobody_waits_for(rig: Rig) -> None:
+    one = replace(job(), items=2, input=None)
+    rig.client.submit(one, [1, 2])
+    live = rig.manager.lives[one.id]
+    first, second = outcomes_of(rig, one.id, 2)
+    rig.run(rig._tell(Events(outcomes=(first,))))
+    rig.until(lambda: live.folds == 1, "the fold")
+    assert live.told == []
+    # Somebody who comes later is told of all that has been counted.
+    page = rig.client.submit_and_hear(one, [1, 2], lambda: None, wait_s=1.0)
+    assert [one["seq"] for one in page["outcomes"]] == [1]
+    rig.run(rig._tell(Events(outcomes=(second,))))
+    rig.ended(one.id)

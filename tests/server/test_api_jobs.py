@@ -1,0 +1,289 @@
+"""Jobs over the HTTP API: watched, steered, and asked for what came of their tasks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from batchlab.api import logs
+from batchlab.errors import NotFound, Refused
+from batchlab.jobdef import RetryRule
+from batchlab.model import Control, JobId
+from batchlab.protocol import definition, naming, wire
+from batchlab.protocol.live_logs import Tail, to_bytes
+from tests.support.server.api import Rig, job, later
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with Rig() as made:
+        yield made
+
+
+# --- Watching and steering -----------------------------------------------------------------------
+
+
+def test_a_long_poll_wakes_with_the_change(rig: Rig) -> None:
+    name = rig.submit(job())
+    rig.client.pause(name)
+    view = rig.client.job(name)
+    started_s = time.monotonic()
+    answer = later(lambda: rig.client.job(name, version=view["version"], wait_s=30))
+    rig.client.resume(name)
+    assert answer()["version"] > view["version"]
+    assert time.monotonic() - started_s < 8
+
+
+def test_a_long_poll_without_news_answers_when_its_time_is_up(rig: Rig) -> None:
+    name = rig.submit(job())
+    rig.client.pause(name)
+    view = rig.client.job(name)
+    begun_s = time.monotonic()
+    again = rig.client.job(name, version=view["version"], wait_s=0.15)
+    assert again == view
+    assert time.monotonic() - begun_s >= 0.15
+
+
+def test_a_watcher_with_an_old_version_or_of_an_ended_job_is_answered_at_once(rig: Rig) -> None:
+    name = rig.submit(job())
+    begun_s = time.monotonic()
+    rig.client.job(name, version=1, wait_s=30)
+    rig.client.cancel(name)
+    ended = rig.ended(name)
+    assert ended["version"] == 0
+    assert rig.client.job(name, version=0, wait_s=30) == ended
+    assert time.monotonic() - begun_s < 8
+
+
+def test_a_watcher_hears_when_a_worker_begins(rig: Rig) -> None:
+    name = rig.submit(job(tasks=1))
+    one = rig.outstanding(name, 1)
+    (instance,) = rig.instances(1, "Pending")
+    rig.beat(instance)
+    rig.until(lambda: rig.client.job(name)["state"] == "STARTING", "the start")
+    view = rig.client.job(name)
+    answer = later(lambda: rig.client.job(name, version=view["version"], wait_s=30))
+    rig.beat(instance, *one)
+    assert answer()["stages"][0]["running"] == 1
+    assert "is running 1 task in 1 bundle on 1 worker" in rig.client.why(name)
+
+
+def test_a_job_is_followed_to_its_end(rig: Rig) -> None:
+    name = rig.submit(job(tasks=3))
+    rig.work(name, 3)
+    view = rig.ended(name)
+    assert (view["state"], view["reason"]) == ("SUCCEEDED", "")
+    (stage,) = view["stages"]
+    assert (stage["planned"], stage["succeeded"], stage["running"]) == (3, 3, 0)
+    assert rig.client.why(name) == "It ended SUCCEEDED: 3 tasks succeeded."
+
+
+def test_a_cancelled_job_takes_no_second_cancellation(rig: Rig) -> None:
+    name = rig.submit(job())
+    assert rig.client.cancel(name)["id"] == name
+    # The acknowledgement: no worker may start a task any more (I4).
+    control = rig.run(rig.objects.get(f"jobs/{name}/control.json"))
+    assert wire.word_from_bytes(control).control.value == "cancel"
+    assert rig.ended(name)["state"] == "CANCELLED"
+    for verb in (rig.client.cancel, rig.client.pause, rig.client.resume):
+        with pytest.raises(Refused, match="is not running"):
+            verb(name)
+
+
+def test_a_job_that_only_the_bucket_has_can_be_cancelled(rig: Rig) -> None:
+    made = job()
+    with pytest.raises(NotFound):
+        rig.client.cancel(made.id)
+    rig.run(rig.objects.put(naming.spec(made.id), definition.to_bytes(made)))
+    with pytest.raises(NotFound):
+        rig.client.job(made.id)
+    assert rig.client.cancel(made.id)["id"] == made.id
+    assert rig.ended(made.id)["state"] == "CANCELLED"
+
+
+def test_a_paused_job_says_so_and_goes_on(rig: Rig) -> None:
+    name = rig.submit(job(tasks=1))
+    rig.outstanding(name, 1)
+    assert rig.client.pause(name)["state"] == "PAUSED"
+    assert "Its user has paused it" in rig.client.why(name)
+    assert rig.client.resume(name)["state"] == "RUNNABLE"
+    rig.work(name, 1)
+    assert rig.ended(name)["state"] == "SUCCEEDED"
+
+
+def test_a_retry_runs_what_failed_and_forgets_its_failures(rig: Rig) -> None:
+    """Which tasks failed, and how to run only those again."""
+    name = rig.submit(job(tasks=3))
+    with pytest.raises(Refused, match="still"):
+        rig.client.retry(name)
+    rig.work(name, 3, bad=[0, 2])
+    assert rig.ended(name)["state"] == "FAILED"
+    failures = rig.client.failures(name)
+    assert [one["task"] for one in failures] == [0, 2]
+    assert failures[0]["fingerprint"] == failures[1]["fingerprint"]
+    assert failures[0] == {
+        "seq": failures[0]["seq"],
+        "stage": "map",
+        "task": 0,
+        "attempt": 1,
+        "kind": "exception",
+        "reason": "task 0 is bad",
+        "error": "ValueError",
+        "traceback": "Traceback",
+        "exit_code": None,
+        "fingerprint": failures[1]["fingerprint"],
+    }
+    assert len(rig.client.failures(name, limit=1)) == 1
+    assert "task 0 is bad" in rig.client.why(name)
+
+    assert rig.client.retry(name)["round"] == 1
+    rig.work(name, 2, bad=[2])
+    assert rig.ended(name)["state"] == "FAILED"
+    assert [one["task"] for one in rig.client.failures(name)] == [2]
+
+
+# --- What came of the tasks ----------------------------------------------------------------------
+
+
+def test_outcomes_come_in_the_order_of_their_folding_and_once(rig: Rig) -> None:
+    name = rig.submit(job(tasks=4))
+    rig.work(name, 4, bad=[1])
+    rig.ended(name)
+    seen: list[Any] = []
+    after, ended = None, False
+    while not ended:
+        page = rig.client.outcomes(name, after=after, limit=3, wait_s=5)
+        seen += page["outcomes"]
+        after, ended = seen[-1]["seq"], page["ended"]
+    assert [one["seq"] for one in seen] == sorted({one["seq"] for one in seen})
+    by_task = sorted(seen, key=lambda one: one["bundle"])
+    tasks = [(one["tasks"], one["failed"]) for one in by_task]
+    assert tasks == [([[0, 1]], 0), ([], 1), ([[2, 3]], 0), ([[3, 4]], 0)]
+    outcome = wire.outcome_from_json(wire.loads(rig.run(rig.objects.get(by_task[2]["key"]))))
+    assert outcome.values == (2,)
+    assert rig.client.outcomes(name, stage="other")["outcomes"] == []
+
+
+def test_whoever_waits_for_outcomes_is_woken_by_the_next(rig: Rig) -> None:
+    name = rig.submit(job(tasks=2))
+    rig.outstanding(name, 2)
+    assert rig.client.outcomes(name) == {"outcomes": [], "ended": False}
+    answer = later(lambda: rig.client.outcomes(name, wait_s=30))
+    rig.work(name, 2)
+    page = answer()
+    assert page["outcomes"]
+    last = rig.client.outcomes(name)["outcomes"][-1]["seq"]
+    assert rig.client.outcomes(name, after=last, wait_s=30) == {"outcomes": [], "ended": True}
+
+
+def test_the_log_of_every_attempt_is_kept(rig: Rig) -> None:
+    """The log of the attempt that failed, not only of the last one."""
+    name = rig.submit(job(tasks=2, retry=RetryRule(attempts=2, backoff_s=0.0)))
+    rig.work(name, 2, bad=[1])
+    rig.work(name, 1)
+    rig.ended(name)
+    assert [(log["attempt"], log["text"]) for log in rig.client.logs(name, task=1)] == [
+        (1, "task 1, try 1\n"),
+        (2, "task 1, try 2\n"),
+    ]
+    every = rig.client.logs(name, stage="map")
+    assert [(log["task"], log["attempt"]) for log in every] == [(0, 1), (1, 1), (1, 2)]
+    assert len(rig.client.logs(name, limit=2)) == 2
+    assert rig.client.logs(name, failed=True) == []
+    assert rig.client.logs(name, since_s=3600.0)
+    assert [log["state"] for log in every] == ["SUCCEEDED", "RETRIED", "SUCCEEDED"]
+
+
+def test_logs_are_handed_out_as_they_come(rig: Rig) -> None:
+    name = rig.submit(job(tasks=3, retry=RetryRule(attempts=1)))
+    rig.outstanding(name, 3)
+    answer = later(lambda: rig.client.logs_after(name, None, wait_s=30))
+    rig.work(name, 3, bad=[1])
+    first = answer()
+    seq, texts = first["seq"], [log["text"] for log in first["logs"]]
+    while not (page := rig.client.logs_after(name, seq, wait_s=5))["ended"]:
+        texts += [log["text"] for log in page["logs"]]
+        seq = page["seq"]
+    assert sorted(texts) == [f"task {task}, try 1\n" for task in range(3)]
+    failed = rig.client.logs_after(name, None, failed=True)["logs"]
+    assert [(log["task"], log["state"]) for log in failed] == [(1, "FAILED")]
+    # One task's end is the end, and not only the job's.
+    one = rig.client.logs_after(name, None, task=2)
+    assert (one["ended"], [log["task"] for log in one["logs"]]) == (True, [2])
+
+
+def test_an_answer_holds_only_so_much_of_logs_and_says_what_it_leaves_out(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = rig.submit(job(tasks=4, bundle=2))
+    rig.work(name, 2)
+    size = len("task 0, try 1\n")
+    monkeypatch.setattr(logs, "MOST_BYTES", size * 3)
+    texts = {log["task"]: log["text"] for log in rig.client.logs(name)}
+    assert [texts[n] for n in (0, 1, 2)] == [f"task {n}, try 1\n" for n in (0, 1, 2)]
+    assert "left out" in texts[3]
+    monkeypatch.setattr(logs, "MOST_BYTES", size)
+    assert [log["text"] for log in rig.client.logs(name, task=3)] == ["task 3, try 1\n"]
+    monkeypatch.setattr(logs, "MOST_BYTES", size * 2)
+    # Full to the last byte with the first bundle: the second one is named all the same.
+    texts = {log["task"]: log["text"] for log in rig.client.logs(name)}
+    assert [texts[n] for n in (0, 1)] == [f"task {n}, try 1\n" for n in (0, 1)]
+    assert all("left out" in texts[n] for n in (2, 3))
+    # With both, nothing is left out.
+    monkeypatch.setattr(logs, "MOST_BYTES", size * 4)
+    assert [log["text"] for log in rig.client.logs(name)] == [
+        f"task {n}, try 1\n" for n in range(4)
+    ]
+    monkeypatch.setattr(logs, "MOST_BYTES", size * 2)
+    # Whoever follows gets the rest in the next answer.
+    followed: list[str] = []
+    seq = None
+    while not (page := rig.client.logs_after(name, seq))["ended"] and page["logs"]:
+        assert len(page["logs"]) == 2
+        followed += [log["text"] for log in page["logs"]]
+        seq = page["seq"]
+    assert sorted(followed) == [f"task {n}, try 1\n" for n in range(4)]
+
+
+def test_tails_are_asked_for_by_the_word_that_workers_read(rig: Rig) -> None:
+    name = rig.submit(job(tasks=2))
+    bundles = rig.outstanding(name, 2)
+    key = naming.control(JobId(name))
+
+    def word() -> wire.Word:
+        return wire.word_from_bytes(rig.run(rig.objects.get(key)))
+
+    tails = [
+        Tail("map", o.bundle.tasks.first, 1, 0, o.bundle.id, "x", 0, 5, "hello") for o in bundles
+    ]
+    rig.run(rig.objects.put(naming.tail(JobId(name), "w-1"), to_bytes(tails)))
+    rig.until(lambda: rig.client.tails(name)["tails"], "the tails")
+    assert replace(word(), tail_s=None) == wire.Word(Control.RUN, tail=1)
+    # However many ask, and however often.
+    for _ in range(20):
+        rig.client.tails(name)
+    assert word().tail == 1
+    rig.client.pause(name)
+    rig.client.resume(name)
+    assert word() == wire.Word(Control.RUN)
+    # What a worker has stored of a bundle that has ended since is no news.
+    rig.work(name, 2)
+    rig.ended(name)
+    assert rig.client.tails(name)["tails"] == []
+    with pytest.raises(NotFound):
+        rig.client.tails("nobody-0123456789")
+
+
+def test_asking_for_tails_never_undoes_a_cancellation(rig: Rig) -> None:
+    name = rig.submit(job(tasks=2))
+    rig.outstanding(name, 2)
+    key = naming.control(JobId(name))
+    # Another leader's, which the ledger does not know of yet.
+    cancel = wire.word_to_bytes(wire.Word(Control.CANCEL, reason="enough"))
+    rig.run(rig.objects.put(key, cancel))
+    rig.client.tails(name)
+    assert rig.run(rig.objects.get(key)) == cancel

@@ -1,0 +1,98 @@
+"""Schedules over the HTTP API and its client: a real server, a real manager, the wall clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from batchlab.errors import NotFound, Refused, UsageError
+from tests.support.server.api import Rig, job
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with Rig() as made:
+        yield made
+
+
+def described(**more: Any) -> dict[str, Any]:
+    return {"name": "nightly", "cron": "0 2 * * *", "timezone": "Europe/Berlin", **more}
+
+
+def test_a_schedule_is_kept_shown_steered_and_removed(rig: Rig) -> None:
+    client = rig.client
+    view = client.add_schedule(described(), job())
+    assert (view["name"], view["job"], view["state"]) == ("nightly", "sums", "active")
+    assert view["next_s"] == client.coming("nightly", count=1)[0]["at_s"]
+    times = client.coming("nightly", count=400)
+    assert len(times) == 400
+    assert {one["local"][11:16] for one in times} <= {"02:00", "03:00"}
+    assert client.add_schedule(described(), job()) == view
+    with pytest.raises(Refused, match="when it is due"):
+        client.add_schedule(described(cron="0 3 * * *"), job())
+    assert (
+        client.add_schedule(described(cron="0 3 * * *"), job(), replace=True)["cron"] == "0 3 * * *"
+    )
+    assert client.pause_schedule("nightly")["state"] == "paused"
+    with pytest.raises(Refused, match="paused already"):
+        client.pause_schedule("nightly")
+    assert client.resume_schedule("nightly")["next_s"]
+    assert [one["name"] for one in client.schedules()["schedules"]] == ["nightly"]
+    client.remove_schedule("nightly")
+    assert client.schedules() == {"schedules": [], "notes": []}
+    with pytest.raises(NotFound, match="no schedule 'nightly'"):
+        client.schedule("nightly")
+
+
+def test_a_run_by_hand_is_a_job_with_the_schedules_name_in_its_tags(rig: Rig) -> None:
+    rig.submit(job())  # its input is there
+    rig.client.add_schedule(described(), job())
+    run = rig.client.run_schedule("nightly", "mine")
+    assert run["job"]
+    assert rig.client.run_schedule("nightly", "mine") == run
+    rig.work(run["job"], 4)
+    assert rig.ended(run["job"])["tags"]["schedule"] == "nightly"
+    rig.until(
+        lambda: rig.client.schedule("nightly")["runs"][0]["result"] == "SUCCEEDED", "its result"
+    )
+    (seen,) = rig.client.schedule("nightly")["runs"]
+    assert (seen["by_hand"], seen["tasks"]) == (True, 4)
+
+
+def test_one_time_comes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.submit(job())
+    at_s = time.time() + 3600
+    rig.client.add_schedule({"name": "once", "at_s": at_s}, job())
+    monkeypatch.setattr(type(rig.manager.ports.clock), "now_s", lambda _: at_s + 1)
+    rig.until(lambda: rig.client.schedule("once")["runs"], "the due time")
+    view = rig.client.schedule("once")
+    assert view["state"] == "done"
+    assert view["runs"][0]["due_s"] == at_s
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"cron": "0 25 * * *"}, "Bad hour"),
+        ({"cron": ""}, "either a cron expression or one time"),
+        ({"at_s": 4e9}, "either a cron expression or one time"),
+        ({"timezone": "Mars"}, "no time zone"),
+        ({"name": "../x"}, "body.schedule.name"),
+        ({"missed": "never"}, "body.schedule.missed"),
+        ({"missed": "run-all", "overlap": "replace"}, "each is to replace the one before it"),
+        ({"capacity": 0}, "body.schedule.capacity"),
+        ({"due_param": "month"}, "no parameter 'month'"),
+        ({"surprise": 1}, "body.schedule.surprise"),
+        ({"cron": "", "at_s": 1.0}, "That time is past."),
+    ],
+)
+def test_what_is_no_schedule_is_refused_in_a_sentence(
+    rig: Rig, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        rig.client.add_schedule(described(**changes), job())
+    assert told in str(caught.value)
+    assert rig.client.schedules()["schedules"] == []

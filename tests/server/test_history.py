@@ -1,0 +1,91 @@
+"""The curves of the page: bounded, thinned, and going on where another manager has ended."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+from batchlab.api.history import EVERY_S, KEPT, SHOWN, History
+from batchlab.manager.manager import Manager
+from batchlab.model import GroupView, Instance, LifecycleState, Pool
+from batchlab.ports import Depth
+from tests.support.fleet import ManualClock
+
+POOL = Pool("default", max_size=9)
+
+
+def manager(
+    clock: ManualClock, *, recorder: Any = None, pools: tuple[str, ...] = ("default",)
+) -> Manager:
+    """What a look sees: two instances of which one boots, a worker with three tasks."""
+    instances = tuple(
+        Instance(f"i-{state}", "default", state, 0.0)
+        for state in (LifecycleState.IN_SERVICE, LifecycleState.PENDING)
+    )
+    beat = SimpleNamespace(pool="default", busy=3)
+    return cast(
+        Manager,
+        SimpleNamespace(
+            ports=SimpleNamespace(clock=clock),
+            registry=SimpleNamespace(workers={"i": SimpleNamespace(beat=beat)}),
+            groups={"default": GroupView(POOL, 4, instances), "gone": GroupView(POOL, 1, ())},
+            depths={"default": Depth(visible=5, in_flight=6, delayed=7)},
+            pools=dict.fromkeys(pools),
+            recorder=recorder,
+        ),
+    )
+
+
+def test_a_look_notes_what_the_last_tick_has_seen() -> None:
+    history = History()
+    history.look(manager(ManualClock()))
+    (pool,) = history.view()["pools"]
+    assert pool == {
+        "name": "default",
+        "desired": [4],
+        "in_service": [1],
+        "pending": [1],
+        "running": [3],
+        "waiting": [12],
+        "in_flight": [6],
+    }
+
+
+def test_what_is_kept_and_what_is_shown_are_bounded() -> None:
+    history, clock = History(), ManualClock()
+    for _ in range(KEPT + 50):
+        clock.time_s += EVERY_S
+        history.look(manager(clock))
+    view = history.view()
+    assert len(history.moments) == KEPT
+    assert SHOWN / 2 < len(view["at_s"]) <= SHOWN
+    assert view["at_s"][-1] == clock.now_s()  # the newest is never left out
+    assert view["at_s"] == sorted(view["at_s"])
+
+
+def test_a_pool_that_was_not_there_before_has_nothing_then() -> None:
+    history, clock = History(), ManualClock()
+    history.look(manager(clock, pools=()))
+    history.look(manager(clock))
+    assert history.view()["pools"][0]["desired"] == [0, 4]
+
+
+def test_nothing_seen_is_no_curve() -> None:
+    assert History().view() == {"at_s": [], "pools": []}
+
+
+def test_what_an_earlier_manager_recorded_comes_first() -> None:
+    clock = ManualClock()
+    asked: list[float] = []
+
+    def samples(since_s: float) -> dict[str, list[list[Any]]]:
+        asked.append(since_s)
+        return {"default": [[clock.now_s() - 60, 1.0, 5, 6, 1, 20, 4, 2, 3, 0, 3, 3, 2.6]]}
+
+    history = History()
+    for _ in range(2):
+        history.look(manager(clock, recorder=SimpleNamespace(samples=samples)))
+    assert asked == [clock.now_s() - KEPT * EVERY_S]
+    (pool,) = history.view()["pools"]
+    assert (pool["desired"][0], pool["in_service"][0], pool["pending"][0]) == (4, 3, 2)
+    assert (pool["running"][0], pool["waiting"][0], pool["in_flight"][0]) == (3, 6, 6)

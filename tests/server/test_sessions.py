@@ -1,0 +1,179 @@
+"""Who may see the page: codes that work once, cookies that are signed and end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from batchlab.adapters.state_file import StateFile
+from batchlab.api.sessions import CODE_S, MOST_CODES, SESSION_S, Sessions
+from tests.support.fleet import ManualClock
+
+TOKEN = "the grid's token"
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def sessions(clock: ManualClock) -> Sessions:
+    return Sessions(TOKEN, clock)
+
+
+def test_a_code_opens_once_and_for_a_minute(sessions: Sessions, clock: ManualClock) -> None:
+    first, second = sessions.code(), sessions.code()
+    assert first != second
+    assert sessions.opens(first)
+    assert not sessions.opens(first)
+    clock.time_s += CODE_S + 0.1
+    assert not sessions.opens(second)
+
+
+def test_the_token_opens_and_nothing_like_it(sessions: Sessions) -> None:
+    assert sessions.opens(TOKEN)
+    for wrong in ("", TOKEN[:-1], TOKEN + " ", "ü", "\ud800"):
+        assert not sessions.opens(wrong)
+
+
+def test_only_so_many_codes_wait(sessions: Sessions) -> None:
+    codes = [sessions.code() for _ in range(MOST_CODES + 1)]
+    assert not sessions.opens(codes[0])
+    assert sessions.opens(codes[1])
+
+
+def test_a_session_ends_at_its_time(sessions: Sessions, clock: ManualClock) -> None:
+    session, cookie = sessions.begin()
+    place = sessions.place(session)
+    assert sessions.of(cookie, place) == session
+    clock.time_s += SESSION_S - 2
+    assert sessions.of(cookie, place) == session
+    clock.time_s += 2
+    assert sessions.of(cookie, place) is None
+
+
+def test_a_cookie_that_was_changed_is_none_of_ours(sessions: Sessions) -> None:
+    session, cookie = sessions.begin()
+    until, name, mark = cookie.split(".")
+    later = f"{int(until) + 1}.{name}.{mark}"
+    for wrong in (
+        *(
+            "",
+            ".",
+            "..",
+            "x",
+            later,
+            f"{until}.{name}x.{mark}",
+            f"{until}.{name}.",
+            f"{until}.{name}",
+        ),
+        *(
+            f"{until}.{name}.{sessions.form_token(session)}",
+            "9" * 30 + f".{name}.{mark}",
+            "²." + name,
+        ),
+    ):
+        assert sessions.of(wrong, sessions.place(session)) is None, wrong
+
+
+def test_another_grid_or_another_token_knows_nothing_of_it(clock: ManualClock) -> None:
+    mine, other = Sessions(TOKEN, clock), Sessions("another", clock)
+    session, cookie = mine.begin()
+    place = mine.place(session)
+    assert other.of(cookie, place) is None
+    assert other.of(cookie, other.place(session)) is None
+    assert mine.cookie(place) != other.cookie(place)
+    assert not other.has_sent(session, mine.form_token(session))
+
+
+def test_a_manager_that_was_started_again_knows_who_came_and_who_has_gone(
+    clock: ManualClock, tmp_path: Path
+) -> None:
+    kept = StateFile(tmp_path / "sessions.json")
+    before = Sessions(TOKEN, clock, kept)
+    session, cookie = before.begin()
+    gone, left = before.begin()
+    before.close(gone)
+    again = Sessions(TOKEN, clock, kept)
+    assert again.of(cookie, before.place(session)) == session
+    assert again.of(left, before.place(gone)) is None
+    assert again.cookie("x") == before.cookie("x")
+    assert TOKEN not in (tmp_path / "sessions.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[]", b'{"seed": "x"}', b'{"seed":"x","closed":[]}']
+)
+def test_who_has_lost_who_has_gone_has_lost_who_came(
+    clock: ManualClock, tmp_path: Path, damage: bytes
+) -> None:
+    file = tmp_path / "sessions.json"
+    before = Sessions(TOKEN, clock, StateFile(file))
+    begun = [before.begin(), before.begin()]
+    cookies = [(cookie, before.place(session)) for session, cookie in begun]
+    before.close(before.begin()[0])
+    file.write_bytes(damage)
+    for again in (Sessions(TOKEN, clock, StateFile(file)), Sessions(TOKEN, clock)):
+        assert [again.of(*one) for one in cookies] == [None, None]
+        assert again.begin()[1]
+
+
+def test_what_is_remembered_of_who_has_gone_is_bounded(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("batchlab.api.sessions.MOST_CLOSED", 3)
+    sessions = Sessions(TOKEN, clock, StateFile(tmp_path / "sessions.json"))
+    every = [sessions.begin() for _ in range(5)]
+    for session, _ in every[:4]:
+        sessions.close(session)
+    assert sessions._closed == {}
+    assert [sessions.of(cookie, sessions.place(one)) for one, cookie in every] == [None] * 5
+    session, cookie = sessions.begin()
+    assert sessions.of(cookie, sessions.place(session)) == session
+
+
+def test_a_disk_that_is_full_keeps_nobody_from_logging_out(
+    clock: ManualClock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    sessions = Sessions(TOKEN, clock, StateFile(tmp_path / "file" / "sessions.json"))
+    session, cookie = sessions.begin()
+    sessions.close(session)
+    assert sessions.of(cookie, sessions.place(session)) is None
+    assert "known until a restart" in caplog.text
+
+
+def test_who_logs_out_takes_the_cookie_along(sessions: Sessions, clock: ManualClock) -> None:
+    session, cookie = sessions.begin()
+    other, kept = sessions.begin()
+    sessions.close(session)
+    assert sessions.of(cookie, sessions.place(session)) is None
+    assert sessions.of(kept, sessions.place(other)) == other
+    clock.time_s += SESSION_S
+    sessions.close(other)
+    assert session.name not in sessions._closed  # what is over anyway is not remembered
+
+
+def test_a_forms_token_is_of_one_session(sessions: Sessions) -> None:
+    one, other = sessions.begin()[0], sessions.begin()[0]
+    assert sessions.has_sent(one, sessions.form_token(one))
+    assert not sessions.has_sent(one, sessions.form_token(other))
+    assert not sessions.has_sent(one, "")
+
+
+def test_the_token_is_in_no_cookie(sessions: Sessions) -> None:
+    session, cookie = sessions.begin()
+    place = sessions.place(session)
+    assert TOKEN not in cookie + place + sessions.cookie(place) + sessions.form_token(session)
+
+
+def test_a_cookie_without_its_place_opens_nothing(sessions: Sessions) -> None:
+    """A browser sends a cookie to every port of a host; it does not send the place along."""
+    session, cookie = sessions.begin()
+    other = sessions.begin()[0]
+    place = sessions.place(session)
+    assert place != sessions.place(other)
+    for wrong in ("", place[:-1], place + "0", "0" * 32, sessions.place(other)):
+        assert sessions.of(cookie, wrong) is None

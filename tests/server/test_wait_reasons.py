@@ -1,0 +1,351 @@
+"""why(): one line for every situation a job can be in, the most specific reason first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchlab.jobdef import StageDef
+from batchlab.model import Bundle, Control, JobState, Pool, StageCounts, TaskSet
+from batchlab.why import why
+from tests.support.server.waiting_jobs import (
+    BUSY_ELSEWHERE,
+    CPU,
+    CRASHES,
+    DEAD,
+    DONE,
+    JOB,
+    MAP,
+    MONO_S,
+    NOW_S,
+    PENDING,
+    QUEUED,
+    STAGES,
+    SUM,
+    UP,
+    Situation,
+    bundle,
+    instance,
+    other,
+    worker,
+)
+
+SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
+    "succeeded": (
+        Situation(JobState.SUCCEEDED, counts=[StageCounts(MAP, planned=3, succeeded=3)]),
+        ["ended SUCCEEDED", "3 tasks succeeded"],
+    ),
+    "succeeded in spite of failures": (
+        Situation(JobState.SUCCEEDED, counts=[StageCounts(MAP, planned=3, succeeded=2, failed=1)]),
+        ["2 tasks succeeded", "1 task failed, as its failure policy allows"],
+    ),
+    "failed": (
+        Situation(JobState.FAILED, reason="1 task failed (task 3:\n  ValueError)"),
+        ["ended FAILED: 1 task failed (task 3: ValueError)."],
+    ),
+    "not adopted yet": (Situation(conducted=False), ["about to take it over"]),
+    "scheduled": (
+        Situation(JobState.SCHEDULED, start_at_s=NOW_S + 7500),
+        ["scheduled for 2023-11-15 00:18:20 UTC, in 2 h 5 min"],
+    ),
+    "scheduled and due": (
+        Situation(JobState.SCHEDULED, start_at_s=NOW_S - 1),
+        ["starts at the manager's next tick"],
+    ),
+    "paused": (
+        Situation(
+            JobState.PAUSED, Control.PAUSE, out=QUEUED, workers={"w-1": worker("w-1", bundle())}
+        ),
+        ["Its user has paused it", "0 of 10 tasks", "1 bundle that had begun", "job resume job-1"],
+    ),
+    "being cancelled": (
+        Situation(control=Control.CANCEL, out=QUEUED),
+        ["being cancelled: its workers notice within 1 s"],
+    ),
+    "being sealed": (
+        Situation(control=Control.CANCEL, out=QUEUED, forbidden=True),
+        ["being cancelled: 1 outstanding bundle will be closed"],
+    ),
+    "planning its input": (
+        Situation(JobState.PENDING, counts=[StageCounts(MAP), StageCounts(SUM)]),
+        ["planning its input: stage map gets 2 keys of raw data, split by file"],
+    ),
+    "planning a gather": (
+        Situation(counts=DONE),
+        ["planning stage sum from 10 results of map"],
+    ),
+    "pool gone": (
+        Situation(stages=(StageDef(MAP, handler="m:f", pool="gpu"), STAGES[1])),
+        ["Stage map runs in pool gpu, which this grid does not have", "its pools are default"],
+    ),
+    "instances too small": (
+        Situation(stages=(StageDef(MAP, handler="m:f", slots=8), STAGES[1])),
+        ["asks for 8 slots per task", "pool default has 2"],
+    ),
+    "max of zero": (
+        Situation(out=QUEUED, pool=Pool("default", max_size=0)),
+        ["waiting for capacity: pool default has a max of 0", "grid scale default --max"],
+    ),
+    "held at zero": (
+        Situation(out=QUEUED, held={"default": 0}),
+        ["held at 0 instances by hand", "grid scale default --auto"],
+    ),
+    "no instance asked for": (
+        Situation(out=QUEUED),
+        ["pool default has 0 of max 4 instances in service", "autoscaler decides every 1 s"],
+    ),
+    "launch is next": (
+        Situation(out=QUEUED, desired=2, activities=CRASHES[2:]),
+        ["desired capacity is 2", "last activity: Setting desired capacity to 1, because policy"],
+    ),
+    "booting": (
+        Situation(out=QUEUED, desired=1, instances=[PENDING]),
+        ["0 of max 4 instances in service, 1 launched, the first 9 s ago"],
+    ),
+    "crash loop": (
+        Situation(out=QUEUED, instances=[DEAD, PENDING], activities=CRASHES),
+        [
+            "workers of pool default keep dying before they are ready: exit 1",
+            "see the instance log of w-1",
+            "1 more launched",
+        ],
+    ),
+    "no more launched": (
+        Situation(out=QUEUED, activities=CRASHES, stopped={"default": "the last 3 did not"}),
+        ["waiting for capacity: the last 3 did not; ", "`batchlab grid scale default --auto`"],
+    ),
+    "one crash": (
+        Situation(out=QUEUED, instances=[DEAD], activities=CRASHES[1:]),
+        ["a worker of pool default died before it was ready: exit 1"],
+    ),
+    "crash loop, long ago": (
+        Situation(out=QUEUED, activities=CRASHES),
+        ["workers of pool default do not come up: 3 instances in a row ended: exit 1"],
+    ),
+    "mended crash loop": (
+        Situation(out=QUEUED, instances=[DEAD], activities=[UP, *CRASHES]),
+        ["0 of max 4 instances in service"],
+    ),
+    "no reports yet": (
+        Situation(out=QUEUED, instances=[instance("w-1")]),
+        ["1 bundle of it waits in pool default, whose 1 instance in service has not reported yet"],
+    ),
+    "on the way": (
+        Situation(out=QUEUED, instances=[instance("w-1")], workers={"w-1": worker("w-1")}),
+        ["1 bundle of it is on the way to 1 worker", "for 3 s", "silent for 90 s"],
+    ),
+    "outranked": (
+        Situation(
+            left=TaskSet.span(0, 10),
+            instances=[instance("w-1")],
+            workers={"w-1": worker("w-1")},
+            others=[other(name, 5) for name in "abcd"],
+        ),
+        ["4 jobs of higher priority are ahead of it in pool default: a, b, c and 1 more"],
+    ),
+    "all slots busy": (
+        Situation(
+            out=QUEUED,
+            instances=[instance("w-1")],
+            workers={"w-1": BUSY_ELSEWHERE},
+            others=[other("b")],
+        ),
+        ["All slots of pool default are busy with 1 other job: b", "1 bundle of this one"],
+    ),
+    "sharing": (
+        Situation(
+            left=TaskSet.span(0, 10),
+            instances=[instance("w-1")],
+            workers={"w-1": worker("w-1")},
+            others=[other("b")],
+        ),
+        ["10 tasks of stage map wait for room in pool default, which 1 other job shares: b"],
+    ),
+    "about to be cut": (
+        Situation(left=TaskSet.span(0, 10), instances=[instance("w-1")]),
+        ["10 tasks of stage map wait for room", "sends the next bundles within 1 s"],
+    ),
+    "backoff": (
+        Situation(
+            out=[(bundle(JOB, 1, 2), -12.0), (bundle(JOB, 7), -40.0)], instances=[instance("w-1")]
+        ),
+        ["3 tasks wait for their retries, next due in 12 s"],
+    ),
+    "backoff of the last task before a gather": (
+        Situation(
+            counts=[StageCounts(MAP, planned=10, succeeded=9), StageCounts(SUM)],
+            out=[(bundle(), -4.0)],
+        ),
+        [
+            "1 task waits for its retry, next due in 4 s",
+            "stage sum waits for stage map (9 of 10 tasks ended)",
+        ],
+    ),
+    "running": (
+        Situation(
+            JobState.RUNNING,
+            out=[(bundle(JOB, 0, 1), 0.5), (bundle(JOB, 4), -3.0)],
+            instances=[instance("w-1")],
+            workers={"w-1": worker("w-1", bundle(JOB, 0, 1))},
+        ),
+        [
+            "running 2 tasks in 1 bundle on 1 worker",
+            "the oldest bundle (stage map, w-1) for 14 s",
+            "0 of 10 tasks planned so far have ended",
+            "1 task waits for its retry, next due in 3 s",
+            "stage sum waits for stage map",
+        ],
+    ),
+    "backend down": (
+        Situation(trouble="S3 does not answer.", counts=[StageCounts(MAP), StageCounts(SUM)]),
+        ["The manager cannot go on: S3 does not answer; it keeps trying"],
+    ),
+    "ticks fail": (
+        Situation(out=QUEUED, tick_trouble="Docker does not answer"),
+        ["cannot go on: Docker does not answer"],
+    ),
+    "closing": (
+        Situation(counts=[*DONE[:1], StageCounts(SUM, planned=1, succeeded=1)]),
+        ["All of its 11 tasks have ended", "writing down its end"],
+    ),
+    "between bundles": (
+        Situation(instances=[instance("w-1")]),
+        ["0 of 10 tasks planned so far have ended and no bundle is outstanding"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_the_answer_names_the_reason(name: str) -> None:
+    """Nobody is stuck without a reason."""
+    situation, expected = SITUATIONS[name]
+    answer = why(situation.facts())
+    assert [text for text in expected if text not in answer] == [], answer
+    assert "\n" not in answer
+
+
+def test_no_two_situations_share_an_answer() -> None:
+    answers = [why(situation.facts()) for situation, _ in SITUATIONS.values()]
+    assert len(set(answers)) == len(answers)
+
+
+def test_the_oldest_running_bundle_is_named() -> None:
+    young, old = bundle(JOB, 1), bundle(JOB, 2)
+    situation = Situation(
+        out=[(young, 0.0), (old, 0.0)],
+        instances=[instance("w-1"), instance("w-2")],
+        workers={
+            "w-1": worker("w-1", young, since_s=MONO_S - 5),
+            "w-2": worker("w-2", old, since_s=MONO_S - 4000),
+        },
+    )
+    answer = why(situation.facts())
+    assert "w-2) for 66 min" in answer
+    assert f"`batchlab job logs {JOB} --follow` shows what it prints" in answer
+    situation.workers = {"w-1": worker("w-1", young, since_s=MONO_S - 5)}
+    assert "--follow" not in why(situation.facts())
+
+
+def test_a_bundle_that_two_workers_run_counts_once() -> None:
+    """A duplicate delivery must not look like progress."""
+    one = bundle(JOB, 1, 2, 3)
+    workers = {name: worker(name, one) for name in ("w-1", "w-2")}
+    answer = why(Situation(out=[(one, 0.0)], workers=workers).facts())
+    assert "running 3 tasks in 1 bundle on 1 worker" in answer
+
+
+_some: Mapping[str, st.SearchStrategy[Any]] = {
+    "state": st.sampled_from(JobState),
+    "control": st.sampled_from(Control),
+    "reason": st.sampled_from(["", "x failed"]),
+    "counts": st.sampled_from(
+        [
+            (StageCounts(MAP), StageCounts(SUM)),
+            (StageCounts(MAP, planned=10), StageCounts(SUM)),
+            (StageCounts(MAP, planned=10, succeeded=4, failed=1), StageCounts(SUM)),
+            (StageCounts(MAP, planned=0), StageCounts(SUM)),
+            (*DONE[:1], StageCounts(SUM, planned=1)),
+            (*DONE[:1], StageCounts(SUM, planned=1, cancelled=1)),
+        ]
+    ),
+    "left": st.sampled_from([TaskSet(), TaskSet.span(3, 10)]),
+    "start_at_s": st.sampled_from([None, NOW_S - 1, NOW_S + 1e6]),
+    "out": st.lists(
+        st.sampled_from(
+            [(bundle(), 3.0), (bundle(JOB, 4), -9.0), (bundle(JOB, 0, stage=SUM), 1e6)]
+        ),
+        max_size=3,
+    ),
+    "pool": st.sampled_from([CPU, Pool("default", max_size=0), Pool("gpu"), Pool("default")]),
+    "desired": st.integers(0, 4),
+    "instances": st.lists(st.sampled_from([instance("w-1"), PENDING, DEAD]), max_size=3),
+    "workers": st.sampled_from(
+        [{}, {"w-1": worker("w-1")}, {"w-1": worker("w-1", bundle())}, {"w-1": BUSY_ELSEWHERE}]
+    ),
+    "held": st.sampled_from([{}, {"default": 0}, {"default": 2}]),
+    "activities": st.sampled_from([[], CRASHES, [UP, *CRASHES]]),
+    "others": st.sampled_from([[], [other("b")], [other("b", 5), other("c")]]),
+    "conducted": st.booleans(),
+    "forbidden": st.booleans(),
+    "trouble": st.sampled_from(["", "S3 is down"]),
+}
+
+
+@given(st.fixed_dictionaries(dict(_some)).map(lambda chosen: Situation(**chosen)))
+def test_there_is_always_one_line_of_answer(situation: Situation) -> None:
+    """Also for situations that nobody has thought of: no case answers "unknown"."""
+    answer = why(situation.facts())
+    assert answer.endswith(".")
+    assert "\n" not in answer
+    assert "unknown" not in answer.lower()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "verb"), [(1, "waits for its retry"), (2, "wait for their retries")]
+)
+def test_one_and_many_are_told_apart(tasks: int, verb: str) -> None:
+    make: Callable[[int], Bundle] = lambda n: bundle(JOB, *range(n))  # noqa: E731 - a fixture's worth
+    assert verb in why(Situation(out=[(make(tasks), -5.0)]).facts())
+
+
+# --- What is said beside the reason --------------------------------------------------------------
+
+WAITS = Situation(out=QUEUED, instances=[instance("w-1")], workers={"w-1": worker("w-1")})
+RUNS = Situation(out=QUEUED, instances=[instance("w-1")], workers={"w-1": worker("w-1", bundle())})
+ENDED = Situation(JobState.FAILED, reason="2 tasks failed")
+
+
+def beside(situation: Situation, **more: Any) -> str:
+    """What the answer has beyond the reason alone."""
+    facts = situation.facts()
+    alone, whole = why(facts), why(replace(facts, **more))
+    assert whole.startswith(alone)
+    return whole.removeprefix(alone)
+
+
+def test_a_manager_that_is_behind_says_so() -> None:
+    told = beside(WAITS, lag_s=75.0)
+    assert told.startswith(" Also, the manager is 75 s behind")
+    assert "`bundle`" in told
+    assert beside(WAITS, lag_s=3.0) == ""
+    assert beside(ENDED, lag_s=75.0) == ""
+
+
+def test_what_the_log_has_warned_of_is_told_while_it_is_news() -> None:
+    said = (NOW_S - 12.0, "the bundle is given back:\nthe bucket is away.")
+    told = beside(WAITS, said=said)
+    assert told.startswith(" Also, the manager's log has said of it, 12 s ago: ")
+    assert told.endswith("the bundle is given back: the bucket is away.")
+    assert beside(RUNS, said=said) == "", "it runs: nobody need act on that"
+    assert beside(WAITS, said=(NOW_S - 3600.0, "old")) == ""
+
+
+def test_a_notification_that_does_not_arrive_is_told_of_any_job() -> None:
+    for situation in (WAITS, RUNS, ENDED):
+        told = beside(situation, undelivered="a notification of it to x has failed 3 times")
+        assert told.endswith("3 times (`batchlab notify log` has more).")

@@ -1,0 +1,74 @@
+"""Looks at a world's ledger show what it says, and cost a question only where that may be new."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from batchlab.adapters.sql.ledger import open_memory_as
+from batchlab.model import JobId, JobState
+from batchlab.sim.followed import FollowedLedger
+from tests.support.sim.scenes import A, job, stage
+
+
+def test_a_look_asks_again_once_something_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[JobId] = []
+
+    async def act() -> None:
+        ledger = open_memory_as(FollowedLedger)
+        original = ledger.job
+
+        async def counted(one: JobId) -> Any:
+            asked.append(one)
+            return await original(one)
+
+        monkeypatch.setattr(ledger, "job", counted)
+        made = job(stage(A), items=1)
+        assert await ledger.find(made.id) is None
+        await ledger.add_job(made, state=JobState.SUBMITTED)
+        first = await ledger.find(made.id)
+        assert first is not None
+        assert first.state is JobState.SUBMITTED
+        await ledger.lease("leader", "manager-1")
+        assert await ledger.find(made.id) is first
+        assert await ledger.seen(made.id) is await ledger.seen(made.id)
+        assert len(asked) == 2
+        await ledger.move_job(made.id, JobState.PENDING, round=0)
+        now, rows = await ledger.find(made.id), await ledger.seen(made.id)
+        assert now is not None
+        assert now.state is rows.job.state is JobState.PENDING
+        await ledger.forget()
+        assert await ledger.find(made.id) is None
+        await ledger.close()
+
+    asyncio.run(act())
+
+
+def test_what_is_written_while_a_look_is_under_way_is_seen_by_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def act() -> None:
+        ledger = open_memory_as(FollowedLedger)
+        original = ledger.job
+
+        async def slow(one: JobId) -> Any:
+            record = await original(one)
+            await asyncio.sleep(0)
+            return record
+
+        monkeypatch.setattr(ledger, "job", slow)
+        made = job(stage(A), items=1)
+        await ledger.add_job(made, state=JobState.SUBMITTED)
+        look = asyncio.create_task(ledger.find(made.id))
+        await asyncio.sleep(0)
+        await ledger.move_job(made.id, JobState.PENDING, round=0)
+        before, after = await look, await ledger.find(made.id)
+        assert before is not None
+        assert before.state is JobState.SUBMITTED
+        assert after is not None
+        assert after.state is JobState.PENDING
+        await ledger.close()
+
+    asyncio.run(act())

@@ -1,0 +1,260 @@
+"""Objects that the store has torn, lost, or changed, in set scenes and in random worlds."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import replace
+
+import pytest
+
+from batchlab.manager.retries import Retry
+from batchlab.model import Control, JobId, JobState, TaskSet
+from batchlab.ports import Cut
+from batchlab.protocol import naming, wire
+from batchlab.sim import fuzz, trial
+from batchlab.sim.damage import Damage, group_of
+from batchlab.sim.faults import DAMAGES, FaultKind
+from batchlab.sim.weather import Sky
+from batchlab.sim.world import World
+from tests.support.sim import scenes
+
+TORN, MISSING, ROTTED = DAMAGES
+JOB = scenes.job(scenes.stage(scenes.A), items=4)
+OTHER = scenes.job(scenes.stage(scenes.A), id=JobId("other"), token="other", items=4)
+
+
+async def strike(world: World, group: str, kind: FaultKind) -> str:
+    """Wait for the only object of the job in that group, damage it, and return its key."""
+    while True:
+        keys = [
+            key
+            for key in world.objects.names()
+            if key.startswith("jobs/job/") and group_of(key) == group
+        ]
+        if keys:
+            break
+        await asyncio.sleep(0.01)
+    (key,) = keys
+    before = world.objects.content(key)
+    assert before
+    after = {TORN: before[:7], MISSING: None, ROTTED: bytes([before[0] ^ 1]) + before[1:]}
+    world.objects.damage(key, after[kind])
+    world.watch.trust.touched.add("job")
+    return key
+
+
+@pytest.mark.parametrize("kind", [TORN, MISSING])
+def test_a_job_whose_definition_is_damaged_fails_by_its_name_and_no_other_job_does(
+    kind: FaultKind,
+) -> None:
+    async def act(world: World) -> None:
+        await scenes.submitted(world, JOB)
+        key = await strike(world, "spec.json", kind)
+        await scenes.submitted(world, OTHER)
+        record = await scenes.ended(world, JOB)
+        assert record.state is JobState.FAILED
+        assert key in record.reason
+        assert (await scenes.ended(world, OTHER)).state is JobState.SUCCEEDED
+
+    scenes.in_world(act, script=scenes.takes(1.0))
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_the_word_of_a_paused_job_is_written_again(kind: FaultKind) -> None:
+    """Workers run a job whose control object is missing, but not one whose object is unreadable."""
+
+    async def act(world: World) -> None:
+        await scenes.submitted(world, JOB)
+        await asyncio.sleep(1.0)
+        await world.ask(lambda m: m.requests.pause(JOB.id), "pause")
+        key = await strike(world, "control.json", kind)
+        await asyncio.sleep(2 * world.manager_settings.silence_s)
+        data = world.objects.content(key)
+        assert data
+        assert Control.PAUSE.value.encode() in data
+        await world.ask(lambda m: m.requests.resume(JOB.id), "resume")
+        assert (await scenes.ended(world, JOB)).state is JobState.SUCCEEDED
+
+    scenes.in_world(act, script=scenes.takes(30.0))
+
+
+@pytest.mark.parametrize("kind", [TORN, MISSING])
+def test_a_job_is_cancelled_although_its_word_is_damaged(kind: FaultKind) -> None:
+    async def act(world: World) -> None:
+        await scenes.submitted(world, JOB)
+        await strike(world, "control.json", kind)
+        await world.ask(lambda m: m.requests.cancel(JOB.id), "cancel")
+        await strike(world, "control.json", kind)
+        assert (await scenes.ended(world, JOB)).state is JobState.CANCELLED
+
+    scenes.in_world(act, script=scenes.takes(30.0))
+
+
+def test_a_running_job_goes_on_after_its_word_was_torn() -> None:
+    async def act(world: World) -> None:
+        await scenes.submitted(world, JOB)
+        await strike(world, "control.json", TORN)
+        assert (await scenes.ended(world, JOB)).state is JobState.SUCCEEDED
+
+    scenes.in_world(act, script=scenes.takes(30.0))
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_task_whose_part_of_the_plan_is_damaged_fails_by_its_name(kind: FaultKind) -> None:
+    """A part is named by its content, so one changed bit is noticed."""
+    many = scenes.job(scenes.stage(scenes.A, bundle=1), items=40)
+
+    async def act(world: World) -> None:
+        await scenes.submitted(world, many)
+        # Messages of the first bundles contain their items.
+        key = await strike(world, "part", kind)
+        record = await scenes.ended(world, many)
+        assert record.state is JobState.FAILED
+        assert key in record.reason
+
+    scenes.in_world(act, script=scenes.takes(1.0), seed=2)
+
+
+async def cancelled_and_retried(world: World) -> None:
+    await scenes.submitted(world, JOB)
+    await world.ask(lambda m: m.requests.cancel(JOB.id), "cancel")
+    await scenes.ended(world, JOB)
+    await world.ask(lambda m: m.requests.retry(JOB.id), "retry")
+
+
+async def next_leader_ends_it(world: World, key: str) -> None:
+    """The next manager ends OTHER well, and JOB as FAILED with the key in its reason."""
+    scenes.kill_manager(world)
+    await scenes.leader(world)
+    await scenes.ends_well(world, OTHER)
+    record = await scenes.ended(world, JOB)
+    assert record.state is JobState.FAILED
+    assert key in record.reason
+
+
+@pytest.mark.parametrize("kind", [TORN, MISSING])
+def test_a_job_whose_retry_is_damaged_fails_by_its_name(kind: FaultKind) -> None:
+    """A leader that cannot read the retry does not know the bundles of the round."""
+
+    async def act(world: World) -> None:
+        await cancelled_and_retried(world)
+        key = await strike(world, "retries", kind)
+        await next_leader_ends_it(world, key)
+
+    scenes.in_world(act, script=scenes.takes(100.0))
+
+
+def test_a_job_whose_retry_cuts_another_job_fails_by_its_name() -> None:
+    """Before, the next leader failed at the cut each time that it adopted its jobs."""
+
+    async def act(world: World) -> None:
+        await cancelled_and_retried(world)
+        key = naming.retry(JOB.id, 1)
+        data = world.objects.content(key)
+        assert data
+        retry = Retry.from_bytes(data)
+        (cut,) = retry.cuts
+        foreign = replace(cut, stage=scenes.B, bundles=())
+        world.objects.damage(key, replace(retry, cuts=(foreign,)).to_bytes())
+        world.watch.trust.touched.add("job")
+        await next_leader_ends_it(world, key)
+
+    scenes.in_world(act, script=scenes.takes(100.0))
+
+
+def test_a_job_with_another_cut_in_the_place_of_the_next_fails_by_its_name() -> None:
+    many = scenes.job(scenes.stage(scenes.A, bundle=1), items=40)
+    key = naming.cut(many.id, scenes.A, 0, 1)
+
+    async def act(world: World) -> None:
+        world.watch.trust.touched.add("job")
+        misplaced = Cut(many.id, scenes.A, 0, 7, (), TaskSet())
+        data = wire.to_bytes(wire.cut_to_json(misplaced))
+        await world.objects.put(key, data, if_absent=True)
+        await scenes.submitted(world, many)
+        record = await scenes.ended(world, many)
+        assert record.state is JobState.FAILED
+        assert key in record.reason
+
+    scenes.in_world(act, script=scenes.takes(1.0))
+
+
+@pytest.mark.parametrize("kind", [TORN, MISSING])
+def test_a_job_whose_end_is_damaged_ends_again_after_a_rebuild(kind: FaultKind) -> None:
+    async def act(world: World) -> None:
+        await scenes.submitted(world, JOB)
+        await scenes.ended(world, JOB)
+        key = await strike(world, "final", kind)
+        await world.ledger.forget()
+        manager = await scenes.leader(world)
+        rebuilt = await manager.rebuild_ledger()
+        assert set(rebuilt.unreadable) == ({key} if kind is TORN else set())
+        assert (await scenes.ended(world, JOB)).state is JobState.SUCCEEDED
+
+    scenes.in_world(act, script=scenes.takes(1.0))
+
+
+def test_a_submission_with_the_token_of_a_damaged_job_is_refused_by_its_name() -> None:
+    async def act(world: World) -> object:
+        await scenes.submitted(world, JOB)
+        await strike(world, "spec.json", TORN)
+        return await world.ask(lambda m: m.requests.submit(JOB), "submit")
+
+    assert naming.spec(JOB.id) in str(scenes.in_world(act, script=scenes.takes(1.0)))
+
+
+def test_only_objects_of_vulnerable_jobs_are_damaged() -> None:
+    async def act(world: World) -> Damage:
+        for one in (JOB, OTHER):
+            await scenes.submitted(world, one)
+        world.damage.vulnerable.add(JOB.id)
+        rng = random.Random(1)
+        for kind in DAMAGES:
+            assert world.damage.strike(kind, rng)
+        while world.damage.strike(TORN, rng):
+            pass
+        return world.damage
+
+    damage = scenes.in_world(act, script=scenes.takes(1.0))
+    assert damage.jobs == damage.touched == {"job"}
+    assert {kind for kind, _ in damage.hit.values()} == set(DAMAGES)
+
+
+def test_a_power_cut_takes_back_only_what_nobody_knows_to_be_written() -> None:
+    """The power fails while the answer to a put is in flight."""
+
+    async def act(world: World) -> tuple[object, object]:
+        loop = asyncio.get_running_loop()
+        await scenes.submitted(world, JOB)
+        await scenes.submitted(world, OTHER)
+        known = {key for key in world.objects.names() if key not in world.watch.unsynced.before()}
+        writes = loop.time()
+        while not world.watch.unsynced.before():
+            await asyncio.sleep(0.001)
+            assert loop.time() < writes + 100.0
+        lost = world.watch.unsynced.before()
+        assert not known & {key for key, before in lost.items() if before is None}
+        await Sky(world, trial.calm(1), 1.0)._cut_power(random.Random(3))
+        first = [await scenes.ended(world, one) for one in (JOB, OTHER)]
+        return tuple(one.state for one in first), world.managers
+
+    states = (JobState.SUCCEEDED, JobState.SUCCEEDED)
+    assert scenes.in_world(act, script=scenes.takes(3.0)) == (states, 2)
+
+
+def test_every_world_of_the_weather_may_have_damage() -> None:
+    for kind in (*DAMAGES, FaultKind.UNSYNCED):
+        assert {trial.weather_of(n, trial.STORAGE).rate(kind) for n in range(20)} == {
+            trial.STORAGE.rate(kind)
+        }
+
+
+@pytest.mark.parametrize("first", range(0, 10, 5))
+def test_the_promises_hold_when_the_store_damages_objects(first: int) -> None:
+    """I1 to I7 hold for every other job. A job with a damaged object ends and names the object."""
+    for seed in range(first, first + 5):
+        with fuzz.silence():
+            failure = fuzz.try_seed(seed, "storage").failure
+        if failure:
+            pytest.fail(f"seed {seed}: {failure.text}\n{fuzz.command(failure, 'storage', None)}")

@@ -1,0 +1,228 @@
+"""Scenes of jobs whose first bundles are sent before the ledger has them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from batchlab.errors import BackendError, NotFound, Unreachable
+from batchlab.manager.collector import Collector
+from batchlab.manager.manager import Manager
+from batchlab.model import Bundle, Completion, JobId, JobState, LifecycleState, Pool, TaskSet
+from batchlab.ports import Outgoing
+from batchlab.protocol import messages, naming, wire
+from batchlab.sim.world import MANAGER, World
+from tests.support.sim.scenes import (
+    A,
+    around,
+    ended,
+    ended_well,
+    in_world,
+    job,
+    kill_manager,
+    leader,
+    stage,
+    takes,
+)
+
+WARM = (Pool("default", 2, 2, 1),)
+SENT, WRITTEN = "sent", "written"
+
+
+async def staffed(world: World) -> Manager:
+    """The leader, once it has instances in service."""
+    manager = await leader(world)
+    while not any(
+        one.state is LifecycleState.IN_SERVICE
+        for g in manager.groups.values()
+        for one in g.instances
+    ):
+        await asyncio.sleep(1.0)
+    return manager
+
+
+@pytest.mark.parametrize(("token", "order"), [("", [SENT, WRITTEN]), ("t", [WRITTEN, SENT])])
+def test_a_token_that_may_name_another_job_is_asked_for_first(
+    monkeypatch: pytest.MonkeyPatch, token: str, order: list[str]
+) -> None:
+    async def act(world: World) -> None:
+        done: list[str] = []
+
+        async def send(real: Any, queue: str, *args: Any, **kwargs: Any) -> object:
+            if queue == naming.tasks_queue("default"):
+                done.append(SENT)
+            return await real(queue, *args, **kwargs)
+
+        async def add_job(real: Any, *args: Any, **kwargs: Any) -> object:
+            done.append(WRITTEN)
+            return await real(*args, **kwargs)
+
+        around(monkeypatch, world.queue, "send", send)
+        around(monkeypatch, world.ledger, "add_job", add_job)
+        await staffed(world)
+        made = job(stage(A), items=1, token=token)
+        await world.ask(lambda m: m.requests.submit(made, [0]), "submit")
+        assert done == order
+        await ended_well(world, made)
+
+    in_world(act, script=takes(1.0), pools=WARM)
+
+
+def test_a_job_is_known_by_its_first_completion_where_who_accepted_it_has_died(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody asks for it again, and the ledger has never heard of it."""
+
+    async def act(world: World) -> None:
+        async def add_job(*_: Any, **__: Any) -> object:
+            kill_manager(world)
+            await asyncio.sleep(1.0)
+            raise AssertionError("the manager lives")
+
+        around(monkeypatch, world.ledger, "add_job", add_job)
+        manager = await staffed(world)
+        made = job(stage(A), items=3, token="")
+        assert world.post
+        world.post.actor.spawn(manager.requests.submit(made, [0, 1, 2]), name="submit")
+        await ended_well(world, made)
+
+    in_world(act, script=takes(5.0), pools=WARM)
+
+
+def test_what_nobody_waits_for_is_in_the_ledger_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without instances it would lie in a queue, known to nobody who could launch some."""
+
+    async def act(world: World) -> None:
+        async def add_job(*_: Any, **__: Any) -> object:
+            depth = await world.queue.depth(naming.tasks_queue("default"))
+            assert depth.visible == 0
+            raise Unreachable("The ledger is away.")
+
+        around(monkeypatch, world.ledger, "add_job", add_job)
+        manager = await leader(world)
+        with pytest.raises(Unreachable):
+            await manager.requests.submit(job(stage(A), items=1, token=""), [0])
+        assert (await world.queue.depth(naming.tasks_queue("default"))).visible == 0
+
+    in_world(act, script=takes(1.0))
+
+
+def test_a_completion_waits_for_the_row_of_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be folded into a job that is not there yet, and be missed by who conducts it."""
+
+    async def act(world: World) -> None:
+        async def add_job(real: Any, *args: Any, **kwargs: Any) -> object:
+            written = await real(*args, **kwargs)
+            await asyncio.sleep(10.0)
+            return written
+
+        around(monkeypatch, world.ledger, "add_job", add_job)
+        await staffed(world)
+        made = job(stage(A), items=1, token="")
+        begun_s = world.clock.monotonic_s()
+        await world.ask(lambda m: m.requests.submit(made, [0]), "submit")
+        await ended_well(world, made)
+        assert world.clock.monotonic_s() - begun_s < MANAGER.silence_s, "nothing was looked for"
+
+    in_world(act, script=takes(0.1), pools=WARM)
+
+
+def test_what_cannot_be_sent_is_sent_when_the_ledger_has_the_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def act(world: World) -> None:
+        written = asyncio.Event()
+
+        async def send(real: Any, queue: str, *args: Any, **kwargs: Any) -> object:
+            if queue == naming.tasks_queue("default") and not written.is_set():
+                raise Unreachable("The queue is away.")
+            return await real(queue, *args, **kwargs)
+
+        async def add_job(real: Any, *args: Any, **kwargs: Any) -> object:
+            written.set()
+            return await real(*args, **kwargs)
+
+        around(monkeypatch, world.queue, "send", send)
+        around(monkeypatch, world.ledger, "add_job", add_job)
+        manager = await staffed(world)
+        made = job(stage(A), items=1, token="")
+        accepted = await manager.requests.submit(made, [0])
+        assert accepted.is_new
+        assert accepted.rows.job.state is JobState.RUNNABLE
+        await ended_well(world, made)
+
+    in_world(act, script=takes(0.1), pools=WARM)
+
+
+def test_who_asks_again_has_nothing_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundles are sent once more, since nobody knows whether they were; as copies, which look
+    for an outcome first."""
+
+    async def act(world: World) -> None:
+        is_first = True
+
+        async def add_job(real: Any, *args: Any, **kwargs: Any) -> object:
+            nonlocal is_first
+            if is_first:
+                is_first = False
+                kill_manager(world)
+                await asyncio.sleep(1.0)
+            return await real(*args, **kwargs)
+
+        around(monkeypatch, world.ledger, "add_job", add_job)
+        await staffed(world)
+        # Or the first completion would make the job known before anybody asks again.
+        monkeypatch.setattr(Collector, "_collect_once", lambda _: asyncio.sleep(1.0))
+        made = job(stage(A), items=1, token="")
+        await world.ask(lambda m: m.requests.submit(made, [0]), "submit")
+        monkeypatch.undo()
+        await ended_well(world, made)
+        assert len(world.starts) == 1
+
+    in_world(act, script=takes(0.1), pools=WARM)
+
+
+def test_who_was_told_of_an_error_can_cancel_what_has_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def act(world: World) -> None:
+        async def add_job(*_: Any, **__: Any) -> object:
+            raise BackendError("The ledger refuses.")
+
+        around(monkeypatch, world.ledger, "add_job", add_job)
+        manager = await staffed(world)
+        made = job(stage(A), items=1, token="")
+        with pytest.raises(BackendError):
+            await manager.requests.submit(made, [0])
+        assert await world.find(made.id) is None
+        assert (await manager.known(made.id)).job.id == made.id
+        await manager.requests.cancel(made.id)
+        assert (await ended(world, made)).state is JobState.CANCELLED
+        with pytest.raises(NotFound):
+            await manager.known(JobId("nobody"))
+
+    in_world(act, script=takes(300.0), pools=WARM)
+
+
+def test_a_job_that_cannot_be_restored_keeps_nobody_from_being_counted() -> None:
+    """Its completion ended the manager, and each one that led after it."""
+
+    async def act(world: World) -> None:
+        manager = await leader(world)
+        ghost, tasks = JobId("ghost"), TaskSet.span(0, 1)
+        spec = wire.dumps(wire.job_to_json(job(stage(A), items=1, id=ghost))).encode()
+        await world.objects.put(naming.spec(ghost), spec, if_absent=True)
+        world.objects.damage(naming.spec(ghost), b'{"v":1,"id":"ghost"}')
+        nothing = TaskSet()
+        told = Completion(Bundle(ghost, A, tasks), "w", 1.0, 2.0, tasks, nothing, nothing, 1.0)
+        body = messages.events_message(messages.Events((told,)))
+        await world.queue.send(naming.EVENTS, [Outgoing(body)])
+        made = job(stage(A), items=3)
+        await world.ask(lambda m: m.requests.submit(made, [0, 1, 2]), "submit")
+        assert (await ended(world, made)).state is JobState.SUCCEEDED
+        assert world.manager is manager
+        assert (await world.queue.depth(naming.EVENTS)).in_flight == 0
+
+    in_world(act, script=takes(0.1), pools=WARM)

@@ -1,0 +1,254 @@
+"""Instances that never come up: each try is billed, so the manager stops trying, and says so."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from batchlab import facts
+from batchlab.adapters.sim.launcher import SimInstance
+from batchlab.manager import by_hand
+from batchlab.manager.boots import LONGEST_PAUSE_S
+from batchlab.model import Instance, JobState, LifecycleState, Pool
+from batchlab.sim.world import World
+from batchlab.why import why
+from tests.support.sim.scenes import (
+    UNHURRIED,
+    A,
+    around,
+    ended,
+    in_world,
+    job,
+    leader,
+    stage,
+    submitted,
+    takes,
+)
+
+POOL = Pool("default", 0, 4, 1, boot_s=30.0)
+PAUSE_S = 200.0
+SLOWLY: dict[str, Any] = {
+    **UNHURRIED,
+    "manager_settings": replace(UNHURRIED["manager_settings"], tick_s=10.0, boot_pause_s=PAUSE_S),
+}
+
+
+@dataclass
+class Broken:
+    """An instance whose boot has come to an end, without a worker."""
+
+    ended: str | None = "exit 1: the release cannot be fetched"
+
+    def stop(self, grace_s: float) -> None:
+        """It has stopped."""
+
+    def kill(self, reason: str) -> None:
+        """It is dead."""
+
+
+class Machines:
+    """Breaks all that boot in the world from now on, until they are mended."""
+
+    def __init__(self, world: World) -> None:
+        self.launched: list[float] = []
+        self._whole = world.launcher._start
+        self._launcher = world.launcher
+        world.launcher.launched = lambda _pool, _instance: self.launched.append(
+            world.clock.monotonic_s()
+        )
+        self.break_all()
+
+    def break_all(self) -> None:
+        def start(_pool: Pool, _instance: str) -> SimInstance:
+            return Broken()
+
+        self._launcher._start = start
+
+    def mend(self) -> None:
+        self._launcher._start = self._whole
+
+
+def scene(act: Callable[[World], Awaitable[None]], pool: Pool = POOL) -> None:
+    in_world(act, script=takes(20.0), pools=(pool,), **SLOWLY)
+
+
+def test_what_never_comes_up_is_tried_more_and_more_rarely_and_goes_on_once_mended() -> None:
+    async def act(world: World) -> None:
+        machines = Machines(world)
+        made = job(stage(A), items=40)
+        await submitted(world, made)
+        await asyncio.sleep(2.5 * 3600.0)
+        first = len([at for at in machines.launched if at < 200.0])
+        assert first == POOL.max_size, "the first wave, and nothing in place of it"
+        tries = machines.launched[first:]
+        gaps = [later - at for at, later in pairwise(tries)]
+        # A quarter more or less of the boot, and what a tick takes.
+        assert gaps[0] == pytest.approx(2 * PAUSE_S + POOL.boot_s, abs=20)
+        assert gaps[1] == pytest.approx(4 * PAUSE_S + POOL.boot_s, abs=20)
+        assert gaps[-1] == pytest.approx(LONGEST_PAUSE_S + POOL.boot_s, abs=20)
+        manager = await leader(world)
+        answer = why(await facts.gather(manager, made.id))
+        assert "instances of pool default ended before their worker had reported" in answer
+        assert "exit 1: the release cannot be fetched; launching is stopped" in answer
+        assert "grid scale default --auto" in answer
+        machines.mend()
+        record = await ended(world, made, within_s=LONGEST_PAUSE_S + 600)
+        assert record.state is JobState.SUCCEEDED
+        assert not manager.autoscaler.boots.trouble("default")
+        assert len(machines.launched) <= first + len(tries) + POOL.max_size
+
+    scene(act)
+
+
+def test_who_says_that_it_is_mended_need_not_wait() -> None:
+    async def act(world: World) -> None:
+        machines = Machines(world)
+        made = job(stage(A), items=4)
+        await submitted(world, made)
+        await asyncio.sleep(1800.0)
+        machines.mend()
+        await by_hand.scale(await leader(world), "default", auto=True)
+        await ended(world, made, within_s=240)
+
+    scene(act)
+
+
+def test_capacity_that_is_set_by_hand_is_held_back_too_and_comes_back() -> None:
+    async def act(world: World) -> None:
+        machines = Machines(world)
+        manager = await leader(world)
+        await by_hand.scale(manager, "default", desired=3)
+        await asyncio.sleep(3600.0)
+        assert (await by_hand.group(manager, "default")).desired <= 1
+        assert len(machines.launched) < 10
+        machines.mend()
+        await asyncio.sleep(LONGEST_PAUSE_S + 300)
+        assert (await by_hand.group(manager, "default")).desired == 3
+
+    scene(act)
+
+
+def test_what_works_in_a_pool_goes_on_while_the_rest_does_not_come_up() -> None:
+    async def act(world: World) -> None:
+        manager = await leader(world)
+        made = job(stage(A), items=300)
+        await submitted(world, made)
+        while len(manager.registry.busy("default")) < POOL.max_size:
+            await asyncio.sleep(1.0)
+        working = set(manager.registry.busy("default"))
+        machines = Machines(world)
+        await by_hand.scale(manager, "default", max_size=12)
+        await asyncio.sleep(900.0)
+        assert manager.autoscaler.boots.trouble("default")
+        assert len(machines.launched) < 14
+        there = {one.id for one in (await by_hand.group(manager, "default")).instances}
+        assert working <= there, "nobody who works is sent off"
+        assert (await ended(world, made)).state is JobState.SUCCEEDED
+
+    scene(act)
+
+
+def test_a_least_size_cannot_be_held_back_and_is_told_all_the_same() -> None:
+    async def act(world: World) -> None:
+        Machines(world)
+        await asyncio.sleep(1800.0)
+        manager = await leader(world)
+        assert (await by_hand.group(manager, "default")).desired == 1
+        assert "launching is stopped" in manager.autoscaler.boots.trouble("default")
+
+    scene(act, replace(POOL, min_size=1))
+
+
+def test_those_that_boot_beside_the_ones_that_fail_are_waited_for() -> None:
+    """As many as end a pool's launching were taken by a Spot wave while they booted. What had been
+    launched with them was ended too."""
+    pool = replace(POOL, max_size=8, boot_s=120.0)
+
+    async def act(world: World) -> None:
+        manager = await leader(world)
+        await by_hand.scale(manager, "default", desired=8)
+        await asyncio.sleep(30.0)
+        booting = [one.id for one in (await by_hand.group(manager, "default")).instances]
+        assert len(booting) == 8
+        assert not manager.registry.workers
+        for name in booting[:3]:
+            world.launcher.crash(name, "taken by the market")
+        await asyncio.sleep(30.0)
+        assert manager.autoscaler.boots.trouble("default")
+        there = {one.id for one in (await by_hand.group(manager, "default")).instances}
+        assert set(booting[3:]) <= there
+        await asyncio.sleep(300.0)
+        assert set(booting[3:]) <= manager.registry.workers.keys()
+        assert not manager.autoscaler.boots.trouble("default")
+
+    scene(act, pool)
+
+
+def test_a_worker_that_has_reported_and_died_since_did_come_up() -> None:
+    """It died between two looks at the fleet, and counted as one that had not."""
+
+    async def act(world: World) -> None:
+        manager = await leader(world)
+        for number in range(4):
+            await by_hand.scale(manager, "default", desired=1)
+            while not manager.registry.workers:
+                await asyncio.sleep(0.5)
+            (name,) = manager.registry.workers
+            world.launcher.crash(name, f"killed {number}")
+            await asyncio.sleep(60.0)
+            await by_hand.scale(manager, "default", desired=0)
+            await asyncio.sleep(60.0)
+        assert not manager.autoscaler.boots.trouble("default")
+
+    scene(act)
+
+
+def test_instances_that_nobody_wants_any_more_are_no_failures() -> None:
+    """A cancelled job's instances are taken back while they boot."""
+
+    async def act(world: World) -> None:
+        manager = await leader(world)
+        for _ in range(5):
+            await by_hand.scale(manager, "default", desired=2)
+            await asyncio.sleep(10.0)
+            await by_hand.scale(manager, "default", desired=0)
+            await asyncio.sleep(10.0)
+        assert not manager.autoscaler.boots.trouble("default")
+
+    scene(act)
+
+
+def test_one_that_a_look_at_its_group_had_missed_while_it_booted_is_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only those in service were heard again: it never got there, ran into its launch hook's end,
+    and was replaced."""
+
+    async def act(world: World) -> None:
+        manager = await leader(world)
+        fleet = manager.ports.fleet
+        missed: list[str] = []
+
+        async def tick(real: Any) -> list[Instance]:
+            dead = list(await real())
+            for view in await fleet.describe():
+                booting = [one for one in view.instances if one.state is LifecycleState.PENDING]
+                if booting and not missed:
+                    missed.append(booting[0].id)
+                    dead.append(replace(booting[0], state=LifecycleState.TERMINATED))
+            return dead
+
+        around(monkeypatch, fleet, "tick", tick)
+        await by_hand.scale(manager, "default", desired=1)
+        await asyncio.sleep(2 * POOL.boot_s)
+        assert len(missed) == 1
+        assert list(manager.registry.workers) == missed
+        (one,) = (await by_hand.group(manager, "default")).instances
+        assert one.state is LifecycleState.IN_SERVICE
+
+    scene(act)

@@ -1,0 +1,52 @@
+"""A lying worker in set scenes, and promise I8 in random worlds."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from batchlab.model import JobId
+from batchlab.sim import fuzz, trial
+from batchlab.sim.faults import FaultKind
+from batchlab.sim.users import bring_items
+from batchlab.sim.world import SimWorker, World
+from tests.support.sim import scenes
+
+
+async def a_worker(world: World) -> SimWorker:
+    """The first worker, before it has received anything."""
+    while not world.workers:
+        await asyncio.sleep(0.1)
+    return next(iter(world.workers.values()))
+
+
+def test_a_job_is_touched_only_by_a_liar_that_received_its_messages() -> None:
+    """Also where it received them while it was honest."""
+
+    async def act(world: World) -> set[str]:
+        first, second = scenes.job(scenes.stage(scenes.A)), scenes.job(scenes.stage(scenes.A))
+        await scenes.submitted(world, first)
+        await scenes.ended(world, first)
+        liar = await a_worker(world)
+        assert not world.watch.trust.touched
+        liar.begin_to_lie(random.Random(1), 1.0)
+        liar.rights.deaf = True
+        await bring_items(world, second)
+        return set(world.watch.trust.touched)
+
+    assert scenes.in_world(act, script=scenes.takes(1.0)) == {JobId("job")}
+
+
+def test_lying_workers_are_drawn_and_try_calls_outside_their_rights() -> None:
+    """A seed without lies, or without a call that its role forbids, proves nothing."""
+    log: list[str] = []
+    with fuzz.silence():
+        for seed in range(7, 13):
+            fuzz.replay(seed, "lies", None, log)
+    assert any(f" {FaultKind.CORRUPTED} " in line for line in log)
+    assert any("AccessDenied" in line for line in log)
+
+
+def test_every_world_of_the_weather_may_have_a_liar_and_has_bystanders() -> None:
+    rates = [trial.weather_of(seed, trial.LIES).corrupted for seed in range(20)]
+    assert set(rates) == {trial.LIES.corrupted}

@@ -1,0 +1,42 @@
+"""No task starts later than a lease after its job's control object says pause, or cancel."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from batchlab.model import Control
+from batchlab.sim.invariants import Violated
+from batchlab.sim.world import World
+from batchlab.worker.loop import Worker
+from tests.support.sim.scenes import A, ended_well, in_world, job, stage, submitted, takes
+
+MADE = job(stage(A, bundle=10), items=10)
+
+
+async def _paused(world: World) -> None:
+    await submitted(world, MADE)
+    while not world.starts:
+        await asyncio.sleep(0.5)
+    await world.ask(lambda m: m.requests.pause(MADE.id), "pause")
+    await asyncio.sleep(60.0)
+    await world.ask(lambda m: m.requests.resume(MADE.id), "resume")
+    await ended_well(world, MADE)
+
+
+def test_a_pause_stops_a_bundle_that_runs() -> None:
+    in_world(_paused, script=takes(3.0))
+
+
+def test_the_watch_sees_a_pause_that_lets_a_bundle_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: a worker heeds a cancellation, and a pause only between two bundles."""
+    looked = Worker._looked
+
+    def heeds_no_pause(self: Worker, name: Any, word: Control, until_s: float) -> None:
+        looked(self, name, Control.RUN if word is Control.PAUSE else word, until_s)
+
+    monkeypatch.setattr(Worker, "_looked", heeds_no_pause)
+    with pytest.raises(Violated, match="lease is violated"):
+        in_world(_paused, script=takes(3.0))

@@ -1,0 +1,161 @@
+"""Work in several processes: nothing is lost, nothing is left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from contextlib import closing
+from itertools import count
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from batchlab.sim import crew
+from batchlab.sim.crew import Crew, Died, spread
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def square(item: int) -> int:
+    return item * item
+
+
+def deadly(item: int) -> int:
+    if item % 4 == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if item % 4 == 3:
+        os._exit(7)
+    return item
+
+
+def endless(item: int) -> int:
+    signal.alarm(1)  # in place of the alarm that spread has set
+    while True:
+        pass
+
+
+def mask(item: int) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_every_item_comes_back_with_its_result() -> None:
+    assert dict(spread(square, range(50), 2)) == {item: item * item for item in range(50)}
+    assert list(spread(square, [], 2)) == []
+
+
+def test_a_process_that_dies_costs_its_item_only() -> None:
+    found = dict(spread(deadly, range(9), 2))
+    assert found.keys() == set(range(9))
+    assert {item for item, result in found.items() if result == item} == {0, 2, 4, 6, 8}
+    assert found[1] == found[5] == Died(-signal.SIGKILL)
+    assert found[3] == found[7] == Died(7)
+
+
+def test_an_item_that_never_ends_costs_its_process() -> None:
+    assert list(spread(endless, [0], 1)) == [(0, Died(-signal.SIGALRM))]
+    assert crew.ENDLESS_S > 60
+
+
+def test_a_source_without_end_is_taken_from_as_needed_and_closing_ends_all() -> None:
+    items = count()
+    results = spread(square, items, 2)
+    seen = [next(results)[0] for _ in range(20)]
+    assert len(set(seen)) == 20
+    assert next(items) < 25
+    assert multiprocessing.active_children()
+    results.close()
+    assert not multiprocessing.active_children()
+
+
+def test_ctrl_c_in_the_terminal_is_the_parents_affair() -> None:
+    assert list(spread(mask, [0], 1)) == [(0, True)]
+    assert not mask(0)
+
+
+class Thing:
+    pass
+
+
+def hit(item: int) -> int:
+    """Ctrl-C within the callback of a weak reference, where Python tells of what it drops."""
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    del thing
+    assert reference() is None
+    return item
+
+
+def test_nor_does_it_reach_the_very_first_process() -> None:
+    """In a fresh interpreter, where multiprocessing has yet to start its own."""
+    code = "from tests.sim.test_process_pool import hit, spread; print(*spread(hit, [0, 1], 2))"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert told.stderr == ""
+    assert "(0, 0)" in told.stdout
+    assert "(1, 1)" in told.stdout
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_it_ends_at_once_when_the_consumer_fails(processes: int) -> None:
+    def consume() -> None:
+        results = spread(time.sleep, [0.0, 600.0, 600.0, 600.0], processes)
+        try:
+            next(results)
+            raise ZeroDivisionError
+        finally:
+            results.close()
+
+    begun_s = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        consume()
+    assert time.monotonic() - begun_s < 60
+    assert not multiprocessing.active_children()
+
+
+def who(_: int) -> int:
+    return os.getpid()
+
+
+def test_a_crew_stays_from_one_lot_to_the_next_and_none_is_left_of_it() -> None:
+    with closing(Crew(who, 2)) as crew:
+        first = {pid for _, pid in crew.each(range(6))}
+        second = {pid for _, pid in crew.each(range(6))}
+        assert first | second <= {one.pid for one in multiprocessing.active_children()}
+        assert len(first | second) <= 2
+        # Who leaves in between leaves nobody at work whose answer the next lot would get.
+        results = crew.each(count())
+        next(results)
+        results.close()
+        assert len(dict(crew.each(range(10, 14)))) == 4
+    assert not multiprocessing.active_children()
+
+
+class OneItem:
+    """A pipe that hands out one item and then has nobody at its other end."""
+
+    def __init__(self) -> None:
+        self.items, self.answers = [0], list[float]()
+
+    def recv(self) -> int:
+        if not self.items:
+            raise EOFError
+        return self.items.pop()
+
+    def send(self, answer: float) -> None:
+        self.answers.append(answer)
+
+
+def test_only_work_can_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that waits for its next item has hung nobody, however long that takes."""
+    set_s: list[int] = []
+    monkeypatch.setattr(signal, "alarm", set_s.append)
+    pipe = OneItem()
+    crew._serve(cast(Connection, pipe), lambda _: float(set_s[-1]))
+    assert pipe.answers == [crew.ENDLESS_S]
+    assert set_s == [crew.ENDLESS_S, 0]

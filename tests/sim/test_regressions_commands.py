@@ -1,0 +1,177 @@
+"""Scenes of what users ask for, and managers write, at the wrong moment; each docstring says what
+went wrong before."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from batchlab.errors import BackendError, Refused
+from batchlab.jobdef import JobDef
+from batchlab.manager.manager import Manager
+from batchlab.model import Control, JobState
+from batchlab.protocol import naming, wire
+from batchlab.sim import invariants
+from batchlab.sim.world import World
+from tests.support.sim.scenes import (
+    A,
+    around,
+    ended,
+    ended_well,
+    in_world,
+    job,
+    kill_manager,
+    leader,
+    stage,
+    submitted,
+    takes,
+)
+
+CANCEL = wire.Word(Control.CANCEL, reason="its user had enough")
+
+
+async def _cancelled(world: World, made: JobDef) -> Manager:
+    """The job has been cancelled, and has ended."""
+    await submitted(world, made)
+    await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+    assert (await ended(world, made)).state is JobState.CANCELLED
+    return await leader(world)
+
+
+# --- Words that come late ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["resume", "pause"])
+def test_a_manager_that_leads_no_more_does_not_undo_a_cancellation(verb: str) -> None:
+    """The leader had written and acknowledged it. Another one, which did not know so, was asked to
+    resume the job: "run" took the place of "cancel", and workers started tasks again (I4)."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), items=3)
+        await submitted(world, made)
+        if verb == "resume":
+            await world.ask(lambda m: m.requests.pause(made.id), "pause")
+        await world.objects.put(naming.control(made.id), wire.word_to_bytes(CANCEL))
+        manager = await leader(world)
+        with pytest.raises(Refused, match="is being cancelled"):
+            await getattr(manager.requests, verb)(made.id)
+        record = await ended(world, made, within_s=100)
+        assert (record.state, record.reason) == (JobState.CANCELLED, CANCEL.reason)
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(30.0))
+
+
+def test_a_cancellation_between_the_look_at_the_word_and_the_next_one_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def act(world: World) -> None:
+        made = job(stage(A), items=3)
+
+        async def put(real: Any, key: str, data: bytes, **how: Any) -> object:
+            if b"pause" in data and key == naming.control(made.id):
+                await real(key, wire.word_to_bytes(CANCEL))
+            return await real(key, data, **how)
+
+        around(monkeypatch, world.objects, "put", put)
+        await submitted(world, made)
+        manager = await leader(world)
+        with pytest.raises(Refused, match="is being cancelled"):
+            await manager.requests.pause(made.id)
+        assert (await ended(world, made, within_s=100)).state is JobState.CANCELLED
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(30.0))
+
+
+def test_a_retry_that_is_carried_out_twice_does_not_undo_a_cancellation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second time it said "run" when the round had already been cancelled (I4)."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), items=3)
+        armed: list[str] = []
+
+        async def put(real: Any, key: str, *args: Any, **how: Any) -> object:
+            if armed == ["now"] and key == naming.control(made.id):
+                armed.append("done")
+                await manager.requests.retry(made.id)
+                await manager.requests.cancel(made.id)
+            return await real(key, *args, **how)
+
+        around(monkeypatch, world.objects, "put", put)
+        manager = await _cancelled(world, made)
+        before = len(world.starts)
+        armed.append("now")
+        await manager.requests.retry(made.id)
+        assert armed == ["now", "done"]
+        word = wire.word_from_bytes(await world.objects.get(naming.control(made.id)))
+        assert (word.control, word.round) == (Control.CANCEL, 1)
+        assert (await ended(world, made)).state is JobState.CANCELLED
+        assert len(world.starts) == before
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(30.0))
+
+
+# --- Retries that nobody asks for again ----------------------------------------------------------
+
+
+def test_a_retry_whose_manager_dies_is_finished_by_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was in the bucket and not in the ledger. Its user did not ask again: the job stayed as it
+    was, but not in a ledger rebuilt from the bucket (I3)."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), items=3)
+
+        async def put(real: Any, key: str, *args: Any, **kwargs: Any) -> object:
+            answer = await real(key, *args, **kwargs)
+            if key == naming.retry(made.id, 1) and world.managers == 1:
+                kill_manager(world)
+                await asyncio.sleep(0)
+            return answer
+
+        around(monkeypatch, world.objects, "put", put)
+        manager = await _cancelled(world, made)
+        assert world.post is not None
+        request = world.post.actor.spawn(manager.requests.retry(made.id), name="retry")
+        await asyncio.wait([request])
+        assert request.cancelled()
+        assert (await world.ledger.job(made.id)).round == 0
+        await _runs_again(world, made)
+
+    in_world(act, script=takes(1.0))
+
+
+def test_a_retry_that_ends_in_an_error_is_finished_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(world: World) -> None:
+        made = job(stage(A), items=3)
+        failed: list[str] = []
+
+        async def reopen(real: Any, *args: Any) -> object:
+            if not failed:
+                failed.append("once")
+                raise BackendError("The disk is broken.")
+            return await real(*args)
+
+        around(monkeypatch, world.ledger, "reopen", reopen)
+        manager = await _cancelled(world, made)
+        with pytest.raises(BackendError, match="disk"):
+            await manager.requests.retry(made.id)
+        assert failed == ["once"]
+        await _runs_again(world, made)
+        assert world.managers == 1
+
+    in_world(act, script=takes(1.0))
+
+
+async def _runs_again(world: World, made: JobDef) -> None:
+    async with asyncio.timeout(200):
+        while not (await world.ledger.job(made.id)).round:
+            await asyncio.sleep(1)
+    await ended_well(world, made)

@@ -1,0 +1,106 @@
+"""Scenes of jobs whose items and first cut are committed with their definition."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from batchlab.jobdef import JobDef
+from batchlab.manager import conductor
+from batchlab.model import JobState, Pool
+from batchlab.protocol import naming
+from batchlab.sim import invariants
+from batchlab.sim.world import MANAGER, World
+from tests.support.sim.scenes import (
+    UNHURRIED,
+    A,
+    B,
+    around,
+    ended,
+    ended_well,
+    in_world,
+    job,
+    kill_manager,
+    leader,
+    stage,
+    takes,
+)
+
+
+async def _half_rebuilt(world: World) -> JobDef:
+    """A job of few items runs; then its manager dies, and the ledger knows no more than the job."""
+    plain = job(stage(A), items=6)
+    await world.ask(lambda m: m.requests.submit(plain, list(range(6))), "submit")
+    made = (await world.ledger.job(plain.id)).job
+    await asyncio.sleep(3)
+    kill_manager(world)
+    await world.ledger.forget()
+    await world.ledger.add_job(made, state=JobState.SUBMITTED)
+    return made
+
+
+def test_the_first_cut_in_the_definition_is_found_by_who_does_not_know_of_it() -> None:
+    """Simulator, seed 110: a rebuild of the ledger was cut short after the job's row, and the next
+    leader cut the job's tasks anew, since the place of the first cut was empty (I1)."""
+
+    async def act(world: World) -> None:
+        made = await _half_rebuilt(world)
+        await leader(world)
+        await ended_well(world, made)
+        cut = naming.cut(made.id, A, 0, 0)
+        assert await world.objects.head(cut) is None, "it is in the definition"
+
+    in_world(act, script=takes(2.0))
+
+
+def test_a_cancellation_finds_the_first_cut_in_the_definition() -> None:
+    async def act(world: World) -> None:
+        made = await _half_rebuilt(world)
+        await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        assert (await ended(world, made)).state is JobState.CANCELLED
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(30.0))
+
+
+def test_what_follows_from_the_first_bundle_may_come_before_the_control_object(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Simulator, seed 567: whoever got it took the job for removed, and dropped it (step 4)."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), stage(B, A), items=1)
+
+        async def put(real: Any, key: str, *args: Any, **kwargs: Any) -> object:
+            if key == naming.control(made.id):
+                await asyncio.sleep(8.0)
+            return await real(key, *args, **kwargs)
+
+        around(monkeypatch, world.objects, "put", put)
+        await world.ask(lambda m: m.requests.submit(made, [0]), "submit")
+        await ended_well(world, made)
+        assert world.clock.monotonic_s() < MANAGER.silence_s, "before the reconciler looks for it"
+
+    in_world(act, script=takes(0.1), pools=(Pool("default", 4, 4, 1),))
+
+
+@pytest.mark.parametrize(("begun_s", "is_there"), [(0.0, True), (60.0, False)])
+def test_a_job_that_ends_at_once_needs_no_control_object(
+    monkeypatch: pytest.MonkeyPatch, begun_s: float, is_there: bool
+) -> None:
+    monkeypatch.setattr(conductor, "BEGUN_S", begun_s)
+
+    async def act(world: World) -> None:
+        manager = await leader(world)
+        while not manager.registry.workers:
+            await asyncio.sleep(1.0)
+        await asyncio.sleep(25.0)  # a tick sees that it is there; then no job hurries another
+        made = job(stage(A), items=1)
+        await world.ask(lambda m: m.requests.submit(made, [0]), "submit")
+        await ended_well(world, made)
+        assert (await world.objects.head(naming.control(made.id)) is not None) == is_there
+
+    # The manager looks at every job at each tick, and here at none while this one runs.
+    in_world(act, script=takes(0.1), pools=(Pool("default", 1, 1, 1),), **UNHURRIED)

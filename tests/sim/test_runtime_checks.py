@@ -1,0 +1,65 @@
+"""What the watch takes for a message that its holder keeps, and for one that it gives back.
+
+Each scene has the shortest timeout that seeds draw: the wait after a give-back grows with the
+receives, and at the third is as long as that timeout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from batchlab.errors import NotFound
+from batchlab.protocol import naming
+from batchlab.sim.watch import Violated
+from batchlab.sim.world import WORKER, World
+from batchlab.worker.tenure import RETURN_S, Tenure
+from tests.support.sim.scenes import A, around, ends_well, in_world, job, stage, takes
+
+VISIBILITY_S = 3 * RETURN_S
+SHORT = replace(WORKER, visibility_s=VISIBILITY_S)
+
+
+def test_a_message_given_back_for_as_long_as_its_timeout_has_not_run_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The events queue was gone for a while. At its third receive the message was given back for
+    just as long as a heartbeat asks for, later for longer, and its worker was blamed for it."""
+
+    async def act(world: World) -> None:
+        waits: list[float] = []
+
+        async def send(real: Any, queue: str, messages: Any) -> object:
+            if queue == naming.EVENTS and world.starts and len(waits) < 4:
+                raise NotFound(f"No queue {queue!r}.")
+            return await real(queue, messages)
+
+        async def change_visibility(real: Any, queue: str, changes: Any) -> object:
+            waits.extend(wait_s for _, wait_s in changes)
+            return await real(queue, changes)
+
+        around(monkeypatch, world.queue, "send", send)
+        around(monkeypatch, world.queue, "change_visibility", change_visibility)
+        await ends_well(world, job(stage(A), items=1))
+        assert waits == [RETURN_S, 2 * RETURN_S, VISIBILITY_S, 4 * RETURN_S]
+
+    in_world(act, script=takes(1.0), worker_settings=SHORT)
+
+
+def test_a_message_that_nobody_extends_runs_out_also_where_the_timeout_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The excuse of one that is given back is none for one that is forgotten."""
+
+    async def forget(self: Tenure) -> None:
+        """No heartbeat."""
+
+    monkeypatch.setattr(Tenure, "_extend", forget)
+
+    async def act(world: World) -> None:
+        await ends_well(world, job(stage(A), items=1))
+
+    with pytest.raises(Violated, match="heartbeat"):
+        in_world(act, script=takes(60.0), worker_settings=SHORT)

@@ -1,0 +1,81 @@
+"""Who is ended by SIGTERM, manager or worker, ends, whatever the services say in that moment."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from batchlab.errors import Unreachable
+from batchlab.model import JobState, Pool
+from batchlab.sim import invariants, wrappers
+from batchlab.sim.world import World
+from tests.support.sim.scenes import (
+    A,
+    B,
+    around,
+    ended,
+    in_world,
+    job,
+    leader,
+    stage,
+    submitted,
+    takes,
+)
+
+LONG_S = 120.0
+"""Virtual seconds, twice those for which anybody has patience."""
+
+
+@pytest.fixture(autouse=True)
+def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call that is cancelled says that it was not answered."""
+
+    async def perform(original: Any, port: Any, label: str, *arguments: Any) -> Any:
+        try:
+            return await original(port, label, *arguments)
+        except asyncio.CancelledError:
+            if port._actor.alive:
+                raise Unreachable(f"{label}: the connection was closed.") from None
+            raise
+
+    around(monkeypatch, wrappers._Port, "_perform", perform)
+
+
+@pytest.mark.parametrize("after_s", [0.4, 1.5, 3.3, 4.1, 5.2, 7.0, 9.3, 13.7])
+def test_an_error_in_place_of_the_cancellation_keeps_no_manager_alive(
+    after_s: float,
+) -> None:
+    """It went on, as after any outage, beside its successor, and nobody could end it."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), stage(B, A), items=60)
+        await submitted(world, made)
+        await leader(world)
+        await asyncio.sleep(after_s)
+        (first,) = world.posts
+        first.task.cancel()
+        await asyncio.wait({first.task}, timeout=LONG_S)
+        assert first.task.cancelled()
+        assert (await ended(world, made)).state is JobState.SUCCEEDED
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(2.0), pools=(Pool("default", 0, 3, 2),))
+
+
+@pytest.mark.parametrize("after_s", [0.3, 2.0, 20.0, 33.3])
+def test_nor_a_worker(after_s: float) -> None:
+    """Only its time to drain did, after which it was killed."""
+
+    async def act(world: World) -> None:
+        await leader(world)
+        while not world.workers:
+            await asyncio.sleep(0.1)
+        (worker,) = world.workers.values()
+        await asyncio.sleep(after_s)
+        worker.worker.drain()
+        await asyncio.sleep(5.0)
+        assert worker.ended == "exit 0"
+
+    in_world(act, script=takes(2.0), pools=(Pool("default", 1, 1, 2),))

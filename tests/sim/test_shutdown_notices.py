@@ -1,0 +1,208 @@
+"""A worker that is told of its instance's end leaves in the time it has, and nothing waits (I6)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+
+from batchlab.errors import Unreachable
+from batchlab.model import Pool
+from batchlab.ports import Notice
+from batchlab.sim import world as worlds
+from batchlab.sim.loop import SimLoop
+from batchlab.sim.world import EPOCH_S, WORKER, SimWorker, World
+from batchlab.worker.beats import Identity
+from batchlab.worker.loop import Worker
+from batchlab.worker.notices import LEAVE_S, POLL_S, heed
+from tests.support.sim.scenes import A, ended_well, in_world, job, stage, submitted, takes
+
+POOLS = (Pool("default", 2, 2, 1),)
+SPOT_S = 120.0
+LONG_S = 1_000.0
+GIVING_BACK_S = 7.0
+"""A few calls, each with the latency of a service."""
+
+
+class Platform:
+    """The Notices port of every instance: only that of `told` is told anything."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, Notice] = {}
+
+    def of(self, instance: str) -> Told:
+        return Told(self, instance)
+
+
+class Told:
+    def __init__(self, platform: Platform, instance: str) -> None:
+        self._platform, self._instance = platform, instance
+
+    async def notice(self) -> Notice | None:
+        return self._platform.told.get(self._instance)
+
+
+@pytest.fixture
+def platform(monkeypatch: pytest.MonkeyPatch) -> Platform:
+    """Every worker of the simulation asks it."""
+    made = Platform()
+
+    class Asking(Worker):
+        def __init__(self, who: Identity, *rest: Any) -> None:
+            asks: dict[str, Any] = {"notices": made.of(who.instance)}
+            super().__init__(who, *rest, **asks)
+
+    monkeypatch.setattr(worlds, "Worker", Asking)
+    return made
+
+
+MADE = job(stage(A, bundle=5), items=20)
+
+
+async def one_of_two_busy(world: World) -> SimWorker:
+    """Submit the job; a worker, once each of two has begun."""
+    await submitted(world, MADE)
+    while len(world.watch.starts) < 2:
+        await asyncio.sleep(0.5)
+    return next(iter(world.workers.values()))
+
+
+def tasks_of(world: World, worker: SimWorker) -> list[int]:
+    """What has begun on it, in order."""
+    return [start.task for start in world.watch.starts if start.actor is worker.actor]
+
+
+def spot_notice(worker: SimWorker) -> Notice:
+    return Notice("a Spot interruption", worker.clock.now_s() + SPOT_S)
+
+
+async def leaves(worker: SimWorker) -> float:
+    """Wait until it has drained; the seconds that took."""
+    loop = asyncio.get_running_loop()
+    begun_s = loop.time()
+    while worker.ended is None:
+        await asyncio.sleep(0.1)
+    assert worker.ended == "exit 0"
+    return loop.time() - begun_s
+
+
+def test_after_a_spot_notice_the_running_task_is_finished_and_the_rest_given_back_at_once(
+    platform: Platform,
+) -> None:
+    """Pain 7: work lost with an instance although there was a notice of two minutes."""
+    run_s = 60.0  # more than a SIGTERM would leave it, less than the notice
+
+    async def act(world: World) -> None:
+        worker = await one_of_two_busy(world)
+        platform.told[worker.instance] = spot_notice(worker)
+        assert await leaves(worker) < run_s + POLL_S + GIVING_BACK_S
+        assert len(tasks_of(world, worker)) == 1, "no other task began on it"
+        await ended_well(world, MADE)
+        everything = sorted(start.task for start in world.watch.starts)
+        assert everything == list(range(20)), "nothing ran twice"
+
+    in_world(act, script=takes(run_s), pools=POOLS)
+
+
+def test_what_does_not_fit_into_the_notice_is_ended_in_time_and_runs_elsewhere_at_once(
+    platform: Platform,
+) -> None:
+    async def act(world: World) -> None:
+        worker = await one_of_two_busy(world)
+        platform.told[worker.instance] = spot_notice(worker)
+        assert SPOT_S - LEAVE_S - 1.0 <= await leaves(worker) < SPOT_S
+        (lost,) = tasks_of(world, worker)
+        loop = asyncio.get_running_loop()
+        gone_s = loop.time()
+        while [start.task for start in world.watch.starts].count(lost) < 2:
+            await asyncio.sleep(0.1)
+        assert loop.time() - gone_s < WORKER.visibility_s / 2
+
+    in_world(act, script=takes(LONG_S), pools=POOLS)
+
+
+@pytest.mark.parametrize("by_s", [None, EPOCH_S - 1.0], ids=["nobody says when", "past"])
+def test_a_notice_without_a_time_leaves_what_a_drain_does_and_a_late_one_nothing(
+    platform: Platform, by_s: float | None
+) -> None:
+    async def act(world: World) -> None:
+        worker = await one_of_two_busy(world)
+        platform.told[worker.instance] = Notice("its group takes it out", by_s)
+        least_s = WORKER.drain_s if by_s is None else 0.0
+        assert least_s <= await leaves(worker) < least_s + POLL_S + GIVING_BACK_S
+
+    in_world(act, script=takes(LONG_S), pools=POOLS)
+
+
+def test_a_sigterm_during_the_notice_shortens_it_and_a_second_one_changes_nothing(
+    platform: Platform,
+) -> None:
+    async def act(world: World) -> None:
+        worker = await one_of_two_busy(world)
+        platform.told[worker.instance] = spot_notice(worker)
+        await asyncio.sleep(POLL_S + 1.0)
+        worker.stop(grace_s=25.0)
+        asyncio.get_running_loop().call_later(10.0, worker.stop, 25.0)
+        assert WORKER.drain_s <= await leaves(worker) < WORKER.drain_s + GIVING_BACK_S
+
+    in_world(act, script=takes(LONG_S), pools=POOLS)
+
+
+def test_an_idle_worker_leaves_as_soon_as_it_hears_of_it(platform: Platform) -> None:
+    async def act(world: World) -> None:
+        while len(world.workers) < 2:
+            await asyncio.sleep(0.5)
+        worker = next(iter(world.workers.values()))
+        platform.told[worker.instance] = spot_notice(worker)
+        assert await leaves(worker) < POLL_S + GIVING_BACK_S
+
+    in_world(act, script=takes(1.0), pools=POOLS)
+
+
+# --- Asking --------------------------------------------------------------------------------------
+
+
+class Script:
+    """Answers in turn; the last one again and again."""
+
+    def __init__(self, *answers: Notice | Exception | None) -> None:
+        self._answers = list(answers)
+        self.asked_s: list[float] = []
+
+    async def notice(self) -> Notice | None:
+        self.asked_s.append(asyncio.get_running_loop().time())
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_it_is_asked_every_five_seconds_until_there_is_a_notice() -> None:
+    script = Script(None, None, None, Notice("the end"))
+    heard: list[Notice] = []
+    loop = SimLoop()
+    loop.run(heed(script, heard.append))
+    assert heard == [Notice("the end")]
+    assert script.asked_s == [0.0, POLL_S, 2 * POLL_S, 3 * POLL_S]
+
+
+def test_who_does_not_answer_is_asked_again_and_named_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    away = Unreachable("No metadata service answers.")
+    script = Script(away, away, None, away, away, away, Notice("the end", 5.0))
+    heard: list[Notice] = []
+    with caplog.at_level(logging.INFO, "batchlab.worker.notices"):
+        SimLoop().run(heed(script, heard.append))
+    assert heard == [Notice("the end", 5.0)]
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("No metadata service answers" in line for line in said) == 2
+    assert sum("somebody again" in line for line in said) == 2
+    assert said[-1] == "leaving: the end"
+
+
+def test_a_bug_in_who_is_asked_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        SimLoop().run(heed(Script(ZeroDivisionError()), lambda _: None))

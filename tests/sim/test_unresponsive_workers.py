@@ -1,0 +1,229 @@
+"""An instance whose worker has stopped without dying is replaced, and no other for its sake."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+from unittest.mock import AsyncMock
+
+import pytest
+
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.sql import open_memory
+from batchlab.errors import BackendError, BatchlabError, Refused
+from batchlab.manager.evidence import Evidence
+from batchlab.manager.live import Ports
+from batchlab.manager.registry import LOST_S, Registry
+from batchlab.manager.settings import ManagerSettings
+from batchlab.manager.silence import Silence
+from batchlab.model import GroupView, Instance, LifecycleState, Pool
+from batchlab.patience import Patience
+from batchlab.protocol.messages import Beat
+from batchlab.sim.clocks import SimClock, SimIds
+from batchlab.sim.loop import SimLoop
+from batchlab.sim.world import World
+from tests.support.no_fleet import NoFleet
+from tests.support.sim.scenes import A, ended_well, in_world, job, leader, stage, submitted, takes
+
+POOL = Pool("default", 0, 4)
+OTHER = Pool("other", 0, 4)
+
+
+def test_a_worker_that_stops_for_ever_holds_up_no_job_and_its_instance_goes() -> None:
+    """It counted as busy, so that nothing could end it, and as the capacity that the last tasks
+    were to have: they waited for it for ever (I7)."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), items=40)
+        await submitted(world, made)
+        manager = await leader(world)
+        while not manager.registry.busy("default"):
+            await asyncio.sleep(0.5)
+        (worker, *_) = world.workers.values()
+        worker.actor.freeze()
+        await ended_well(world, made)
+        async with asyncio.timeout(300):
+            while (await manager.ports.fleet.describe())[0].desired:
+                await asyncio.sleep(5)
+        causes = [one.cause for one in await manager.ports.fleet.activities()]
+        assert any("its worker has been silent for" in cause for cause in causes)
+
+    in_world(act, script=takes(2.0))
+
+
+# --- Who counts as silent ------------------------------------------------------------------------
+
+
+class Group(NoFleet):
+    """A pool of these instances; notes who is called unhealthy."""
+
+    def __init__(self, *instances: str) -> None:
+        self.instances = list(instances)
+        self.unhealthy: list[str] = []
+        self.errors: dict[str, BatchlabError] = {}
+        self.others: list[str] = []
+        """Those of another pool."""
+
+    async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None:
+        assert not healthy
+        if error := self.errors.get(instance):
+            raise error
+        self.unhealthy.append(instance)
+        (self.instances if instance in self.instances else self.others).remove(instance)
+
+    async def describe(self) -> Sequence[GroupView]:
+        up = [Instance(one, "default", LifecycleState.IN_SERVICE, 0.0) for one in self.instances]
+        boots = Instance("i-boots", "default", LifecycleState.PENDING, 0.0)
+        there = [Instance(one, "other", LifecycleState.IN_SERVICE, 0.0) for one in self.others]
+        return (
+            GroupView(POOL, len(up), (*up, boots)),
+            GroupView(OTHER, len(there), tuple(there)),
+        )
+
+
+class Scene:
+    """A manager's look at such a pool, once a second."""
+
+    def __init__(self, *instances: str) -> None:
+        rng = random.Random(1)
+        self.fleet = Group(*instances)
+        self.clock = SimClock(asyncio.get_running_loop(), 1_700_000_000.0)
+        ports = Ports(
+            SimObjects(),
+            None,  # type: ignore[arg-type]
+            self.fleet,
+            open_memory(),
+            self.clock,
+            SimIds(rng),
+            Patience(rng),
+        )
+        self._ports = ports
+        self._listen()
+        self._number = 0
+
+    def _listen(self) -> None:
+        self.registry = Registry(self._ports, {})
+        evidence = Evidence(self._ports, self.registry, {}, {}, AsyncMock())
+        settings = ManagerSettings(silence_s=30.0)
+        self.silence = Silence(self._ports, settings, self.registry, evidence)
+
+    async def restart(self) -> None:
+        """Another manager takes the lead."""
+        await self.registry.instances.save()
+        self._listen()
+        await self.registry.instances.load()
+
+    async def looks(self, seconds: int, *heard: str) -> list[str]:
+        """Who has been called unhealthy by then, while those beat every minute."""
+        for second in range(seconds):
+            if second % 60 == 0:
+                self._number += 1
+                for one in heard:
+                    beat = Beat(f"w-{one}", one, "default", 1.0, 1, 0, (), self._number)
+                    await self.registry.hear(beat, ())
+            described = await self.fleet.describe()
+            await self.registry.see(described)
+            await self.silence.look(described)
+            await asyncio.sleep(1.0)
+        return self.fleet.unhealthy
+
+
+def play(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    SimLoop().run(main())
+
+
+def test_only_the_silent_are_replaced_also_those_that_nobody_ever_heard() -> None:
+    async def main() -> None:
+        scene = Scene("i-beats", "i-stopped", "i-unknown")
+        await scene.looks(1, "i-beats", "i-stopped")
+        assert await scene.looks(int(LOST_S) - 2, "i-beats") == []
+        assert await scene.looks(4, "i-beats") == ["i-unknown", "i-stopped"]
+        assert await scene.looks(1_000, "i-beats") == ["i-unknown", "i-stopped"]
+
+    play(main)
+
+
+def test_where_none_is_heard_of_they_go_one_at_a_time() -> None:
+    async def main() -> None:
+        scene = Scene("i-1", "i-2", "i-3")
+        assert await scene.looks(int(LOST_S) + 2) == ["i-1"]
+        assert await scene.looks(int(LOST_S) - 5) == ["i-1"]
+        assert await scene.looks(5) == ["i-1", "i-2"]
+
+    play(main)
+
+
+def test_that_holds_for_each_pool_by_itself() -> None:
+    async def main() -> None:
+        scene = Scene("i-beats", "i-1", "i-2")
+        scene.fleet.others = ["i-3", "i-4"]
+        assert await scene.looks(int(LOST_S) + 2, "i-beats") == ["i-1", "i-2", "i-3"]
+
+    play(main)
+
+
+def test_time_in_which_nobody_listened_makes_nobody_silent() -> None:
+    async def main() -> None:
+        scene = Scene("i-beats", "i-1")
+        for _ in range(3):
+            assert await scene.looks(int(LOST_S / 2), "i-beats") == []
+            await asyncio.sleep(10 * LOST_S)
+            await scene.looks(1, "i-beats", "i-1")
+        assert await scene.looks(int(LOST_S) - 10, "i-beats") == []
+        assert await scene.looks(20, "i-beats") == ["i-1"]
+
+    play(main)
+
+
+def test_time_in_which_nobody_could_be_heard_adds_nothing_and_takes_nothing() -> None:
+    """Each backlog began the count anew: under steady load nobody was ever replaced."""
+
+    async def main() -> None:
+        scene = Scene("i-beats", "i-1")
+        assert await scene.looks(int(LOST_S / 2), "i-beats") == []
+        scene.registry.deaf_s = math.inf
+        assert await scene.looks(int(10 * LOST_S)) == []
+        for _ in range(4):
+            scene.registry.deaf_s = scene.clock.monotonic_s()
+            assert await scene.looks(int(LOST_S / 10), "i-beats") == []
+        assert await scene.looks(int(LOST_S / 10) - 10, "i-beats") == []
+        assert await scene.looks(20, "i-beats") == ["i-1"]
+
+    play(main)
+
+
+def test_a_new_leader_goes_on_with_the_silence_that_the_one_before_has_counted() -> None:
+    """Each restart of the manager began the count anew: an instance whose worker had stopped was
+    kept for 1,500 s and more."""
+
+    async def main() -> None:
+        scene = Scene("i-beats", "i-1")
+        for _ in range(3):
+            assert await scene.looks(int(0.3 * LOST_S) + 2, "i-beats") == []
+            await scene.restart()
+        assert await scene.looks(int(0.1 * LOST_S) + 2, "i-beats") == ["i-1"]
+
+    play(main)
+
+
+def test_one_that_cannot_be_replaced_is_tried_again_and_stops_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> None:
+        scene = Scene("i-beats", "i-1", "i-2", "i-3")
+        scene.fleet.errors = {
+            "i-1": Refused("there is no such instance"),
+            "i-2": BackendError("access denied"),
+        }
+        with caplog.at_level(logging.INFO):
+            assert await scene.looks(int(LOST_S) + 2, "i-beats") == ["i-3"]
+        for error in scene.fleet.errors.values():
+            assert caplog.text.count(f"cannot be replaced: {error}") == 1
+        scene.fleet.errors = {}
+        assert await scene.looks(int(LOST_S) + 2, "i-beats") == ["i-3", "i-1", "i-2"]
+
+    play(main)

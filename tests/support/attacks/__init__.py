@@ -1,0 +1,1 @@
+"""What an attacker has and attacks."""

@@ -1,0 +1,1 @@
+"""AWS for tests: emulators, accounts, stacks, and instances."""

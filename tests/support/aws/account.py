@@ -1,0 +1,320 @@
+"""An account as the stack of `--backend aws` leaves it, on an emulated control plane.
+
+S3 and SQS are an emulator's, Secrets Manager moto's; Auto Scaling is batchlab's own endpoint, whose
+instances are processes; Session Manager is a stub, with a program in place of AWS's plugin. What is
+on trial is the code of the backend, by the addresses that the environment gives it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.awsgrid import deployment
+from batchlab.adapters.awsgrid.deployment import AwsDeployment
+from batchlab.adapters.ec2_form import GroupForm
+from batchlab.home import Home
+from batchlab.model import Pool
+from batchlab.protocol import naming
+from tests.support.aws.autoscaling_api import aws
+from tests.support.aws.emulators import free_port
+from tests.support.aws.faulty_proxy import FaultyFront
+from tests.support.http_proxy import Answer, Front, Request, standing
+
+STACK = "batchlab-try"
+REGION = "eu-central-1"
+TOKEN = "a-token-that-only-the-secret-knows"
+POOL = Pool("default", 0, 2, 2, boot_s=1.0, instance_type="m7i.large")
+
+PLUGIN = """\
+#!{python}
+import json, os, socket, sys, threading
+
+granted = json.loads(os.environ[sys.argv[1]])
+assert granted["TokenValue"] == "granted", granted
+wanted = json.loads(sys.argv[5])
+local = int(wanted["Parameters"]["localPortNumber"][0])
+assert wanted["Parameters"]["portNumber"] == ["8080"], wanted
+
+def pump(source, target):
+    while data := source.recv(65536):
+        target.sendall(data)
+    target.shutdown(socket.SHUT_WR)
+
+with socket.create_server(("127.0.0.1", local)) as listener:
+    while True:
+        near, _ = listener.accept()
+        try:
+            far = socket.create_connection(("127.0.0.1", {port}))
+        except OSError:
+            near.close()
+            continue
+        for pair in ((near, far), (far, near)):
+            threading.Thread(target=pump, args=pair, daemon=True).start()
+"""
+
+_HASTY = """\
+import sys
+from dataclasses import replace
+from pathlib import Path
+from batchlab import backends
+from batchlab.home import Home
+from batchlab.services.worker import worker_main
+
+home, visibility_s, pool, slots, instance = sys.argv[1:]
+aws = backends.load("aws")
+worker_main(
+    Home(Path(home)),
+    replace(aws, worker=replace(aws.worker, visibility_s=float(visibility_s))),
+    pool=pool,
+    slots=int(slots),
+    instance=instance,
+)
+"""
+
+
+class Sessions:
+    """StartSession and nothing else, as no emulator has it; `targets` are those it was for."""
+
+    def __init__(self) -> None:
+        self.targets: list[str] = []
+
+    def answer(self, request: Request) -> Answer:
+        assert request.headers["X-Amz-Target"] == "AmazonSSM.StartSession"
+        self.targets.append(json.loads(request.body)["Target"])
+        granted = {"SessionId": "s-1", "TokenValue": "granted", "StreamUrl": "wss://127.0.0.1/"}
+        kind = ("Content-Type", "application/x-amz-json-1.1")
+        return Answer(200, [kind], json.dumps(granted).encode())
+
+
+@dataclass
+class Account:
+    """What is there, and `at` as the stack's outputs have it. `env` makes it AWS for a process."""
+
+    at: AwsDeployment
+    env: dict[str, str]
+    folder: Path
+    sessions: list[str]
+    port: int
+    keys: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def aws(self, service: str) -> Any:
+        """A client of the account's owner."""
+        there = "AWS_ENDPOINT_URL_AUTO_SCALING" if service == "autoscaling" else "AWS_ENDPOINT_URL"
+        return aws(Endpoint(self.env[there], self.at.region), service)
+
+    def group(self, name: str) -> Any:
+        (found,) = self.aws("autoscaling").describe_auto_scaling_groups(
+            AutoScalingGroupNames=[name]
+        )["AutoScalingGroups"]
+        return found
+
+    def manager_pid(self) -> int:
+        """Of the process that stands for the manager's instance."""
+        home = Home(self.folder / "manager")
+        record = home.record()
+        return record.pid if record else 0
+
+    def write_templates(self, worker: Sequence[str] = ()) -> Path:
+        """The launch templates, read at every launch; `worker` is what an instance of the pool runs
+        in place of a worker."""
+        ours = [sys.executable, "-P", "-m", "batchlab"]
+        aws = ["--backend", "aws"]
+        at = (str(self.folder / "manager"), str(self.folder / "worker"))
+        manager = [*ours, "manager", *aws, "--home", at[0], "--port", str(self.port)]
+        pool = [*ours, "worker", *aws, "--home", at[1], "--pool", POOL.name]
+        pool += ["--slots", "{slots}", "--instance", "{instance}"]
+        lines: list[str] = []
+        for role, name, command in (
+            ("manager", "manager", manager),
+            ("worker", "pool-default", list(worker) or pool),
+        ):
+            env = ", ".join(f"{k} = {json.dumps(v)}" for k, v in self.keys.get(role, {}).items())
+            lines += [f"[[{self.at.prefix}{name}.version]]", 'type = "m7i.large"']
+            lines += [f"slots = {POOL.slots}", f"command = {json.dumps(command)}"]
+            lines += [f"env = {{ {env} }}"]
+        templates = self.folder / "templates.toml"
+        fresh = templates.with_suffix(".new")
+        fresh.write_text("\n".join(lines))
+        return fresh.replace(templates)
+
+    def hasty_worker(self, visibility_s: float) -> list[str]:
+        """A worker as `write_templates` takes it, whose messages come back so soon after its death
+        where nobody gives them back: 60 s are AWS's scale, and not a test's."""
+        words = [sys.executable, "-P", "-c", _HASTY, str(self.folder / "worker")]
+        return [*words, str(visibility_s), POOL.name, "{slots}", "{instance}"]
+
+    def worker_pids(self) -> list[int]:
+        """Of the processes that stand for the pool's instances."""
+        records = [json.loads(p.read_text()) for p in self.folder.glob("asg/instances/*.json")]
+        pool = f"{self.at.groups_prefix}{POOL.name}"
+        return [
+            one["pid"] for one in records if one["pool"] == pool and one["pid"] and not one["ended"]
+        ]
+
+    def disconnect(self) -> None:
+        """End what a test that failed has left connected."""
+        record = Home(self.folder / "laptop").record()
+        if record:
+            os.kill(record.pid, signal.SIGTERM)
+
+    def home(self, name: str = "laptop") -> Home:
+        """A folder that knows of the stack."""
+        home = Home(self.folder / name)
+        deployment.write(home, self.at)
+        return home
+
+
+def laptop(folder: Path, urls: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the account's owner, with those variables for where its services are; the
+    programs in the folder's `bin` come first."""
+    return {
+        **urls,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+    }
+
+
+@contextmanager
+def account(
+    storage: Endpoint,
+    secrets: Endpoint,
+    folder: Path,
+    *,
+    front: FaultyFront | None = None,
+    settings: str = "",
+) -> Iterator[Account]:
+    """The account in `folder`, with its manager up; everything ends with it. With a `front` the
+    manager sees Auto Scaling through it; `settings` are what its own settings.toml says."""
+    assert storage.url
+    assert secrets.url
+    urls = {"AWS_ENDPOINT_URL": storage.url, "AWS_ENDPOINT_URL_SECRETS_MANAGER": secrets.url}
+    if settings:
+        Home(folder / "manager").make()
+        Home(folder / "manager").settings_file.write_text(settings)
+    with opened(made(storage, secrets), urls, folder, front=front) as there:
+        yield there
+
+
+@contextmanager
+def opened(
+    at: AwsDeployment,
+    urls: Mapping[str, str],
+    folder: Path,
+    *,
+    front: Front | None = None,
+    keys: Mapping[str, Mapping[str, str]] = {},
+) -> Iterator[Account]:
+    """An account whose bucket, queues and secret are there already, at these URLs. `keys` are the
+    credentials of "manager" and "worker", where they have roles of their own."""
+    sessions = Sessions()
+    with standing(sessions) as session_manager:
+        port = free_port()
+        install_plugin(folder / "bin", port)
+        env = laptop(folder, {**urls, "AWS_ENDPOINT_URL_SSM": session_manager})
+        there = Account(at, env, folder, sessions.targets, port, keys)
+        for name in ("manager", "worker"):
+            there.home(name)
+        with _auto_scaling(there, front):
+            _make_groups(there)
+            try:
+                yield there
+            finally:
+                there.disconnect()
+
+
+def install_plugin(folder: Path, port: int) -> None:
+    folder.mkdir(parents=True)
+    plugin = folder / "session-manager-plugin"
+    plugin.write_text(PLUGIN.format(python=sys.executable, port=port))
+    plugin.chmod(0o755)
+
+
+def made(storage: Endpoint, secrets: Endpoint) -> AwsDeployment:
+    """The bucket, the queues and the secret of the stack."""
+    here = Endpoint(storage.url, REGION)
+    bucket = f"{STACK}-{free_port()}"
+    aws(here, "s3").create_bucket(
+        Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION}
+    )
+    sqs = aws(here, "sqs")
+    dead = f"{STACK}-{naming.dead_letters(POOL.name)}"
+    for name in (dead, f"{STACK}-{naming.EVENTS}"):
+        url = sqs.create_queue(QueueName=name, Attributes={"VisibilityTimeout": "60"})["QueueUrl"]
+        sqs.purge_queue(QueueUrl=url)
+    url = sqs.get_queue_url(QueueName=dead)["QueueUrl"]
+    arn = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])["Attributes"]
+    redrive = {"deadLetterTargetArn": arn["QueueArn"], "maxReceiveCount": 10}
+    sqs.create_queue(
+        QueueName=f"{STACK}-{naming.tasks_queue(POOL.name)}",
+        Attributes={"VisibilityTimeout": "60", "RedrivePolicy": json.dumps(redrive)},
+    )
+    secret = aws(Endpoint(secrets.url, REGION), "secretsmanager").create_secret(
+        Name=f"{bucket}/token", SecretString=TOKEN
+    )
+    return AwsDeployment(
+        STACK,
+        REGION,
+        bucket,
+        f"{STACK}-",
+        f"{STACK}-manager",
+        secret["ARN"],
+        (POOL,),
+    )
+
+
+@contextmanager
+def _auto_scaling(there: Account, front: Front | None) -> Iterator[None]:
+    """The endpoint, whose instances have the account's environment; they end with it."""
+    templates = there.write_templates()
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    argv = [sys.executable, "-m", "batchlab", "asg", "serve", "--port", str(port)]
+    argv += ["--state", str(there.folder / "asg"), "--templates", str(templates), "--drain", "10"]
+    there.env["AWS_ENDPOINT_URL_AUTO_SCALING"] = url
+    seen = url
+    with ExitStack() as stack:
+        if front:
+            front.target = url
+            seen = stack.enter_context(standing(front))
+        env = {**os.environ, **there.env, "AWS_ENDPOINT_URL_AUTO_SCALING": seen}
+        with _served(argv, env, url):
+            yield
+
+
+@contextmanager
+def _served(argv: Sequence[str], env: Mapping[str, str], url: str) -> Iterator[None]:
+    serving = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert serving.stdout
+        assert serving.stdout.readline().strip() == url
+        yield
+    finally:
+        serving.send_signal(signal.SIGTERM)
+        serving.communicate(timeout=60)
+
+
+def _make_groups(there: Account) -> None:
+    scaling = there.aws("autoscaling")
+    zones = (f"{there.at.region}a",)
+    prefix = there.at.groups_prefix
+    # Processes have no metadata service that would tell them to complete a hook on termination.
+    form = GroupForm(f"{prefix}{{pool}}", zones=zones, report_s=29.0, drain_s=0.0)
+    scaling.create_auto_scaling_group(**form.request(f"{prefix}default", POOL))
+    scaling.create_auto_scaling_group(
+        AutoScalingGroupName=there.at.manager_group,
+        LaunchTemplate={"LaunchTemplateName": there.at.manager_group},
+        MinSize=1,
+        MaxSize=1,
+        DesiredCapacity=1,
+        AvailabilityZones=list(zones),
+    )

@@ -1,0 +1,76 @@
+"""EC2's TerminateInstances and DescribeInstances for instances that are processes of `asg serve`.
+
+No emulator's EC2 knows of those. A termination is SIGKILL to all of an instance's processes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from batchlab.adapters.process import living
+from batchlab.worker.processes import family
+from tests.support.http_proxy import Answer, Request
+
+_NAMESPACE = 'xmlns="http://ec2.amazonaws.com/doc/2016-11-15/"'
+
+
+@dataclass
+class Machines:
+    """Of the endpoint that keeps its state in `folder`; `asked` are the requests. The file
+    `disk` ends with the manager's instance, whose group is `manager`."""
+
+    folder: Path
+    manager: str
+    disk: Path
+    asked: list[dict[str, str]] = field(default_factory=list)
+
+    def answer(self, request: Request) -> Answer:
+        asked = dict(parse_qsl(request.body.decode()))
+        self.asked.append(asked)
+        names = [value for key, value in asked.items() if key.startswith("InstanceId.")]
+        assert names, asked
+        if asked["Action"] == "TerminateInstances":
+            there = living(self.folder)
+            for name in names:
+                self._kill(there.get(name, 0))
+                if f'"pool": "{self.manager}"' in self._record(name):
+                    for file in self.disk.parent.glob(f"{self.disk.name}*"):
+                        file.unlink()
+            items = "".join(
+                f"<item><instanceId>{name}</instanceId>{_state('currentState', 'shutting-down')}"
+                "</item>"
+                for name in names
+            )
+            return _answer("TerminateInstances", f"<instancesSet>{items}</instancesSet>")
+        assert asked["Action"] == "DescribeInstances", asked
+        there = living(self.folder)
+        items = "".join(
+            f"<item><instanceId>{name}</instanceId>"
+            f"{_state('instanceState', 'running' if name in there else 'terminated')}</item>"
+            for name in names
+        )
+        reservation = f"<item><instancesSet>{items}</instancesSet></item>"
+        return _answer("DescribeInstances", f"<reservationSet>{reservation}</reservationSet>")
+
+    def _record(self, name: str) -> str:
+        return (self.folder / "instances" / f"{name}.json").read_text()
+
+    def _kill(self, pid: int) -> None:
+        if pid:
+            for one in (pid, *family(pid)):
+                with suppress(ProcessLookupError):
+                    os.kill(one, signal.SIGKILL)
+
+
+def _state(tag: str, name: str) -> str:
+    return f"<{tag}><code>0</code><name>{name}</name></{tag}>"
+
+
+def _answer(action: str, content: str) -> Answer:
+    body = f"<{action}Response {_NAMESPACE}><requestId>0</requestId>{content}</{action}Response>"
+    return Answer(200, [("Content-Type", "text/xml")], body.encode())

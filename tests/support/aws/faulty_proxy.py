@@ -1,0 +1,57 @@
+"""What stands between a client and an endpoint of AWS's query protocol, and makes it as trying as
+the real one: some requests are throttled, and what is described is described as it was a while ago.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from urllib.parse import parse_qs
+
+from tests.support.http_proxy import Answer, Request, forward
+
+_THROTTLED = Answer(
+    400,
+    [("Content-Type", "text/xml")],
+    b'<ErrorResponse xmlns="http://autoscaling.amazonaws.com/doc/2011-01-01/"><Error>'
+    b"<Type>Sender</Type><Code>Throttling</Code><Message>Rate exceeded</Message></Error>"
+    b"<RequestId>0</RequestId></ErrorResponse>",
+)
+
+
+@dataclass
+class FaultyFront:
+    """A share `throttled` of requests is refused. A Describe says what one up to `lag_s` before it
+    has said. `asked` counts what came through, by action."""
+
+    target: str = ""
+    throttled: float = 0.0
+    lag_s: float = 0.0
+    asked: Counter[str] = field(default_factory=Counter)
+    refused: int = 0
+    stale: int = 0
+    _random: random.Random = field(default_factory=lambda: random.Random(7))
+    _said: dict[bytes, tuple[float, Answer]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def answer(self, request: Request) -> Answer:
+        action = parse_qs(request.body.decode())["Action"][0]
+        describes = action.startswith("Describe")
+        now_s = time.monotonic()
+        with self._lock:
+            if self._random.random() < self.throttled:
+                self.refused += 1
+                return _THROTTLED
+            self.asked[action] += 1
+            said = self._said.get(request.body)
+            if describes and said and now_s - said[0] < self.lag_s:
+                self.stale += 1
+                return said[1]
+        answer = forward(self.target, request)
+        if describes:
+            with self._lock:
+                self._said[request.body] = (now_s, answer)
+        return answer

@@ -1,0 +1,1 @@
+"""Endpoints that break rules, for the tests of `batchlab conform`."""

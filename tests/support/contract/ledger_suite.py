@@ -1,0 +1,359 @@
+"""What the ledger's tests share: the worlds a ledger lives in, a job, and what becomes of it.
+
+Run as a program it is the other process of the tests that need one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Protocol
+
+import pytest
+
+from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.sim.ledger import SimLedger
+from batchlab.adapters.simpledb import open_simpledb
+from batchlab.adapters.sql import open_memory, open_postgres, open_sqlite
+from batchlab.jobdef import JobDef, RetryRule, StageDef
+from batchlab.model import (
+    Bundle,
+    Completion,
+    Control,
+    Failure,
+    FailureKind,
+    Follow,
+    JobId,
+    JobState,
+    Json,
+    Outcome,
+    Ran,
+    StageCounts,
+    StageName,
+    TaskSet,
+)
+from batchlab.ports import Cut, Ledger, Reopening, StageRecord
+from batchlab.protocol import settle
+from batchlab.sim.loop import SimLoop
+from tests.support.postgres.server import Postgres
+from tests.support.simpledb.fixtures import Sdb
+
+RESIZE, INDEX, TOTAL = StageName("resize"), StageName("index"), StageName("total")
+JOB = JobDef(
+    JobId("photos-1"),
+    "photos",
+    (
+        StageDef(RESIZE, handler="photos:resize", retry=RetryRule(attempts=2)),
+        StageDef(INDEX, after=(RESIZE,), handler="photos:index", retry=RetryRule(attempts=2)),
+        StageDef(TOTAL, after=(INDEX,), gather="*", handler="photos:total"),
+    ),
+    submitted_s=1_700_000_000.25,
+    items=100,
+)
+"""A root, a stage that follows it item by item, and one that follows that after all items."""
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class DumpingLedger(Ledger, Protocol):
+    """A ledger that can be compared with another."""
+
+    async def dump(self) -> dict[str, Json]:
+        """See SqlLedger."""
+
+
+Check = Callable[[DumpingLedger], Awaitable[None]]
+Place = Path | Postgres | Sdb
+"""Where a ledger is that several processes may use: a file, a schema, or a domain."""
+
+
+def opened(where: Place | None) -> DumpingLedger:
+    """The ledger there, with None in memory."""
+    if where is None:
+        return open_memory()
+    if isinstance(where, Path):
+        return open_sqlite(where)
+    if isinstance(where, Sdb):
+        return open_simpledb(where.endpoint, where.domain)
+    return open_postgres(where.url, schema=where.schema)
+
+
+@asynccontextmanager
+async def ledger_in(where: Place | None) -> AsyncIterator[DumpingLedger]:
+    """The ledger there; closed at the end."""
+    ledger = opened(where)
+    try:
+        yield ledger
+    finally:
+        await ledger.close()
+
+
+async def _checked(check: Check, where: Place | None) -> None:
+    async with ledger_in(where) as ledger:
+        await check(ledger)
+
+
+def _sim_world(check: Check, _: pytest.FixtureRequest) -> None:
+    SimLoop().run(_checked(check, None))
+
+
+def _memory_world(check: Check, _: pytest.FixtureRequest) -> None:
+    async def main() -> None:
+        await check(SimLedger())
+
+    SimLoop().run(main())
+
+
+def _file_world(check: Check, request: pytest.FixtureRequest) -> None:
+    asyncio.run(_checked(check, request.getfixturevalue("tmp_path") / "ledger.sqlite"))
+
+
+def _postgres_world(check: Check, request: pytest.FixtureRequest) -> None:
+    asyncio.run(_checked(check, request.getfixturevalue("postgres")))
+
+
+def _simpledb_world(check: Check, request: pytest.FixtureRequest) -> None:
+    asyncio.run(_checked(check, request.getfixturevalue("simpledb")))
+
+
+def _rough_simpledb_world(check: Check, request: pytest.FixtureRequest) -> None:
+    asyncio.run(_checked(check, request.getfixturevalue("rough_simpledb")))
+
+
+# Another database joins the suite by one more function here.
+LEDGER_WORLDS: Mapping[str, Callable[[Check, pytest.FixtureRequest], None]] = {
+    "sim": _sim_world,
+    "memory": _memory_world,
+    "file": _file_world,
+    "postgres": _postgres_world,
+    "simpledb": _simpledb_world,
+    "simpledb-rough": _rough_simpledb_world,
+}
+
+
+def on_every_ledger(check: Check) -> Callable[[str, pytest.FixtureRequest], None]:
+    """Turn an async check of an empty ledger into a test that runs in each world."""
+
+    @pytest.mark.parametrize("world", list(LEDGER_WORLDS))
+    def test(world: str, request: pytest.FixtureRequest) -> None:
+        LEDGER_WORLDS[world](check, request)
+
+    test.__name__, test.__doc__ = getattr(check, "__name__", ""), check.__doc__
+    return test
+
+
+@pytest.fixture(params=["file", "postgres", "simpledb", "rough_simpledb"])
+def place(request: pytest.FixtureRequest) -> Place:
+    """Where a ledger may be that several processes use: nothing is there yet."""
+    if request.param != "file":
+        found: Postgres | Sdb = request.getfixturevalue(request.param)
+        return found
+    folder: Path = request.getfixturevalue("tmp_path")
+    return folder / "ledger.sqlite"
+
+
+# --- What happens to a job -----------------------------------------------------------------------
+
+
+def bundle(start: int, stop: int, *, stage: StageName = RESIZE, attempt: int = 1) -> Bundle:
+    return Bundle(JOB.id, stage, TaskSet.span(start, stop), attempt)
+
+
+def done(
+    of: Bundle,
+    *follows: Bundle,
+    failed: int = 0,
+    cancelled: int = 0,
+    run_s: float = 1.0,
+    started_s: float = 1_700_000_100.0,
+    retried: int = 0,
+) -> Completion:
+    """`of` has come to its end: its first tasks failed, the next were cancelled, the rest did."""
+    bad, rest = of.tasks.take(failed)
+    dropped, good = rest.take(cancelled)
+    return Completion(
+        of,
+        "w-1",
+        started_s,
+        started_s + 2.5,
+        good,
+        bad,
+        dropped,
+        run_s,
+        tuple(Follow(one) for one in follows),
+        retried,
+    )
+
+
+def cut(seq: int, *bundles: Bundle, round: int = 0, left: TaskSet = TaskSet()) -> Cut:
+    return Cut(JOB.id, RESIZE, round, seq, bundles, left)
+
+
+async def submit(ledger: Ledger, job: JobDef = JOB) -> None:
+    await ledger.add_job(job, state=JobState.SUBMITTED)
+
+
+async def fold(ledger: Ledger, *completions: Completion) -> list[bool]:
+    """Fold them in one call, without casualties."""
+    return list((await ledger.fold(completions, [{} for _ in completions])).new)
+
+
+async def stage_of(ledger: Ledger, stage: StageName = RESIZE) -> StageRecord:
+    return next(s for s in (await ledger.rows(JOB.id)).stages if s.counts.stage == stage)
+
+
+async def counts_of(ledger: Ledger, stage: StageName = RESIZE) -> StageCounts:
+    return (await stage_of(ledger, stage)).counts
+
+
+async def fold_in_batches(
+    ledger: Ledger, completions: Sequence[Completion], sizes: Callable[[], int]
+) -> None:
+    """Fold as the manager does, casualties included."""
+    i = 0
+    while i < len(completions):
+        batch = completions[i : i + sizes()]
+        await ledger.fold(batch, [settle.casualties(JOB, one) for one in batch])
+        i += len(batch)
+
+
+def history(rng: Random, tasks: int) -> tuple[list[Cut], list[Completion]]:
+    """One way the first two stages of JOB may go, by the protocol's own rules: cuts of random
+    sizes, and a completion of every bundle they lead to, parents first."""
+    cuts: list[Cut] = []
+    left = TaskSet.span(0, tasks)
+    while left:
+        tasks_of_one, left = left.take(rng.randint(1, 7))
+        one = Bundle(JOB.id, RESIZE, tasks_of_one)
+        planned = None if cuts else tasks
+        cuts.append(Cut(JOB.id, RESIZE, 0, len(cuts), (one,), left, planned))
+    waiting = [b for c in cuts for b in c.bundles]
+    completions: list[Completion] = []
+    for of in waiting:
+        came_to = settle.completion(_execution(rng, of))
+        completions.append(came_to)
+        waiting.extend(f.bundle for f in came_to.follows)
+    return cuts, completions
+
+
+def _execution(rng: Random, of: Bundle) -> Outcome:
+    started_s = 1_700_000_000.0 + rng.randint(0, 10_000) / 7
+    if rng.random() < 0.1:
+        return settle.sealed(of, execution="e", worker="manager-0", now_s=started_s)
+    until = rng.randint(1, len(of.tasks))
+    ran = [
+        Ran(
+            task,
+            rng.randint(0, 3_000_000) / 1e6,
+            failure=Failure(task, FailureKind.EXCEPTION, "no") if rng.random() < 0.3 else None,
+        )
+        for task in of.tasks.take(until)[0]
+    ]
+    return settle.settle(
+        JOB,
+        of,
+        ran,
+        execution="e",
+        worker=f"w-{rng.randint(1, 3)}",
+        started_s=started_s,
+        ended_s=started_s + rng.randint(0, 1_000) / 3,
+    )
+
+
+_CHAINED, _AGAIN = bundle(0, 4, stage=INDEX), replace(bundle(0, 1), round=1)
+
+
+def _end(ledger: Ledger, state: JobState, round: int, **closed: int) -> Awaitable[object]:
+    names = {StageName(name): count for name, count in closed.items()}
+    return ledger.finish(JOB.id, state, round=round, reason="r", ended_s=5.0, closed=names)
+
+
+CALLS: Sequence[Callable[[Ledger], Awaitable[object]]] = (
+    lambda of: of.add_job(JOB, state=JobState.SUBMITTED),
+    lambda of: of.set_control(JOB.id, Control.CANCEL, round=0),
+    lambda of: of.add_cut(replace(cut(0, bundle(0, 5)), planned=9)),
+    lambda of: of.set_planned(JOB.id, INDEX, 9, round=0),
+    lambda of: of.move_job(JOB.id, JobState.RUNNING, round=0),
+    lambda of: of.fold([done(bundle(0, 5), _CHAINED, failed=1)], [{INDEX: 1}]),
+    lambda of: _end(of, JobState.FAILED, 0, resize=3, index=8),
+    lambda of: of.reopen(JOB.id, 1, [Reopening(RESIZE, 0, 1, 4), Reopening(TOTAL, replan=True)]),
+    lambda of: of.add_cut(cut(0, _AGAIN, round=1, left=TaskSet.span(5, 9))),
+    lambda of: of.fold([done(_AGAIN)], [{}]),
+    lambda of: _end(of, JobState.FAILED, 1, resize=4),
+)
+"""A job's life: every call that changes it."""
+
+
+# --- The other process ---------------------------------------------------------------------------
+
+BATCH = 20
+
+
+@contextmanager
+def second_process(what: str, where: Place, owner: str = "") -> Iterator[subprocess.Popen[str]]:
+    """Another process, which is gone at the end whatever happens."""
+    if isinstance(where, Path):
+        place = [str(where)]
+    else:
+        place = [where.url, where.domain if isinstance(where, Sdb) else where.schema]
+    argv = [*(sys.executable, "-m", "tests.support.contract.ledger_suite"), what, owner, *place]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    """The next one it says, empty where it has ended."""
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+def many() -> list[Completion]:
+    """Enough to be killed in the middle of."""
+    return [
+        done(bundle(i * 5, i * 5 + 5), bundle(i * 5, i * 5 + 5, stage=INDEX), failed=i % 2)
+        for i in range(10_000)
+    ]
+
+
+async def _fold_many(ledger: Ledger) -> None:
+    """Print the number of completions folded so far, after each call."""
+    completions = many()
+    await submit(ledger)
+    for i in range(0, len(completions), BATCH):
+        await fold(ledger, *completions[i : i + BATCH])
+        print(i + BATCH, flush=True)
+
+
+async def _race(ledger: Ledger, owner: str) -> None:
+    """Say "ready", wait for a line, go for the lease; print who has it by our account."""
+    print("ready", flush=True)
+    sys.stdin.readline()
+    stands = await ledger.lease("leader", owner)
+    print(owner if stands.owner == owner else "", flush=True)
+
+
+def opened_at(path: str, *part: str) -> DumpingLedger:
+    """The ledger in a file, or at a URL in that schema or domain."""
+    if path.startswith("http"):
+        return open_simpledb(Endpoint(path), part[0])
+    return open_postgres(path, schema=part[0]) if part else open_sqlite(Path(path))
+
+
+async def _main(what: str, owner: str, *where: str) -> None:
+    ledger = opened_at(*where)
+    await (_race(ledger, owner) if what == "race" else _fold_many(ledger))
+    await ledger.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main(*sys.argv[1:]))

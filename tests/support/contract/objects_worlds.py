@@ -1,0 +1,131 @@
+"""The worlds in which the one suite for the Objects port runs; a new adapter adds its own here.
+
+Where a service is known to break S3's rules, the check must fail: `DIFFERENCES` names the rule.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from _pytest.mark.structures import ParameterSet
+from obstore.store import MemoryStore
+
+from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.local_objects import open_local
+from batchlab.adapters.objects import ObstoreObjects, open_s3
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.ports import Objects
+from batchlab.sim.actors import Actor
+from batchlab.sim.faults import Faults
+from batchlab.sim.loop import SimLoop
+from batchlab.sim.wrappers import wrap
+from tests.support.aws.emulators import EMULATORS
+
+_BUCKETS = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectsWorld:
+    """An empty bucket, and a folder of this machine to upload from and download to.
+
+    `many` keys are more than a page, and no more than the service takes in a few seconds.
+    """
+
+    objects: Objects
+    folder: Path
+    many: int
+
+    async def keys(self, prefix: str = "", *, after: str = "") -> list[str]:
+        """Every key under the prefix, in the order in which they are listed."""
+        pages = self.objects.list(prefix, after=after)
+        return [info.key async for page in pages for info in page]
+
+    async def fill(self, keys: Iterable[str]) -> None:
+        """Put empty objects there."""
+        await asyncio.gather(*(self.objects.put(key, b"") for key in keys))
+
+
+Check = Callable[[ObjectsWorld], Awaitable[None]]
+
+
+def _world(objects: Objects, tmp_path: Path, many: int = 2500) -> ObjectsWorld:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    return ObjectsWorld(objects, folder, many)
+
+
+async def _done(check: Check, world: ObjectsWorld) -> None:
+    await check(world)
+
+
+def _sim(check: Check, tmp_path: Path) -> None:
+    SimLoop().run(_done(check, _world(SimObjects(), tmp_path)))
+
+
+def _wrapped(check: Check, tmp_path: Path) -> None:
+    """As an actor of the simulator sees it, without faults."""
+    seen = wrap(SimObjects(), "objects", Actor("a"), Faults(random.Random(1)))
+    SimLoop().run(_done(check, _world(seen, tmp_path)))
+
+
+def _files(check: Check, tmp_path: Path) -> None:
+    asyncio.run(_done(check, _world(open_local(tmp_path / "bucket"), tmp_path)))
+
+
+def _remote(check: Check, tmp_path: Path) -> None:
+    """What a remote store goes through, short of the network."""
+    asyncio.run(_done(check, _world(ObstoreObjects(MemoryStore()), tmp_path)))
+
+
+def _at_endpoint(check: Check, tmp_path: Path, endpoint: Endpoint) -> None:
+    objects = open_s3(endpoint, f"suite-{next(_BUCKETS)}")
+    asyncio.run(_done(check, _world(objects, tmp_path, many=1050)))
+
+
+OBJECTS_WORLDS: Mapping[str, Callable[[Check, Path], None]] = {
+    "sim": _sim,
+    "sim wrapped": _wrapped,
+    "files": _files,
+    "remote": _remote,
+}
+
+DIFFERENCES: Mapping[str, tuple[str, tuple[str, ...]]] = {}
+"""By check: the rule of S3, and the emulators that break it."""
+
+UNTRIED: Mapping[str, tuple[str, tuple[str, ...]]] = dict.fromkeys(
+    (
+        "test_long_listings_come_in_pages_that_miss_and_repeat_nothing",
+        "test_a_listing_goes_on_while_objects_come_and_go",
+        "test_delete_takes_many_keys_and_does_not_mind_those_that_are_gone",
+    ),
+    ("a thousand puts take it ten seconds", ("moto",)),
+)
+"""By check: why it is not tried, and at which emulators."""
+
+
+def on_every_bucket(check: Check) -> Callable[[str, Path, pytest.FixtureRequest], None]:
+    """Turn an async check of a world into a test that runs in each of them."""
+
+    @pytest.mark.parametrize("world", [*OBJECTS_WORLDS, *(_param(one, check) for one in EMULATORS)])
+    def test(world: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+        if world in OBJECTS_WORLDS:
+            OBJECTS_WORLDS[world](check, tmp_path)
+        else:
+            _at_endpoint(check, tmp_path, request.getfixturevalue(world))
+
+    test.__name__, test.__doc__ = check.__name__, check.__doc__
+    return test
+
+
+def _param(world: str, check: Check) -> ParameterSet:
+    rule, broken_by = DIFFERENCES.get(check.__name__, ("", ()))
+    if world in broken_by:
+        return pytest.param(world, marks=pytest.mark.xfail(reason=rule, raises=AssertionError))
+    reason, left_out = UNTRIED.get(check.__name__, ("", ()))
+    return pytest.param(world, marks=[pytest.mark.skip(reason=reason)] if world in left_out else [])

@@ -1,0 +1,120 @@
+"""Every command that the docs tell a reader to give, and a shell that gives them in this process.
+
+Invariant: a command is what stands on a line of a block of `sh`, without its comment, or indented
+by itself where it is a program of the tree's; what goes on over several lines (a `\\` at the end, a
+function, a text for the command to read) is one command, known by its first line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from batchlab.cli import app as cli
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("examples/*/*.md")]
+
+_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.S | re.M)
+_FENCED = re.compile(r"^```.*?^```", re.S | re.M)
+_INDENTED = re.compile(r"^    ((?:[A-Z_]+=\S+ )?(?:python|batchlab) .*)", re.M)
+_INTO = re.compile(r" > ([\w./-]+)$")
+_OPENS = re.compile(r"\(\) \{$|<<'(\w+)'$")
+
+
+def written() -> Iterator[tuple[str, str]]:
+    """Each page and command, in order."""
+    for page in PAGES:
+        name = page.relative_to(ROOT).as_posix()
+        text = page.read_text()
+        for block in [*_BLOCK.findall(text), *_INDENTED.findall(_FENCED.sub("", text))]:
+            yield from ((name, command) for command in commands(block))
+
+
+def commands(block: str) -> Iterator[str]:
+    lines = iter(block.replace("\\\n", " ").splitlines())
+    for line in lines:
+        command = " ".join(re.sub(r"(?:^|\s+)# .*", "", line).split())
+        if not command:
+            continue
+        yield command
+        if opened := _OPENS.search(line):
+            end = opened[1] or "}"
+            while next(lines) != end:
+                pass
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Commands of the docs, how they are given here, and the exit codes that this may have."""
+
+    told: tuple[str, ...]
+    given: str
+    exits: tuple[int, ...] = (0,)
+
+
+def lines(script: str) -> Iterator[Line]:
+    """Each line of `script` is a command of the docs, what is given in its place after ` => `; that
+    may stand for several, with ` ;; ` between them. One that begins with `+ ` is in no page: it
+    makes what a page takes for granted. `! ` marks one that exits with 1, `? ` one of which no more
+    is known than that it is 0 or 1."""
+    for line in script.splitlines():
+        if not line.strip():
+            continue
+        mark = line[:2] if line[:2] in ("! ", "? ", "+ ") else ""
+        told, _, given = line.removeprefix(mark).partition(" => ")
+        exits = {"! ": (1,), "? ": (0, 1)}.get(mark, (0,))
+        yield Line(() if mark == "+ " else tuple(told.split(" ;; ")), given or told, exits)
+
+
+class Shell:
+    """Gives commands in `folder`: those of batchlab in this process, which is far quicker."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("COLUMNS", "100")
+        for name in ("BATCHLAB_HOME", "DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("batchlab.cli.signals.install", lambda: None)
+
+    def follow(self, script: str, **words: str) -> None:
+        """All lines of it; `{name}` stands for one of `words`, or of what a line has found."""
+        for line in lines(script):
+            self.give(line, words)
+
+    def give(self, line: Line, words: Mapping[str, str] = {}) -> str:
+        """What it prints; it must end as it is said to."""
+        given = line.given
+        for name, word in words.items():
+            given = given.replace(f"{{{name}}}", word)
+        command, _, aside = given.partition(" || ")
+        if into := _INTO.search(command):
+            command = command[: into.start()]
+        code, out, err = self.run(shlex.split(command))
+        assert code in (*line.exits, *((1,) if aside else ())), f"{given}: {code}\n{out}\n{err}"
+        if into:
+            Path(self.folder, into[1]).write_text(out)
+        return out
+
+    def run(self, argv: list[str]) -> tuple[int, str, str]:
+        if argv[0] != "batchlab":
+            done = subprocess.run(argv, cwd=self.folder, capture_output=True, text=True)
+            return done.returncode, done.stdout, done.stderr
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as ended,
+        ):
+            cli.start(argv[1:])
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0), out.getvalue(), err.getvalue()

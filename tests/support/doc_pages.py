@@ -1,0 +1,141 @@
+"""The commands of a page of the docs, run as a reader would, and what they print held against it.
+
+What a page says beside its words, mostly in comments that nobody is shown:
+
+    <!-- file: NAME -->          the next block is a file that the reader saves under that name
+    <!-- not run: WHY -->        the next block of commands is not run; where that is to be
+                                 read too, `*Not run by a test: WHY*`
+    <!-- exits with CODE -->     so does the next block of commands; otherwise it exits with 0
+
+A block of text that follows a block of commands is what these print. In it a line `…` stands for
+any number of lines; what differs from run to run (ids, moments, durations, sizes) is not compared.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PLACE = "/home/you/work"
+"""What pages call the folder that they are followed in."""
+LONGEST_S = 120.0
+
+_BLOCK = re.compile(
+    r"(?:(?:<!-- |\*)(?P<word>file|not run|Not run by a test|exits with):? (?P<told>[^\n]*?)"
+    r"(?: -->|\*)\n\n?)?"
+    r"```(?P<kind>[a-z]+)[^\n]*\n(?P<text>.*?)```\n",
+    re.S,
+)
+_UNITS = r"(?:ms|s|min|h|B|KiB|MiB|GiB|USD|%)"
+_VARIES = (
+    re.compile(r"\b\d{4}-\d\d-\d\d(?:[ T]\d\d:\d\d(?::\d\d)?Z?)?"),
+    re.compile(r"\b(?=[a-f]*\d)[0-9a-f]{8,16}\b"),
+    re.compile(rf"(?:<|-?\b)\d[\d.,]* ?{_UNITS}(?![\w])(?: \d+ {_UNITS}(?![\w]))?"),
+    re.compile(r"[+-]?\b\d+\.\d+\b"),
+    re.compile(r"127\.0\.0\.1:\d+"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One block: a `file` to be saved, or commands to be run, with what they print (None where the
+    page does not say)."""
+
+    text: str
+    file: str = ""
+    exits: int = 0
+    prints: str | None = None
+    not_run: str = ""
+
+
+def steps(page: str) -> Iterator[Step]:
+    """What a reader of `page` (Markdown) does, in order."""
+    found = list(_BLOCK.finditer(page))
+    for number, one in enumerate(found):
+        word, told, text = (one["word"] or "").lower(), one["told"], one["text"]
+        if word == "file":
+            yield Step(text, file=told)
+        elif one["kind"] == "sh":
+            after = found[number + 1] if number + 1 < len(found) else None
+            prints = None
+            if after is not None and after["kind"] == "text" and not after["word"]:
+                prints = after["text"]
+            yield Step(
+                text,
+                exits=int(told) if word == "exits with" else 0,
+                prints=prints,
+                not_run=told if word.startswith("not run") else "",
+            )
+
+
+class Reader:
+    """Follows a page in `folder`, with a `batchlab` of this checkout and nothing of the caller's
+    settings."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "work"
+        self.folder.mkdir()
+        programs = folder / "bin"
+        programs.mkdir()
+        program = programs / "batchlab"
+        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m batchlab "$@"\n')
+        program.chmod(0o755)
+        self._environment = {
+            **{name: value for name, value in os.environ.items() if "BATCHLAB" not in name},
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        }
+
+    def save(self, step: Step) -> None:
+        path = self.folder / step.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(step.text)
+
+    def run(self, commands: str) -> tuple[int, str]:
+        """The exit code, and what was printed, with the page's own folder in place of this one."""
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", commands],
+            cwd=self.folder,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=LONGEST_S,
+        )
+        return done.returncode, done.stdout.replace(str(self.folder), PLACE)
+
+
+def masked(line: str) -> str:
+    """A line without what differs from run to run."""
+    for pattern in _VARIES:
+        line = pattern.sub("#", line)
+    return " ".join(line.split())
+
+
+def agrees(told: str, printed: str) -> bool:
+    """Whether a page's block says what was printed."""
+    left = [masked(line) for line in printed.splitlines()]
+    parts: list[list[str]] = [[]]
+    for line in told.splitlines():
+        if line.strip() == "…":
+            parts.append([])
+        else:
+            parts[-1].append(masked(line))
+    if len(parts) == 1:
+        return parts[0] == left
+    if left[: len(parts[0])] != parts[0]:
+        return False
+    left = left[len(parts[0]) :]
+    last = parts.pop()
+    for part in parts[1:]:
+        found = [n for n in range(len(left)) if left[n : n + len(part)] == part]
+        if not found:
+            return False
+        left = left[found[0] + len(part) :]
+    return not last or left[-len(last) :] == last

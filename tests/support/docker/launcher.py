@@ -1,0 +1,44 @@
+"""What tests of a launcher of containers do over and over: run, wait, hear how an instance ends."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from batchlab.adapters.docker import ContainerLauncher
+from batchlab.waits import set_within
+from tests.support.docker.containers import DockerGrid
+
+DEADLINE_S = 30.0
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(main(), 3 * DEADLINE_S))
+    gc.collect()  # what is left open is to be found in the test that did it
+
+
+async def soon(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "never came about"
+        await asyncio.sleep(0.02)
+
+
+async def up(grid: DockerGrid, *instances: str) -> None:
+    for instance in instances:
+        await soon(lambda instance=instance: "up" in grid.printed(instance))  # type: ignore[misc]
+
+
+async def end_of(launcher: ContainerLauncher, instance: str) -> str:
+    """How it ends, for who looks as a fleet does: when it is told to, and every second. Docker's
+    list may be behind what its events have told."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while True:
+        launcher.changed.clear()  # before the look: what happens during it counts
+        if (how := (await launcher.running())[instance]) is not None:
+            return how
+        assert time.monotonic() < deadline_s, f"{instance} never ended"
+        await set_within(launcher.changed, 1.0)

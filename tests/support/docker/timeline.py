@@ -1,0 +1,304 @@
+"""How a pool's size follows a burst of work: watched on a grid in containers, foretold by `sim`.
+
+Invariant: both run the same job file under the same policy, and are looked at in the same way; the
+simulator is told how long a boot and a task take, and nothing of what was measured otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from batchlab import submission
+from batchlab.backends import Backend
+from batchlab.manager.admission import admit
+from batchlab.manager.autoscaler import Backlog, wanted
+from batchlab.model import GroupView, LifecycleState, Pool
+from batchlab.patience import Patience
+from batchlab.sim.loop import SimLoop
+from batchlab.sim.timed import TimedRunner
+from batchlab.sim.trial import calm
+from batchlab.sim.world import World
+from batchlab.spec.jobfile import load
+from tests.support.docker.chaos import Containers, Teller
+from tests.support.grid.local_grid import ENDED
+
+LOOK_S = 0.25
+ONE_DECISION_S = 3.0
+"""Well below the cool-downs, which keep one decision from the next."""
+SETTLED_S = 30.0
+"""Simulated time before the submission: a manager that leads and has nothing to do."""
+
+WORK = """\
+import socket, time
+
+def nap(item):
+    number, seconds = item
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as teller:
+        teller.sendto(str(number).encode(), ({host!r}, {port}))
+    time.sleep(seconds)
+"""
+
+JOB = """\
+name: burst
+input: {files: items.jsonl, split: items}
+stages:
+  - {name: nap, python: work:nap}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A pool as it is at one moment, in seconds from the submission of the job. `containers` are
+    the instances that run, whatever the group says of them."""
+
+    at_s: float
+    desired: int
+    in_service: int
+    pending: int
+    containers: int
+    backlog_tasks: int
+    backlog_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A change of desired capacity, to `level`."""
+
+    at_s: float
+    level: int
+
+
+@dataclass(slots=True)
+class Timeline:
+    """What was seen from the submission to the return to the pool's minimum."""
+
+    pool: Pool
+    looks: list[Look] = field(default_factory=list)
+    first_task_s: float = 0.0
+    """By the task's own word."""
+    last_task_s: float = 0.0
+    """The end of the last task."""
+    boots_s: list[float] = field(default_factory=list)
+    """From the first sight of each instance to its being in service."""
+
+    @property
+    def boot_s(self) -> float:
+        return statistics.median(self.boots_s)
+
+    @property
+    def steps(self) -> list[Step]:
+        """Desired capacity at the start, and each change of it. Changes the same way within
+        `ONE_DECISION_S` are one: instances are terminated by a call each, and looks fall between
+        these calls."""
+        found: list[Step] = []
+        for look in self.looks:
+            if found and look.desired == found[-1].level:
+                continue
+            if len(found) > 1 and look.at_s - found[-1].at_s < ONE_DECISION_S:
+                before, last = found[-2].level, found[-1].level
+                if (last > before) == (look.desired > last):
+                    found[-1] = Step(found[-1].at_s, look.desired)
+                    continue
+            found.append(Step(look.at_s, look.desired))
+        return found
+
+    @property
+    def peak(self) -> int:
+        """Most instances at once: those of the group, or the containers that run."""
+        return max(max(one.in_service + one.pending, one.containers) for one in self.looks)
+
+    @property
+    def asked_back_s(self) -> float:
+        """When desired capacity came to the minimum for good."""
+        return self.steps[-1].at_s
+
+    @property
+    def back_s(self) -> float:
+        """When nothing above the minimum was left."""
+        return self.looks[-1].at_s
+
+    def needed(self, backend: Backend) -> int:
+        """The most that the policy asks for, by its rule, for any backlog that was seen."""
+        view = GroupView(self.pool, 0, ())
+        target_s = backend.manager.drain_target_s
+        return max(
+            wanted(Backlog(one.backlog_s, one.backlog_tasks), view, target_s)[0]
+            for one in self.looks
+        )
+
+    def flaps(self, within_s: float) -> int:
+        """Changes of desired capacity that turn the one before around less than `within_s` after
+        it: in-out-in has two."""
+        steps, found = self.steps, 0
+        for before, turn, after in zip(steps, steps[1:], steps[2:], strict=False):
+            is_turned = (turn.level > before.level) != (after.level > turn.level)
+            found += is_turned and after.at_s - turn.at_s < within_s
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return {
+            "first_task_s": self.first_task_s,
+            "last_task_s": self.last_task_s,
+            "boots_s": self.boots_s,
+            "steps": [asdict(one) for one in self.steps],
+            "looks": [asdict(one) for one in self.looks],
+        }
+
+
+def write_burst(folder: Path, address: tuple[str, int], naps_s: Sequence[float]) -> Path:
+    """A job of a task for each nap, which tells `address` of its start."""
+    folder.mkdir(parents=True)
+    host, port = address
+    (folder / "work.py").write_text(WORK.format(host=host, port=port))
+    items = "".join(f"{json.dumps([n, nap_s])}\n" for n, nap_s in enumerate(naps_s))
+    (folder / "items.jsonl").write_text(items)
+    (folder / "job.yaml").write_text(JOB)
+    return folder / "job.yaml"
+
+
+def watch_burst(
+    containers: Containers, folder: Path, naps_s: Sequence[float], *, within_s: float = 180.0
+) -> Timeline:
+    """Submit that burst to a grid at rest, and look on until its pool is back at its minimum."""
+    grid = containers.grid
+    (view,) = grid.client.grid()["pools"]
+    slots = next(pool.slots for pool in grid.backend.pools if pool.name == view["name"])
+    timeline = Timeline(Pool(view["name"], view["min"], view["max"], slots))
+    seen_s: dict[str, float] = {}
+    serving: set[str] = set()
+    with Teller(containers.host) as teller:
+        path = write_burst(folder, teller.address, naps_s)
+        # A look from before: the change to the first step is one too.
+        timeline.looks.append(_look(containers, -LOOK_S))
+        begun_s, begun_wall_s = time.monotonic(), time.time()
+        job = grid.submit(path, token=str(folder))["id"]
+        while True:
+            at_s = time.monotonic() - begun_s
+            assert at_s < within_s, timeline.looks[-1]
+            look = _look(containers, at_s)
+            timeline.looks.append(look)
+            for one in grid.client.grid()["pools"][0]["instances"]:
+                seen_s.setdefault(one["id"], at_s)
+                if one["state"] == LifecycleState.IN_SERVICE and one["id"] not in serving:
+                    serving.add(one["id"])
+                    timeline.boots_s.append(at_s - seen_s[one["id"]])
+            ended = grid.client.job(job)
+            least = timeline.pool.min_size
+            if ended["state"] in ENDED and max(look.desired, look.containers) <= least:
+                break
+            time.sleep(max(0.0, LOOK_S - (time.monotonic() - begun_s - at_s)))
+        assert ended["state"] == "SUCCEEDED", ended
+        (stage,) = ended["stages"]
+        assert stage["succeeded"] == len(naps_s)
+        assert stage["last_end_s"] is not None
+        timeline.first_task_s = min(min(starts) for starts in teller.at_s.values()) - begun_s
+        timeline.last_task_s = stage["last_end_s"] - begun_wall_s
+    return timeline
+
+
+def _look(containers: Containers, at_s: float) -> Look:
+    (pool,) = containers.grid.client.grid()["pools"]
+    states = [one["state"] for one in pool["instances"]]
+    return Look(
+        at_s,
+        pool["desired"],
+        states.count(LifecycleState.IN_SERVICE),
+        states.count(LifecycleState.PENDING),
+        len(containers.instances()),
+        pool["backlog_tasks"],
+        pool["backlog_s"],
+    )
+
+
+def foretold(
+    backend: Backend, pool: Pool, path: Path, naps_s: Sequence[float], *, seed: int = 1
+) -> Timeline:
+    """The same job in the simulator, in virtual time: `backend`'s own settings, `pool` with the
+    seconds that a boot takes."""
+    loop = SimLoop(inline_executor=True)
+    return loop.run(_foretold(backend, pool, path, naps_s, seed))
+
+
+async def _foretold(
+    backend: Backend, pool: Pool, path: Path, naps_s: Sequence[float], seed: int
+) -> Timeline:
+    world = World(
+        seed,
+        (pool,),
+        faults=calm(seed),
+        make_runner=lambda world, _die, _objects: TimedRunner(
+            lambda work: [naps_s[task] for task in work.bundle.tasks], world.clock
+        ),
+        manager_settings=backend.manager,
+        worker_settings=backend.worker,
+        logged=False,
+    )
+    supervisor = asyncio.create_task(world.supervise(), name="supervisor")
+    await asyncio.sleep(SETTLED_S)
+    timeline = Timeline(pool, [_simulated(world, pool, -LOOK_S)])
+    begun_s = world.clock.now_s()
+    job = await submission.prepare(
+        load(path, {}),
+        objects=world.objects,
+        clock=world.clock,
+        patience=Patience(world.rng("client")),
+        token="t",
+    )
+    admit(job, {pool.name: pool.slots})
+    await world.submit(job)
+    while True:
+        look = _simulated(world, pool, world.clock.now_s() - begun_s)
+        timeline.looks.append(look)
+        record = await world.find(job.id)
+        ended = record is not None and record.state.ended
+        if ended and max(look.desired, look.containers) <= pool.min_size:
+            break
+        await asyncio.sleep(LOOK_S)
+    (stage,) = (await world.ledger.rows(job.id)).stages
+    counts = stage.counts
+    assert counts.succeeded == len(naps_s)
+    assert counts.first_start_s is not None
+    assert counts.last_end_s is not None
+    timeline.first_task_s = counts.first_start_s - begun_s
+    timeline.last_task_s = counts.last_end_s - begun_s
+    supervisor.cancel()
+    await world.ledger.close()
+    return timeline
+
+
+def _simulated(world: World, pool: Pool, at_s: float) -> Look:
+    assert world.manager is not None
+    group = world.manager.groups[pool.name]
+    states = [one.state for one in group.instances]
+    backlog = world.manager.autoscaler.backlog(pool.name)
+    in_service = states.count(LifecycleState.IN_SERVICE)
+    return Look(
+        at_s,
+        group.desired,
+        in_service,
+        states.count(LifecycleState.PENDING),
+        in_service,
+        backlog.tasks,
+        backlog.seconds,
+    )
+
+
+def apart(one: Sequence[Step], other: Sequence[Step]) -> int:
+    """How far two series of steps are apart, in instances: of all ways to walk through both in
+    order, each step beside one or several of the other, the one with the least largest difference
+    (Eiter & Mannila 1994, the discrete Fréchet distance). When they happen does not count."""
+    row: list[int] = []
+    for mine in one:
+        last, row = row, []
+        for j, yours in enumerate(other):
+            ways = [*last[max(0, j - 1) : j + 1], *row[-1:]]
+            row.append(max(abs(mine.level - yours.level), min(ways, default=0)))
+    return row[-1]

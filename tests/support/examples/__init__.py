@@ -1,0 +1,89 @@
+"""What the tests of the examples compare against: computed in another way than the examples do.
+
+Also what it takes to call handlers without a grid: contexts, and the cutting of input into parts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from batchlab.task import Context, File
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
+
+
+def handler(example: str, name: str) -> Callable[..., Any]:
+    """The function `module:function` of an example, with its folder as the code folder."""
+    module, _, function = name.partition(":")
+    folder = EXAMPLES / example
+    own = {path.stem for path in folder.glob("*.py")}
+    for other in own:
+        sys.modules.pop(other, None)
+    sys.path.insert(0, str(folder))
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    finally:
+        sys.path.remove(str(folder))
+        for other in own:
+            sys.modules.pop(other, None)
+    return found
+
+
+def contexts(root: Path, **params: Any) -> Iterator[Context]:
+    """A new context for each task."""
+    for task in count():
+        folder = root / f"task-{task}"
+        yield Context(
+            job="j",
+            stage="s",
+            task=task,
+            attempt=1,
+            params_json=json.dumps(params),
+            folder=str(folder),
+            cwd=str(folder),
+        )
+
+
+def gathered(results: Iterable[Any], by: str) -> list[list[dict[str, Any]]]:
+    """The items of a stage that gathers `by` a field: lists are taken apart first."""
+    groups: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        for element in result if isinstance(result, list) else [result]:
+            groups[element[by]].append(element)
+    return list(groups.values())
+
+
+def parts_of_lines(path: Path, folder: Path, size: int, *, header: bool) -> list[File]:
+    """The file cut into parts of `size` lines."""
+    first, *lines = path.read_bytes().splitlines(keepends=True)
+    if not header:
+        first, lines = b"", [first, *lines]
+    return [
+        _part(folder, start, first + b"".join(lines[start : start + size]))
+        for start in range(0, len(lines), size)
+    ]
+
+
+def parts_of_bytes(path: Path, folder: Path, size: int) -> list[File]:
+    """The file cut into parts of about `size` bytes that end at line ends."""
+    data, parts, start = path.read_bytes(), [], 0
+    while start < len(data):
+        end = data.find(b"\n", start + size - 1)
+        end = len(data) if end < 0 else end + 1
+        parts.append(_part(folder, start, data[start:end]))
+        start = end
+    return parts
+
+
+def _part(folder: Path, start: int, data: bytes) -> File:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"part-{start:010d}"
+    path.write_bytes(data)
+    return File(path)

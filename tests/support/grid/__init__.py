@@ -1,0 +1,1 @@
+"""Grids of real processes for tests."""

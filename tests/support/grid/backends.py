@@ -1,0 +1,152 @@
+"""The backends as one user meets them: a home, an environment, and the commands.
+
+A stack on AWS itself is made only for `pytest -m aws`, with a budget in dollars in
+BATCHLAB_AWS_BUDGET_USD, and is taken down whatever happens. Everything that is tried on it is
+tried on an emulated control plane too, in every run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from batchlab.adapters.aws import Endpoint
+from tests.support.aws.autoscaling_api import aws as client
+from tests.support.aws.control_plane import REGION, control_plane
+from tests.support.docker.grid import need_containers
+
+BUDGET = "BATCHLAB_AWS_BUDGET_USD"
+HOURS = 1.0
+"""So long the stack of a run on AWS lasts at most, by which its cost is told before."""
+POOL = "default:0-2x2@m7i.large"
+
+
+def command(
+    *arguments: object, env: Mapping[str, str] = {}, within_s: float = 400, code: int = 0
+) -> tuple[str, str]:
+    """What `batchlab` with these arguments says on stdout and stderr; it must end with `code`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "batchlab", *map(str, arguments)],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=within_s,
+    )
+    assert done.returncode == code, (arguments, done.stdout[-2000:], done.stderr[-3000:])
+    return done.stdout, done.stderr
+
+
+@dataclass
+class World:
+    """One backend, up or able to come up."""
+
+    name: str
+    backend: str
+    home: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+    has_ffmpeg: bool = True
+    aws: Callable[[str], Any] = lambda _: None
+    """A client of the account's owner, where there is an account."""
+
+    def batchlab(self, *arguments: object, within_s: float = 600) -> tuple[str, str]:
+        """What a command of ours says on stdout and stderr; it must succeed."""
+        return command(*arguments, "--home", self.home, env=self.env, within_s=within_s)
+
+    def run(self, job: Path, out: Path) -> str:
+        """Run a job file; what is said meanwhile."""
+        return self.batchlab("run", job, "--backend", self.backend, "--out", out)[1]
+
+
+@contextmanager
+def plain(name: str, folder: Path) -> Iterator[World]:
+    """A backend that `run` brings up by itself."""
+    yield World(name, name, folder / "home")
+
+
+@contextmanager
+def localstack(folder: Path) -> Iterator[World]:
+    need_containers(folder)
+    world = World("localstack", "localstack", folder / "home")
+    world.batchlab("grid", "up", "--backend", "localstack")
+    try:
+        yield world
+    finally:
+        world.batchlab("grid", "down")
+
+
+@contextmanager
+def emulated(folder: Path, archive: Path, image: str) -> Iterator[World]:
+    """A stack of that release on an emulated control plane, with that image for its instances;
+    nothing of it is left when it is destroyed."""
+    with control_plane(folder / "account", image) as plane:
+
+        def of_owner(service: str) -> Any:
+            name = (
+                "AWS_ENDPOINT_URL_AUTO_SCALING" if service == "autoscaling" else "AWS_ENDPOINT_URL"
+            )
+            return client(Endpoint(plane.env[name], REGION), service)
+
+        world = World(
+            *("emulated", "aws", folder / "home", plane.env),
+            has_ffmpeg=False,
+            aws=of_owner,
+        )
+        with _deployed(world, "--release", archive):
+            yield world
+        plane.until_without_groups()
+        assert plane.aws("s3").list_buckets()["Buckets"] == []
+        assert plane.aws("sqs").list_queues().get("QueueUrls", []) == []
+
+
+@contextmanager
+def real(folder: Path) -> Iterator[World]:
+    """A stack on AWS, by the credentials and the region of who runs the tests."""
+    budget_usd = float(os.environ.get(BUDGET) or 0)
+    if budget_usd <= 0:
+        pytest.fail(f"A run on AWS costs money: say how much it may be by {BUDGET}.")
+    stack = f"batchlab-test-{secrets.token_hex(3)}"
+    world = World(
+        *("aws", "aws", folder / "home"),
+        has_ffmpeg=False,
+        aws=lambda service: boto3.client(service),  # type: ignore[call-overload]
+    )
+    settings = ("--stack", stack, "--budget", f"{budget_usd:g}")
+    most_usd = _most_usd(world, *settings)
+    if most_usd > budget_usd:
+        pytest.fail(f"An hour of this costs up to {most_usd:.2f} USD, and {BUDGET} is less.")
+    with _deployed(world, *settings):
+        yield world
+        told = json.loads(world.batchlab("cost", "bill", "last", "--json")[0])
+        print(f"\nThe last job on {stack}: {json.dumps(told)}")
+        print(f"An hour of the stack with all its workers: at most {most_usd:.2f} USD.")
+
+
+def _most_usd(world: World, *settings: str) -> float:
+    """What the stack costs in HOURS with every worker on demand."""
+    plan = json.loads(world.batchlab("deploy", "plan", "--json", "--pool", POOL, *settings)[0])
+    cost = plan["cost"]
+    workers = sum(one["on_demand_usd_per_hour"]["high"] for one in cost["workers"]) * 2
+    return HOURS * float(cost["idle_usd_per_hour"]["high"] + workers)
+
+
+@contextmanager
+def _deployed(world: World, *settings: object) -> Iterator[None]:
+    try:
+        world.batchlab(*("deploy", "apply", "--yes", "--pool", POOL), *settings, within_s=3000)
+        told = json.loads(world.batchlab("deploy", "status", "--json")[0])
+        assert told["drift"] == []
+        yield
+    finally:
+        world.batchlab("deploy", "destroy", "--yes", "--delete-data", within_s=3000)

@@ -1,0 +1,72 @@
+"""A ManagedFleet in a world of hand-set time: its launcher is a table, its store may be full."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from batchlab.adapters.sim.launcher import MemoryState
+from batchlab.errors import BackendError
+from batchlab.fleet.group import ManagedFleet
+from batchlab.model import GroupView, Instance, Pool
+from tests.support.fleet import CountedIds, ManualClock, TableLauncher, checked_in, counted
+
+POOL = Pool("p", max_size=4)
+USER = "a user request"
+
+
+class Crash(BaseException):
+    """The manager dies here."""
+
+
+class Disk(MemoryState):
+    """A store that may be full."""
+
+    full = False
+
+    def save(self, data: bytes) -> None:
+        if self.full:
+            raise BackendError("no space left on device")
+        super().save(data)
+
+
+@dataclass
+class World:
+    """A fleet whose parts a test can reach; `restart` is a crash of the manager."""
+
+    launcher: TableLauncher = field(default_factory=TableLauncher)
+    clock: ManualClock = field(default_factory=ManualClock)
+    ids: CountedIds = field(default_factory=CountedIds)
+    store: Disk = field(default_factory=Disk)
+    fleet: ManagedFleet = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.fleet = ManagedFleet(self.launcher, self.clock, self.ids, self.store)
+
+    async def tick(self, after_s: float = 0.0) -> list[Instance]:
+        self.clock.time_s += after_s
+        return list(await self.fleet.tick())
+
+    async def view(self) -> GroupView:
+        return next(iter(await self.fleet.describe()))
+
+    async def launch(self, size: int, *, ready: bool = True, pool: Pool = POOL) -> list[str]:
+        """Ids of the group's counted instances once `size` were asked for."""
+        await self.fleet.ensure(pool)
+        await self.fleet.set_desired(pool.name, size, cause=USER)
+        await self.fleet.tick()
+        chosen = counted(await self.view())
+        for name in chosen if ready else []:
+            await self.fleet.ready(name)
+        return chosen
+
+    async def states(self) -> list[str]:
+        return [str(instance.state) for instance in (await self.view()).instances]
+
+    async def causes(self) -> list[str]:
+        return [a.cause for a in await self.fleet.activities(limit=1_000)]
+
+
+in_a_world = checked_in(World)

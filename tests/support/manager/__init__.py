@@ -1,0 +1,1 @@
+"""Managers without an API for tests."""

@@ -1,0 +1,122 @@
+"""A bucket, a clock and targets that several managers share, and jobs for them to tell of."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.sql import open_memory
+from batchlab.directory import Directory
+from batchlab.jobdef import JobDef, NotifyDef, StageDef
+from batchlab.manager.counts import Counts
+from batchlab.manager.live import LiveJob, Ports, Seen
+from batchlab.manager.notifying import Notifying, Outlets
+from batchlab.model import JobId, JobState, StageCounts, StageName
+from batchlab.notification import NotDelivered, Notification, Target
+from batchlab.patience import Patience
+from batchlab.ports import Ending, JobRecord, StageRecord
+from batchlab.protocol import naming, wire
+from batchlab.sim.clocks import SimClock, SimIds
+from batchlab.sim.loop import SimLoop
+from tests.support.no_fleet import NoFleet
+
+MAP = StageName("map")
+OPS = Target("ops", "webhook", "https://hooks.example.org/s3cret-path")
+ENDING = Ending(JobState.FAILED, "2 tasks failed", 1_700_000_100.0, {})
+EPOCH_S = 1_700_000_000.0
+
+
+class Scene:
+    """What several managers share: a bucket, a clock, and targets that answer as they are told."""
+
+    def __init__(self, *targets: Target) -> None:
+        loop = asyncio.get_running_loop()
+        self.clock = SimClock(loop, EPOCH_S)
+        self.objects = SimObjects()
+        self.targets = list(targets)
+        self.secrets: dict[str, frozenset[str]] = {}
+        self.tried: list[tuple[float, Notification]] = []
+        self.reached: list[Target] = []
+        self.answers: Callable[[int], NotDelivered | None] = lambda _: None
+        rng = random.Random(1)
+        self.ports = Ports(
+            self.objects,
+            None,  # type: ignore[arg-type]
+            NoFleet(),
+            open_memory(),
+            self.clock,
+            SimIds(rng),
+            Patience(rng, limit_s=0.0),
+        )
+        self.lives: dict[JobId, LiveJob] = {}
+        self.workers: dict[str, Seen] = {}
+        self.counts = Counts()
+
+    async def deliver(self, target: Target, one: Notification) -> None:
+        self.tried.append((self.clock.now_s() - EPOCH_S, one))
+        self.reached.append(target)
+        if error := self.answers(len(self.tried)):
+            raise error
+
+    def directory(self) -> Directory:
+        return Directory(tuple(self.targets), secrets=self.secrets)
+
+    def manager(self) -> Notifying:
+        made = Notifying(
+            self.ports,
+            self.lives,
+            self.workers,
+            Outlets(self.directory, self.deliver),
+            self.counts,
+            lambda _: "5.0/None",
+        )
+        made.explain = self.explain
+        return made
+
+    async def explain(self, job: JobId) -> str:
+        return f"{job} waits for capacity."
+
+    async def led(self, manager: Notifying, seconds: float) -> None:
+        """Let it lead for so long."""
+        await manager.load()
+        running = asyncio.create_task(manager.run())
+        ticks = asyncio.create_task(self._tick(manager))
+        await asyncio.sleep(seconds)
+        for one in (running, ticks):
+            one.cancel()
+        await asyncio.gather(running, ticks, return_exceptions=True)
+
+    async def _tick(self, manager: Notifying) -> None:
+        while True:
+            await manager.observe()
+            await asyncio.sleep(1.0)
+
+    def told(self) -> list[str]:
+        return [one.moment for _, one in self.tried]
+
+    async def kept(self) -> dict[str, Any]:
+        return wire.loads(await self.objects.get(naming.NOTIFICATIONS))
+
+
+def play(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    SimLoop().run(main())
+
+
+def a_job(name: str = "sums", *notify: NotifyDef, planned: int = 10, **counts: int) -> LiveJob:
+    job = JobDef(
+        JobId(f"{name}-1"),
+        name,
+        (StageDef(MAP, handler="m:f"),),
+        EPOCH_S,
+        notify=notify,
+        tags=(("team", "blue"),),
+    )
+    record = StageRecord(StageCounts(MAP, planned, **counts))
+    return LiveJob(JobRecord(job, JobState.RUNNABLE), {MAP: record})
+
+
+def a_notification(live: LiveJob) -> Notification:
+    return Notification("", "ended", live.id, "ops", None, "{}", EPOCH_S)

@@ -1,0 +1,1 @@
+"""Runs with data for the tests of reports."""

@@ -1,0 +1,15 @@
+"""Runs that never were, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.reports.made import write_run
+
+
+@pytest.fixture(scope="session")
+def made_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of Parquet files of a small run; not to be written to."""
+    return write_run(tmp_path_factory.mktemp("run") / "shop-0123456789")

@@ -1,0 +1,1 @@
+"""Scenarios, records, and faults for tests."""

@@ -1,0 +1,114 @@
+"""Harm that is cancelled wherever it waits, and a manager for it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from batchlab.client import Client
+from batchlab.replay.harm.scene import Seen
+from tests.scenarios.test_fault_table import grid, instance
+
+CALL_S = 0.002
+"""What a call takes in its thread before it has its effect: whoever is cancelled meanwhile is gone
+by then."""
+
+
+class Manager(Client):
+    """Of a grid with two instances and a job; another one leads after each look. `rebuilds` are
+    counted."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+        self.rebuilds = 0
+        self.looks = 0
+        self.closed = False
+
+    def grid(self) -> Any:
+        self.looks += 1
+        found = grid(a=[instance(name, "InService", 1.0) for name in self.names])
+        return {**found, "owner": f"manager-{self.looks}"}
+
+    def jobs(self, *, before: str | None = None, **_: object) -> list[Any]:
+        return [] if before else [{"id": "j-1"}]
+
+    def rebuild(self) -> int:
+        time.sleep(CALL_S)
+        self.rebuilds += 1
+        return 3
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class Steps:
+    """Runs a harm, and cancels it where it waits for the `at`-th time."""
+
+    at: int
+    waits: int = 0
+    cancelled: bool = field(default=False, init=False)
+
+    async def run(self, doing: Coroutine[Any, Any, Seen]) -> Seen | None:
+        try:
+            return await _Counted(doing, self)
+        except asyncio.CancelledError:
+            return None
+
+    def waiting(self) -> None:
+        self.waits += 1
+        if self.waits == self.at:
+            task = asyncio.current_task()
+            assert task
+            self.cancelled = True
+            task.cancel()
+
+
+class _Counted(Awaitable[Seen]):
+    """The coroutine, with every moment at which it waits told of."""
+
+    def __init__(self, doing: Coroutine[Any, Any, Seen], steps: Steps) -> None:
+        self._doing = doing
+        self._steps = steps
+
+    def __await__(self) -> Generator[Any, Any, Seen]:
+        inner = self._doing.__await__()
+        told: Callable[[], Any] = lambda: next(inner)  # noqa: E731 - one of two
+        while True:
+            try:
+                waited_for = told()
+            except StopIteration as end:
+                return cast("Seen", end.value)
+            self._steps.waiting()
+            try:
+                yield waited_for
+            except BaseException as error:  # noqa: BLE001 - handed on
+                told = _thrown(inner, error)
+            else:
+                told = lambda: next(inner)  # noqa: E731 - one of two
+
+
+def _thrown(inner: Generator[Any, Any, Any], error: BaseException) -> Callable[[], Any]:
+    return lambda: inner.throw(error)
+
+
+def at_every_wait(
+    world: Callable[[], Any], harm: Callable[[Any], Coroutine[Any, Any, Seen]]
+) -> int:
+    """Do that harm to a fresh world again and again, cancelled at its first wait, its second and
+    so on until it comes to its end; nothing may stand at any time. How often it waited."""
+    at = 1
+    while True:
+        there, steps = world(), Steps(at)
+
+        seen = asyncio.run(steps.run(harm(there)))
+        assert there.stands() == [], f"cancelled at its wait number {at}"
+        if not steps.cancelled:
+            assert seen is not None
+            # Nobody calls the services here, so there may be nobody to hit.
+            assert seen.evidence or "none came" in seen.impossible, seen
+            return at
+        at += 1

@@ -1,0 +1,124 @@
+"""A grid with work in it, harm that is done to it, and whether its results are right after all."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+from batchlab.errors import BackendError
+from batchlab.replay.harm.front import Front
+from batchlab.replay.harm.injector import Injector, injector_for
+from batchlab.scenario.model import Fault, FaultName
+from batchlab.scenario.record import Injected
+from tests.support.grid.local_grid import LocalGrid
+from tests.support.waiting import until
+
+T = TypeVar("T")
+
+WORK = """\
+import time
+
+def triple(item):
+    time.sleep({seconds})
+    return item * 3
+
+def total(values):
+    return sum(values)
+"""
+JOB = """\
+name: harm
+input: {files: items.jsonl, split: items}
+stages:
+  - {name: triple, python: work:triple, retry: 3, bundle: 1}
+  - {name: total, python: work:total, gather: all, retry: 3}
+"""
+
+
+def number(pattern: str, seen: Injected) -> float:
+    """The figure that the evidence has there."""
+    found = re.search(pattern, seen.evidence)
+    assert found, seen
+    return float(found[1])
+
+
+def numbers(text: str) -> list[int]:
+    """All whole numbers in it, in order."""
+    return [int(one) for one in re.findall(r"(?<![\d.])\d+(?![\d.])", text)]
+
+
+@dataclass
+class Work:
+    """A job whose result is known. `hurt` does harm to the grid that it runs on."""
+
+    grid: LocalGrid
+    front: Front | None
+    job: str
+
+    def injecting(self, do: Callable[[Injector], Coroutine[Any, Any, T]]) -> T:
+        async def run() -> T:
+            grid = self.grid
+            injector = injector_for(
+                *(grid.backend, grid.home, grid.client),
+                pools=grid.pools,
+                parent=True,
+                front=self.front,
+            )
+            try:
+                return await do(injector)
+            finally:
+                await injector.close()
+
+        return asyncio.run(run())
+
+    def hurt(self, name: FaultName, **more: Any) -> Injected:
+        seen = self.injecting(lambda injector: injector.inject(Fault(name, 0.0, **more), 0.0))
+        print(f"{self.grid.backend.name}, {name}: {seen.impossible or seen.evidence}")
+        return seen
+
+
+@dataclass
+class Bench:
+    """A grid that several tests do harm to."""
+
+    grid: LocalGrid
+    folder: Path
+    front: Front | None = None
+    numbers: Iterator[int] = field(default_factory=count)
+
+    @contextmanager
+    def work(
+        self, tasks: int, seconds: float, *, up: int = 2, within_s: float = 90.0
+    ) -> Iterator[Work]:
+        """A job, once `up` instances are in service; afterwards it has succeeded, and is right."""
+        folder = self.folder / f"job-{next(self.numbers)}"
+        folder.mkdir()
+        (folder / "work.py").write_text(WORK.format(seconds=seconds))
+        (folder / "items.jsonl").write_text("".join(f"{i}\n" for i in range(tasks)))
+        (folder / "job.yaml").write_text(JOB)
+        until(lambda: len(self.in_service()) >= up, within_s)
+        job = self.grid.submit(folder / "job.yaml", token=folder.name)["id"]
+        until(lambda: self.succeeded(job) > 0, within_s)
+        yield Work(self.grid, self.front, job)
+        view = self.grid.wait(job, within_s=within_s)
+        assert view["state"] == "SUCCEEDED", view
+        results = self.grid.results(view, folder / "out")
+        assert results["total"] == [3 * sum(range(tasks))]
+
+    def in_service(self) -> list[str]:
+        try:
+            pools = self.grid.client.grid()["pools"]
+        except BackendError:  # the last harm has cut its connections
+            return []
+        return [
+            one["id"] for pool in pools for one in pool["instances"] if one["state"] == "InService"
+        ]
+
+    def succeeded(self, job: str) -> int:
+        """Tasks of its first stage."""
+        return self.grid.client.job(job)["stages"][0]["succeeded"]

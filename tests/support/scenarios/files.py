@@ -1,0 +1,55 @@
+"""A scenario file to change in tests, and how its mistakes are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from batchlab.errors import JobFileError
+from batchlab.scenario import loader
+from batchlab.scenario.model import Scenario
+from batchlab.spec import JobFileErrors
+from tests.support.mistakes import complete
+
+FULL = """\
+name: evening
+about: A peak. It teaches.
+zones: 2
+jobs:
+  claims:
+    tasks: {lognormal: {median: 20, sigma: 0.5}}
+    deadline: 1h
+    stages:
+      - {name: parse, task: 4s}
+      - {name: sum, gather: all, task: 5s}
+  small: {task: 2s}
+arrivals:
+  - {job: claims, poisson: {per_hour: 60, until: 1h}}
+  - {job: small, at: [0s, {at: 5m, count: 3}]}
+pools:
+  default: {max: 4, slots: 2, instance_type: m7i.large, spot: 0.5}
+policy: {drain_target: 5m}
+prewarm: [{min: 2, at: 10m, until: 20m}]
+faults: [{at: 30m, fault: kill, count: 1}]
+expect: {late: 0, cost: 2 USD, jobs: {claims: {p95_wait: 5m}}}
+"""
+
+
+def load(folder: Path, text: str = FULL) -> Scenario:
+    """The scenario of that text, written into `folder`."""
+    (folder / "s.yaml").write_text(text)
+    return loader.load(folder / "s.yaml")
+
+
+def refused(folder: Path, text: str) -> tuple[JobFileError, ...]:
+    """The mistakes that loading it tells, each with all that a person needs."""
+    with pytest.raises(JobFileErrors) as caught:
+        load(folder, text)
+    return complete(caught.value.errors, folder / "s.yaml", text)
+
+
+def changed(old: str, new: str) -> str:
+    """FULL with `old`, which it has once, replaced."""
+    assert FULL.count(old) == 1, old
+    return FULL.replace(old, new)

@@ -1,0 +1,1 @@
+"""Managers with an API and pages for tests."""

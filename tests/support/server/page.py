@@ -1,0 +1,96 @@
+"""The page over HTTP, to visitors with and without a session; jobs fail with hostile words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.routing import APIRoute
+
+from batchlab import web
+from batchlab.api.door import PAGE
+from batchlab.model import Failure, FailureKind
+from tests.support.server.api import TOKEN, Rig
+
+OURS = {"Sec-Fetch-Site": "same-origin"}
+NASTY = "<script>alert(1)</script>'\"><img src=x onerror=alert(2)>`{{7*7}}"
+
+
+def nasty(task: int) -> Failure:
+    return Failure(task, FailureKind.EXCEPTION, NASTY, NASTY, f'File "{NASTY}", line 1, in x')
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    with Rig(failure=nasty) as made:
+        yield made
+
+
+class Visitor:
+    """Somebody's browser: keeps its cookies, and says where a request comes from."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.http = httpx.Client(base_url=rig.url, trust_env=False, verify=False)
+        self.rig = rig
+        self.root = PAGE
+        """The path below which the page is, with the session's place after a login."""
+
+    def log_in(self, word: str = TOKEN) -> httpx.Response:
+        answer = self.http.post("/ui/login", data={"word": word}, headers=OURS)
+        self.root = answer.headers.get("location", f"{PAGE}/").removesuffix("/")
+        return answer
+
+    def get(self, path: str, **headers: str) -> httpx.Response:
+        return self.http.get(f"{self.root}{path}", headers=headers)
+
+    def token(self) -> str:
+        found = re.search(r'name="form_token" value="([^"]+)"', self.get("/").text)
+        assert found
+        return found[1]
+
+    def post(self, path: str, **data: Any) -> httpx.Response:
+        return self.http.post(
+            f"{self.root}{path}", data={"form_token": self.token(), **data}, headers=OURS
+        )
+
+
+@pytest.fixture
+def stranger(rig: Rig) -> Iterator[Visitor]:
+    made = Visitor(rig)
+    with made.http:
+        yield made
+
+
+@pytest.fixture
+def other(rig: Rig) -> Iterator[Visitor]:
+    made = Visitor(rig)
+    with made.http:
+        yield made
+
+
+@pytest.fixture
+def visitor(rig: Rig) -> Iterator[Visitor]:
+    made = Visitor(rig)
+    with made.http:
+        assert made.log_in().status_code == 303
+        yield made
+
+
+def routes(rig: Rig) -> list[tuple[str, str]]:
+    """Every route of the page with its method, names filled in."""
+    page = web.page_of(rig.served, None)
+    found: list[tuple[str, str]] = []
+
+    def walk(some: Any) -> None:
+        for route in some:
+            if router := getattr(route, "original_router", None):
+                walk(router.routes)
+            elif isinstance(route, APIRoute):
+                path = re.sub(r"\{(\w+)\}", lambda m: "0" if m[1] == "task" else "x", route.path)
+                found.extend((method, path) for method in route.methods or ())
+
+    walk(page.routes)
+    return found

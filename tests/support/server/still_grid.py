@@ -1,0 +1,321 @@
+"""A grid that stands still: the page over a manager that does nothing, with all there is to show.
+
+Invariant: what it shows is always the same. Its clock stands, its fleet and its queues are tables,
+nobody works, and what is in its ledger and bucket was put there once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from types import TracebackType
+from typing import Self, cast
+
+import uvicorn
+
+from batchlab import web
+from batchlab.accounts import accounting_of
+from batchlab.adapters.clock import RandomIds
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.sql import open_memory
+from batchlab.api import create_app
+from batchlab.client import Client
+from batchlab.commit import commit
+from batchlab.costs import prices
+from batchlab.costs.meter import Account, Kind, Life
+from batchlab.home import Home
+from batchlab.jobdef import JobDef
+from batchlab.listening import listen, listen_locally
+from batchlab.manager.live import Ports, Seen
+from batchlab.manager.manager import Manager
+from batchlab.manager.plans import Plans
+from batchlab.manager.settings import ManagerSettings
+from batchlab.manager.used import Used
+from batchlab.model import Bundle, Control, JobId, JobState, Market, Ran, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import Cut, Fleet, Queue
+from batchlab.protocol import naming, settle
+from batchlab.protocol.messages import Beat, Held
+from batchlab.protocol.sealing import UNSEALED
+from batchlab.schedule.model import Definition, Run, RunState, When
+from batchlab.tally import Requests, Tally
+from tests.support.server.still_tables import (
+    BAD,
+    CANCELLED,
+    DONE,
+    FAILED,
+    GROUPS,
+    LARGE,
+    LONG,
+    NOW_S,
+    OK,
+    PAUSED,
+    POOLS,
+    PRICES,
+    RUNS,
+    TOTAL,
+    WAITS,
+    StandingClock,
+    StillFleet,
+    StillQueue,
+    failure,
+    moments,
+)
+
+TOKEN = "correct horse"
+DEADLINE_S = 10.0
+
+
+@dataclass
+class StillGrid:
+    """Serves the page at `url`; `empty` has no jobs, no schedules and no instances."""
+
+    home: Home
+    empty: bool = False
+
+    def __enter__(self) -> Self:
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="still")
+        self._thread.start()
+        assert self._ready.wait(DEADLINE_S)
+        # By its socket: signed requests need a clock that goes.
+        self.client = Client(self.url, TOKEN, self._socket)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self.client.close()
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive()
+
+    async def _main(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        ports = Ports(
+            SimObjects(),
+            cast(Queue, StillQueue()),
+            cast(Fleet, StillFleet()),
+            open_memory(),
+            StandingClock(),
+            RandomIds(),
+            Patience(random.Random(3), limit_s=0.2),
+        )
+        self.manager = manager = Manager(
+            *(ports, ManagerSettings(), POOLS, "manager-1"),
+            accounting_of(self.home, POOLS, Tally()),
+            schedules=True,
+        )
+        app, served = create_app(manager, token=TOKEN, backend_name="aws", on_shutdown=lambda: None)
+        web.mount(app, served, prices=prices.load(self.home.path))
+        assert manager.scheduler
+        manager.scheduler._is_read.set()
+        if not self.empty:
+            await self._fill(ports)
+            served.history.moments.extend(moments())
+        manager.is_leader.set()
+        config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
+        server = uvicorn.Server(config)
+        local = listen_locally(self.home)
+        assert local
+        with listen("127.0.0.1", 0) as listener, local[0]:
+            self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            self._socket = local[1]
+            serving = asyncio.create_task(server.serve(sockets=[listener, local[0]]))
+            self._ready.set()
+            await self._stop.wait()
+            server.should_exit = server.force_exit = True
+            await serving
+        await ports.ledger.close()
+
+    # --- What is put there -----------------------------------------------------------------------
+
+    async def _fill(self, ports: Ports) -> None:
+        await self._ran(ports, LONG, 10, NOW_S - 199_990, 190.0, total=True)
+        await self._ended(ports, LONG, JobState.SUCCEEDED, "", NOW_S - 199_700)
+        await self._ran(ports, CANCELLED, 60, NOW_S - 89_990, 12.0, only=20)
+        await self._ended(
+            *(ports, CANCELLED, JobState.CANCELLED, "its user has cancelled it", NOW_S - 89_000)
+        )
+        await self._ran(ports, OK, 40, NOW_S - 28_790, 1.2, total=True)
+        await self._ended(ports, OK, JobState.SUCCEEDED, "", NOW_S - 28_700)
+        await self._ran(ports, FAILED, 24, NOW_S - 5_390, 0.5, bad=range(9))
+        why = "9 of 24 tasks of stage prices failed, and its failure policy allows none"
+        await self._ended(ports, FAILED, JobState.FAILED, why, NOW_S - 5_300)
+        await self._ran(ports, RUNS, LARGE, NOW_S - 1_500, 0.18, only=DONE, bad=range(BAD))
+        await self._ran(ports, PAUSED, 60, NOW_S - 890, 4.0, only=14)
+        await ports.ledger.move_job(PAUSED.id, JobState.PAUSED, round=0)
+        await ports.ledger.set_control(PAUSED.id, Control.PAUSE, round=0)
+        await ports.ledger.add_job(WAITS, state=JobState.SCHEDULED)
+        await self.manager._adoption.adopt_active()
+        self._work()
+        self._spend()
+        await self._schedule()
+
+    async def _ran(
+        self,
+        ports: Ports,
+        job: JobDef,
+        tasks: int,
+        start_s: float,
+        run_s: float,
+        *,
+        only: int | None = None,
+        bad: range = range(0),
+        total: bool = False,
+    ) -> None:
+        """A job of which `only` so many tasks have ended, one by one where few, and those in `bad`
+        failed; with `total` its second stage too."""
+        await ports.ledger.add_job(job, state=JobState.SUBMITTED)
+        assert job.input
+        for number, key in enumerate(job.input.keys):
+            await ports.objects.put(key, f"row {number}\nSKU-{number:05}\n".encode())
+        if tasks <= 100:
+            await Plans(ports).of_input(job, job.stages[0])
+        size = max(1, tasks // 100)
+        edges = [*range(0, tasks, size), tasks]
+        bundles = tuple(Bundle(job.id, PRICES, TaskSet.span(a, b)) for a, b in pairwise(edges))
+        await ports.ledger.add_cut(Cut(job.id, PRICES, 0, 0, bundles, TaskSet(), tasks))
+        for bundle in bundles:
+            if bundle.tasks.first < (tasks if only is None else only):
+                await self._outcome(ports, job, bundle, start_s, run_s, bad)
+        if total:
+            last = Bundle(job.id, TOTAL, TaskSet.of([0]))
+            await ports.ledger.add_cut(Cut(job.id, TOTAL, 0, 0, (last,), TaskSet(), 1))
+            await self._outcome(ports, job, last, start_s, run_s, range(0))
+
+    async def _outcome(
+        self, ports: Ports, job: JobDef, bundle: Bundle, start_s: float, run_s: float, bad: range
+    ) -> None:
+        log = naming.log(bundle, "x", UNSEALED)
+        spans, at, text = [], 0, b""
+        if len(bundle.tasks) == 1:
+            for task in bundle.tasks:
+                text += f"reading row {task}\nlooking up SKU-{task:05}\n".encode()
+                spans.append((task, at, at := len(text)))
+            await ports.objects.put(log, text)
+        ran = [
+            # Some take three times as long, so that there is a spread.
+            Ran(t, run_s * (1 + 2 * (t % 7 == 0)), t, failure(t) if t in bad else None)
+            for t in bundle.tasks
+        ]
+        outcome = settle.settle(
+            *(job, bundle, ran),
+            execution="x",
+            worker="w-5d1f07",
+            started_s=start_s,
+            ended_s=start_s + sum(one.run_s for one in ran),
+            log=log,
+            log_spans=spans,
+        )
+        if outcome.failed or len(bundle.tasks) == 1:
+            await commit(ports.objects, outcome, ports.patience, await ports.keys.of(job))
+        await ports.ledger.fold([settle.completion(outcome)], [{}])
+
+    async def _ended(
+        self, ports: Ports, job: JobDef, state: JobState, reason: str, ended_s: float
+    ) -> None:
+        rows = await ports.ledger.rows(job.id)
+        closed = {
+            one.counts.stage: (one.counts.planned or 1) - one.counts.terminal
+            for one in rows.stages
+            if not one.counts.ended
+        }
+        await ports.ledger.finish(
+            job.id, state, round=0, reason=reason, ended_s=ended_s, closed=closed
+        )
+
+    def _work(self) -> None:
+        """Three workers report what they run."""
+        manager = self.manager
+        bundles = sorted(
+            manager.lives[RUNS.id].all_outstanding(), key=lambda one: one.bundle.tasks.first
+        )
+        for number, instance in enumerate(GROUPS[0].instances[:3]):
+            held = tuple(
+                Held("q", None, RUNS.id, PRICES, one.bundle.id, running=turn < 2)
+                for turn, one in enumerate(bundles[number * 3 : number * 3 + 3])
+            )
+            beat = Beat(*(f"w-{number}c9f2ab", instance.id, "default", NOW_S - 1, 2, 2, held, 7))
+            since_s = manager.ports.clock.monotonic_s() - 8 * (number + 1)
+            manager.registry.workers[instance.id] = Seen(
+                beat, since_s, {one: since_s for one in held if one.running}
+            )
+
+    def _spend(self) -> None:
+        spending = self.manager.spending
+        assert spending
+        kinds = {
+            Kind("default", "c7g.large"): 5_120.0,
+            Kind("default", "c7g.large", Market.SPOT): 2_970.0,
+            Kind("large-memory", "r7g.2xlarge"): 360.0,
+        }
+        requests = Requests(48_210.4, 1_204, 6_120, 9_344)
+        spending.meter.total = Account(dict(kinds), requests=requests, bundles=900)
+        live = self.manager.lives[RUNS.id]
+        live.account = Account(dict(list(kinds.items())[:2]), requests=requests.times(0.8))
+        for instance in GROUPS[0].instances[:4]:
+            kind = Kind("default", "c7g.large", instance.machine.market)
+            spending.meter.lives[instance.id] = Life(kind)
+        spending._closed[FAILED.id] = Used(Account({Kind("default", "c7g.large"): 360.0}))
+        spending.caps.max_cost_usd = 20.0
+
+    async def _schedule(self) -> None:
+        scheduler = self.manager.scheduler
+        assert scheduler
+        day_s = 86_400.0
+        definitions = [
+            Definition(
+                *("nightly-prices", "nightly-prices"),
+                When("0 2 * * 1-5", "Europe/Berlin"),
+                "",
+                prewarm_s=600.0,
+                missed_within_s=21_600.0,
+                source="/home/ana/prices/job.yaml",
+            ),
+            Definition("month-end", "month-end", When("0 6 L * *"), "", capacity=8, prewarm_s=300),
+            Definition("stocktaking", "quarterly", When(at_s=NOW_S + 3 * day_s), ""),
+        ]
+        for definition in definitions:
+            template = replace(OK, id=JobId(f"{definition.name}-template"), name=definition.job)
+            await scheduler.add(definition, template, replacing=False)
+        await scheduler.pause("month-end")
+        due_s = NOW_S - 36_000
+        runs = (
+            Run(
+                *(due_s - 5 * day_s, "a", RunState.ENDED, due_s - 5 * day_s, LONG.id),
+                started_s=due_s - 5 * day_s + 1,
+                ended_s=due_s - 5 * day_s + 92,
+                result="SUCCEEDED",
+            ),
+            Run(
+                *(due_s - 4 * day_s, "b", RunState.SKIPPED, due_s - 4 * day_s + 200),
+                reason="the run due at 2026-03-25 02:00:00 CET had not ended",
+            ),
+            Run(
+                *(due_s - 3 * day_s, "c", RunState.ENDED, due_s - 3 * day_s + 200, CANCELLED.id),
+                started_s=due_s - 3 * day_s + 1,
+                ended_s=due_s - 3 * day_s + 400,
+                result="FAILED",
+                reason="9 of 40 tasks of stage prices failed, and its failure policy allows none",
+            ),
+            Run(
+                *(due_s, "d", RunState.ENDED, due_s, OK.id),
+                started_s=due_s + 1,
+                ended_s=due_s + 91,
+                result="SUCCEEDED",
+                asked="somebody",
+            ),
+        )
+        kept = scheduler.shelf.schedules["nightly-prices"]
+        assert await scheduler.shelf.put(replace(kept, runs=runs))
+        scheduler.notes = [
+            "schedule nightly-prices: the run due at 2026-03-26 02:00:00 CET is skipped: the run "
+            "due at 2026-03-25 02:00:00 CET had not ended"
+        ]

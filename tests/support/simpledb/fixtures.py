@@ -1,0 +1,115 @@
+"""Fixtures: a SimpleDB of the test run's own, and a domain in it for each test."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab.adapters.aws import Endpoint, client
+from tests.support.aws.emulators import Server, free_port
+
+ROOT = Path(__file__).resolve().parents[3]
+START = "-m", "tests.support.simpledb.server"
+
+
+@dataclass(frozen=True)
+class Sdb:
+    """A place for one ledger: a server, and a domain that nobody else uses."""
+
+    url: str
+    domain: str
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(self.url)
+
+    def weather(self, **changes: float) -> None:
+        """Set fields of the server's Weather."""
+        request = urllib.request.Request(f"{self.url}/_fake", json.dumps(changes).encode())
+        urllib.request.urlopen(request, timeout=5).close()
+
+    def asked(self) -> dict[str, int]:
+        """How many calls of each action there were so far, of the whole server."""
+        with urllib.request.urlopen(f"{self.url}/_fake", timeout=5) as answer:
+            found: dict[str, int] = json.load(answer)["asked"]
+            return found
+
+    def client(self) -> Any:
+        """boto3's, without retries."""
+        return client(self.endpoint, "sdb", connections=10)
+
+    def items(self) -> dict[str, dict[str, list[str]]]:
+        """Everything in the domain, read consistently."""
+        sdb = self.client()
+        found: dict[str, dict[str, list[str]]] = {}
+        more: dict[str, str] = {}
+        while True:
+            page = sdb.select(
+                SelectExpression=f"select * from `{self.domain}` limit 2500",
+                ConsistentRead=True,
+                **more,
+            )
+            for item in page.get("Items", ()):
+                into = found.setdefault(item["Name"], {})
+                for one in item["Attributes"]:
+                    into.setdefault(one["Name"], []).append(one["Value"])
+            if "NextToken" not in page:
+                sdb.close()
+                return found
+            more = {"NextToken": page["NextToken"]}
+
+
+FAIR = {
+    "throttle": 0.0,
+    "lose": 0.0,
+    "lag_s": 0.0,
+    "short": 0.0,
+    "max_attributes": 1_000_000_000,
+    "max_bytes": 10 * 1024**3,
+    "stop_after": -1,
+}
+ROUGH = {"throttle": 0.15, "lose": 0.03, "lag_s": 0.5, "short": 0.2}
+"""Every fault at once, and all the time."""
+
+
+@pytest.fixture(scope="session")
+def simpledb_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One server for all tests of a worker."""
+    port = free_port()
+    command = [sys.executable, *START, str(port)]
+    env = {"PYTHONPATH": str(ROOT)}
+    server = Server(command, tmp_path_factory.mktemp("simpledb"), port=port, env=env)
+    server.start()
+    assert server.endpoint.url
+    yield server.endpoint.url
+    server.kill()
+
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def simpledb(simpledb_url: str) -> Iterator[Sdb]:
+    """An empty domain in fair weather."""
+    place = Sdb(simpledb_url, f"grid-{next(_numbers)}")
+    sdb = place.client()
+    sdb.create_domain(DomainName=place.domain)
+    yield place
+    place.weather(**FAIR)
+    sdb.delete_domain(DomainName=place.domain)
+    sdb.close()
+
+
+@pytest.fixture
+def rough_simpledb(simpledb: Sdb) -> Sdb:
+    """The same in the worst weather."""
+    simpledb.weather(**ROUGH)
+    return simpledb

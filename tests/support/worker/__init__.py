@@ -1,0 +1,1 @@
+"""Runners of tasks for tests."""

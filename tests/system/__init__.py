@@ -1,0 +1,1 @@
+"""Tests of real parts: grids of processes, containers, services that are started for a test."""

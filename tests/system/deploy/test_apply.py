@@ -1,0 +1,206 @@
+"""`batchlab deploy apply` on MiniStack, with what it makes looked at one by one: a green stack
+proves nothing. The template is a small one; test_shipped_stack.py has the real one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from batchlab.adapters.awsgrid import deployment
+from batchlab.deploy.account import Account
+from batchlab.home import Home
+from tests.support.aws.deploy import client, group, queues, release, stacks
+from tests.support.cli import Run
+
+
+def test_apply_makes_everything_and_says_where_it_is(
+    deploy: Run, home: Home, tmp_path: Path
+) -> None:
+    archive = release(tmp_path)
+    code, out, err = deploy(
+        *("apply", "--yes", "--release", archive),
+        *("--pool", "default:0-4x2@m7i.large", "--pool", "gpu-big:1-2x4@m7i.2xlarge"),
+    )
+    assert code == 0, err
+    assert "Create, " in out
+    assert "CREATE_COMPLETE PoolGpuBigTasks (AWS::SQS::Queue)" in err
+    assert "The stack batchlab is up in us-east-1" in err
+
+    # The stack, in its second phase.
+    (told,) = client("cloudformation").describe_stacks()["Stacks"]
+    assert told["StackStatus"] == "UPDATE_COMPLETE"
+    assert told["EnableTerminationProtection"]
+    assert {"Key": "batchlab.stack", "Value": "batchlab"} in told["Tags"]
+    sha = archive.name.removesuffix(".tar.gz")
+    parameters = {one["ParameterKey"]: one["ParameterValue"] for one in told["Parameters"]}
+    assert parameters["Release"] == sha
+
+    # What it has made.
+    assert queues() == [
+        "batchlab-events",
+        "batchlab-tasks-default",
+        "batchlab-tasks-default-dead",
+        "batchlab-tasks-gpu-big",
+        "batchlab-tasks-gpu-big-dead",
+    ]
+    sqs = client("sqs")
+    for pool in ("default", "gpu-big"):
+        url = sqs.get_queue_url(QueueName=f"batchlab-tasks-{pool}")["QueueUrl"]
+        told = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["RedrivePolicy"])
+        redrive = json.loads(told["Attributes"]["RedrivePolicy"])
+        assert redrive["deadLetterTargetArn"].endswith(f":batchlab-tasks-{pool}-dead")
+    assert (group("batchlab-pool-default")["MinSize"], group("batchlab-manager")["MinSize"]) == (
+        0,
+        1,
+    )
+    big = group("batchlab-pool-gpu-big")
+    assert (big["MinSize"], big["MaxSize"]) == (1, 2)
+    tags = {one["Key"]: one["Value"] for one in big["Tags"]}
+    assert tags["batchlab.stack"] == "batchlab"
+    assert (tags["batchlab:pool"], tags["batchlab:slots"]) == ("gpu-big", "4")
+
+    # What the home is told.
+    found = deployment.read(home)
+    assert found is not None
+    assert found.manager_group == "batchlab-manager"
+    assert found.groups_prefix == "batchlab-pool-"
+    assert found.python == "3.12"
+    assert [(one.name, one.max_size, one.slots, one.instance_type) for one in found.pools] == [
+        ("default", 4, 2, "m7i.large"),
+        ("gpu-big", 2, 4, "m7i.2xlarge"),
+    ]
+    assert client("secretsmanager").get_secret_value(SecretId=found.token_secret)["SecretString"]
+    stored = client("s3").get_object(Bucket=found.bucket, Key=f"boot/{archive.name}")
+    assert stored["Body"].read() == archive.read_bytes()
+
+
+def test_a_second_apply_changes_nothing_and_a_pool_comes_and_goes_alone(
+    deploy: Run, home: Home, tmp_path: Path
+) -> None:
+    archive = release(tmp_path)
+    deploy("apply", "--yes", "--release", archive)
+    made = client("cloudformation").describe_stacks()["Stacks"][0]["StackId"]
+    code, out, err = deploy("apply", "--yes", "--release", archive)
+    assert code == 0, err
+    assert "No changes" in out
+    _, out, _ = deploy("plan")
+    assert "No changes" in out
+
+    _, out, _ = deploy("plan", "--json", "--pool", "default:0-10x2", "--pool", "big:0-1x4")
+    changes = json.loads(out)["changes"]
+    assert {one["id"] for one in changes if one["action"] == "Add"} >= {
+        *("PoolBigTasks", "PoolBigDead", "PoolBigGroup", "PoolBigTemplate"),
+    }
+    assert not [c for c in changes if c["id"].startswith("Pool") and c["action"] == "Remove"]
+    deploy("apply", "--yes", "--release", archive)
+    assert "batchlab-tasks-big" in queues()
+    sqs = client("sqs")
+    url = sqs.get_queue_url(QueueName="batchlab-tasks-big")["QueueUrl"]
+    sqs.send_message(QueueUrl=url, MessageBody="kept")
+
+    # The first pool goes, and the second one's parts stay as they are.
+    code, _, err = deploy("apply", "--yes", "--release", archive, "--pool", "big:0-1x4")
+    assert code == 0, err
+    assert queues() == ["batchlab-events", "batchlab-tasks-big", "batchlab-tasks-big-dead"]
+    assert sqs.receive_message(QueueUrl=url)["Messages"][0]["Body"] == "kept"
+    assert client("cloudformation").describe_stacks()["Stacks"][0]["StackId"] == made
+    found = deployment.read(home)
+    assert found is not None
+    assert [one.name for one in found.pools] == ["big"]
+
+
+def test_a_large_template_goes_by_the_stacks_own_bucket(
+    deploy: Run, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = release(tmp_path)
+    deploy("apply", "--yes", "--release", archive)
+    monkeypatch.setattr("batchlab.deploy.plan.INLINE_BYTES", 100)
+    code, out, err = deploy("plan", "--json", "--pool", "default:0-20x2")
+    assert (code, err) == (0, "")
+    assert [one["id"] for one in json.loads(out)["changes"]] == ["PoolGroup"]
+    found = deployment.read(home)
+    assert found is not None
+    assert [one["Name"] for one in client("s3").list_buckets()["Buckets"]] == [found.bucket]
+    left = client("s3").list_objects_v2(Bucket=found.bucket, Prefix="deploy/")
+    assert left["KeyCount"] == 0
+
+
+def test_another_release_is_an_update_and_instances_are_replaced(
+    deploy: Run, tmp_path: Path
+) -> None:
+    deploy("apply", "--yes", "--release", release(tmp_path, "one"))
+    scaling = client("autoscaling")
+    scaling.set_desired_capacity(AutoScalingGroupName="batchlab-manager", DesiredCapacity=1)
+    assert group("batchlab-manager")["Instances"]
+    second = release(tmp_path, "two")
+    code, _, err = deploy("apply", "--yes", "--release", second)
+    assert code == 0, err
+    assert "batchlab-manager: its instances are being replaced" in err
+    assert "batchlab-pool-default: its instances" not in err  # it has none
+    told = scaling.describe_instance_refreshes(AutoScalingGroupName="batchlab-manager")
+    assert len(told["InstanceRefreshes"]) == 1
+    _, out, _ = deploy("status", "--json")
+    assert json.loads(out)["release"] == second.name.removesuffix(".tar.gz")
+
+
+def test_instances_that_are_being_replaced_already_are_no_failure(
+    deploy: Run, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deploy("apply", "--yes", "--release", release(tmp_path, "one"))
+    client("autoscaling").set_desired_capacity(
+        AutoScalingGroupName="batchlab-manager", DesiredCapacity=1
+    )
+    real = Account.client
+
+    def busy(**_: object) -> tuple[object, dict[str, Any]]:
+        error = {"Code": "InstanceRefreshInProgress", "Message": "An Instance Refresh is already …"}
+        return SimpleNamespace(status_code=400), {"Error": error, "ResponseMetadata": {}}
+
+    def answered(self: Account, service: str) -> Any:
+        made = real(self, service)
+        made.meta.events.register(
+            "before-call.auto-scaling.StartInstanceRefresh", busy, unique_id="busy"
+        )
+        return made
+
+    monkeypatch.setattr(Account, "client", answered)
+    code, _, err = deploy("apply", "--yes", "--release", release(tmp_path, "two"))
+    assert code == 0, err
+    assert "batchlab-manager: instances are being replaced already; apply again later." in err
+    assert deployment.read(home) is not None
+
+
+def test_without_a_terminal_only_yes_agrees(deploy: Run, tmp_path: Path) -> None:
+    code, out, err = deploy("apply", "--release", release(tmp_path))
+    assert code == 2
+    assert "--yes" in err
+    assert "Create, " in out
+    assert stacks() == {}
+
+
+@pytest.mark.parametrize(("answer", "code"), [("n", 1), ("", 1), ("y", 0)])
+def test_the_person_in_front_is_asked(
+    deploy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int
+) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda: answer)
+    found, _, err = deploy("apply", "--release", release(tmp_path))
+    assert found == code
+    assert "Create the stack batchlab? [y/N]" in err
+    assert ("Nothing is changed." in err) == (code == 1)
+    assert bool(stacks()) == (code == 0)
+
+
+def test_a_release_that_is_damaged_is_refused_before_anything_is_made(
+    deploy: Run, tmp_path: Path
+) -> None:
+    archive = release(tmp_path)
+    archive.write_bytes(b"x")
+    code, _, err = deploy("apply", "--yes", "--release", archive)
+    assert code == 2
+    assert "not called by the SHA-256" in err
+    assert stacks() == {}

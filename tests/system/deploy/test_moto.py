@@ -1,0 +1,102 @@
+"""What MiniStack lacks, on moto: instances that are protected from scale-in, and more of them than
+one call takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from batchlab.adapters.aws import Endpoint
+from batchlab.deploy.account import Account
+from batchlab.deploy.stack import Stack
+from batchlab.deploy.sweep import BATCH, Destroy
+from tests.support.aws.deploy import Front, client, use
+
+TEMPLATE = """
+Resources:
+  ManagerGroup:
+    Type: AWS::AutoScaling::AutoScalingGroup
+    Properties: &group
+      AutoScalingGroupName: grid-manager
+      AvailabilityZones: [us-east-1a]
+      MinSize: '0'
+      MaxSize: '100'
+      DesiredCapacity: '1'
+      NewInstancesProtectedFromScaleIn: true
+      LaunchTemplate: {LaunchTemplateId: !Ref Template, Version: '1'}
+  PoolGroup:
+    Type: AWS::AutoScaling::AutoScalingGroup
+    Properties:
+      <<: *group
+      AutoScalingGroupName: grid-pool-default
+      DesiredCapacity: '60'
+  Template:
+    Type: AWS::EC2::LaunchTemplate
+    Properties:
+      LaunchTemplateName: grid
+      LaunchTemplateData: {ImageId: ami-12c6146b, InstanceType: t3.micro}
+Outputs:
+  PoolGroups: {Value: !Ref PoolGroup}
+"""
+
+
+@pytest.fixture
+def calls(moto: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
+    """The changes that were asked of Auto Scaling, in order."""
+    assert moto.url is not None
+    use(monkeypatch, moto.url)
+    found: list[tuple[str, Any]] = []
+    real = Account.client
+
+    def watched(self: Account, service: str) -> Any:
+        made = real(self, service)
+        if service == "autoscaling":
+            made.meta.events.register(
+                "provide-client-params.auto-scaling",
+                lambda params, model, **_: found.append((model.name, dict(params))),
+                unique_id="seen",
+            )
+        return made
+
+    monkeypatch.setattr(Account, "client", watched)
+    yield found
+    client("cloudformation").delete_stack(StackName="grid")
+
+
+def test_protected_instances_are_freed_and_the_manager_goes_first(
+    calls: list[tuple[str, Any]],
+) -> None:
+    """A manager would protect and launch others; a group with a protected instance stays."""
+    client("cloudformation").create_stack(StackName="grid", TemplateBody=TEMPLATE)
+    scaling = client("autoscaling")
+
+    def instances() -> dict[str, list[Any]]:
+        # Others use the same server.
+        told = scaling.describe_auto_scaling_groups(
+            AutoScalingGroupNames=["grid-manager", "grid-pool-default"]
+        )["AutoScalingGroups"]
+        return {one["AutoScalingGroupName"]: one["Instances"] for one in told}
+
+    before = instances()
+    assert (len(before["grid-manager"]), len(before["grid-pool-default"])) == (1, 60)
+    assert all(one["ProtectedFromScaleIn"] for some in before.values() for one in some)
+
+    front = Front()
+    with Account.open() as account:
+        stays = Destroy(
+            Stack(account, "grid"), front, delete_data=False, sleep=lambda _: None
+        ).run()
+    assert stays == []
+    assert instances() == {}
+
+    changes = [(name, asked) for name, asked in calls if not name.startswith("Describe")]
+    resized = [asked for name, asked in changes if name == "UpdateAutoScalingGroup"]
+    assert resized[0]["AutoScalingGroupName"] == "grid-manager"
+    freed = [asked for name, asked in changes if name == "SetInstanceProtection"]
+    assert all(len(one["InstanceIds"]) <= BATCH for one in freed)
+    assert not any(one["ProtectedFromScaleIn"] for one in freed)
+    of_pool = [one for one in freed if one["AutoScalingGroupName"] == "grid-pool-default"]
+    assert sorted(len(one["InstanceIds"]) for one in of_pool) == [10, 50]
+    assert "60 instances are ending." in front.said

@@ -1,0 +1,217 @@
+"""The stack that ships, `backends/aws/stack.yaml`, through `batchlab deploy`: as far as MiniStack
+can make it, and what is made looked at. And who may not deploy, on one that asks IAM."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from batchlab.adapters.awsgrid import deployment
+from batchlab.deploy import template
+from batchlab.home import Home
+from tests.support.aws import cfn
+from tests.support.aws.deploy import REGION, SMALL, client, group, queues, release, stacks, use
+from tests.support.aws.ministack import Plane, served
+from tests.support.cli import Run, runner
+
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "deploy.md"
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
+    """It holds everybody but the root user to IAM's policies."""
+    with served(tmp_path_factory.mktemp("aws"), enforces=True) as plane:
+        yield plane
+
+
+def test_the_real_stack_with_two_pools_is_made_looked_at_changed_and_gone(
+    cloud: Plane, deploy: Run, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, cloud.url, cfn.stack_file())
+    archive = release(tmp_path)
+    pools = ("--pool", "default:0-4x2@m7i.large,m6i.large", "--pool", "gpu-large:0-1x1@m7i.2xlarge")
+
+    # Two pools do not fit into a request: it goes by a bucket that is not there before or after.
+    code, out, err = deploy("plan", "--json", *pools)
+    assert code == 0, err
+    plan = json.loads(out)
+    assert plan["template_bytes"] > template.INLINE_BYTES
+    # What conditions exclude is not in it: MiniStack would refuse NAT gateways and SimpleDB.
+    wanted = {"PoolInstanceTypes": "m7i.large,m6i.large"}
+    expected = cfn.Rendered(cfn.load(), **wanted).resources.keys()
+    assert {one["id"] for one in plan["changes"] if "GpuLarge" not in one["id"]} == expected
+    assert {"PoolTasks", "PoolGpuLargeTasks"} <= {one["id"] for one in plan["changes"]}
+    assert client("s3").list_buckets()["Buckets"] == []
+    assert stacks() == {}
+
+    code, _, err = deploy("apply", "--yes", "--release", archive)
+    assert code == 0, err
+    at = deployment.read(home)
+    assert at is not None
+    assert [(one.name, one.max_size) for one in at.pools] == [("default", 4), ("gpu-large", 1)]
+    # Every resource that the stack names is there by its own service's word.
+    told = client("cloudformation").list_stack_resources(StackName="batchlab")
+    made = {
+        one["LogicalResourceId"]: one["PhysicalResourceId"]
+        for one in told["StackResourceSummaries"]
+    }
+    assert [name for name, id_ in made.items() if id_ in ("", "unknown")] == []
+    names = ("tasks-default", "tasks-default-dead", "tasks-gpu-large", "tasks-gpu-large-dead")
+    assert {f"batchlab-{one}" for one in (*names, "events")} <= set(queues())
+    for pool, most in (("default", 4), ("gpu-large", 1)):
+        found = group(f"{at.groups_prefix}{pool}")
+        assert (found["MinSize"], found["MaxSize"]) == (0, most)
+    assert group(at.manager_group)["MaxSize"] == 1
+    # The manager is told of all pools, a worker of its own.
+    assert pools_in(f"{at.prefix}manager") == ["default", "gpu-large"]
+    assert pools_in(f"{at.groups_prefix}gpu-large") == ["gpu-large"]
+    assert client("secretsmanager").get_secret_value(SecretId=at.token_secret)["SecretString"]
+    s3 = client("s3")
+    assert s3.head_object(Bucket=at.bucket, Key=f"boot/{archive.name}")["ContentLength"]
+    assert s3.list_objects_v2(Bucket=at.bucket, Prefix="deploy/")["KeyCount"] == 0
+    profiles = client("iam").list_instance_profiles()["InstanceProfiles"]
+    assert len([one for one in profiles if one["Roles"]]) == 3  # of each pool and the manager
+
+    code, out, err = deploy("status", "--json")
+    assert code == 0, err
+    status = json.loads(out)
+    assert status["drift"] == []
+    assert status["alarms"]
+    assert {one["name"] for one in status["groups"]} == {
+        at.manager_group,
+        *(f"{at.groups_prefix}{pool}" for pool in ("default", "gpu-large")),
+    }
+
+    code, _, err = deploy(
+        "apply", "--yes", "--release", archive, "--pool", "default:0-8x2@m7i.large"
+    )
+    assert code == 0, err
+    assert not [name for name in queues() if "gpu" in name]
+    assert group(f"{at.groups_prefix}default")["MaxSize"] == 8
+
+    code, out, err = deploy("destroy", "--yes", "--delete-data")
+    assert code == 0, err
+    assert out == ""
+    assert stacks() == {}
+    assert queues() == []
+    assert s3.list_buckets()["Buckets"] == []
+
+
+def pools_in(name: str) -> list[str]:
+    """The pools that the user data of a launch template writes down for an instance."""
+    told = client("ec2").describe_launch_template_versions(
+        LaunchTemplateName=name, Versions=["$Latest"]
+    )
+    (version,) = told["LaunchTemplateVersions"]
+    text = base64.b64decode(version["LaunchTemplateData"]["UserData"]).decode()
+    (found,) = re.findall(r'^ *\{"stack": .*?\n', text, re.M | re.S)
+    return [one["name"] for one in json.loads(found)["pools"]]
+
+
+# --- Who may -------------------------------------------------------------------------------------
+
+
+def deployer(monkeypatch: pytest.MonkeyPatch, policy: object) -> None:
+    """From now on calls are made by a user who has that policy."""
+    iam = client("iam")
+    iam.create_user(UserName="eve")
+    iam.put_user_policy(UserName="eve", PolicyName="p", PolicyDocument=json.dumps(policy))
+    key = iam.create_access_key(UserName="eve")["AccessKey"]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+
+
+def test_who_may_not_deploy_is_told_the_action(
+    strict: Plane, deploy: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    account = use(monkeypatch, strict.url)
+    only_looks = {
+        "Version": "2012-10-17",
+        "Statement": [
+            {"Effect": "Allow", "Action": "cloudformation:Describe*", "Resource": "*"},
+            {"Effect": "Allow", "Action": "sts:GetCallerIdentity", "Resource": "*"},
+        ],
+    }
+    deployer(monkeypatch, only_looks)
+    code, out, err = deploy("plan")
+    assert (code, out) == (3, "")
+    assert f"arn:aws:iam::{account}:user/eve may not do cloudformation:CreateChangeSet." in err
+    assert "docs/deploy.md" in err
+    assert "Traceback" not in err
+
+
+def documented_policy(account: str) -> dict[str, object]:
+    """The policy that docs/deploy.md gives a deployer."""
+    (block,) = re.findall(r"```json\n(\{.*?\n\})\n```", DOCS.read_text(), re.S)
+    policy: dict[str, object] = json.loads(block.replace("ACCOUNT", account))
+    return policy
+
+
+def test_the_documented_policy_is_enough_for_all_commands(
+    strict: Plane, deploy: Run, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the calls of `batchlab deploy` itself: of those that CloudFormation makes in the
+    deployer's name MiniStack asks IAM nothing."""
+    account = use(monkeypatch, strict.url, SMALL)
+    deployer(monkeypatch, documented_policy(account))
+    archive = release(tmp_path)
+    monkeypatch.setattr("batchlab.deploy.plan.INLINE_BYTES", 100)
+    for arguments in (
+        ("plan",),
+        ("apply", "--yes", "--release", archive),
+        ("apply", "--yes", "--release", release(tmp_path, "two")),
+        ("status",),
+        ("destroy", "--yes", "--delete-data"),
+    ):
+        code, _, err = deploy(*arguments)
+        assert code == 0, (arguments, err)
+        assert "may not do" not in err
+
+
+def test_the_documented_policy_reaches_no_other_stack(
+    strict: Plane, deploy: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    account = use(monkeypatch, strict.url, SMALL)
+    deployer(monkeypatch, documented_policy(account))
+    code, _, err = deploy("plan", "--stack", "somebody-elses")
+    assert code == 3
+    assert "may not do cloudformation:" in err
+    with pytest.raises(Exception, match="AccessDenied"):
+        client("s3").create_bucket(Bucket="somebody-elses")
+    with pytest.raises(Exception, match="AccessDenied"):
+        client("iam").create_user(UserName="mallory")
+
+
+def test_a_user_of_the_grid_finds_the_stack_from_another_machine(
+    strict: Plane,
+    deploy: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the policy that docs/aws-security.md gives to users, `deploy status` is all it takes."""
+    account = use(monkeypatch, strict.url, SMALL)
+    code, _, err = deploy("apply", "--yes", "--release", release(tmp_path))
+    assert code == 0, err
+    (block,) = re.findall(
+        r"```json\n(.*?)```", DOCS.with_name("aws-security.md").read_text(), re.DOTALL
+    )
+    for name, value in {"ACCOUNT": account, "REGION": REGION, "TOKENSECRET": "*"}.items():
+        block = block.replace(name, value)
+    deployer(monkeypatch, json.loads(block))
+    elsewhere = Home(tmp_path / "another laptop")
+    run = runner(monkeypatch, capsys)
+    code, out, err = run("deploy", "status", "--home", elsewhere.path)
+    assert code == 0, err
+    assert f"in {REGION}, account {account}" in out
+    known = deployment.read(elsewhere)
+    assert known is not None
+    assert known.stack == "batchlab"
+    code, _, err = deploy("destroy", "--yes")
+    assert code == 3
+    assert "may not do cloudformation:" in err

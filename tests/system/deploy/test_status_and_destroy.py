@@ -1,0 +1,331 @@
+"""`batchlab deploy status` and `destroy`, and `gc --aws`, on MiniStack."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from batchlab.adapters.awsgrid import deployment
+from batchlab.deploy import settings, template
+from batchlab.home import Home
+from tests.support.aws.deploy import SMALL, client, group, queues, release, stacks
+from tests.support.cli import Run, runner
+from tests.support.simpledb.fixtures import Sdb
+
+
+def test_status_shows_groups_queues_and_alarms(deploy: Run, tmp_path: Path) -> None:
+    deploy("apply", "--yes", "--release", release(tmp_path), "--pool", "default:1-4x2")
+    sqs = client("sqs")
+    sqs.send_message(
+        QueueUrl=sqs.get_queue_url(QueueName="batchlab-tasks-default")["QueueUrl"],
+        MessageBody="x",
+    )
+    sqs.create_queue(QueueName="batchlab-two-tasks-default")
+    client("cloudwatch").put_metric_alarm(
+        AlarmName="batchlab-two-manager-down",
+        MetricName="m",
+        Namespace="n",
+        Statistic="Sum",
+        Period=60,
+        EvaluationPeriods=1,
+        Threshold=1.0,
+        ComparisonOperator="LessThanThreshold",
+    )
+    client("autoscaling").set_desired_capacity(
+        AutoScalingGroupName="batchlab-manager", DesiredCapacity=1
+    )
+    (instance,) = group("batchlab-manager")["Instances"]
+    code, out, err = deploy("status")
+    assert (code, err) == (0, "")
+    assert re.search(r"stack batchlab: UPDATE_COMPLETE since .*, protected", out)
+    assert f"manager {instance['InstanceId']}" in out
+    assert re.search(r"^batchlab-tasks-default +1 +0 +0$", out, re.M)
+    assert re.search(r"^batchlab-manager +1 +1 +1 +1 +0", out, re.M)
+    assert re.search(r"^batchlab-pool-default-dead-letters +INSUFFICIENT_DATA", out, re.M)
+    assert "batchlab-two" not in out, "of a stack whose name begins alike"
+    found = json.loads(deploy("status", "--json")[1])
+    assert len(found["queues"]) == 3
+    assert len(found["alarms"]) == 1
+    assert found["manager"] == instance["InstanceId"]
+    assert found["drift"] == []
+    assert {one["name"] for one in found["groups"]} == {
+        "batchlab-manager",
+        "batchlab-pool-default",
+    }
+
+
+def test_a_home_that_does_not_know_the_stack_is_told(
+    deploy: Run, home: Home, tmp_path: Path
+) -> None:
+    """Another laptop: no settings, no deployment, and the stack is found by its name."""
+    deploy("apply", "--yes", "--release", release(tmp_path), "--stack", "team")
+    known = deployment.read(home)
+    assert known is not None
+    deployment.path_in(home).unlink()
+    settings.path_in(home).unlink()
+    code, _, err = deploy("status", "--stack", "team")
+    assert code == 0
+    assert "is written anew (no file)" in err
+    found = deployment.read(home)
+    assert found is not None
+    assert found.bucket == known.bucket
+    assert found.pools == known.pools
+    assert found.egress == "endpoints"
+    # And the settings are the stack's own, so a plan changes nothing.
+    code, out, err = deploy("plan", "--stack", "team")
+    assert code == 0, err
+    assert "No changes" in out
+
+
+def test_a_file_that_has_drifted_is_told_by_field(deploy: Run, home: Home, tmp_path: Path) -> None:
+    deploy("apply", "--yes", "--release", release(tmp_path))
+    path = deployment.path_in(home)
+    path.write_text(path.read_text().replace('"log_group": "/', '"log_group": "/old/'))
+    found = json.loads(deploy("status", "--json")[1])
+    assert found["drift"] == ["log_group"]
+    assert json.loads(deploy("status", "--json")[1])["drift"] == []
+    path.write_text("{")
+    assert json.loads(deploy("status", "--json")[1])["drift"] == ["the whole file"]
+
+
+def test_status_of_no_stack(deploy: Run) -> None:
+    code, _, err = deploy("status", "--stack", "none")
+    assert code == 3
+    assert "There is no stack none in us-east-1" in err
+
+
+# --- destroy --------------------------------------------------------------------------------------
+
+
+def test_a_stack_without_data_goes_wholly(deploy: Run, home: Home, tmp_path: Path) -> None:
+    deploy("apply", "--yes", "--release", release(tmp_path))
+    client("autoscaling").set_desired_capacity(
+        AutoScalingGroupName="batchlab-pool-default", DesiredCapacity=3
+    )
+    code, out, err = deploy("destroy", "--yes")
+    assert (code, out) == (0, "")
+    assert "The stack batchlab is gone." in err
+    assert stacks() == {}
+    assert queues() == []
+    # Its bucket had nothing but a release.
+    assert client("s3").list_buckets()["Buckets"] == []
+    assert client("autoscaling").describe_auto_scaling_groups()["AutoScalingGroups"] == []
+    assert deployment.read(home) is None
+    assert settings.read(home) is not None
+
+
+def filled(home: Home, count: int) -> str:
+    """The stack's bucket, with `count` objects of which each has an older version."""
+    found = deployment.read(home)
+    assert found is not None
+    s3 = client("s3")
+    for number in range(count):
+        for body in (b"old", b"new"):
+            s3.put_object(Bucket=found.bucket, Key=f"jobs/j/{number:05d}", Body=body)
+    s3.delete_object(Bucket=found.bucket, Key="jobs/j/00000")
+    return found.bucket
+
+
+def test_a_bucket_with_data_stays_and_is_listed(deploy: Run, home: Home, tmp_path: Path) -> None:
+    deploy("apply", "--yes", "--release", release(tmp_path))
+    bucket = filled(home, 2)
+    code, out, _ = deploy("destroy", "--yes")
+    assert code == 0
+    assert out == f"{bucket} (AWS::S3::Bucket) stays.\n"
+    assert stacks() == {}
+    told = client("s3").list_object_versions(Bucket=bucket, Prefix="jobs/")
+    assert (len(told["Versions"]), len(told["DeleteMarkers"])) == (4, 1)
+
+
+def test_with_its_data_everything_goes_in_batches(deploy: Run, home: Home, tmp_path: Path) -> None:
+    deploy("apply", "--yes", "--release", release(tmp_path))
+    bucket = filled(home, 600)
+    code, out, err = deploy("destroy", "--yes", "--delete-data", "--json")
+    assert code == 0, err
+    assert json.loads(out) == {"stack": "batchlab", "kept": []}
+    # 600 twice, a delete marker, the release.
+    assert f"{bucket}: 1,000 versions of objects deleted." in err
+    assert f"{bucket}: 1,202 versions of objects deleted." in err
+    assert client("s3").list_buckets()["Buckets"] == []
+
+
+def test_data_that_would_be_deleted_is_refused_unless_told(
+    deploy: Run, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template whose bucket does not stay by itself."""
+    careless = tmp_path / "stack.yaml"
+    careless.write_text(SMALL.read_text().replace("RetainExceptOnCreate", "Delete"))
+    monkeypatch.setattr(template, "shipped", lambda: careless)
+    deploy("apply", "--yes", "--release", release(tmp_path))
+    bucket = filled(home, 1)
+    code, _, err = deploy("destroy", "--yes")
+    assert code == 2
+    assert f"its data would go: {bucket} (objects)" in err
+    assert "--delete-data" in err
+    assert stacks() == {"batchlab": "UPDATE_COMPLETE"}
+    assert client("cloudformation").describe_stacks()["Stacks"][0]["EnableTerminationProtection"]
+    code, _, err = deploy("destroy", "--yes", "--delete-data")
+    assert code == 0, err
+    assert client("s3").list_buckets()["Buckets"] == []
+
+
+@pytest.mark.parametrize("policy", ["Delete", "Snapshot"])
+def test_a_database_that_leaves_no_snapshot_is_data(
+    deploy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """It is protected on its own account as well, which CloudFormation does not take off."""
+    source = template.load(SMALL)
+    source["Resources"]["Database"]["DeletionPolicy"] = policy
+    file = tmp_path / "stack.json"
+    file.write_text(json.dumps(source))
+    monkeypatch.setattr(template, "shipped", lambda: file)
+    code, _, err = deploy("apply", "--yes", "--release", release(tmp_path), "--ledger", "postgres")
+    assert code == 0, err
+    (database,) = client("rds").describe_db_instances()["DBInstances"]
+    assert database["DeletionProtection"]
+    # What RDS makes itself, where no stack has made it.
+    client("logs").create_log_group(logGroupName="/aws/rds/instance/batchlab-ledger/postgresql")
+    code, out, err = deploy("destroy", "--yes")
+    if policy == "Delete":
+        assert code == 2
+        assert "its data would go: batchlab-ledger (a PostgreSQL database)" in err
+        assert client("rds").describe_db_instances()["DBInstances"][0]["DeletionProtection"]
+        code, _, err = deploy("destroy", "--yes", "--delete-data")
+    assert code == 0, err
+    assert client("rds").describe_db_instances()["DBInstances"] == []
+    left = [
+        one["DBSnapshotIdentifier"] for one in client("rds").describe_db_snapshots()["DBSnapshots"]
+    ]
+    assert len(left) == (policy == "Snapshot")
+    assert client("logs").describe_log_groups()["logGroups"] == []
+    assert [name for name in left if f"{name} (AWS::RDS::DBSnapshot) stays." in out] == left
+    assert stacks() == {}
+
+
+@pytest.mark.parametrize(("typed", "is_gone"), [("y", False), ("batchlab", True)])
+def test_for_data_the_stacks_name_is_typed(
+    deploy: Run,
+    home: Home,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    typed: str,
+    is_gone: bool,
+) -> None:
+    deploy("apply", "--yes", "--release", release(tmp_path))
+    bucket = filled(home, 1)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda: typed)
+    code, _, err = deploy("destroy", "--delete-data")
+    assert f"and with it {bucket} (objects)? [type batchlab to go on]" in err
+    assert code == (0 if is_gone else 1)
+    assert (stacks() == {}) == is_gone
+
+
+def test_there_is_nothing_to_destroy(deploy: Run) -> None:
+    code, _, err = deploy("destroy", "--yes")
+    assert code == 2
+    assert "There is no stack batchlab in us-east-1." in err
+
+
+# --- gc -------------------------------------------------------------------------------------------
+
+
+def test_gc_lists_what_is_left_and_removes_it_only_when_told(
+    deploy: Run,
+    account: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    deploy("apply", "--yes", "--release", release(tmp_path))
+    tags = {"batchlab.stack": "gone"}
+    client("sqs").create_queue(QueueName="gone-events", tags=tags)
+    client("sqs").create_queue(QueueName="somebody-elses")
+    s3 = client("s3")
+    s3.create_bucket(Bucket=f"gone-{account}")
+    s3.put_bucket_tagging(
+        Bucket=f"gone-{account}",
+        Tagging={"TagSet": [{"Key": "batchlab.stack", "Value": "gone"}]},
+    )
+    s3.put_object(Bucket=f"gone-{account}", Key="jobs/x", Body=b"x")
+    run = runner(monkeypatch, capsys)
+
+    code, out, err = run("gc", "--aws")
+    assert code == 0
+    assert re.search(r"^gone +sqs:queue +gone-events +left$", out, re.M)
+    assert re.search(rf"^gone +s3:bucket +gone-{account} +left$", out, re.M)
+    assert re.search(r"^batchlab +sqs:queue +batchlab-tasks-default +in use$", out, re.M)
+    assert "somebody-elses" not in out
+    assert "2 things left; `batchlab gc --aws --yes` removes it." in err
+    assert "gone-events" in queues()
+
+    run("gc", "--aws", "--yes", "--dry-run")
+    assert "gone-events" in queues()
+    code, out, _ = run("gc", "--aws", "--yes", "--json")
+    assert code == 0
+    removed = [one["name"] for one in json.loads(out) if one["removed"]]
+    assert removed == [f"gone-{account}", "gone-events"]
+    assert queues() == [
+        "batchlab-events",
+        "batchlab-tasks-default",
+        "batchlab-tasks-default-dead",
+        "somebody-elses",
+    ]
+    assert f"gone-{account}" not in [one["Name"] for one in s3.list_buckets()["Buckets"]]
+    _, _, err = run("gc", "--yes")
+    assert "Say --aws" in err
+
+
+def test_what_only_its_name_says_to_be_a_stacks_is_removed_by_that_name(
+    deploy: Run,
+    simpledb: Sdb,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A SimpleDB domain can have no tag, and what RDS makes itself has none."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_SIMPLEDB", simpledb.url)
+    domain, logs = "gone-LedgerDomain-1ABCDEF2GHIJK", "/aws/rds/instance/gone-ledger/upgrade"
+    sdb = client("sdb")
+    sdb.create_domain(DomainName=domain)
+    client("logs").create_log_group(logGroupName=logs)
+    run = runner(monkeypatch, capsys)
+
+    def there() -> tuple[bool, bool]:
+        groups = client("logs").describe_log_groups()["logGroups"]
+        return domain in sdb.list_domains()["DomainNames"], bool(groups)
+
+    code, out, err = run("gc", "--aws", "--yes")
+    assert code == 0
+    assert re.search(rf"^gone +sdb:domain +{domain} +left, by its name$", out, re.M)
+    assert re.search(rf"^gone +logs:log-group +{logs} +left, by its name$", out, re.M)
+    assert simpledb.domain not in out
+    assert "2 things left that only the name says to be a stack's" in err
+    assert there() == (True, True)
+    code, _, err = run("gc", "--aws", "--yes", "--name", simpledb.domain)
+    assert code == 3
+    assert f"Nothing is called {simpledb.domain}" in err
+    code, out, err = run("gc", "--aws", "--yes", "--name", domain, "--json")
+    assert code == 0
+    assert [(one["name"], one["known_by"], one["removed"]) for one in json.loads(out)] == [
+        (logs, "name", False),
+        (domain, "name", True),
+    ]
+    assert there() == (False, True)
+    run("gc", "--aws", "--yes", "--name", logs)
+    assert there() == (False, False)
+
+
+def test_where_there_is_no_simpledb_the_rest_is_listed(
+    deploy: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    deploy("apply", "--yes", "--release", release(tmp_path))
+    code, out, err = runner(monkeypatch, capsys)("gc", "--aws")
+    assert code == 0
+    assert "batchlab-tasks-default" in out
+    assert "SimpleDB domains are not listed: " in err

@@ -1,0 +1,231 @@
+"""User data really runs: instances that are containers with systemd boot by it, and do a job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab.deploy.release import key_of
+from tests.support.aws.container_image import NAME, Trusting, registry, trusting
+from tests.support.aws.custom_image import own_image
+from tests.support.aws.instance_boot import POOL, Fleet, fleet, instance_release
+from tests.support.grid.backends import command
+from tests.support.waiting import until
+from tests.system.test_aws_backend import job_of
+
+__all__ = ["own_image"]
+
+BOOT_S = 240.0
+SOON_S = 60.0
+"""Half of what the drain hook gives an instance that nobody speaks for."""
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This code's release, for the instance image."""
+    return instance_release(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def trusted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trusting]:
+    """An instance's image that trusts the registry of the container image."""
+    with trusting(tmp_path_factory.mktemp("trusted")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def there(
+    archive: Path, trusted: Trusting, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Fleet]:
+    # Its image is older, so it goes after its containers: else it would stay, without a name.
+    with fleet(tmp_path_factory.mktemp("account"), archive) as found:
+        yield found
+
+
+def batchlab(there: Fleet, *arguments: object) -> str:
+    return command(*arguments, env=there.account.env)[0]
+
+
+def test_a_job_completes_on_instances_that_booted_by_user_data(
+    there: Fleet, tmp_path: Path
+) -> None:
+    (manager,) = until(lambda: there.instances(there.account.at.manager_group), 60)
+    until(lambda: there.is_active(manager, "manager"), BOOT_S, pause_s=1.0)
+    home, out = there.account.home(), tmp_path / "out"
+    job = job_of(tmp_path / "job", 20)
+    batchlab(there, "run", job, "--backend", "aws", "--home", home.path, "--out", out)
+    value = json.loads((out / "total.jsonl").read_text())["value"]
+    assert value == sum(i * i for i in range(20))
+    group = f"{there.account.at.groups_prefix}{POOL.name}"
+    worker = until(lambda: in_service(there, group), 60)
+    assert there.is_active(worker, "worker")
+    check_restraint(there, worker)
+    check_end(there, group, worker)
+
+
+def check_end(there: Fleet, group: str, worker: str) -> None:
+    """Nobody but the worker completes the drain hook, and it would hold for two minutes."""
+    until(lambda: there.instances(group).get(worker) != "InService", 150, pause_s=0.5)
+    until(lambda: worker not in there.instances(group), SOON_S, pause_s=0.5)
+    ended = next(one for one in there.activities(group) if is_end(one, worker))
+    assert (ended["EndTime"] - ended["StartTime"]).total_seconds() < SOON_S
+
+
+def in_service(there: Fleet, group: str) -> str:
+    states = there.instances(group)
+    return next((name for name, state in states.items() if state == "InService"), "")
+
+
+def is_end(activity: dict[str, Any], instance: str) -> bool:
+    said = activity["Description"]
+    return said.startswith("Terminating") and instance in said and "EndTime" in activity
+
+
+def check_restraint(there: Fleet, worker: str) -> None:
+    """The worker is not root, and its unit restrains it."""
+    shown = there.run(
+        *(worker, "systemctl", "show", "batchlab-worker"),
+        *("-p", "User,NoNewPrivileges,ProtectSystem,PrivateTmp,MainPID,KillMode"),
+    )
+    told = dict(line.split("=", 1) for line in shown.splitlines())
+    pid = told.pop("MainPID")
+    assert told == {
+        "User": "batchlab",
+        "NoNewPrivileges": "yes",
+        "ProtectSystem": "strict",
+        "PrivateTmp": "yes",
+        "KillMode": "mixed",
+    }
+    status = there.run(worker, "cat", f"/proc/{pid}/status")
+    lines = dict(line.split(":\t", 1) for line in status.splitlines())
+    assert lines["Uid"].split()[0] not in ("", "0")
+    assert (lines["NoNewPrivs"], int(lines["CapEff"], 16)) == ("1", 0)
+
+
+def test_a_release_that_is_not_what_its_name_says_is_abandoned(there: Fleet) -> None:
+    at, wrong = there.account.at, "0" * 64
+    there.account.aws("s3").put_object(Bucket=at.bucket, Key=key_of(wrong), Body=b"no such thing")
+    group = there.pool(replace(POOL, name="broken"), 1, Release=wrong)
+    first = abandoned(there, group)
+    there.resize(group, 0)
+    said = there.logged()
+    assert f"{first} of {group} does not come up as a worker: " in said
+    assert "the release is not what its name says" in said
+
+
+def abandoned(there: Fleet, group: str) -> str:
+    """Wait until the first instance's launch is cancelled; that instance, which ends itself."""
+    (first,) = until(lambda: there.instances(group), 60)
+    said = until(lambda: cancelled(there, group, first), BOOT_S, pause_s=0.5)
+    assert "was abandoned" in said
+    assert "Heartbeat Timeout" not in said, "it said so itself"
+    until(lambda: there.grid.state(first)["Status"] == "exited", 60, pause_s=0.5)
+    return first
+
+
+def cancelled(there: Fleet, group: str, instance: str) -> str:
+    """What is said of its launch once that is cancelled."""
+    for one in there.activities(group):
+        if one["StatusCode"] == "Cancelled" and instance in one["Description"]:
+            return str(one["StatusMessage"])
+    return ""
+
+
+def test_an_image_that_has_the_release_fetches_nothing(there: Fleet, own_image: str) -> None:
+    # A bucket that is not there: whoever asked for anything would not come up.
+    group = there.pool(replace(POOL, name="own"), 1, image=own_image, Bucket="batchlab-none")
+    (worker,) = until(lambda: there.instances(group), 60)
+    until(lambda: there.is_active(worker, "worker"), BOOT_S, pause_s=0.5)
+    assert "trying again" not in there.run(worker, "cat", "/var/log/batchlab/boot.log")
+    again = f"/opt/batchlab/releases/{there.release}/boot.sh"
+    assert "is started" in there.run(worker, again, "worker"), "it may be run again"
+    assert there.is_active(worker, "worker")
+    there.resize(group, 0)
+
+
+def test_a_worker_that_ends_again_and_again_ends_its_instance(there: Fleet, own_image: str) -> None:
+    group = there.pool(replace(POOL, name="loop"), 1, image=own_image, Deployment="{}")
+    first = abandoned(there, group)
+    there.resize(group, 0)
+    assert f"{first} of {group} does not come up as a worker: its worker ends" in there.logged()
+    assert in_service(there, group) == ""
+    kept, _ = there.grid.api.get_archive(there.grid.name(first), "/var/log/batchlab/worker.log")
+    assert b"".join(kept).count(b"is not a description of a stack") == 5, "not at the first time"
+
+
+def test_a_job_completes_on_instances_that_run_a_container_image(
+    there: Fleet, trusted: Trusting, tmp_path: Path
+) -> None:
+    """Manager and worker: each signs in to the registry, pulls the image and runs from it."""
+    at = there.account.at
+    group = f"{at.groups_prefix}{POOL.name}"
+    until(lambda: not there.instances(group), 240, pause_s=0.5)  # another test's job had some
+    boxed = {"image": trusted.image, "ContainerImage": NAME}
+    (before,) = until(lambda: there.instances(at.manager_group), 60)
+    with registry(there, trusted, tmp_path / "registry") as served:
+        there.template(group, "worker", POOL.slots, **boxed)
+        there.template(at.manager_group, "manager", 1, **boxed)
+        try:
+            there.account.aws("autoscaling").terminate_instance_in_auto_scaling_group(
+                InstanceId=before, ShouldDecrementDesiredCapacity=False
+            )
+            manager = until(lambda: another(there, at.manager_group, before), 120, pause_s=0.5)
+            until(lambda: there.is_active(manager, "manager"), BOOT_S, pause_s=1.0)
+            home, out = there.account.home("boxed"), tmp_path / "out"
+            job = job_of(tmp_path / "job", 20)
+            batchlab(there, "run", job, "--backend", "aws", "--home", home.path, "--out", out)
+            value = json.loads((out / "total.jsonl").read_text())["value"]
+            assert value == sum(i * i for i in range(20))
+            worker = until(lambda: in_service(there, group), 60)
+            # The worker first: it leaves when it has been idle for a while.
+            for instance, role in ((worker, "worker"), (manager, "manager")):
+                check_box(there, instance, role)
+            check_pulls(served.asked(), 2)
+            check_end(there, group, worker)
+        finally:
+            there.template(group, "worker", POOL.slots)
+            there.template(at.manager_group, "manager", 1)
+
+
+def another(there: Fleet, group: str, before: str) -> str:
+    return next((one for one in there.instances(group) if one != before), "")
+
+
+def check_box(there: Fleet, instance: str, role: str) -> None:
+    """The service is that container and nothing else, and the container is restrained."""
+    assert there.is_active(instance, role)
+    told = json.loads(there.run(instance, "docker", "inspect", f"batchlab-{role}"))
+    (box,) = told
+    host, image = box["HostConfig"], box["Config"]["Image"]
+    assert (image, box["State"]["Running"]) == (NAME, True)
+    assert box["Args"][:3] == [role, "--backend", "aws"]
+    assert host["NetworkMode"] == "host"
+    assert host["ReadonlyRootfs"] is True
+    assert host["CapDrop"] == ["ALL"]
+    assert host["SecurityOpt"] == ["no-new-privileges"]
+    uid = there.run(instance, "id", "-u", "batchlab").strip()
+    status = there.run(instance, "cat", f"/proc/{box['State']['Pid']}/status")
+    lines = dict(line.split(":\t", 1) for line in status.splitlines())
+    assert uid not in ("", "0")
+    assert lines["Uid"].split()[0] == uid
+    assert (lines["NoNewPrivs"], int(lines["CapEff"], 16)) == ("1", 0)
+    assert not there.run(instance, "sh", "-c", "ls -d /opt/batchlab/current/venv 2>/dev/null")
+    if role == "manager":
+        # On the disk, and where it may write.
+        assert "TMPDIR=/var/tmp" in box["Config"]["Env"]
+        (place,) = (one for one in box["Mounts"] if one["Destination"] == "/var/tmp")
+        assert (place["Type"], place["RW"]) == ("volume", True)
+
+
+def check_pulls(asked: list[str], times: int) -> None:
+    """Nobody was let in who had not signed in, and each instance has pulled the image."""
+    assert any(one.startswith("401 ") for one in asked)
+    assert asked.count("200 GET /v2/") >= times
+    manifests = [one for one in asked if one.startswith("200 GET /v2/batchlab/manifests/sha256")]
+    assert len(manifests) == times
+    assert not [one for one in asked if one.startswith("404 ")]

@@ -1,0 +1,220 @@
+"""`batchlab conform --service autoscaling`, over our own endpoint with processes and over moto.
+
+What it finds is what docs/asg-endpoint.md says, nothing of it is left behind, and a proxy that
+spoils one thing is noticed: a run through one that spoils nothing shows that it is the sabotage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Set
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab.adapters import aws
+from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.clock import WallClock
+from batchlab.conform.check import Severity, Verdict
+from batchlab.conform.checks import ASG_CHECKS
+from batchlab.conform.cleaner import Cleaner
+from batchlab.conform.run import run as run_checks
+from batchlab.conform.target import Target
+from tests.support.cli import Run, runner
+from tests.support.conform.proxy import Request, Response, Sabotage, Send, proxy
+from tests.support.conform.sabotages_asg import ASG_SABOTAGES
+from tests.support.waiting import until
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "asg-endpoint.md"
+
+AT_ONCE = 4
+EVERY = {check.name for check in ASG_CHECKS}
+
+TEMPLATE = "sleeper"
+TEMPLATES = f"""\
+[{TEMPLATE}]
+[[{TEMPLATE}.version]]
+type = "m7i.large"
+command = ["sleep", "1000"]
+"""
+
+MOTO_DIFFERS_IN_NEEDED = {
+    "autoscaling-create-taken",
+    "autoscaling-activities",
+    "autoscaling-launch-hook",
+    "autoscaling-drain-hook",
+    "autoscaling-hook-gone",
+    "autoscaling-unhealthy",
+    "autoscaling-port",
+}
+"""moto replaces a group of the same name, keeps no activities, holds no instance in a hook, and
+leaves an unhealthy one alone."""
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """`batchlab asg serve`, whose instances are processes that sleep."""
+    folder = tmp_path_factory.mktemp("asg")
+    (folder / "templates.toml").write_text(TEMPLATES)
+    argv = [sys.executable, "-m", "batchlab", "asg", "serve", "--state", str(folder / "state")]
+    with subprocess.Popen(
+        [*argv, "--templates", str(folder / "templates.toml")], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            yield Endpoint(process.stdout.readline().strip())
+        finally:
+            # Its instances end with it.
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Command lines in this process, with the keys that every emulator takes."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    return runner(monkeypatch, capsys)
+
+
+def _groups(endpoint: Endpoint) -> list[str]:
+    """The groups of runs that are there."""
+    asg = aws.client(endpoint, "autoscaling", connections=1)
+    found = asg.describe_auto_scaling_groups(MaxRecords=100)["AutoScalingGroups"]
+    names = [one["AutoScalingGroupName"] for one in found]
+    return [name for name in names if name.startswith("batchlab-conform-")]
+
+
+def _tried(run: Run, endpoint: Endpoint, name: str, page: Path, *more: str) -> dict[str, Any]:
+    """What the command tells, after it has written the page anew."""
+    page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    code, out, err = run(
+        *("conform", "--service", "autoscaling", "--endpoint", endpoint.url, "--json"),
+        *("--name", name, "--markdown", page, *more),
+    )
+    assert "Left behind" not in err
+    told: dict[str, Any] = json.loads(out)
+    differing = [one["check"] for one in told["checks"] if one["verdict"] != "agrees"]
+    assert code == (1 if differing else 0)
+    assert page.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8"), differing
+    until(lambda: not _groups(endpoint), 30.0)  # a group is listed until its instances have ended
+    return told
+
+
+def test_our_endpoint_keeps_every_rule(ours: Endpoint, run: Run, tmp_path: Path) -> None:
+    told = _tried(run, ours, "batchlab asg serve", tmp_path / "page.md", "--template", TEMPLATE)
+    assert told["agrees"], told["counts"]
+    assert {one["service"] for one in told["checks"]} == {"autoscaling"}
+
+
+def test_the_page_says_what_moto_does(moto: Endpoint, run: Run, tmp_path: Path) -> None:
+    """A gap that moto has closed fails, too: the page is compared word by word."""
+    told = _tried(run, moto, f"moto {version('moto')}", tmp_path / "page.md")
+    needed = [one for one in told["checks"] if one["severity"] == "needed"]
+    differing = {one["check"] for one in needed if one["verdict"] != "agrees"}
+    assert differing == MOTO_DIFFERS_IN_NEEDED
+    ec2 = aws.client(moto, "ec2", connections=1)
+    templates = ec2.describe_launch_templates()["LaunchTemplates"]
+    assert not [one for one in templates if "conform" in one["LaunchTemplateName"]]
+
+
+def test_without_a_template_or_ec2_it_asks_for_one(ours: Endpoint, run: Run) -> None:
+    code, out, err = run("conform", "--service", "autoscaling", "--endpoint", ours.url)
+    assert (code, out) == (2, "")
+    assert "No launch template can be made" in err
+    assert "--template NAME" in err
+
+
+def test_an_endpoint_without_auto_scaling_is_told_in_one_line(run: Run) -> None:
+    def not_there(_: Request, __: Send) -> Response:
+        """As LocalStack answers for a service that is not part of it."""
+        code = b"<ErrorResponse><Error><Code>InternalFailure</Code></Error></ErrorResponse>"
+        return Response(501, code, {"Content-Type": "text/xml"})
+
+    with proxy("http://127.0.0.1:9", not_there) as address:
+        code, out, err = run("conform", "--service", "autoscaling", "--endpoint", address)
+    assert (code, out) == (3, "")
+    assert err == (
+        f"Error: There is no Auto Scaling at {address}: DescribeAutoScalingGroups answers 501"
+        " InternalFailure.\n"
+    )
+
+
+def test_what_cannot_be_removed_is_named(ours: Endpoint, run: Run) -> None:
+    def keeps_groups(request: Request, send: Send) -> Response:
+        if b"Action=DeleteAutoScalingGroup" in request.body:
+            code = b"<ErrorResponse><Error><Code>AccessDenied</Code></Error></ErrorResponse>"
+            return Response(403, code, {"Content-Type": "text/xml"})
+        return send(request)
+
+    assert ours.url is not None
+    with proxy(ours.url, keeps_groups) as address:
+        code, _, err = run(
+            *("conform", "--service", "autoscaling", "--endpoint", address),
+            *("--template", TEMPLATE, "--only", "autoscaling-create"),
+        )
+    (left,) = _groups(ours)
+    asg = aws.client(ours, "autoscaling", connections=1)
+    asg.delete_auto_scaling_group(AutoScalingGroupName=left, ForceDelete=True)
+    assert code == 0
+    reason = "DeleteAutoScalingGroup answers AccessDenied"
+    assert err == f"Left behind: Auto Scaling group {left}: {reason}\n"
+
+
+# --- The checks can fail --------------------------------------------------------------------------
+
+
+def _nothing_is_spoiled(request: Request, send: Send) -> Response:
+    return send(request)
+
+
+def _unexpected(
+    endpoint: Endpoint, number: int, sabotage: Sabotage, names: Set[str], expected: Verdict
+) -> dict[str, str]:
+    """What came out otherwise than it should, by the names of the checks."""
+    assert endpoint.url is not None
+    checks = [check for check in ASG_CHECKS if check.name in names]
+    with proxy(endpoint.url, sabotage) as address:
+        target = Target(
+            Endpoint(address), run=f"sabotage-{number}", clock=WallClock(), template=TEMPLATE
+        )
+        # What is waited for in vain need not be waited for long.
+        target.appears_s = 5.0 if expected is Verdict.DIFFERS else 20.0
+        try:
+            target.open({"autoscaling"})
+            results = run_checks(target, checks, limit_s=120.0)
+        finally:
+            target.close()
+            # What the sabotage kept from being removed.
+            left = Cleaner(endpoint).groups(sorted(target._groups))
+    assert left == []
+    return {
+        one.check.name: f"{one.verdict.value} {one.observed}"
+        for one in results
+        if one.verdict is not expected
+    }
+
+
+def test_every_check_that_is_needed_is_spoiled() -> None:
+    spoiled = set().union(*(names for _, names in ASG_SABOTAGES.values()))
+    needed = {check.name for check in ASG_CHECKS if check.severity is Severity.NEEDED}
+    assert needed - spoiled == set()
+    assert spoiled - EVERY == set()
+
+
+def test_what_is_spoiled_is_noticed_and_nothing_else_is(ours: Endpoint) -> None:
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        spoiled = {
+            what: threads.submit(_unexpected, ours, number, spoil, names, Verdict.DIFFERS)
+            for number, (what, (spoil, names)) in enumerate(ASG_SABOTAGES.items(), 1)
+        }
+        unspoiled = threads.submit(_unexpected, ours, 0, _nothing_is_spoiled, EVERY, Verdict.AGREES)
+    assert unspoiled.result() == {}
+    assert {what: told for what, one in spoiled.items() if (told := one.result())} == {}

@@ -1,0 +1,110 @@
+"""The checks can fail: each of these spoils one thing, and it is noticed.
+
+The endpoint is moto behind a proxy. A run through a proxy that spoils nothing shows that what is
+noticed is the sabotage and not the proxy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import unquote
+
+from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.clock import WallClock
+from batchlab.conform.check import Severity, Verdict
+from batchlab.conform.checks import CHECKS
+from batchlab.conform.run import Result, run
+from batchlab.conform.target import Target
+from tests.support.conform.proxy import Request, Response, Sabotage, Send, proxy
+from tests.support.conform.sabotages_s3 import S3_SABOTAGES
+from tests.support.conform.sabotages_sqs import SQS_SABOTAGES
+
+SABOTAGES = {**S3_SABOTAGES, **SQS_SABOTAGES}
+
+AT_ONCE = 10
+"""Few: moto's waiting receives spin."""
+LIMIT_S = 300.0
+
+
+def _layers() -> list[dict[str, str]]:
+    """What is spoiled for whom, by the names of the checks, so that each is spoiled in one way at
+    a time: some thirty runs in a few, since a run costs more than a check."""
+    layers: list[dict[str, str]] = [{}]
+    for what, (_, names) in SABOTAGES.items():
+        for name in names:
+            if all(name in layer for layer in layers):
+                layers.append({})
+            next(layer for layer in layers if name not in layer)[name] = what
+    return layers
+
+
+def _only_for(run: str, layer: Mapping[str, str]) -> Sabotage:
+    """Spoils each check's requests in its own way, by the keys and queues they name."""
+
+    def spoil(request: Request, send: Send) -> Response:
+        text = unquote(request.path) + request.body.decode(errors="replace")
+        named = [one for one in layer if f"{run}/{one}/" in text or f"{run}-{one}-" in text]
+        if not named:
+            return send(request)
+        # A check's name may be how another's begins.
+        return SABOTAGES[layer[max(named, key=len)]][0](request, send)
+
+    return spoil
+
+
+def _tried(moto: Endpoint, name: str, layer: Mapping[str, str], names: Set[str]) -> list[Result]:
+    assert moto.url is not None
+    checks = [check for check in CHECKS if check.name in names]
+    assert {check.name for check in checks} == names
+    with proxy(moto.url, _only_for(name, layer)) as address:
+        target = Target(Endpoint(address), run=name, clock=WallClock())
+        # Where nothing is spoiled messages do come, on a busy machine later.
+        target.arrives_s = target.settles_s = 2.0 if layer else 20.0
+        try:
+            target.open({check.service for check in checks})
+            return run(target, checks, at_once=AT_ONCE, limit_s=LIMIT_S)
+        finally:
+            target.close()
+
+
+def _unexpected(
+    moto: Endpoint, number: int, layer: Mapping[str, str], names: Set[str]
+) -> dict[str, str]:
+    """What came out otherwise than it should, by the names of the checks."""
+    expected = Verdict.DIFFERS if layer else Verdict.AGREES
+    found: dict[str, str] = {}
+    # What is slow looks like what waits: on a busy machine a few may need a second try, alone.
+    for again in ("", "-again"):
+        results = _tried(moto, f"sabotage-{number}{again}", layer, names)
+        assert all(one.observed for one in results if one.verdict is Verdict.DIFFERS)
+        found = {
+            one.check.name: f"{layer.get(one.check.name)}: {one.verdict.value} {one.observed}"
+            for one in results
+            if one.verdict is not expected
+        }
+        names = found.keys()
+        if not 0 < len(names) <= 3:
+            break
+    return found
+
+
+def test_every_check_that_is_needed_is_spoiled() -> None:
+    spoiled = set().union(*(names for _, names in SABOTAGES.values()))
+    needed = {check.name for check in CHECKS if check.severity is Severity.NEEDED}
+    assert needed - spoiled == set()
+
+
+def test_what_is_spoiled_is_noticed_and_nothing_else_is(moto: Endpoint) -> None:
+    layers = _layers()
+    every = set().union(*layers)
+    assert every == set().union(*(names for _, names in SABOTAGES.values()))
+    tried = [(every, {}), *((layer.keys(), layer) for layer in layers)]
+    with ThreadPoolExecutor(len(tried)) as threads:
+        runs = [
+            threads.submit(_unexpected, moto, number, layer, names)
+            for number, (names, layer) in enumerate(tried)
+        ]
+    unspoiled, *spoiled = [one.result() for one in runs]
+    assert unspoiled == {}
+    assert spoiled == [{} for _ in layers]

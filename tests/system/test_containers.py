@@ -1,0 +1,131 @@
+"""A grid in containers as its user sees it: it comes, it works, it goes and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab.adapters.compose import deployment
+from batchlab.adapters.compose.project import checked
+from batchlab.home import Home
+from tests.support.docker.grid import need_containers
+from tests.support.grid.backends import command as batchlab
+from tests.support.waiting import until
+
+OURS = ("asg", "manager")
+
+
+def inspected(*filters: str) -> list[dict[str, Any]]:
+    ids = checked("ps", "-aq", *filters).split()
+    found: list[dict[str, Any]] = json.loads(checked("inspect", *ids)) if ids else []
+    return found
+
+
+def test_a_grid_comes_works_with_the_aws_cli_and_leaves_nothing(tmp_path: Path) -> None:
+    need_containers(tmp_path)
+    home = Home(tmp_path / "home")
+    batchlab("grid", "up", "--backend", "localstack", "--home", home.path)
+    at = deployment.read(home)
+    assert at is not None
+    label = f"label=batchlab.grid={at.project}"
+    try:
+        services = inspected("--filter", label, "--filter", "label=com.docker.compose.service")
+        for one in services:
+            check_restraint(one)
+        assert {name_of(one) for one in services} == {"localstack", "postgres", *OURS}
+        # On the disk, and where it may write.
+        ask = ("python", "-c", "import tempfile; print(tempfile.gettempdir())")
+        assert checked("exec", f"{at.project}-manager-1", *ask).strip() == "/var/tmp"
+        batchlab("doctor", "--backend", "localstack", "--home", home.path)
+        desired_capacity_makes_containers(home, at)
+        batchlab("gc")  # what is in use is no orphan
+        assert len(checked("ps", "-q", "--filter", label).split()) >= len(services)
+    finally:
+        batchlab("grid", "down", "--home", home.path)
+    for kind in (("ps", "-aq"), ("network", "ls", "-q"), ("volume", "ls", "-q")):
+        assert not checked(*kind, "--filter", label).split(), kind
+    assert deployment.read(home) is None
+
+
+def name_of(one: dict[str, Any]) -> str:
+    return str(one["Config"]["Labels"]["com.docker.compose.service"])
+
+
+def check_restraint(one: dict[str, Any]) -> None:
+    """No more rights than it needs, and none of the machine's ports."""
+    host, name = one["HostConfig"], name_of(one)
+    assert host["CapDrop"] == ["ALL"], name
+    assert host["SecurityOpt"] == ["no-new-privileges:true"], name
+    assert host["Memory"] > 0, name
+    assert host["NanoCpus"] > 0, name
+    assert not host["PortBindings"], name
+    assert one["Config"]["User"] not in ("", "0", "root", "0:0"), name
+    assert one["State"]["Health"]["Status"] == "healthy", name
+    if name in OURS:
+        assert host["ReadonlyRootfs"], name
+    has_socket = any(m["Destination"] == "/var/run/docker.sock" for m in one["Mounts"])
+    assert has_socket == (name == "asg")
+
+
+def desired_capacity_makes_containers(home: Home, at: deployment.Deployment) -> None:
+    """The AWS CLI, which nobody here wrote, makes instances come and go."""
+    group = f"{at.project}-by-hand"
+
+    def aws(*arguments: str) -> str:
+        cli = os.environ.get("BATCHLAB_AWSCLI")
+        if cli is None:
+            if os.environ.get("CI"):
+                pytest.fail("CI promises the AWS CLI, but BATCHLAB_AWSCLI is not set")
+            pytest.skip("BATCHLAB_AWSCLI names no AWS CLI")
+        own = deployment.autoscaling(home, at)
+        keys = {"AWS_ACCESS_KEY_ID": own.access_key, "AWS_SECRET_ACCESS_KEY": own.secret_key}
+        done = subprocess.run(
+            [cli, "--endpoint-url", at.autoscaling_url, "autoscaling", *arguments],
+            env={"PATH": os.environ["PATH"], "AWS_DEFAULT_REGION": "us-east-1", **keys},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert not done.returncode, (arguments, done.stderr)
+        return done.stdout
+
+    def containers() -> list[str]:
+        ours = ("--filter", f"label=batchlab.grid={at.project}")
+        return checked("ps", "-q", *ours, "--filter", f"label=batchlab.pool={group}").split()
+
+    aws(
+        *("create-auto-scaling-group", "--auto-scaling-group-name", group),
+        *("--launch-template", "LaunchTemplateName=worker-default"),
+        *("--min-size", "0", "--max-size", "3", "--availability-zones", "us-east-1a"),
+        *("--tags", "Key=batchlab:pool,Value=default,PropagateAtLaunch=true"),
+        "Key=batchlab:slots,Value=1,PropagateAtLaunch=true",
+    )
+    aws(
+        *("set-desired-capacity", "--auto-scaling-group-name", group),
+        *("--desired-capacity", "2"),
+    )
+    until(lambda: len(containers()) == 2, 60.0, pause_s=0.3)
+    described = json.loads(aws("describe-auto-scaling-groups", "--auto-scaling-group-names", group))
+    (found,) = described["AutoScalingGroups"]
+    assert [one["InstanceType"] for one in found["Instances"]] == ["m7i.large"] * 2
+    aws("delete-auto-scaling-group", "--auto-scaling-group-name", group, "--force-delete")
+    until(lambda: not containers(), 60.0, pause_s=0.3)
+
+
+def test_what_a_grid_left_behind_is_swept(tmp_path: Path) -> None:
+    need_containers(tmp_path)
+    name = f"batchlab-left-{tmp_path.name[-20:].strip('_-')}"
+    labels = ["--label", f"batchlab.grid={name}", "--label", f"batchlab.home={tmp_path / 'gone'}"]
+    checked("network", "create", *labels, "--subnet", "10.212.250.0/28", name)
+    checked("volume", "create", *labels, name)
+    batchlab("gc", "--dry-run")
+    assert checked("volume", "ls", "-q", "--filter", f"label=batchlab.grid={name}").split()
+    batchlab("gc")
+    for kind in ("network", "volume"):
+        assert not checked(kind, "ls", "-q", "--filter", f"label=batchlab.grid={name}").split()

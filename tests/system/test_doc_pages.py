@@ -1,0 +1,84 @@
+"""Pages that say to be run are run, command by command, and print what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import doc_pages
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+RUN = ("tutorial-laptop.md", "tutorial-month-end.md", "seventeen.md")
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_a_page_can_be_followed(page: str, tmp_path: Path) -> None:
+    """On the backend `local`, in an empty folder."""
+    reader = doc_pages.Reader(tmp_path)
+    ran = 0
+    try:
+        for step in doc_pages.steps((DOCS / page).read_text()):
+            if step.file:
+                reader.save(step)
+            elif not step.not_run:
+                code, printed = reader.run(step.text)
+                where = f"{page}:\n{step.text}\nprinted, with exit code {code}:\n\n{printed}"
+                assert code == step.exits, where
+                assert step.prints is None or doc_pages.agrees(step.prints, printed), where
+                ran += 1
+    finally:
+        reader.run("batchlab grid down || true")
+    assert ran >= 5
+
+
+@pytest.mark.parametrize(
+    ("told", "agrees"),
+    [
+        ("one\ntwo 3 tasks in 1.5 s\n", True),
+        ("one\n…\n", True),
+        ("…\ntwo 3 tasks in 26 min 48 s\n", True),
+        ("…\none\n…\n", True),
+        ("one\n", False),
+        ("…\none\n", False),
+        ("one\ntwo 4 tasks in 1.5 s\n", False),
+        ("…\nthree\n…\n", False),
+    ],
+)
+def test_what_a_page_tells_is_compared(told: str, agrees: bool) -> None:
+    assert doc_pages.agrees(told, "one\ntwo 3 tasks in 270 ms\n") is agrees
+
+
+def test_a_page_is_read_as_steps() -> None:
+    page = """\
+<!-- file: a/b.txt -->
+```text
+x
+```
+
+<!-- exits with 1 -->
+```sh
+false
+```
+
+```text
+…
+```
+
+<!-- not run: it opens a browser -->
+```sh
+open
+```
+
+*Not run by a test: it needs an account.*
+
+```sh
+pay
+```
+"""
+    assert list(doc_pages.steps(page)) == [
+        doc_pages.Step("x\n", file="a/b.txt"),
+        doc_pages.Step("false\n", exits=1, prints="…\n"),
+        doc_pages.Step("open\n", not_run="it opens a browser"),
+        doc_pages.Step("pay\n", not_run="it needs an account."),
+    ]

@@ -1,0 +1,204 @@
+"""Every fault on grids whose instances are processes, and a job that is right all the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from batchlab import backends
+from batchlab.adapters.pids import stat
+from batchlab.adapters.process import living
+from batchlab.home import Home
+from batchlab.model import Pool
+from batchlab.replay.harm import disk
+from batchlab.replay.harm.front import fronted
+from batchlab.replay.harm.injector import Injector
+from batchlab.replay.harm.table import TABLE
+from batchlab.scenario.model import Fault, FaultName
+from batchlab.scenario.record import Injected
+from tests.support.aws.emulators import ministack_python
+from tests.support.grid.local_grid import LocalGrid, processes_of
+from tests.support.scenarios.fault_injection import Bench, Work, number
+from tests.support.waiting import until
+from tests.support.worker.runner import until as until_async
+
+POOLS = (Pool("default", 2, 2, 1),)
+
+
+@pytest.fixture(scope="module", params=["local", "ministack"])
+def bench(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Bench]:
+    name, folder = request.param, tmp_path_factory.mktemp("harm")
+    if name == "ministack":
+        ministack_python()
+    with ExitStack() as stack:
+        home = Home(folder / "home")
+        backend, front = stack.enter_context(fronted(backends.load(name), home, print))
+        grid = LocalGrid(home.path, POOLS, backend=name, endpoint=backend.endpoint)
+        stack.callback(grid.stop)
+        yield Bench(grid, folder, front)
+    until(lambda: not processes_of(home.path), 10)
+
+
+def stand_still(pids: Iterable[int]) -> bool:
+    return {stat(pid)[0] for pid in pids} == {b"T"}
+
+
+def test_killed_instances_are_gone_and_replaced(bench: Bench) -> None:
+    with bench.work(20, 0.2) as work:
+        before = living(bench.grid.home.fleet)
+        seen = work.hurt(FaultName.KILL, count=1)
+        (target,) = seen.targets
+        assert not stat(before[target])
+        assert seen.evidence == f"{target} (pid {before[target]}): exit -9"
+        until(lambda: len(bench.in_service()) == 2 and target not in bench.in_service(), 30)
+
+
+def test_paused_instances_stand_still_and_go_on(bench: Bench) -> None:
+    with bench.work(20, 0.2) as work:
+        pids = living(bench.grid.home.fleet)
+
+        async def pause(injector: Injector) -> Injected:
+            doing = asyncio.ensure_future(
+                injector.inject(Fault(FaultName.PAUSE, 0, for_s=2.0, share=1.0), 0)
+            )
+            await until_async(lambda: stand_still(pids.values()), "the pause")
+            return await doing
+
+        seen = work.injecting(pause)
+        assert set(seen.targets) == set(pids)
+        assert all(stat(pid)[0] != b"T" for pid in pids.values())
+        halted, still = number(r"^(\d+) of", seen), number(r", (\d+) of them", seen)
+        assert halted == still > len(pids), "the workers, and what they have started"
+
+
+def test_a_replay_that_is_cancelled_lets_them_go_on(bench: Bench) -> None:
+    with bench.work(10, 0.2) as work:
+        pids = living(bench.grid.home.fleet)
+
+        async def cancel(injector: Injector) -> None:
+            doing = asyncio.ensure_future(
+                injector.inject(Fault(FaultName.PAUSE, 0, for_s=600.0), 0)
+            )
+            await until_async(lambda: stand_still(pids.values()), "the pause")
+            doing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await doing
+
+        work.injecting(cancel)
+        assert all(stat(pid)[0] != b"T" for pid in pids.values())
+
+
+def test_what_is_undone_says_what_was_seen_until_then(bench: Bench) -> None:
+    with bench.work(10, 0.2) as work:
+        pids = living(bench.grid.home.fleet)
+
+        async def undo(injector: Injector) -> Injected:
+            doing = asyncio.ensure_future(
+                injector.inject(Fault(FaultName.PAUSE, 0, for_s=600.0, count=1), 0)
+            )
+            await until_async(lambda: any(stand_still([pid]) for pid in pids.values()), "the pause")
+            await injector.undo()
+            return await doing
+
+        seen = work.injecting(undo)
+        assert number(r"still did after ([\d.]+) s", seen) < 10
+        assert len(seen.targets) == 1
+
+
+def test_a_spot_wave_lets_instances_leave_and_ends_who_stays(bench: Bench) -> None:
+    with bench.work(20, 0.2) as work:
+        seen = work.hurt(FaultName.SPOT_WAVE, count=1, notice_s=15.0)
+        (target,) = seen.targets
+        assert seen.evidence.startswith("1 of 1 left by themselves")
+        assert f"{target}: exit 0" in seen.evidence
+    with bench.work(5, 3.0) as work:
+        seen = work.hurt(FaultName.SPOT_WAVE, notice_s=0.3)
+        killed = number(r"(\d+) were killed", seen)
+        assert killed == seen.evidence.count("exit -9") >= 1, "who has work does not leave in 0.3 s"
+
+
+def test_a_partition_exists_where_there_is_a_network(bench: Bench) -> None:
+    with bench.work(20, 0.2) as work:
+        seen = work.hurt(FaultName.PARTITION, count=1, for_s=4.0)
+        if bench.front is None:
+            assert seen.impossible + "." == TABLE[FaultName.PARTITION]["local"].why_not
+            return
+        assert number(r"^(\d+) requests", seen) > 0
+        assert bench.front.counts.kept_waiting > 0
+
+
+def test_s3_answers_503_where_there_is_an_s3(bench: Bench) -> None:
+    with bench.work(60, 0.1) as work:
+        seen = work.hurt(FaultName.S3_ERRORS, rate=0.4, for_s=5.0)
+        if bench.front is None:
+            assert seen.impossible + "." == TABLE[FaultName.S3_ERRORS]["local"].why_not
+            return
+        refused, asked = number(r"^(\d+) of", seen), number(r"of (\d+) requests", seen)
+        assert 0 < refused < asked
+        assert refused == bench.front.counts.refused
+
+
+def test_messages_come_twice(bench: Bench) -> None:
+    with bench.work(80, 0.2) as work:
+        seen = work.hurt(FaultName.SQS_DUPLICATES, rate=1.0, for_s=4.0)
+        assert seen.targets == ("tasks-default", "events")
+        doubled = number(r"^(\d+) of", seen)
+        assert doubled > 0
+        assert number(r"and (\d+) of those originals", seen) == doubled
+
+
+def test_messages_come_late(bench: Bench) -> None:
+    with bench.work(80, 0.2) as work:
+        seen = work.hurt(FaultName.SQS_DELAYS, rate=0.5, for_s=4.0)
+        late = number(r"^(\d+) of", seen)
+        assert 0 < late <= number(r"of (\d+) messages", seen)
+        assert number(r"kept back, (\d+) of them", seen) == late
+        assert number(r"to ([\d.]+) s each", seen) > 1.0
+
+
+def test_a_disk_is_slow(bench: Bench) -> None:
+    with bench.work(20, 0.1) as work:
+        seen = work.hurt(FaultName.SLOW_DISK, for_s=3.0)
+        if seen.trouble:  # the disk was busy before with others' work
+            assert "was not 2 times as slow: an fsync of 4 KiB took" in seen.trouble
+        else:
+            before = number(r"took ([\d.]+) ms before", seen)
+            assert number(r"and ([\d.]+) ms during", seen) >= 1.9 * before
+        assert not any(
+            disk.HOG in words for words in processes_of(bench.grid.home.scratch).values()
+        )
+
+
+def test_a_manager_crashes_and_another_leads(bench: Bench) -> None:
+    with bench.work(30, 0.2) as work:
+        before = bench.grid.home.record()
+        assert before is not None
+        seen = work.hurt(FaultName.MANAGER_CRASH, for_s=2.0)
+        after = bench.grid.home.record()
+        assert after is not None
+        assert seen.targets == (before.owner,)
+        assert after.pid != before.pid
+        assert after.url == before.url, "whoever knows its address goes on"
+        assert f"{after.owner} led (pid {after.pid})" in seen.evidence
+        assert number(r"([\d.]+) s later", seen) > 2.0
+
+
+def test_a_lost_ledger_is_rebuilt(bench: Bench) -> None:
+    with bench.work(30, 0.2) as work:
+        jobs = len(bench.grid.client.jobs())
+        seen = work.hurt(FaultName.DATABASE_LOSS, for_s=1.0)
+        assert f"it had {jobs} jobs, " in seen.evidence
+        assert number(r"jobs, (\d+) once", seen) < jobs
+        assert f"and {jobs} again" in seen.evidence
+        assert len(bench.grid.client.jobs()) == jobs
+
+
+def test_there_is_no_zone_to_lose(bench: Bench) -> None:
+    seen = Work(bench.grid, bench.front, "").hurt(FaultName.ZONE_LOSS)
+    assert seen.impossible + "." == TABLE[FaultName.ZONE_LOSS][bench.grid.backend.name].why_not
+    assert not seen.targets

@@ -1,0 +1,217 @@
+"""Two thousand tasks on a grid whose workers, manager, queue and disk are taken away under it.
+
+Every task writes a line to a file of its own world when it starts, so that what ran twice is
+counted by somebody else than the grid that is on trial.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from batchlab.commitkeys import CommitKeys
+from batchlab.errors import BackendError
+from batchlab.model import BundleId, JobId, Pool, StageName
+from batchlab.protocol import naming
+from batchlab.protocol.settle import LOSS_LIMIT
+from batchlab.views import JobView
+from tests.support.grid.fixtures import Bring
+from tests.support.grid.local_grid import LocalGrid, outcomes
+from tests.support.waiting import until
+
+FOUR = (Pool("default", 0, 4, 2),)
+TASKS = 2000
+DISK_BYTES = 96 * 1024 * 1024
+FULL_S = 4.0
+WAIT_S = 240.0
+
+WORK = """\
+import os, time
+
+def triple(item):
+    with open({starts!r}, "a") as file:
+        file.write(f"{{item}}\\n")
+    time.sleep({seconds})
+    return item * 3
+
+def total(values):
+    return sum(values)
+"""
+
+JOB = """\
+name: kills
+input: {files: items.jsonl, split: items}
+stages:
+  - {name: triple, python: work:triple}
+  - {name: total, python: work:total, gather: all}
+"""
+
+
+@dataclass
+class Trial:
+    """A job on a grid, and what has been done to it."""
+
+    grid: LocalGrid
+    starts: Path
+    job: str = ""
+    done: Counter[str] = field(default_factory=Counter)
+
+    def submit(self, folder: Path, tasks: int, *, seconds: float) -> None:
+        """`tasks` tasks that take so long, and their sum."""
+        folder.mkdir()
+        work = WORK.format(starts=str(self.starts), seconds=seconds)
+        (folder / "work.py").write_text(work)
+        (folder / "items.jsonl").write_text("".join(f"{i}\n" for i in range(tasks)))
+        (folder / "job.yaml").write_text(JOB)
+        self.starts.touch()
+        self.job = self.grid.submit(folder / "job.yaml")["id"]
+
+    def begun(self) -> int:
+        """How many tasks have begun at least once."""
+        return len(set(self.starts.read_text().split()))
+
+    def may_lose_a_worker(self) -> bool:
+        """Whether no task has been begun as often, and never ended, that one more time would show
+        it to be the cause: that is how tasks which kill their workers are told apart."""
+        return asyncio.run(self._all_innocent())
+
+    async def _all_innocent(self) -> bool:
+        objects, stage = self.grid.objects, f"jobs/{self.job}/triple"
+        try:
+            pages = objects.list(f"{stage}/starts/")
+            begun = Counter([one.key.split("/")[4] async for page in pages for one in page])
+            job, key = JobId(self.job), await CommitKeys(objects).stored(JobId(self.job))
+            for bundle, times in begun.items():
+                name = naming.outcome_of(job, StageName("triple"), BundleId(bundle), key)
+                if times >= LOSS_LIMIT - 1 and await objects.head(name) is None:
+                    return False
+        except BackendError:
+            return False  # the bucket is away, so nobody knows
+        return True
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own that can be filled; needs root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        if os.environ.get("CI"):
+            pytest.fail("CI promises root, but no file system can be mounted")
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def kill_each_second(trial: Trial, stop: threading.Event) -> None:
+    """SIGKILL one worker every second that has seen a new task begun, until told to stop.
+
+    On a machine that is too busy to bring a worker up within seconds, nothing would else be done.
+    """
+    before = 0
+    while not stop.wait(1.0):
+        begun = trial.begun()
+        # The oldest: a new one that dies before it is up would only slow the test down.
+        for pid in sorted(trial.grid.workers().values())[:1]:
+            if begun > before and trial.may_lose_a_worker():
+                with suppress(ProcessLookupError):  # it has just ended by itself
+                    os.kill(pid, signal.SIGKILL)
+                    trial.done["workers killed"] += 1
+                    before = begun
+
+
+def fill(disk: Path) -> None:
+    """Leave no byte free for a while."""
+    full = disk / "full"
+    try:
+        with full.open("wb", buffering=0) as file:
+            while True:
+                file.write(b"\0" * 65536)
+    except OSError:
+        deadline_s = time.monotonic() + FULL_S
+        while time.monotonic() < deadline_s:
+            time.sleep(0.1)
+    finally:
+        full.unlink()
+
+
+def check(trial: Trial, view: JobView, out: Path, tasks: int) -> int:
+    """Every result there once, none lost, none committed twice; how many runs were thrown away."""
+    grid = trial.grid
+    assert view["state"] == "SUCCEEDED", (view["reason"], trial.done)
+    results = grid.results(view, out)
+    assert results["total"] == [3 * sum(range(tasks))]
+    committed: Counter[int] = Counter()
+    found: dict[int, int] = {}
+    for outcome in outcomes(grid, trial.job):
+        if outcome["bundle"]["s"] == "triple":
+            ids = [t for start, stop in outcome["succeeded"] for t in range(start, stop)]
+            committed.update(ids)
+            found |= dict(zip(ids, outcome["values"], strict=True))
+    assert committed == Counter(dict.fromkeys(range(tasks), 1))
+    assert found == {task: task * 3 for task in range(tasks)}
+    ran = Counter(int(line) for line in trial.starts.read_text().split())
+    assert set(ran) == set(range(tasks))
+    return ran.total() - tasks
+
+
+def do_harm(trial: Trial, harm: Sequence[tuple[str, Callable[[], object]]], tasks: int) -> None:
+    """SIGKILL workers while the tasks run, and do the rest of it one by one in between; returns
+    once every task has begun."""
+    stop = threading.Event()
+    killer = threading.Thread(target=kill_each_second, args=(trial, stop))
+    killer.start()
+    try:
+        for number, (name, act) in enumerate(harm, 1):
+            until(partial(has_begun, trial, number * tasks // (len(harm) + 1)), WAIT_S)
+            act()
+            trial.done[name] += 1
+        until(partial(has_begun, trial, tasks), WAIT_S)
+    finally:
+        stop.set()
+        killer.join()
+
+
+def report(trial: Trial, again: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print(f"\n{dict(trial.done)}, {again} runs thrown away", flush=True)
+
+
+def test_two_thousand_tasks_survive_kills_a_purge_and_a_full_disk(
+    small_disk: Path, bring_up: Bring, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Answers pains 2, 4 and 6: nothing lost, nothing committed twice, whatever is killed."""
+    grid = bring_up(FOUR, folder=small_disk / "home")
+    trial = Trial(grid, tmp_path / "starts")
+    trial.submit(tmp_path / "job", TASKS, seconds=0.05)
+    harm: list[tuple[str, Callable[[], object]]] = [
+        ("managers killed", grid.kill_manager),
+        ("queues purged", grid.purge),
+        ("managers killed", grid.kill_manager),
+        ("disks filled", lambda: fill(small_disk)),
+        ("managers killed", grid.kill_manager),
+    ]
+    do_harm(trial, harm, TASKS)
+    view = grid.wait(trial.job, within_s=120)
+    again = check(trial, view, tmp_path / "out", TASKS)
+    report(trial, again, capsys)
+    assert trial.done["managers killed"] == 3
+    assert trial.done["workers killed"] >= 5
+    assert again > 0, "kills in the middle of bundles must have cost some runs"
+
+
+def has_begun(trial: Trial, tasks: int) -> bool:
+    return trial.begun() >= tasks

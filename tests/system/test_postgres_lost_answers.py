@@ -1,0 +1,145 @@
+"""Calls whose connection is cut at their COMMIT: repeated, they leave what one call leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from batchlab.adapters.sql import postgres as sql_postgres
+from batchlab.adapters.sql.ledger import SqlLedger, open_postgres
+from batchlab.errors import Unreachable
+from batchlab.model import JobState
+from batchlab.ports import Lease
+from tests.support.contract.ledger_suite import (
+    CALLS,
+    JOB,
+    bundle,
+    counts_of,
+    done,
+    fold,
+    ledger_in,
+    submit,
+)
+from tests.support.postgres.cut_connection import Cut, Wire, wire_to
+from tests.support.postgres.server import Postgres
+
+
+@asynccontextmanager
+async def behind(wire: Wire, place: Postgres) -> AsyncIterator[SqlLedger]:
+    """The ledger there, at the other end of the wire, with its schema made."""
+    url = place.server.url(port=wire.port)
+    ledger = open_postgres(url, schema=place.schema)
+    try:
+        await ledger.jobs()
+        yield ledger
+    finally:
+        await ledger.close()
+
+
+@pytest.mark.parametrize("cut", [Cut.BEFORE, Cut.AFTER])
+def test_a_call_whose_commit_is_cut_off_is_made_again(cut: Cut, postgres: Postgres) -> None:
+    """Pain 6: whether it had been done or not, afterwards it is done once."""
+
+    async def main() -> None:
+        with wire_to(postgres.server.port) as wire:
+            async with behind(wire, postgres) as ledger, ledger_in(None) as once:
+                for call in CALLS:
+                    before = await ledger.dump()
+                    wire.cut = cut
+                    with pytest.raises(Unreachable, match="does not answer"):
+                        await call(ledger)
+                    assert wire.cut is None
+                    await call(once)
+                    assert await ledger.dump() == (
+                        before if cut is Cut.BEFORE else await once.dump()
+                    )
+                    await call(ledger)
+                    assert await ledger.dump() == await once.dump()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("cut", [Cut.BEFORE, Cut.AFTER])
+def test_what_is_new_and_its_seqs_after_a_lost_answer(cut: Cut, postgres: Postgres) -> None:
+    """ "Not new" may be the answer to the second try. No seq is given twice, and who keeps count
+    of them sees that some are missing."""
+
+    async def main() -> None:
+        with wire_to(postgres.server.port) as wire:
+            async with behind(wire, postgres) as ledger:
+                await submit(ledger)
+                first = await ledger.fold([done(bundle(0, 1))], [{}])
+                wire.cut = cut
+                with pytest.raises(Unreachable):
+                    await fold(ledger, done(bundle(1, 2)), done(bundle(2, 3)))
+                again = await ledger.fold([done(bundle(1, 2)), done(bundle(2, 3))], [{}, {}])
+                lost = cut is Cut.BEFORE
+                assert again.new == [lost, lost]
+                assert again.first_seq == first.first_seq + (1 if lost else 3)
+                seqs = [r.seq or 0 for r in await ledger.bundles(JOB.id)]
+                assert seqs == [first.first_seq + i for i in range(3)]
+                assert (await counts_of(ledger)).succeeded == 3
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("cut", [Cut.BEFORE, Cut.AFTER])
+def test_a_lease_is_taken_renewed_and_given_back_though_answers_are_lost(
+    cut: Cut, postgres: Postgres
+) -> None:
+    async def main() -> None:
+        with wire_to(postgres.server.port) as wire:
+            async with behind(wire, postgres) as ledger, ledger_in(postgres) as rival:
+
+                async def cut_off(over: Lease | None = None) -> Lease:
+                    wire.cut = cut
+                    with pytest.raises(Unreachable):
+                        await ledger.lease("leader", "a", over=over)
+                    return await ledger.lease("leader", "a", over=over)
+
+                taken = await cut_off()
+                assert taken.owner == "a"
+                assert await rival.lease("leader", "b") == taken
+                renewed = await cut_off()
+                assert renewed.beat > taken.beat
+                assert await rival.lease("leader", "b", over=taken) == renewed
+                assert (await rival.lease("leader", "b", over=renewed)).owner == "b"
+                stands = await rival.lease("leader", "b")
+                assert (await cut_off(over=stands)).owner == "a"
+                wire.cut = cut
+                with pytest.raises(Unreachable):
+                    await ledger.release("leader", "a")
+                await ledger.release("leader", "a")
+                assert (await rival.lease("leader", "b")).owner == "b"
+
+    asyncio.run(main())
+
+
+def test_a_client_that_is_gone_without_a_word_does_not_keep_the_lock(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its machine loses power, or its manager is paused, in the midst of a transaction."""
+    monkeypatch.setattr(sql_postgres, "SLEEP_S", 0.5)
+    monkeypatch.setattr(sql_postgres, "STATEMENT_S", 2.0)
+    monkeypatch.setattr(sql_postgres, "GRACE_S", 0.0)
+
+    async def main() -> None:
+        with wire_to(postgres.server.port) as wire:
+            async with behind(wire, postgres) as gone, ledger_in(postgres) as other:
+                await submit(other)
+                wire.cut = Cut.SILENT
+                began_s = time.monotonic()
+                going = asyncio.create_task(gone.move_job(JOB.id, JobState.RUNNING, round=0))
+                while wire.cut:
+                    await asyncio.sleep(0.01)
+                assert await fold(other, done(bundle(0, 1))) == [True]
+                assert 0.4 < time.monotonic() - began_s < 2.0
+                with pytest.raises(Unreachable):
+                    await going
+                assert (await gone.job(JOB.id)).state is JobState.RUNNING, "by the outcome"
+
+    asyncio.run(main())

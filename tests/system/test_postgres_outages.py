@@ -1,0 +1,278 @@
+"""PostgreSQL goes away, comes back, freezes, or is somebody else's: what the ledger makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from itertools import pairwise
+from random import Random
+
+import pytest
+from sqlalchemy import Connection, Select
+
+from batchlab.adapters.sql import bundle_rows, job_rows
+from batchlab.adapters.sql import postgres as sql_postgres
+from batchlab.adapters.threads import Busy
+from batchlab.errors import Unreachable
+from batchlab.model import Control, JobId
+from batchlab.patience import Patience, patiently
+from batchlab.ports import BundleRecord
+from tests.support.contract.ledger_suite import (
+    BATCH,
+    JOB,
+    DumpingLedger,
+    bundle,
+    counts_of,
+    done,
+    fold,
+    ledger_in,
+    many,
+    submit,
+)
+from tests.support.postgres.server import DATABASE, Postgres, PostgresServer
+
+
+def _patient(ledger: DumpingLedger) -> DumpingLedger:
+    """As the manager has it."""
+    return patiently(ledger, Patience(Random(1), limit_s=60.0))
+
+
+async def _folded(ledger: DumpingLedger, count: int) -> None:
+    completions = many()[:count]
+    await submit(ledger)
+    for i in range(0, count, BATCH):
+        await fold(ledger, *completions[i : i + BATCH])
+
+
+def test_sessions_that_were_ended_meanwhile_are_not_noticed(postgres: Postgres) -> None:
+    async def main() -> None:
+        async with ledger_in(postgres) as ledger:
+            await submit(ledger)
+            await asyncio.gather(*(ledger.jobs() for _ in range(8)))
+            for _ in range(3):
+                assert postgres.server.end_sessions() > 0
+                await _until(lambda: postgres.server.sessions() == 0)
+                assert (await ledger.job(JOB.id)).job == JOB
+                assert (await ledger.lease("leader", "a")).owner == "a"
+
+    asyncio.run(main())
+
+
+def test_sessions_that_are_ended_all_the_time_leave_no_trace(postgres: Postgres) -> None:
+    """Pain 6: no call is half applied, and none twice."""
+
+    async def main() -> None:
+        completions, ended, folded = many(), 0, 0
+        async with ledger_in(postgres) as ledger, ledger_in(None) as reference:
+            patient = _patient(ledger)
+            await submit(patient)
+            while ended < 10:
+                # As often as it takes to be ended in the midst of a call, too.
+                ending = asyncio.create_task(asyncio.to_thread(postgres.server.end_sessions))
+                while not ending.done():
+                    await fold(patient, *completions[folded : folded + BATCH])
+                    folded += BATCH
+                ended += ending.result()
+            assert folded <= len(completions)
+            await submit(reference)
+            await fold(reference, *completions[:folded])
+            assert await ledger.dump() == await reference.dump()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT], ids=["restart", "crash"])
+def test_a_server_that_comes_back_finds_whom_it_left(
+    frail_server: PostgresServer, how: signal.Signals
+) -> None:
+    place = Postgres(frail_server, "grid")
+
+    async def main() -> None:
+        async with ledger_in(place) as ledger, ledger_in(None) as reference:
+            work = asyncio.ensure_future(_folded(_patient(ledger), 4_000))
+            await asyncio.sleep(0.3)
+            await asyncio.to_thread(frail_server.stop, how)
+            assert not work.done()
+            began_s = time.monotonic()
+            with pytest.raises(Unreachable, match=r"ledgers on 127\.0\.0\.1:\d+ does not answer"):
+                await ledger.jobs()
+            assert time.monotonic() - began_s < 2.0, "nobody waits for a refusal"
+            await asyncio.sleep(3.0)
+            await asyncio.to_thread(frail_server.start)
+            await work
+            await _folded(reference, 4_000)
+            assert await ledger.dump() == await reference.dump()
+
+    asyncio.run(main())
+
+
+def test_a_server_that_freezes_is_an_outage_and_the_loop_goes_on(
+    frail_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its container is paused: connections stand, and nobody answers."""
+    monkeypatch.setattr(sql_postgres, "STATEMENT_S", 1.0)
+    monkeypatch.setattr(sql_postgres, "GRACE_S", 0.5)
+    place = Postgres(frail_server, "grid")
+    beats: list[float] = []
+
+    async def beat() -> None:
+        while True:
+            beats.append(time.monotonic())
+            await asyncio.sleep(0.02)
+
+    async def main() -> None:
+        async with ledger_in(place) as ledger:
+            await submit(ledger)
+            beating = asyncio.create_task(beat())
+            pids = frail_server.pids
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            try:
+                began_s = time.monotonic()
+                for call in (fold(ledger, done(bundle(0, 1))), ledger.job(JOB.id)):
+                    async with asyncio.timeout(20.0):
+                        with pytest.raises(Unreachable):
+                            await call
+                assert 1.4 < time.monotonic() - began_s < 15.0
+            finally:
+                for pid in pids:
+                    os.kill(pid, signal.SIGCONT)
+            beating.cancel()
+            longest_s = max(b - a for a, b in pairwise(beats))
+            assert longest_s < 0.5
+            await _patient(ledger).fold([done(bundle(0, 1))], [{}])
+            assert (await counts_of(ledger)).succeeded == 1
+
+    asyncio.run(main())
+
+
+def test_a_lock_that_is_not_given_up_is_an_outage(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sql_postgres, "LOCK_S", 0.2)
+
+    async def main() -> None:
+        async with ledger_in(postgres) as ledger:
+            await submit(ledger)
+            with closing(postgres.server.connect()) as other:
+                other.execute("SELECT pg_advisory_lock(%s)", [sql_postgres.key(postgres.schema)])
+                with pytest.raises(Busy, match="Somebody else has been writing"):
+                    await fold(ledger, done(bundle(0, 1)))
+                assert (await counts_of(ledger)).succeeded == 0, "readers are not held up"
+            assert await fold(ledger, done(bundle(0, 1))) == [True]
+
+    asyncio.run(main())
+
+
+def test_who_sleeps_in_a_transaction_loses_it(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A leader that is paused while it writes must not keep another from leading, and what it
+    was about to write is not written when it wakes."""
+    monkeypatch.setattr(sql_postgres, "SLEEP_S", 0.3)
+    asleep, awake = threading.Event(), threading.Event()
+    real = job_rows.set_control
+
+    def sleepy(connection: Connection, job: JobId, control: Control, round: int) -> bool:
+        is_set = real(connection, job, control, round)
+        asleep.set()
+        awake.wait()
+        return is_set
+
+    async def main() -> None:
+        async with ledger_in(postgres) as ledger, ledger_in(postgres) as other:
+            await submit(ledger)
+            with monkeypatch.context() as patch:
+                patch.setattr(job_rows, "set_control", sleepy)
+                sleeping = asyncio.create_task(ledger.set_control(JOB.id, Control.CANCEL, round=0))
+                await asyncio.to_thread(asleep.wait)
+                try:
+                    assert (await other.lease("leader", "b")).owner == "b"
+                finally:
+                    awake.set()
+                with pytest.raises(Unreachable):
+                    await sleeping
+            assert (await other.job(JOB.id)).control is Control.RUN
+
+    asyncio.run(main())
+
+
+def test_a_server_that_may_not_be_written_to_is_waited_for(postgres: Postgres) -> None:
+    """As after a failover, when the address still leads to the old server."""
+    server = postgres.server
+
+    async def main() -> None:
+        async with ledger_in(postgres) as ledger:
+            await submit(ledger)
+            alter = f"ALTER DATABASE {DATABASE}"
+            server.execute(f"{alter} SET default_transaction_read_only = on", database="postgres")
+            try:
+                server.end_sessions()
+                with pytest.raises(Unreachable, match="read-only"):
+                    await ledger.job(JOB.id)
+            finally:
+                server.execute(f"{alter} RESET default_transaction_read_only", database="postgres")
+            await _patient(ledger).job(JOB.id)
+
+    asyncio.run(main())
+
+
+def test_a_long_listing_holds_up_nobody(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing, go_on = threading.Event(), threading.Event()
+    real = bundle_rows.records
+
+    def slow(connection: Connection, query: Select[int | None, str]) -> list[BundleRecord]:
+        found = real(connection, query)
+        listing.set()
+        go_on.wait()
+        # Still as of the beginning.
+        assert real(connection, query) == found
+        return found
+
+    async def main() -> None:
+        async with ledger_in(postgres) as ledger:
+            await submit(ledger)
+            await fold(ledger, done(bundle(0, 1)))
+            with monkeypatch.context() as patch:
+                patch.setattr(bundle_rows, "records", slow)
+                asked = asyncio.create_task(ledger.bundles(JOB.id))
+                await asyncio.to_thread(listing.wait)
+            try:
+                async with asyncio.timeout(20.0):
+                    assert await fold(ledger, done(bundle(1, 2))) == [True]
+                    assert (await ledger.lease("leader", "a")).owner == "a"
+                    assert (await counts_of(ledger)).succeeded == 2
+            finally:
+                go_on.set()
+            assert len(await asked) == 1
+            assert len(await ledger.bundles(JOB.id)) == 2
+
+    asyncio.run(main())
+
+
+def test_closing_waits_for_what_is_under_way_and_leaves_no_session(postgres: Postgres) -> None:
+    async def main() -> None:
+        async with ledger_in(postgres) as ledger:
+            await submit(ledger)
+            folds = [asyncio.create_task(fold(ledger, one)) for one in many()[:50]]
+            reads = [asyncio.create_task(ledger.dump()) for _ in range(10)]
+            await asyncio.sleep(0)
+        assert await asyncio.gather(*folds) == [[True]] * 50
+        assert all(isinstance(one, dict) for one in await asyncio.gather(*reads))
+        await _until(lambda: postgres.server.sessions() == 0)
+
+    asyncio.run(main())
+
+
+async def _until(holds: Callable[[], bool], within_s: float = 5.0) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline_s
+        await asyncio.sleep(0.01)

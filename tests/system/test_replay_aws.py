@@ -1,0 +1,73 @@
+"""A scenario replayed with `--backend aws`, on an emulated account: one instance dies on the way.
+
+Auto Scaling is batchlab's own endpoint, whose instances are processes, and EC2 a stub that ends
+them. Everything else is what a user of a stack has: the commands, the connection, the stack's own
+pools and policy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.awsgrid import deployment
+from batchlab.scenario import record
+from tests.support.aws.account import POOL, account
+from tests.support.aws.ec2_stub import Machines
+from tests.support.grid.backends import command
+from tests.support.http_proxy import standing
+from tests.support.waiting import until
+
+IDLE_S = 5.0
+SCENARIO = {
+    "name": "one-dies",
+    "about": "A job on a stack, and an instance that is gone in the middle of it.",
+    "jobs": {"sleepers": {"tasks": 8, "task": "4s"}},
+    "arrivals": [{"job": "sleepers", "at": ["0s"]}],
+    "pools": {POOL.name: {"min": POOL.min_size, "max": POOL.max_size, "slots": POOL.slots}},
+    # There when the fault is due: a boot takes here as long as a busy machine lets it.
+    "prewarm": [{"pool": POOL.name, "min": 1, "at": "0s", "until": "14s"}],
+    "faults": [{"at": "10s", "fault": "kill", "count": 1}],
+    "expect": {"lost": 0, "duplicates": 0, "failed_jobs": 0},
+}
+
+
+def test_a_scenario_with_a_kill_is_replayed_on_a_stack(
+    ministack: Endpoint, moto: Endpoint, tmp_path: Path
+) -> None:
+    out, path = tmp_path / "record.json", tmp_path / "one-dies.yaml"
+    path.write_text(yaml.safe_dump(SCENARIO))
+    # Nobody pays by the minute here: half of the test would be waiting for the idle time.
+    settings = f"[manager]\nidle_s = {IDLE_S:g}\n"
+    with account(ministack, moto, tmp_path / "account", settings=settings) as there:
+        until(there.manager_pid, 60)
+        home = there.home()
+        disk = deployment.folder(there.home("manager")) / "ledger.sqlite"
+        machines = Machines(there.folder / "asg", there.at.manager_group, disk)
+        with standing(machines) as ec2:
+            _, said = command(
+                *("scenario", "replay", path, "--backend", "aws", "--home", home.path),
+                *("--out", out, "--no-forecast"),
+                env={**there.env, "AWS_ENDPOINT_URL_EC2": ec2},
+                within_s=200,
+            )
+        assert "Connecting to the stack" in said
+        assert "The grid is stopped" not in said, "a stack goes on"
+        assert home.record() is None, "the connection ends with its command"
+        assert there.manager_pid()
+    run = record.read(out)
+    assert (run.backend, run.cut, run.lost, run.duplicates) == ("aws", "", 0, 0)
+    assert [(job.state, job.succeeded) for job in run.jobs] == [("SUCCEEDED", 8)]
+    (kill,) = run.faults
+    assert (kill.impossible, kill.trouble) == ("", "")
+    (target,) = kill.targets
+    assert kill.evidence == f"{target}: terminated"
+    (asked,) = [one for one in machines.asked if one["Action"] == "TerminateInstances"]
+    assert asked["InstanceId.1"] == target
+    lives = {one.id: one for one in run.instances}
+    assert lives[target].ended_s is not None
+    assert len(lives) >= 2, "its group has replaced it"
+    assert run.settings["idle_s"] == IDLE_S, "the stack's own policy"
+    assert run.usd is not None

@@ -1,0 +1,198 @@
+"""Scenarios replayed on real processes: what is submitted, what it takes, what the record says."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from batchlab import backends
+from batchlab.client import Client
+from batchlab.errors import Refused, UsageError
+from batchlab.home import Home
+from batchlab.model import Pool
+from batchlab.replay import driver
+from batchlab.replay.course import State
+from batchlab.scenario import measures, record, verdict
+from batchlab.scenario.draws import Constant
+from batchlab.scenario.model import Expectation, JobTemplate, Policy, PoolPlan, Prewarm
+from tests.support.grid.local_grid import processes_of
+from tests.support.scenarios.replay import claims, replay, scenario, stage, up
+from tests.support.waiting import until
+
+
+def test_every_kind_of_stage_and_of_work_takes_its_time_and_is_recorded(tmp_path: Path) -> None:
+    wanted = scenario(
+        claims(),
+        at=((0.0, 1), (2.0, 2)),
+        expect=(Expectation("makespan", most=40.0), Expectation("lost", most=0.0)),
+    )
+    states: list[State] = []
+    run = replay(tmp_path / "home", wanted, progress=states.append)
+    assert run.cut == ""
+    assert [(job.index, job.due_s, job.state) for job in run.jobs] == [
+        (0, 0.0, "SUCCEEDED"),
+        (1, 2.0, "SUCCEEDED"),
+        (2, 2.0, "SUCCEEDED"),
+    ]
+    for job in run.jobs:
+        assert (job.planned, job.succeeded, job.tasks, job.tenant) == (29, 29, 12, "payer-a")
+        assert job.deadline_s == job.due_s + 30
+        assert job.started_s is not None
+        assert job.done_s is not None
+        assert job.ended_s is not None
+        # A submission ends with its answer, and a task may begin before the answer arrives.
+        assert job.due_s <= job.started_s
+        assert job.due_s <= job.submitted_s <= job.ended_s
+        assert job.started_s < job.done_s <= job.ended_s + 0.1
+    tasks = {one.stage: (one.tasks, one.after, one.gather) for one in run.stages}
+    assert tasks == {
+        "parse": (36, (), None),
+        "price": (36, ("parse",), None),
+        "by": (9, ("price",), "key"),
+        "sum": (3, ("by",), "*"),
+        "last": (3, ("sum",), None),
+    }
+    for one in run.stages:
+        # A task is never done early, and not much late: two busy cores run four of them.
+        assert one.declared_s * 0.99 <= one.run_s <= one.declared_s * 1.5 + 0.5
+        assert one.run_s <= one.span_s + 0.1
+        assert len(one.task_s) == one.tasks
+    assert (run.lost, run.duplicates, run.again_s) == (0, 0, 0.0)
+    assert max(pool.in_service for s in run.samples for pool in s.pools.values()) >= 1
+    assert run.samples[-1].pools["default"].desired == 0, "the fleet was not waited for"
+    for machine in run.instances:
+        assert machine.ready_s is not None
+        assert machine.launched_s <= machine.ready_s
+        assert machine.ended_s is not None
+    assert run.instance_s > 0
+    assert run.usd is not None
+    assert run.usd == pytest.approx(sum(run.usd_items.values()))
+    assert run.settings["drain_target_s"] == 3.0
+    assert not verdict.is_red(verdict.judge(run, wanted.expect))
+    assert (states[-1].jobs, states[-1].ended, states[-1].bad) == (3, 3, 0)
+    path = tmp_path / "record.json"
+    record.write(run, path)
+    assert record.read(path) == run
+    assert processes_of(tmp_path / "home") == {}, "something still runs"
+
+
+def test_the_same_scenario_again_in_the_same_home_runs_anew_with_the_same_times(
+    tmp_path: Path,
+) -> None:
+    wanted = scenario(claims(4))
+    one, two = (replay(tmp_path / "home", wanted) for _ in range(2))
+    assert one.jobs[0].id != two.jobs[0].id
+    declared = [[stage.declared_s for stage in run.stages] for run in (one, two)]
+    assert declared[0] == declared[1]
+
+
+def test_attempts_fail_and_tasks_kill_their_workers_as_the_template_says(tmp_path: Path) -> None:
+    sound = JobTemplate("frail", (stage("work", 0.05, fails=0.3),), Constant(40))
+    deadly = JobTemplate("poison", (stage("work", 0.2, poison=1, bundle=1),), Constant(4))
+    # One slot: nothing else runs beside the task that kills its worker.
+    pools = (PoolPlan(Pool("default", 0, 3, 1)),)
+    run = replay(tmp_path / "home", scenario(sound, deadly, pools=pools))
+    frail, poison = sorted(run.jobs, key=lambda job: job.template)
+    assert (frail.planned, frail.succeeded + frail.failed) == (40, 40)
+    assert frail.retried > 0
+    assert (poison.succeeded, poison.failed, poison.state) == (3, 1, "FAILED")
+    killed = [one for one in run.instances if "exit -9" in one.note]
+    assert len(killed) >= 3, run.instances
+    assert run.again_s
+    assert run.lost == run.duplicates == 0
+
+
+def test_a_grid_that_is_another_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    home, wanted = Home(tmp_path / "home"), scenario(claims(2))
+    others = {
+        "0-3x2": replace(wanted, pools=(PoolPlan(Pool("default", 0, 3, 2)),)),
+        "no pool 'big'": replace(wanted, pools=(PoolPlan(Pool("big", 0, 3, 2)),)),
+        "drain_target_s": replace(wanted, policy=Policy(drain_target_s=4.0)),
+    }
+    with up(home, wanted) as backend:
+        for told, other in others.items():
+            with pytest.raises(Refused, match=told):
+                asyncio.run(driver.replay(other, home, backend, patience=backends.patience()))
+        record_ = home.record()
+        assert record_ is not None
+        with Client.of(home, record_) as client:
+            assert client.jobs() == []
+
+
+def test_what_the_grid_does_not_take_ends_the_replay_with_its_sentence(tmp_path: Path) -> None:
+    wide = JobTemplate("wide", (stage("work", 0.1, slots=9),), Constant(2))
+    with pytest.raises(UsageError, match="asks for 9 slots"):
+        replay(tmp_path / "home", scenario(claims(3), wide))
+    assert processes_of(tmp_path / "home") == {}
+
+
+def test_a_limit_ends_it_in_good_order(tmp_path: Path) -> None:
+    long = JobTemplate("long", (stage("work", 30.0),), Constant(4))
+    begun_s = time.monotonic()
+    run = replay(tmp_path / "home", scenario(long, at=((0.0, 1), (60.0, 1))), limit=3.0)
+    assert time.monotonic() - begun_s < 25
+    assert "3 s, its limit" in run.cut
+    assert [job.state in ("STARTING", "RUNNING") for job in run.jobs] == [True]
+    assert run.jobs[0].ended_s is None
+    assert run.lost == 4
+    assert run.samples
+    assert verdict.is_red(verdict.judge(run, ()))
+    assert processes_of(tmp_path / "home") == {}
+
+
+def test_who_is_asked_to_stop_keeps_the_record_and_cancels_what_runs(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    wanted = scenario(JobTemplate("long", (stage("work", 6.0),), Constant(40)))
+
+    async def go(backend: backends.Backend) -> record.Record:
+        stop = asyncio.Event()
+        asyncio.get_running_loop().call_later(3.0, stop.set)
+        return await driver.replay(wanted, home, backend, patience=backends.patience(), stop=stop)
+
+    with up(home, wanted) as backend:
+        run = asyncio.run(go(backend))
+        found = home.record()
+        assert found is not None
+        with Client(found.url, home.token()) as client:
+            until(lambda: [job["state"] for job in client.jobs()] == ["CANCELLED"])
+    assert run.cut == "It was interrupted."
+    assert len(run.jobs) == 1
+
+
+def test_a_manager_that_is_gone_for_good_cuts_the_run_and_nothing_is_lost_of_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "AWAY_S", 2.0)
+    home = Home(tmp_path / "home")
+    wanted = scenario(JobTemplate("long", (stage("work", 30.0),), Constant(4)))
+
+    def kill(state: State) -> None:
+        found = home.record()
+        if state.at_s > 3 and found:
+            os.kill(found.pid, signal.SIGKILL)
+
+    with up(home, wanted) as backend:
+        run = asyncio.run(
+            driver.replay(wanted, home, backend, patience=backends.patience(), progress=kill)
+        )
+    assert "has ended" in run.cut
+    assert (run.usd, run.again_s) == (None, None), "nobody could be asked for the account"
+    assert len(run.jobs) == 1
+
+
+def test_prewarm_has_instances_there_before_the_job(tmp_path: Path) -> None:
+    quick = JobTemplate("quick", (stage("work", 0.1),), Constant(4))
+    wanted = scenario(
+        quick, at=((5.0, 1),), prewarm=(Prewarm("default", 2, at_s=1.0, until_s=5.5),)
+    )
+    run = replay(tmp_path / "home", wanted)
+    assert [one.ready_s is not None and one.ready_s < 5 for one in run.instances] == [True, True]
+    wait = measures.MEASURES["max_wait"].of(run, "")
+    assert isinstance(wait, float)
+    assert wait < 0.5

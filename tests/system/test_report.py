@@ -1,0 +1,147 @@
+"""The performance data of a job on a real grid: written, asked, pulled, and no grid any more.
+
+The figures are reckoned from the Parquet alone and compared with what `job show` and `cost bill`
+say, which come from the ledger and the account.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab.model import Pool
+from batchlab.protocol import naming
+from batchlab.report import queries
+from batchlab.views import JobView
+from tests.support.cli import Run, runner
+from tests.support.grid.fixtures import Bring
+from tests.support.reports.simulated_run import answers
+
+JOB = """
+name: sums
+input: {files: "data.txt", split: lines, size: 4}
+stages:
+  - {name: add, python: "handlers:add", retry: {attempts: 2, backoff: 0s}, bundle: 5}
+  - {name: double, python: "handlers:double"}
+  - {name: total, python: "handlers:total", gather: all}
+failure: {max_failures: 1}
+"""
+HANDLERS = """
+import pathlib, time
+
+def add(part):
+    numbers = [int(line) for line in pathlib.Path(part.path).read_text().split()]
+    time.sleep(0.02)
+    if numbers[0] == 8:
+        raise ValueError(f"{numbers[0]} is unlucky")
+    return sum(numbers)
+
+def double(number):
+    return 2 * number
+
+def total(results):
+    return sum(results)
+"""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return runner(monkeypatch, capsys)
+
+
+def test_a_run_is_told_the_same_by_its_data_its_ledger_and_its_bill(
+    bring_up: Bring, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "job"
+    folder.mkdir()
+    (folder / "job.yaml").write_text(JOB)
+    (folder / "handlers.py").write_text(HANDLERS)
+    (folder / "data.txt").write_text("".join(f"{n}\n" for n in range(160)))
+    grid = bring_up([Pool("default", 1, 2, 2)])
+    home = ("--home", str(grid.home.path))
+    view = grid.run(folder / "job.yaml")
+    assert view["state"] == "SUCCEEDED", view
+    job = view["id"]
+    used = grid.home.objects / naming.used(job)  # type: ignore[arg-type]
+    deadline_s = time.monotonic() + 20
+    while not used.exists():
+        assert time.monotonic() < deadline_s, "the job's account is not written down"
+        time.sleep(0.05)
+
+    # Brought here; from now on only the folder is asked.
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("report", "pull", "last", "--out", "runs", *home, "--json")
+    assert code == 0, err
+    (brought,) = json.loads(out)["runs"]
+    assert brought == {"job": job, "folder": f"runs/{job}", "is_final": True}
+    with answers(tmp_path / "runs") as ask:
+        check(ask, run, view, home)
+
+    # In place, by the job's name; written again; and without a grid.
+    count = ("SELECT succeeded FROM jobs", "--json")
+    code, out, err = run("report", "sql", *count, "last", *home)
+    assert code == 0, err
+    before = json.loads(out)["rows"]
+    code, out, err = run("report", "write", job, *home)
+    assert code == 0, err
+    assert f"in reports/{job}/" in out
+    grid.stop()
+    code, out, err = run("report", "sql", *count, job, *home)
+    assert code == 0, err
+    assert json.loads(out)["rows"] == before
+    nowhere = ("--home", str(tmp_path / "nowhere"))
+    code, out, err = run("report", "diff", "runs", "runs", "--threshold", "1%", *nowhere)
+    assert code == 0, err
+    assert not (tmp_path / "nowhere").exists()
+
+
+def check(ask: Any, run: Run, view: JobView, home: tuple[str, str]) -> None:
+    # By the task, against the ledger's counters.
+    told = {
+        row["stage"]: row
+        for row in ask(
+            "SELECT stage, count(*) AS planned, "
+            "count(*) FILTER (state = 'SUCCEEDED') AS succeeded, "
+            "count(*) FILTER (state = 'FAILED') AS failed, "
+            "count(*) FILTER (state = 'CANCELLED') AS cancelled, "
+            "coalesce(sum(run_s) FILTER (state = 'SUCCEEDED'), 0) AS run_s "
+            "FROM tasks GROUP BY stage"
+        )
+    }
+    for stage in view["stages"]:
+        mine = told[stage["name"]]
+        for name in ("planned", "succeeded", "failed", "cancelled"):
+            assert mine[name] == stage[name], (stage["name"], name)
+        assert mine["run_s"] == pytest.approx(stage["run_s"], abs=1e-5)
+    (whole,) = ask("SELECT * FROM jobs")
+    assert whole["backend"] == "local"
+    assert whole["ended_s"] == view["ended_s"]
+    assert (whole["failed"], whole["retried"], whole["cancelled"]) == (1, 1, 1)
+    (print_,) = ask("SELECT DISTINCT fingerprint FROM attempts WHERE state = 'FAILED'")
+    (group,) = json.loads(run("job", "failures", view["id"], *home, "--json")[1])
+    assert print_ == {"fingerprint": group["fingerprint"]}
+    for query in queries.known().values():
+        ask(query.sql)
+
+    # The bill, line by line.
+    code, out, err = run("cost", "bill", view["id"], *home, "--json")
+    assert code == 0, err
+    bill = json.loads(out)
+    lines = {
+        r["line"]: r["usd"] for r in ask("SELECT line, sum(cost_usd) AS usd FROM cost GROUP BY 1")
+    }
+    assert set(lines) == {item["what"] for item in bill["items"]}
+    for item in bill["items"]:
+        assert float(lines[item["what"]]) == pytest.approx(item["usd"]["typical"], abs=1e-9), item
+    assert float(whole["cost_usd"]) == pytest.approx(bill["usd"]["typical"], abs=1e-9)
+
+    # What really ran: processes of this machine.
+    workers = {row["instance"] for row in ask("SELECT instance FROM workers WHERE bundles > 0")}
+    assert None not in workers
+    assert workers <= {row["instance"] for row in ask("SELECT instance FROM instances")}
+    assert ask("SELECT count(*) > 0 AS seen FROM fleet") == [{"seen": True}]
+    assert not ask("SELECT * FROM bundles WHERE wait_s < 0 OR took_s < 0 OR took_s < run_s - 0.05")

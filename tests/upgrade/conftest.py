@@ -1,0 +1,5 @@
+"""Grids that go on with the data of an earlier release."""
+
+from tests.support.grid.fixtures import bring_up
+
+__all__ = ["bring_up"]

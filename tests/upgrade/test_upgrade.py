@@ -1,0 +1,113 @@
+"""What an earlier batchlab has written is read, reported and finished by this one.
+
+tests/upgrade has a grid's folder of each earlier version; tests/upgrade/make.py makes them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.grid.fixtures import Bring
+from tests.support.grid.local_grid import LocalGrid
+from tests.upgrade.make import HOME, TASKS, TOLD, TOTAL
+
+KEPT = sorted(Path(__file__).resolve().parent.glob("*.tar.xz"))
+SAME = ("id", "name", "reason", "round", "priority", "tags", "submitted_s", "started_s", "ended_s")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A grid's folder as that version left it, and what that said of its jobs."""
+
+    home: Path
+    told: dict[str, Any]
+
+    @property
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        """By the name of each."""
+        return {one["name"]: one for one in self.told["jobs"]}
+
+
+@pytest.fixture(params=KEPT, ids=lambda path: path.name.partition(".")[0])
+def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Kept:
+    with tarfile.open(request.param) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return Kept(tmp_path / HOME, json.loads((tmp_path / TOLD).read_text()))
+
+
+def test_there_is_something_to_upgrade_from() -> None:
+    assert len(KEPT) >= 2
+    assert all(path.stat().st_size < 100_000 for path in KEPT)
+
+
+def test_what_an_earlier_version_left_is_gone_on_with(
+    kept: Kept, bring_up: Bring, tmp_path: Path
+) -> None:
+    grid = bring_up(folder=kept.home)
+    now = {one["name"]: one for one in grid.client.jobs()}
+    assert set(now) == {"ended", "paused", "working"}
+    for name, told in kept.jobs.items():
+        assert now[name]["id"] == told["id"]
+    same(kept.jobs["ended"], now["ended"])
+    assert now["paused"]["state"] == "PAUSED"
+
+    results = grid.results(now["ended"], tmp_path / "ended")
+    (line,) = kept.told["total"].splitlines()
+    assert results["total"] == [json.loads(line)["value"]] == [TOTAL]
+    (failure,) = grid.client.failures(now["ended"]["id"])
+    assert failure["task"] == 7
+    assert "seven" in failure["reason"]
+
+    # What was under way goes on by itself, and what was paused once somebody says so.
+    grid.client.resume(now["paused"]["id"])
+    for name in ("working", "paused"):
+        view = grid.wait(now[name]["id"])
+        assert view["state"] == "SUCCEEDED", view
+        assert view["stages"][0]["succeeded"] == TASKS - 1
+        assert grid.results(view, tmp_path / name)["total"] == [TOTAL]
+
+    before = sorted(grid.client.jobs(), key=lambda one: one["id"])
+    assert grid.client.rebuild() == 3
+    for one, again in zip(
+        before, sorted(grid.client.jobs(), key=lambda one: one["id"]), strict=True
+    ):
+        same(one, again)
+    if kept.told["schedules"]:
+        (schedule,) = grid.client.schedules()["schedules"]
+        assert schedule["cron"] == "0 2 1 1 *"
+    reported(grid, kept, tmp_path)
+
+
+def same(before: Any, now: Any) -> None:
+    """What was said of a job is said of it still."""
+    assert {name: now[name] for name in SAME} == {name: before[name] for name in SAME}
+    assert now["state"] == before["state"]
+    counts = ("name", "pool", "planned", "succeeded", "failed", "cancelled")
+    told = [
+        [{name: stage[name] for name in counts} for stage in one["stages"]] for one in (before, now)
+    ]
+    assert told[0] == told[1]
+
+
+def reported(grid: LocalGrid, kept: Kept, tmp_path: Path) -> None:
+    """Of the job that had ended, the report that there is or one that is written now."""
+    page, job = tmp_path / "run.html", kept.jobs["ended"]["id"]
+    tables = grid.home.objects / "reports" / job
+    assert bool(list(tables.rglob("*.parquet"))) is kept.told["reports"]
+    done = subprocess.run(
+        [*(sys.executable, "-m", "batchlab", "report", "html", job, "--out", str(page)),
+         "--home", str(kept.home)],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert not done.returncode, done.stderr
+    assert job in page.read_text()
+    assert list(tables.rglob("*.parquet"))

@@ -1,0 +1,169 @@
+"""Children are warm, few, bound to one code folder, and die with their worker."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.errors import BackendError, Unreachable
+from batchlab.worker.runner import Handle
+from tests.support.worker.runner import (
+    USER_CODE,
+    alive,
+    children_of,
+    collect,
+    go,
+    opened,
+    until,
+)
+
+
+def test_children_are_reused_for_the_same_code_and_only_for_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "acts.py").write_text("import os\ndef facts(item): return {'pid': os.getpid()}\n")
+        async with opened(tmp_path, slots=1) as rig:
+            pids = [
+                (await rig.run([1], handler="acts:facts", folder=folder))[0].value["pid"]
+                for folder in (USER_CODE, USER_CODE, other, other, USER_CODE)
+            ]
+            assert pids[0] == pids[1]
+            assert pids[2] == pids[3]
+            assert len(set(pids)) == 3
+            assert children_of() == {pids[4]}
+
+    go(main())
+
+
+def test_as_many_runs_as_slots_go_on_at_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        marks = [tmp_path / str(n) for n in range(3)]
+        async with opened(tmp_path, slots=2) as rig:
+            works = [await rig.work([["sleep", 0.4, str(mark)]]) for mark in marks]
+            runs = [asyncio.create_task(collect(rig, work, Handle())) for work in works]
+            await until(lambda: sum(mark.exists() for mark in marks) == 2, "two at once")
+            done = await asyncio.gather(*runs)
+            assert all(one[0].value == "slept" for one in done)
+            starts = sorted(mark.stat().st_mtime for mark in marks)
+            assert starts[2] - starts[0] > 0.3
+
+    go(main())
+
+
+def test_the_loop_stays_free_while_tasks_run(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path) as rig:
+            run = asyncio.create_task(rig.run([["sleep", 0.4]]))
+            beats = 0
+            while not run.done():
+                await asyncio.sleep(0.01)
+                beats += 1
+            assert beats > 10
+
+    go(main())
+
+
+def test_close_ends_every_child_and_run_and_removes_what_they_left(tmp_path: Path) -> None:
+    async def main() -> None:
+        mark = tmp_path / "started"
+        async with opened(tmp_path) as rig:
+            await rig.values(["idle"])
+            work = await rig.work(["a", ["sleep", 60, str(mark)]])
+            run = asyncio.create_task(collect(rig, work, Handle()))
+            await until(mark.exists, "the task's start")
+            await rig.runner.close()
+            assert children_of() == set()
+            assert [one.value for one in await run] == ["a"]
+            assert [path.name for path in rig.scratch.root.iterdir()] == ["code"]
+
+    go(main())
+
+
+def test_a_run_that_is_given_up_leaves_no_process(tmp_path: Path) -> None:
+    async def main() -> None:
+        mark = tmp_path / "started"
+        async with opened(tmp_path) as rig:
+            work = await rig.work(["a", ["sleep", 60, str(mark)]])
+            run = asyncio.create_task(collect(rig, work, Handle()))
+            await until(mark.exists, "the task's start")
+            run.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await run
+            await until(lambda: children_of() == set(), "the child's end")
+            assert await rig.values(["next"]) == ["next"]
+
+    go(main())
+
+
+WORKER = """
+import asyncio, sys
+from pathlib import Path
+from tests.support.worker.runner import opened
+
+async def main():
+    async with opened(Path(sys.argv[1])) as rig:
+        await rig.run([["sleep_in_program", sys.argv[2]]])
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_children_and_their_programs_die_with_the_worker(tmp_path: Path, number: int) -> None:
+    """Pain 11: orphans. However the worker ends, nothing of it runs on."""
+
+    async def main() -> None:
+        mark = tmp_path / "pid"
+        worker = subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(mark)])
+        try:
+            await until(lambda: mark.exists() and mark.read_text(), "the program's start")
+            [child] = children_of(worker.pid)
+            program = int(mark.read_text())
+            assert alive(child)
+            assert alive(program)
+            worker.send_signal(number)
+            await until(lambda: not alive(child) and not alive(program), "their end")
+        finally:
+            worker.kill()
+            worker.wait()
+
+    go(main())
+
+
+def test_a_child_that_cannot_start_is_nobodys_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened(tmp_path) as rig:
+            monkeypatch.setattr(sys, "executable", "/bin/false")
+            with pytest.raises(BackendError, match=r"could not start \(exit 1\)"):
+                await rig.run([1])
+            monkeypatch.setattr(sys, "executable", "/nowhere/python")
+            with pytest.raises(BackendError, match="cannot run tasks"):
+                await rig.run([1])
+            monkeypatch.undo()
+            assert await rig.values([1]) == [1]
+
+    go(main())
+
+
+class Silent(SimObjects):
+    async def get(self, key: str, *, limit: int | None = None) -> bytes:
+        raise Unreachable("nobody answers")
+
+
+def test_a_store_that_does_not_answer_is_nobodys_failure(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path, Silent()) as rig:
+            with pytest.raises(Unreachable):
+                await rig.run([1])
+            assert await rig.runs_left() == []
+
+    go(main())

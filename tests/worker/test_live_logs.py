@@ -1,0 +1,350 @@
+"""What running tasks print is stored while somebody asks for it, and then no more."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.sql import open_memory
+from batchlab.errors import Unreachable
+from batchlab.jobdef import JobDef, StageDef
+from batchlab.manager import tails as manager_tails
+from batchlab.manager.live import LiveJob, Ports
+from batchlab.manager.settings import ManagerSettings
+from batchlab.model import Bundle, Control, JobId, JobState, StageCounts, StageName, TaskSet
+from batchlab.patience import Patience
+from batchlab.ports import JobRecord, Message, StageRecord
+from batchlab.protocol import naming, wire
+from batchlab.protocol.live_logs import ASKED_S, Tail, from_bytes, to_bytes
+from batchlab.protocol.messages import TaskMessage
+from batchlab.sim.clocks import SimClock, SimIds
+from batchlab.sim.loop import SimLoop
+from batchlab.worker import logs
+from batchlab.worker.controls import CLOCKS_S, Controls
+from batchlab.worker.hand import Hand
+from batchlab.worker.runner import Peek
+from batchlab.worker.tails import WORKER_BYTES, Tails
+from tests.support.no_fleet import NoFleet
+
+JOB = JobId("talk-0123456789")
+EVERY_S = 5.0
+KEY = naming.tail(JOB, "w-1")
+
+
+def _clock() -> SimClock:
+    return SimClock(asyncio.get_running_loop(), 1_700_000_000.0)
+
+
+def _in_virtual_time(main: Coroutine[Any, Any, None]) -> None:
+    SimLoop().run(main)
+
+
+class Bucket(SimObjects):
+    """Counts what is put, and fails where it is told to."""
+
+    puts = 0
+    away = False
+
+    def counted(self) -> int:
+        return self.puts
+
+    async def put(self, key: str, data: bytes, **how: Any) -> str:
+        self.puts += key == KEY
+        if self.away:
+            raise Unreachable("away")
+        return await super().put(key, data, **how)
+
+
+class Talk:
+    """A task that has printed `data`."""
+
+    def __init__(self, hands: dict[str, Hand], task: int, job: JobId = JOB) -> None:
+        self.data = b""
+        self.task: int | None = task
+        bundle = Bundle(job, StageName("talk"), TaskSet.of([task]), attempt=2)
+        message = Message("m", "", "r", 1, 0.0, 0.0)
+        hand = Hand("q", message, TaskMessage(bundle), f"w-1-{task}", 0.0, 0.0, "r")
+        hand.running = True
+        hand.handle.peek = self.peek
+        hands[hand.execution] = hand
+
+    def peek(self, most: int) -> Peek | None:
+        if self.task is None:
+            return None
+        start = max(0, len(self.data) - most)
+        return Peek(self.task, 1000, 1000 + start, self.data[start:])
+
+
+def test_nobody_pays_where_nobody_looks() -> None:
+    async def main() -> None:
+        objects = Bucket()
+        hands: dict[str, Hand] = {}
+        talk = Talk(hands, 3)
+        other = Talk(hands, 4, JobId("other-0123456789"))
+        tails = Tails("w-1", hands, objects, _clock(), every_s=EVERY_S)
+        keeping = asyncio.create_task(tails.keep())
+        talk.data = other.data = b"secret of nobody"
+        await asyncio.sleep(3600)
+        assert objects.counted() == 0
+
+        tails.asked(JOB)
+        await asyncio.sleep(0.1)
+        (tail,) = from_bytes(await objects.get(KEY))
+        assert (tail.stage, tail.task, tail.attempt, tail.execution) == ("talk", 3, 2, "w-1-3")
+        assert (tail.start, tail.stop, tail.text) == (0, 16, "secret of nobody")
+        # Nothing new, nothing stored; something new, once a step.
+        await asyncio.sleep(2 * EVERY_S)
+        assert objects.counted() == 1
+        for _ in range(100):
+            talk.data += b"x\n"
+            await asyncio.sleep(0.1)
+        assert objects.counted() == 3
+        # The request has run out; another one begins it anew.
+        await asyncio.sleep(ASKED_S)
+        before = objects.puts
+        talk.data += b"later"
+        await asyncio.sleep(3600)
+        assert objects.puts == before
+        tails.asked(JOB)
+        await asyncio.sleep(0.1)
+        assert from_bytes(await objects.get(KEY))[0].text.endswith("later")
+        keeping.cancel()
+
+    _in_virtual_time(main())
+
+
+def test_a_talkative_worker_stores_the_ends_only() -> None:
+    async def main() -> None:
+        objects = Bucket()
+        hands: dict[str, Hand] = {}
+        talks = [Talk(hands, task) for task in range(16)]
+        for talk in talks:
+            talk.data = b"a" * 100_000 + b"end"
+        tails = Tails("w-1", hands, objects, _clock(), every_s=EVERY_S)
+        keeping = asyncio.create_task(tails.keep())
+        tails.asked(JOB)
+        await asyncio.sleep(0.1)
+        found = from_bytes(await objects.get(KEY))
+        assert len(found) == 16
+        assert all(one.text.endswith("end") for one in found)
+        assert all(one.stop == 100_003 and one.stop - one.start == len(one.text) for one in found)
+        assert sum(len(one.text) for one in found) <= WORKER_BYTES
+        # Those that have ended are in it no more.
+        for talk in talks[1:]:
+            talk.task = None
+        await asyncio.sleep(EVERY_S)
+        assert [one.task for one in from_bytes(await objects.get(KEY))] == [0]
+        keeping.cancel()
+
+    _in_virtual_time(main())
+
+
+def test_a_bucket_that_is_away_costs_a_step_and_no_worker() -> None:
+    async def main() -> None:
+        objects = Bucket()
+        hands: dict[str, Hand] = {}
+        Talk(hands, 0).data = b"hello"
+        tails = Tails("w-1", hands, objects, _clock(), every_s=EVERY_S)
+        keeping = asyncio.create_task(tails.keep())
+        objects.away = True
+        tails.asked(JOB)
+        await asyncio.sleep(1.0)
+        objects.away = False
+        await asyncio.sleep(EVERY_S)
+        assert from_bytes(await objects.get(KEY))[0].text == "hello"
+        assert not keeping.done()
+        keeping.cancel()
+
+    _in_virtual_time(main())
+
+
+def test_the_request_comes_with_the_word_that_is_read_anyway() -> None:
+    async def main() -> None:
+        objects = SimObjects()
+        asked: list[JobId] = []
+        word = wire.Word(Control.RUN)
+        await objects.put(naming.control(JOB), wire.word_to_bytes(word))
+        controls = Controls(objects, _clock(), 1.0, lambda *_: None, asked.append)
+        await controls.look(JOB)
+        assert not asked
+        await objects.put(naming.control(JOB), wire.word_to_bytes(replace(word, tail=1)))
+        for _ in range(3):
+            assert (await controls.look(JOB))[0] is Control.RUN
+        assert asked == [JOB]
+        await objects.put(naming.control(JOB), wire.word_to_bytes(replace(word, tail=2)))
+        await controls.look(JOB)
+        assert asked == [JOB, JOB]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("ago_s", "is_heard"),
+    [(0.0, True), (ASKED_S, True), (-CLOCKS_S, True), (3600.0, False), (-3600.0, False)],
+)
+def test_who_has_asked_long_ago_is_not_heard_by_a_worker_that_comes_now(
+    ago_s: float, is_heard: bool
+) -> None:
+    """It stored for 30 s for nobody, each worker that met the job, and again after each pause."""
+
+    async def main() -> None:
+        objects, clock = SimObjects(), _clock()
+        asked: list[JobId] = []
+        word = wire.Word(Control.RUN, tail=7, tail_s=clock.now_s() - ago_s)
+        await objects.put(naming.control(JOB), wire.word_to_bytes(word))
+        controls = Controls(objects, clock, 1.0, lambda *_: None, asked.append)
+        await controls.look(JOB)
+        assert asked == [JOB] * is_heard
+        # What comes while it looks on is news, whatever the clocks say.
+        await asyncio.sleep(0.3)
+        again = replace(word, tail=8)
+        await objects.put(naming.control(JOB), wire.word_to_bytes(again))
+        await controls.look(JOB)
+        assert asked[is_heard:] == [JOB]
+        # And after a pause it may be old again.
+        await asyncio.sleep(30.0)
+        await objects.put(naming.control(JOB), wire.word_to_bytes(replace(word, tail=9)))
+        await controls.look(JOB)
+        assert len(asked) == 1 + 2 * is_heard - (is_heard and ago_s + 30.0 > ASKED_S + CLOCKS_S)
+
+    _in_virtual_time(main())
+
+
+def test_the_request_of_an_earlier_manager_says_no_time_and_is_heard() -> None:
+    async def main() -> None:
+        objects = SimObjects()
+        asked: list[JobId] = []
+        await objects.put(naming.control(JOB), b'{"v":1,"control":"run","tail":3}')
+        controls = Controls(objects, _clock(), 1.0, lambda *_: None, asked.append)
+        await controls.look(JOB)
+        assert asked == [JOB]
+
+    _in_virtual_time(main())
+
+
+# --- The manager's side --------------------------------------------------------------------------
+
+
+class Reads(SimObjects):
+    """Counts what is read of tails."""
+
+    gets = 0
+
+    async def get(self, key: str, *, limit: int | None = None) -> bytes:
+        self.gets += key.startswith(naming.tails(JOB))
+        return await super().get(key, limit=limit)
+
+
+class Followed:
+    """A job whose workers have stored what they print, and who follows it."""
+
+    def __init__(self) -> None:
+        self.objects = Reads()
+        self.clock = _clock()
+        rng = random.Random(1)
+        ports = Ports(
+            self.objects,
+            None,  # type: ignore[arg-type]
+            NoFleet(),
+            open_memory(),
+            self.clock,
+            SimIds(rng),
+            Patience(rng, limit_s=0.0),
+        )
+        self.tails = manager_tails.Tails(ports, ManagerSettings())
+        self.live = self.job(JOB)
+
+    def job(self, name: JobId) -> LiveJob:
+        stage = StageName("talk")
+        job = JobDef(name, "talk", (StageDef(stage, handler="m:f"),), 0.0)
+        return LiveJob(JobRecord(job, JobState.RUNNING), {stage: StageRecord(StageCounts(stage))})
+
+    async def stored(self, live: LiveJob, worker: str, text: str, task: int = 0) -> None:
+        bundle = Bundle(live.id, StageName("talk"), TaskSet.of([task]))
+        live.expect([(bundle, 0.0)])
+        tail = Tail("talk", task, 1, 0, bundle.id, f"{worker}-1", 0, len(text), text)
+        await self.objects.put(naming.tail(live.id, worker), to_bytes([tail]))
+
+    def kept(self) -> int:
+        jobs = self.tails._jobs.values()
+        return sum(one.size for looked in jobs for one in looked.stored.values())
+
+
+def test_a_manager_forgets_what_nobody_follows_any_more() -> None:
+    async def main() -> None:
+        scene = Followed()
+        await scene.stored(scene.live, "w-1", "hello")
+        assert [one.text for one in await scene.tails.of(scene.live)] == ["hello"]
+        await asyncio.sleep(ASKED_S)
+        scene.tails.forget()
+        assert scene.kept()
+        await asyncio.sleep(2 * ASKED_S)
+        scene.tails.forget()
+        assert not scene.tails._jobs
+        assert [one.text for one in await scene.tails.of(scene.live)] == ["hello"]
+
+    _in_virtual_time(main())
+
+
+def test_what_a_manager_keeps_of_very_many_workers_is_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(manager_tails, "JOB_BYTES", 10_000)
+    monkeypatch.setattr(manager_tails, "ALL_BYTES", 25_000)
+
+    async def main() -> None:
+        scene = Followed()
+        jobs = [scene.live, *(scene.job(JobId(f"other-{n}")) for n in range(4))]
+        for live in jobs:
+            for n in range(20):
+                await scene.stored(live, f"w-{n:02}", "x" * 900, n)
+        for live in jobs:
+            found = await scene.tails.of(live)
+            assert 5 < len(found) < 20, "some are shown"
+            assert scene.kept() <= 25_000
+        # Of what is still there nothing is read anew; of what had to go all is.
+        gets = scene.objects.gets
+        await asyncio.sleep(scene.tails.every_s)
+        assert len(await scene.tails.of(scene.live)) > 5
+        assert scene.objects.gets > gets
+        assert scene.kept() <= 25_000
+
+    _in_virtual_time(main())
+
+
+def test_of_bundles_that_have_ended_nothing_is_kept_and_others_get_their_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(manager_tails, "JOB_BYTES", 1_500)
+
+    async def main() -> None:
+        scene = Followed()
+        await scene.stored(scene.live, "w-1", "x" * 900, 1)
+        await scene.stored(scene.live, "w-2", "y" * 900, 2)
+        assert [one.task for one in await scene.tails.of(scene.live)] == [1]
+        scene.live.settled(Bundle(JOB, StageName("talk"), TaskSet.of([1])))
+        await asyncio.sleep(scene.tails.every_s)
+        assert [one.task for one in await scene.tails.of(scene.live)] == [2]
+
+    _in_virtual_time(main())
+
+
+def test_a_word_without_a_tail_is_written_as_before() -> None:
+    for word in (wire.Word(Control.RUN), wire.Word(Control.CANCEL, reason="x", round=1)):
+        assert "tail" not in json.loads(wire.word_to_bytes(word))
+        assert wire.word_from_bytes(wire.word_to_bytes(word)) == word
+        more = replace(word, tail=7)
+        assert wire.word_from_bytes(wire.word_to_bytes(more)) == more
+
+
+def test_text_has_as_many_bytes_as_what_was_printed() -> None:
+    for data in (b"plain", "ü☃".encode(), b"\xff\xfe half \xc3", "☃".encode()[1:] + b"x"):
+        assert len(logs.text(data).encode()) == len(data)
+    assert logs.text(b"a\xffb") == "a?b"
