@@ -16,7 +16,7 @@ from batchlab.adapters.sqs import SqsQueue
 from batchlab.conform.check import Answer, Differs, Untried, answer, snake
 
 if TYPE_CHECKING:
-    from batchlab.adapters.objects import ObstoreObjects
+    from batchlab.adapters.obstore_objects import ObstoreObjects
     from batchlab.conform.target import Target
     from batchlab.ports import QueueSpec
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient
 
     from batchlab.adapters.aws import Endpoint
-    from batchlab.adapters.objects import ObstoreObjects
+    from batchlab.adapters.obstore_objects import ObstoreObjects
     from batchlab.ports import Clock
 
 CONNECTIONS = 64

@@ -19,7 +19,7 @@ from obstore.store import S3Store
 
 from batchlab.adapters import folders
 from batchlab.adapters.local_objects import FilesInPlace, open_local
-from batchlab.adapters.objects import ObstoreObjects
+from batchlab.adapters.obstore_objects import ObstoreObjects
 from batchlab.errors import AlreadyExists, BackendError, NotFound, Throttled, Unreachable
 
 RACE = """

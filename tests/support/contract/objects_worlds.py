@@ -16,15 +16,19 @@ import pytest
 from _pytest.mark.structures import ParameterSet
 from obstore.store import MemoryStore
 
+from batchlab.adapters import gcs
 from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.bucket import Bucket
 from batchlab.adapters.local_objects import open_local
-from batchlab.adapters.objects import ObstoreObjects, open_s3
+from batchlab.adapters.objects import open_s3
+from batchlab.adapters.obstore_objects import ObstoreObjects
 from batchlab.adapters.sim.objects import SimObjects
 from batchlab.ports import Objects
 from batchlab.sim.actors import Actor
 from batchlab.sim.faults import Faults
 from batchlab.sim.loop import SimLoop
 from batchlab.sim.wrappers import wrap
+from tests.support import gcs_stub
 from tests.support.aws.emulators import EMULATORS
 
 _BUCKETS = itertools.count()
@@ -83,6 +87,16 @@ def _remote(check: Check, tmp_path: Path) -> None:
     asyncio.run(_done(check, _world(ObstoreObjects(MemoryStore()), tmp_path)))
 
 
+def _gcs(check: Check, tmp_path: Path) -> None:
+    with gcs_stub.served() as (stub, url), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", url)
+        stub.buckets["suite"] = {}
+        objects = gcs.open_objects(Bucket("suite"))
+        asyncio.run(_done(check, _world(objects, tmp_path, many=1050)))
+        assert not stub.uploads
+        assert not [key for key in stub.buckets["suite"] if key.startswith("staged/")]
+
+
 def _at_endpoint(check: Check, tmp_path: Path, endpoint: Endpoint) -> None:
     objects = open_s3(endpoint, f"suite-{next(_BUCKETS)}")
     asyncio.run(_done(check, _world(objects, tmp_path, many=1050)))
@@ -93,6 +107,7 @@ OBJECTS_WORLDS: Mapping[str, Callable[[Check, Path], None]] = {
     "sim wrapped": _wrapped,
     "files": _files,
     "remote": _remote,
+    "gcs": _gcs,
 }
 
 DIFFERENCES: Mapping[str, tuple[str, tuple[str, ...]]] = {}

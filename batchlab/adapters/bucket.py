@@ -1,0 +1,25 @@
+"""A bucket, as the composition root describes it to the adapter that opens it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchlab.durability import Sync
+from batchlab.tally import Tally
+
+if TYPE_CHECKING:
+    from batchlab.adapters.aws import Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A bucket: a folder, or a name at a service. An adapter uses the fields that it needs."""
+
+    name: str = ""
+    folder: Path = Path()
+    sync: Sync = Sync.JOBS
+    endpoint: Endpoint | None = None
+    tally: Tally | None = None
+    """Counts the requests."""
