@@ -52,7 +52,7 @@ from batchlab.model import (
     TaskSet,
 )
 from batchlab.patience import Patience
-from batchlab.ports import MAX_BATCH, Cut, Ledger, Outgoing
+from batchlab.ports import MAX_BATCH, AddCut, AddJob, Cut, Fold, Ledger, Outgoing
 from batchlab.protocol import naming
 from batchlab.protocol.messages import Events, events_message, read_task_message
 from tests.support.no_fleet import NoFleet
@@ -123,8 +123,8 @@ def postgres(batch: int, count: int) -> list[Row]:
 async def _fold(ledger: Ledger, batch: int, count: int) -> float:
     """The best of some rounds, in bundles a second."""
     planned = bundles(count)
-    await ledger.add_job(JOB, state=JobState.SUBMITTED)
-    await ledger.add_cut(Cut(JOB.id, STAGE, 0, 0, planned, TaskSet(), TASKS * count))
+    await ledger.apply(AddJob(JOB, JobState.SUBMITTED))
+    await ledger.apply(AddCut(Cut(JOB.id, STAGE, 0, 0, planned, TaskSet(), TASKS * count)))
     done = [completion(bundle) for bundle in planned]
     rates = []
     for at in range(0, count, count // ROUNDS):
@@ -132,7 +132,7 @@ async def _fold(ledger: Ledger, batch: int, count: int) -> float:
         began_s = time.perf_counter()
         for first in range(0, len(some), batch):
             part = some[first : first + batch]
-            await ledger.fold(part, [{}] * len(part))
+            await ledger.apply(Fold(part, [{}] * len(part)))
         rates.append(len(some) / (time.perf_counter() - began_s))
     assert (await ledger.rows(JOB.id)).stages[0].counts.ended
     await ledger.close()
@@ -146,9 +146,9 @@ def collect(each: int, count: int) -> list[Row]:
     async def measure(folder: Path) -> float:
         ports = open_ports(folder)
         planned = bundles(count)
-        await ports.ledger.add_job(JOB, state=JobState.SUBMITTED)
+        await ports.ledger.apply(AddJob(JOB, JobState.SUBMITTED))
         cut = Cut(JOB.id, STAGE, 0, 0, planned, TaskSet(), TASKS * count)
-        await ports.ledger.add_cut(cut)
+        await ports.ledger.apply(AddCut(cut))
         await ports.queue.ensure(events_queue(ManagerSettings()))
         done = tuple(map(completion, planned))
         packs = (done[first : first + each] for first in range(0, count, each))

@@ -26,15 +26,21 @@ from batchlab.model import (
     may_move,
 )
 from batchlab.ports import (
+    AddCut,
+    AddJob,
     BundleRecord,
     Cut,
     Ending,
+    Finish,
+    JobChange,
     JobRecord,
     JobRows,
+    MoveJob,
     Past,
+    Reopen,
     Reopening,
+    SetControl,
     StageRecord,
-    Written,
 )
 from batchlab.protocol import wire
 
@@ -132,11 +138,11 @@ class Book:
     last_seq: int = -1
     stages: dict[StageName, Stage] = field(default_factory=dict)
 
-    def rows(self) -> JobRows:
+    def rows(self, stamp: str | int = "") -> JobRows:
         record = JobRecord(
             self.job, self.state, self.reason, self.control, self.round, self.ended_s
         )
-        return JobRows(record, tuple(s.record(name) for name, s in self.stages.items()))
+        return JobRows(record, tuple(s.record(name) for name, s in self.stages.items()), stamp)
 
     def stage(self, name: StageName) -> Stage:
         """NotFound where the job has none of that name."""
@@ -186,6 +192,26 @@ def begin(job: JobDef, state: JobState, cut: Cut | None = None) -> tuple[Book, l
     return book, rows or []
 
 
+def apply(book: Book, change: JobChange, known: Known) -> list[Row] | None:
+    """Apply the change to a job that exists. Return the bundles that it adds, or None if it has no
+    effect."""
+    if isinstance(change, AddCut):
+        return take_cut(book, change.cut, known)
+    if isinstance(change, AddJob):
+        return None
+    if isinstance(change, MoveJob):
+        is_new = move(book, change.state, change.round)
+    elif isinstance(change, SetControl):
+        is_new = set_control(book, change.control, change.round)
+    elif isinstance(change, Reopen):
+        is_new = reopen(book, change.round, change.stages)
+    elif isinstance(change, Finish):
+        is_new = finish(book, change.round, change.ending)
+    else:
+        is_new = set_planned(book, change.stage, change.planned, change.round)
+    return [] if is_new else None
+
+
 def move(book: Book, state: JobState, round: int) -> bool:
     if round != book.round or not may_move(book.state, state):
         return False
@@ -198,12 +224,6 @@ def set_control(book: Book, control: Control, round: int) -> bool:
         return False
     book.control = control
     return True
-
-
-def has_control(written: Written, control: Control, round: int) -> bool:
-    """Whether the job is in that round, has not ended, and has that control."""
-    job = written.rows.job
-    return job.round == round and not job.state.ended and job.control is control
 
 
 def set_planned(book: Book, stage: StageName, planned: int, round: int) -> bool:

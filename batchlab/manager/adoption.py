@@ -33,7 +33,7 @@ from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.spending import Spending
 from batchlab.manager.starts import Starts
 from batchlab.model import JobId, JobState
-from batchlab.ports import BundleRecord, Cut, JobRecord, Written
+from batchlab.ports import AddCut, BundleRecord, Cut, JobRecord, Written
 from batchlab.protocol import naming, settle, wire
 from batchlab.tracing import trace_of
 from batchlab.waits import heed_cancellation
@@ -93,7 +93,7 @@ class Adoption:
         # A retry is two steps in the ledger; the leader before us may have died between them.
         cuts, unreadable = await self._cuts(rows.job)
         for cut in cuts:
-            rows = (await ledger.add_cut(cut)).rows
+            rows = (await ledger.apply(AddCut(cut))).rows
         planned: Sequence[BundleRecord] = ()
         if not found.is_new:
             planned = await ledger.bundles(job.id, done=False)

@@ -12,7 +12,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 from batchlab import control, durability
 from batchlab.commit import Addressed, address, committed, send_all
@@ -27,7 +26,7 @@ from batchlab.manager.plans import Plans
 from batchlab.manager.quarantine import Outcomes, Quarantine, UnreadableObject, read_cut
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Bundle, Control, JobState, Json, StageName, TaskSet
-from batchlab.ports import Cut, Ending, StageRecord
+from batchlab.ports import AddCut, Cut, Ending, Finish, SetControl, SetPlanned, StageRecord
 from batchlab.protocol import definition, naming, settle, wire
 from batchlab.protocol.policy import Verdict, judge
 from batchlab.tasknames import with_task
@@ -154,8 +153,9 @@ class Conductor:
             # dies in between would leave a stage that never ends.
             upstream = live.stages[stage.after[0]].counts.planned
             if upstream is not None:
-                set_planned = partial(self._ports.ledger.set_planned, round=live.round)
-                await self._folder.write(live, partial(set_planned, live.id, stage.name, upstream))
+                await self._folder.write(
+                    live, SetPlanned(live.id, stage.name, upstream, live.round)
+                )
             return
         # The raw input does not change from round to round; what is gathered may.
         round_ = live.round if stage.after else 0
@@ -239,7 +239,7 @@ class Conductor:
     async def _commit_cut(self, live: LiveJob, cut: Cut) -> Cut:
         """Commit a cut; returns the one that counts, which a manager before us may have made."""
         cut = await self.plans.opened(live.job, cut) or await self._put_cut(cut)
-        await self._folder.write(live, partial(self._ports.ledger.add_cut, cut))
+        await self._folder.write(live, AddCut(cut))
         now_s = self._ports.clock.monotonic_s()
         live.expect((bundle, now_s) for bundle in cut.bundles)
         return cut
@@ -358,7 +358,8 @@ class Conductor:
 
     async def record_control(self, live: LiveJob, word: Control) -> None:
         """Let the ledger and memory have the word that was written; Superseded."""
-        if await self._ports.ledger.set_control(live.id, word, round=live.round):
+        change = SetControl(live.id, word, live.round)
+        if (await self._ports.ledger.apply(change)).has_control(change):
             live.record = replace(live.record, control=word)
             live.changed()
         else:
@@ -481,16 +482,7 @@ class Conductor:
         """Let the ledger know of the job's end, and those who wait for it."""
         if self._on_end:
             await self._on_end(live, ending)
-        finish = partial(
-            self._ports.ledger.finish,
-            live.id,
-            ending.state,
-            round=live.round,
-            reason=ending.reason,
-            ended_s=ending.ended_s,
-            closed=ending.closed,
-        )
-        is_new = await self._folder.write(live, finish)
+        is_new = await self._folder.write(live, Finish(live.id, ending, live.round))
         if is_new:
             self._counts.ended(ending.state)
             # Not the reason: it may be in a user's own words.

@@ -17,7 +17,7 @@ from batchlab.manager.counts import Counts
 from batchlab.manager.live import LiveJob, Ports, Superseded
 from batchlab.manager.retained import Retained
 from batchlab.model import BundleId, Completion, Control, JobId, StageName
-from batchlab.ports import BundleRecord, Folded, JobRecord, JobRows, Written
+from batchlab.ports import BundleRecord, Fold, Folded, JobChange, JobRecord, JobRows
 from batchlab.protocol import settle
 from batchlab.tracing import NOBODY, Tracer
 
@@ -69,8 +69,8 @@ class Folder:
         lives = (self._lives.get(one.bundle.job) for one, _ in known)
         before = {live.id: live.record for live in lives if live}
         begun_s = self._ports.clock.now_s() if traces else 0.0
-        folded = await self._ports.ledger.fold(
-            [one for one, _ in known], [settle.casualties(job, one) for one, job in known]
+        folded = await self._ports.ledger.apply(
+            Fold([one for one, _ in known], [settle.casualties(job, one) for one, job in known])
         )
         for (one, job), is_new in zip(known, folded.new, strict=True):
             if is_new:
@@ -155,11 +155,11 @@ class Folder:
                 live.settled(one.bundle)
         return list(touched.values())
 
-    async def write(self, live: LiveJob, call: Callable[[], Awaitable[Written]]) -> bool:
-        """Change the job in the ledger; memory then says what the ledger says. Whether it was
-        new. Superseded where the job is in a later round by now."""
+    async def write(self, live: LiveJob, change: JobChange) -> bool:
+        """Apply the change to the ledger, and take over the rows that it leaves. Return whether it
+        was new; Superseded if the job is in a later round."""
         before = live.record
-        written = await call()
+        written = await self._ports.ledger.apply(change)
         await self._follow(live, before, written.rows)
         if live.record.round > live.round:
             raise Superseded(live)

@@ -36,6 +36,7 @@ from batchlab.ports import (
     JobRecord,
     JobRows,
     Ledger,
+    MoveJob,
     Objects,
     Queue,
     StageRecord,
@@ -353,7 +354,7 @@ async def move(ports: Ports, live: LiveJob, state: JobState) -> None:
 
     "No" may be the answer to a second try, after the first one's answer was lost.
     """
-    if not await ports.ledger.move_job(live.id, state, round=live.round):
+    if not (await ports.ledger.apply(MoveJob(live.id, state, live.round))).is_new:
         record = await ports.ledger.job(live.id)
         if record.round != live.round:
             live.end()

@@ -22,7 +22,7 @@ from batchlab.manager.live import Ports
 from batchlab.manager.quarantine import UnreadableObject, read_cut, read_stored
 from batchlab.manager.retries import Retry, read_retry
 from batchlab.model import Completion, Control, JobId, JobState, Outcome, StageName
-from batchlab.ports import Cut, Ending, ObjectInfo, Past, Round
+from batchlab.ports import Cut, Ending, JobRows, ObjectInfo, Past, Round
 from batchlab.protocol import definition, naming, settle, wire
 from batchlab.protocol.sealing import CommitKey
 
@@ -94,7 +94,7 @@ async def restore(ports: Ports, job: JobId) -> dict[str, str]:
     key. NotFound if the job is not there, UnreadableObject if another object of it cannot be read,
     Unreachable if somebody changes it all the time."""
     for _ in range(_TRIES):
-        before = await ports.ledger.version(job)
+        before = await _rows(ports, job)
         past, unreadable = await _past(ports, job)
         if await ports.ledger.restore(past, over=before):
             return unreadable
@@ -102,6 +102,13 @@ async def restore(ports: Ports, job: JobId) -> dict[str, str]:
         f"Job {job} changes faster than it is read from the bucket.",
         remedy="Ask for the rebuild again.",
     )
+
+
+async def _rows(ports: Ports, job: JobId) -> JobRows | None:
+    try:
+        return await ports.ledger.rows(job)
+    except NotFound:
+        return None
 
 
 @dataclass(slots=True)

@@ -27,7 +27,7 @@ from batchlab.manager.live import LiveJob, Ports, Superseded, all_jobs, move
 from batchlab.manager.quarantine import UnreadableObject, read_stored
 from batchlab.manager.retries import Chosen, Retry, RetryPlanner
 from batchlab.model import Control, JobId, JobState, Json
-from batchlab.ports import MAX_BATCH, JobRecord, Written
+from batchlab.ports import MAX_BATCH, AddJob, JobRecord, Reopen, Written
 from batchlab.protocol import definition, naming, wire
 from batchlab.tracing import NOBODY, Subject, Tracer, ending
 from batchlab.waits import STEP_BACK_S
@@ -119,12 +119,12 @@ class Requests:
         state = JobState.SCHEDULED if later else JobState.SUBMITTED
         cut = opening.cut if opening else None
         with of_single_call(job.is_single_call):
-            written = await self._ports.ledger.add_job(job, state=state, cut=cut)
+            written = await self._ports.ledger.apply(AddJob(job, state, cut))
             if is_ours and not written.is_new and written.rows.job.state.ended:
                 # The bucket did not have the definition, so it has lost the job of that row.
                 log.warning("the bucket lost this job, so it begins anew", extra={"job": job.id})
                 await self._ports.ledger.forget([job.id])
-                written = await self._ports.ledger.add_job(job, state=state, cut=cut)
+                written = await self._ports.ledger.apply(AddJob(job, state, cut))
         if written.is_new:
             self._counts.submitted += 1
             log.info("accepted", extra={"job": job.id})
@@ -223,7 +223,7 @@ class Requests:
             await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
         except AlreadyExists:
             made = Retry.from_bytes(await patience(lambda: objects.get(key)))
-        await self._ports.ledger.reopen(job, round_, made.reopened)
+        await self._ports.ledger.apply(Reopen(job, round_, made.reopened))
         live = await self._adopt(Written(await self._ports.ledger.rows(job), is_new=False))
         self._begun.discard(job)
         await self._conductor.send(live.job, [b for cut in made.cuts for b in cut.bundles])

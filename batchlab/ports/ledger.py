@@ -1,93 +1,54 @@
-"""The ledger as a Protocol: a projection of the bucket, each call of which is one transaction.
+"""The ledger as a Protocol: a projection of the bucket that people and the planner read.
 
-Invariants: every call may be repeated. Every change names the round of the job that it is for, so
-a call of a manager that has stood still changes nothing of a later round.
+Invariant: each call is one transaction and may be repeated. A change names the round of the job, so
+a late call of a paused manager has no effect on a later round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, overload
 
-from batchlab.jobdef import JobDef
-from batchlab.model import (
-    Completion,
-    Control,
-    JobId,
-    JobState,
-    StageName,
-)
+from batchlab.model import JobId, StageName
 from batchlab.ports.rows import (
     BundleRecord,
-    Cut,
+    Fold,
     Folded,
+    JobChange,
     JobRecord,
     JobRows,
     Lease,
     Past,
-    Reopening,
     Written,
 )
 
 
 class Ledger(Protocol):
-    """The projection of the bucket that people and the planner read.
+    """Rows of jobs, stages, and bundles, and the leases of managers.
 
-    Every method is one transaction and may be repeated: what is already there is left alone.
-    Readers see whole transactions. Facts about single tasks are not here but in the outcomes.
-    Writes on the way of every bundle answer with the rows they leave, which saves reading them.
+    Readers see whole transactions. The ledger has no facts about single tasks: those are in the
+    outcomes. A change returns the rows that it leaves, which saves the caller a read.
     """
 
-    async def add_job(self, job: JobDef, *, state: JobState, cut: Cut | None = None) -> Written:
-        """Insert the job with its stages, and its first cut where that is known; an existing id
-        or token leaves the existing rows."""
+    @overload
+    async def apply(self, change: Fold) -> Folded: ...
+
+    @overload
+    async def apply(self, change: JobChange) -> Written:
+        """Apply the change, unless it was applied before; NotFound if the job or a stage does not
+        exist."""
 
     async def job(self, job: JobId) -> JobRecord:
-        """One job; NotFound."""
+        """Return one job; NotFound."""
 
     async def jobs(
         self, *, active: bool = False, limit: int = 100, before: str | None = None
     ) -> Sequence[JobRecord]:
-        """Newest first by (submitted_s, id); `active` leaves out jobs that have ended; `before`
-        is the id of the last row of the previous page."""
-
-    async def move_job(self, job: JobId, state: JobState, *, round: int) -> bool:
-        """Change state by the table of moves. Return False where the table has no such arrow, where
-        nothing changes, and where the job is in another round."""
-
-    async def set_control(self, job: JobId, control: Control, *, round: int) -> bool:
-        """Record the word of the control object. Return whether the row has that control now.
-
-        The call changes nothing where the job is in another round or has ended (its control is
-        RUN then), and a cancellation is final within its round.
-        """
+        """Return jobs, newest first by (submitted_s, id). `active` leaves out jobs that have ended.
+        `before` is the id of the last job of the previous page; NotFound if it does not exist."""
 
     async def rows(self, job: JobId) -> JobRows:
-        """The job with its stages; NotFound."""
-
-    async def add_cut(self, cut: Cut) -> Written:
-        """Record a cut and its bundles as planned, which makes a job RUNNABLE that was SUBMITTED
-        or PENDING; a cut that is known, or older than one that is, changes nothing.
-
-        A stage whose `plan_round` is older than the cut's takes the cut's round. A cut of another
-        round than the job's changes nothing.
-        """
-
-    async def set_planned(
-        self, job: JobId, stage: StageName, planned: int, *, round: int
-    ) -> Written:
-        """Set a stage's number of planned tasks where it is not known yet (chained stages), and
-        where the job is in that round."""
-
-    async def fold(
-        self, completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]
-    ) -> Folded:
-        """Fold outcomes, each exactly once however often it comes. A job that waited is RUNNING.
-
-        Counters of the bundle's stage grow by what it says, those named in the completion's
-        `casualties` grow in `cancelled`, and its `follows` become planned bundles (a follow that
-        has been folded already stays done).
-        """
+        """Return the job with its stages; NotFound."""
 
     async def bundles(
         self,
@@ -99,42 +60,28 @@ class Ledger(Protocol):
         failed: bool = False,
         limit: int | None = None,
     ) -> Sequence[BundleRecord]:
-        """Bundles in the order (seq, stage, id); planned ones last. `done` True or False filters;
-        `after_seq` gives completions folded after that one; `failed` only those with failed
-        tasks."""
+        """Return bundles in the order (seq, stage, id), planned ones last.
 
-    async def reopen(self, job: JobId, round: int, stages: Sequence[Reopening]) -> bool:
-        """Begin round `round` of a job that has ended; False where that round has begun before."""
-
-    async def finish(
-        self,
-        job: JobId,
-        state: JobState,
-        *,
-        round: int,
-        reason: str,
-        ended_s: float,
-        closed: Mapping[StageName, int],
-    ) -> Written:
-        """End the job: `closed` tasks of each stage never came to be and count as cancelled (a
-        stage without a plan gets planned = closed). Changes nothing where it has ended before."""
+        `done` selects folded (True) or planned bundles (False), `after_seq` completions that were
+        folded after that one, and `failed` bundles with failed tasks.
+        """
 
     async def lease(self, name: str, owner: str, *, over: Lease | None = None) -> Lease:
-        """Take the lease where it is free, renew it where it is ours, or take it over where it
-        still stands as `over`, seen earlier. Answers how it stands now, ours or not."""
+        """Take the lease if it is free, renew it if it is the owner's, or take it over if it is
+        still `over`, which the caller read earlier. Return the lease after that."""
 
     async def release(self, name: str, owner: str) -> None:
-        """Give the lease back if it is ours; its beat goes on from there."""
+        """Release the lease if the owner holds it. Its beat continues from there."""
 
-    async def version(self, job: JobId) -> str:
-        """What is known of the job, in a word that changes with it; "" where nothing is."""
+    async def restore(self, past: Past, *, over: JobRows | None) -> bool:
+        """Replace all rows of a job by what the bucket says of it.
 
-    async def restore(self, past: Past, *, over: str) -> bool:
-        """Put what the bucket says of a job in the place of all that is known of it; False, and
-        nothing is changed, where the job's version is not `over` any more."""
+        `over` are the rows that `rows` returned before the bucket was read, None if the job did not
+        exist. Return False and change nothing if the job has changed since.
+        """
 
     async def forget(self, jobs: Sequence[JobId] | None = None) -> None:
-        """Forget these jobs, or every one; leases stay."""
+        """Delete these jobs, or all jobs. Leases stay."""
 
     async def close(self) -> None:
         """Release connections."""

@@ -1,6 +1,7 @@
-"""What the ledger keeps and is told, as values.
+"""Rows of the ledger, and the changes that a ledger applies to them.
 
-Invariant: frozen; each follows from the bucket alone, so that a rebuilt ledger has equal ones.
+Invariant: the values are frozen. They follow from the bucket alone, so a rebuilt ledger has equal
+rows.
 """
 
 from __future__ import annotations
@@ -125,30 +126,153 @@ class Past:
 
 @dataclass(frozen=True, slots=True)
 class JobRows:
-    """A job's row and those of its stages, in order, as of one moment."""
+    """The row of a job and the rows of its stages, in order, at one moment.
+
+    `stamp` tells writes apart that leave equal rows. It is the ledger's own, so it is not compared.
+    """
 
     job: JobRecord
     stages: tuple[StageRecord, ...]
+    stamp: str | int = field(default="", compare=False, repr=False)
+
+    def is_version(self, other: JobRows | None) -> bool:
+        """Return whether the ledger has not changed the job between the two reads."""
+        return other is not None and self == other and self.stamp == other.stamp
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a write came to: the rows after it, and whether it has changed them."""
+    """Answer to the change of a job: the rows after the change, and whether it changed them."""
 
     rows: JobRows
     is_new: bool
 
+    def has_control(self, change: SetControl) -> bool:
+        """Return whether the job is in the round of the change, has not ended, and has the control
+        of the change. A change that is made twice is new only once."""
+        job = self.rows.job
+        return job.round == change.round and not job.state.ended and job.control is change.control
+
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """What folding came to: which completions were new, and the rows of their jobs after it.
+    """Answer to a `Fold`: which completions were new, and the rows of their jobs after it.
 
-    The i-th completion, where it was new, has the seq `first_seq` + i; nobody else has any between.
+    A new completion at position i has the seq `first_seq` + i. No other completion has a seq
+    between `first_seq` and the last of these.
     """
 
     new: Sequence[bool]
     first_seq: int
     jobs: Mapping[JobId, JobRows]
+
+
+# --- Changes --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AddJob:
+    """Insert a job with its stages, and with its first cut if that is known.
+
+    A job with the same id or token leaves the existing rows unchanged.
+    """
+
+    job: JobDef
+    state: JobState
+    cut: Cut | None = None
+
+    @property
+    def job_id(self) -> JobId:
+        return self.job.id
+
+
+@dataclass(frozen=True, slots=True)
+class MoveJob:
+    """Change the state of a job, if `may_move` allows it and the job is in that round."""
+
+    job_id: JobId
+    state: JobState
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetControl:
+    """Record the control word of the bucket.
+
+    The change has no effect if the job is in another round or has ended. A cancellation is final
+    within its round.
+    """
+
+    job_id: JobId
+    control: Control
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class AddCut:
+    """Record a cut and its bundles as planned. A SUBMITTED or PENDING job becomes RUNNABLE.
+
+    A cut that is known, older than a known one, or of another round than the job has no effect. A
+    stage whose `plan_round` is older than the cut takes the round of the cut.
+    """
+
+    cut: Cut
+
+    @property
+    def job_id(self) -> JobId:
+        return self.cut.job
+
+
+@dataclass(frozen=True, slots=True)
+class SetPlanned:
+    """Set the number of planned tasks of a chained stage, if it is unknown and the job is in that
+    round."""
+
+    job_id: JobId
+    stage: StageName
+    planned: int
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reopen:
+    """Begin round `round` of a job that ended without success, unless that round has begun."""
+
+    job_id: JobId
+    round: int
+    stages: Sequence[Reopening]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """End the job in that round, unless it has ended.
+
+    The tasks that `ending.closed` counts for each stage are counted as cancelled. A stage without a
+    plan gets that count as its planned tasks.
+    """
+
+    job_id: JobId
+    ending: Ending
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Fold completions, each exactly once however often it arrives. A waiting job becomes RUNNING.
+
+    The counters of the bundle's stage grow by the completion. `casualties` has one mapping for each
+    completion: these stages grow in `cancelled`. The `follows` of a completion become planned
+    bundles, unless they are folded already.
+    """
+
+    completions: Sequence[Completion]
+    casualties: Sequence[Mapping[StageName, int]]
+
+
+JobChange = AddJob | MoveJob | SetControl | AddCut | SetPlanned | Reopen | Finish
+"""A change of one job. Its effect depends on the round of the job, so a late call of a former
+leader has no effect on a later round."""
+Change = JobChange | Fold
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,11 +67,11 @@ def _canonical_object(value: Any) -> str:
     if isinstance(value, PurePath):
         return repr(value.name)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        # Fields at their defaults say nothing; leaving them out keeps lines short.
+        # Fields at their defaults add nothing, so they are left out to keep lines short.
         fields = [
             f"{f.name}={canonical(getattr(value, f.name))}"
             for f in dataclasses.fields(value)
-            if getattr(value, f.name) != f.default
+            if f.repr and getattr(value, f.name) != f.default
         ]
         return f"{type(value).__name__}({', '.join(fields)})"
     if isinstance(value, BaseException):

@@ -47,7 +47,7 @@ class Hold:
     call: int
     how: After
     labels: list[str] = field(default_factory=list)
-    """What the first manager has called so far, such as "ledger.add_cut"."""
+    """What the first manager has called so far, such as "ledger.AddCut"."""
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     _actor: Actor | None = None
     _effect: Callable[[], Awaitable[Any]] | None = None

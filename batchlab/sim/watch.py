@@ -35,7 +35,7 @@ from batchlab.worker.tenure import RETURN_S
 
 TOLERANCE_S = 1.0
 
-_FLUSHED = ("add_job", "reopen", "set_control", "restore", "forget")
+_FLUSHED = ("AddJob", "Reopen", "SetControl", "restore", "forget")
 FLUSHED = frozenset(f"ledger.{name}" for name in _FLUSHED)
 """Calls whose transaction waits for the disk before it is acknowledged."""
 

@@ -93,7 +93,12 @@ class _Port:
         def call(*args: Any, **kwargs: Any) -> Awaitable[Any]:
             return self._perform(label, target, args, kwargs, (args, kwargs))
 
-        return call
+        def change(change: Any) -> Awaitable[Any]:
+            # Each kind of change is a call of its own in the log, such as "ledger.Fold".
+            label = f"{self._port}.{type(change).__name__}"
+            return self._perform(label, target, (change,), {}, ((change,), {}))
+
+        return change if label == "ledger.apply" else call
 
     def _plain(self, label: str, target: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

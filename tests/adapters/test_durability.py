@@ -111,9 +111,9 @@ def test_a_job_that_is_restored_or_forgotten_is_so_after_a_power_cut(
     async def act() -> list[int]:
         ledger = open_sqlite(tmp_path / "ledger.db", Sync.JOBS)
         flushes = []
-        await ledger.version(job.id)
+        await ledger.jobs()
         calls.clear()
-        await ledger.restore(Past(job, JobState.SUBMITTED, [], Control.RUN), over="")
+        await ledger.restore(Past(job, JobState.SUBMITTED, [], Control.RUN), over=None)
         flushes.append(calls.count("fdatasync"))
         await ledger.forget([job.id])
         flushes.append(calls.count("fdatasync"))

@@ -38,7 +38,7 @@ from batchlab.manager.registry import Registry
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Bundle, Failure, FailureKind, JobId, JobState, Ran, StageName, TaskSet
 from batchlab.patience import Patience
-from batchlab.ports import Cut, Message, QueueSpec
+from batchlab.ports import AddJob, Cut, Message, QueueSpec
 from batchlab.protocol import definition, naming, settle, wire
 from batchlab.protocol.messages import (
     Beat,
@@ -235,7 +235,7 @@ class Desk:
         cut = Cut(JOB.id, MAP, 0, 0, (BUNDLE,), TaskSet(), 10)
         spec = definition.to_bytes(JOB, definition.Opening(list(range(10)), cut))
         await self.objects.put(naming.spec(JOB.id), spec)
-        written = await self.ledger.add_job(JOB, state=JobState.SUBMITTED, cut=cut)
+        written = await self.ledger.apply(AddJob(JOB, JobState.SUBMITTED, cut))
         live = LiveJob(written.rows.job, {s.counts.stage: s for s in written.rows.stages})
         live.expect([(BUNDLE, 0.0)])
         self.lives[JOB.id] = live

@@ -21,7 +21,22 @@ from batchlab.model import (
     TaskSet,
     may_move,
 )
-from batchlab.ports import Cut, JobRecord, JobRows, StageRecord, Written
+from batchlab.ports import (
+    AddCut,
+    AddJob,
+    Cut,
+    Ending,
+    Finish,
+    Fold,
+    JobRecord,
+    JobRows,
+    MoveJob,
+    Reopen,
+    SetControl,
+    SetPlanned,
+    StageRecord,
+    Written,
+)
 from tests.support.contract.ledger_suite import (
     INDEX,
     JOB,
@@ -47,7 +62,7 @@ NOBODY = JobId("nobody")
 
 @on_every_ledger
 async def test_a_new_job_is_there_with_its_stages_in_order(ledger: DumpingLedger) -> None:
-    written = await ledger.add_job(JOB, state=JobState.SUBMITTED)
+    written = await ledger.apply(AddJob(JOB, JobState.SUBMITTED))
     assert await ledger.job(JOB.id) == JobRecord(JOB, JobState.SUBMITTED)
     stages = tuple(StageRecord(StageCounts(name)) for name in (RESIZE, INDEX, TOTAL))
     assert await ledger.rows(JOB.id) == JobRows(JobRecord(JOB, JobState.SUBMITTED), stages)
@@ -84,14 +99,14 @@ async def test_a_job_that_is_not_there_is_not_found(ledger: DumpingLedger) -> No
     for call in (
         ledger.job(NOBODY),
         ledger.rows(NOBODY),
-        ledger.move_job(NOBODY, JobState.RUNNING, round=0),
-        ledger.set_control(NOBODY, Control.PAUSE, round=0),
-        ledger.set_planned(NOBODY, RESIZE, 1, round=0),
-        ledger.set_planned(JOB.id, StageName("elsewhere"), 1, round=0),
-        ledger.add_cut(Cut(NOBODY, RESIZE, 0, 0, (stranger,), TaskSet())),
-        ledger.reopen(NOBODY, 1, []),
-        ledger.finish(NOBODY, JobState.FAILED, round=0, reason="", ended_s=1.0, closed={}),
-        ledger.fold([done(stranger)], [{}]),
+        ledger.apply(MoveJob(NOBODY, JobState.RUNNING, 0)),
+        ledger.apply(SetControl(NOBODY, Control.PAUSE, 0)),
+        ledger.apply(SetPlanned(NOBODY, RESIZE, 1, 0)),
+        ledger.apply(SetPlanned(JOB.id, StageName("elsewhere"), 1, 0)),
+        ledger.apply(AddCut(Cut(NOBODY, RESIZE, 0, 0, (stranger,), TaskSet()))),
+        ledger.apply(Reopen(NOBODY, 1, [])),
+        ledger.apply(Finish(NOBODY, Ending(JobState.FAILED, "", 1.0, {}), 0)),
+        ledger.apply(Fold([done(stranger)], [{}])),
         ledger.jobs(before=NOBODY),
     ):
         with pytest.raises(NotFound):
@@ -102,10 +117,10 @@ async def test_a_job_that_is_not_there_is_not_found(ledger: DumpingLedger) -> No
 @on_every_ledger
 async def test_adding_a_job_again_answers_with_what_became_of_it(ledger: DumpingLedger) -> None:
     await submit(ledger)
-    await ledger.set_planned(JOB.id, RESIZE, 7, round=0)
-    await ledger.move_job(JOB.id, JobState.RUNNING, round=0)
+    await ledger.apply(SetPlanned(JOB.id, RESIZE, 7, 0))
+    await ledger.apply(MoveJob(JOB.id, JobState.RUNNING, 0))
     before = await ledger.dump()
-    again = await ledger.add_job(replace(JOB, name="changed"), state=JobState.SCHEDULED)
+    again = await ledger.apply(AddJob(replace(JOB, name="changed"), JobState.SCHEDULED))
     assert again.rows.job == JobRecord(JOB, JobState.RUNNING)
     assert again == Written(await ledger.rows(JOB.id), is_new=False)
     assert await ledger.dump() == before
@@ -116,7 +131,7 @@ async def test_a_client_token_makes_one_job(ledger: DumpingLedger) -> None:
     """Pain 6: the client that never got an answer submits again."""
     first = replace(JOB, token="once")
     await submit(ledger, first)
-    second = await ledger.add_job(replace(first, id=JobId("other")), state=JobState.SUBMITTED)
+    second = await ledger.apply(AddJob(replace(first, id=JobId("other")), JobState.SUBMITTED))
     assert (second.rows.job.job, second.is_new) == (first, False)
     assert [r.job.id for r in await ledger.jobs()] == [first.id]
 
@@ -160,7 +175,7 @@ async def test_pages_of_jobs_visit_each_once_while_new_ones_come(ledger: Dumping
 @on_every_ledger
 async def test_active_jobs_are_those_that_have_not_ended(ledger: DumpingLedger) -> None:
     for state in JobState:
-        await ledger.add_job(replace(JOB, id=JobId(state.lower())), state=state)
+        await ledger.apply(AddJob(replace(JOB, id=JobId(state.lower())), state))
     active = {r.state for r in await ledger.jobs(active=True)}
     assert active == set(JobState) - ENDED
     assert len(await ledger.jobs()) == len(JobState)
@@ -172,8 +187,8 @@ def test_a_job_moves_by_the_table_of_moves(before: JobState, tmp_path: Path) -> 
         async with ledger_in(tmp_path / "ledger.sqlite") as ledger:
             for after in JobState:
                 job = replace(JOB, id=JobId(f"to-{after}"))
-                await ledger.add_job(job, state=before)
-                moved = await ledger.move_job(job.id, after, round=0)
+                await ledger.apply(AddJob(job, before))
+                moved = (await ledger.apply(MoveJob(job.id, after, 0))).is_new
                 assert moved == may_move(before, after)
                 record = await ledger.job(job.id)
                 assert (record.state, record.reason) == (after if moved else before, "")
@@ -185,7 +200,7 @@ def test_a_job_moves_by_the_table_of_moves(before: JobState, tmp_path: Path) -> 
 async def test_the_control_says_what_it_was_last_set_to(ledger: DumpingLedger) -> None:
     await submit(ledger)
     for control in (Control.PAUSE, Control.PAUSE, Control.RUN, Control.CANCEL):
-        await ledger.set_control(JOB.id, control, round=0)
+        await ledger.apply(SetControl(JOB.id, control, 0))
         assert (await ledger.job(JOB.id)).control is control
 
 
@@ -198,7 +213,7 @@ async def test_a_cut_plans_its_bundles_and_says_what_is_left(ledger: DumpingLedg
     one, other = bundle(0, 10), bundle(20, 30)
     left = TaskSet(((30, 40), (50, 90)))
     planned = replace(cut(0, one, other, left=left), planned=90)
-    assert (await ledger.add_cut(planned)).is_new
+    assert (await ledger.apply(AddCut(planned))).is_new
     assert await stage_of(ledger) == StageRecord(
         StageCounts(RESIZE, planned=90), cut_seq=0, left=left
     )
@@ -217,11 +232,11 @@ async def test_a_cut_makes_a_job_runnable_and_an_outcome_makes_it_running(
     for state in (one for one in JobState if not one.ended):
         job, of = replace(JOB, id=JobId(state.lower())), bundle(0, 5)
         of = replace(of, job=job.id)
-        await ledger.add_job(job, state=state)
-        rows = (await ledger.add_cut(replace(cut(0, of), job=job.id))).rows
+        await ledger.apply(AddJob(job, state))
+        rows = (await ledger.apply(AddCut(replace(cut(0, of), job=job.id)))).rows
         is_new = state in (JobState.SUBMITTED, JobState.PENDING)
         assert rows.job.state is (JobState.RUNNABLE if is_new else state)
-        folded = await ledger.fold([done(of)], [{}])
+        folded = await ledger.apply(Fold([done(of)], [{}]))
         assert folded.jobs == {job.id: await ledger.rows(job.id)}
         waited = is_new or state in (JobState.RUNNABLE, JobState.STARTING)
         assert folded.jobs[job.id].job.state is (JobState.RUNNING if waited else state)
@@ -232,11 +247,11 @@ async def test_a_cut_that_is_known_or_older_changes_nothing(ledger: DumpingLedge
     await submit(ledger)
     first = replace(cut(0, bundle(0, 5), left=TaskSet.span(5, 9)), planned=9)
     second = cut(1, bundle(5, 7), left=TaskSet.span(7, 9))
-    assert (await ledger.add_cut(first)).is_new
-    assert (await ledger.add_cut(second)).is_new
+    assert (await ledger.apply(AddCut(first))).is_new
+    assert (await ledger.apply(AddCut(second))).is_new
     before = await ledger.dump()
     for known in (first, second, replace(first, bundles=(bundle(8, 9),))):
-        assert not (await ledger.add_cut(known)).is_new
+        assert not (await ledger.apply(AddCut(known))).is_new
     assert await ledger.dump() == before
 
 
@@ -245,20 +260,18 @@ async def test_a_later_rounds_cut_takes_over_and_counts_from_its_own(
     ledger: DumpingLedger,
 ) -> None:
     await submit(ledger)
-    await ledger.add_cut(replace(cut(0), planned=40))
-    await ledger.add_cut(cut(7))
+    await ledger.apply(AddCut(replace(cut(0), planned=40)))
+    await ledger.apply(AddCut(cut(7)))
     later = cut(0, round=2, left=TaskSet.span(3, 9))
-    assert not (await ledger.add_cut(later)).is_new, "the job is not in that round"
-    await ledger.finish(
-        JOB.id, JobState.FAILED, round=0, reason="", ended_s=1.0, closed={RESIZE: 40}
-    )
-    assert await ledger.reopen(JOB.id, 2, [])
-    assert (await ledger.add_cut(later)).is_new
+    assert not (await ledger.apply(AddCut(later))).is_new, "the job is not in that round"
+    await ledger.apply(Finish(JOB.id, Ending(JobState.FAILED, "", 1.0, {RESIZE: 40}), 0))
+    assert (await ledger.apply(Reopen(JOB.id, 2, []))).is_new
+    assert (await ledger.apply(AddCut(later))).is_new
     record = await stage_of(ledger)
     assert (record.plan_round, record.cut_seq, record.left) == (2, 0, TaskSet.span(3, 9))
     assert record.counts.planned == 40, "a cut without `planned` leaves it"
     for old in (cut(8), cut(0, round=1), cut(99, round=1)):
-        assert not (await ledger.add_cut(old)).is_new
+        assert not (await ledger.apply(AddCut(old))).is_new
 
 
 @on_every_ledger
@@ -266,7 +279,7 @@ async def test_a_cut_leaves_a_bundle_that_is_done_already(ledger: DumpingLedger)
     await submit(ledger)
     early = done(bundle(0, 5))
     await fold(ledger, early)
-    assert (await ledger.add_cut(cut(0, bundle(0, 5), bundle(5, 6)))).is_new
+    assert (await ledger.apply(AddCut(cut(0, bundle(0, 5), bundle(5, 6))))).is_new
     records = await ledger.bundles(JOB.id)
     assert [r.completion for r in records] == [early, None]
 
@@ -274,8 +287,8 @@ async def test_a_cut_leaves_a_bundle_that_is_done_already(ledger: DumpingLedger)
 @on_every_ledger
 async def test_planned_is_set_where_it_is_not_known(ledger: DumpingLedger) -> None:
     await submit(ledger)
-    await ledger.set_planned(JOB.id, INDEX, 5, round=0)
-    await ledger.set_planned(JOB.id, INDEX, 6, round=0)
+    await ledger.apply(SetPlanned(JOB.id, INDEX, 5, 0))
+    await ledger.apply(SetPlanned(JOB.id, INDEX, 6, 0))
     assert (await counts_of(ledger, INDEX)).planned == 5
     assert (await counts_of(ledger, RESIZE)).planned is None
 

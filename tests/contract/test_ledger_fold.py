@@ -15,7 +15,7 @@ from batchlab.adapters.sim.ledger import SimLedger
 from batchlab.adapters.sql import open_memory
 from batchlab.errors import NotFound
 from batchlab.model import BundleId, Completion, JobId, StageCounts, TaskSet
-from batchlab.ports import BundleRecord, Cut
+from batchlab.ports import AddCut, BundleRecord, Cut, Fold, SetPlanned
 from batchlab.sim.loop import SimLoop
 from tests.support.contract.ledger_suite import (
     INDEX,
@@ -142,8 +142,8 @@ async def test_casualties_count_as_cancelled_once(ledger: DumpingLedger) -> None
     await submit(ledger)
     one, other = done(bundle(0, 5), failed=2), done(bundle(5, 9), failed=1)
     lost, more = {INDEX: 2, TOTAL: 2}, {INDEX: 1}
-    await ledger.fold([one, one, other], [lost, lost, more])
-    await ledger.fold([other, one], [more, lost])
+    await ledger.apply(Fold([one, one, other], [lost, lost, more]))
+    await ledger.apply(Fold([other, one], [more, lost]))
     assert await counts_of(ledger, INDEX) == StageCounts(INDEX, cancelled=3)
     assert await counts_of(ledger, TOTAL) == StageCounts(TOTAL, cancelled=2)
     assert (await counts_of(ledger)).cancelled == 0
@@ -155,7 +155,7 @@ async def test_an_answer_says_which_seqs_it_gave(ledger: DumpingLedger) -> None:
     await submit(ledger)
     for start in (0, 3):
         some = [done(bundle(n, n + 1), failed=1) for n in range(start, start + 3)]
-        folded = await ledger.fold(some, [{INDEX: 1, TOTAL: 1}, {}, {INDEX: 7}])
+        folded = await ledger.apply(Fold(some, [{INDEX: 1, TOTAL: 1}, {}, {INDEX: 7}]))
         records = (await ledger.bundles(JOB.id))[start:]
         assert [r.seq for r in records] == [folded.first_seq + n for n in range(3)]
 
@@ -226,7 +226,7 @@ async def test_bundles_are_in_the_order_of_folding_and_planned_ones_last(
     await submit(ledger)
     b, a, c = bundle(1, 2), bundle(0, 1), bundle(2, 3)
     later = bundle(0, 9, stage=INDEX)
-    await ledger.add_cut(cut(0, c, a, b, bundle(9, 10), bundle(8, 9)))
+    await ledger.apply(AddCut(cut(0, c, a, b, bundle(9, 10), bundle(8, 9))))
     await fold(ledger, done(b), done(a, later))
     await fold(ledger, done(c), done(b))
     records = await ledger.bundles(JOB.id)
@@ -244,7 +244,7 @@ async def test_bundles_are_filtered(ledger: DumpingLedger) -> None:
         done(bundle(5, 9), failed=1),
         done(bundle(5, 8, stage=INDEX)),
     )
-    await ledger.add_cut(cut(0, bundle(20, 30)))
+    await ledger.apply(AddCut(cut(0, bundle(20, 30))))
     await fold(ledger, good, chained, bad)
 
     async def check(found: Awaitable[Sequence[BundleRecord]], *expected: str) -> None:
@@ -265,7 +265,7 @@ async def test_pages_of_bundles_visit_each_completion_once(ledger: DumpingLedger
     await submit(ledger)
     seen: list[int] = []
     last = -1
-    await ledger.add_cut(cut(0, bundle(100, 101)))
+    await ledger.apply(AddCut(cut(0, bundle(100, 101))))
     for i in range(0, 30, 3):
         await fold(ledger, *(done(bundle(n, n + 1)) for n in range(i + 2, i - 1, -1)))
         page = await ledger.bundles(JOB.id, after_seq=last, limit=2)
@@ -304,14 +304,14 @@ def test_the_order_of_events_leaves_no_trace(
         async with ledger_in(None) as plain:
             for ledger in (plain, rough):
                 await submit(ledger)
-                await ledger.set_planned(JOB.id, INDEX, tasks, round=0)
+                await ledger.apply(SetPlanned(JOB.id, INDEX, tasks, 0))
             for one in cuts:
-                await plain.add_cut(one)
+                await plain.apply(AddCut(one))
             await fold_in_batches(plain, completions, lambda: 1)
             batch: list[Completion] = []
             for event in events:
                 if isinstance(event, Cut):
-                    await rough.add_cut(event)
+                    await rough.apply(AddCut(event))
                 else:
                     batch.append(event)
                 if rng.random() < 0.3:

@@ -11,7 +11,7 @@ import pytest
 from batchlab.adapters.sim.ledger import SimLedger
 from batchlab.errors import NotFound
 from batchlab.model import Completion, Control, JobId, JobState, StageName
-from batchlab.ports import Ending, Ledger, Past, Reopening, Round
+from batchlab.ports import AddJob, Ending, Fold, JobRows, Ledger, Past, Reopen, Reopening, Round
 from batchlab.protocol import settle, wire
 from batchlab.sim.loop import SimLoop
 from tests.support.contract.ledger_lives import Call, answer, anything
@@ -25,6 +25,7 @@ from tests.support.contract.ledger_suite import (
     done,
     history,
     ledger_in,
+    rows_of,
     submit,
 )
 
@@ -41,16 +42,20 @@ def test_random_lives_are_those_of_the_sql_ledger(seed: int) -> None:
         async with ledger_in(None) as sql:
             for _ in range(60):
                 call = rng.choice((anything, _more))(rng)
-                before = [await memory.version(job) for job in JOBS], await memory.dump()
+                before = [_version(await rows_of(memory, job)) for job in JOBS], await memory.dump()
                 answers = [await answer(call, of) for of in (sql, memory)]
                 assert answers[0] == answers[1]
                 for read in _reads(rng):
                     assert await answer(read, memory) == await answer(read, sql)
                 assert await memory.dump() == await sql.dump()
-                after = [await memory.version(job) for job in JOBS], await memory.dump()
+                after = [_version(await rows_of(memory, job)) for job in JOBS], await memory.dump()
                 assert after[0] != before[0] or after[1] == before[1], "a change has its version"
 
     SimLoop().run(main())
+
+
+def _version(rows: JobRows | None) -> object:
+    return rows and (rows, rows.stamp)
 
 
 def _more(rng: Random) -> Call:
@@ -67,14 +72,18 @@ def _more(rng: Random) -> Call:
         return await of.lease("leader", owner, over=stands if over else None)
 
     async def restore(of: Ledger) -> object:
-        version = await of.version(past.job.id)
-        return await of.restore(past, over=version + "stale" if stale else version)
+        rows = await rows_of(of, past.job.id)
+        if stale and rows:
+            rows = replace(rows, stamp=f"{rows.stamp} stale")
+        return await of.restore(past, over=rows)
 
     calls: Sequence[Call] = (
-        lambda of: of.fold(some, lost),
-        lambda of: of.fold(some, lost),
-        lambda of: of.add_job(token, state=JobState.SCHEDULED),
-        lambda of: of.reopen(job, round_, [Reopening(RESIZE, 1), Reopening(INDEX, replan=True)]),
+        lambda of: of.apply(Fold(some, lost)),
+        lambda of: of.apply(Fold(some, lost)),
+        lambda of: of.apply(AddJob(token, JobState.SCHEDULED)),
+        lambda of: of.apply(
+            Reopen(job, round_, [Reopening(RESIZE, 1), Reopening(INDEX, replan=True)])
+        ),
         lambda of: of.release("leader", owner),
         lambda of: of.forget(),
         lambda of: of.jobs(before=job),
@@ -139,11 +148,11 @@ def _reads(rng: Random) -> Sequence[Call]:
 
 
 async def _raises_and_changes_nothing(ledger: DumpingLedger, call: Call) -> None:
-    before, version = await ledger.dump(), await ledger.version(JOB.id)
+    before, rows = await ledger.dump(), await ledger.rows(JOB.id)
     with pytest.raises(NotFound):
         await call(ledger)
     assert await ledger.dump() == before
-    assert await ledger.version(JOB.id) == version
+    assert rows.is_version(await ledger.rows(JOB.id))
 
 
 def test_a_call_that_raises_has_changed_nothing() -> None:
@@ -157,11 +166,11 @@ def test_a_call_that_raises_has_changed_nothing() -> None:
         await submit(ledger)
         fine = done(bundle(0, 5))
         past = Past(replace(JOB, token="t"), JobState.SUBMITTED, rounds, Control.RUN)
-        version = await ledger.version(JOB.id)
+        rows = await ledger.rows(JOB.id)
         for call in (
-            lambda of: of.fold([fine, done(bundle(5, 6), odd)], [{}, {}]),
-            lambda of: of.fold([fine, done(odd)], [{}, {}]),
-            lambda of: of.restore(past, over=version),
+            lambda of: of.apply(Fold([fine, done(bundle(5, 6), odd)], [{}, {}])),
+            lambda of: of.apply(Fold([fine, done(odd)], [{}, {}])),
+            lambda of: of.restore(past, over=rows),
         ):
             await _raises_and_changes_nothing(ledger, call)
 

@@ -15,7 +15,21 @@ from batchlab.model import (
     StageName,
     TaskSet,
 )
-from batchlab.ports import Ending, JobRecord, Past, Reopening, Round
+from batchlab.ports import (
+    AddCut,
+    AddJob,
+    Ending,
+    Finish,
+    Fold,
+    JobRecord,
+    MoveJob,
+    Past,
+    Reopen,
+    Reopening,
+    Round,
+    SetControl,
+    SetPlanned,
+)
 from tests.support.contract.ledger_suite import (
     CALLS,
     INDEX,
@@ -29,6 +43,8 @@ from tests.support.contract.ledger_suite import (
     fold,
     ledger_in,
     on_every_ledger,
+    rows_of,
+    set_control,
     stage_of,
     submit,
 )
@@ -37,13 +53,17 @@ from tests.support.contract.ledger_suite import (
 async def _finish(
     ledger: DumpingLedger, state: JobState = JobState.FAILED, *, round: int = 0, **closed: int
 ) -> bool:
-    written = await ledger.finish(
-        JOB.id,
-        state,
-        round=round,
-        reason=f"end of {round}",
-        ended_s=50.0 + round,
-        closed={StageName(name): count for name, count in closed.items()},
+    written = await ledger.apply(
+        Finish(
+            JOB.id,
+            Ending(
+                state,
+                f"end of {round}",
+                50.0 + round,
+                {StageName(name): count for name, count in closed.items()},
+            ),
+            round,
+        )
     )
     assert written.rows == await ledger.rows(JOB.id)
     return written.is_new
@@ -53,7 +73,7 @@ async def _finish(
 async def test_the_end_counts_what_never_came_to_be_as_cancelled(ledger: DumpingLedger) -> None:
     """Pain 1 (I2): the sums close whenever a job is stopped, so it never hangs."""
     await submit(ledger)
-    await ledger.add_cut(replace(cut(0, bundle(0, 4)), planned=10))
+    await ledger.apply(AddCut(replace(cut(0, bundle(0, 4)), planned=10)))
     await fold(ledger, done(bundle(0, 4), failed=1))
     assert await _finish(ledger, resize=6, index=3)
     record = await ledger.job(JOB.id)
@@ -83,7 +103,7 @@ def test_every_job_that_has_not_ended_can_end(state: JobState, tmp_path: Path) -
 
     async def main() -> None:
         async with ledger_in(tmp_path / "ledger.sqlite") as ledger:
-            await ledger.add_job(JOB, state=state)
+            await ledger.apply(AddJob(JOB, state))
             assert await _finish(ledger)
             assert (await ledger.job(JOB.id)).state is JobState.FAILED
 
@@ -94,9 +114,7 @@ def test_every_job_that_has_not_ended_can_end(state: JobState, tmp_path: Path) -
 async def test_a_reason_may_hold_any_text(ledger: DumpingLedger) -> None:
     await submit(ledger)
     reason = 'it\'s "0" \\ 漢字 \N{PILE OF POO}\n%s :x '
-    await ledger.finish(
-        JOB.id, JobState.FAILED, round=0, reason=reason + "\0", ended_s=1.0, closed={}
-    )
+    await ledger.apply(Finish(JOB.id, Ending(JobState.FAILED, reason + "\0", 1.0, {}), 0))
     assert (await ledger.job(JOB.id)).reason.startswith(reason)
 
 
@@ -104,9 +122,9 @@ async def test_a_reason_may_hold_any_text(ledger: DumpingLedger) -> None:
 async def test_nothing_is_asked_of_a_job_that_has_ended(ledger: DumpingLedger) -> None:
     """A pause that comes too late must not show: whether it did depended on who was faster."""
     await submit(ledger)
-    await ledger.set_control(JOB.id, Control.CANCEL, round=0)
+    await ledger.apply(SetControl(JOB.id, Control.CANCEL, 0))
     await _finish(ledger, JobState.CANCELLED)
-    await ledger.set_control(JOB.id, Control.PAUSE, round=0)
+    await ledger.apply(SetControl(JOB.id, Control.PAUSE, 0))
     assert (await ledger.job(JOB.id)).control is Control.RUN
 
 
@@ -115,36 +133,38 @@ async def test_a_change_for_another_round_changes_nothing(ledger: DumpingLedger)
     """I. Trust, stale leaders: a call that was on its way while the job was retried comes too
     late, and one for a round that the ledger does not know comes too early."""
     await _failed_job(ledger)
-    await ledger.reopen(JOB.id, 1, [Reopening(RESIZE, 4, 1, 5), Reopening(INDEX, replan=True)])
+    await ledger.apply(
+        Reopen(JOB.id, 1, [Reopening(RESIZE, 4, 1, 5), Reopening(INDEX, replan=True)])
+    )
     before = await ledger.dump()
     for round_ in (0, 2):
-        assert not await ledger.set_control(JOB.id, Control.CANCEL, round=round_)
-        assert not await ledger.move_job(JOB.id, JobState.PAUSED, round=round_)
-        assert not (await ledger.set_planned(JOB.id, INDEX, 3, round=round_)).is_new
-        assert not (await ledger.add_cut(cut(9, round=round_))).is_new
+        assert not await set_control(ledger, Control.CANCEL, round=round_)
+        assert not (await ledger.apply(MoveJob(JOB.id, JobState.PAUSED, round_))).is_new
+        assert not (await ledger.apply(SetPlanned(JOB.id, INDEX, 3, round_))).is_new
+        assert not (await ledger.apply(AddCut(cut(9, round=round_)))).is_new
         assert not await _finish(ledger, round=round_)
     assert await ledger.dump() == before
-    assert await ledger.set_control(JOB.id, Control.CANCEL, round=1)
-    assert await ledger.set_control(JOB.id, Control.CANCEL, round=1), "a second try says the same"
-    assert (await ledger.set_planned(JOB.id, INDEX, 3, round=1)).is_new
+    assert await set_control(ledger, Control.CANCEL, round=1)
+    assert await set_control(ledger, Control.CANCEL, round=1), "a second try says the same"
+    assert (await ledger.apply(SetPlanned(JOB.id, INDEX, 3, 1))).is_new
 
 
 @on_every_ledger
 async def test_a_cancellation_is_final_within_its_round(ledger: DumpingLedger) -> None:
     await submit(ledger)
-    assert await ledger.set_control(JOB.id, Control.PAUSE, round=0)
-    assert await ledger.set_control(JOB.id, Control.CANCEL, round=0)
-    assert not await ledger.set_control(JOB.id, Control.RUN, round=0)
+    assert await set_control(ledger, Control.PAUSE, round=0)
+    assert await set_control(ledger, Control.CANCEL, round=0)
+    assert not await set_control(ledger, Control.RUN, round=0)
     assert (await ledger.job(JOB.id)).control is Control.CANCEL
 
 
 async def _failed_job(ledger: DumpingLedger) -> None:
     """10 planned: 4 succeeded, 1 failed, 5 cancelled; the two later stages alike or unplanned."""
     await submit(ledger)
-    await ledger.set_control(JOB.id, Control.CANCEL, round=0)
-    await ledger.move_job(JOB.id, JobState.RUNNING, round=0)
-    await ledger.add_cut(replace(cut(0, bundle(0, 5), left=TaskSet.span(5, 10)), planned=10))
-    await ledger.set_planned(JOB.id, INDEX, 10, round=0)
+    await ledger.apply(SetControl(JOB.id, Control.CANCEL, 0))
+    await ledger.apply(MoveJob(JOB.id, JobState.RUNNING, 0))
+    await ledger.apply(AddCut(replace(cut(0, bundle(0, 5), left=TaskSet.span(5, 10)), planned=10)))
+    await ledger.apply(SetPlanned(JOB.id, INDEX, 10, 0))
     await fold(ledger, done(bundle(0, 5), failed=1), done(bundle(0, 4, stage=INDEX)))
     await _finish(ledger, resize=5, index=6)
 
@@ -153,9 +173,13 @@ async def _failed_job(ledger: DumpingLedger) -> None:
 async def test_a_new_round_takes_back_what_it_will_do_again(ledger: DumpingLedger) -> None:
     """Pain 13: the failed part of a job runs again, and only that."""
     await _failed_job(ledger)
-    assert await ledger.reopen(
-        JOB.id, 1, [Reopening(RESIZE, failed=1, cancelled=5), Reopening(INDEX, cancelled=6)]
-    )
+    assert (
+        await ledger.apply(
+            Reopen(
+                JOB.id, 1, [Reopening(RESIZE, failed=1, cancelled=5), Reopening(INDEX, cancelled=6)]
+            )
+        )
+    ).is_new
     assert await ledger.job(JOB.id) == JobRecord(JOB, JobState.PENDING, round=1)
     resize, index = await counts_of(ledger), await counts_of(ledger, INDEX)
     assert (resize.planned, resize.succeeded, resize.failed, resize.cancelled) == (10, 4, 0, 0)
@@ -166,35 +190,37 @@ async def test_a_new_round_takes_back_what_it_will_do_again(ledger: DumpingLedge
 async def test_a_round_begins_once(ledger: DumpingLedger) -> None:
     await _failed_job(ledger)
     taken_back = [Reopening(RESIZE, failed=1, cancelled=5)]
-    assert await ledger.reopen(JOB.id, 1, taken_back)
+    assert (await ledger.apply(Reopen(JOB.id, 1, taken_back))).is_new
     before = await ledger.dump()
     for round_ in (1, 0):
-        assert not await ledger.reopen(JOB.id, round_, taken_back)
+        assert not (await ledger.apply(Reopen(JOB.id, round_, taken_back))).is_new
     assert await ledger.dump() == before
     await _finish(ledger, round=1)
-    assert not await ledger.reopen(JOB.id, 1, taken_back), "nor after that round's end"
+    assert not (await ledger.apply(Reopen(JOB.id, 1, taken_back))).is_new, (
+        "nor after that round's end"
+    )
 
 
 @on_every_ledger
 async def test_only_a_job_that_ended_without_success_is_reopened(ledger: DumpingLedger) -> None:
     for state in JobState:
         job = replace(JOB, id=JobId(state.lower()))
-        await ledger.add_job(job, state=state)
-        reopened = await ledger.reopen(job.id, 1, [])
+        await ledger.apply(AddJob(job, state))
+        reopened = (await ledger.apply(Reopen(job.id, 1, []))).is_new
         assert reopened == (state in (JobState.FAILED, JobState.CANCELLED)), state
 
 
 @on_every_ledger
 async def test_a_void_plan_is_unknown_again_and_its_cuts_stay_out(ledger: DumpingLedger) -> None:
     await _failed_job(ledger)
-    await ledger.reopen(JOB.id, 1, [Reopening(RESIZE, 4, 1, 5, replan=True)])
+    await ledger.apply(Reopen(JOB.id, 1, [Reopening(RESIZE, 4, 1, 5, replan=True)]))
     record = await stage_of(ledger)
     assert record.counts.planned is None
     assert record.counts.terminal == 0
     assert (record.cut_seq, record.left) == (-1, TaskSet())
-    assert not (await ledger.add_cut(replace(cut(0, bundle(0, 5)), planned=10))).is_new
+    assert not (await ledger.apply(AddCut(replace(cut(0, bundle(0, 5)), planned=10)))).is_new
     assert (
-        await ledger.add_cut(replace(cut(0, round=1, left=TaskSet.span(0, 8)), planned=8))
+        await ledger.apply(AddCut(replace(cut(0, round=1, left=TaskSet.span(0, 8)), planned=8)))
     ).is_new
     record = await stage_of(ledger)
     assert (record.plan_round, record.cut_seq, record.counts.planned) == (1, 0, 8)
@@ -203,14 +229,14 @@ async def test_a_void_plan_is_unknown_again_and_its_cuts_stay_out(ledger: Dumpin
 @on_every_ledger
 async def test_bundles_of_a_void_plan_are_in_no_listing_but_known(ledger: DumpingLedger) -> None:
     await _failed_job(ledger)
-    await ledger.reopen(JOB.id, 1, [Reopening(RESIZE, 4, 1, 5, replan=True)])
+    await ledger.apply(Reopen(JOB.id, 1, [Reopening(RESIZE, 4, 1, 5, replan=True)]))
     listed = [r.bundle.stage for r in await ledger.bundles(JOB.id)]
     assert listed == [INDEX], "another stage's stay"
     assert list(await ledger.bundles(JOB.id, failed=True)) == []
     assert await fold(ledger, done(bundle(0, 5), failed=1)) == [False], "a late event"
     assert (await counts_of(ledger)).terminal == 0
     again = replace(bundle(0, 5), round=1)
-    await ledger.add_cut(replace(cut(0, again, round=1), planned=5))
+    await ledger.apply(AddCut(replace(cut(0, again, round=1), planned=5)))
     assert [r.bundle for r in await ledger.bundles(JOB.id, stage=RESIZE)] == [again]
 
 
@@ -218,20 +244,22 @@ async def test_bundles_of_a_void_plan_are_in_no_listing_but_known(ledger: Dumpin
 async def test_rounds_may_follow_each_other_until_all_is_done(ledger: DumpingLedger) -> None:
     """Pain 13 (I2): the sums close at the end of every round."""
     await submit(ledger)
-    await ledger.add_cut(replace(cut(0, bundle(0, 4)), planned=4))
+    await ledger.apply(AddCut(replace(cut(0, bundle(0, 4)), planned=4)))
     await fold(ledger, done(bundle(0, 4), failed=4))
     await _finish(ledger)
     for round_ in range(1, 5):
-        assert await ledger.reopen(JOB.id, round_, [Reopening(RESIZE, failed=5 - round_)])
+        assert (
+            await ledger.apply(Reopen(JOB.id, round_, [Reopening(RESIZE, failed=5 - round_)]))
+        ).is_new
         again = replace(bundle(0, 5 - round_), round=round_)
-        assert (await ledger.add_cut(cut(0, again, round=round_))).is_new
+        assert (await ledger.apply(AddCut(cut(0, again, round=round_)))).is_new
         await fold(ledger, done(again, failed=4 - round_))
         counts = await counts_of(ledger)
         assert (counts.planned, counts.terminal, counts.succeeded) == (4, 4, round_)
         assert await _finish(
             ledger, JobState.SUCCEEDED if round_ == 4 else JobState.FAILED, round=round_
         )
-    assert not await ledger.reopen(JOB.id, 5, [])
+    assert not (await ledger.apply(Reopen(JOB.id, 5, []))).is_new
 
 
 @on_every_ledger
@@ -269,45 +297,44 @@ async def _lived(ledger: DumpingLedger) -> None:
     """What PAST tells, one call after the other."""
     first = PAST.rounds[0]
     await submit(ledger)
-    await ledger.add_cut(first.cuts[0])
-    await ledger.set_planned(JOB.id, INDEX, 10, round=0)
-    await ledger.fold(first.completions, first.casualties)
+    await ledger.apply(AddCut(first.cuts[0]))
+    await ledger.apply(SetPlanned(JOB.id, INDEX, 10, 0))
+    await ledger.apply(Fold(first.completions, first.casualties))
     assert first.ending
-    await ledger.finish(
-        JOB.id, JobState.FAILED, round=0, reason="no luck", ended_s=50.0, closed=first.ending.closed
+    await ledger.apply(
+        Finish(JOB.id, Ending(JobState.FAILED, "no luck", 50.0, first.ending.closed), 0)
     )
-    await ledger.reopen(JOB.id, 1, PAST.rounds[1].reopened)
-    await ledger.set_control(JOB.id, Control.PAUSE, round=1)
-    await ledger.move_job(JOB.id, JobState.PAUSED, round=1)
+    await ledger.apply(Reopen(JOB.id, 1, PAST.rounds[1].reopened))
+    await ledger.apply(SetControl(JOB.id, Control.PAUSE, 1))
+    await ledger.apply(MoveJob(JOB.id, JobState.PAUSED, 1))
 
 
 @on_every_ledger
 async def test_a_job_restored_is_equal_to_one_that_has_lived(ledger: DumpingLedger) -> None:
     await _lived(ledger)
     grown = await ledger.dump()
-    assert await ledger.restore(PAST, over=await ledger.version(JOB.id))
+    assert await ledger.restore(PAST, over=await ledger.rows(JOB.id))
     assert await ledger.dump() == grown
     await ledger.forget()
-    assert await ledger.version(JOB.id) == ""
-    assert await ledger.restore(PAST, over="")
+    assert await rows_of(ledger) is None
+    assert await ledger.restore(PAST, over=None)
     assert await ledger.dump() == grown
 
 
 @on_every_ledger
 async def test_a_job_is_restored_only_as_it_was_seen(ledger: DumpingLedger) -> None:
-    seen = [await ledger.version(JOB.id)]
+    seen = [await rows_of(ledger)]
     await submit(ledger)
-    seen.append(await ledger.version(JOB.id))
-    await ledger.add_cut(cut(0, bundle(0, 4), bundle(4, 8)))
-    seen.append(await ledger.version(JOB.id))
+    seen.append(await rows_of(ledger))
+    await ledger.apply(AddCut(cut(0, bundle(0, 4), bundle(4, 8))))
+    seen.append(await rows_of(ledger))
     split = replace(done(bundle(0, 4)), succeeded=TaskSet(), run_s=0.0)
     await fold(ledger, split)
-    seen.append(await ledger.version(JOB.id))
+    seen.append(await rows_of(ledger))
     await fold(ledger, replace(split, bundle=bundle(4, 8)))  # in no counter
     before = await ledger.dump()
-    for version in seen:
-        assert not await ledger.restore(PAST, over=version)
-    assert len(set(seen)) == 4
+    for rows in seen:
+        assert not await ledger.restore(PAST, over=rows)
     assert await ledger.dump() == before
 
 

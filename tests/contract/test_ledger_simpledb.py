@@ -13,7 +13,7 @@ from batchlab.adapters.simpledb import store
 from batchlab.adapters.simpledb.ledger import SimpleDbLedger
 from batchlab.errors import Throttled, Unreachable
 from batchlab.model import Control, JobId, JobState
-from batchlab.ports import Ending, Ledger, Past, Reopening, Round
+from batchlab.ports import AddJob, Ending, Fold, Ledger, Past, Reopening, Round
 from tests.support.contract.ledger_lives import Call, answer, anything
 from tests.support.contract.ledger_suite import (
     CALLS,
@@ -28,6 +28,7 @@ from tests.support.contract.ledger_suite import (
     done,
     fold,
     ledger_in,
+    rows_of,
     submit,
 )
 from tests.support.simpledb.fixtures import FAIR, Sdb
@@ -50,16 +51,21 @@ def _past() -> Past:
 
 
 async def _restore(ledger: Ledger) -> bool:
-    return await ledger.restore(_past(), over=await ledger.version(JOB.id))
+    return await ledger.restore(_past(), over=await rows_of(ledger))
 
 
 LIFE: list[tuple[str, Call]] = [
-    ("add", lambda of: of.add_job(_TOKEN, state=JobState.SUBMITTED, cut=cut(0, bundle(0, 5)))),
+    ("add", lambda of: of.apply(AddJob(_TOKEN, JobState.SUBMITTED, cut(0, bundle(0, 5))))),
     *((f"call {n}", call) for n, call in enumerate(CALLS) if n),
     ("restore", _restore),
-    ("fold", lambda of: of.fold([done(bundle(n, n + 1, attempt=9)) for n in range(30)], [{}] * 30)),
+    (
+        "fold",
+        lambda of: of.apply(
+            Fold([done(bundle(n, n + 1, attempt=9)) for n in range(30)], [{}] * 30)
+        ),
+    ),
     ("forget", lambda of: of.forget([JOB.id])),
-    ("add again", lambda of: of.add_job(_TOKEN, state=JobState.SUBMITTED)),
+    ("add again", lambda of: of.apply(AddJob(_TOKEN, JobState.SUBMITTED))),
     ("forget all", lambda of: of.forget()),
 ]
 

@@ -12,6 +12,7 @@ from batchlab.adapters.simpledb import open_simpledb, store
 from batchlab.errors import BackendError, NotFound, Throttled, TooLarge, Unreachable, UsageError
 from batchlab.jobdef import InputDef, SplitBy
 from batchlab.model import JobId, JobState, TaskSet
+from batchlab.ports import AddCut, Ending, Finish
 from tests.support.contract.ledger_suite import (
     JOB,
     bundle,
@@ -38,16 +39,9 @@ def test_texts_of_any_length_are_kept(rough_simpledb: Sdb) -> None:
         async with ledger_in(rough_simpledb) as ledger, ledger_in(None) as reference:
             for of in (ledger, reference):
                 await submit(of, job)
-                await of.add_cut(cut(0, large, left=SCATTERED))
+                await of.apply(AddCut(cut(0, large, left=SCATTERED)))
                 await fold(of, outcome)
-                await of.finish(
-                    JOB.id,
-                    JobState.FAILED,
-                    round=0,
-                    reason="\0é" * 70_000,
-                    ended_s=1.0,
-                    closed={},
-                )
+                await of.apply(Finish(JOB.id, Ending(JobState.FAILED, "\0é" * 70_000, 1.0, {}), 0))
             assert (await ledger.job(JOB.id)).job == job
             assert (await stage_of(ledger)).left == SCATTERED
             ours, theirs = await ledger.dump(), await reference.dump()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,18 @@ from batchlab.manager.registry import Registry
 from batchlab.manager.settings import ManagerSettings
 from batchlab.model import Bundle, Completion, JobId, JobState, StageName, TaskSet
 from batchlab.patience import Patience
-from batchlab.ports import MAX_BATCH, Cut, Depth, Folded, Message, Outgoing
+from batchlab.ports import (
+    MAX_BATCH,
+    AddCut,
+    AddJob,
+    Cut,
+    Depth,
+    Fold,
+    Folded,
+    Message,
+    Outgoing,
+    Written,
+)
 from batchlab.protocol import naming
 from batchlab.protocol.messages import Duplicate, Events, events_message
 from tests.support.no_fleet import NoFleet
@@ -37,18 +49,17 @@ EVENTS = 4 * MAX_BATCH
 
 
 class Counting:
-    """The folds that a ledger is asked for."""
+    """Method `apply` of a ledger that records how many completions each fold has."""
 
     def __init__(self, ledger: SqlLedger) -> None:
         self.sizes: list[int] = []
-        self._ledger = ledger
-        self._fold = ledger.fold
+        self._apply = ledger.apply
 
-    async def __call__(
-        self, completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]
-    ) -> Folded:
-        self.sizes.append(len(completions))
-        return await self._fold(completions, casualties)
+    async def __call__(self, change: Any) -> Folded | Written:
+        if isinstance(change, Fold):
+            self.sizes.append(len(change.completions))
+        answer: Folded | Written = await self._apply(change)
+        return answer
 
 
 class Failing(SqliteQueue):
@@ -89,13 +100,13 @@ async def collected(folder: Path, fails: Sequence[int]) -> list[int]:
     queue = Failing(folder / "queues.db", clock)
     queue.fails = fails
     counting = Counting(ledger)
-    ledger.fold = counting  # type: ignore[method-assign]
+    ledger.apply = counting  # type: ignore[assignment, method-assign]
     ports = Ports(SimObjects(), queue, NoFleet(), ledger, clock, RandomIds(), Patience(Random(1)))
     settings = replace(ManagerSettings(), wait_s=1.0)
     done = [completion(number) for number in range(EVENTS)]
-    await ledger.add_job(JOB, state=JobState.SUBMITTED)
+    await ledger.apply(AddJob(JOB, JobState.SUBMITTED))
     bundles = tuple(one.bundle for one in done)
-    written = await ledger.add_cut(Cut(JOB.id, STAGE, 0, 0, bundles, TaskSet(), EVENTS))
+    written = await ledger.apply(AddCut(Cut(JOB.id, STAGE, 0, 0, bundles, TaskSet(), EVENTS)))
     await queue.ensure(events_queue(settings))
     for first in range(0, EVENTS, MAX_BATCH):
         some = done[first : first + MAX_BATCH]
@@ -197,7 +208,7 @@ def test_what_is_no_event_is_dropped_and_what_came_with_it_is_not(
             Arrivals(),
             told.extend,
         )
-        await ledger.add_job(JOB, state=JobState.SUBMITTED)
+        await ledger.apply(AddJob(JOB, JobState.SUBMITTED))
         good = Duplicate(JOB.id, STAGE, "message", "w-1-1", 0.5)
         bodies = [
             '{"v":1,"d":[["backlog-0123456789","map","message",["w-1-1"],"long"]]}',

@@ -14,6 +14,7 @@ from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.live import Ports, all_jobs
 from batchlab.model import JobId, JobState, StageName
 from batchlab.patience import Patience
+from batchlab.ports import AddJob
 
 JOBS = 10_200
 JOB = JobDef(JobId("job-00000"), "job", (StageDef(StageName("s"), handler="a:b"),), 0.0, items=1)
@@ -34,7 +35,7 @@ def test_a_leader_reads_every_active_job_of_a_ledger_with_more_than_10_000() -> 
     ports = Ports(SimObjects(), nothing, nothing, ledger, nothing, nothing, patience)
 
     async def main() -> set[str]:
-        await ledger.add_job(JOB, state=JobState.SUBMITTED)
+        await ledger.apply(AddJob(JOB, JobState.SUBMITTED))
         with ledger._engine.begin() as connection:
             connection.execute(text(COPIES), {"last": JOBS - 1})
         found = {one.job.id async for one in all_jobs(ports, active=True)}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from batchlab.commit import commit
-from batchlab.model import Completion, JobId, Outcome, Ran, StageName
-from batchlab.ports import Folded
+from batchlab.model import JobId, Outcome, Ran
+from batchlab.ports import Fold, Folded, Written
 from batchlab.protocol import settle, wire
 from batchlab.protocol.messages import Events
 from batchlab.views import UNCOUNTED
@@ -52,16 +53,15 @@ def outcomes_of(rig: Rig, name: JobId, count: int) -> list[Outcome]:
 def test_they_are_told_as_soon_as_they_are_committed_and_counted_later(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fold, may_fold = rig.ledger.fold, threading.Event()
+    apply, may_fold = rig.ledger.apply, threading.Event()
 
-    async def held_up(
-        completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]
-    ) -> Folded:
-        while not may_fold.is_set():
+    async def hold_up(change: Any) -> Folded | Written:
+        while isinstance(change, Fold) and not may_fold.is_set():
             await asyncio.sleep(0.01)
-        return await fold(completions, casualties)
+        answer: Folded | Written = await apply(change)
+        return answer
 
-    monkeypatch.setattr(rig.ledger, "fold", held_up)
+    monkeypatch.setattr(rig.ledger, "apply", hold_up)
     one = replace(job(), items=2, input=None)
     accepted = threading.Event()
     with ThreadPoolExecutor() as threads:

@@ -22,7 +22,7 @@ from batchlab.model import (
     StageName,
     TaskSet,
 )
-from batchlab.ports import Cut
+from batchlab.ports import AddCut, AddJob, Cut, Fold
 from batchlab.protocol import settle
 from batchlab.protocol.sealing import UNSEALED
 from tests.support.server.api import MAP, TOKEN, Rig
@@ -67,16 +67,16 @@ def rig() -> Iterator[Rig]:
 
 async def _fill(rig: Rig) -> None:
     ports = rig.manager.ports
-    await ports.ledger.add_job(JOB, state=JobState.SUBMITTED)
+    await ports.ledger.apply(AddJob(JOB, JobState.SUBMITTED))
     outcomes = [outcome(number) for number in range(BUNDLES)]
     bundles = tuple(one.bundle for one in outcomes)
-    await ports.ledger.add_cut(Cut(JOB.id, MAP, 0, 0, bundles, TaskSet(), BUNDLES * TASKS))
+    await ports.ledger.apply(AddCut(Cut(JOB.id, MAP, 0, 0, bundles, TaskSet(), BUNDLES * TASKS)))
     for one in outcomes:
         if one.failed:
             await commit(ports.objects, one, ports.patience, UNSEALED)
     for first in range(0, BUNDLES, 200):
         done = [settle.completion(one) for one in outcomes[first : first + 200]]
-        await ports.ledger.fold(done, [{} for _ in done])
+        await ports.ledger.apply(Fold(done, [{} for _ in done]))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 
 from batchlab.adapters.sql.ledger import open_memory_as
 from batchlab.model import JobId, JobState
+from batchlab.ports import AddJob, MoveJob
 from batchlab.sim.followed import FollowedLedger
 from tests.support.sim.scenes import A, job, stage
 
@@ -27,7 +28,7 @@ def test_a_look_asks_again_once_something_was_written(monkeypatch: pytest.Monkey
         monkeypatch.setattr(ledger, "job", counted)
         made = job(stage(A), items=1)
         assert await ledger.find(made.id) is None
-        await ledger.add_job(made, state=JobState.SUBMITTED)
+        await ledger.apply(AddJob(made, JobState.SUBMITTED))
         first = await ledger.find(made.id)
         assert first is not None
         assert first.state is JobState.SUBMITTED
@@ -35,7 +36,7 @@ def test_a_look_asks_again_once_something_was_written(monkeypatch: pytest.Monkey
         assert await ledger.find(made.id) is first
         assert await ledger.seen(made.id) is await ledger.seen(made.id)
         assert len(asked) == 2
-        await ledger.move_job(made.id, JobState.PENDING, round=0)
+        await ledger.apply(MoveJob(made.id, JobState.PENDING, 0))
         now, rows = await ledger.find(made.id), await ledger.seen(made.id)
         assert now is not None
         assert now.state is rows.job.state is JobState.PENDING
@@ -60,10 +61,10 @@ def test_what_is_written_while_a_look_is_under_way_is_seen_by_the_next(
 
         monkeypatch.setattr(ledger, "job", slow)
         made = job(stage(A), items=1)
-        await ledger.add_job(made, state=JobState.SUBMITTED)
+        await ledger.apply(AddJob(made, JobState.SUBMITTED))
         look = asyncio.create_task(ledger.find(made.id))
         await asyncio.sleep(0)
-        await ledger.move_job(made.id, JobState.PENDING, round=0)
+        await ledger.apply(MoveJob(made.id, JobState.PENDING, 0))
         before, after = await look, await ledger.find(made.id)
         assert before is not None
         assert before.state is JobState.SUBMITTED

@@ -11,12 +11,13 @@ from batchlab.errors import BackendError, NotFound, Unreachable
 from batchlab.manager.collector import Collector
 from batchlab.manager.manager import Manager
 from batchlab.model import Bundle, Completion, JobId, JobState, LifecycleState, Pool, TaskSet
-from batchlab.ports import Outgoing
+from batchlab.ports import AddJob, Outgoing
 from batchlab.protocol import messages, naming, wire
 from batchlab.sim.world import MANAGER, World
 from tests.support.sim.scenes import (
     A,
     around,
+    around_change,
     ended,
     ended_well,
     in_world,
@@ -55,12 +56,12 @@ def test_a_token_that_may_name_another_job_is_asked_for_first(
                 done.append(SENT)
             return await real(queue, *args, **kwargs)
 
-        async def add_job(real: Any, *args: Any, **kwargs: Any) -> object:
+        async def add_job(real: Any, change: AddJob) -> object:
             done.append(WRITTEN)
-            return await real(*args, **kwargs)
+            return await real(change)
 
         around(monkeypatch, world.queue, "send", send)
-        around(monkeypatch, world.ledger, "add_job", add_job)
+        around_change(monkeypatch, world.ledger, AddJob, add_job)
         await staffed(world)
         made = job(stage(A), items=1, token=token)
         await world.ask(lambda m: m.requests.submit(made, [0]), "submit")
@@ -76,12 +77,12 @@ def test_a_job_is_known_by_its_first_completion_where_who_accepted_it_has_died(
     """Nobody asks for it again, and the ledger has never heard of it."""
 
     async def act(world: World) -> None:
-        async def add_job(*_: Any, **__: Any) -> object:
+        async def add_job(*_: Any) -> object:
             kill_manager(world)
             await asyncio.sleep(1.0)
             raise AssertionError("the manager lives")
 
-        around(monkeypatch, world.ledger, "add_job", add_job)
+        around_change(monkeypatch, world.ledger, AddJob, add_job)
         manager = await staffed(world)
         made = job(stage(A), items=3, token="")
         assert world.post
@@ -95,12 +96,12 @@ def test_what_nobody_waits_for_is_in_the_ledger_first(monkeypatch: pytest.Monkey
     """Without instances it would lie in a queue, known to nobody who could launch some."""
 
     async def act(world: World) -> None:
-        async def add_job(*_: Any, **__: Any) -> object:
+        async def add_job(*_: Any) -> object:
             depth = await world.queue.depth(naming.tasks_queue("default"))
             assert depth.visible == 0
             raise Unreachable("The ledger is away.")
 
-        around(monkeypatch, world.ledger, "add_job", add_job)
+        around_change(monkeypatch, world.ledger, AddJob, add_job)
         manager = await leader(world)
         with pytest.raises(Unreachable):
             await manager.requests.submit(job(stage(A), items=1, token=""), [0])
@@ -113,12 +114,12 @@ def test_a_completion_waits_for_the_row_of_its_job(monkeypatch: pytest.MonkeyPat
     """It would be folded into a job that is not there yet, and be missed by who conducts it."""
 
     async def act(world: World) -> None:
-        async def add_job(real: Any, *args: Any, **kwargs: Any) -> object:
-            written = await real(*args, **kwargs)
+        async def add_job(real: Any, change: AddJob) -> object:
+            written = await real(change)
             await asyncio.sleep(10.0)
             return written
 
-        around(monkeypatch, world.ledger, "add_job", add_job)
+        around_change(monkeypatch, world.ledger, AddJob, add_job)
         await staffed(world)
         made = job(stage(A), items=1, token="")
         begun_s = world.clock.monotonic_s()
@@ -140,12 +141,12 @@ def test_what_cannot_be_sent_is_sent_when_the_ledger_has_the_job(
                 raise Unreachable("The queue is away.")
             return await real(queue, *args, **kwargs)
 
-        async def add_job(real: Any, *args: Any, **kwargs: Any) -> object:
+        async def add_job(real: Any, change: AddJob) -> object:
             written.set()
-            return await real(*args, **kwargs)
+            return await real(change)
 
         around(monkeypatch, world.queue, "send", send)
-        around(monkeypatch, world.ledger, "add_job", add_job)
+        around_change(monkeypatch, world.ledger, AddJob, add_job)
         manager = await staffed(world)
         made = job(stage(A), items=1, token="")
         accepted = await manager.requests.submit(made, [0])
@@ -163,15 +164,15 @@ def test_who_asks_again_has_nothing_run_twice(monkeypatch: pytest.MonkeyPatch) -
     async def act(world: World) -> None:
         is_first = True
 
-        async def add_job(real: Any, *args: Any, **kwargs: Any) -> object:
+        async def add_job(real: Any, change: AddJob) -> object:
             nonlocal is_first
             if is_first:
                 is_first = False
                 kill_manager(world)
                 await asyncio.sleep(1.0)
-            return await real(*args, **kwargs)
+            return await real(change)
 
-        around(monkeypatch, world.ledger, "add_job", add_job)
+        around_change(monkeypatch, world.ledger, AddJob, add_job)
         await staffed(world)
         # Or the first completion would make the job known before anybody asks again.
         monkeypatch.setattr(Collector, "_collect_once", lambda _: asyncio.sleep(1.0))
@@ -188,10 +189,10 @@ def test_who_was_told_of_an_error_can_cancel_what_has_begun(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def act(world: World) -> None:
-        async def add_job(*_: Any, **__: Any) -> object:
+        async def add_job(*_: Any) -> object:
             raise BackendError("The ledger refuses.")
 
-        around(monkeypatch, world.ledger, "add_job", add_job)
+        around_change(monkeypatch, world.ledger, AddJob, add_job)
         manager = await staffed(world)
         made = job(stage(A), items=1, token="")
         with pytest.raises(BackendError):

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from batchlab.errors import Refused
+from batchlab.manager import rebuild
 from batchlab.model import Control, Failure, FailureKind, JobId, JobState
+from batchlab.ports import AddCut, Finish, SetControl, SetPlanned
 from batchlab.protocol import naming, wire
 from batchlab.sim import invariants
 from batchlab.sim.runner import Play, Scene
@@ -25,6 +27,7 @@ from tests.support.sim.scenes import (
     B,
     C,
     around,
+    around_change,
     ended,
     ended_well,
     in_world,
@@ -157,17 +160,17 @@ def test_counters_are_right_when_the_leader_dies_before_feeding_a_stage_of_a_can
     async def act(world: World) -> None:
         died: list[int] = []
 
-        async def set_planned(real: Any, job_id: JobId, *rest: Any, **how: Any) -> object:
+        async def set_planned(real: Any, change: SetPlanned) -> object:
             if not died:
                 died.append(world.managers)
                 word = wire.Word(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
-                await world.objects.put(naming.control(job_id), wire.word_to_bytes(word))
-                await world.ledger.set_control(job_id, Control.CANCEL, round=0)
+                await world.objects.put(naming.control(change.job_id), wire.word_to_bytes(word))
+                await world.ledger.apply(SetControl(change.job_id, Control.CANCEL, 0))
                 kill_manager(world)
                 await asyncio.sleep(0)
-            return await real(job_id, *rest, **how)
+            return await real(change)
 
-        around(monkeypatch, world.ledger, "set_planned", set_planned)
+        around_change(monkeypatch, world.ledger, SetPlanned, set_planned)
         made = job(stage(A), stage(B, A), items=30)
         await submitted(world, made)
         record = await ended(world, made)
@@ -190,15 +193,15 @@ def test_a_job_stopped_for_a_wrong_plan_ends_failed_with_the_reason_though_the_l
     async def act(world: World) -> None:
         died: list[int] = []
 
-        async def set_control(real: Any, *args: Any, **how: Any) -> object:
-            answer = await real(*args, **how)
+        async def set_control(real: Any, change: SetControl) -> object:
+            answer = await real(change)
             if not died:
                 died.append(world.managers)
                 kill_manager(world)
                 await asyncio.sleep(0)
             return answer
 
-        around(monkeypatch, world.ledger, "set_control", set_control)
+        around_change(monkeypatch, world.ledger, SetControl, set_control)
         made = job(stage(A), items=5)
         await world.submit(made)  # its items are missing
         record = await ended(world, made)
@@ -220,24 +223,24 @@ def test_a_retry_is_finished_by_the_next_leader(monkeypatch: pytest.MonkeyPatch)
 
     async def act(world: World) -> None:
         died: list[int] = []
-        asked_s: list[float] = []
+        asked_s: list[float | None] = []
         retried_s: list[float | None] = []
 
-        async def add_cut(real: Any, cut: Any) -> object:
-            if cut.round == 1 and not died:
+        async def add_cut(real: Any, change: AddCut) -> object:
+            if change.cut.round == 1 and not died:
                 died.append(world.managers)
-                asked_s.append(cut.at_s)
+                asked_s.append(change.cut.at_s)
                 kill_manager(world)
                 await asyncio.sleep(0)
-            return await real(cut)
+            return await real(change)
 
-        async def finish(real: Any, *args: Any, **how: Any) -> object:
+        async def finish(real: Any, change: Finish) -> object:
             manager = await leader(world)
             retried_s.append(manager.lives[made.id].retried_s)
-            return await real(*args, **how)
+            return await real(change)
 
-        around(monkeypatch, world.ledger, "add_cut", add_cut)
-        around(monkeypatch, world.ledger, "finish", finish)
+        around_change(monkeypatch, world.ledger, AddCut, add_cut)
+        around_change(monkeypatch, world.ledger, Finish, finish)
         made = job(stage(A), items=5)
         await submitted(world, made)
         assert (await ended(world, made)).state is JobState.FAILED
@@ -299,19 +302,19 @@ def test_the_ledger_may_be_rebuilt_at_any_time_while_a_job_runs(
     async def act(world: World) -> None:
         cutting = asyncio.Event()
 
-        async def add_cut(real: Any, cut: Any) -> object:
+        async def add_cut(real: Any, change: AddCut) -> object:
             if not cutting.is_set():
                 cutting.set()
                 await asyncio.sleep(0.5)  # the rebuild begins before this cut is in the ledger
-            return await real(cut)
+            return await real(change)
 
-        async def version(real: Any, *args: Any) -> object:
+        async def read_rows(real: Any, *args: Any) -> object:
             answer = await real(*args)
             await asyncio.sleep(1.5)  # time for that cut to come before the bucket is read
             return answer
 
-        around(monkeypatch, world.ledger, "add_cut", add_cut)
-        around(monkeypatch, world.ledger, "version", version)
+        around_change(monkeypatch, world.ledger, AddCut, add_cut)
+        around(monkeypatch, rebuild, "_rows", read_rows)
         made = job(stage(A, bundle=2), stage(B, A), stage(C, B, gather="key"), items=120)
         await submitted(world, made)
         for at_s in (3.0, 9.0, 17.3, 24.1, 31.7):

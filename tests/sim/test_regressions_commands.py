@@ -12,12 +12,14 @@ from batchlab.errors import BackendError, Refused
 from batchlab.jobdef import JobDef
 from batchlab.manager.manager import Manager
 from batchlab.model import Control, JobState
+from batchlab.ports import Reopen
 from batchlab.protocol import naming, wire
 from batchlab.sim import invariants
 from batchlab.sim.world import World
 from tests.support.sim.scenes import (
     A,
     around,
+    around_change,
     ended,
     ended_well,
     in_world,
@@ -153,13 +155,13 @@ def test_a_retry_that_ends_in_an_error_is_finished_later(monkeypatch: pytest.Mon
         made = job(stage(A), items=3)
         failed: list[str] = []
 
-        async def reopen(real: Any, *args: Any) -> object:
+        async def reopen(real: Any, change: Reopen) -> object:
             if not failed:
                 failed.append("once")
                 raise BackendError("The disk is broken.")
-            return await real(*args)
+            return await real(change)
 
-        around(monkeypatch, world.ledger, "reopen", reopen)
+        around_change(monkeypatch, world.ledger, Reopen, reopen)
         manager = await _cancelled(world, made)
         with pytest.raises(BackendError, match="disk"):
             await manager.requests.retry(made.id)

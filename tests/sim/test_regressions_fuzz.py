@@ -13,8 +13,9 @@ import pytest
 
 from batchlab.errors import Unreachable
 from batchlab.jobdef import JobDef
-from batchlab.manager import by_hand
-from batchlab.model import Control, Failure, FailureKind, JobId, JobState, Pool
+from batchlab.manager import by_hand, rebuild
+from batchlab.model import Control, Failure, FailureKind, JobState, Pool
+from batchlab.ports import AddJob, Finish, MoveJob, SetControl
 from batchlab.protocol import naming, wire
 from batchlab.sim import invariants
 from batchlab.sim.fates import value_of
@@ -26,6 +27,7 @@ from tests.support.sim.scenes import (
     B,
     C,
     around,
+    around_change,
     ended,
     ended_well,
     ends_well,
@@ -90,14 +92,14 @@ def test_a_scheduled_job_starts_although_the_answer_to_its_move_was_lost(
     async def act(world: World) -> None:
         lost: list[JobState] = []
 
-        async def move_job(real: Any, job: JobId, state: JobState, **more: Any) -> object:
-            answer = await real(job, state, **more)
-            if state is JobState.SUBMITTED and not lost:
-                lost.append(state)
+        async def move_job(real: Any, change: MoveJob) -> object:
+            answer = await real(change)
+            if change.state is JobState.SUBMITTED and not lost:
+                lost.append(change.state)
                 raise Unreachable("The connection was reset.")
             return answer
 
-        around(monkeypatch, world.ledger, "move_job", move_job)
+        around_change(monkeypatch, world.ledger, MoveJob, move_job)
         await ends_well(world, job(stage(A), items=3, start_at_s=EPOCH_S + 30))
         assert lost
 
@@ -136,12 +138,12 @@ def test_a_retry_that_comes_right_after_the_end_is_conducted(
     the one that it was about to end, and the job never ended."""
 
     async def act(world: World) -> None:
-        async def finish(original: Any, *args: Any, **kwargs: Any) -> object:
-            answer = await original(*args, **kwargs)
+        async def finish(original: Any, change: Finish) -> object:
+            answer = await original(change)
             await asyncio.sleep(5)
             return answer
 
-        around(monkeypatch, world.ledger, "finish", finish)
+        around_change(monkeypatch, world.ledger, Finish, finish)
         made = job(stage(A), items=3)
         await submitted(world, made)
         await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
@@ -166,7 +168,7 @@ def test_a_job_that_another_manager_has_begun_is_conducted() -> None:
             (naming.control(made.id), wire.word_to_bytes(wire.Word(Control.RUN))),
         ):
             await world.objects.put(key, data, if_absent=True)
-        await world.ledger.add_job(made, state=JobState.SUBMITTED)
+        await world.ledger.apply(AddJob(made, JobState.SUBMITTED))
         await ended_well(world, made)
         assert world.managers == 1
 
@@ -200,7 +202,7 @@ def test_rebuilds_that_are_asked_for_at_once_come_one_after_the_other(
     async def act(world: World) -> None:
         begun, seen = 0, []
 
-        async def version(original: Any, *args: Any) -> object:
+        async def read_rows(original: Any, *args: Any) -> object:
             nonlocal begun
             begun += 1
             return await original(*args)
@@ -211,7 +213,7 @@ def test_rebuilds_that_are_asked_for_at_once_come_one_after_the_other(
             seen.append(begun == before)
             return await original(*args, **kwargs)
 
-        around(monkeypatch, world.ledger, "version", version)
+        around(monkeypatch, rebuild, "_rows", read_rows)
         around(monkeypatch, world.ledger, "bundles", read)  # a part of adopting
         made = job(stage(A, bundle=1), items=30)
         await submitted(world, made)
@@ -288,7 +290,7 @@ def test_a_resume_that_only_the_workers_have_heard_of_reaches_the_leader() -> No
         await world.ask(lambda m: m.requests.pause(made.id), "pause")
         await asyncio.sleep(300)
         await _written(world, made, wire.Word(Control.RUN))
-        await world.ledger.set_control(made.id, Control.RUN, round=0)
+        await world.ledger.apply(SetControl(made.id, Control.RUN, 0))
         await ended_well(world, made)
 
     in_world(act, script=takes(5.0))

@@ -13,7 +13,7 @@ from batchlab.errors import Unreachable
 from batchlab.manager.lease import LEASE
 from batchlab.manager.starts import SET_BACK_S
 from batchlab.model import JobState
-from batchlab.ports import Outgoing
+from batchlab.ports import Outgoing, Reopen
 from batchlab.protocol import naming
 from batchlab.protocol.messages import read_task_message
 from batchlab.sim.world import EPOCH_S, World
@@ -21,6 +21,7 @@ from tests.support.sim.scenes import (
     A,
     B,
     around,
+    around_change,
     ended,
     ended_well,
     in_world,
@@ -95,13 +96,13 @@ def test_a_leader_that_stood_still_finishes_the_retry_that_another_one_began(
     async def act(world: World) -> None:
         stuck = asyncio.Event()
 
-        async def reopen(real: Any, *args: Any) -> object:
+        async def reopen(real: Any, change: Reopen) -> object:
             if not stuck.is_set():
                 stuck.set()
                 await asyncio.sleep(3600)
-            return await real(*args)
+            return await real(change)
 
-        around(monkeypatch, world.ledger, "reopen", reopen)
+        around_change(monkeypatch, world.ledger, Reopen, reopen)
         made = job(stage(A), items=3)
         await submitted(world, made)
         await world.ask(lambda m: m.requests.cancel(made.id), "cancel")

@@ -10,6 +10,7 @@ import pytest
 from batchlab.jobdef import JobDef
 from batchlab.manager import conductor
 from batchlab.model import JobState, Pool
+from batchlab.ports import AddJob
 from batchlab.protocol import naming
 from batchlab.sim import invariants
 from batchlab.sim.world import MANAGER, World
@@ -37,7 +38,7 @@ async def _half_rebuilt(world: World) -> JobDef:
     await asyncio.sleep(3)
     kill_manager(world)
     await world.ledger.forget()
-    await world.ledger.add_job(made, state=JobState.SUBMITTED)
+    await world.ledger.apply(AddJob(made, JobState.SUBMITTED))
     return made
 
 

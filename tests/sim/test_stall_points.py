@@ -24,8 +24,8 @@ from batchlab.sim.world import World
 from tests.support.sim.scenes import A, B, C, job, stage, takes
 
 EVERY = os.environ.get("BATCHLAB_STALLS") == "all"
-RARE = {f"ledger.{name}" for name in ("set_control", "set_planned", "reopen", "finish")}
-WRITES = {"objects.put", "queue.send", "ledger.move_job", "ledger.add_cut", "ledger.fold"}
+RARE = {f"ledger.{name}" for name in ("SetControl", "SetPlanned", "Reopen", "Finish")}
+WRITES = {"objects.put", "queue.send", "ledger.MoveJob", "ledger.AddCut", "ledger.Fold"}
 """Without BATCHLAB_STALLS=all a test holds each rare call of its scene, and one of each other
 kind of write."""
 
@@ -219,8 +219,8 @@ def controlled_in_any_round(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("plant", "name", "label"),
     [
-        (planned_in_any_round, "retry", "ledger.set_planned"),
-        (controlled_in_any_round, "cancel", "ledger.set_control"),
+        (planned_in_any_round, "retry", "ledger.SetPlanned"),
+        (controlled_in_any_round, "cancel", "ledger.SetControl"),
     ],
 )
 def test_the_stall_points_show_a_write_that_is_not_fenced(

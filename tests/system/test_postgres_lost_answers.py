@@ -13,7 +13,7 @@ from batchlab.adapters.sql import postgres as sql_postgres
 from batchlab.adapters.sql.ledger import SqlLedger, open_postgres
 from batchlab.errors import Unreachable
 from batchlab.model import JobState
-from batchlab.ports import Lease
+from batchlab.ports import Fold, Lease, MoveJob
 from tests.support.contract.ledger_suite import (
     CALLS,
     JOB,
@@ -72,11 +72,11 @@ def test_what_is_new_and_its_seqs_after_a_lost_answer(cut: Cut, postgres: Postgr
         with wire_to(postgres.server.port) as wire:
             async with behind(wire, postgres) as ledger:
                 await submit(ledger)
-                first = await ledger.fold([done(bundle(0, 1))], [{}])
+                first = await ledger.apply(Fold([done(bundle(0, 1))], [{}]))
                 wire.cut = cut
                 with pytest.raises(Unreachable):
                     await fold(ledger, done(bundle(1, 2)), done(bundle(2, 3)))
-                again = await ledger.fold([done(bundle(1, 2)), done(bundle(2, 3))], [{}, {}])
+                again = await ledger.apply(Fold([done(bundle(1, 2)), done(bundle(2, 3))], [{}, {}]))
                 lost = cut is Cut.BEFORE
                 assert again.new == [lost, lost]
                 assert again.first_seq == first.first_seq + (1 if lost else 3)
@@ -133,7 +133,7 @@ def test_a_client_that_is_gone_without_a_word_does_not_keep_the_lock(
                 await submit(other)
                 wire.cut = Cut.SILENT
                 began_s = time.monotonic()
-                going = asyncio.create_task(gone.move_job(JOB.id, JobState.RUNNING, round=0))
+                going = asyncio.create_task(gone.apply(MoveJob(JOB.id, JobState.RUNNING, 0)))
                 while wire.cut:
                     await asyncio.sleep(0.01)
                 assert await fold(other, done(bundle(0, 1))) == [True]

@@ -24,6 +24,7 @@ from batchlab.adapters.sql.postgres import postgres_engine
 from batchlab.adapters.sql.tables import HEAD, metadata, versions
 from batchlab.errors import BackendError, Unreachable, UsageError
 from batchlab.model import JobId
+from batchlab.ports import AddCut
 from tests.support.aws.emulators import free_port
 from tests.support.contract.ledger_suite import JOB, bundle, cut, done, fold, ledger_in, submit
 from tests.support.postgres.server import DATABASE, PASSWORD, USER, Postgres, PostgresServer
@@ -297,7 +298,7 @@ def test_bundles_are_read_in_the_order_of_an_index(postgres: Postgres) -> None:
             for job in jobs:
                 bundles = [replace(bundle(i, i + 1), job=job.id) for i in range(2_000)]
                 await submit(ledger, job)
-                await ledger.add_cut(replace(cut(0, *bundles), job=job.id))
+                await ledger.apply(AddCut(replace(cut(0, *bundles), job=job.id)))
                 await fold(ledger, *(done(one, failed=one.tasks.first % 2) for one in bundles[::2]))
 
     asyncio.run(fill())

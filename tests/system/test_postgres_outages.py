@@ -21,7 +21,7 @@ from batchlab.adapters.threads import Busy
 from batchlab.errors import Unreachable
 from batchlab.model import Control, JobId
 from batchlab.patience import Patience, patiently
-from batchlab.ports import BundleRecord
+from batchlab.ports import BundleRecord, Fold, SetControl
 from tests.support.contract.ledger_suite import (
     BATCH,
     JOB,
@@ -145,7 +145,7 @@ def test_a_server_that_freezes_is_an_outage_and_the_loop_goes_on(
             beating.cancel()
             longest_s = max(b - a for a, b in pairwise(beats))
             assert longest_s < 0.5
-            await _patient(ledger).fold([done(bundle(0, 1))], [{}])
+            await _patient(ledger).apply(Fold([done(bundle(0, 1))], [{}]))
             assert (await counts_of(ledger)).succeeded == 1
 
     asyncio.run(main())
@@ -189,7 +189,7 @@ def test_who_sleeps_in_a_transaction_loses_it(
             await submit(ledger)
             with monkeypatch.context() as patch:
                 patch.setattr(job_rows, "set_control", sleepy)
-                sleeping = asyncio.create_task(ledger.set_control(JOB.id, Control.CANCEL, round=0))
+                sleeping = asyncio.create_task(ledger.apply(SetControl(JOB.id, Control.CANCEL, 0)))
                 await asyncio.to_thread(asleep.wait)
                 try:
                     assert (await other.lease("leader", "b")).owner == "b"

@@ -7,27 +7,27 @@ raises has changed nothing. It answers as SqlLedger does, which the contract sui
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
+from typing import overload
 
 from batchlab.adapters import book as books
 from batchlab.adapters.book import Book, Key, Known, Row
 from batchlab.adapters.dumps import dumped
 from batchlab.errors import NotFound
-from batchlab.jobdef import JobDef
-from batchlab.model import Completion, Control, JobId, JobState, Json, StageName
+from batchlab.model import Completion, JobId, Json, StageName
 from batchlab.ports import (
+    AddCut,
+    AddJob,
     BundleRecord,
-    Cut,
-    Ending,
+    Fold,
     Folded,
+    JobChange,
     JobRecord,
     JobRows,
     Lease,
     Past,
-    Reopening,
     Written,
 )
 
@@ -70,6 +70,10 @@ class _Shelf:
                 yield row
 
 
+def _rows(book: Book) -> JobRows:
+    return book.rows(book.at)
+
+
 def _seq(row: Row) -> int:
     return _NOTHING if row.seq is None else row.seq
 
@@ -93,32 +97,88 @@ class SimLedger:
         except KeyError as error:
             raise NotFound(f"The ledger has no job {job}.") from error
 
-    def _change(self, shelf: _Shelf, change: Callable[[Book], bool]) -> Written:
-        """Change the job by what `change` does to its book, which says whether it does anything."""
-        book, before = shelf.book, shelf.book.at
-        book.at = self._writes + 1
-        is_new = change(book)
-        if is_new:
-            self._writes = book.at
-            self._note(book)
-        else:
-            book.at = before
-        return Written(book.rows(), is_new)
-
     def _note(self, book: Book) -> None:
         if book.state.ended:
             self._active.pop(book.job.id, None)
         else:
             self._active[book.job.id] = None
 
-    # --- Jobs ------------------------------------------------------------------------------------
+    # --- Changes ---------------------------------------------------------------------------------
 
-    async def add_job(self, job: JobDef, *, state: JobState, cut: Cut | None = None) -> Written:
+    @overload
+    async def apply(self, change: Fold) -> Folded: ...
+
+    @overload
+    async def apply(self, change: JobChange) -> Written: ...
+
+    async def apply(self, change: Fold | JobChange) -> Folded | Written:
+        """See ports.Ledger. A fold raises NotFound before it folds any completion."""
+        if isinstance(change, Fold):
+            return self._fold(change)
+        if isinstance(change, AddJob):
+            return self._add_job(change)
+        return self._change(self._shelf(change.job_id), change)
+
+    def _add_job(self, change: AddJob) -> Written:
+        job = change.job
         there = job.id if job.id in self._shelves else self._tokens.get(job.token)
         if there is not None:
-            return Written(self._shelves[there].book.rows(), is_new=False)
-        book, rows = books.begin(job, state, cut)
-        return Written(self._install(book, rows).book.rows(), is_new=True)
+            return Written(_rows(self._shelves[there].book), is_new=False)
+        book, rows = books.begin(job, change.state, change.cut)
+        return Written(_rows(self._install(book, rows).book), is_new=True)
+
+    def _change(self, shelf: _Shelf, change: JobChange) -> Written:
+        book = shelf.book
+        if isinstance(change, AddCut):
+            for bundle in change.cut.bundles:
+                book.stage(bundle.stage)
+        before, book.at = book.at, self._writes + 1
+        rows = books.apply(book, change, shelf.known)
+        self._noted(shelf, before, rows)
+        return Written(_rows(book), rows is not None)
+
+    def _noted(self, shelf: _Shelf, before: int, rows: Iterable[Row] | None) -> None:
+        """Keep the bundles of a change, or undo its count if it had no effect."""
+        if rows is None:
+            shelf.book.at = before
+            return
+        shelf.put(rows)
+        self._writes = shelf.book.at
+        self._note(shelf.book)
+
+    def _fold(self, change: Fold) -> Folded:
+        completions = change.completions
+        if not completions:
+            return Folded([], 0, {})
+        places: dict[JobId, list[int]] = {}
+        for place, c in enumerate(completions):
+            book = self._shelf(c.bundle.job).book
+            for bundle in (c.bundle, *(f.bundle for f in c.follows)):
+                book.stage(bundle.stage)
+            places.setdefault(c.bundle.job, []).append(place)
+        first = self._last_seq + 1
+        self._last_seq += len(completions)
+        new = [False] * len(completions)
+        rows: dict[JobId, JobRows] = {}
+        for job, mine in places.items():
+            shelf = self._shelves[job]
+            which = self._fold_job(
+                shelf, [(first + i, completions[i], change.casualties[i]) for i in mine]
+            )
+            rows[job] = _rows(shelf.book)
+            for place, is_new in zip(mine, which, strict=True):
+                new[place] = is_new
+        return Folded(new, first, rows)
+
+    def _fold_job(
+        self, shelf: _Shelf, numbered: Sequence[tuple[int, Completion, Mapping[StageName, int]]]
+    ) -> Sequence[bool]:
+        book = shelf.book
+        before, state = book.at, book.state
+        book.at = self._writes + 1
+        new, rows = books.fold(book, numbered, shelf.known)
+        self._noted(shelf, before, rows if any(new) or book.state is not state else None)
+        return new
 
     def _install(self, book: Book, rows: Iterable[Row]) -> _Shelf:
         shelf = self._shelves[book.job.id] = _Shelf(book)
@@ -131,6 +191,8 @@ class SimLedger:
         book.at = self._writes
         self._note(book)
         return shelf
+
+    # --- Reads -----------------------------------------------------------------------------------
 
     async def job(self, job: JobId) -> JobRecord:
         return self._shelf(job).book.rows().job
@@ -147,90 +209,8 @@ class SimLedger:
     def _place(self, job: JobId) -> tuple[float, JobId]:
         return self._shelf(job).book.job.submitted_s, job
 
-    async def move_job(self, job: JobId, state: JobState, *, round: int) -> bool:
-        return self._change(self._shelf(job), lambda b: books.move(b, state, round)).is_new
-
-    async def set_control(self, job: JobId, control: Control, *, round: int) -> bool:
-        set_control = partial(books.set_control, control=control, round=round)
-        return books.has_control(self._change(self._shelf(job), set_control), control, round)
-
-    async def reopen(self, job: JobId, round: int, stages: Sequence[Reopening]) -> bool:
-        """Also False for a job that has not ended, or SUCCEEDED."""
-        return self._change(self._shelf(job), lambda b: books.reopen(b, round, stages)).is_new
-
-    async def finish(
-        self,
-        job: JobId,
-        state: JobState,
-        *,
-        round: int,
-        reason: str,
-        ended_s: float,
-        closed: Mapping[StageName, int],
-    ) -> Written:
-        """Changes nothing either where the job is in another round: then it is not its end."""
-        end = Ending(state, reason, ended_s, closed)
-        return self._change(self._shelf(job), lambda b: books.finish(b, round, end))
-
     async def rows(self, job: JobId) -> JobRows:
-        return self._shelf(job).book.rows()
-
-    async def set_planned(
-        self, job: JobId, stage: StageName, planned: int, *, round: int
-    ) -> Written:
-        return self._change(self._shelf(job), lambda b: books.set_planned(b, stage, planned, round))
-
-    # --- Stages and bundles ----------------------------------------------------------------------
-
-    async def add_cut(self, cut: Cut) -> Written:
-        shelf = self._shelf(cut.job)
-        for bundle in cut.bundles:
-            shelf.book.stage(bundle.stage)
-
-        def take(book: Book) -> bool:
-            rows = books.take_cut(book, cut, shelf.known)
-            shelf.put(rows or ())
-            return rows is not None
-
-        return self._change(shelf, take)
-
-    async def fold(
-        self, completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]
-    ) -> Folded:
-        """Also raises NotFound, and then folds none of them, where one's job is not there."""
-        if not completions:
-            return Folded([], 0, {})
-        places: dict[JobId, list[int]] = {}
-        for place, c in enumerate(completions):
-            book = self._shelf(c.bundle.job).book
-            for bundle in (c.bundle, *(f.bundle for f in c.follows)):
-                book.stage(bundle.stage)
-            places.setdefault(c.bundle.job, []).append(place)
-        first = self._last_seq + 1
-        self._last_seq += len(completions)
-        new = [False] * len(completions)
-        rows: dict[JobId, JobRows] = {}
-        for job, mine in places.items():
-            numbered = [(first + i, completions[i], casualties[i]) for i in mine]
-            which, rows[job] = self._fold(self._shelves[job], numbered)
-            for place, is_new in zip(mine, which, strict=True):
-                new[place] = is_new
-        return Folded(new, first, rows)
-
-    def _fold(
-        self, shelf: _Shelf, numbered: Sequence[tuple[int, Completion, Mapping[StageName, int]]]
-    ) -> tuple[Sequence[bool], JobRows]:
-        new: Sequence[bool] = ()
-
-        def fold(book: Book) -> bool:
-            nonlocal new
-            before = book.state
-            new, rows = books.fold(book, numbered, shelf.known)
-            shelf.put(rows)
-            return any(new) or book.state is not before
-
-        written = self._change(shelf, fold)
-        return new, written.rows
+        return _rows(self._shelf(job).book)
 
     async def bundles(
         self,
@@ -266,13 +246,11 @@ class SimLedger:
         if stands is not None and stands.owner == owner:
             self._leases[name] = Lease(_NOBODY, stands.beat + 1)
 
-    async def version(self, job: JobId) -> str:
-        return str(self._shelves[job].book.at) if job in self._shelves else ""
-
-    async def restore(self, past: Past, *, over: str) -> bool:
+    async def restore(self, past: Past, *, over: JobRows | None) -> bool:
         """Also raises NotFound where another job has its token."""
         job = past.job.id
-        if await self.version(job) != over:
+        shelf = self._shelves.get(job)
+        if (over is not None) if shelf is None else not _rows(shelf.book).is_version(over):
             return False
         if self._tokens.get(past.job.token, job) != job:
             raise NotFound(f"The ledger has no job {job}.")

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import TypeVar, overload
 
 from batchlab.adapters import book as books
 from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.book import Book, Known, Row
+from batchlab.adapters.book import Book, Known
 from batchlab.adapters.dumps import dumped
 from batchlab.adapters.simpledb.heads import Head, Heads, heads_of
 from batchlab.adapters.simpledb.leases import Leases, Numbers
@@ -20,18 +20,18 @@ from batchlab.adapters.simpledb.rows import Rows
 from batchlab.adapters.simpledb.store import Store
 from batchlab.adapters.threads import Threads
 from batchlab.errors import NotFound, Throttled
-from batchlab.jobdef import JobDef
-from batchlab.model import Completion, Control, JobId, JobState, Json, StageName
+from batchlab.model import Completion, JobId, Json, StageName
 from batchlab.ports import (
+    AddCut,
+    AddJob,
     BundleRecord,
-    Cut,
-    Ending,
+    Fold,
     Folded,
+    JobChange,
     JobRecord,
     JobRows,
     Lease,
     Past,
-    Reopening,
     Written,
 )
 
@@ -66,22 +66,60 @@ class SimpleDbLedger:
 
     # --- Jobs ------------------------------------------------------------------------------------
 
-    async def add_job(self, job: JobDef, *, state: JobState, cut: Cut | None = None) -> Written:
-        return await self._write(lambda: self._add_job(job, state, cut))
+    @overload
+    async def apply(self, change: Fold) -> Folded: ...
 
-    def _add_job(self, job: JobDef, state: JobState, cut: Cut | None) -> Written:
+    @overload
+    async def apply(self, change: JobChange) -> Written: ...
+
+    async def apply(self, change: Fold | JobChange) -> Folded | Written:
+        """See ports.Ledger. A fold raises NotFound before it folds any completion.
+
+        A fold changes several jobs one after the other. If another process writes to a later one
+        meanwhile, it raises Throttled. The caller repeats the call, and the completions of the
+        earlier jobs are not new then.
+        """
+        if isinstance(change, Fold):
+            if not change.completions:
+                return Folded([], 0, {})
+            return await self._write(lambda: self._fold(change.completions, change.casualties))
+        if isinstance(change, AddJob):
+            return await self._write(lambda: self._add_job(change))
+        return await self._write(lambda: self._change(change))
+
+    def _add_job(self, change: AddJob) -> Written:
+        job = change.job
         for _ in _tries():
             head = self._heads.get(job.id)
             if head and head.book:
-                return Written(head.book.rows(), is_new=False)
+                return Written(_rows_of(head), is_new=False)
             # After the item was read: who takes the token from us changes that item afterwards.
             other = self._heads.claim(job.token, job.id) if job.token else None
             if other:
                 return Written(other.rows(), is_new=False)
-            book, rows = books.begin(job, state, cut)
+            book, rows = books.begin(job, change.state, change.cut)
             if self._heads.install(job.id, head, book, rows):
                 return Written(book.rows(), is_new=True)
         raise _busy(job.id)
+
+    def _change(self, change: JobChange) -> Written:
+        job = change.job_id
+        for _ in _tries():
+            head = self._head(job)
+            book = _copy(_book_of(head))
+            book.at += 1
+            rows = books.apply(book, change, {})
+            if rows is None:
+                return Written(_rows_of(head), is_new=False)
+            if isinstance(change, AddCut) and rows:
+                # Only a new cut needs to know which of its bundles exist.
+                book = _copy(_book_of(head))
+                book.at += 1
+                known = self._rows.known(head.gen, [row.key for row in rows])
+                rows = books.apply(book, change, known) or []
+            if self._heads.commit(head, book, rows):
+                return Written(book.rows(), is_new=True)
+        raise _busy(job)
 
     async def job(self, job: JobId) -> JobRecord:
         return (await self.rows(job)).job
@@ -92,77 +130,18 @@ class SimpleDbLedger:
         """Also raises NotFound where `before` is not there any more."""
 
         def page() -> list[JobRecord]:
-            last = self._book(JobId(before)).job if before is not None else None
+            last = None
+            if before is not None:
+                last = _book_of(self._head(JobId(before), settle=False)).job
             found = self._heads.newest(active=active, limit=limit, before=last)
             return [book.rows().job for book in found]
 
         return await self._read(page)
 
-    async def move_job(self, job: JobId, state: JobState, *, round: int) -> bool:
-        return (await self._change(job, lambda book: books.move(book, state, round))).is_new
-
-    async def set_control(self, job: JobId, control: Control, *, round: int) -> bool:
-        written = await self._change(job, lambda book: books.set_control(book, control, round))
-        return books.has_control(written, control, round)
-
-    async def reopen(self, job: JobId, round: int, stages: Sequence[Reopening]) -> bool:
-        """Also False for a job that has not ended, or SUCCEEDED."""
-        return (await self._change(job, lambda book: books.reopen(book, round, stages))).is_new
-
-    async def finish(
-        self,
-        job: JobId,
-        state: JobState,
-        *,
-        round: int,
-        reason: str,
-        ended_s: float,
-        closed: Mapping[StageName, int],
-    ) -> Written:
-        """Changes nothing either where the job is in another round: then it is not its end."""
-        end = Ending(state, reason, ended_s, closed)
-        return await self._change(job, lambda book: books.finish(book, round, end))
-
     async def rows(self, job: JobId) -> JobRows:
-        return await self._read(lambda: self._book(job).rows())
-
-    async def set_planned(
-        self, job: JobId, stage: StageName, planned: int, *, round: int
-    ) -> Written:
-        return await self._change(job, lambda book: books.set_planned(book, stage, planned, round))
-
-    def _book(self, job: JobId) -> Book:
-        head = self._heads.get(job, settle=False)
-        if head is None or head.book is None:
-            raise _no_job(job)
-        return head.book
+        return await self._read(lambda: _rows_of(self._head(job, settle=False)))
 
     # --- Stages and bundles ----------------------------------------------------------------------
-
-    async def add_cut(self, cut: Cut) -> Written:
-        keys = [(bundle.stage, bundle.id) for bundle in cut.bundles]
-
-        def take(head: Head, book: Book) -> tuple[bool, Sequence[Row]]:
-            # An old cut's bundles need not be looked for.
-            if books.take_cut(_copy(book), cut, {}) is None:
-                return False, ()
-            rows = books.take_cut(book, cut, self._rows.known(head.gen, keys))
-            return True, rows or ()
-
-        return await self._write(lambda: self._transact(cut.job, take))
-
-    async def fold(
-        self, completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]
-    ) -> Folded:
-        """Also raises NotFound, and then folds none of them, where one's job is not there.
-
-        Jobs are folded one after the other. Where somebody else writes to a later one meanwhile,
-        Throttled: the call has to be repeated, and says then of the earlier ones that they are not
-        new.
-        """
-        if not completions:
-            return Folded([], 0, {})
-        return await self._write(lambda: self._fold(completions, casualties))
 
     def _fold(
         self, completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]
@@ -237,8 +216,8 @@ class SimpleDbLedger:
         row = next(found, None)
         return row is not None and row.seq is not None and row.seq <= seqs[-1]
 
-    def _head(self, job: JobId) -> Head:
-        head = self._heads.get(job)
+    def _head(self, job: JobId, *, settle: bool = True) -> Head:
+        head = self._heads.get(job, settle=settle)
         if head is None or head.book is None:
             raise _no_job(job)
         return head
@@ -285,20 +264,13 @@ class SimpleDbLedger:
     async def release(self, name: str, owner: str) -> None:
         await self._run_lease(lambda: self._leases.give_back(name, owner), writes=True, quick=True)
 
-    async def version(self, job: JobId) -> str:
-        def version() -> str:
-            head = self._heads.get(job, settle=False)
-            return head.stamp if head and head.book else ""
-
-        return await self._read(version)
-
-    async def restore(self, past: Past, *, over: str) -> bool:
+    async def restore(self, past: Past, *, over: JobRows | None) -> bool:
         return await self._write(lambda: self._restore(past, over))
 
-    def _restore(self, past: Past, over: str) -> bool:
+    def _restore(self, past: Past, over: JobRows | None) -> bool:
         job = past.job
         head = self._heads.get(job.id)
-        if (head.stamp if head and head.book else "") != over:
+        if not (_rows_of(head).is_version(over) if head and head.book else over is None):
             return False
         if job.token:
             self._heads.claim(job.token, job.id)
@@ -342,24 +314,6 @@ class SimpleDbLedger:
     async def _write(self, call: Callable[[], T]) -> T:
         return await self._run(call, writes=True, quick=False)
 
-    async def _change(self, job: JobId, change: Callable[[Book], bool]) -> Written:
-        """Change the job by what `change` does to its book, which says whether it does anything."""
-        return await self._write(lambda: self._transact(job, lambda _, book: (change(book), ())))
-
-    def _transact(
-        self, job: JobId, change: Callable[[Head, Book], tuple[bool, Sequence[Row]]]
-    ) -> Written:
-        for _ in _tries():
-            head = self._head(job)
-            book = _copy(_book_of(head))
-            book.at += 1
-            is_new, rows = change(head, book)
-            if not is_new:
-                return Written(_book_of(head).rows(), is_new=False)
-            if self._heads.commit(head, book, rows):
-                return Written(book.rows(), is_new=True)
-        raise _busy(job)
-
 
 def _tries() -> Iterable[int]:
     """For what is tried until nobody else was faster."""
@@ -371,6 +325,10 @@ def _tries() -> Iterable[int]:
 def _book_of(head: Head) -> Book:
     assert head.book is not None
     return head.book
+
+
+def _rows_of(head: Head) -> JobRows:
+    return _book_of(head).rows(head.stamp)
 
 
 def _copy(book: Book) -> Book:

@@ -182,8 +182,8 @@ def set_control(connection: Connection, job: JobId, control: Control, round: int
     row = _job_row(connection, job)
     if row["round"] != round or JobState(row["state"]).ended:
         return False
-    if row["control"] == Control.CANCEL.value:
-        return control is Control.CANCEL
+    if row["control"] in (control.value, Control.CANCEL.value):
+        return False
     connection.execute(_control, {"b_job": job, "control": control.value})
     return True
 

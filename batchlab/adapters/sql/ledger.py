@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from sqlalchemy import Connection, Engine, Table, bindparam, select, update
 
@@ -27,18 +27,22 @@ from batchlab.adapters.sql.upserts import NOBODY, Upserts
 from batchlab.adapters.sqlite_wal import WalFlush
 from batchlab.adapters.threads import Inline, OneThread, Run, Threads
 from batchlab.durability import Sync
-from batchlab.jobdef import JobDef
-from batchlab.model import Completion, Control, JobId, JobState, Json, StageName
+from batchlab.model import JobId, Json, StageName
 from batchlab.ports import (
+    AddCut,
+    AddJob,
     BundleRecord,
-    Cut,
-    Ending,
+    Finish,
+    Fold,
     Folded,
+    JobChange,
     JobRecord,
     JobRows,
     Lease,
+    MoveJob,
     Past,
-    Reopening,
+    Reopen,
+    SetControl,
     Written,
 )
 
@@ -124,16 +128,60 @@ class SqlLedger:
         self._upserts = Upserts.of(engine.dialect.name)
         self._has_schema = False
 
-    # --- Jobs ------------------------------------------------------------------------------------
+    # --- Changes ---------------------------------------------------------------------------------
 
-    async def add_job(self, job: JobDef, *, state: JobState, cut: Cut | None = None) -> Written:
-        def add(connection: Connection) -> Written:
-            written = job_rows.add_job(connection, self._upserts, job, state, cut)
-            if cut and written.is_new:
-                bundle_rows.plan(connection, self._upserts, cut.bundles)
-            return written
+    @overload
+    async def apply(self, change: Fold) -> Folded: ...
 
-        return await self._on_disk(await self._write(add))
+    @overload
+    async def apply(self, change: JobChange) -> Written: ...
+
+    async def apply(self, change: Fold | JobChange) -> Folded | Written:
+        """See ports.Ledger. A fold raises NotFound before it folds any completion."""
+        if isinstance(change, Fold):
+            return await self._fold(change)
+        written = await self._write(lambda c: self._change(c, change))
+        # The other changes do not wait for the disk: the next manager finds them in the bucket.
+        if isinstance(change, (AddJob, SetControl, Reopen)):
+            await self._on_disk(None)
+        return written
+
+    async def _fold(self, change: Fold) -> Folded:
+        if not change.completions:
+            return Folded([], 0, {})
+        return await self._write(
+            lambda c: bundle_rows.fold(c, self._upserts, change.completions, change.casualties)
+        )
+
+    def _change(self, connection: Connection, change: JobChange) -> Written:
+        if isinstance(change, AddJob):
+            return self._add_job(connection, change)
+        if isinstance(change, AddCut):
+            is_new = job_rows.take_cut(connection, change.cut)
+            if is_new:
+                bundle_rows.plan(connection, self._upserts, change.cut.bundles)
+        elif isinstance(change, MoveJob):
+            is_new = job_rows.move_job(connection, change.job_id, change.state, change.round)
+        elif isinstance(change, SetControl):
+            is_new = job_rows.set_control(connection, change.job_id, change.control, change.round)
+        elif isinstance(change, Reopen):
+            is_new = job_rows.reopen(connection, change.job_id, change.round, change.stages)
+        elif isinstance(change, Finish):
+            return job_rows.finish(connection, change.job_id, change.round, change.ending)
+        else:
+            return job_rows.set_planned(
+                connection, change.job_id, change.stage, change.planned, change.round
+            )
+        return Written(job_rows.rows_of(connection, change.job_id), is_new)
+
+    def _add_job(self, connection: Connection, change: AddJob) -> Written:
+        job, cut = change.job, change.cut
+        written = job_rows.add_job(connection, self._upserts, job, change.state, cut)
+        if cut and written.is_new:
+            bundle_rows.plan(connection, self._upserts, cut.bundles)
+        return written
+
+    # --- Reads -----------------------------------------------------------------------------------
 
     async def job(self, job: JobId) -> JobRecord:
         return await self._read(lambda c: job_rows.find_job(c, job), quick=True)
@@ -144,63 +192,8 @@ class SqlLedger:
         """Also raises NotFound where `before` is not there any more."""
         return await self._read(lambda c: job_rows.page_of_jobs(c, active, limit, before))
 
-    async def move_job(self, job: JobId, state: JobState, *, round: int) -> bool:
-        return await self._write(lambda c: job_rows.move_job(c, job, state, round))
-
-    async def set_control(self, job: JobId, control: Control, *, round: int) -> bool:
-        is_set = await self._write(lambda c: job_rows.set_control(c, job, control, round))
-        await self._on_disk(None)
-        return is_set
-
-    async def reopen(self, job: JobId, round: int, stages: Sequence[Reopening]) -> bool:
-        """Also False for a job that has not ended, or SUCCEEDED."""
-        return await self._on_disk(
-            await self._write(lambda c: job_rows.reopen(c, job, round, stages))
-        )
-
-    async def finish(
-        self,
-        job: JobId,
-        state: JobState,
-        *,
-        round: int,
-        reason: str,
-        ended_s: float,
-        closed: Mapping[StageName, int],
-    ) -> Written:
-        """Changes nothing either where the job is in another round: then it is not its end."""
-        end = Ending(state, reason, ended_s, closed)
-        # It does not wait for the disk: the end is in the bucket, where the next manager finds it.
-        return await self._write(lambda c: job_rows.finish(c, job, round, end))
-
-    # --- Stages and bundles ----------------------------------------------------------------------
-
     async def rows(self, job: JobId) -> JobRows:
-        return await self._read(lambda c: job_rows.rows_of(c, job), quick=True)
-
-    async def add_cut(self, cut: Cut) -> Written:
-        return await self._write(lambda c: self._add_cut(c, cut))
-
-    def _add_cut(self, connection: Connection, cut: Cut) -> Written:
-        is_new = job_rows.take_cut(connection, cut)
-        if is_new:
-            bundle_rows.plan(connection, self._upserts, cut.bundles)
-        return Written(job_rows.rows_of(connection, cut.job), is_new)
-
-    async def set_planned(
-        self, job: JobId, stage: StageName, planned: int, *, round: int
-    ) -> Written:
-        return await self._write(lambda c: job_rows.set_planned(c, job, stage, planned, round))
-
-    async def fold(
-        self, completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]
-    ) -> Folded:
-        """Also raises NotFound, and then folds none of them, where one's job is not there."""
-        if not completions:
-            return Folded([], 0, {})
-        return await self._write(
-            lambda c: bundle_rows.fold(c, self._upserts, completions, casualties)
-        )
+        return await self._read(lambda c: past_rows.rows_of(c, job), quick=True)
 
     async def bundles(
         self,
@@ -231,10 +224,7 @@ class SqlLedger:
     async def release(self, name: str, owner: str) -> None:
         await self._write(lambda c: c.execute(_release, {"b_name": name, "b_owner": owner}))
 
-    async def version(self, job: JobId) -> str:
-        return await self._read(lambda c: past_rows.version(c, job))
-
-    async def restore(self, past: Past, *, over: str) -> bool:
+    async def restore(self, past: Past, *, over: JobRows | None) -> bool:
         return await self._on_disk(
             await self._write(
                 lambda c: past_rows.restore(c, self._upserts, past, over), quick=False

@@ -6,8 +6,8 @@ as it came to them in the first place.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sqlalchemy import Connection, bindparam, delete, func, select
 
@@ -16,26 +16,26 @@ from batchlab.adapters.sql.tables import bundles, jobs, stages
 from batchlab.adapters.sql.upserts import Upserts
 from batchlab.errors import NotFound
 from batchlab.model import Control, JobId, JobState
-from batchlab.ports import Past, Round
+from batchlab.ports import JobRows, Past, Round
 
 _FOLDED_AT_ONCE = 100
 
 _last = select(func.max(bundles.c.seq)).where(bundles.c.job == bindparam("job"))
 
 
-def version(connection: Connection, job: JobId) -> str:
-    try:
-        rows = job_rows.rows_of(connection, job)
-    except NotFound:
-        return ""
-    # Not every outcome that is folded shows in the counters.
-    told = repr((rows, connection.execute(_last, {"job": job}).scalar_one()))
-    return hashlib.sha256(told.encode()).hexdigest()
+def rows_of(connection: Connection, job: JobId) -> JobRows:
+    # Some completions change no counter, so the newest seq tells the versions of a job apart.
+    last = connection.execute(_last, {"job": job}).scalar_one()
+    return replace(job_rows.rows_of(connection, job), stamp=-1 if last is None else last)
 
 
-def restore(connection: Connection, upserts: Upserts, past: Past, over: str) -> bool:
+def restore(connection: Connection, upserts: Upserts, past: Past, over: JobRows | None) -> bool:
     job = past.job.id
-    if version(connection, job) != over:
+    try:
+        is_same = rows_of(connection, job).is_version(over)
+    except NotFound:
+        is_same = over is None
+    if not is_same:
         return False
     forget(connection, [job])
     job_rows.add_job(connection, upserts, past.job, past.state, None)

@@ -20,7 +20,7 @@ from batchlab.manager.plans import PartWriter
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.retries import RetryPlanner
 from batchlab.model import Completion, Control, JobId, StageCounts, StageName, TaskSet
-from batchlab.ports import Cut, Depth, JobRecord, Round, Written
+from batchlab.ports import Cut, Depth, JobRecord, Round, SetControl, SetPlanned, Written
 from batchlab.protocol import naming, settle, wire
 from batchlab.worker.inputs import Manifest
 from tests.sim.mutants.kit import Plant, planted
@@ -120,7 +120,7 @@ def chained_stage_planned_once(plant: Plant) -> None:
     async def _first_cut(self: Conductor, live: LiveJob, stage: StageDef, tasks: TaskSet) -> None:
         await first_cut(self, live, stage, tasks)
         for fed in live.job.fed_by(stage.name):
-            await self._ports.ledger.set_planned(live.id, fed.name, len(tasks), round=live.round)
+            await self._ports.ledger.apply(SetPlanned(live.id, fed.name, len(tasks), live.round))
         await self._folder.refresh(live)
 
 
@@ -134,7 +134,7 @@ def cancel_that_only_marks_the_ledger(plant: Plant) -> None:
 
     @plant.method(Conductor, "forbid")
     async def forbid(self: Conductor, live: LiveJob, word: wire.Word) -> None:
-        await self._ports.ledger.set_control(live.id, Control.CANCEL, round=live.round)
+        await self._ports.ledger.apply(SetControl(live.id, Control.CANCEL, live.round))
         live.record = replace(live.record, control=Control.CANCEL)
 
 

@@ -14,7 +14,7 @@ from batchlab.jobdef import RetryRule
 from batchlab.manager.requests import Requests
 from batchlab.manager.retries import Chosen, Retry, RetryPlanner, failed_tasks
 from batchlab.model import Bundle, Control, Follow, JobId, JobState, TaskSet
-from batchlab.ports import JobRecord, Written
+from batchlab.ports import JobRecord, Reopen, Written
 from batchlab.protocol import naming, settle
 from batchlab.worker.controls import Controls
 from batchlab.worker.loop import Worker
@@ -94,7 +94,7 @@ def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
         self._begun.add(job)
         with suppress(AlreadyExists):
             await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
-        await self._ports.ledger.reopen(job, round_, made.reopened)
+        await self._ports.ledger.apply(Reopen(job, round_, made.reopened))
         live = await self._adopt(Written(await self._ports.ledger.rows(job), is_new=False))
         self._begun.discard(job)
         await self._conductor.send(live.job, [b for cut in made.cuts for b in cut.bundles])

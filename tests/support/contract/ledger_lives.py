@@ -9,7 +9,19 @@ from typing import Any
 
 from batchlab.errors import NotFound
 from batchlab.model import Control, JobId, JobState
-from batchlab.ports import Ledger, Reopening
+from batchlab.ports import (
+    AddCut,
+    AddJob,
+    Ending,
+    Finish,
+    Fold,
+    Ledger,
+    MoveJob,
+    Reopen,
+    Reopening,
+    SetControl,
+    SetPlanned,
+)
 from tests.support.contract.ledger_suite import INDEX, JOB, RESIZE, TOTAL, bundle, cut, done
 
 Call = Callable[[Ledger], Awaitable[object]]
@@ -49,24 +61,24 @@ def anything(rng: Random) -> Call:
     taken = [Reopening(stage, succeeded=1, replan=rng.random() < 0.5)]
 
     async def folded(of: Ledger) -> object:
-        return list((await of.fold(completions, lost)).new)
+        return list((await of.apply(Fold(completions, lost))).new)
 
     def finish(of: Ledger) -> Awaitable[object]:
-        return of.finish(job.id, state, round=round_, reason="r", ended_s=1.0, closed=closed)
+        return of.apply(Finish(job.id, Ending(state, "r", 1.0, closed), round_))
 
     calls: list[Call] = [
-        lambda of: of.add_job(job, state=JobState.SUBMITTED),
-        lambda of: of.add_job(job, state=state, cut=replace(cuts, round=0)),
-        lambda of: of.move_job(job.id, state, round=round_),
-        lambda of: of.set_control(job.id, word, round=round_),
-        lambda of: of.add_cut(cuts),
-        lambda of: of.set_planned(job.id, stage, 7, round=round_),
+        lambda of: of.apply(AddJob(job, JobState.SUBMITTED)),
+        lambda of: of.apply(AddJob(job, state, replace(cuts, round=0))),
+        lambda of: of.apply(MoveJob(job.id, state, round_)),
+        lambda of: of.apply(SetControl(job.id, word, round_)),
+        lambda of: of.apply(AddCut(cuts)),
+        lambda of: of.apply(SetPlanned(job.id, stage, 7, round_)),
         folded,
         folded,
         folded,
         finish,
         finish,
-        lambda of: of.reopen(job.id, round_, taken),
+        lambda of: of.apply(Reopen(job.id, round_, taken)),
         lambda of: of.forget([job.id]),
     ]
     return rng.choice(calls)

@@ -21,6 +21,7 @@ from batchlab.adapters.aws import Endpoint
 from batchlab.adapters.sim.ledger import SimLedger
 from batchlab.adapters.simpledb import open_simpledb
 from batchlab.adapters.sql import open_memory, open_postgres, open_sqlite
+from batchlab.errors import NotFound
 from batchlab.jobdef import JobDef, RetryRule, StageDef
 from batchlab.model import (
     Bundle,
@@ -38,7 +39,22 @@ from batchlab.model import (
     StageName,
     TaskSet,
 )
-from batchlab.ports import Cut, Ledger, Reopening, StageRecord
+from batchlab.ports import (
+    AddCut,
+    AddJob,
+    Cut,
+    Ending,
+    Finish,
+    Fold,
+    JobRows,
+    Ledger,
+    MoveJob,
+    Reopen,
+    Reopening,
+    SetControl,
+    SetPlanned,
+    StageRecord,
+)
 from batchlab.protocol import settle
 from batchlab.sim.loop import SimLoop
 from tests.support.postgres.server import Postgres
@@ -196,12 +212,26 @@ def cut(seq: int, *bundles: Bundle, round: int = 0, left: TaskSet = TaskSet()) -
 
 
 async def submit(ledger: Ledger, job: JobDef = JOB) -> None:
-    await ledger.add_job(job, state=JobState.SUBMITTED)
+    await ledger.apply(AddJob(job, JobState.SUBMITTED))
 
 
 async def fold(ledger: Ledger, *completions: Completion) -> list[bool]:
     """Fold them in one call, without casualties."""
-    return list((await ledger.fold(completions, [{} for _ in completions])).new)
+    return list((await ledger.apply(Fold(completions, [{} for _ in completions]))).new)
+
+
+async def set_control(ledger: Ledger, control: Control, *, round: int = 0) -> bool:
+    """Set the control of JOB. Return whether JOB has it then."""
+    change = SetControl(JOB.id, control, round)
+    return (await ledger.apply(change)).has_control(change)
+
+
+async def rows_of(ledger: Ledger, job: JobId = JOB.id) -> JobRows | None:
+    """Return the rows of the job, None if it does not exist."""
+    try:
+        return await ledger.rows(job)
+    except NotFound:
+        return None
 
 
 async def stage_of(ledger: Ledger, stage: StageName = RESIZE) -> StageRecord:
@@ -219,7 +249,7 @@ async def fold_in_batches(
     i = 0
     while i < len(completions):
         batch = completions[i : i + sizes()]
-        await ledger.fold(batch, [settle.casualties(JOB, one) for one in batch])
+        await ledger.apply(Fold(batch, [settle.casualties(JOB, one) for one in batch]))
         i += len(batch)
 
 
@@ -271,20 +301,22 @@ _CHAINED, _AGAIN = bundle(0, 4, stage=INDEX), replace(bundle(0, 1), round=1)
 
 def _end(ledger: Ledger, state: JobState, round: int, **closed: int) -> Awaitable[object]:
     names = {StageName(name): count for name, count in closed.items()}
-    return ledger.finish(JOB.id, state, round=round, reason="r", ended_s=5.0, closed=names)
+    return ledger.apply(Finish(JOB.id, Ending(state, "r", 5.0, names), round))
 
 
 CALLS: Sequence[Callable[[Ledger], Awaitable[object]]] = (
-    lambda of: of.add_job(JOB, state=JobState.SUBMITTED),
-    lambda of: of.set_control(JOB.id, Control.CANCEL, round=0),
-    lambda of: of.add_cut(replace(cut(0, bundle(0, 5)), planned=9)),
-    lambda of: of.set_planned(JOB.id, INDEX, 9, round=0),
-    lambda of: of.move_job(JOB.id, JobState.RUNNING, round=0),
-    lambda of: of.fold([done(bundle(0, 5), _CHAINED, failed=1)], [{INDEX: 1}]),
+    lambda of: of.apply(AddJob(JOB, JobState.SUBMITTED)),
+    lambda of: of.apply(SetControl(JOB.id, Control.CANCEL, 0)),
+    lambda of: of.apply(AddCut(replace(cut(0, bundle(0, 5)), planned=9))),
+    lambda of: of.apply(SetPlanned(JOB.id, INDEX, 9, 0)),
+    lambda of: of.apply(MoveJob(JOB.id, JobState.RUNNING, 0)),
+    lambda of: of.apply(Fold([done(bundle(0, 5), _CHAINED, failed=1)], [{INDEX: 1}])),
     lambda of: _end(of, JobState.FAILED, 0, resize=3, index=8),
-    lambda of: of.reopen(JOB.id, 1, [Reopening(RESIZE, 0, 1, 4), Reopening(TOTAL, replan=True)]),
-    lambda of: of.add_cut(cut(0, _AGAIN, round=1, left=TaskSet.span(5, 9))),
-    lambda of: of.fold([done(_AGAIN)], [{}]),
+    lambda of: of.apply(
+        Reopen(JOB.id, 1, [Reopening(RESIZE, 0, 1, 4), Reopening(TOTAL, replan=True)])
+    ),
+    lambda of: of.apply(AddCut(cut(0, _AGAIN, round=1, left=TaskSet.span(5, 9)))),
+    lambda of: of.apply(Fold([done(_AGAIN)], [{}])),
     lambda of: _end(of, JobState.FAILED, 1, resize=4),
 )
 """A job's life: every call that changes it."""

@@ -36,7 +36,18 @@ from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.used import Used
 from batchlab.model import Bundle, Control, JobId, JobState, Market, Ran, TaskSet
 from batchlab.patience import Patience
-from batchlab.ports import Cut, Fleet, Queue
+from batchlab.ports import (
+    AddCut,
+    AddJob,
+    Cut,
+    Ending,
+    Finish,
+    Fleet,
+    Fold,
+    MoveJob,
+    Queue,
+    SetControl,
+)
 from batchlab.protocol import naming, settle
 from batchlab.protocol.messages import Beat, Held
 from batchlab.protocol.sealing import UNSEALED
@@ -150,9 +161,9 @@ class StillGrid:
         await self._ended(ports, FAILED, JobState.FAILED, why, NOW_S - 5_300)
         await self._ran(ports, RUNS, LARGE, NOW_S - 1_500, 0.18, only=DONE, bad=range(BAD))
         await self._ran(ports, PAUSED, 60, NOW_S - 890, 4.0, only=14)
-        await ports.ledger.move_job(PAUSED.id, JobState.PAUSED, round=0)
-        await ports.ledger.set_control(PAUSED.id, Control.PAUSE, round=0)
-        await ports.ledger.add_job(WAITS, state=JobState.SCHEDULED)
+        await ports.ledger.apply(MoveJob(PAUSED.id, JobState.PAUSED, 0))
+        await ports.ledger.apply(SetControl(PAUSED.id, Control.PAUSE, 0))
+        await ports.ledger.apply(AddJob(WAITS, JobState.SCHEDULED))
         await self.manager._adoption.adopt_active()
         self._work()
         self._spend()
@@ -172,7 +183,7 @@ class StillGrid:
     ) -> None:
         """A job of which `only` so many tasks have ended, one by one where few, and those in `bad`
         failed; with `total` its second stage too."""
-        await ports.ledger.add_job(job, state=JobState.SUBMITTED)
+        await ports.ledger.apply(AddJob(job, JobState.SUBMITTED))
         assert job.input
         for number, key in enumerate(job.input.keys):
             await ports.objects.put(key, f"row {number}\nSKU-{number:05}\n".encode())
@@ -181,13 +192,13 @@ class StillGrid:
         size = max(1, tasks // 100)
         edges = [*range(0, tasks, size), tasks]
         bundles = tuple(Bundle(job.id, PRICES, TaskSet.span(a, b)) for a, b in pairwise(edges))
-        await ports.ledger.add_cut(Cut(job.id, PRICES, 0, 0, bundles, TaskSet(), tasks))
+        await ports.ledger.apply(AddCut(Cut(job.id, PRICES, 0, 0, bundles, TaskSet(), tasks)))
         for bundle in bundles:
             if bundle.tasks.first < (tasks if only is None else only):
                 await self._outcome(ports, job, bundle, start_s, run_s, bad)
         if total:
             last = Bundle(job.id, TOTAL, TaskSet.of([0]))
-            await ports.ledger.add_cut(Cut(job.id, TOTAL, 0, 0, (last,), TaskSet(), 1))
+            await ports.ledger.apply(AddCut(Cut(job.id, TOTAL, 0, 0, (last,), TaskSet(), 1)))
             await self._outcome(ports, job, last, start_s, run_s, range(0))
 
     async def _outcome(
@@ -216,7 +227,7 @@ class StillGrid:
         )
         if outcome.failed or len(bundle.tasks) == 1:
             await commit(ports.objects, outcome, ports.patience, await ports.keys.of(job))
-        await ports.ledger.fold([settle.completion(outcome)], [{}])
+        await ports.ledger.apply(Fold([settle.completion(outcome)], [{}]))
 
     async def _ended(
         self, ports: Ports, job: JobDef, state: JobState, reason: str, ended_s: float
@@ -227,9 +238,7 @@ class StillGrid:
             for one in rows.stages
             if not one.counts.ended
         }
-        await ports.ledger.finish(
-            job.id, state, round=0, reason=reason, ended_s=ended_s, closed=closed
-        )
+        await ports.ledger.apply(Finish(job.id, Ending(state, reason, ended_s, closed), 0))
 
     def _work(self) -> None:
         """Three workers report what they run."""

@@ -15,7 +15,7 @@ import pytest
 from batchlab.jobdef import JobDef, StageDef
 from batchlab.manager.manager import Manager
 from batchlab.model import JobId, JobState, Pool, StageName
-from batchlab.ports import JobRecord
+from batchlab.ports import Change, JobRecord, Ledger
 from batchlab.sim import invariants, trial
 from batchlab.sim.fates import value_of
 from batchlab.sim.loop import SimLoop
@@ -112,6 +112,20 @@ def around(
         return await wrapper(original, *args, **kwargs)
 
     patch.setattr(target, name, call)
+
+
+def around_change(
+    patch: pytest.MonkeyPatch,
+    ledger: Ledger,
+    kind: type[Change],
+    wrapper: Callable[..., Awaitable[object]],
+) -> None:
+    """Have `wrapper(apply, change)` apply each change of that kind. See `around`."""
+
+    async def call(real: Any, change: Any) -> object:
+        return await (wrapper(real, change) if isinstance(change, kind) else real(change))
+
+    around(patch, ledger, "apply", call)
 
 
 def kill_manager(world: World) -> None:
