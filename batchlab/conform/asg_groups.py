@@ -19,11 +19,11 @@ ASG_GROUPS = Table()
 @ASG_GROUPS.check(
     "autoscaling-create",
     NEEDED,
-    rule="A group is created with a launch template by its name, and is described as it was asked"
-    " for.",
+    rule="A group is created with the name of a launch template, and its description shows "
+    "the requested values.",
     source="Auto Scaling API, CreateAutoScalingGroup, DescribeAutoScalingGroups",
     promise="Fleet.ensure: a pool is a group",
-    otherwise="no pool can be made",
+    otherwise="pools cannot be created",
 )
 def create(site: Site) -> None:
     group = OwnGroup(site)
@@ -47,11 +47,11 @@ def create(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-create-taken",
     NEEDED,
-    rule="CreateAutoScalingGroup with the name of a group that is there answers 400 AlreadyExists"
-    " and leaves that as it is.",
+    rule="CreateAutoScalingGroup with the name of an existing group answers 400 "
+    "AlreadyExists and does not change the group.",
     source="Auto Scaling API, CreateAutoScalingGroup",
-    promise="Fleet.ensure takes over the group that a manager before has left",
-    otherwise="a manager that starts again replaces the group, and loses its instances",
+    promise="Fleet.ensure adopts the group of an earlier manager",
+    otherwise="a restarted manager replaces the group and loses its instances",
 )
 def create_taken(site: Site) -> None:
     group = OwnGroup(site)
@@ -64,10 +64,10 @@ def create_taken(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-create-template",
     NOTED,
-    rule="CreateAutoScalingGroup with a launch template that is not there answers 400.",
+    rule="CreateAutoScalingGroup with a missing launch template answers 400.",
     source="Auto Scaling API, CreateAutoScalingGroup, common errors",
-    promise="none: any refusal is told as it comes",
-    otherwise="a wrong template is found when the first instance is wanted",
+    promise="none: the adapter reports every refusal",
+    otherwise="a wrong template is noticed only at the first launch",
 )
 def create_template(site: Site) -> None:
     nowhere = {"LaunchTemplateName": f"{site.target.run}-nowhere"}
@@ -89,10 +89,10 @@ def create_limits(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-missing",
     NEEDED,
-    rule="DescribeAutoScalingGroups leaves out a name that no group has.",
+    rule="DescribeAutoScalingGroups ignores a name without a group.",
     source="Auto Scaling API, DescribeAutoScalingGroups; the reference does not say",
-    promise="Fleet.tick raises NotFound for a group that somebody has deleted",
-    otherwise="a deleted group looks like an outage, and is waited for",
+    promise="Fleet.tick raises NotFound for a deleted group",
+    otherwise="a deleted group looks like an outage, and the manager waits for it",
 )
 def missing(site: Site) -> None:
     expect(OwnGroup(site).described() == [], "a group is described")
@@ -101,11 +101,10 @@ def missing(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-missing-refused",
     NOTED,
-    rule=f"SetDesiredCapacity and DeleteAutoScalingGroup of a group that is not there answer 400"
-    f" {REFUSED}.",
+    rule=f"SetDesiredCapacity and DeleteAutoScalingGroup of a missing group answer 400 {REFUSED}.",
     source="Auto Scaling API, SetDesiredCapacity, DeleteAutoScalingGroup, common errors",
-    promise="none: the next look at the groups finds it out",
-    otherwise="the reason is told less plainly",
+    promise="none: the next description of the groups shows it",
+    otherwise="the error message is less clear",
 )
 def missing_refused(site: Site) -> None:
     nowhere = OwnGroup(site)
@@ -116,11 +115,11 @@ def missing_refused(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-pages",
     NEEDED,
-    rule="DescribeAutoScalingGroups gives at most MaxRecords groups and a NextToken, and every"
-    " group once.",
+    rule="DescribeAutoScalingGroups returns at most MaxRecords groups and a NextToken. All "
+    "pages together contain each group once.",
     source="Auto Scaling API, DescribeAutoScalingGroups",
     promise="Fleet.tick sees the groups of all pools",
-    otherwise="pools beyond the first page are taken for deleted",
+    otherwise="the manager treats pools after the first page as deleted",
 )
 def pages(site: Site) -> None:
     groups = [OwnGroup(site) for _ in range(5)]
@@ -143,9 +142,9 @@ def pages(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-token",
     NOTED,
-    rule="A NextToken that is none answers 400 InvalidNextToken.",
+    rule="An invalid NextToken answers 400 InvalidNextToken.",
     source="Auto Scaling API, DescribeAutoScalingGroups",
-    promise="none: tokens are handed back as they came",
+    promise="none: the adapter sends tokens back unchanged",
     otherwise="nothing",
 )
 def token_nonsense(site: Site) -> None:
@@ -159,10 +158,11 @@ def token_nonsense(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-desired",
     NEEDED,
-    rule="SetDesiredCapacity is followed by launches and terminations until so many are InService.",
+    rule="After SetDesiredCapacity, the group launches or terminates instances until this "
+    "number is InService.",
     source="Auto Scaling API, SetDesiredCapacity; Auto Scaling User Guide, instance lifecycle",
     promise="Fleet.set_desired: a pool grows and shrinks",
-    otherwise="no pool scales",
+    otherwise="pools do not scale",
 )
 def desired(site: Site) -> None:
     group = OwnGroup(site)
@@ -192,7 +192,7 @@ def desired_outside(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-limits-move-desired",
     NEEDED,
-    rule="A desired capacity outside new limits is brought to the nearer of them.",
+    rule="A desired capacity outside of new limits is set to the nearer limit.",
     source="Auto Scaling API, UpdateAutoScalingGroup",
     promise="Fleet.ensure: a pool's new limits take effect at once",
     otherwise="a pool keeps more or fewer instances than its limits allow",
@@ -211,8 +211,8 @@ def limits_move_desired(site: Site) -> None:
     NEEDED,
     rule="SetDesiredCapacity without HonorCooldown is accepted during a cooldown.",
     source="Auto Scaling API, SetDesiredCapacity; Auto Scaling User Guide, scaling cooldowns",
-    promise="Fleet.set_desired: the grid's own policy says when to scale",
-    otherwise="a burst waits for a cooldown that nobody asked for",
+    promise="Fleet.set_desired: the grid's own policy decides when to scale",
+    otherwise="a burst waits for an unwanted cooldown",
 )
 def cooldown_ignored(site: Site) -> None:
     group = OwnGroup(site)
@@ -228,7 +228,7 @@ def cooldown_ignored(site: Site) -> None:
     rule="SetDesiredCapacity with HonorCooldown during a cooldown answers 400"
     " ScalingActivityInProgress.",
     source="Auto Scaling API, SetDesiredCapacity; Auto Scaling User Guide, scaling cooldowns",
-    promise="none: the adapter never asks for it",
+    promise="none: the adapter never uses HonorCooldown",
     otherwise="nothing",
 )
 def cooldown_honoured(site: Site) -> None:
@@ -242,10 +242,11 @@ def cooldown_honoured(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-suspend",
     NOTED,
-    rule="While Launch is suspended nothing is launched; ResumeProcesses makes up for it.",
+    rule="While Launch is suspended, the group launches no instances. After ResumeProcesses,"
+    " it launches the missing ones.",
     source="Auto Scaling API, SuspendProcesses; Auto Scaling User Guide, suspending processes",
-    promise="none: the grid suspends nothing; an operator may",
-    otherwise="an operator cannot hold a pool still",
+    promise="none: only an operator suspends processes",
+    otherwise="an operator cannot stop the scaling of a pool",
 )
 def suspend(site: Site) -> None:
     group = OwnGroup(site)
@@ -253,7 +254,7 @@ def suspend(site: Site) -> None:
     group.call("SuspendProcesses", ScalingProcesses=["Launch"]).accepted()
     group.size(1).accepted()
     time.sleep(QUIET_S)
-    expect(not group.ids(), "it launches all the same")
+    expect(not group.ids(), "it still launches an instance")
     group.call("ResumeProcesses", ScalingProcesses=["Launch"]).accepted()
     group.has(1)
 
@@ -261,12 +262,12 @@ def suspend(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-activities",
     NEEDED,
-    rule="DescribeScalingActivities tells every launch and termination, newest first, with the"
-    " instance in its Description and the reason as its Cause.",
+    rule="DescribeScalingActivities lists each launch and termination, newest first. The "
+    "Description contains the instance, and the Cause contains the reason.",
     source="Auto Scaling API, DescribeScalingActivities, Activity;"
     " Auto Scaling User Guide, verifying a scaling activity",
-    promise="Fleet.activities, and why an instance has died",
-    otherwise="nobody learns why instances come and go",
+    promise="Fleet.activities, and the reason of an instance's end",
+    otherwise="users cannot see why instances start and end",
 )
 def activities(site: Site) -> None:
     group = OwnGroup(site)
@@ -278,7 +279,7 @@ def activities(site: Site) -> None:
         found = [one for one in group.activities() if only in one["Description"]]
         return found if len(found) >= 2 else []
 
-    newest, oldest = group.until(both, "launch and termination are not both told")[:2]
+    newest, oldest = group.until(both, "it does not list both launch and termination")[:2]
     expect(str(newest["Description"]).startswith("Terminating"), "the newest is not the first")
     expect(str(oldest["Description"]).startswith("Launching"), "the launch is not told")
     expect(bool(newest.get("Cause") and oldest.get("Cause")), "there is no cause")
@@ -294,8 +295,8 @@ def activities(site: Site) -> None:
     NOTED,
     rule="DeleteAutoScalingGroup of a group with instances answers 400 ResourceInUse.",
     source="Auto Scaling API, DeleteAutoScalingGroup",
-    promise="none: the grid deletes by force",
-    otherwise="a slip of the hand ends a pool that works",
+    promise="none: the grid uses ForceDelete",
+    otherwise="a mistake deletes a pool in use",
 )
 def delete_in_use(site: Site) -> None:
     group = OwnGroup(site)
@@ -307,10 +308,10 @@ def delete_in_use(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-delete-force",
     NEEDED,
-    rule="DeleteAutoScalingGroup with ForceDelete ends a group with its instances.",
+    rule="DeleteAutoScalingGroup with ForceDelete deletes a group and its instances.",
     source="Auto Scaling API, DeleteAutoScalingGroup",
-    promise="`grid down` leaves nothing behind",
-    otherwise="instances outlive their grid, and cost money",
+    promise="`grid down` leaves no instances behind",
+    otherwise="instances outlive their grid and cost money",
 )
 def delete_force(site: Site) -> None:
     group = OwnGroup(site)

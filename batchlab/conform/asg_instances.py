@@ -30,12 +30,12 @@ ASG_INSTANCES = Table()
 @ASG_INSTANCES.check(
     "autoscaling-launch-hook",
     NEEDED,
-    rule="A launch hook holds a new instance in Pending:Wait; CompleteLifecycleAction with CONTINUE"
-    " lets it go InService.",
+    rule="A launch hook keeps a new instance in Pending:Wait. CompleteLifecycleAction with "
+    "CONTINUE moves it to InService.",
     source="Auto Scaling User Guide, lifecycle hooks, completing a lifecycle action;"
     " Auto Scaling API, CompleteLifecycleAction",
     promise="Fleet.ready: an instance counts when its worker has reported",
-    otherwise="instances whose worker never starts count as capacity",
+    otherwise="instances without a running worker count as capacity",
 )
 def launch_hook(site: Site) -> None:
     group = OwnGroup(site)
@@ -49,12 +49,12 @@ def launch_hook(site: Site) -> None:
 @ASG_INSTANCES.check(
     "autoscaling-drain-hook",
     NEEDED,
-    rule="A termination hook holds an instance in Terminating:Wait; CompleteLifecycleAction with"
-    " CONTINUE lets it end.",
+    rule="A termination hook keeps an instance in Terminating:Wait. CompleteLifecycleAction "
+    "with CONTINUE terminates it.",
     source="Auto Scaling User Guide, lifecycle hooks, completing a lifecycle action;"
     " Auto Scaling API, CompleteLifecycleAction",
-    promise="a worker hands back its work before its instance ends",
-    otherwise="what was running is found out at the visibility timeout, and done again",
+    promise="a worker returns its work before its instance ends",
+    otherwise="running work is noticed only after the visibility timeout, and repeated",
 )
 def drain_hook(site: Site) -> None:
     group = OwnGroup(site)
@@ -68,10 +68,10 @@ def drain_hook(site: Site) -> None:
 @ASG_INSTANCES.check(
     "autoscaling-hook-put-again",
     NEEDED,
-    rule="PutLifecycleHook with the name of a hook that is there changes that hook.",
+    rule="PutLifecycleHook with the name of an existing hook changes this hook.",
     source="Auto Scaling API, PutLifecycleHook",
-    promise="Fleet.ensure of a group that is there makes its hooks what they should be",
-    otherwise="a manager that starts again fails, or waits by old timeouts",
+    promise="Fleet.ensure of an existing group sets its hooks",
+    otherwise="a restarted manager fails, or uses old timeouts",
 )
 def hook_put_again(site: Site) -> None:
     group = OwnGroup(site)
@@ -86,11 +86,11 @@ def hook_put_again(site: Site) -> None:
 @ASG_INSTANCES.check(
     "autoscaling-hook-gone",
     NEEDED,
-    rule="CompleteLifecycleAction for an instance that waits in no hook answers 400"
+    rule="CompleteLifecycleAction for an instance that is not in a hook answers 400"
     f' {REFUSED}, "{NO_ACTION} …".',
     source="Auto Scaling API, CompleteLifecycleAction, common errors; the reference does not say",
-    promise="Fleet.ready comes too late without harm",
-    otherwise="a worker that reports as its hook times out is an error",
+    promise="a late Fleet.ready is harmless",
+    otherwise="a worker that reports when its hook times out causes an error",
 )
 def hook_gone(site: Site) -> None:
     group = OwnGroup(site)
@@ -105,17 +105,17 @@ def hook_gone(site: Site) -> None:
 @ASG_INSTANCES.check(
     "autoscaling-terminate-decrement",
     NEEDED,
-    rule="TerminateInstanceInAutoScalingGroup with ShouldDecrementDesiredCapacity ends that"
-    " instance, and nothing is launched in its place.",
+    rule="TerminateInstanceInAutoScalingGroup with ShouldDecrementDesiredCapacity terminates"
+    " the instance without a replacement.",
     source="Auto Scaling API, TerminateInstanceInAutoScalingGroup",
-    promise="Fleet.terminate: a pool shrinks by the instance that is idle",
-    otherwise="scaling in ends instances that work, or is undone at once",
+    promise="Fleet.terminate: a pool shrinks by its idle instance",
+    otherwise="scaling in terminates busy instances, or is undone at once",
 )
 def terminate_decrement(site: Site) -> None:
     group = OwnGroup(site)
     first, second = group.grown(2)
     group.terminate(first, decrement=True).accepted()
-    group.until(lambda: first not in group.ids(), "it does not end")
+    group.until(lambda: first not in group.ids(), "the instance does not end")
     expect(group.desired == 1, f"the desired capacity is {group.desired}")
     time.sleep(QUIET_S)
     expect(group.ids() == [second], "other instances are there afterwards")
@@ -124,11 +124,11 @@ def terminate_decrement(site: Site) -> None:
 @ASG_INSTANCES.check(
     "autoscaling-terminate-replace",
     NEEDED,
-    rule="TerminateInstanceInAutoScalingGroup without ShouldDecrementDesiredCapacity ends that"
-    " instance, and another is launched in its place.",
+    rule="TerminateInstanceInAutoScalingGroup without ShouldDecrementDesiredCapacity "
+    "terminates the instance, and the group launches a replacement.",
     source="Auto Scaling API, TerminateInstanceInAutoScalingGroup",
-    promise="Fleet.terminate: an instance that is worn out is replaced",
-    otherwise="a pool becomes smaller than what was asked for",
+    promise="Fleet.terminate: a faulty instance is replaced",
+    otherwise="a pool becomes smaller than requested",
 )
 def terminate_replace(site: Site) -> None:
     group = OwnGroup(site)
@@ -140,11 +140,12 @@ def terminate_replace(site: Site) -> None:
 @ASG_INSTANCES.check(
     "autoscaling-terminate-unknown",
     NOTED,
-    rule=f"Ending an instance that is in no group, or setting its health, answers 400 {REFUSED}.",
+    rule=f"Terminating an instance outside of all groups answers 400 {REFUSED}. So does setting its"
+    " health.",
     source="Auto Scaling API, TerminateInstanceInAutoScalingGroup, SetInstanceHealth,"
     " common errors",
     promise="none: the adapter names only instances that it has seen",
-    otherwise="the reason is told less plainly",
+    otherwise="the error message is less clear",
 )
 def terminate_unknown(site: Site) -> None:
     group = OwnGroup(site)
@@ -157,10 +158,10 @@ def terminate_unknown(site: Site) -> None:
 @ASG_INSTANCES.check(
     "autoscaling-unhealthy",
     NEEDED,
-    rule="An instance whose health is set to Unhealthy ends, and another is launched in its place.",
+    rule="The group terminates and replaces an instance whose health is set to Unhealthy.",
     source="Auto Scaling API, SetInstanceHealth; Auto Scaling User Guide, health checks",
     promise="Fleet.set_health: an instance whose worker is silent is replaced",
-    otherwise="an instance that does nothing stays, and costs money",
+    otherwise="an idle instance stays and costs money",
 )
 def unhealthy(site: Site) -> None:
     group = OwnGroup(site)
@@ -175,7 +176,7 @@ def unhealthy(site: Site) -> None:
 
 
 def _replaced(group: OwnGroup, instance: str, *, beside: str) -> None:
-    group.until(lambda: instance not in group.ids(), "it does not end")
+    group.until(lambda: instance not in group.ids(), "the instance does not end")
     after = group.has(2)
     expect(beside in after, "its neighbour ends too")
     expect(group.desired == 2, f"the desired capacity is {group.desired}")
@@ -187,10 +188,10 @@ def _replaced(group: OwnGroup, instance: str, *, beside: str) -> None:
 @ASG_INSTANCES.check(
     "autoscaling-protect",
     NEEDED,
-    rule="Scaling in spares protected instances, whatever the termination policy.",
+    rule="Scaling in does not terminate protected instances, with any termination policy.",
     source="Auto Scaling User Guide, scale-in protection; Auto Scaling API, SetInstanceProtection",
-    promise="Fleet.protect: an instance with work is not scaled in",
-    otherwise="a lower desired capacity ends tasks on their way",
+    promise="Fleet.protect: scaling in does not terminate an instance with work",
+    otherwise="a lower desired capacity stops running tasks",
 )
 def protect(site: Site) -> None:
     group = OwnGroup(site)
@@ -206,10 +207,10 @@ def protect(site: Site) -> None:
 @ASG_INSTANCES.check(
     "autoscaling-protect-all",
     NEEDED,
-    rule="Where all instances are protected, a lower desired capacity ends none of them.",
+    rule="If all instances are protected, a lower desired capacity terminates none of them.",
     source="Auto Scaling User Guide, scale-in protection",
-    promise="Fleet.protect: an instance with work is not scaled in",
-    otherwise="a lower desired capacity ends tasks where all are busy",
+    promise="Fleet.protect: scaling in does not terminate an instance with work",
+    otherwise="a lower desired capacity stops running tasks if all instances are busy",
 )
 def protect_all(site: Site) -> None:
     group = OwnGroup(site)
@@ -240,7 +241,7 @@ def protect_waiting(site: Site) -> None:
     NOTED,
     rule=f"SetInstanceProtection of more than 50 instances answers 400 {REFUSED}.",
     source="Auto Scaling API, SetInstanceProtection",
-    promise="none: the adapter names at most 50 at a time",
+    promise="none: the adapter sends at most 50 at a time",
     otherwise="nothing",
 )
 def protect_51(site: Site) -> None:
@@ -256,11 +257,11 @@ def protect_51(site: Site) -> None:
 @ASG_INSTANCES.check(
     "autoscaling-port",
     NEEDED,
-    rule="A pool grows, its instances count when they report, a named one ends, and a second"
-    " manager finds the pool as it is.",
+    rule="A pool grows, its instances count when they report, a named instance ends, and a "
+    "second manager sees the same pool.",
     source="Auto Scaling User Guide, instance lifecycle",
     promise="Fleet",
-    otherwise="no pool of a grid can live here",
+    otherwise="a grid's pools cannot run on this endpoint",
 )
 async def port(site: Site) -> None:
     target = site.target
@@ -280,7 +281,7 @@ async def port(site: Site) -> None:
         with target.making():
             await other.ensure(pool)
         (view,) = await other.describe()
-        expect(view.desired == 1, f"a second manager finds a desired capacity of {view.desired}")
+        expect(view.desired == 1, f"a second manager sees a desired capacity of {view.desired}")
         expect(_in_service(view) == {second}, "a second manager finds other instances")
     finally:
         for one in fleets:

@@ -134,7 +134,7 @@ class OwnGroup:
 
     def waits(self, state: str) -> str:
         """The one instance that comes into this state, and is still there after a while."""
-        self.until(lambda: self.ids(state), f"no instance comes into {state}")
+        self.until(lambda: self.ids(state), f"no instance reaches {state}")
         time.sleep(QUIET_S)
         found = self.ids(state)
         if len(found) != 1:

@@ -64,21 +64,21 @@ def verdict_text(results: Sequence[Result]) -> str:
     """The run in a sentence or two."""
     parts = []
     for severity, what in (
-        (Severity.NEEDED, "that batchlab needs"),
-        (Severity.NOTED, "that it does without"),
+        (Severity.NEEDED, "needed"),
+        (Severity.NOTED, "noted"),
     ):
         some = [one for one in results if one.check.severity is severity]
         held = of(some, Verdict.AGREES)
         if some:
-            parts.append(f"{held} of {len(some)} rules {what} {'holds' if held == 1 else 'hold'}")
+            parts.append(f"{held} of {len(some)} {what} rules {'holds' if held == 1 else 'hold'}")
     untried = of(results, Verdict.UNTRIED)
-    return "; ".join(parts) + "." + (f" {untried} could not be tried." if untried else "")
+    return "; ".join(parts) + "." + (f" {untried} could not be tested." if untried else "")
 
 
 def section(name: str, results: Sequence[Result]) -> str:
     """A run as a section of the page."""
     lines = [f"### {name}", "", verdict_text(results)]
-    for verdict, title in ((Verdict.DIFFERS, "seen here"), (Verdict.UNTRIED, "why not tried")):
+    for verdict, title in ((Verdict.DIFFERS, "observed"), (Verdict.UNTRIED, "why not tested")):
         rows = [
             (
                 f"`{one.check.name}`",
@@ -91,7 +91,7 @@ def section(name: str, results: Sequence[Result]) -> str:
             if one.verdict is verdict
         ]
         if rows:
-            head = ("check", "", "AWS's rule", title, "what follows for batchlab")
+            head = ("check", "", "AWS's rule", title, "effect on batchlab")
             lines += ["", *_table(head, rows)]
     return "\n".join(lines)
 
@@ -102,7 +102,7 @@ def list_section(checks: Iterable[Check]) -> str:
         (f"`{one.name}`", one.severity.value, one.rule, linked(one.source), one.promise)
         for one in checks
     ]
-    head = ("check", "", "AWS's rule", "where AWS says so", "what of batchlab stands on it")
+    head = ("check", "", "AWS's rule", "AWS documentation", "use in batchlab")
     return "\n".join([f"### {ALL_CHECKS.capitalize()}", "", *_table(head, rows)])
 
 

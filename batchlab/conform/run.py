@@ -126,7 +126,7 @@ def _verdict(target: Target, check: Check, site: Site) -> tuple[Verdict, str]:
     except (FlexibleChecksumError, IncompleteReadError):
         return Verdict.DIFFERS, "an object arrives damaged"
     except ResponseParserError:
-        return Verdict.DIFFERS, "it answers what boto3 cannot read"
+        return Verdict.DIFFERS, "boto3 cannot parse the response"
     except (BotoCoreError, Throttled, Unreachable) as error:
         return Verdict.UNTRIED, f"there is no answer: {type(error).__name__}"
     except BatchlabError as error:

@@ -21,10 +21,10 @@ S3_CREATE = Table()
 @S3_CREATE.check(
     "s3-create-free",
     NEEDED,
-    rule="PutObject with If-None-Match: * on a key that is free stores the object.",
+    rule="PutObject with If-None-Match: * on a free key stores the object.",
     source="S3 User Guide, conditional writes",
     promise="Objects.put(if_absent)",
-    otherwise="nothing can be committed",
+    otherwise="commits fail",
 )
 def create_free(site: Site) -> None:
     site.put("a", b"first", if_absent=True).accepted()
@@ -34,8 +34,8 @@ def create_free(site: Site) -> None:
 @S3_CREATE.check(
     "s3-create-taken",
     NEEDED,
-    rule="PutObject with If-None-Match: * on a key that is taken answers 412 PreconditionFailed and"
-    " leaves the object alone, be it empty or of the same content.",
+    rule="PutObject with If-None-Match: * on an existing key answers 412 PreconditionFailed "
+    "and does not change the object, even if it is empty or has the same content.",
     source="S3 User Guide, conditional writes",
     promise="I1, Objects.put(if_absent)",
     otherwise="two workers both commit one bundle",
@@ -51,11 +51,11 @@ def create_taken(site: Site) -> None:
 @S3_CREATE.check(
     "s3-create-repeated",
     NEEDED,
-    rule="A conditional PutObject that is sent again after it succeeded is refused like anybody"
-    " else's, and a read then gives what the first try wrote.",
+    rule="A conditional PutObject that is repeated after its success is refused, and a read "
+    "returns the content of the first call.",
     source="S3 User Guide, conditional writes",
-    promise="I1, commit() after a lost answer",
-    otherwise="a worker whose answer got lost cannot tell its own commit",
+    promise="I1, commit() after a lost response",
+    otherwise="a worker cannot recognize its own commit after a lost response",
 )
 def create_repeated(site: Site) -> None:
     etag = site.put("a", b"mine", if_absent=True).accepted().data.get("ETag")
@@ -68,8 +68,8 @@ def create_repeated(site: Site) -> None:
 @S3_CREATE.check(
     "s3-create-race",
     NEEDED,
-    rule="Of 16 conditional PutObjects that race for one key one succeeds; the others get 412, or"
-    " 409 ConditionalRequestConflict, upon which one tries again.",
+    rule="When 16 conditional PutObject calls race for one key, one succeeds. The others get"
+    " 412, or 409 ConditionalRequestConflict, which is retried.",
     source="S3 User Guide, conditional writes",
     promise="I1, Objects.put(if_absent)",
     otherwise="two workers both commit one bundle",
@@ -110,10 +110,10 @@ def _one_winner(site: Site, key: str, answers: Mapping[int, Answer]) -> None:
 @S3_CREATE.check(
     "s3-create-after-delete",
     NEEDED,
-    rule="In a bucket without versioning a deleted key is free for a conditional PutObject.",
+    rule="In a bucket without versioning, a conditional PutObject succeeds on a deleted key.",
     source="S3 User Guide, conditional writes",
     promise="Objects.put(if_absent)",
-    otherwise="what was cleared away can never be written again",
+    otherwise="a deleted object can never be written again",
 )
 def create_after_delete(site: Site) -> None:
     site.put("a", b"1", if_absent=True).accepted()
@@ -128,7 +128,7 @@ def create_after_delete(site: Site) -> None:
     rule="PutObject with an If-Match that is not the object's ETag answers 412 PreconditionFailed.",
     source="S3 User Guide, conditional writes",
     promise="I4, Objects.put(if_match)",
-    otherwise="a resume that comes late undoes a cancellation",
+    otherwise="a late resume undoes a cancellation",
 )
 def match_stale(site: Site) -> None:
     stale = str(site.put("a", b"1").accepted().data.get("ETag"))
@@ -140,10 +140,10 @@ def match_stale(site: Site) -> None:
 @S3_CREATE.check(
     "s3-match-missing",
     NEEDED,
-    rule="PutObject with If-Match on a key that is free answers 404 NoSuchKey.",
+    rule="PutObject with If-Match on a free key answers 404 NoSuchKey.",
     source="S3 User Guide, conditional writes",
     promise="I4, Objects.put(if_match)",
-    otherwise="a resume that comes late undoes a cancellation",
+    otherwise="a late resume undoes a cancellation",
 )
 def match_missing(site: Site) -> None:
     etag = hashlib.md5(b"1", usedforsecurity=False).hexdigest()
@@ -153,10 +153,9 @@ def match_missing(site: Site) -> None:
 @S3_CREATE.check(
     "s3-overwrite-whole",
     NEEDED,
-    rule="A read while the object is being overwritten gives the old or the new object, never a"
-    " mixture.",
+    rule="A read during an overwrite returns the old or the new object, never a mixture.",
     source="S3 User Guide, data consistency model",
-    promise="Objects: a key holds one whole object or none",
+    promise="Objects: a key has one complete object or none",
     otherwise="a worker may read half a control object",
 )
 def overwrite_whole(site: Site) -> None:
@@ -182,7 +181,7 @@ def overwrite_whole(site: Site) -> None:
 @S3_CREATE.check(
     "s3-put-empty",
     NEEDED,
-    rule="An object of zero bytes is an object.",
+    rule="An object may have zero bytes.",
     source="S3 API, PutObject",
     promise="Objects.put",
     otherwise="empty inputs and results are lost",
@@ -197,10 +196,10 @@ def put_empty(site: Site) -> None:
 @S3_CREATE.check(
     "s3-etag-agrees",
     NEEDED,
-    rule="PutObject, HeadObject, GetObject and ListObjectsV2 give one and the same ETag.",
+    rule="PutObject, HeadObject, GetObject, and ListObjectsV2 return the same ETag.",
     source="S3 API, Object",
-    promise="Objects.head, list and get_if_changed",
-    otherwise="workers read the control object at every look, or never again",
+    promise="Objects.head, list, and get_if_changed",
+    otherwise="workers read the control object every time, or never again",
 )
 def etag_agrees(site: Site) -> None:
     etag = site.put("a", b"1").accepted().data.get("ETag")
@@ -217,10 +216,10 @@ def etag_agrees(site: Site) -> None:
 @S3_CREATE.check(
     "s3-etag-changes",
     NEEDED,
-    rule="An overwrite with other content gives the object another ETag.",
+    rule="An overwrite with different content changes the ETag.",
     source="S3 API, Object",
     promise="I4, Objects.get_if_changed",
-    otherwise="workers do not see that a job is cancelled",
+    otherwise="workers do not notice a cancellation",
 )
 def etag_changes(site: Site) -> None:
     etags = {site.put("a", word).accepted().data.get("ETag") for word in (b"run", b"cancel")}
@@ -230,8 +229,8 @@ def etag_changes(site: Site) -> None:
 @S3_CREATE.check(
     "s3-etag-md5",
     NOTED,
-    rule="The ETag of an object put in one piece is the MD5 of its bytes, in quotes (except under"
-    " SSE-C and SSE-KMS).",
+    rule="The ETag of an object from one PutObject is the MD5 of its bytes, in quotes "
+    "(except with SSE-C and SSE-KMS).",
     source="S3 API, Object",
     promise="none: an ETag is opaque to batchlab",
     otherwise="nothing",
@@ -247,10 +246,11 @@ def etag_md5(site: Site) -> None:
 @S3_CREATE.check(
     "s3-put-damaged",
     NOTED,
-    rule="PutObject with a CRC32 that is not the body's answers 400 BadDigest and stores nothing.",
+    rule="PutObject with a CRC32 that does not match the body answers 400 BadDigest and "
+    "stores nothing.",
     source="S3 User Guide, checking object integrity",
     promise="results arrive as they were computed",
-    otherwise="a body damaged on its way is stored",
+    otherwise="a body that was damaged in transit is stored",
 )
 def put_damaged(site: Site) -> None:
     site.put("a", b"1", ChecksumCRC32="AAAAAA==").refused(400, "BadDigest")

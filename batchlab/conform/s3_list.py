@@ -32,10 +32,10 @@ def _fill(site: Site, *keys: str) -> None:
 @S3_LIST.check(
     "s3-list-order",
     NEEDED,
-    rule="ListObjectsV2 gives keys in ascending order of their UTF-8 bytes.",
+    rule="ListObjectsV2 returns keys in ascending order of their UTF-8 bytes.",
     source="S3 User Guide, listing object keys",
     promise="Objects.list in key order",
-    otherwise="a listing that goes on after the last key seen skips objects",
+    otherwise="a listing that continues after the last key skips objects",
 )
 def list_order(site: Site) -> None:
     _fill(site, *reversed(ORDERED))
@@ -45,8 +45,8 @@ def list_order(site: Site) -> None:
 @S3_LIST.check(
     "s3-list-pages",
     NEEDED,
-    rule="A page holds at most MaxKeys keys; IsTruncated and NextContinuationToken lead to the"
-    " next, and the pages together hold every key once.",
+    rule="A page has at most MaxKeys keys. IsTruncated and NextContinuationToken lead to the"
+    " next page, and all pages together contain each key once.",
     source="S3 API, ListObjectsV2",
     promise="Objects.list, I3",
     otherwise="a rebuilt ledger misses outcomes",
@@ -64,7 +64,7 @@ def list_pages(site: Site) -> None:
 @S3_LIST.check(
     "s3-list-1000",
     NEEDED,
-    rule="A page holds at most 1,000 keys, and the listing goes on behind it.",
+    rule="A page has at most 1,000 keys, and the next page continues after it.",
     source="S3 API, ListObjectsV2",
     promise="Objects.list, I3",
     otherwise="a rebuilt ledger misses outcomes",
@@ -85,16 +85,17 @@ async def list_1000(site: Site) -> None:
 @S3_LIST.check(
     "s3-list-after",
     NEEDED,
-    rule="StartAfter leaves out the keys up to and including the one named, which need not exist.",
+    rule="StartAfter skips all keys up to and including the given key, which does not need "
+    "to exist.",
     source="S3 API, ListObjectsV2",
     promise="Objects.list(after)",
-    otherwise="the collector misses outcomes, or reads all of them at every look",
+    otherwise="the collector misses outcomes, or reads all of them every time",
 )
 def list_after(site: Site) -> None:
     _fill(site, *ORDERED)
     for after in (*ORDERED, "a/", "b/1/", "zzz"):
         expected = [key for key in sorted(ORDERED) if key > after]
-        expect(site.keys(after=after) == expected, "it leaves out other keys")
+        expect(site.keys(after=after) == expected, "it skips other keys")
     expected = [key for key in sorted(ORDERED) if key > "a"]
     expect(site.keys(after="a", most=3) == expected, "the pages after the first are wrong")
 
@@ -102,23 +103,23 @@ def list_after(site: Site) -> None:
 @S3_LIST.check(
     "s3-list-after-unicode",
     NOTED,
-    rule="StartAfter compares the UTF-8 bytes of keys, beyond ASCII too.",
+    rule="StartAfter compares keys by their UTF-8 bytes, also for non-ASCII keys.",
     source="S3 User Guide, listing object keys",
-    promise="Objects.list(after); the grid goes on after keys of its own, which are ASCII",
-    otherwise="a listing that goes on after the name of an input file misses some",
+    promise="Objects.list(after): the grid uses only its own keys here, which are ASCII",
+    otherwise="a listing that continues after the name of an input file misses some files",
 )
 def list_after_unicode(site: Site) -> None:
     keys = ("a!", "aa", "aß", "日", "😀")
     _fill(site, *keys)
     for after in (*keys, "a", "a-"):
         expected = [key for key in sorted(keys, key=str.encode) if key.encode() > after.encode()]
-        expect(site.keys(after=after) == expected, "it leaves out other keys")
+        expect(site.keys(after=after) == expected, "it skips other keys")
 
 
 @S3_LIST.check(
     "s3-list-pages-unicode",
     NEEDED,
-    rule="Pages hold every key once and in order, beyond ASCII too.",
+    rule="Pages contain each key once and in order, also for non-ASCII keys.",
     source="S3 API, ListObjectsV2",
     promise="Objects.list, I2: users name their input files",
     otherwise="input files are missed or read twice",
@@ -133,10 +134,10 @@ def list_pages_unicode(site: Site) -> None:
 @S3_LIST.check(
     "s3-list-prefix",
     NEEDED,
-    rule="Prefix is matched character by character: it need not end at a slash.",
+    rule="Prefix is compared by character and does not need to end with a slash.",
     source="S3 API, ListObjectsV2",
     promise="Objects.list(prefix)",
-    otherwise="one job's listing holds another's objects, or misses its own",
+    otherwise="a job's listing contains objects of other jobs, or misses its own",
 )
 def list_prefix(site: Site) -> None:
     keys = ("p/a/1", "p/a/2", "p/ab/3", "p/b", "pa")
@@ -151,7 +152,7 @@ def list_prefix(site: Site) -> None:
 @S3_LIST.check(
     "s3-list-changing",
     NEEDED,
-    rule="While objects come and go, keys that are there all along are listed once each.",
+    rule="While other objects are created and deleted, a listing contains each unchanged key once.",
     source="S3 API, ListObjectsV2; S3 User Guide, data consistency model",
     promise="Objects.list, I3",
     otherwise="a ledger rebuilt while jobs run misses outcomes",
@@ -177,11 +178,11 @@ def list_changing(site: Site) -> None:
 @S3_LIST.check(
     "s3-keys-odd",
     NEEDED,
-    rule="A key is any sequence of Unicode characters, and comes back as it was put: no folding"
-    " of case or accents, no decoding.",
+    rule="A key is any sequence of Unicode characters. It is returned as it was written, "
+    "without changes of case, accents, or encoding.",
     source="S3 User Guide, naming objects",
     promise="Objects: keys are UTF-8",
-    otherwise="inputs and results with such names are lost or mixed up",
+    otherwise="inputs and results with such names are lost or confused",
 )
 def keys_odd(site: Site) -> None:
     for key in ODD_KEYS:
@@ -198,10 +199,10 @@ def keys_odd(site: Site) -> None:
 @S3_LIST.check(
     "s3-key-length",
     NOTED,
-    rule="A key has at most 1,024 bytes; a longer one answers 400 KeyTooLongError.",
+    rule="A key has at most 1,024 bytes. A longer key answers 400 KeyTooLongError.",
     source="S3 User Guide, naming objects",
     promise="none: the keys of a grid are short, but users name input files",
-    otherwise="a name that works here is refused by AWS",
+    otherwise="a name that works here fails on AWS",
 )
 def key_length(site: Site) -> None:
     # In segments: some store each as a file of that name.
@@ -214,9 +215,9 @@ def key_length(site: Site) -> None:
 @S3_LIST.check(
     "s3-key-below",
     NOTED,
-    rule="There may be an object a and an object a/b: a key is a name, not a path.",
+    rule="The objects a and a/b may exist together, because a key is a name and not a path.",
     source="S3 User Guide, naming objects",
-    promise="none: no key of the grid lies below another",
+    promise="none: the grid never uses a key and the same key with a suffix after a slash",
     otherwise="raw data with such names cannot be uploaded",
 )
 def key_below(site: Site) -> None:

@@ -25,10 +25,10 @@ S3_PORTS = Table()
 @S3_PORTS.check(
     "s3-port-create",
     NEEDED,
-    rule="The loser of a conditional create is told AlreadyExists, also where 16 race.",
+    rule="The loser of a conditional create gets AlreadyExists, also in a race of 16 calls.",
     source="S3 User Guide, conditional writes",
     promise="I1, Objects.put(if_absent)",
-    otherwise="two workers both commit one bundle, or one takes the other's commit for an outage",
+    otherwise="two workers both commit one bundle, or one treats the other's commit as an outage",
 )
 async def port_create(site: Site) -> None:
     objects = site.objects
@@ -51,7 +51,7 @@ async def port_create(site: Site) -> None:
 @S3_PORTS.check(
     "s3-port-ranges",
     NEEDED,
-    rule="A range is cut off at the end of the object, and empty behind it.",
+    rule="A range is shortened at the end of the object, and empty after it.",
     source="S3 API, GetObject",
     promise="Objects.get_range",
     otherwise="the last part of an input, or an empty input, fails its task",
@@ -72,7 +72,7 @@ async def port_ranges(site: Site) -> None:
     rule="An object is read again only if its ETag has changed.",
     source="S3 User Guide, conditional reads",
     promise="I4, Objects.get_if_changed",
-    otherwise="workers do not see that a job is cancelled, or read at every look",
+    otherwise="workers do not notice a cancellation, or read the object every time",
 )
 async def port_unchanged(site: Site) -> None:
     objects, at = site.objects, site.own
@@ -86,7 +86,7 @@ async def port_unchanged(site: Site) -> None:
 @S3_PORTS.check(
     "s3-port-missing",
     NEEDED,
-    rule="What is not there is NotFound for every read, and no error for a delete.",
+    rule="Every read of a missing object raises NotFound, and a delete of it succeeds.",
     source="S3 API, GetObject, HeadObject, DeleteObjects",
     promise="Objects raises NotFound",
     otherwise="a bundle without an outcome looks like an outage",
@@ -112,7 +112,7 @@ async def port_missing(site: Site) -> None:
 @S3_PORTS.check(
     "s3-port-list",
     NEEDED,
-    rule="A listing gives the keys under any prefix, after any key, in order.",
+    rule="A listing returns the keys under any prefix, after any key, in order.",
     source="S3 API, ListObjectsV2",
     promise="Objects.list",
     otherwise="a rebuilt ledger misses outcomes",
@@ -133,10 +133,10 @@ async def port_list(site: Site) -> None:
 @S3_PORTS.check(
     "s3-port-keys",
     NEEDED,
-    rule="Keys with spaces, accents and signs come back as they were put.",
+    rule="Keys with spaces, accents, and special characters are returned as they were written.",
     source="S3 User Guide, naming objects",
     promise="Objects: keys are UTF-8",
-    otherwise="inputs and results with such names are lost or mixed up",
+    otherwise="inputs and results with such names are lost or confused",
 )
 async def port_keys(site: Site) -> None:
     objects, at = site.objects, site.own
@@ -154,7 +154,7 @@ async def port_keys(site: Site) -> None:
 @S3_PORTS.check(
     "s3-port-upload",
     NEEDED,
-    rule="A file that is uploaded in parts comes down as it was.",
+    rule="A file that was uploaded in parts is downloaded unchanged.",
     source="S3 User Guide, multipart upload",
     promise="Objects.upload and download",
     otherwise="large inputs and results are damaged",

@@ -15,10 +15,11 @@ S3_READ = Table()
 @S3_READ.check(
     "s3-read-own-write",
     NEEDED,
-    rule="A new object is read, headed and listed at once, over any connection.",
+    rule="GetObject, HeadObject, and ListObjectsV2 return a new object at once, over any "
+    "connection.",
     source="S3 User Guide, data consistency model",
     promise="Objects: read-after-write",
-    otherwise="a worker does not find the inputs or the outcome it was told of",
+    otherwise="a worker does not find the inputs or the outcome that a message names",
 )
 def read_own_write(site: Site) -> None:
     for number in range(20):
@@ -32,7 +33,7 @@ def read_own_write(site: Site) -> None:
 @S3_READ.check(
     "s3-read-own-overwrite",
     NEEDED,
-    rule="After an overwrite has been answered every read gives the new object.",
+    rule="After the response to an overwrite, every read returns the new object.",
     source="S3 User Guide, data consistency model",
     promise="I4, Objects: read-after-write",
     otherwise="a worker starts tasks of a job whose cancellation was acknowledged",
@@ -49,10 +50,10 @@ def read_own_overwrite(site: Site) -> None:
 @S3_READ.check(
     "s3-read-own-delete",
     NEEDED,
-    rule="After a delete has been answered the object is neither read nor listed.",
+    rule="After the response to a delete, no read or listing returns the object.",
     source="S3 User Guide, data consistency model",
     promise="Objects.delete",
-    otherwise="what was cleared away comes back",
+    otherwise="a deleted object appears again",
 )
 def read_own_delete(site: Site) -> None:
     for number in range(10):
@@ -66,7 +67,7 @@ def read_own_delete(site: Site) -> None:
 @S3_READ.check(
     "s3-get-missing",
     NEEDED,
-    rule="GetObject of a key that is not there answers 404 NoSuchKey.",
+    rule="GetObject of a missing key answers 404 NoSuchKey.",
     source="S3 API, GetObject",
     promise="Objects.get raises NotFound",
     otherwise="a bundle without an outcome looks like an outage",
@@ -79,10 +80,10 @@ def get_missing(site: Site) -> None:
 @S3_READ.check(
     "s3-head-missing",
     NEEDED,
-    rule="HeadObject of a key that is not there answers 404 without a body.",
+    rule="HeadObject of a missing key answers 404 without a body.",
     source="S3 API, HeadObject",
-    promise="Objects.head gives None",
-    otherwise="what is not there looks like an outage",
+    promise="Objects.head returns None",
+    otherwise="a missing object looks like an outage",
 )
 def head_missing(site: Site) -> None:
     site.head("nothing").refused(404)
@@ -91,10 +92,10 @@ def head_missing(site: Site) -> None:
 @S3_READ.check(
     "s3-bucket-missing",
     NOTED,
-    rule="Any read of a bucket that is not there answers 404 NoSuchBucket.",
+    rule="Every read of a missing bucket answers 404 NoSuchBucket.",
     source="S3 API, error responses",
-    promise="errors name what is missing",
-    otherwise="a wrong bucket name is told as a missing object",
+    promise="errors name the missing bucket or object",
+    otherwise="a wrong bucket name is reported as a missing object",
 )
 def bucket_missing(site: Site) -> None:
     bucket = f"{site.target.run}-nothing"
@@ -108,8 +109,8 @@ def bucket_missing(site: Site) -> None:
 @S3_READ.check(
     "s3-range",
     NEEDED,
-    rule="GetObject with Range: bytes=3-5 answers 206 with these bytes, both ends included, and"
-    " their Content-Range.",
+    rule="GetObject with Range: bytes=3-5 answers 206 with the bytes 3 to 5, both included, "
+    "and their Content-Range.",
     source="S3 API, GetObject",
     promise="Objects.get_range",
     otherwise="a worker reads the wrong part of its input",
@@ -125,7 +126,7 @@ def range_inside(site: Site) -> None:
 @S3_READ.check(
     "s3-range-cut",
     NEEDED,
-    rule="A range that reaches behind the end is cut off there.",
+    rule="A range that ends after the end of the object is shortened.",
     source="S3 API, GetObject; RFC 9110, range requests",
     promise="Objects.get_range",
     otherwise="the last part of an input cannot be read",
@@ -140,10 +141,10 @@ def range_cut(site: Site) -> None:
 @S3_READ.check(
     "s3-range-behind",
     NOTED,
-    rule="A range that begins behind the end answers 416 InvalidRange.",
+    rule="A range that starts after the end of the object answers 416 InvalidRange.",
     source="S3 API, GetObject",
-    promise="Objects.get_range; the adapter looks at the size itself",
-    otherwise="one more request where a part is empty",
+    promise="Objects.get_range: the adapter checks the size itself",
+    otherwise="one more request for an empty part",
 )
 def range_behind(site: Site) -> None:
     site.put("a", TEN).accepted()
@@ -155,10 +156,10 @@ def range_behind(site: Site) -> None:
 @S3_READ.check(
     "s3-get-unchanged",
     NEEDED,
-    rule="GetObject with If-None-Match and the object's own ETag answers 304 without the body.",
+    rule="GetObject with If-None-Match and the current ETag answers 304 without the body.",
     source="S3 User Guide, conditional reads",
     promise="Objects.get_if_changed",
-    otherwise="workers fetch the control object at every look",
+    otherwise="workers fetch the control object every time",
 )
 def get_unchanged(site: Site) -> None:
     etag = str(site.put("a", b"1").accepted().data.get("ETag"))
@@ -168,10 +169,10 @@ def get_unchanged(site: Site) -> None:
 @S3_READ.check(
     "s3-get-changed",
     NEEDED,
-    rule="GetObject with If-None-Match and an older ETag gives the new object.",
+    rule="GetObject with If-None-Match and an older ETag returns the new object.",
     source="S3 User Guide, conditional reads",
     promise="I4, Objects.get_if_changed",
-    otherwise="workers do not see that a job is cancelled",
+    otherwise="workers do not notice a cancellation",
 )
 def get_changed(site: Site) -> None:
     etag = str(site.put("a", b"run").accepted().data.get("ETag"))
@@ -183,10 +184,10 @@ def get_changed(site: Site) -> None:
 @S3_READ.check(
     "s3-delete-missing",
     NEEDED,
-    rule="DeleteObject of a key that is not there answers 204, as if it had been.",
+    rule="DeleteObject of a missing key answers 204, as for an existing key.",
     source="S3 API, DeleteObject",
     promise="Objects.delete",
-    otherwise="clearing away cannot be repeated after a crash",
+    otherwise="a cleanup cannot be repeated after a crash",
 )
 def delete_missing(site: Site) -> None:
     found = site.delete("nothing").accepted()
@@ -196,10 +197,10 @@ def delete_missing(site: Site) -> None:
 @S3_READ.check(
     "s3-delete-many",
     NEEDED,
-    rule="DeleteObjects removes the keys it names, and reports one that is not there as deleted.",
+    rule="DeleteObjects removes the named keys, and reports a missing key as deleted.",
     source="S3 API, DeleteObjects",
     promise="Objects.delete",
-    otherwise="clearing away stops half-way, or cannot be repeated",
+    otherwise="a cleanup stops halfway, or cannot be repeated",
 )
 def delete_many(site: Site) -> None:
     for key in ("a", "b", "c"):

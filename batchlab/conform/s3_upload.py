@@ -65,7 +65,7 @@ def _begun(site: Site, key: str, *parts: bytes) -> Upload:
 @S3_UPLOAD.check(
     "s3-multipart-whole",
     NEEDED,
-    rule="A completed multipart upload is one object: its parts in order of their numbers.",
+    rule="A completed multipart upload is one object with its parts in the order of their numbers.",
     source="S3 User Guide, multipart upload",
     promise="Objects.upload",
     otherwise="large inputs and results are damaged",
@@ -80,11 +80,11 @@ def multipart_whole(site: Site) -> None:
 @S3_UPLOAD.check(
     "s3-multipart-unseen",
     NEEDED,
-    rule="Until it is completed an upload is neither read nor listed, and what it will replace is"
-    " still there.",
+    rule="Until an upload is completed, no read or listing returns it, and the previous "
+    "object still exists.",
     source="S3 User Guide, multipart upload",
-    promise="Objects: a key holds one whole object or none",
-    otherwise="a worker reads half an input",
+    promise="Objects: a key has one complete object or none",
+    otherwise="a worker reads an incomplete input",
 )
 def multipart_unseen(site: Site) -> None:
     upload = _begun(site, "new")
@@ -100,10 +100,11 @@ def multipart_unseen(site: Site) -> None:
 @S3_UPLOAD.check(
     "s3-multipart-abort",
     NOTED,
-    rule="After AbortMultipartUpload there is no object, and UploadPart answers 404 NoSuchUpload.",
+    rule="After AbortMultipartUpload, the object does not exist, and UploadPart answers 404 "
+    "NoSuchUpload.",
     source="S3 API, AbortMultipartUpload",
-    promise="Objects.upload that failed leaves nothing",
-    otherwise="parts that nobody sees are paid for",
+    promise="a failed Objects.upload leaves nothing behind",
+    otherwise="invisible parts are billed",
 )
 def multipart_abort(site: Site) -> None:
     upload = _begun(site, "a")
@@ -115,10 +116,11 @@ def multipart_abort(site: Site) -> None:
 @S3_UPLOAD.check(
     "s3-multipart-small-part",
     NOTED,
-    rule="Every part but the last has at least 5 MiB; else completing answers 400 EntityTooSmall.",
+    rule="Every part except the last one has at least 5 MiB. Otherwise "
+    "CompleteMultipartUpload answers 400 EntityTooSmall.",
     source="S3 User Guide, multipart upload limits",
     promise="none: the adapter's parts have 8 MiB",
-    otherwise="an upload that works here is refused by AWS",
+    otherwise="an upload that works here fails on AWS",
 )
 def multipart_small_part(site: Site) -> None:
     _begun(site, "a", b"1", b"2").complete().refused(400, "EntityTooSmall")
@@ -127,10 +129,10 @@ def multipart_small_part(site: Site) -> None:
 @S3_UPLOAD.check(
     "s3-multipart-wrong-part",
     NOTED,
-    rule="Completing with an ETag that is not the part's answers 400 InvalidPart.",
+    rule="CompleteMultipartUpload with a wrong ETag of a part answers 400 InvalidPart.",
     source="S3 API, CompleteMultipartUpload",
     promise="Objects.upload",
-    otherwise="a part that was overwritten meanwhile goes unnoticed",
+    otherwise="a part that was overwritten in between is not noticed",
 )
 def multipart_wrong_part(site: Site) -> None:
     upload = _begun(site, "a")
@@ -140,8 +142,8 @@ def multipart_wrong_part(site: Site) -> None:
 @S3_UPLOAD.check(
     "s3-multipart-create-taken",
     NEEDED,
-    rule="CompleteMultipartUpload with If-None-Match: * on a key that was taken meanwhile answers"
-    " 412 PreconditionFailed and leaves the object alone.",
+    rule="CompleteMultipartUpload with If-None-Match: * on a key that exists by then answers"
+    " 412 PreconditionFailed and does not change the object.",
     source="S3 User Guide, conditional writes",
     promise="a large file of a task is stored once, and never overwritten",
     otherwise="a worker can overwrite a file of another job",
@@ -156,7 +158,7 @@ def multipart_create_taken(site: Site) -> None:
 @S3_UPLOAD.check(
     "s3-multipart-create-free",
     NEEDED,
-    rule="CompleteMultipartUpload with If-None-Match: * on a key that is free stores the object.",
+    rule="CompleteMultipartUpload with If-None-Match: * on a free key stores the object.",
     source="S3 User Guide, conditional writes",
     promise="a large file of a task is stored once, and never overwritten",
     otherwise="a task with a large file fails",
@@ -169,11 +171,12 @@ def multipart_create_free(site: Site) -> None:
 @S3_UPLOAD.check(
     "s3-multipart-create-conflict",
     NOTED,
-    rule="CompleteMultipartUpload with If-None-Match: * answers 409 ConditionalRequestConflict"
-    " where a delete of the key came in between; the upload must begin anew.",
+    rule="CompleteMultipartUpload with If-None-Match: * answers 409 "
+    "ConditionalRequestConflict if the key was deleted during the upload. The upload "
+    "must be repeated.",
     source="S3 User Guide, conditional writes",
-    promise="409 is told as Throttled and tried again",
-    otherwise="409 is never seen before production",
+    promise="the adapter raises Throttled for 409, and the call is repeated",
+    otherwise="409 occurs only in production",
 )
 def multipart_create_conflict(site: Site) -> None:
     site.put("a", b"first").accepted()

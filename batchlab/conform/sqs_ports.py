@@ -29,10 +29,10 @@ async def _take(queue: SqsQueue, name: str, count: int = 1) -> Sequence[Message]
 @SQS_PORTS.check(
     "sqs-port-round",
     NEEDED,
-    rule="A message is sent, received, given back, received again and deleted.",
+    rule="A message is sent, received, returned, received again, and deleted.",
     source="SQS Developer Guide, message lifecycle",
     promise="Queue",
-    otherwise="no grid can run here",
+    otherwise="a grid cannot run on this endpoint",
 )
 async def port_round(site: Site) -> None:
     async with site.port() as queue:
@@ -52,7 +52,7 @@ async def port_round(site: Site) -> None:
 @SQS_PORTS.check(
     "sqs-port-ensure",
     NEEDED,
-    rule="A queue that is there takes new attributes, dead letters on and off among them.",
+    rule="An existing queue accepts new attributes, including dead letters on and off.",
     source="SQS API, CreateQueue, SetQueueAttributes",
     promise="Queue.ensure",
     otherwise="a changed visibility timeout never takes effect",
@@ -83,10 +83,10 @@ async def port_ensure(site: Site) -> None:
 @SQS_PORTS.check(
     "sqs-port-refused",
     NEEDED,
-    rule="Receipts that are bad are returned as refused; the good ones beside them work.",
+    rule="Invalid receipts are returned as refused, and the valid ones in the same call work.",
     source="SQS API, DeleteMessageBatch, ChangeMessageVisibilityBatch",
     promise="Queue.delete, change_visibility",
-    otherwise="one message that is not ours stops the heartbeat of all",
+    otherwise="one foreign message stops the heartbeats of all messages",
 )
 async def port_refused(site: Site) -> None:
     async with site.port() as queue:
@@ -106,10 +106,10 @@ async def port_refused(site: Site) -> None:
 @SQS_PORTS.check(
     "sqs-port-missing",
     NEEDED,
-    rule="A queue that is not there is NotFound for every call.",
+    rule="Every call on a missing queue raises NotFound.",
     source="SQS API, common errors",
     promise="Queue raises NotFound",
-    otherwise="a queue that was removed looks like an outage, and is waited for",
+    otherwise="a removed queue looks like an outage, and callers wait for it",
 )
 async def port_missing(site: Site) -> None:
     async with site.port() as queue:

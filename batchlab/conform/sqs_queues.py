@@ -24,11 +24,11 @@ def _create(site: Site, name: str, **attributes: str) -> Answer:
 @SQS_QUEUES.check(
     "sqs-create-same",
     NEEDED,
-    rule="CreateQueue with the name and attributes of a queue that is there gives its URL and"
-    " leaves its messages alone.",
+    rule="CreateQueue with the name and attributes of an existing queue returns its URL and "
+    "keeps its messages.",
     source="SQS API, CreateQueue",
     promise="Queue.ensure may be repeated",
-    otherwise="a manager that starts again fails, or loses messages",
+    otherwise="a restarted manager fails, or loses messages",
 )
 def create_same(site: Site) -> None:
     name = site.new_name()
@@ -42,10 +42,10 @@ def create_same(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-create-different",
     NEEDED,
-    rule="CreateQueue with the name of a queue that is there and other attributes answers 400"
-    " QueueAlreadyExists.",
+    rule="CreateQueue with the name of an existing queue and other attributes answers 400 "
+    "QueueAlreadyExists.",
     source="SQS API, CreateQueue; recorded answers of AWS",
-    promise="Queue.ensure brings the attributes to what they should be",
+    promise="Queue.ensure sets the required attributes",
     otherwise="a changed visibility timeout never takes effect",
 )
 def create_different(site: Site) -> None:
@@ -56,10 +56,10 @@ def create_different(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-queue-missing",
     NEEDED,
-    rule=f"Any action on a queue that is not there answers 400 {NO_QUEUE}.",
+    rule=f"Every action on a missing queue answers 400 {NO_QUEUE}.",
     source="SQS API, common errors; recorded answers of AWS",
     promise="Queue raises NotFound",
-    otherwise="a queue that was removed looks like an outage, and is waited for",
+    otherwise="a removed queue looks like an outage, and callers wait for it",
 )
 def queue_missing(site: Site) -> None:
     sqs = site.target.sqs
@@ -81,7 +81,7 @@ def queue_missing(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-queue-url",
     NEEDED,
-    rule="GetQueueUrl gives the URL that CreateQueue gave.",
+    rule="GetQueueUrl returns the same URL as CreateQueue.",
     source="SQS API, GetQueueUrl",
     promise="Queue: queues are addressed by name",
     otherwise="manager and workers use different queues",
@@ -95,10 +95,10 @@ def queue_url(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-queue-url-host",
     NOTED,
-    rule="A queue's URL can be called as it is.",
+    rule="A queue's URL works without changes.",
     source="SQS Developer Guide, queue and message identifiers",
-    promise="none: boto3 calls the endpoint it was given",
-    otherwise="other clients do not reach the queue",
+    promise="none: boto3 calls the configured endpoint",
+    otherwise="other clients cannot reach the queue",
 )
 def queue_url_host(site: Site) -> None:
     if site.target.endpoint.url is None:
@@ -110,8 +110,8 @@ def queue_url_host(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-queue-name",
     NOTED,
-    rule="A queue's name has 1 to 80 letters, digits, - or _; others answer 400"
-    " InvalidParameterValue.",
+    rule="A queue's name has 1 to 80 letters, digits, -, or _. Other names answer 400 "
+    "InvalidParameterValue.",
     source="SQS API, CreateQueue",
     promise="none: the adapter refuses others",
     otherwise="nothing",
@@ -125,10 +125,9 @@ def queue_name(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-attributes-update",
     NEEDED,
-    rule="SetQueueAttributes takes effect on the messages that are received from then on (within a"
-    " minute).",
+    rule="SetQueueAttributes applies to all later receives (within a minute).",
     source="SQS API, SetQueueAttributes",
-    promise="Queue.ensure brings the attributes to what they should be",
+    promise="Queue.ensure sets the required attributes",
     otherwise="a changed visibility timeout never takes effect",
 )
 def attributes_update(site: Site) -> None:
@@ -148,8 +147,8 @@ def attributes_update(site: Site) -> None:
     rule="A VisibilityTimeout over 12 h or a retention under 60 s answers 400"
     " InvalidAttributeValue.",
     source="SQS API, SetQueueAttributes",
-    promise="none: the grid's settings stay within them",
-    otherwise="a setting that works here is refused by AWS",
+    promise="none: the grid's settings stay within the limits",
+    otherwise="a setting that works here fails on AWS",
 )
 def attributes_refused(site: Site) -> None:
     queue = site.queue()
@@ -161,7 +160,8 @@ def attributes_refused(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-counts",
     NEEDED,
-    rule="Visible, in flight and delayed messages are counted, approximately and within a minute.",
+    rule="The counts of visible, in-flight, and delayed messages are approximate and current"
+    " within a minute.",
     source="SQS Developer Guide, available CloudWatch metrics; SQS API, GetQueueAttributes",
     promise="Queue.depth: the autoscaler's backlog",
     otherwise="the fleet does not grow, or never shrinks",
@@ -182,11 +182,11 @@ def counts(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-purge",
     NEEDED,
-    rule="PurgeQueue drops every message, hidden and delayed ones too (within a minute); what is"
-    " sent afterwards arrives.",
+    rule="PurgeQueue deletes every message, including hidden and delayed ones (within a "
+    "minute). Later messages arrive.",
     source="SQS API, PurgeQueue",
     promise="Queue.purge",
-    otherwise="messages of a cleared grid come back",
+    otherwise="messages of a purged grid appear again",
 )
 def purge(site: Site) -> None:
     queue = site.queue(VisibilityTimeout="2")
@@ -205,7 +205,7 @@ def purge(site: Site) -> None:
     NOTED,
     rule="A second PurgeQueue within 60 s answers 403 AWS.SimpleQueueService.PurgeQueueInProgress.",
     source="SQS API, PurgeQueue",
-    promise="none: the grid purges by hand only",
+    promise="none: only an operator purges queues",
     otherwise="nothing",
 )
 def purge_twice(site: Site) -> None:
@@ -217,11 +217,11 @@ def purge_twice(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-recreate",
     NOTED,
-    rule="For 60 s after DeleteQueue a CreateQueue of that name answers 400"
-    " AWS.SimpleQueueService.QueueDeletedRecently.",
+    rule="For 60 s after DeleteQueue, CreateQueue with the same name answers 400 "
+    "AWS.SimpleQueueService.QueueDeletedRecently.",
     source="SQS API, CreateQueue",
     promise="none yet: a grid keeps its queues",
-    otherwise="a grid taken down and up again within a minute fails on AWS only",
+    otherwise="a restart of a grid within a minute fails only on AWS",
 )
 def recreate(site: Site) -> None:
     queue = site.queue()
@@ -253,11 +253,11 @@ def _corpse(queue: OwnQueue, dead: OwnQueue) -> Received:
 @SQS_QUEUES.check(
     "sqs-dead-letter",
     NEEDED,
-    rule="A message that was received maxReceiveCount times goes to the dead-letter queue in place"
-    " of being received once more, with its body.",
+    rule="A message that was received maxReceiveCount times moves to the dead-letter queue "
+    "with its body, instead of being received again.",
     source="SQS Developer Guide, dead-letter queues",
-    promise="I7: poison ends as FAILED tasks",
-    otherwise="a bundle that cannot be read circulates for ever",
+    promise="I7: poison tasks end as FAILED",
+    otherwise="an unreadable bundle circulates forever",
 )
 def dead_letter(site: Site) -> None:
     queue, dead, _ = _dead(site, 2)
@@ -268,7 +268,7 @@ def dead_letter(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-dead-letter-history",
     NOTED,
-    rule="A dead letter keeps its message id, the time it was sent, and its count of receives.",
+    rule="A dead letter keeps its message id, its sent time, and its receive count.",
     source="SQS Developer Guide, dead-letter queues; recorded answers of AWS",
     promise="none: the bundle's history is in its body and in the bucket",
     otherwise="a dead letter looks younger than it is",
@@ -284,7 +284,7 @@ def dead_letter_history(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-dead-letter-source",
     NOTED,
-    rule="A dead letter names the queue it comes from in DeadLetterQueueSourceArn.",
+    rule="DeadLetterQueueSourceArn of a dead letter names its source queue.",
     source="SQS API, ReceiveMessage; recorded answers of AWS",
     promise="none: the body names its stage",
     otherwise="nothing",
@@ -292,16 +292,18 @@ def dead_letter_history(site: Site) -> None:
 def dead_letter_source(site: Site) -> None:
     queue, dead, _ = _dead(site, 1)
     facts = _corpse(queue, dead).raw.get("Attributes", {})
-    expect(facts.get("DeadLetterQueueSourceArn") == queue.arn(), "it does not")
+    expect(
+        facts.get("DeadLetterQueueSourceArn") == queue.arn(), "it does not name the source queue"
+    )
 
 
 @SQS_QUEUES.check(
     "sqs-dead-letter-neighbours",
     NEEDED,
-    rule="Messages that go to the dead-letter queue do not keep the others from being received.",
+    rule="Messages that move to the dead-letter queue do not block other messages.",
     source="SQS Developer Guide, dead-letter queues",
-    promise="poison does not hold up its neighbours",
-    otherwise="a stage stands still behind its poison",
+    promise="poison tasks do not block other tasks",
+    otherwise="a poison task stops its stage",
 )
 def dead_letter_neighbours(site: Site) -> None:
     dead = site.queue()
@@ -323,10 +325,10 @@ def dead_letter_neighbours(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-dead-letter-missing",
     NOTED,
-    rule="A RedrivePolicy that names a queue that is not there answers 400.",
+    rule="A RedrivePolicy with a missing queue answers 400.",
     source="SQS Developer Guide, dead-letter queues",
     promise="Queue.ensure: dead letters exist already",
-    otherwise="a wrong name is found when the first poison is lost",
+    otherwise="a wrong name is noticed only when the first poison task is lost",
 )
 def dead_letter_missing(site: Site) -> None:
     queue = site.queue()
@@ -338,9 +340,9 @@ def dead_letter_missing(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-dead-letter-limits",
     NOTED,
-    rule="maxReceiveCount is 1 to 1,000; others answer 400.",
+    rule="maxReceiveCount is 1 to 1,000. Other values answer 400.",
     source="SQS API, SetQueueAttributes",
-    promise="none: the grid's setting lies between",
+    promise="none: the grid's setting is within the limits",
     otherwise="nothing",
 )
 def dead_letter_limits(site: Site) -> None:
@@ -356,7 +358,7 @@ def dead_letter_limits(site: Site) -> None:
     rule="Setting RedrivePolicy to an empty text removes it.",
     source="recorded answers of AWS",
     promise="Queue.ensure without dead letters",
-    otherwise="messages go on to a queue that nobody looks at",
+    otherwise="messages still move to an unused queue",
 )
 def dead_letter_off(site: Site) -> None:
     dead = site.queue()

@@ -32,7 +32,7 @@ def _twice_received(site: Site) -> tuple[OwnQueue, Received, Received]:
 @SQS_RECEIPTS.check(
     "sqs-delete",
     NEEDED,
-    rule="A deleted message does not come again when its visibility timeout would have run out.",
+    rule="A deleted message is not received again after its visibility timeout.",
     source="SQS API, DeleteMessage",
     promise="Queue.delete",
     otherwise="every bundle is received again and again",
@@ -51,11 +51,11 @@ def delete(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-delete-expired",
     NOTED,
-    rule="A receipt whose timeout has run out still deletes the message while nobody else has"
-    " received it.",
+    rule="After its timeout, a receipt still deletes the message if no other receiver has "
+    "received it.",
     source="SQS API, DeleteMessage; recorded answers of AWS",
-    promise="none: a late worker may find its message given back",
-    otherwise="a bundle that was a little late is received once more, and found done",
+    promise="none: a late worker may find its message visible again",
+    otherwise="a slightly late bundle is received again, although its outcome exists",
 )
 def delete_expired(site: Site) -> None:
     queue, held = _held(site, VisibilityTimeout="1")
@@ -67,10 +67,10 @@ def delete_expired(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-delete-twice",
     NOTED,
-    rule="Deleting a message that is deleted already is accepted.",
+    rule="Deleting a deleted message is accepted.",
     source="SQS API, DeleteMessage; recorded answers of AWS",
-    promise="Queue.delete; a refusal is told, not raised",
-    otherwise="a worker that repeats a delete whose answer got lost is refused",
+    promise="Queue.delete: the adapter returns a refusal and does not raise",
+    otherwise="a worker that repeats a delete after a lost response is refused",
 )
 def delete_twice(site: Site) -> None:
     queue, held = _held(site)
@@ -81,9 +81,9 @@ def delete_twice(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-delete-nonsense",
     NOTED,
-    rule="Deleting by what is no receipt handle answers ReceiptHandleIsInvalid.",
+    rule="Deleting with an invalid receipt handle answers ReceiptHandleIsInvalid.",
     source="SQS API, DeleteMessage",
-    promise="none: the adapter tells a refusal, and does not raise",
+    promise="none: the adapter returns a refusal and does not raise",
     otherwise="nothing",
 )
 def delete_nonsense(site: Site) -> None:
@@ -94,7 +94,7 @@ def delete_nonsense(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-delete-foreign",
     NEEDED,
-    rule="A receipt handle deletes no message of another queue.",
+    rule="A receipt handle cannot delete a message of another queue.",
     source="SQS Developer Guide, queue and message identifiers",
     promise="Queue.delete: a receipt belongs to its queue",
     otherwise="bundles of another pool are lost",
@@ -112,10 +112,10 @@ def delete_foreign(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-delete-batch-partial",
     NOTED,
-    rule="Where one receipt of DeleteMessageBatch is bad the others are deleted; the answer is 200"
-    " and names the bad one under Failed.",
+    rule="If one receipt of DeleteMessageBatch is invalid, the other messages are deleted. "
+    "The response is 200 and lists the invalid receipt under Failed.",
     source="SQS API, DeleteMessageBatch",
-    promise="none: the adapter goes on one by one",
+    promise="none: the adapter then repeats the calls one by one",
     otherwise="more requests",
 )
 def delete_batch_partial(site: Site) -> None:
@@ -138,10 +138,10 @@ def _one_failed(failed: Any) -> None:
 @SQS_RECEIPTS.check(
     "sqs-change-batch-partial",
     NOTED,
-    rule="Where one receipt of ChangeMessageVisibilityBatch is bad the others are changed; the"
-    " answer is 200 and names the bad one under Failed.",
+    rule="If one receipt of ChangeMessageVisibilityBatch is invalid, the others are changed."
+    " The response is 200 and lists the invalid receipt under Failed.",
     source="SQS API, ChangeMessageVisibilityBatch",
-    promise="none: the adapter goes on one by one",
+    promise="none: the adapter then repeats the calls one by one",
     otherwise="more requests",
 )
 def change_batch_partial(site: Site) -> None:
@@ -159,10 +159,10 @@ def change_batch_partial(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-stale-delete-answer",
     NOTED,
-    rule="Deleting by the receipt of an earlier receive is accepted.",
+    rule="Deleting with the receipt of an earlier receive is accepted.",
     source=STALE,
-    promise="Queue.delete; a refusal is told, not raised",
-    otherwise="a worker learns that it lost its message, which AWS would not tell",
+    promise="Queue.delete: the adapter returns a refusal and does not raise",
+    otherwise="a worker learns that it lost its message, which AWS does not report",
 )
 def stale_delete_answer(site: Site) -> None:
     queue, old, _ = _twice_received(site)
@@ -172,12 +172,12 @@ def stale_delete_answer(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-stale-delete-spares",
     NOTED,
-    rule="The receipt of an earlier receive may fail to delete a message that was received again:"
-    " only the latest one is sure to.",
+    rule="The receipt of an earlier receive may fail to delete a message that was received "
+    "again. Only the latest receipt always deletes it.",
     source=STALE,
     promise="none: the commit decides, not the delete",
-    otherwise="a late worker deletes what its successor holds; should that one die too, the"
-    " reconciler sends the bundle again",
+    otherwise="a late worker deletes a message that another worker holds. If that worker dies, "
+    "too, the reconciler sends the bundle again",
 )
 def stale_delete_spares(site: Site) -> None:
     queue, old, new = _twice_received(site)
@@ -185,16 +185,16 @@ def stale_delete_spares(site: Site) -> None:
     for again in queue.receive(wait_s=8):
         expect(again.id == new.id, "another message comes")
         return
-    raise Differs("it deletes what another worker holds")
+    raise Differs("it deletes a message that another worker holds")
 
 
 @SQS_RECEIPTS.check(
     "sqs-stale-change",
     NOTED,
-    rule="ChangeMessageVisibility by the receipt of an earlier receive is accepted.",
+    rule="ChangeMessageVisibility with the receipt of an earlier receive is accepted.",
     source="recorded answers of AWS; the reference does not say",
-    promise="Queue.change_visibility; a refusal is told, not raised",
-    otherwise="a late heartbeat is refused where AWS would let it pass",
+    promise="Queue.change_visibility: the adapter returns a refusal and does not raise",
+    otherwise="a late heartbeat is refused, but AWS accepts it",
 )
 def stale_change(site: Site) -> None:
     queue, old, _ = _twice_received(site)
@@ -204,8 +204,8 @@ def stale_change(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-change-expired",
     NEEDED,
-    rule="ChangeMessageVisibility after the timeout has run out is accepted, or refused with 400"
-    " MessageNotInflight; the message comes again either way.",
+    rule="ChangeMessageVisibility after the timeout is accepted, or refused with 400 "
+    "MessageNotInflight. In both cases, the message is received again.",
     source="SQS API, ChangeMessageVisibility; recorded answers of AWS",
     promise="I2: a late heartbeat loses nothing",
     otherwise="a bundle whose worker was late is lost",
@@ -222,9 +222,9 @@ def change_expired(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-change-deleted",
     NOTED,
-    rule="ChangeMessageVisibility of a message that is deleted answers 400 InvalidParameterValue.",
+    rule="ChangeMessageVisibility of a deleted message answers 400 InvalidParameterValue.",
     source="recorded answers of AWS",
-    promise="none: the adapter tells a refusal, and does not raise",
+    promise="none: the adapter returns a refusal and does not raise",
     otherwise="nothing",
 )
 def change_deleted(site: Site) -> None:
@@ -238,8 +238,8 @@ def change_deleted(site: Site) -> None:
     NOTED,
     rule="A VisibilityTimeout over 43,200 s answers 400 InvalidParameterValue.",
     source="SQS API, ChangeMessageVisibility",
-    promise="Queue.change_visibility: 12 h at the most",
-    otherwise="a heartbeat that works here is refused by AWS",
+    promise="Queue.change_visibility: at most 12 h",
+    otherwise="a heartbeat that works here fails on AWS",
 )
 def change_over_12h(site: Site) -> None:
     queue, held = _held(site)
@@ -249,11 +249,11 @@ def change_over_12h(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-change-total-12h",
     NOTED,
-    rule="The 12 hours count from the receive: what would end later answers 400"
-    " InvalidParameterValue, and extending does not begin them anew.",
+    rule="The limit of 12 hours starts at the receive. A later end answers 400 "
+    "InvalidParameterValue, and an extension does not restart the limit.",
     source="SQS Developer Guide, visibility timeout",
-    promise="a longer task is handed over before; it need not be stopped here",
-    otherwise="a task over 12 hours goes well here and runs twice on AWS",
+    promise="a longer task gets a new message before the limit, so it continues",
+    otherwise="a task of more than 12 hours works here and runs twice on AWS",
 )
 def change_total_12h(site: Site) -> None:
     queue, held = _held(site)
@@ -264,10 +264,10 @@ def change_total_12h(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-whole-seconds",
     NOTED,
-    rule="Timeouts and delays are whole seconds; 1.5 answers 400.",
+    rule="Timeouts and delays are whole seconds. 1.5 answers 400.",
     source="SQS API, CreateQueue",
     promise="none: the adapter rounds up",
-    otherwise="a fraction that works here is refused by AWS",
+    otherwise="a fraction that works here fails on AWS",
 )
 def whole_seconds(site: Site) -> None:
     queue = site.queue()

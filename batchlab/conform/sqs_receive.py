@@ -22,7 +22,7 @@ SQS_RECEIVE = Table()
 @SQS_RECEIVE.check(
     "sqs-hidden",
     NEEDED,
-    rule="A received message is given to nobody else during its visibility timeout.",
+    rule="No other receiver gets a received message during its visibility timeout.",
     source="SQS Developer Guide, visibility timeout",
     promise="a bundle runs on one worker at a time",
     otherwise="every bundle runs on several workers",
@@ -37,11 +37,11 @@ def hidden(site: Site) -> None:
 @SQS_RECEIVE.check(
     "sqs-redelivery",
     NEEDED,
-    rule="A message that was not deleted is received again when its visibility timeout has run"
-    " out, with the same id and body.",
+    rule="A message that was not deleted is received again after its visibility timeout, "
+    "with the same id and body.",
     source="SQS Developer Guide, visibility timeout",
-    promise="I2: a killed worker's bundles come back",
-    otherwise="a killed worker's bundles are lost",
+    promise="I2: the bundles of a killed worker are received again",
+    otherwise="the bundles of a killed worker are lost",
 )
 def redelivery(site: Site) -> None:
     queue = site.queue(VisibilityTimeout="2")
@@ -56,10 +56,10 @@ def redelivery(site: Site) -> None:
 @SQS_RECEIVE.check(
     "sqs-receive-count",
     NEEDED,
-    rule="ApproximateReceiveCount is 1 at the first receive and grows by one with each.",
+    rule="ApproximateReceiveCount is 1 at the first receive, and each further receive adds 1.",
     source="SQS API, ReceiveMessage",
-    promise="Message.receive_count: suspects and poison are found by it",
-    otherwise="a task that kills its workers is tried for ever",
+    promise="Message.receive_count: it reveals suspects and poison tasks",
+    otherwise="a task that kills its workers is tried forever",
 )
 def receive_count(site: Site) -> None:
     queue = site.queue(VisibilityTimeout="0")
@@ -71,10 +71,10 @@ def receive_count(site: Site) -> None:
 @SQS_RECEIVE.check(
     "sqs-new-handle",
     NOTED,
-    rule="Every receive of a message gives it another receipt handle.",
+    rule="Each receive of a message returns a new receipt handle.",
     source="SQS Developer Guide, queue and message identifiers",
     promise="none: the commit decides, not the delete",
-    otherwise="a late worker gives back or deletes what its successor holds",
+    otherwise="a late worker returns or deletes a message that another worker holds",
 )
 def new_handle(site: Site) -> None:
     queue = site.queue(VisibilityTimeout="0")
@@ -86,8 +86,8 @@ def new_handle(site: Site) -> None:
 @SQS_RECEIVE.check(
     "sqs-times",
     NEEDED,
-    rule="SentTimestamp and ApproximateFirstReceiveTimestamp are milliseconds since the epoch, and"
-    " stay what they are when the message comes again.",
+    rule="SentTimestamp and ApproximateFirstReceiveTimestamp are milliseconds since the "
+    "epoch, and do not change at further receives.",
     source="SQS API, ReceiveMessage",
     promise="Message.sent_s, first_received_s",
     otherwise="waiting times in reports are wrong",
@@ -107,10 +107,10 @@ def times(site: Site) -> None:
 @SQS_RECEIVE.check(
     "sqs-receive-visibility",
     NEEDED,
-    rule="A receive's own VisibilityTimeout counts in place of the queue's.",
+    rule="The VisibilityTimeout of a receive replaces the queue's.",
     source="SQS API, ReceiveMessage",
     promise="Queue.receive(visibility_s)",
-    otherwise="messages come back while they are worked on, or much too late",
+    otherwise="messages are received again during the work, or much too late",
 )
 def receive_visibility(site: Site) -> None:
     queue = site.queue(VisibilityTimeout="1")
@@ -138,7 +138,7 @@ def receive_zero(site: Site) -> None:
 @SQS_RECEIVE.check(
     "sqs-extend",
     NEEDED,
-    rule="ChangeMessageVisibility sets a new timeout from now, again and again.",
+    rule="ChangeMessageVisibility sets a new timeout from now on, any number of times.",
     source="SQS API, ChangeMessageVisibility",
     promise="Queue.change_visibility: heartbeats",
     otherwise="a task longer than the timeout runs twice",
@@ -160,7 +160,7 @@ def extend(site: Site) -> None:
     NEEDED,
     rule="ChangeMessageVisibility to 0 makes the message visible at once.",
     source="SQS Developer Guide, visibility timeout",
-    promise="I6: a leaving worker gives its work back at once",
+    promise="I6: a worker that leaves returns its work at once",
     otherwise="unfinished work waits for a timeout",
 )
 def give_back(site: Site) -> None:
@@ -191,7 +191,7 @@ def _woken(queue: OwnQueue, call: Callable[[], Answer]) -> Received:
     rule="A long poll ends as soon as a message is sent.",
     source="SQS Developer Guide, short and long polling",
     promise="Queue.receive(wait_s)",
-    otherwise="every bundle waits up to 20 s for a worker that is idle",
+    otherwise="every bundle waits up to 20 s for an idle worker",
 )
 def wake(site: Site) -> None:
     queue = site.queue()
@@ -203,7 +203,7 @@ def wake(site: Site) -> None:
     NEEDED,
     rule="A long poll ends as soon as a message is made visible by ChangeMessageVisibility.",
     source="SQS Developer Guide, short and long polling",
-    promise="I6: what is given back goes on at once elsewhere",
+    promise="I6: another worker continues returned work at once",
     otherwise="unfinished work waits up to 20 s",
 )
 def wake_given_back(site: Site) -> None:
@@ -217,10 +217,11 @@ def wake_given_back(site: Site) -> None:
 @SQS_RECEIVE.check(
     "sqs-wake-due",
     NEEDED,
-    rule="A long poll ends when a delayed message becomes due, or a hidden one's timeout runs out.",
+    rule="A long poll ends when a delayed message becomes due, or when the timeout of a "
+    "hidden message ends.",
     source="SQS Developer Guide, short and long polling",
     promise="Queue.receive(wait_s)",
-    otherwise="retries and a killed worker's bundles wait up to 20 s more",
+    otherwise="retries and the bundles of a killed worker wait up to 20 s longer",
 )
 def wake_due(site: Site) -> None:
     delayed = site.queue()
@@ -241,10 +242,11 @@ def wake_due(site: Site) -> None:
 @SQS_RECEIVE.check(
     "sqs-wait-empty",
     NEEDED,
-    rule="A long poll of an empty queue ends empty after WaitTimeSeconds, and not before.",
+    rule="A long poll of an empty queue ends without messages after WaitTimeSeconds, and not"
+    " before.",
     source="SQS Developer Guide, short and long polling",
-    promise="requests are billed: an idle worker makes three a minute",
-    otherwise="idle workers ask without a pause",
+    promise="requests are billed: an idle worker sends three a minute",
+    otherwise="idle workers poll without a pause",
 )
 def wait_empty(site: Site) -> None:
     queue = site.queue()
@@ -258,9 +260,9 @@ def wait_empty(site: Site) -> None:
 @SQS_RECEIVE.check(
     "sqs-wait-partial",
     NEEDED,
-    rule="A long poll ends with the first messages; it does not wait for as many as it asks for.",
+    rule="A long poll ends with the first messages and does not wait for the requested number.",
     source="SQS API, ReceiveMessage",
-    promise="Queue.receive: waits for the first",
+    promise="Queue.receive waits for the first message",
     otherwise="a few bundles wait up to 20 s",
 )
 def wait_partial(site: Site) -> None:
@@ -301,10 +303,10 @@ def receive_11(site: Site) -> None:
 @SQS_RECEIVE.check(
     "sqs-receive-most",
     NEEDED,
-    rule="A receive never gives more than MaxNumberOfMessages.",
+    rule="A receive never returns more than MaxNumberOfMessages.",
     source="SQS API, ReceiveMessage",
     promise="Queue.receive(max_messages)",
-    otherwise="a worker holds bundles it has no slots for",
+    otherwise="a worker holds more bundles than its slots can run",
 )
 def receive_most(site: Site) -> None:
     queue = site.queue()
@@ -321,9 +323,9 @@ def receive_most(site: Site) -> None:
 @SQS_RECEIVE.check(
     "sqs-share",
     NEEDED,
-    rule="Of many receivers each message reaches one; now and then it may reach two.",
+    rule="With many receivers, each message reaches one of them. Rarely, it may reach two.",
     source="SQS Developer Guide, at-least-once delivery",
-    promise="I2: nothing is lost between workers that receive at once",
+    promise="I2: concurrent receives lose no message",
     otherwise="bundles are lost",
 )
 def share(site: Site) -> None:

@@ -22,8 +22,8 @@ SQS_SEND = Table()
 @SQS_SEND.check(
     "sqs-body",
     NEEDED,
-    rule="A body of any Unicode text, line breaks and tabs included, arrives as it was sent, and"
-    " its MD5 is answered.",
+    rule="A body of any Unicode text, including line breaks and tabs, is received as it was "
+    "sent. The response contains its MD5.",
     source="SQS API, SendMessage",
     promise="Queue.send",
     otherwise="bundles arrive damaged",
@@ -42,11 +42,11 @@ def body(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-body-control",
     NOTED,
-    rule="A body with a control character other than tab and line breaks answers 400"
-    " InvalidMessageContents.",
+    rule="A body with a control character other than tabs and line breaks answers 400 "
+    "InvalidMessageContents.",
     source="SQS API, SendMessage",
     promise="none: JSON escapes them",
-    otherwise="a body that works here is refused by AWS",
+    otherwise="a body that works here fails on AWS",
 )
 def body_control(site: Site) -> None:
     queue = site.queue()
@@ -109,10 +109,11 @@ def body_over_own_limit(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-batch-10",
     NEEDED,
-    rule="A batch of 10 is sent whole, and its answer names every entry by the id it was given.",
+    rule="A batch of 10 messages is sent completely, and the response contains the id of "
+    "each entry.",
     source="SQS API, SendMessageBatch",
     promise="Queue.send",
-    otherwise="bundles are lost, or sent again although they arrived",
+    otherwise="bundles are lost, or sent twice",
 )
 def batch_10(site: Site) -> None:
     queue = site.queue()
@@ -127,7 +128,8 @@ def batch_10(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-batch-11",
     NOTED,
-    rule="A batch of more than 10 answers 400 AWS.SimpleQueueService.TooManyEntriesInBatchRequest.",
+    rule="A batch of more than 10 messages answers 400 "
+    "AWS.SimpleQueueService.TooManyEntriesInBatchRequest.",
     source="SQS API, SendMessageBatch",
     promise="none: the adapter refuses more than 10",
     otherwise="nothing",
@@ -140,8 +142,8 @@ def batch_11(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-batch-same-ids",
     NOTED,
-    rule="A batch in which two entries have one id answers 400"
-    " AWS.SimpleQueueService.BatchEntryIdsNotDistinct.",
+    rule="A batch with two entries of the same id answers 400 "
+    "AWS.SimpleQueueService.BatchEntryIdsNotDistinct.",
     source="SQS API, SendMessageBatch",
     promise="none: the adapter numbers its entries",
     otherwise="nothing",
@@ -168,7 +170,7 @@ def batch_empty(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-batch-256k",
     NEEDED,
-    rule="A batch may have 256 KiB in all (and up to 1 MiB).",
+    rule="A batch may have 256 KiB in total (and up to 1 MiB).",
     source="SQS Developer Guide, message quotas",
     promise="Queue.send: 256 KiB a call",
     otherwise="large bundles cannot be sent together",
@@ -184,8 +186,8 @@ def batch_256k(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-batch-over-1m",
     NOTED,
-    rule="A batch of more than 1 MiB in all answers 400"
-    " AWS.SimpleQueueService.BatchRequestTooLong.",
+    rule="A batch of more than 1 MiB in total answers 400 "
+    "AWS.SimpleQueueService.BatchRequestTooLong.",
     source="SQS Developer Guide, message quotas",
     promise="none: the adapter refuses more than 256 KiB",
     otherwise="nothing",
@@ -221,10 +223,11 @@ def _first_refused(site: Site) -> tuple[OwnQueue, Any]:
 @SQS_SEND.check(
     "sqs-batch-told",
     NEEDED,
-    rule="An entry of a batch that is not sent is told: under Failed, or by refusing the batch.",
+    rule="The response reports each entry of a batch that was not sent: under Failed, or by "
+    "refusing the batch.",
     source="SQS API, SendMessageBatch",
     promise="Queue.send: all or an exception",
-    otherwise="a bundle that was not sent counts as sent, until the reconciler misses it",
+    otherwise="a bundle that was not sent counts as sent until the reconciler sends it again",
 )
 def batch_told(site: Site) -> None:
     for bad in _BAD_ENTRIES:
@@ -242,11 +245,11 @@ def batch_told(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-batch-partial",
     NOTED,
-    rule="Where one entry of a batch is bad the others are sent; the answer is 200 and names the"
-    " bad one under Failed.",
+    rule="If one entry of a batch is invalid, the others are sent. The response is 200 and "
+    "lists the invalid entry under Failed.",
     source="SQS API, SendMessageBatch",
-    promise="none: after an exception some may have been sent",
-    otherwise="one bad message holds up its neighbours",
+    promise="none: after an exception, some messages may have been sent",
+    otherwise="one invalid message blocks the others in its batch",
 )
 def batch_partial(site: Site) -> None:
     queue, failed = _first_refused(site)
@@ -258,23 +261,25 @@ def batch_partial(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-batch-fault",
     NOTED,
-    rule="An entry under Failed says whether it is the sender's fault, as a bad body is.",
+    rule="An entry under Failed states whether the error is the sender's fault, such as an "
+    "invalid body.",
     source="SQS API, BatchResultErrorEntry",
-    promise="none: the adapter knows a bad body by its code as well",
-    otherwise="what can never be sent looks as if it were worth another try",
+    promise="none: the adapter also recognizes an invalid body by its error code",
+    otherwise="a permanent error looks like a temporary one",
 )
 def batch_fault(site: Site) -> None:
     _, failed = _first_refused(site)
-    expect(failed[0].get("SenderFault") is True, "it is not told as the sender's fault")
+    expect(failed[0].get("SenderFault") is True, "it is not reported as the sender's fault")
 
 
 @SQS_SEND.check(
     "sqs-message-attributes",
     NOTED,
-    rule="Message attributes leave the body and its MD5 alone, and come only to who asks.",
+    rule="Message attributes do not change the body and its MD5, and a receiver gets them "
+    "only on request.",
     source="SQS Developer Guide, message metadata",
     promise="none: the grid uses no message attributes",
-    otherwise="messages of other programs cannot be read",
+    otherwise="the grid cannot read messages of other programs",
 )
 def message_attributes(site: Site) -> None:
     queue = site.queue()
@@ -290,9 +295,9 @@ def message_attributes(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-delay",
     NEEDED,
-    rule="A message with DelaySeconds is received after that time, and not before.",
+    rule="A message with DelaySeconds is received after this time, and not before.",
     source="SQS Developer Guide, message timers",
-    promise="Queue.send(delay_s): backoff waits in the queue",
+    promise="Queue.send(delay_s): messages wait in the queue during a backoff",
     otherwise="a task is retried without its backoff, or never",
 )
 def delay(site: Site) -> None:
@@ -309,7 +314,7 @@ def delay(site: Site) -> None:
     rule="Every entry of a batch has its own DelaySeconds.",
     source="SQS API, SendMessageBatch",
     promise="Queue.send(delay_s)",
-    otherwise="a task is retried without its backoff, or held up by another's",
+    otherwise="a task is retried without its backoff, or waits for the backoff of another task",
 )
 def delay_each(site: Site) -> None:
     queue = site.queue(VisibilityTimeout="600")
@@ -338,7 +343,7 @@ def _only_late(queue: OwnQueue, begun_s: float) -> None:
     NOTED,
     rule="A DelaySeconds over 900 answers 400 InvalidParameterValue.",
     source="SQS API, SendMessage",
-    promise="none: the adapter refuses it; longer delays are chained",
+    promise="none: the adapter refuses it, and longer delays use several messages",
     otherwise="nothing",
 )
 def delay_901(site: Site) -> None:

@@ -157,10 +157,9 @@ def test_a_run_in_a_sentence() -> None:
     needed = [a_result(verdict) for verdict in (Verdict.AGREES, Verdict.AGREES, Verdict.UNTRIED)]
     noted = [a_result(verdict, Severity.NOTED) for verdict in (Verdict.AGREES, Verdict.DIFFERS)]
     assert report.verdict_text([*needed, *noted]) == (
-        "2 of 3 rules that batchlab needs hold; 1 of 2 rules that it does without holds. "
-        "1 could not be tried."
+        "2 of 3 needed rules hold; 1 of 2 noted rules holds. 1 could not be tested."
     )
-    assert report.verdict_text(noted) == "1 of 2 rules that it does without holds."
+    assert report.verdict_text(noted) == "1 of 2 noted rules holds."
 
 
 def test_a_section_lists_what_differs_and_what_was_not_tried() -> None:
@@ -169,11 +168,11 @@ def test_a_section_lists_what_differs_and_what_was_not_tried() -> None:
     )
     head, *tables = text.split("\n\n")
     assert head == "### Mine 1.0"
-    assert tables[0].startswith("1 of 3 rules")
+    assert tables[0].startswith("1 of 3 needed rules")
     row = r"| `s3-a` | needed | A \| B. | it \| does not | nothing: it is new |"
     assert [one.split("\n")[2:] for one in tables[1:]] == [[row], [row]]
-    assert "seen here" in tables[1]
-    assert "why not tried" in tables[2]
+    assert "observed" in tables[1]
+    assert "why not tested" in tables[2]
     assert report.section("Mine 1.0", [a_result(Verdict.AGREES)]).count("\n\n") == 1
 
 

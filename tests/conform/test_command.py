@@ -138,15 +138,16 @@ def test_what_a_person_is_told(run: cli_rig.Run, verdicts: dict[str, Verdict]) -
     ]
     assert difference.splitlines() == [
         "DIFFERS  s3-range-behind (noted)",
-        "  AWS   A range that begins behind the end answers 416 InvalidRange. [S3 API, GetObject]",
+        "  AWS   A range that starts after the end of the object answers 416 InvalidRange."
+        " [S3 API, GetObject]",
         "  here  something else",
-        "  so    one more request where a part is empty",
+        "  so    one more request for an empty part",
     ]
-    assert summary.startswith(
-        "Mine: 2 of 2 rules that batchlab needs hold; 0 of 1 rules that it does without hold. ("
-    )
+    assert summary.startswith("Mine: 2 of 2 needed rules hold; 0 of 1 noted rules hold. (")
     _, out, _ = run(*call, "--all")
-    assert "s3-range-cut  needed    A range that reaches behind the end is cut off there." in out
+    assert (
+        "s3-range-cut  needed    A range that ends after the end of the object is shortened." in out
+    )
 
 
 def test_what_a_program_is_told(run: cli_rig.Run, verdicts: dict[str, Verdict]) -> None:
@@ -172,7 +173,7 @@ def test_a_page_is_written_and_written_again(
     code, _, err = run(*call)
     assert (code, err) == (0, f"The report is in {page}.\n")
     assert page.read_text().count("### Mine") == 1
-    assert "seen here" not in page.read_text()
+    assert "observed" not in page.read_text()
 
 
 @pytest.fixture

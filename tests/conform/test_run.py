@@ -54,7 +54,7 @@ def _client_error(status: int, code: str) -> ClientError:
             Verdict.DIFFERS,
             "an object arrives damaged",
         ),
-        (ResponseParserError("?"), Verdict.DIFFERS, "it answers what boto3 cannot read"),
+        (ResponseParserError("?"), Verdict.DIFFERS, "boto3 cannot parse the response"),
         (
             EndpointConnectionError(endpoint_url="x"),
             Verdict.UNTRIED,
