@@ -124,5 +124,7 @@ _STANDS_FOR = defaultdict(
 def test_the_page_lists_all_that_is_odd() -> None:
     said_odd = set(whats())
     assert len(said_odd) > 20
-    listed = set(re.findall(r"`([^`]+)`", PAGE.split("## Reports about bad records")[1].split("\n## ")[0]))
+    listed = set(
+        re.findall(r"`([^`]+)`", PAGE.split("## Reports about bad records")[1].split("\n## ")[0])
+    )
     assert said_odd <= listed
