@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support import order
+from tests.support import order, selection
 from tests.support.aws.emulators import localstack, ministack, moto
 from tests.support.browser import browser
 from tests.support.postgres.server import frail_server, postgres, postgres_server
@@ -41,12 +41,38 @@ settings.load_profile("batchlab")
 _ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all",
+        action="store_true",
+        dest="all_tests",
+        help="also run the tests that need real parts: grids of processes, containers, services"
+        " that are started for a test, a browser, or time that passes",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite on every core, unless `-n` or `--pdb` is given. A run of named files
+    stays in one process, which starts faster."""
+    option = config.option
+    is_worker = hasattr(config, "workerinput")
+    if (
+        not is_worker
+        and getattr(option, "numprocesses", 0) is None  # 0: xdist is off
+        and not (option.usepdb or option.collectonly)
+        and selection.names_whole_suite(config)
+    ):
+        option.numprocesses = "auto"
+
+
 @pytest.hookimpl(optionalhook=True)  # xdist may be off
-def pytest_xdist_auto_num_workers() -> int:
-    """What `-n auto` means: three more than CPUs, since the longest tests mostly wait; else what
-    xdist's own variable says."""
-    asked = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS")
-    return int(asked) if asked else (os.cpu_count() or 1) + 3
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return the number of processes that `-n auto` starts: one for each core, and with `--all`
+    three more, since the longest real tests mostly wait. xdist's own variable has precedence."""
+    if asked := os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
+        return int(asked)
+    return (os.cpu_count() or 1) + (3 if config.option.all_tests else 0)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,9 +86,25 @@ def pytest_configure(config: pytest.Config) -> None:
             subprocess.run([*longer, "--pid", "0", str(os.getpid())], capture_output=True)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the folders of real tests, unless `--all` or the command line names them."""
+    if config.option.all_tests or collection_path not in selection.REAL_FOLDERS:
+        return None
+    return selection.is_left_out(collection_path, selection.given_paths(config)) or None
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The same in each process of a run on several: they must agree on it."""
+    """Deselect real tests that the command line does not ask for, and order the others. Each
+    process of a run does the same, since xdist compares their lists."""
+    if not config.option.all_tests:
+        given = selection.given_paths(config)
+        left_out = [
+            one for one in items if selection.is_real(one) and not selection.is_named(one, given)
+        ]
+        config.hook.pytest_deselected(items=left_out)
+        dropped = set(left_out)
+        items[:] = [one for one in items if one not in dropped]
     processes: int = getattr(config, "workerinput", {}).get("workercount", 1)
     if processes > 1:
         items[:] = [items[n] for n in order.dealt([one.nodeid for one in items], processes)]

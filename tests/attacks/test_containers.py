@@ -23,6 +23,8 @@ from tests.support.docker.grid import need_containers
 from tests.support.grid.local_grid import LocalGrid
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.real
+
 ROOT = """
 [["worker-default".version]]
 image = "alpine"

@@ -11,6 +11,8 @@ from batchlab.cli.findings import Finding, Level
 from batchlab.home import Home
 from tests.support.grid.local_grid import LocalGrid
 
+pytestmark = pytest.mark.real
+
 JOB = """\
 name: copies
 input: {files: items.txt, split: lines}

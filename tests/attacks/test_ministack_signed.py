@@ -20,6 +20,8 @@ from tests.support.aws.autoscaling_api import aws
 from tests.support.aws.emulators import ministack_python
 from tests.support.grid.local_grid import LocalGrid
 
+pytestmark = pytest.mark.real
+
 FORGED = {"v": 1, "id": "forged", "command": ["touch", "/tmp/forged"]}
 KEY = "/jobs/forged/spec.json"
 JSON = {"content-type": "application/x-amz-json-1.0", "x-amz-target": "AmazonSQS.ListQueues"}

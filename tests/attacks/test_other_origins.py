@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.grid.local_grid import LocalGrid
 
+pytestmark = pytest.mark.real
+
 FOREIGN = (
     {"Origin": "http://evil.example"},
     {"Origin": "http://127.0.0.1:1"},

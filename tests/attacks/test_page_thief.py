@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
+import pytest
 
 from batchlab import updown
 from tests.support.browser import browser, opened, place_of
@@ -21,6 +22,8 @@ from tests.support.server.page import routes
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
+pytestmark = pytest.mark.real
 
 __all__ = ["browser"]
 

@@ -40,6 +40,8 @@ from batchlab.worker.settings import WorkerSettings
 from tests.support.attacks.disk_image import Gate, cut, mounted, needs_loop
 from tests.support.server.api import Machine
 
+pytestmark = pytest.mark.real
+
 SQUARE, TOTAL = StageName("square"), StageName("total")
 ITEMS: list[Json] = [*range(8)]
 STAGES = (

@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.grid.fixtures import Bring
 
+pytestmark = pytest.mark.real
+
 HANDLERS = """\
 CODES = "\\x1b[2J\\x1b]0;title\\x07\\x1b]52;c;cm0gLXJm\\x07\\x9b31m\\u202e\\r\\x08"
 

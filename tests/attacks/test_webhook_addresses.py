@@ -25,6 +25,7 @@ def told(name: str) -> JobDef:
     return replace(job(name, token=name), notify=(TOPIC, HOOK))
 
 
+@pytest.mark.real
 def test_no_object_that_a_worker_reads_has_the_address(tmp_path: Path) -> None:
     """Finding 18: a worker may read everything of the bucket but `grid/*`."""
     grid = LocalGrid(tmp_path / "home")

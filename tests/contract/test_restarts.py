@@ -28,6 +28,8 @@ from tests.support.aws.emulators import (
     moto_server,
 )
 
+pytestmark = pytest.mark.real
+
 
 class Killable(Protocol):
     """A server of S3 and SQS that a test may end and start."""

@@ -18,6 +18,8 @@ import pytest
 from tests.support.aws import cfn
 from tests.support.aws.stack_shapes import SHAPES
 
+pytestmark = pytest.mark.real
+
 CHECKOV = "BATCHLAB_CHECKOV"
 """Environment variable: checkov's program."""
 CFN_GUARD = "BATCHLAB_CFN_GUARD"

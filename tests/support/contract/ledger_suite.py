@@ -8,7 +8,15 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +24,7 @@ from random import Random
 from typing import Protocol
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 
 from batchlab.adapters.aws import Endpoint
 from batchlab.adapters.sim.ledger import SimLedger
@@ -153,10 +162,18 @@ LEDGER_WORLDS: Mapping[str, Callable[[Check, pytest.FixtureRequest], None]] = {
 }
 
 
+def _params(*parts_of_this_process: str, among: Iterable[str]) -> list[ParameterSet]:
+    """Return test parameters; worlds that need a service have the marker `real`."""
+    return [
+        pytest.param(name, marks=[] if name in parts_of_this_process else [pytest.mark.real])
+        for name in among
+    ]
+
+
 def on_every_ledger(check: Check) -> Callable[[str, pytest.FixtureRequest], None]:
     """Turn an async check of an empty ledger into a test that runs in each world."""
 
-    @pytest.mark.parametrize("world", list(LEDGER_WORLDS))
+    @pytest.mark.parametrize("world", _params("sim", "memory", "file", among=LEDGER_WORLDS))
     def test(world: str, request: pytest.FixtureRequest) -> None:
         LEDGER_WORLDS[world](check, request)
 
@@ -164,7 +181,9 @@ def on_every_ledger(check: Check) -> Callable[[str, pytest.FixtureRequest], None
     return test
 
 
-@pytest.fixture(params=["file", "postgres", "simpledb", "rough_simpledb"])
+@pytest.fixture(
+    params=_params("file", among=["file", "postgres", "simpledb", "rough_simpledb"]),
+)
 def place(request: pytest.FixtureRequest) -> Place:
     """Where a ledger may be that several processes use: nothing is there yet."""
     if request.param != "file":

@@ -322,8 +322,11 @@ on_every_queue_alone = partial(on_every_queue, alone=True)
 
 
 def _param(world: str, check: Check) -> ParameterSet:
+    marks = [pytest.mark.real]
     rule, broken_by = DIFFERENCES.get(check.__name__, ("", ()))
-    if world in broken_by:
-        return pytest.param(world, marks=pytest.mark.xfail(reason=rule, raises=AssertionError))
     reason, left_out = UNTRIED.get(check.__name__, ("", ()))
-    return pytest.param(world, marks=[pytest.mark.skip(reason=reason)] if world in left_out else [])
+    if world in broken_by:
+        marks.append(pytest.mark.xfail(reason=rule, raises=AssertionError))
+    elif world in left_out:
+        marks.append(pytest.mark.skip(reason=reason))
+    return pytest.param(world, marks=marks)

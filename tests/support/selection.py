@@ -1,0 +1,61 @@
+"""Selection of the tests that a run without `--all` leaves out.
+
+A test is real if it needs a real part: a grid of processes, a container, a service that is started
+for it, a browser, or time that passes. `pytest` without options runs the other tests. A real test
+lies in one of REAL_FOLDERS, or uses one of REAL_FIXTURES, or has the marker `real`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+REAL_FOLDERS = tuple(TESTS / name for name in ("browser", "chaos", "system"))
+REAL_FIXTURES = frozenset(
+    {
+        *("attacked_grid", "bring_up", "browser"),
+        *("localstack", "ministack", "moto"),
+        *("frail_server", "postgres_server", "simpledb_url"),
+    }
+)
+
+
+def given_paths(config: pytest.Config) -> list[Path]:
+    """Return the files and folders that the command line names."""
+    start = config.invocation_params.dir
+    return [(start / argument.partition("::")[0]).resolve() for argument in config.args]
+
+
+def names_whole_suite(config: pytest.Config) -> bool:
+    """Return whether the command line names no part of the suite."""
+    return all(path == TESTS or TESTS.is_relative_to(path) for path in given_paths(config))
+
+
+def is_left_out(folder: Path, given: Iterable[Path]) -> bool:
+    """Return whether a run that names the paths `given` leaves out this whole folder."""
+    return folder in REAL_FOLDERS and not any(path.is_relative_to(folder) for path in given)
+
+
+def is_real(item: pytest.Item) -> bool:
+    """Return whether a test needs a real part."""
+    fixtures: Sequence[str] = getattr(item, "fixturenames", ())
+    return (
+        not REAL_FIXTURES.isdisjoint(fixtures)
+        or item.get_closest_marker("real") is not None
+        or any(item.path.is_relative_to(folder) for folder in REAL_FOLDERS)
+    )
+
+
+def is_named(item: pytest.Item, given: Iterable[Path]) -> bool:
+    """Return whether the paths `given` name the file of a test, or a folder of real tests."""
+    return any(
+        path == item.path
+        or (
+            any(path.is_relative_to(folder) for folder in REAL_FOLDERS)
+            and item.path.is_relative_to(path)
+        )
+        for path in given
+    )
