@@ -1,6 +1,6 @@
 """How the page looks: every view of a grid that stands still, at three widths, light and dark.
 
-`BATCHLAB_LOOKS=write pytest -k looks` writes the small reference pictures anew.
+`BATCHLAB_LOOKS=write pytest tests/browser -k looks` writes the small reference pictures anew.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How a report looks: whole at every width, on paper too, and its charts in their legends' colours.
 
-`BATCHLAB_LOOKS=write pytest -k looks` writes the small reference pictures anew.
+`BATCHLAB_LOOKS=write pytest tests/browser -k looks` writes the small reference pictures anew.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ ELSEWHERE = {
     "python3 -m venv .venv && .venv/bin/pip install -q uv && .venv/bin/uv sync -q --frozen"
     " --no-dev && .venv/bin/batchlab demo": ".ci/run block",
     "python3 -m venv .venv && .venv/bin/pip install -q uv && .venv/bin/uv sync -q --frozen"
-    " && .venv/bin/pytest -n auto": ".ci/run block",
+    " && .venv/bin/pytest --all": ".ci/run block",
     ".ci/supply dist": ".ci/run supply",
     "uv build": "tests/system/test_installed.py built",
     "uv tool install dist/batchlab-*.whl": "tests/system/test_installed.py installed",
@@ -311,7 +311,9 @@ ON_AWS = re.compile(
 exist; on emulated control planes the tests below `system/deploy` give them."""
 
 DEVELOPERS = (
-    "BATCHLAB_AWS_BUDGET_USD=5 .venv/bin/pytest -m aws",
+    ".venv/bin/pytest",
+    ".venv/bin/pytest --all",
+    "BATCHLAB_AWS_BUDGET_USD=5 .venv/bin/pytest --all -m aws",
     "BATCHLAB_FROM=500 BATCHLAB_SEEDS=2000 pytest -n auto tests/sim/test_fuzz.py",
     "BATCHLAB_LOOKS=write python -m pytest tests/browser/test_page_looks.py"
     " tests/browser/test_report_looks.py",

@@ -34,7 +34,7 @@ FAR = 0.2
 """Shades, the mean over all cells by which a picture may differ from its reference."""
 GROUND_FAR = 6
 """Greys of 256, by which its ground may."""
-MEANT = f"if that is meant: {WRITE}=write pytest -k looks"
+MEANT = f"if that is meant: {WRITE}=write pytest tests/browser -k looks"
 FONT_SHARE = 0.01
 """By so much the width of a line may differ where the font is still the same."""
 

@@ -1,6 +1,6 @@
 """The backends as one user meets them: a home, an environment, and the commands.
 
-A stack on AWS itself is made only for `pytest -m aws`, with a budget in dollars in
+A stack on AWS itself is made only for `pytest --all -m aws`, with a budget in dollars in
 BATCHLAB_AWS_BUDGET_USD, and is taken down whatever happens. Everything that is tried on it is
 tried on an emulated control plane too, in every run.
 """
