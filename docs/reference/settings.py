@@ -154,7 +154,7 @@ What can be said beside job files and options, and where it is said.
 | pools of a grid | `grid up --pool`, `grid scale` | [commands](cli.md#batchlab-grid-up) |
 | how a grid's manager behaves | `settings.toml` in the grid's folder | below |
 | whom a grid notifies | `notify.toml` in the grid's folder | [notifications](notifications.md) |
-| a stack on AWS | `deploy plan`, its settings file | [deploy](deploy.md#what-can-be-said) |
+| a stack on AWS | `deploy plan`, its settings file | [deploy](deploy.md#options) |
 | prices | `prices.toml` in the grid's folder | [costs](costs.md#the-price-book) |
 
 ## The manager's settings
