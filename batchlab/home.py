@@ -16,6 +16,7 @@ Invariant: everything in it survives SIGKILL and can be looked at with `ls`.
     open-*.html     leads a browser to the page (0600), while `grid open` waits for it
     records/        what replays of scenarios have measured
     ministack/      that backend's endpoint.json, ledger.sqlite, and its emulator's own state
+    gcs/            that backend's endpoint.json, ledger.sqlite, and queue.sqlite
     localstack/     that backend's endpoint.json, where its containers are, and what they have said
     aws/            where the parts of a stack on AWS are, for who works with one from here
 """
@@ -37,16 +38,14 @@ from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import IO, Any
 
+from batchlab import package_data
 from batchlab.errors import Refused, UsageError
 from batchlab.protocol import naming
 from batchlab.whole import make_folder, private, sync_folder, write_whole
 
 DEFAULT = ".batchlab"
 
-_FOLDERS = (
-    *("objects", "fleet", "scratch", "wake", "records", "reports", "damaged"),
-    *("ministack", "localstack", "aws"),
-)
+_FOLDERS = frozenset({"objects", "fleet", "scratch", "wake", "records", "reports", "damaged"})
 _FILES = re.compile(
     r"\.gitignore|\.batchlab-made|token|manager\.(json|lock|log|sock)|(ledger|queue)\.sqlite.*"
     r"|(settings|notify|prices)\.toml|fetched\.jsonl|sessions\.json|open-.*\.html"
@@ -79,6 +78,13 @@ class Place:
     bucket: str
     named: bool
     behind: str = ""
+
+    @property
+    def address(self) -> str:
+        """The URL of the bucket."""
+        return (
+            f"{self.url}{self.bucket}" if self.url.endswith("//") else f"{self.url}/{self.bucket}"
+        )
 
     @property
     def unfronted(self) -> Place:
@@ -196,9 +202,10 @@ class Home:
         """Let only their user read the grid's files and folders, which earlier releases made with
         the usual permissions. The folder itself may hold other things of the user's: it is left
         as it is unless everything in it is the grid's."""
+        ours = _FOLDERS | {one.name for one in package_data.folder("backends").iterdir()}
         is_ours = True
         for entry in self.path.iterdir():
-            if entry.name in _FOLDERS or _FILES.fullmatch(entry.name):
+            if entry.name in ours or _FILES.fullmatch(entry.name):
                 _tighten(entry)
             else:
                 is_ours = False

@@ -19,6 +19,7 @@ from batchlab.patience import Patience
 from batchlab.ports import Clock, ObjectInfo, Objects
 from batchlab.protocol import naming
 from batchlab.spec import paths
+from batchlab.spec.checks import bucket_and_key
 from batchlab.spec.jobfile import JobFile, compile_job
 from batchlab.worker import code
 
@@ -143,7 +144,7 @@ def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
             remedy="Name local files; `batchlab run`, `batchlab job submit` and schedules take "
             "input of the bucket on a grid that has one: not the simulator, a replay, or the page.",
         )
-    others = [url for url in urls if not url.startswith(f"s3://{bucket}/")]
+    others = [url for url in urls if not _key(url, bucket)]
     if others and len(others) < len(urls):
         raise UsageError(
             f"The input is partly in the grid's bucket, and partly, with {others[0]}, in another.",
@@ -155,7 +156,7 @@ def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
             remedy=f"Copy it to s3://{bucket}/raw/ and name it there, or name local files, which "
             "are uploaded.",
         )
-    keys = [_key(url) for url in urls]
+    keys = [_key(url, bucket) for url in urls]
     # What lies below a prefix too is taken once.
     wider = [key for key in keys if key.endswith("/")]
     return [key for key in keys if not any(key != w and key.startswith(w) for w in wider)]
@@ -216,8 +217,10 @@ async def _pages(
             yield found
 
 
-def _key(url: str) -> str:
-    return url.removeprefix("s3://").partition("/")[2]
+def _key(url: str, bucket: str) -> str:
+    """Return the key of an object of that bucket, or "" for any other URL."""
+    found = bucket_and_key(url)
+    return found[1] if found and found[0] == bucket else ""
 
 
 # --- Input that is uploaded ----------------------------------------------------------------------

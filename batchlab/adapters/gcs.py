@@ -23,7 +23,7 @@ from batchlab.adapters.obstore_objects import (
     client_options,
     retries,
 )
-from batchlab.errors import AlreadyExists
+from batchlab.errors import AlreadyExists, BackendError
 
 if TYPE_CHECKING:
     from obstore import PutMode
@@ -76,6 +76,17 @@ class GcsObjects(ObstoreObjects):
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
                 raise
+
+
+def check(bucket: Bucket) -> None:
+    """Raise BackendError unless the bucket can be listed."""
+    try:
+        open_objects(bucket).check()
+    except BackendError as error:
+        raise BackendError(
+            f"The bucket gs://{bucket.name} cannot be listed: {error.message}",
+            remedy="Create the bucket, and log in with `gcloud auth application-default login`.",
+        ) from error
 
 
 def open_objects(bucket: Bucket) -> GcsObjects:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from batchlab.adapters import folders
+from batchlab.adapters.bucket import Bucket
 from batchlab.adapters.folders import FileWriter
 from batchlab.adapters.limits import check_key, check_prefix, check_size
 from batchlab.durability import Sync
@@ -183,6 +184,11 @@ def open_local(root: Path, sync: Sync = Sync.JOBS) -> LocalObjects:
     """The bucket that is the folder `root`, which is made if it does not exist."""
     make_folder(root)
     return LocalObjects(root, sync)
+
+
+def open_objects(bucket: Bucket) -> LocalObjects:
+    """Open the bucket that is a folder. See `Bucket`."""
+    return open_local(bucket.folder, bucket.sync)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from batchlab.adapters.bucket import Bucket
 from batchlab.adapters.obstore_objects import (
     PARTS_AT_ONCE,
     ObstoreObjects,
@@ -48,6 +49,12 @@ class S3Objects(ObstoreObjects):
     def _create_in_parts(self, key: str, path: Path, part_bytes: int) -> None:
         # obstore cannot upload in parts on a condition.
         _create_in_parts(self._endpoint, self._bucket, key, path, part_bytes)
+
+
+def open_objects(bucket: Bucket) -> S3Objects:
+    """Open the bucket of that name at its endpoint. See `open_s3`."""
+    assert bucket.endpoint is not None
+    return open_s3(bucket.endpoint, bucket.name, bucket.tally)
 
 
 def open_s3(endpoint: Endpoint, bucket: str, tally: Tally | None = None) -> S3Objects:

@@ -38,6 +38,7 @@ class Descriptor:
     name: str
     description: str
     objects: str
+    """The module whose `open_objects` opens the bucket."""
     queue: str
     ledger: str
     fleet: str
@@ -51,6 +52,8 @@ class Descriptor:
     image: Image = Image()
     usual: Calibration = field(default_factory=lambda: Calibration(""))
     """What a forecast takes of it where nothing was calibrated."""
+    bucket_scheme: str = ""
+    """The scheme of the address by which `--endpoint` names an existing bucket, such as "gs"."""
     extra: str | None = None
     """The extra of the installation that this backend needs."""
     capabilities: Capabilities = NO_CAPABILITIES
@@ -79,14 +82,16 @@ def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
     doc = _read(name)
     emulator = doc.get("emulator")
     capabilities = _capabilities(doc)
-    if endpoint and not capabilities.takes_endpoint:
+    scheme = doc.get("bucket_scheme", "")
+    takes_endpoint = capabilities.takes_endpoint or bool(scheme)
+    if endpoint and not takes_endpoint:
         raise UsageError(
             f"The backend {name} has no use for an endpoint.",
             remedy="Leave out --endpoint."
             + (" AWS_ENDPOINT_URL names a substitute for AWS." if capabilities.stack else ""),
         )
-    if capabilities.takes_endpoint and (endpoint := endpoint or os.environ.get(VARIABLE)):
-        place_of(endpoint)
+    if takes_endpoint and (endpoint := endpoint or os.environ.get(VARIABLE)):
+        place_of(endpoint, scheme)
     return kind(
         name,
         doc["description"],
@@ -101,6 +106,7 @@ def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
         endpoint or None,
         Image(**{source: tuple(some) for source, some in doc.get("image", {}).items()}),
         _usual(name, doc.get("usual", {})),
+        scheme,
         doc.get("extra"),
         capabilities,
     )

@@ -18,8 +18,13 @@ _ENDPOINT = re.compile(
 # of a pool's dead letters takes 51 of them.
 
 
-def place_of(endpoint: str) -> Place:
-    """The URL and the bucket, "" where none is named; UsageError."""
+def place_of(endpoint: str, scheme: str = "") -> Place:
+    """Return the URL and the bucket, which is "" if the endpoint names none; UsageError.
+
+    With a `scheme`, the endpoint must be the address of a bucket, such as gs://my-bucket.
+    """
+    if scheme:
+        return _bucket_of(endpoint, scheme)
     found = _ENDPOINT.fullmatch(endpoint)
     if found is None:
         # A name and password in it are for nobody's eyes.
@@ -30,6 +35,16 @@ def place_of(endpoint: str) -> Place:
             "with 3 to 28 small letters, digits and hyphens.",
         )
     return Place(found["url"], found["bucket"] or "", named=True)
+
+
+def _bucket_of(address: str, scheme: str) -> Place:
+    found = re.fullmatch(rf"({scheme}://)([a-z0-9][a-z0-9._-]{{1,220}}[a-z0-9])/?", address)
+    if found is None:
+        raise UsageError(
+            f"The endpoint {address!r} is not the address of a bucket.",
+            remedy=f"Write for example {scheme}://my-bucket.",
+        )
+    return Place(found[1], found[2], named=True)
 
 
 def fresh_bucket() -> str:

@@ -11,10 +11,12 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from batchlab import extras
 from batchlab.adapters.awsgrid import deployment as stacks
+from batchlab.adapters.bucket import Bucket
 from batchlab.adapters.compose import deployment
 from batchlab.backends import descriptor
 from batchlab.backends.placed import Placed
@@ -85,17 +87,21 @@ class Backend(Placed):
 
     def open_objects(self, home: Home, tally: Tally | None = None) -> Objects:
         """The bucket, asked as `tally` counts; Unreachable where no grid has been up yet."""
+        if self.capabilities.simulated:
+            raise _not_a_process("objects", self.objects)
+        bucket = self._bucket(home, tally)
+        opened: Objects = import_module(self.objects).open_objects(bucket)
+        return opened
+
+    def _bucket(self, home: Home, tally: Tally | None) -> Bucket:
         if self.capabilities.local_bucket:
-            from batchlab.adapters.local_objects import open_local
-
             home.make()
-            return open_local(home.objects, read_sync())
-        _only("objects", self.objects, "s3")
+            return Bucket(folder=home.objects, sync=read_sync())
+        if self.bucket_scheme:
+            return Bucket(self.place(home).bucket, tally=tally)
         self.check_installed("boto3")
-        from batchlab.adapters.objects import open_s3
-
         there = self.services(home)
-        return open_s3(there.endpoint, there.bucket, tally)
+        return Bucket(there.bucket, endpoint=there.endpoint, tally=tally)
 
     def open_local_files(self, home: Home) -> LocalFiles | None:
         """Return the bucket's files, or None if the bucket is not a folder of this machine."""
@@ -128,7 +134,9 @@ class Backend(Placed):
             from batchlab.adapters.sqlite_queue import SqliteQueue
 
             home.make()
-            return SqliteQueue(home.queue_file, clock)
+            folder = self.folder(home)
+            folder.mkdir(exist_ok=True)
+            return SqliteQueue(folder / home.queue_file.name, clock)
         _only("queue", self.queue, "sqs")
         self.check_installed("boto3")
         from batchlab.adapters.rung import RungQueue
@@ -156,10 +164,12 @@ class Backend(Placed):
         from batchlab.adapters.sql import open_sqlite
 
         home.make()
-        if self.capabilities.local_bucket:
-            return open_sqlite(home.ledger_file, read_sync())
-        home.of(self.name).mkdir(exist_ok=True)
-        return open_sqlite(home.of(self.name) / home.ledger_file.name)
+        folder = self.folder(home)
+        folder.mkdir(exist_ok=True)
+        path = folder / home.ledger_file.name
+        return (
+            open_sqlite(path, read_sync()) if self.capabilities.local_bucket else open_sqlite(path)
+        )
 
     def open_launcher(self, home: Home, clock: Clock) -> ProcessLauncher | None:
         """Who launches instances in this process; None where a service of its own does."""
@@ -185,11 +195,7 @@ class Backend(Placed):
 
     def import_for_worker(self) -> None:
         """What is imported where a worker opens its bucket and its queues; nothing is opened."""
-        if self.capabilities.local_bucket:
-            from batchlab.adapters import local_objects  # noqa: F401
-        else:
-            from batchlab.adapters import objects  # noqa: F401
-
+        import_module(self.objects)
         if self.queue == "sqlite":
             from batchlab.adapters import sqlite_queue  # noqa: F401
         else:
@@ -279,7 +285,11 @@ def patience() -> Patience:
 
 def _only(port: str, named: str, known: str) -> None:
     if named != known:
-        raise UsageError(
-            f"This backend's {port} adapter {named!r} does not run in a process of its own.",
-            remedy="`batchlab run FILE --backend sim` runs a job in it.",
-        )
+        raise _not_a_process(port, named)
+
+
+def _not_a_process(port: str, named: str) -> UsageError:
+    return UsageError(
+        f"This backend's {port} adapter {named!r} does not run in a process of its own.",
+        remedy="`batchlab run FILE --backend sim` runs a job in it.",
+    )

@@ -9,11 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchlab import extras
 from batchlab.adapters import keys
 from batchlab.adapters.awsgrid import deployment as stacks
+from batchlab.adapters.bucket import Bucket
 from batchlab.adapters.compose import deployment
 from batchlab.backends.descriptor import Descriptor
 from batchlab.backends.endpoint import VARIABLE, fresh_bucket, place_of
@@ -119,7 +122,7 @@ class Placed(Descriptor):
         """Where bucket and queues are; Unreachable where the grid has never been up."""
         if place := home.place(self.name):
             return place
-        if self.endpoint and (named := place_of(self.endpoint)).bucket:
+        if self.endpoint and (named := place_of(self.endpoint, self.bucket_scheme)).bucket:
             return named  # an instance knows them from its environment alone
         # Of one in containers the bucket went with it.
         been = "is" if self.capabilities.container_manager else "has been"
@@ -152,13 +155,22 @@ class Placed(Descriptor):
     def bucket(self, home: Home) -> str:
         """What a job file calls the grid's bucket by in `s3://BUCKET/…`: its name, on files the
         backend's. Unreachable where the grid has never been up, and has none."""
-        return self.name if self.capabilities.local_bucket else self.services(home).bucket
+        if self.capabilities.local_bucket:
+            return self.name
+        return self.place(home).bucket if self.bucket_scheme else self.services(home).bucket
+
+    def folder(self, home: Home) -> Path:
+        """Return the folder of the backend's own files: the home if the bucket is in it."""
+        return home.path if self.capabilities.local_bucket else home.of(self.name)
 
     def provide(self, home: Home, say: Callable[[str], None]) -> None:
         """Do what takes long or may be refused before a manager is started, where the user sees
         it: install the emulator (`say` hears of it), or look whether the named endpoint answers.
         UsageError, BackendError."""
-        if named := self.named_place(home):
+        named = self.named_place(home)
+        if self.bucket_scheme:
+            self._check_bucket(named)
+        elif named:
             from batchlab.adapters.aws import check
 
             check(self.endpoint_at(home, named))
@@ -167,12 +179,20 @@ class Placed(Descriptor):
 
             provide(say)
 
+    def _check_bucket(self, named: Place | None) -> None:
+        if named is None:
+            raise UsageError(
+                f"The backend {self.name} needs a bucket.",
+                remedy=f"Name it with --endpoint {self.bucket_scheme}://BUCKET or {VARIABLE}.",
+            )
+        import_module(self.objects).check(Bucket(named.bucket))
+
     def named_place(self, home: Home) -> Place | None:
         """The endpoint that the user has named, now or when this home was first used, or a front
         before one; None where there is none. UsageError where it differs from where the bucket
         is."""
         known = home.place(self.name)
-        named = place_of(self.endpoint) if self.endpoint else None
+        named = place_of(self.endpoint, self.bucket_scheme) if self.endpoint else None
         if known and known.behind and not (named and named.url == known.url):
             known = known.unfronted  # its front went with a replay that was killed
         if named is None:
@@ -183,9 +203,9 @@ class Placed(Descriptor):
             return wanted
         if wanted == replace(known, named=known.named or bool(known.behind), behind=""):
             return known
-        where = f"at {known.url}/{known.bucket}" if known.named else "in an emulator of its own"
+        where = f"at {known.address}" if known.named else "in an emulator of its own"
         raise UsageError(
-            f"The grid in {home.path} has its bucket {where}, not at {wanted.url}/{wanted.bucket}.",
+            f"The grid in {home.path} has its bucket {where}, not at {wanted.address}.",
             remedy=f"Leave out --endpoint and {VARIABLE}, or name another folder with --home.",
         )
 
@@ -198,9 +218,10 @@ class Placed(Descriptor):
             place = Place(emulator.url, known.bucket if known else fresh_bucket(), named=False)
         if place is None:
             return
-        from batchlab.adapters.aws import create_bucket
+        if not self.bucket_scheme:
+            from batchlab.adapters.aws import create_bucket
 
-        create_bucket(self.endpoint_at(home, place), place.bucket)
+            create_bucket(self.endpoint_at(home, place), place.bucket)
         if not self.capabilities.container_manager:  # `grid up` wrote it; the folder is read-only
             home.of(self.name).mkdir(parents=True, exist_ok=True)
             home.write_place(self.name, place)
@@ -210,6 +231,8 @@ def client_environment(backend: Placed, home: Home) -> dict[str, str]:
     """What lets any client of S3 and SQS find the grid's bucket and queues; nothing on files."""
     if backend.capabilities.local_bucket:
         return {}
+    if backend.bucket_scheme:
+        return {"BATCHLAB_BUCKET": backend.bucket(home)}
     there = backend.services(home)
     at = there.endpoint
     found = {

@@ -103,8 +103,20 @@ def _backend(home: Home, name: str, endpoint: str | None) -> Iterator[Finding]:
         from batchlab.cli.checkup_aws import stack
 
         yield from stack(home, backend)
+    elif backend.bucket_scheme:
+        yield _bucket(home, backend)
     elif backend.emulator:
         yield from _endpoint(home, backend)
+
+
+def _bucket(home: Home, backend: Backend) -> Finding:
+    try:
+        backend.provide(home, lambda _: None)
+    except BatchlabError as error:
+        return Finding("bucket", Level.FAIL, error.message, error.remedy)
+    named = backend.named_place(home)
+    assert named is not None
+    return Finding("bucket", Level.OK, f"{named.address} can be listed")
 
 
 def _endpoint(home: Home, backend: Backend) -> Iterator[Finding]:

@@ -36,8 +36,8 @@ EndpointOption = Annotated[
     typer.Option(
         "--endpoint",
         metavar="URL",
-        help="Where S3 and SQS are, perhaps with a bucket as the path, in place of an emulator of "
-        "the grid's own; without it BATCHLAB_ENDPOINT.",
+        help="The URL of S3 and SQS, perhaps with a bucket as the path, in place of an emulator of "
+        "the grid's own. On the backend gcs, gs://BUCKET. Without it, BATCHLAB_ENDPOINT.",
         show_default=False,
     ),
 ]

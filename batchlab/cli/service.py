@@ -90,7 +90,9 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         metavar="NAME:MIN-MAXxSLOTS",
         help="a pool of workers, in place of the backend's own; may be repeated",
     )
-    manager.add_argument("--endpoint", metavar="URL", help="where S3 and SQS are")
+    manager.add_argument(
+        "--endpoint", metavar="URL", help="where S3 and SQS are, or which bucket to use"
+    )
     manager.add_argument("--host", default="127.0.0.1", help="address to listen on")
     manager.add_argument("--port", type=int, default=0, help="port to listen on; 0: any free one")
     manager.add_argument(

@@ -50,9 +50,21 @@ def run(found: Structure[JobSpec], folder: Path, *, needs_input: bool = True) ->
     return problems
 
 
+_OBJECT_URL = re.compile(r"s3://([a-z0-9][a-z0-9._-]+)(?:/(.*))?", re.DOTALL)
+
+
 def is_url(pattern: str) -> bool:
     """Whether an input is an object store's URL instead of a local pattern."""
     return "://" in pattern
+
+
+def bucket_and_key(url: str) -> tuple[str, str] | None:
+    """Return the bucket and the key of s3://BUCKET/KEY, or None for any other text.
+
+    The scheme is s3 on every backend: BUCKET is the bucket of the grid.
+    """
+    found = _OBJECT_URL.fullmatch(url)
+    return (found[1], found[2] or "") if found else None
 
 
 def _one_action(subject: Subject) -> Iterator[Problem]:
@@ -176,7 +188,7 @@ def _input_files(subject: Subject) -> Iterator[Problem]:
     for i, pattern in enumerate(subject.job.input.files):
         loc = ("input", "files", i)
         if is_url(pattern):
-            if not re.match(r"s3://[a-z0-9][a-z0-9.-]+(/|$)", pattern):
+            if bucket_and_key(pattern) is None:
                 remedy = "Write s3://bucket/prefix, or a local pattern."
                 what = units.shown(pattern)
                 yield Problem(loc, f"{what} is no URL of an S3 bucket.", remedy)

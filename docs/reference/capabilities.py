@@ -8,11 +8,13 @@ from batchlab import backends
 from batchlab.backends import Backend
 from docs.reference.markdown import head, table
 
-ORDER = ("local", "ministack", "localstack", "aws", "sim")
+ORDER = ("local", "ministack", "localstack", "aws", "gcs", "sim")
 """The backends as the pages have them."""
 _ADAPTERS = {
-    "files": "a folder",
-    "s3": "S3",
+    "batchlab.adapters.local_objects": "a folder",
+    "batchlab.adapters.objects": "S3",
+    "batchlab.adapters.gcs": "Google Cloud Storage",
+    "batchlab.adapters.sim.objects": "memory",
     "memory": "memory",
     "sqlite": "SQLite",
     "sqs": "SQS",
@@ -92,7 +94,7 @@ _TELLS: tuple[tuple[str, Callable[[Backend], str]], ...] = (
     ("starts an emulator for itself", lambda one: one.emulator or _yes(_in_containers(one))),
     ("needs Docker", lambda one: _yes(_in_containers(one))),
     ("needs an account, and costs money", lambda one: _yes(one.capabilities.billed)),
-    ("the AWS CLI and others see its bucket and queues", lambda one: _yes(one.objects == "s3")),
+    ("the AWS CLI and others see its bucket and queues", lambda one: _yes(one.queue == "sqs")),
     (
         "the bucket can be read while no grid is up, by anybody with its folder",
         lambda one: _yes(one.capabilities.local_bucket),

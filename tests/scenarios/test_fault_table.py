@@ -53,7 +53,8 @@ def test_every_fault_has_one_answer_on_every_backend() -> None:
     assert set(TABLE) == set(FaultName)
     for fault, backend, cell in rows():
         assert bool(cell.how) != bool(cell.why_not), (fault, backend)
-    assert set(BACKENDS) == set(backends.names()) - {"sim"}
+    assert set(BACKENDS) == set(backends.names()) - {"gcs", "sim"}
+    assert set(impossible("gcs").values()) == {"No fault is implemented for this backend"}
 
 
 def scene(name: str, tmp_path: Path) -> Scene:

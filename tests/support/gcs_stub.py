@@ -104,13 +104,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         split = urlsplit(self.path)
         query = {key: found[0] for key, found in parse_qs(split.query, True).items()}
-        bucket, _, key = split.path.removeprefix("/").partition("/")
+        bucket, _, key = unquote(split.path).removeprefix("/").partition("/")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.stub.requests.append(" ".join([self.command, unquote(split.path), *sorted(query)]))
         try:
             if not self.headers.get("Authorization"):
                 raise Refused(401, "AuthenticationRequired")
-            self._answer(bucket, unquote(key), query, body)
+            self._answer(bucket, key, query, body)
         except Refused as error:
             self._send(error.status, f"<Error><Code>{error.code}</Code></Error>".encode())
 

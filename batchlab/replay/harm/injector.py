@@ -18,7 +18,7 @@ from batchlab.home import Home
 from batchlab.model import Pool
 from batchlab.replay.course import OVER
 from batchlab.replay.harm.scene import Harm, Over, Scene, Seen
-from batchlab.replay.harm.table import BACKENDS, cell
+from batchlab.replay.harm.table import cell
 from batchlab.scenario.model import Fault, FaultName
 from batchlab.scenario.record import Injected
 
@@ -99,7 +99,7 @@ def injector_for(
     the same address, so that `client` goes on. `front` stands before its endpoint (see
     `fronted`). UsageError for a backend that nothing real runs on.
     """
-    if backend.name not in BACKENDS:
+    if backend.capabilities.simulated:
         raise UsageError(
             f"Nothing real runs on the backend {backend.name}.",
             remedy="`batchlab scenario simulate` knows every fault by itself.",

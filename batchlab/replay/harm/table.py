@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from batchlab.scenario.model import FaultName
 
 BACKENDS = ("local", "ministack", "localstack", "aws")
-"""Those on which a scenario is replayed; the simulator knows every fault by itself."""
+"""The backends with faults. On any other backend, a replay skips every fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ _FORGOTTEN = Cell(
 )
 _TWICE = Cell("messages are received, a copy of each is sent, and the original given back as well")
 _LATE = Cell("messages are received and kept from everybody until it is over, 15 minutes at most")
+_UNSUPPORTED = _never("No fault is implemented for this backend.")
 _NO_ZONES = _never("Instances are processes of one machine, which is in no zone.")
 _HOG = Cell("programs that write and fsync without a pause on the disk of the workers' folders")
 
@@ -157,7 +158,7 @@ TABLE: Mapping[FaultName, Mapping[str, Cell]] = {
 
 def cell(fault: FaultName, backend: str) -> Cell:
     """How that fault comes about on that backend, or why it cannot be."""
-    return TABLE[fault][backend]
+    return TABLE[fault].get(backend, _UNSUPPORTED)
 
 
 def impossible(backend: str) -> dict[FaultName, str]:
