@@ -114,7 +114,7 @@ def check_input(jobfile: JobFile) -> None:
             remedy="Name files only, which are uploaded, or objects of the grid's bucket only.",
         )
     for url in urls:
-        check_key(url, _key(url))
+        check_key(url, _parts(url)[1])
 
 
 def check_key(shown: str, key: str) -> None:
@@ -144,7 +144,7 @@ def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
             remedy="Name local files; `batchlab run`, `batchlab job submit` and schedules take "
             "input of the bucket on a grid that has one: not the simulator, a replay, or the page.",
         )
-    others = [url for url in urls if not _key(url, bucket)]
+    others = [url for url in urls if _parts(url)[0] != bucket]
     if others and len(others) < len(urls):
         raise UsageError(
             f"The input is partly in the grid's bucket, and partly, with {others[0]}, in another.",
@@ -156,7 +156,7 @@ def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
             remedy=f"Copy it to s3://{bucket}/raw/ and name it there, or name local files, which "
             "are uploaded.",
         )
-    keys = [_key(url, bucket) for url in urls]
+    keys = [_parts(url)[1] for url in urls]
     # What lies below a prefix too is taken once.
     wider = [key for key in keys if key.endswith("/")]
     return [key for key in keys if not any(key != w and key.startswith(w) for w in wider)]
@@ -217,10 +217,8 @@ async def _pages(
             yield found
 
 
-def _key(url: str, bucket: str) -> str:
-    """Return the key of an object of that bucket, or "" for any other URL."""
-    found = bucket_and_key(url)
-    return found[1] if found and found[0] == bucket else ""
+def _parts(url: str) -> tuple[str, str]:
+    return bucket_and_key(url) or ("", "")
 
 
 # --- Input that is uploaded ----------------------------------------------------------------------

@@ -41,7 +41,7 @@ _DELETES_AT_ONCE = 16
 class GcsObjects(ObstoreObjects):
     """The Objects port over a bucket of Google Cloud Storage.
 
-    Conditions of writes are generation preconditions. Generation 0 means that there is no object.
+    Conditions of writes are generation preconditions. Generation 0 stands for a missing object.
     """
 
     def _unless_changed(self, key: str, etag: str) -> PutMode:

@@ -55,7 +55,7 @@ _PART_BYTES = 8 * 1024 * 1024
 _MAX_PARTS = 10_000
 PARTS_AT_ONCE = 4
 _CHUNK_BYTES = 5 * 1024 * 1024
-"""What obstore puts in one request unless told otherwise."""
+"""The largest part that obstore sends in one request by default."""
 
 _SILENCE = timedelta(seconds=30)
 
@@ -277,7 +277,7 @@ def client_options(url: str) -> ClientConfig:
         "timeout": timedelta(days=1),
     }
     if here := loopback(url):
-        # obstore has no other way to ignore a proxy that the environment names.
+        # Only this makes obstore ignore a proxy that the environment names.
         options |= {"proxy_url": url, "proxy_excludes": here}
     return options
 
@@ -309,7 +309,7 @@ def _translated(key: str) -> Iterator[None]:
             raise BackendError("The bucket is not there.") from error
         raise NotFound(f"No object {key!r}.") from error
     except (AlreadyExistsError, PreconditionError) as error:
-        # 409 is a race that nobody has won yet, where 412 says that somebody has.
+        # After a 412, another writer has won. After a 409, the race is still open.
         kind = Throttled if _BUSY.search(str(error)) else AlreadyExists
         raise kind(f"Object {key!r} exists, or is another one by now.") from error
     except (BaseError, OSError) as error:
