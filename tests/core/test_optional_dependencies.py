@@ -205,6 +205,7 @@ def test_every_backend_says_what_it_needs() -> None:
     found = {name: backends.load(name).extra for name in backends.names()}
     assert found == {
         "aws": "aws",
+        "gcs": None,
         "local": None,
         "localstack": "docker",
         "ministack": "ministack",
