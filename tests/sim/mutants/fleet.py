@@ -22,7 +22,7 @@ from tests.sim.mutants.kit import Plant, planted
 
 @planted("I1", "I2", "I3")
 def events_counted_without_dedupe(plant: Plant) -> None:
-    """Every completion that comes is counted. An event that comes twice counts twice (I2)."""
+    """Every received completion is counted. An event that arrives twice counts twice (I2)."""
     original = bundle_rows._complete
 
     @plant.everywhere(original)
@@ -38,7 +38,7 @@ def events_counted_without_dedupe(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3")
 def dedupe_across_calls_only(plant: Plant) -> None:
-    """The ledger is asked which completions are new, and all of them are counted. Two copies in
+    """The manager asks the ledger which completions are new, and counts all of them. Two copies in
     one call are both new (I2)."""
     original = bundle_rows._complete
 
@@ -63,8 +63,8 @@ def dedupe_across_calls_only(plant: Plant) -> None:
 
 @planted("I5")
 def scale_in_takes_a_busy_one(plant: Plant) -> None:
-    """Scale-in lowers the desired capacity and lets the group choose. It takes the newest, busy or
-    not (I5)."""
+    """Scale-in lowers the desired capacity and lets the group choose. The group terminates the
+    newest instance, busy or not (I5)."""
 
     @plant.method(Autoscaler, "protect_the_busy")
     async def protect_the_busy(self: Autoscaler, view: GroupView) -> None:
@@ -77,7 +77,7 @@ def scale_in_takes_a_busy_one(plant: Plant) -> None:
 
 @planted("I5")
 def desired_without_a_maximum(plant: Plant) -> None:
-    """Capacity follows the backlog, however large (I5)."""
+    """The desired capacity follows the backlog without a limit (I5)."""
     original = autoscaler.wanted
 
     @plant.everywhere(original)
@@ -93,7 +93,7 @@ def desired_without_a_maximum(plant: Plant) -> None:
 
 @planted("I5")
 def scale_in_forgotten(plant: Plant) -> None:
-    """Capacity grows with the backlog and never comes down (I5)."""
+    """The desired capacity grows with the backlog and never decreases (I5)."""
 
     @plant.method(Autoscaler, "_may_shrink")
     def _may_shrink(self: Autoscaler, pool: str, backlog: Backlog, now_s: float) -> bool:

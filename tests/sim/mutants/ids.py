@@ -27,8 +27,8 @@ from tests.sim.mutants.kit import Plant, planted
 
 @planted("I7", "losses", "ends")
 def retry_under_the_same_id(plant: Plant) -> None:
-    """A bundle's id does not say which attempt it is. A retry finds its first attempt's outcome
-    and forwards that, again and again (I7)."""
+    """The id of a bundle does not contain the attempt. A retry finds the outcome of its first
+    attempt and forwards that, again and again (I7)."""
 
     @plant.property(Bundle, "id")
     def id_(self: Bundle) -> BundleId:
@@ -38,8 +38,8 @@ def retry_under_the_same_id(plant: Plant) -> None:
 
 @planted("I7", "ends")
 def round_without_an_id(plant: Plant) -> None:
-    """A bundle's id does not say which of the user's retries it belongs to. The new round finds
-    the old outcomes and nothing runs again (I7)."""
+    """The id of a bundle does not contain the round. The new round finds the old outcomes, so
+    nothing runs again (I7)."""
 
     @plant.property(Bundle, "id")
     def id_(self: Bundle) -> BundleId:
@@ -49,8 +49,8 @@ def round_without_an_id(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "I7", "losses", "ends")
 def id_by_the_first_task(plant: Plant) -> None:
-    """A bundle's id names its first task only. The first half of a split bundle is taken for the
-    bundle itself (I7)."""
+    """The id of a bundle contains its first task only. The first half of a split bundle has the id
+    of the whole bundle (I7)."""
 
     @plant.property(Bundle, "id")
     def id_(self: Bundle) -> BundleId:
@@ -60,8 +60,8 @@ def id_by_the_first_task(plant: Plant) -> None:
 
 @planted("Attempts")
 def retry_counts_worker_loss(plant: Plant) -> None:
-    """A delivery that ended without an outcome uses up one of the task's own attempts. A task that
-    would have succeeded at its next try is FAILED (attempts)."""
+    """A delivery that ended without an outcome counts as one of the task's own attempts. A task
+    that would have succeeded at its next try is FAILED (attempts)."""
     original = Closing.commit
 
     @plant.method(Closing, "commit")
@@ -85,8 +85,8 @@ def retry_counts_worker_loss(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "I7")
 def split_off_task_run_as_well(plant: Plant) -> None:
-    """What is split off begins with the task that ended last, to be sure that none is left out.
-    That task ends twice (I1, I2)."""
+    """The bundle that is split off begins with the task that ended last, so that no task is left
+    out. That task ends twice (I1, I2)."""
     plant.unchecked_parts()
     original = settle._split
 
@@ -99,8 +99,8 @@ def split_off_task_run_as_well(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "I7", "ends")
 def rest_of_a_bundle_forgotten(plant: Plant) -> None:
-    """A bundle that was stopped early commits what has run, and nobody follows for the rest.
-    Those tasks never end (I7)."""
+    """A bundle that was stopped early commits the tasks that have run, and no follow-up contains
+    the rest. The remaining tasks never end (I7)."""
     plant.unchecked_parts()
 
     @plant.everywhere(settle._split)
@@ -110,8 +110,8 @@ def rest_of_a_bundle_forgotten(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "I7")
 def chain_hands_on_failed_tasks(plant: Plant) -> None:
-    """The next stage's bundle has all tasks of this one's. Those that failed are counted as
-    cancelled there and run as well (I2)."""
+    """The bundle of the next stage contains all tasks of this one. The failed tasks are counted as
+    cancelled there, and run as well (I2)."""
     plant.unchecked_parts()
     original = settle.chain
 
@@ -122,8 +122,8 @@ def chain_hands_on_failed_tasks(plant: Plant) -> None:
 
 @planted("I7", "ends")
 def casualties_not_counted(plant: Plant) -> None:
-    """Only tasks that ran are counted. Where one has failed, the stage after it waits for its
-    result for ever (I7)."""
+    """Only tasks that ran are counted. If a task failed, the next stage waits for its result for
+    ever (I7)."""
 
     @plant.everywhere(settle.casualties)
     def casualties(job: JobDef, done: Completion) -> dict[StageName, int]:

@@ -21,8 +21,8 @@ from tests.sim.mutants.kit import Plant, planted
 
 @planted("lead")
 def lost_lease_noticed_late(plant: Plant) -> None:
-    """A manager that finds the name of another one on the lease asks twice more, in case that was
-    a mistake. Both lead meanwhile (lead)."""
+    """A manager that reads another manager's name in the lease asks twice more before it stops.
+    Both managers lead meanwhile (lead)."""
     original = Leadership.keep
 
     @plant.method(Leadership, "keep")
@@ -34,7 +34,7 @@ def lost_lease_noticed_late(plant: Plant) -> None:
 
 @planted("waste")
 def adoption_without_a_wait(plant: Plant) -> None:
-    """A new leader takes each outstanding bundle for a silent one. It sends copies of bundles that
+    """A new leader considers each outstanding bundle as silent. It sends copies of bundles that
     workers have (waste)."""
     original = Adoption.adopt
 
@@ -49,8 +49,8 @@ def adoption_without_a_wait(plant: Plant) -> None:
 
 @planted("silence")
 def silence_forgiven_while_a_queue_has_messages(plant: Plant) -> None:
-    """A silent bundle probably waits in the queue, so it is looked for once the queue is empty. A
-    lost one is not found while others keep the queue busy (silence)."""
+    """The manager searches for a silent bundle only when the queue is empty. A lost bundle is not
+    found while other messages keep the queue busy (silence)."""
     original = Reconciler._limit_s
 
     @plant.method(Reconciler, "_limit_s")
@@ -61,7 +61,7 @@ def silence_forgiven_while_a_queue_has_messages(plant: Plant) -> None:
 @planted("silence", "I5")
 def silence_of_an_instance_forgiven(plant: Plant) -> None:
     """Silence counts only while the manager conducts no job. An instance whose worker has stopped
-    keeps its place (silence)."""
+    is not replaced (silence)."""
     original = Silence._heard
 
     @plant.method(Silence, "_heard")
@@ -71,8 +71,8 @@ def silence_of_an_instance_forgiven(plant: Plant) -> None:
 
 @planted("priority")
 def priority_ignored(plant: Plant) -> None:
-    """All jobs with tasks left share the window of a pool. A job of a high priority waits for
-    others (priority)."""
+    """All jobs with remaining tasks share the window of a pool. A job with a high priority waits
+    for others (priority)."""
 
     @plant.method(Cutter, "_rivals")
     def _rivals(self: Cutter, live: LiveJob, pool: str) -> Iterator[LiveJob]:

@@ -31,8 +31,8 @@ from tests.sim.mutants.kit import Plant, planted
 
 @planted("I8", weather="lies")
 def heartbeats_without_a_key(plant: Plant) -> None:
-    """A heartbeat counts for the instance that it names. Any worker can report that another one
-    leaves, or what it holds (I8)."""
+    """A heartbeat counts for the instance that it names. Any worker can report that another worker
+    leaves, or which bundles it holds (I8)."""
 
     @plant.method(Instances, "admits")
     def admits(self: Instances, beat: Beat, trusted: Collection[JobId] = ()) -> bool:
@@ -84,8 +84,8 @@ def references_unchecked(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "I7", "I8", "step 3", "ends", weather="lies")
 def outcome_names_unsealed(plant: Plant) -> None:
-    """The name of an outcome follows from its bundle. Any worker can take the place of any outcome
-    that is not committed yet (I1)."""
+    """The name of an outcome depends only on its bundle. Any worker can write an outcome before the
+    right worker commits it (I1)."""
 
     @plant.everywhere(naming.outcome_of)
     def outcome_of(job: JobId, stage: StageName, bundle: BundleId, key: CommitKey) -> str:
@@ -95,7 +95,7 @@ def outcome_names_unsealed(plant: Plant) -> None:
 @planted("I8", weather="lies")
 def job_names_unchecked(plant: Plant) -> None:
     """A job in an event may have any name. A worker can name a job whose definition would be below
-    the markers of another job, where the worker may write one (I8)."""
+    the markers of another job, where the worker may write it (I8)."""
 
     @plant.everywhere(checked.name)
     def name(value: Any) -> str:
@@ -108,7 +108,7 @@ def job_names_unchecked(plant: Plant) -> None:
 
 @planted("I8", weather="lies")
 def outcomes_read_whole(plant: Plant) -> None:
-    """An outcome is read whole, however large it is. A worker that names a huge object fills the
+    """An outcome is read completely, whatever its size. A worker that names a huge object fills the
     memory of the manager (I8)."""
 
     @plant.everywhere(read_outcome)
@@ -118,7 +118,7 @@ def outcomes_read_whole(plant: Plant) -> None:
 
 @planted("AttributeError", "ExceptionGroup", "KeyError", "TypeError", "ValueError", weather="lies")
 def events_that_cannot_be_read_end_the_manager(plant: Plant) -> None:
-    """Events come from workers of the same release, so nothing can be wrong with them. An event
+    """The code assumes that all events are valid, because workers have the same release. An event
     that cannot be read ends the manager (I8)."""
 
     @plant.everywhere(messages.read_events_message)
@@ -128,8 +128,8 @@ def events_that_cannot_be_read_end_the_manager(plant: Plant) -> None:
 
 @planted("I8", weather="lies")
 def commit_key_unchecked_by_workers(plant: Plant) -> None:
-    """A worker runs each message that it receives. Any worker can let another one run and commit
-    what no manager has ordered (I8)."""
+    """A worker runs each message that it receives. Any worker can make another one run and commit
+    work that no manager has sent (I8)."""
 
     @plant.method(Jobs, "_known")
     def _known(self: Jobs, job: JobId, key: CommitKey) -> JobDef | None:
@@ -142,8 +142,8 @@ def commit_key_unchecked_by_workers(plant: Plant) -> None:
 
 @planted("I8", weather="lies")
 def held_without_a_proof(plant: Plant) -> None:
-    """A worker holds the bundles that it names. Bundles of any job are then not looked for, and
-    their messages are deleted with the worker's instance (I8)."""
+    """A worker counts as the holder of each bundle that it names. The manager then does not search
+    for bundles of any job, and deletes their messages with the worker's instance (I8)."""
 
     @plant.method(Registry, "_believed")
     def _believed(self: Registry, beat: Beat, trusted: Collection[JobId]) -> tuple[Held, ...]:
@@ -152,8 +152,8 @@ def held_without_a_proof(plant: Plant) -> None:
 
 @planted("I5", "I7", weather="lies")
 def claims_are_evidence(plant: Plant) -> None:
-    """A worker that beats is at work, or would be if there was any. One that claims to be idle or
-    busy for ever holds up its pool (I7), or keeps its instance (I5)."""
+    """A worker that sends heartbeats counts as working. A worker that always claims to be idle or
+    busy blocks its pool (I7), or keeps its instance (I5)."""
 
     @plant.method(Evidence, "missing")
     def missing(self: Evidence, pools: Mapping[str, str]) -> dict[str, str]:
@@ -162,8 +162,8 @@ def claims_are_evidence(plant: Plant) -> None:
 
 @planted("I8", weather="lies")
 def next_leader_binds_anew(plant: Plant) -> None:
-    """A leader binds each instance to the key of the first heartbeat that it hears. After a change
-    of leaders another worker can come first (I8)."""
+    """A leader binds each instance to the key of the first heartbeat that it receives. After a
+    change of leaders, another worker can be first (I8)."""
 
     @plant.method(Instances, "load")
     async def load(self: Instances) -> None:

@@ -30,9 +30,8 @@ from tests.sim.mutants.kit import Plant, planted
 
 @planted("I1", "I2", "I3", "I7")
 def gather_on_message_count(plant: Plant) -> None:
-    """A counter grows with every completion that is received, and the gather fires when it has
-    reached the number of tasks. An event that comes twice fires it early (I1: results are left
-    out)."""
+    """A counter grows with every received completion, and the gather starts when it reaches the
+    number of tasks. An event that arrives twice starts it early (I1: results are left out)."""
     heard: Counter[tuple[JobId, StageName]] = Counter()
     fold, plan = Folder.fold, Conductor._plan
 
@@ -62,8 +61,8 @@ def gather_on_message_count(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "I7")
 def plan_without_conditional_put(plant: Plant) -> None:
-    """Plans and cuts are put without If-None-Match. A manager that does not know yet that another
-    one leads overwrites what that one has acted on (I1, I3)."""
+    """Plans and cuts are written without If-None-Match. A manager that does not know yet that
+    another one leads overwrites a plan that the other one has used (I1, I3)."""
 
     @plant.method(PartWriter, "commit")
     async def _commit(self: PartWriter, skipped: TaskSet) -> Manifest:
@@ -84,8 +83,8 @@ def plan_without_conditional_put(plant: Plant) -> None:
 
 @planted("step 3")
 def cut_sent_before_committed(plant: Plant) -> None:
-    """Bundles are sent as soon as they are cut, and the cut is put afterwards. The next leader
-    cuts the same tasks into other bundles (I1, I2)."""
+    """Bundles are sent as soon as they are cut, and the cut is committed afterwards. The next
+    leader cuts the same tasks into other bundles (I1, I2)."""
     original = Conductor._commit_cut
 
     @plant.method(Conductor, "_commit_cut")
@@ -96,8 +95,8 @@ def cut_sent_before_committed(plant: Plant) -> None:
 
 @planted("I3", "step 3")
 def cut_only_in_memory_and_ledger(plant: Plant) -> None:
-    """The cut is written to the ledger only, which is there for that. A ledger rebuilt from the
-    bucket does not know its bundles (I3)."""
+    """The cut is written to the ledger only. A ledger rebuilt from the bucket does not contain its
+    bundles (I3)."""
 
     @plant.method(Conductor, "_put_cut")
     async def _put_cut(self: Conductor, cut: Cut) -> Cut:
@@ -106,9 +105,9 @@ def cut_only_in_memory_and_ledger(plant: Plant) -> None:
 
 @planted("I2", "I7")
 def chained_stage_planned_once(plant: Plant) -> None:
-    """The stages that follow item by item get their number of tasks right after the first stage's
-    plan is committed. A manager that dies in between leaves them without one for ever (I7), or
-    until failures make it a negative one (I2)."""
+    """The number of tasks of a chained stage is set right after the first stage's plan is
+    committed. If the manager ends in between, the number is missing for ever (I7), or becomes
+    negative through failures (I2)."""
     plan, first_cut = Conductor._plan, Conductor._first_cut
 
     @plant.method(Conductor, "_plan")
@@ -129,8 +128,8 @@ def chained_stage_planned_once(plant: Plant) -> None:
 
 @planted("I4")
 def cancel_that_only_marks_the_ledger(plant: Plant) -> None:
-    """A cancellation is a column in the ledger. Workers do not read the ledger and go on starting
-    tasks (I4)."""
+    """A cancellation is only written to the ledger. Workers do not read the ledger, so they
+    continue to start tasks (I4)."""
 
     @plant.method(Conductor, "forbid")
     async def forbid(self: Conductor, live: LiveJob, word: wire.Word) -> None:
@@ -140,8 +139,8 @@ def cancel_that_only_marks_the_ledger(plant: Plant) -> None:
 
 @planted("I4")
 def cancel_acknowledged_at_once(plant: Plant) -> None:
-    """A cancellation is acknowledged when the control object is written. Workers that have looked
-    just before start tasks until they look again (I4)."""
+    """A cancellation is acknowledged as soon as the control object is written. Workers that have
+    read it just before continue to start tasks until they read it again (I4)."""
     original = Conductor.forbid
 
     @plant.method(Conductor, "forbid")
@@ -155,8 +154,8 @@ def cancel_acknowledged_at_once(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3")
 def seal_that_believes_itself(plant: Plant) -> None:
-    """A cancelled job's outstanding bundles are counted as CANCELLED, whatever their workers have
-    committed in the meantime (I3)."""
+    """The outstanding bundles of a cancelled job are counted as CANCELLED, even if workers have
+    committed them in the meantime (I3)."""
 
     @plant.method(Conductor, "_seal")
     async def _seal(self: Conductor, live: LiveJob) -> Mapping[StageName, int]:
@@ -178,7 +177,7 @@ def seal_that_believes_itself(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3")
 def retry_runs_all_again(plant: Plant) -> None:
-    """A retry runs the whole stage again, as it would a new one. What had succeeded has a second
+    """A retry runs the whole stage again, as if it were new. Tasks that had succeeded have a second
     result (I1, I2)."""
 
     @plant.method(RetryPlanner, "_succeeded")
@@ -188,8 +187,8 @@ def retry_runs_all_again(plant: Plant) -> None:
 
 @planted("I1", "I3", "I7", "ends")
 def retry_forgotten_by_the_next_leader(plant: Plant) -> None:
-    """A retry re-opens the job in the ledger, and then sends its bundles. A manager that dies in
-    between leaves a running job without a bundle (I7)."""
+    """A retry re-opens the job in the ledger, and then sends its bundles. If the manager ends in
+    between, a running job remains without a bundle (I7)."""
 
     @plant.everywhere(retries.cuts_of_round)
     async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
@@ -201,8 +200,8 @@ def retry_forgotten_by_the_next_leader(plant: Plant) -> None:
 
 @planted("I7", "silence")
 def reconciler_that_never_looks(plant: Plant) -> None:
-    """Queues do not lose messages, so nobody looks for silent bundles. One that was lost, or never
-    sent, is waited for for ever (I7)."""
+    """The code assumes that queues do not lose messages, so it does not search for silent bundles.
+    The job waits for ever for a bundle that was lost or never sent (I7)."""
 
     @plant.method(Reconciler, "look_for_the_silent")
     async def look_for_the_silent(self: Reconciler, depths: Mapping[str, Depth]) -> None:
@@ -211,8 +210,8 @@ def reconciler_that_never_looks(plant: Plant) -> None:
 
 @planted("I1", "I2", "step 3")
 def reconciler_sends_committed_bundles_as_new(plant: Plant) -> None:
-    """A silent bundle is sent again as its next attempt, committed or not. Its tasks end under
-    both names (I1)."""
+    """A silent bundle is sent again as its next attempt, even if it is committed. Its tasks end
+    under both ids (I1)."""
 
     @plant.method(Reconciler, "_recover")
     async def _recover(self: Reconciler, live: LiveJob, silent: list[Outstanding]) -> None:
@@ -224,7 +223,7 @@ def reconciler_sends_committed_bundles_as_new(plant: Plant) -> None:
 
 @planted("I7")
 def reconciler_that_gives_up(plant: Plant) -> None:
-    """A silent bundle is FAILED as lost. Its tasks have not failed (I1)."""
+    """A silent bundle is marked as FAILED. Its tasks have not failed (I1)."""
 
     @plant.method(Reconciler, "_recover")
     async def _recover(self: Reconciler, live: LiveJob, silent: list[Outstanding]) -> None:
@@ -240,8 +239,8 @@ def reconciler_that_gives_up(plant: Plant) -> None:
 
 @planted("I3", "I7", "ends")
 def new_leader_expects_nothing(plant: Plant) -> None:
-    """A new leader conducts its jobs from what it hears. What is outstanding and was lost under
-    the old one is not looked for (I7)."""
+    """A new leader knows only the bundles that it receives events about. It does not search for
+    outstanding bundles that were lost under the previous leader (I7)."""
     original = Adoption.adopt
 
     @plant.method(Adoption, "adopt")
@@ -256,7 +255,8 @@ def new_leader_expects_nothing(plant: Plant) -> None:
 
 @planted("I3")
 def rebuild_forgets_casualties(plant: Plant) -> None:
-    """A rebuild folds what the outcomes say, and not what they make impossible further on (I3)."""
+    """A rebuild folds the tasks in the outcomes, but not the later tasks that became impossible
+    because of them (I3)."""
     original = rebuild._round
 
     @plant.everywhere(original)

@@ -36,8 +36,8 @@ def rebuild_stops_at_the_first_bad_object(plant: Plant) -> None:
 
 @planted("I7", weather="storage")
 def definition_taken_for_granted(plant: Plant) -> None:
-    """A silent bundle is sent again, whatever the bucket has of its job. Workers drop the messages
-    of a job without a definition, so it never ends (I7)."""
+    """A silent bundle is sent again without a check of the job's definition. Workers drop messages
+    of a job without a definition, so the job never ends (I7)."""
 
     @plant.method(Reconciler, "_is_defined")
     async def _is_defined(self: Reconciler, live: LiveJob) -> bool:
@@ -46,8 +46,8 @@ def definition_taken_for_granted(plant: Plant) -> None:
 
 @planted("I7", "Crashed", weather="storage")
 def adoption_ends_at_a_lost_retry(plant: Plant) -> None:
-    """A leader that adopts a job reads its retry, and ends by the error if there is none. So does
-    each leader after it, and no job of the grid goes on (I7)."""
+    """A leader that takes over a job reads its retry, and ends with an error if the object is
+    missing. Each later leader does the same, and all jobs of the grid stop (I7)."""
 
     @plant.method(Adoption, "_cuts")
     async def _cuts(

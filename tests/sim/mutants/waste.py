@@ -38,8 +38,8 @@ def dead_letters_dropped(plant: Plant) -> None:
 
 @planted("I1")
 def results_gathered_as_they_come(plant: Plant) -> None:
-    """A gather takes results in the order in which they were committed. A handler that relies on
-    the order of tasks gets another one (I1: a wrong result is committed)."""
+    """A gather uses results in the order in which they were committed. A handler that relies on the
+    order of tasks gets another order (I1: a wrong result is committed)."""
     original = plans.successes
 
     @plant.everywhere(original)
@@ -61,8 +61,8 @@ def results_gathered_as_they_come(plant: Plant) -> None:
 
 @planted("losses")
 def losses_forgotten(plant: Plant) -> None:
-    """A bundle that is sent again begins anew, without its losses. One that kills its workers is
-    not suspected, and a copy of it runs although an outcome is there (losses)."""
+    """A bundle that is sent again starts without its count of losses. A bundle that kills its
+    workers is not suspected, and a copy of it runs although an outcome exists (losses)."""
     original = Closing.send_again
 
     @plant.method(Closing, "send_again")
@@ -82,8 +82,8 @@ def losses_forgotten(plant: Plant) -> None:
 
 @planted("waste")
 def new_leader_sends_all_again(plant: Plant) -> None:
-    """A new leader sends the outstanding bundles of its jobs at once, as new work. A bundle that
-    is committed, but whose event was lost, runs again (waste)."""
+    """A new leader sends the outstanding bundles of its jobs immediately, as new work. A bundle
+    that is committed, but whose event was lost, runs again (waste)."""
     original = Adoption.adopt
 
     @plant.method(Adoption, "adopt")
@@ -97,8 +97,8 @@ def new_leader_sends_all_again(plant: Plant) -> None:
 
 @planted("ends")
 def percentage_of_the_whole_job(plant: Plant) -> None:
-    """A limit of failures in percent is compared with the tasks of all stages together. A stage
-    that has failed almost whole does not fail its job (ends)."""
+    """A limit of failures in percent is compared with the tasks of all stages together. A stage in
+    which nearly all tasks failed does not fail its job (ends)."""
 
     @plant.everywhere(policy.judge)
     def judge(job: JobDef, stages: Sequence[StageCounts]) -> Verdict:
@@ -112,8 +112,8 @@ def percentage_of_the_whole_job(plant: Plant) -> None:
 
 @planted("notifications")
 def notification_before_the_commit(plant: Plant) -> None:
-    """The end of a job is notified, and then its final object is put. Where another manager has
-    put another one, the notification is wrong (notifications)."""
+    """The end of a job is notified before its final object is written. If another manager has
+    written another final object, the notification is wrong (notifications)."""
     original = Conductor._end
 
     @plant.method(Conductor, "_end")

@@ -23,8 +23,8 @@ from tests.sim.mutants.kit import Plant, planted
 
 @planted("lease")
 def pause_only_between_bundles(plant: Plant) -> None:
-    """A worker obeys a cancellation at once, and a pause before its next bundle. The tasks of a
-    running bundle start though the job is paused (lease)."""
+    """A worker obeys a cancellation immediately, but a pause only before its next bundle. The tasks
+    of a running bundle start although the job is paused (lease)."""
     original = Worker._looked
 
     @plant.method(Worker, "_looked")
@@ -34,8 +34,8 @@ def pause_only_between_bundles(plant: Plant) -> None:
 
 @planted("lease", "I4")
 def control_lease_from_the_answer(plant: Plant) -> None:
-    """The lease of a look at the control object counts from its answer. An answer that takes
-    seconds lets tasks start after the cancellation was acknowledged (I4)."""
+    """The control lease starts when the control object's answer arrives, not when the request was
+    sent. If the answer takes seconds, tasks start after the cancellation was acknowledged (I4)."""
     original = Controls.look
 
     @plant.method(Controls, "look")
@@ -50,8 +50,8 @@ def control_lease_from_the_answer(plant: Plant) -> None:
 
 @planted("waste")
 def resume_sends_bundles_as_new(plant: Plant) -> None:
-    """A resume sends the outstanding bundles as they were cut. If the event of a committed
-    bundle was lost, the bundle runs again (waste)."""
+    """A resume sends the outstanding bundles as they were cut. If the event of a committed bundle
+    was lost, the bundle runs again (waste)."""
 
     @plant.method(Requests, "resume")
     async def resume(self: Requests, job: JobId) -> None:
@@ -64,8 +64,8 @@ def resume_sends_bundles_as_new(plant: Plant) -> None:
 
 @planted("start times")
 def retry_without_its_due_time(plant: Plant) -> None:
-    """Only the delay of a retry's message says when it is due. A resume, and the next leader, send
-    it at once (start times)."""
+    """Only the delay of a retry's message contains its due time. A resume, and the next leader,
+    send it immediately (start times)."""
     original = settle._again
 
     @plant.everywhere(original)
@@ -76,8 +76,8 @@ def retry_without_its_due_time(plant: Plant) -> None:
 
 @planted("retries", "step 3", "I1", "I2", "I3")
 def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
-    """If the object of its round exists, a retry goes on with its own choice. The ledger re-opens
-    other tasks than the bucket says (I3)."""
+    """If the object of its round exists, a retry continues with its own choice. The ledger re-opens
+    other tasks than the bucket contains (I3)."""
 
     original = Requests.retry
 
@@ -103,8 +103,8 @@ def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
 
 @planted("retries")
 def retry_that_keeps_failures(plant: Plant) -> None:
-    """A retry of all takes back the failures of the first stage that has some. Failures of later
-    stages stay (retries)."""
+    """A retry of all failures resets only those of the first stage with failures. Failures of later
+    stages remain (retries)."""
     original = RetryPlanner.plan
 
     @plant.method(RetryPlanner, "plan")

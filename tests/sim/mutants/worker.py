@@ -34,8 +34,8 @@ from tests.sim.mutants.kit import Plant, planted
 
 @planted("I1", "I2", "I3", "role")
 def unconditional_commit(plant: Plant) -> None:
-    """The outcome is put without If-None-Match, so the last writer wins. The ledger and the
-    follow-ups know the first one (I3); where two executions split differently, tasks end twice."""
+    """The outcome is written without If-None-Match, so the last writer wins. The ledger and the
+    follow-ups use the first outcome (I3). If two executions split differently, tasks end twice."""
 
     @plant.everywhere(product.commit)
     async def commit(
@@ -49,8 +49,8 @@ def unconditional_commit(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "step 3")
 def loser_forwards_its_own_outcome(plant: Plant) -> None:
-    """On 412 the worker goes on with what it has computed itself. What follows, and what the
-    ledger counts, is then not what was committed (I1, I3)."""
+    """After a 412, the worker continues with its own outcome. The follow-ups and the ledger then
+    differ from the committed outcome (I1, I3)."""
     original = product.commit
 
     @plant.everywhere(product.commit)
@@ -63,8 +63,8 @@ def loser_forwards_its_own_outcome(plant: Plant) -> None:
 
 @planted("step 4")
 def no_forwarding_on_412(plant: Plant) -> None:
-    """A worker that finds the outcome there takes the bundle for done and deletes the message.
-    If the one that committed died before it forwarded, what follows is stuck (I6)."""
+    """A worker that finds an existing outcome considers the bundle done and deletes the message. If
+    the worker that committed it ended before it forwarded, the follow-ups are missing (I6)."""
     original = Closing.finish
 
     @plant.method(Closing, "finish")
@@ -83,8 +83,8 @@ def no_forwarding_on_412(plant: Plant) -> None:
 
 @planted("step 4")
 def delete_before_commit(plant: Plant) -> None:
-    """The message is deleted when its tasks have run, and then the outcome is put. A crash in
-    between leaves neither a message nor an outcome (I6)."""
+    """The message is deleted when its tasks have run, and the outcome is written afterwards. A
+    crash in between leaves neither a message nor an outcome (I6)."""
     original = Closing.commit
 
     @plant.method(Closing, "commit")
@@ -103,8 +103,8 @@ def delete_before_commit(plant: Plant) -> None:
 
 @planted("step 4")
 def delete_on_receive(plant: Plant) -> None:
-    """The message is deleted as soon as it is received: at most once. A worker that dies takes
-    it along (I6), and a bundle that kills its workers is never suspected of it (I7)."""
+    """The message is deleted as soon as it is received (at most once). If the worker dies, the
+    message is lost (I6), and a bundle that kills its workers is never suspected (I7)."""
     original = Worker._serve
 
     @plant.method(Worker, "_serve")
@@ -115,8 +115,8 @@ def delete_on_receive(plant: Plant) -> None:
 
 @planted("I1", "I2", "step 3")
 def forward_before_commit(plant: Plant) -> None:
-    """Follow-ups and event are sent as soon as the tasks have run, and then the outcome is put.
-    Where another outcome is there already, both were forwarded (I1, I2)."""
+    """Follow-ups and the event are sent as soon as the tasks have run, and the outcome is written
+    afterwards. If another outcome exists already, both were forwarded (I1, I2)."""
     original = Closing.commit
 
     @plant.method(Closing, "commit")
@@ -147,8 +147,8 @@ def forward_before_commit(plant: Plant) -> None:
 
 @planted("I1", "ValueError")
 def inputs_by_position(plant: Plant) -> None:
-    """A follow-up gets its inputs by their position in the bundle, not by task. After a split or
-    a failed task the inputs are another task's (I1: a wrong result is committed)."""
+    """A follow-up gets its inputs by their position in the bundle, not by task. After a split or a
+    failed task, the inputs belong to other tasks (I1: a wrong result is committed)."""
 
     @plant.everywhere(product.follow_ups)
     def follow_ups(
@@ -182,8 +182,8 @@ def inputs_by_position(plant: Plant) -> None:
 
 @planted("heartbeat")
 def no_heartbeat(plant: Plant) -> None:
-    """Nobody extends the visibility of a message that is being worked on. It comes back while its
-    tasks run; seen often enough, an innocent task is condemned as poison (I1)."""
+    """The worker does not extend the visibility timeout of a message while its tasks run. The
+    message is received again; after several receives, an innocent task is marked as poison (I1)."""
 
     @plant.method(Tenure, "_extend")
     async def _extend(self: Tenure) -> None:
@@ -192,8 +192,8 @@ def no_heartbeat(plant: Plant) -> None:
 
 @planted("12 h", "heartbeat")
 def hand_over_after_the_cap(plant: Plant) -> None:
-    """The hand-over to the watchdog comes after the 12 hours at which SQS takes the receipt away.
-    The message comes back while its task runs (I1, I6)."""
+    """The worker hands the bundle over to the watchdog after 12 hours, when SQS has already expired
+    the receipt. The message returns while its task runs (I1, I6)."""
     original = Tenure._hand_over
 
     @plant.method(Tenure, "_hand_over")
@@ -206,8 +206,8 @@ def hand_over_after_the_cap(plant: Plant) -> None:
 
 @planted("I6")
 def drain_forgets_what_was_prefetched(plant: Plant) -> None:
-    """A draining worker exits with the messages in its hands that it has not begun. They wait for
-    their visibility timeout (I6)."""
+    """A draining worker exits with prefetched messages that it has not started. They wait for their
+    visibility timeout (I6)."""
     original = Worker.drain
 
     async def forget(*_: object, **__: object) -> None:
@@ -221,8 +221,8 @@ def drain_forgets_what_was_prefetched(plant: Plant) -> None:
 
 @planted("I6")
 def drain_keeps_what_was_prefetched(plant: Plant) -> None:
-    """A draining worker gives back each message that it has not begun once a slot is free for it.
-    Until then, nobody else can run it (I6)."""
+    """A draining worker returns each prefetched message only when a slot is free for it. Until
+    then, other workers cannot run it (I6)."""
 
     @plant.method(Departure, "hand_back")
     def hand_back(self: Departure) -> None:
@@ -255,8 +255,8 @@ def control_looked_at_once_per_bundle(plant: Plant) -> None:
 
 @planted("I7")
 def poison_without_a_limit(plant: Plant) -> None:
-    """A bundle that comes back is simply run again, also from the dead letters. A task that kills
-    its workers does so for ever (I7)."""
+    """A bundle that is received again always runs again, also from the dead letters. A task that
+    kills its workers does so for ever (I7)."""
 
     @plant.method(Suspects, "verdict")
     async def verdict(self: Suspects, hand: Hand) -> Outcome | None:
@@ -271,8 +271,8 @@ def poison_without_a_limit(plant: Plant) -> None:
 
 @planted("I7")
 def start_noted_after_the_run(plant: Plant) -> None:
-    """The start of a suspect is written down when it has ended, with the rest of what is known by
-    then. The starts that matter are those that end without a word (I7)."""
+    """The start of a suspect task is recorded only after it has ended. The important starts are
+    those of tasks that end their worker (I7)."""
 
     @plant.method(Suspects, "begin")
     async def begin(self: Suspects, hand: Hand) -> None:
@@ -281,8 +281,8 @@ def start_noted_after_the_run(plant: Plant) -> None:
 
 @planted("I1", "I7")
 def neighbours_of_poison_condemned(plant: Plant) -> None:
-    """A bundle that lost its workers is FAILED as a whole. The neighbours of the task that kills
-    are lost with it (I1: FAILED without having failed)."""
+    """A bundle that lost its workers is FAILED completely. The other tasks of the bundle are lost
+    with the poison task (I1: FAILED without having failed)."""
 
     @plant.method(Suspects, "verdict")
     async def verdict(self: Suspects, hand: Hand) -> Outcome | None:
@@ -301,8 +301,9 @@ def neighbours_of_poison_condemned(plant: Plant) -> None:
 
 @planted("I1", "I7")
 def receives_counted_as_starts(plant: Plant) -> None:
-    """A task is condemned by how often its message was received. One that lay prefetched in
-    workers that died, or waited out an outage, is blamed (I1: FAILED without having failed)."""
+    """A task is marked as poison by the receive count of its message. A task that was prefetched by
+    workers that died, or that waited during an outage, is marked too (I1: FAILED without having
+    failed)."""
 
     @plant.method(Suspects, "verdict")
     async def verdict(self: Suspects, hand: Hand) -> Outcome | None:
@@ -318,7 +319,8 @@ def receives_counted_as_starts(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "I7")
 def halves_that_overlap(plant: Plant) -> None:
-    """A bundle is halved with the middle in both parts. A task of it ends twice (I1, I2)."""
+    """A bundle is split so that the middle task is in both halves. That task ends twice (I1,
+    I2)."""
     plant.unchecked_parts()
     original = settle.bisect
 
