@@ -227,12 +227,12 @@ def test_a_network_of_ones_own_costs_the_stack_nothing() -> None:
 @pytest.mark.parametrize(
     ("row", "parameters"),
     [
-        ("SQLite, `endpoints`, which is what you get unless you say otherwise", {}),
+        ("SQLite, `endpoints` (default)", {}),
         ("SQLite, `nat`", {"Egress": "nat"}),
         ("PostgreSQL, `endpoints`", {"Ledger": "postgres"}),
         ("PostgreSQL, `nat`", {"Ledger": "postgres", "Egress": "nat"}),
         ("SimpleDB, `nat`", {"Ledger": "simpledb", "Egress": "nat"}),
-        ("SQLite, a network of your own", {"VpcId": "vpc-1", "SubnetIds": "subnet-a,subnet-b"}),
+        ("SQLite, your own network", {"VpcId": "vpc-1", "SubnetIds": "subnet-a,subnet-b"}),
     ],
 )
 def test_the_docs_say_what_a_stack_costs_while_nothing_runs(
